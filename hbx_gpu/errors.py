@@ -1,0 +1,75 @@
+"""Errors that users may catch; every message says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class HbxError(Exception):
+    """Base class of the errors raised by hbx_gpu itself."""
+
+
+class CorruptDataError(HbxError, ValueError):
+    """Bytes on disk contradict their format, their checksum or each other."""
+
+
+class CorruptChunkError(CorruptDataError):
+    """One chunk cannot be decoded.
+
+    Parameters
+    ----------
+    reason
+        What is wrong with the bytes.
+    file, array, chunk
+        Where: path of the object, path of the array inside its store, number of the chunk in C order.
+    """
+
+    def __init__(self, reason: str, *, file: str = "", array: str = "", chunk: int | None = None) -> None:
+        self.reason, self.file, self.array, self.chunk = reason, file, array, chunk
+        where = ", ".join(
+            part
+            for part in (
+                f"array {array!r}" if array else "",
+                f"chunk {chunk}" if chunk is not None else "",
+                f"file {file}" if file else "",
+            )
+            if part
+        )
+        super().__init__(f"corrupt chunk ({where}): {reason}" if where else reason)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception pickles by positional args; keep the keywords when one crosses from a worker.
+        return (_rebuild_chunk_error, (self.reason, self.file, self.array, self.chunk))
+
+
+def _rebuild_chunk_error(reason: str, file: str, array: str, chunk: int | None) -> CorruptChunkError:
+    return CorruptChunkError(reason, file=file, array=array, chunk=chunk)
+
+
+class UnsupportedCodecError(HbxError, ValueError):
+    """An array uses a codec that no installed package decodes."""
+
+
+class UnsupportedError(HbxError, NotImplementedError):
+    """Something real that this release does not do yet; the message says what it does."""
+
+
+class AtlasError(HbxError):
+    """The catalogue of an atlas contradicts itself or the request."""
+
+
+class UnknownNameError(AtlasError, ValueError, KeyError):
+    """No such layer, feature space, column, table or feature; the message lists those that exist."""
+
+    # KeyError would show the message in quotes.
+    __str__ = Exception.__str__
+
+
+class AtlasLockedError(AtlasError):
+    """Another process is writing to this atlas."""
+
+
+class AlreadyIngestedError(AtlasError, ValueError):
+    """The same file was ingested before with other options."""
+
+
+class InvalidDataError(HbxError, ValueError):
+    """Input data breaks a rule of the layer it is meant for (fractions in counts, duplicate ids, ...)."""

@@ -1,0 +1,120 @@
+"""The vocabulary between the rooms: stored arrays, Sources and the rows of a dataset.
+
+Whoever opens data (atlas, scdl) produces these; plan, engine and loader know nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """Where and how one array is stored: everything needed to find and decode its chunks.
+
+    Attributes
+    ----------
+    path
+        Directory of the array.
+    name
+        Path of the array inside its store, for messages (``set0/gene_expression/csr/indices``).
+    shape, dtype
+        Of the whole array; dtype in native byte order.
+    chunk_shape
+        The unit that is compressed (inner chunk of a sharded array).
+    shard_shape
+        Elements covered by one stored object; equals chunk_shape when the array is not sharded.
+    codecs
+        Codec chain of a chunk as in the metadata, outermost encoding step last.
+    fill_value
+        Value of elements whose chunk or shard is absent.
+    sharded, index_at_end, index_codecs
+        Shard index: present, where, and how it is encoded.
+    key_prefix, key_separator
+        An object's key is key_prefix + the shard's grid coordinates joined by key_separator.
+    absent_is_fill
+        False when the writer promised that every object exists: then a missing one is corruption.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+    codecs: tuple[dict[str, Any], ...]
+    fill_value: Any = 0
+    sharded: bool = False
+    index_at_end: bool = True
+    index_codecs: tuple[dict[str, Any], ...] = ()
+    key_prefix: str = "c/"
+    key_separator: str = "/"
+    absent_is_fill: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One stored matrix opened for reading.
+
+    Attributes
+    ----------
+    name
+        Path of the group, for messages.
+    index
+        1-D array of local column numbers (sparse), or None for a dense matrix.
+    layers
+        Value arrays by layer name, parallel to `index` (sparse: 1-D; dense: row axis first).
+    remap
+        int32, (n_local_features,). Local column -> output column, -1 = drop. Sources that share a
+        layout share the array object.
+    repeats
+        True where a column may well occur many times in a row (chromosomes of fragments).
+    """
+
+    name: str
+    index: ArrayLayout | None
+    layers: dict[str, ArrayLayout]
+    remap: np.ndarray
+    repeats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndex:
+    """Where each row of a dataset lies: 16 bytes per row.
+
+    Attributes
+    ----------
+    source
+        int32, (n,). Position in the dataset's list of Sources; -1 = the row lacks this modality.
+    start
+        int64, (n,). First element in the Source's flat arrays (dense: position on the row axis).
+    length
+        int32, (n,). Number of elements (dense: 1).
+    """
+
+    source: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class ObsColumns:
+    """Metadata of a dataset's rows, ready to be gathered per batch.
+
+    Attributes
+    ----------
+    columns
+        Name -> array of n rows: numeric as stored, or int64 codes (-1 = missing) where `categories` has
+        the name.
+    categories
+        Name -> vocabulary (object or bool array); code k means ``categories[name][k]``.
+    """
+
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    categories: dict[str, np.ndarray] = field(default_factory=dict)

@@ -1,0 +1,33 @@
+"""Fixtures every test file may use: where the shared real data lies, and skips that say so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("HBX_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real fixtures and data; skips where it is absent (CI always has it)."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have the shared fixtures; none at {SHARED} (set HBX_SHARED)")
+        pytest.skip(f"shared fixtures not found at {SHARED}; set HBX_SHARED to run this test")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def homeobox_fixtures(shared: Path) -> Path:
+    """Atlases written by real Homeobox releases."""
+    return shared / "fixtures" / "homeobox"
+
+
+@pytest.fixture(scope="session")
+def real_h5ad(shared: Path) -> tuple[Path, Path]:
+    """Two small real count matrices: (mouse, human)."""
+    data = shared / "data"
+    return data / "mouse_10k_cells_x_1k_genes.h5ad", data / "human_1k_cells_x_507_genes.h5ad"
