@@ -1,0 +1,7 @@
+"""From array metadata to bytes in memory: layouts, chunk tables and readers. No zarr-python inside."""
+
+from hbx_gpu.storage.chunks import ChunkDirectory, Extents
+from hbx_gpu.storage.metadata import read_layout
+from hbx_gpu.storage.readers import Reader, Slab, open_reader
+
+__all__ = ["ChunkDirectory", "Extents", "Reader", "Slab", "open_reader", "read_layout"]

@@ -1,0 +1,417 @@
+"""Readers: extents in, host addresses out. They move bytes and judge none, beyond being there at all."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.storage.chunks import ChunkDirectory, Extents
+
+_MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
+_MAX_SIZE = 8 << 20
+_MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
+_MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Byte ranges to read, and which of them holds each extent.
+
+    Attributes
+    ----------
+    file, offset, nbytes
+        int32, int64, int64, (n_runs,). In ascending (file, offset); ranges of one file do not overlap.
+    run
+        int64, (k,). Run of each extent; -1 where there is nothing to read.
+    """
+
+    file: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+    run: np.ndarray
+
+
+def coalesce(
+    file: np.ndarray, offset: np.ndarray, nbytes: np.ndarray, *, max_gap: int, max_size: int
+) -> Runs:
+    """Merge extents into runs that are read at once; every byte wanted lies in exactly one run.
+
+    Parameters
+    ----------
+    file, offset, nbytes
+        Integers, (k,). Any order, repeats and overlaps allowed; nbytes <= 0 reads nothing.
+    max_gap
+        Neighbours at most this many unwanted bytes apart are merged.
+    max_size
+        Merging stops at runs of this size. An extent larger than it is one run, and so are extents that
+        overlap each other, whatever their size: no byte is read twice.
+    """
+    run = np.full(len(file), -1, np.int64)
+    wanted = np.flatnonzero(np.asarray(nbytes) > 0)
+    order = wanted[np.lexsort((offset[wanted], file[wanted]))]
+    files, starts = file[order].astype(np.int64), offset[order].astype(np.int64)
+    ends = starts + nbytes[order]
+    if not len(order):
+        empty = np.zeros(0, np.int64)
+        return Runs(empty.astype(np.int32), empty, empty, run)
+    # Lay the files one behind the other on one line, so that one running maximum serves them all.
+    new_file = np.flatnonzero(np.diff(files, prepend=files[0] - 1))
+    lengths = np.maximum.reduceat(ends, new_file)
+    shift = np.repeat(np.cumsum(lengths) - lengths, np.diff(new_file, append=len(files)))
+    reach = np.maximum.accumulate(ends + shift) - shift  # furthest byte wanted so far in this file
+    gap = np.full(len(order), np.iinfo(np.int64).max)
+    gap[1:] = starts[1:] - reach[:-1]
+    gap[new_file] = np.iinfo(np.int64).max
+    first = np.array(_run_starts(starts.tolist(), reach.tolist(), gap, max_gap, max_size))
+    run[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(order)))
+    last = np.append(first[1:], len(order)) - 1
+    return Runs(files[first].astype(np.int32), starts[first], reach[last] - starts[first], run)
+
+
+def _run_starts(
+    starts: list[int], reach: list[int], gap: np.ndarray, max_gap: int, max_size: int
+) -> list[int]:
+    """Positions of the extents that begin a run, greedily from the left."""
+    breaks = np.flatnonzero(gap > max_gap).tolist()
+    may_split = np.flatnonzero(gap >= 0).tolist()  # not inside an overlap
+    first: list[int] = []
+    for begin, end in zip(breaks, [*breaks[1:], len(starts)], strict=True):
+        while begin < end:
+            first.append(begin)
+            # First extent that does not fit any more; then back to where splitting is allowed, or on to it.
+            over = bisect.bisect_right(reach, starts[begin] + max_size, begin, end)
+            if over >= end:
+                break
+            place = bisect.bisect_right(may_split, over) - 1
+            if may_split[place] <= begin:
+                place += 1
+            begin = may_split[place] if place < len(may_split) else end
+    return first
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Stored chunks in host memory.
+
+    Attributes
+    ----------
+    address
+        uint64, (k,). Absolute address of each extent's first byte; 0 where it has no bytes.
+    nbytes
+        int64, (k,). As in the extents: -1 for an absent chunk.
+    owner
+        Keeps the memory alive. Addresses are valid while the slab, or its owner, is referenced.
+    """
+
+    address: np.ndarray
+    nbytes: np.ndarray
+    owner: object
+
+    def view(self, i: int) -> np.ndarray:
+        """uint8, (nbytes[i],), read-only: the stored bytes of extent i, without a copy."""
+        nbytes = int(self.nbytes[i])
+        if nbytes < 0:
+            raise ValueError(f"extent {i} is absent: its chunk is all fill value, there are no bytes to view")
+        if nbytes == 0:
+            return np.frombuffer(b"", np.uint8)
+        return np.asarray(_Memory(int(self.address[i]), nbytes, self.owner))
+
+
+class _Memory:
+    """Foreign memory as NumPy sees it; arrays made from it keep `owner` alive through it."""
+
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+
+
+_T = TypeVar("_T")
+
+
+class _Cache(Generic[_T]):
+    """Opened files, least recently used out first.
+
+    Nothing is closed here: an entry closes itself when its last user lets go of it, so no thread can see
+    its descriptor closed, or reused for another file, in mid-read.
+    """
+
+    def __init__(self, open_file: Callable[[str], _T], bound: int) -> None:
+        self._open_file, self._bound = open_file, bound
+        self._entries: OrderedDict[str, _T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str, usable: Callable[[_T], bool] = lambda _: True) -> _T:
+        with self._lock:
+            entry = self._entries.get(path)
+            if entry is not None and usable(entry):
+                self._entries.move_to_end(path)
+                return entry
+        entry = self._open_file(path)
+        with self._lock:
+            self._entries[path] = entry
+            self._entries.move_to_end(path)
+            while len(self._entries) > self._bound:
+                self._entries.popitem(last=False)
+        return entry
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+class Reader(ABC):
+    """Brings the stored chunks of a `ChunkDirectory` into host memory.
+
+    Safe to use from many threads. Pickles as its directory; opened files stay behind. A context manager.
+    """
+
+    def __init__(self, directory: ChunkDirectory) -> None:
+        self.directory = directory
+
+    @abstractmethod
+    def read(self, extents: Extents) -> Slab:
+        """Bring extents into memory.
+
+        Parameters
+        ----------
+        extents
+            As from `ChunkDirectory.extents` of this reader's directory.
+
+        Raises
+        ------
+        CorruptChunkError
+            A file that is gone, or shorter now than an extent reaches.
+        OSError
+            The file cannot be opened or read for any other reason.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of opened files. Slabs stay valid; a later read opens them again."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.directory,))
+
+    def _too_short(self, extents: Extents, file: int, size: int) -> CorruptChunkError:
+        """The error for the first extent of a file that reaches beyond size bytes."""
+        beyond = (extents.file == file) & (extents.offset + extents.nbytes > size)
+        i = int(np.flatnonzero(beyond)[0])
+        offset, nbytes = int(extents.offset[i]), int(extents.nbytes[i])
+        reason = (
+            f"bytes {offset} + {nbytes} are beyond the end of the file, which has {size} now; it was cut "
+            "short after it was written, copy it again from its origin"
+        )
+        return self.directory.error_at(file, offset, nbytes, reason)
+
+    def _gone(self, extents: Extents, file: int) -> CorruptChunkError:
+        i = int(np.flatnonzero(extents.file == file)[0])
+        reason = "the file was there when its chunks were looked up, and is missing now"
+        return self.directory.error_at(file, int(extents.offset[i]), int(extents.nbytes[i]), reason)
+
+
+class PreadReader(Reader):
+    """Reads into one contiguous buffer: neighbouring extents at once, each byte once.
+
+    Parameters
+    ----------
+    directory
+        Where the chunks lie.
+    max_gap, max_size
+        As in `coalesce`, in bytes.
+    """
+
+    def __init__(
+        self, directory: ChunkDirectory, *, max_gap: int = _MAX_GAP, max_size: int = _MAX_SIZE
+    ) -> None:
+        super().__init__(directory)
+        self._max_gap, self._max_size = max_gap, max_size
+        self._files = _Cache(_Descriptor, _MAX_OPEN)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_pread_reader, (self.directory, self._max_gap, self._max_size))
+
+    def read(self, extents: Extents) -> Slab:
+        runs = coalesce(
+            extents.file, extents.offset, extents.nbytes, max_gap=self._max_gap, max_size=self._max_size
+        )
+        place = np.cumsum(runs.nbytes) - runs.nbytes
+        buffer = np.empty(int(runs.nbytes.sum()), np.uint8)
+        # Runs ascend and do not overlap: the last of a file reaches furthest, and is the one that stays.
+        reach = dict(zip(runs.file.tolist(), (runs.offset + runs.nbytes).tolist(), strict=True))
+        current, descriptor = -1, None
+        for file, offset, nbytes, at in zip(
+            runs.file.tolist(), runs.offset.tolist(), runs.nbytes.tolist(), place.tolist(), strict=True
+        ):
+            if file != current or descriptor is None:
+                current, descriptor = file, self._open(extents, file, reach[file])
+            if not descriptor.read(buffer[at : at + nbytes].data, offset):
+                raise self._too_short(extents, file, descriptor.size())
+        base = np.uint64(buffer.ctypes.data)
+        stored = runs.run >= 0
+        address = np.zeros(len(extents), np.uint64)
+        run = runs.run[stored]
+        inside = extents.offset[stored] - runs.offset[run] + place[run]
+        address[stored] = base + inside.astype(np.uint64)
+        return Slab(address, extents.nbytes, buffer)
+
+    def close(self) -> None:
+        self._files.clear()
+
+    def _open(self, extents: Extents, file: int, reach: int) -> _Descriptor:
+        try:
+            descriptor = self._files.get(self.directory.paths[file])
+        except FileNotFoundError:
+            raise self._gone(extents, file) from None
+        if reach > (size := descriptor.size()):
+            raise self._too_short(extents, file, size)
+        return descriptor
+
+
+def _pread_reader(directory: ChunkDirectory, max_gap: int, max_size: int) -> PreadReader:
+    return PreadReader(directory, max_gap=max_gap, max_size=max_size)
+
+
+class _Descriptor:
+    """A file descriptor that closes with its last reference."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def read(self, target: memoryview, offset: int) -> bool:
+        """Fill target from offset on; False if the file ends before."""
+        try:
+            while target:
+                count = os.preadv(self._fd, [target], offset)
+                if count == 0:
+                    return False
+                target, offset = target[count:], offset + count
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from error
+        return True
+
+
+class MmapReader(Reader):
+    """Maps files and points into the maps: no copy, no buffer, pages shared with every other process.
+
+    A file that is cut short while a slab points into it makes the kernel kill the process (SIGBUS), as with
+    any map; a file that was short before the read is refused. Use `preadv` on storage that may shrink.
+    """
+
+    def __init__(self, directory: ChunkDirectory) -> None:
+        super().__init__(directory)
+        self._maps = _Cache(_Map, _MAX_MAPS)
+
+    def read(self, extents: Extents) -> Slab:
+        stored = np.flatnonzero(extents.nbytes > 0)
+        files, inverse = np.unique(extents.file[stored], return_inverse=True)
+        needed = np.zeros(len(files), np.int64)
+        np.maximum.at(needed, inverse, extents.offset[stored] + extents.nbytes[stored])
+        maps = [
+            self._map(extents, file, size) for file, size in zip(files.tolist(), needed.tolist(), strict=True)
+        ]
+        base = np.array([entry.address for entry in maps], np.uint64)
+        address = np.zeros(len(extents), np.uint64)
+        address[stored] = base[inverse] + extents.offset[stored].astype(np.uint64)
+        return Slab(address, extents.nbytes, maps)
+
+    def close(self) -> None:
+        self._maps.clear()
+
+    def _map(self, extents: Extents, file: int, needed: int) -> _Map:
+        path = self.directory.paths[file]
+        try:
+            found = os.stat(path)
+            if needed > found.st_size:
+                raise self._too_short(extents, file, found.st_size)
+            entry = self._maps.get(path, lambda entry: entry.shows(found) and entry.nbytes >= needed)
+        except FileNotFoundError:
+            raise self._gone(extents, file) from None
+        if needed > entry.nbytes:
+            raise self._too_short(extents, file, entry.nbytes)
+        return entry
+
+
+class _Map:
+    """A whole file mapped read-only, unmapped with the last reference.
+
+    Through libc, because Python's mmap keeps a descriptor per map and one batch may touch more files than
+    a process may hold open.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.nbytes, self.address = 0, 0
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            self._identity = (found.st_dev, found.st_ino)
+            if found.st_size:
+                address = _libc.mmap(None, found.st_size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+                if address == _MAP_FAILED:
+                    code = ctypes.get_errno()
+                    raise OSError(code, f"mmap of {found.st_size} bytes: {os.strerror(code)}", path)
+                self.nbytes, self.address = found.st_size, address
+        finally:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if self.nbytes:
+            _libc.munmap(self.address, self.nbytes)
+
+    def shows(self, found: os.stat_result) -> bool:
+        """Whether this still is the file found under its path, not one that was replaced."""
+        return self._identity == (found.st_dev, found.st_ino)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.restype = ctypes.c_int
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_READERS: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader}
+
+
+def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
+    """A reader of the kind asked for: ``mmap`` (no copy) or ``preadv`` (one buffer, explicit reads)."""
+    try:
+        return _READERS[kind](directory)
+    except KeyError:
+        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(_READERS)}") from None
