@@ -1,0 +1,809 @@
+"""Orders: what is in a batch, who gets it, and that a run continues where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbx_gpu.sampler import (
+    BalancedCellSampler,
+    CellSampler,
+    EpochSampler,
+    GroupedCellSampler,
+    WeightedCellSampler,
+)
+from hbx_gpu.sampler.cells import LOCALITIES, pack_lanes
+
+GROUPS = np.random.default_rng(5).permutation(np.repeat([3, 9, 4, 7, 1], [57, 8, 31, 90, 3]))
+
+
+def content(sampler: EpochSampler) -> set[tuple[int, ...]]:
+    return set(sampler)
+
+
+def rounds(samplers: Sequence[EpochSampler]) -> list[list[int]]:
+    """Batches of all ranks in global order; every rank must have as many as it says, and as the others."""
+    expected = len(samplers[0])
+    per_rank = [list(s) for s in samplers]
+    assert {len(batches) for batches in per_rank} == {expected}
+    return [list(batch) for batch in itertools.chain(*zip(*per_rank, strict=True))]
+
+
+def joined(batches: Iterable[Iterable[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def flat(samplers: Sequence[EpochSampler]) -> list[int]:
+    return joined(rounds(samplers))
+
+
+def world(make: Callable[..., EpochSampler], size: int, **options: Any) -> list[EpochSampler]:
+    return [make(rank=rank, world_size=size, **options) for rank in range(size)]
+
+
+def run_script(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+sizes = st.lists(st.integers(0, 30), max_size=8)
+
+
+@st.composite
+def group_ids(draw: st.DrawFn, min_cells: int = 0) -> np.ndarray:
+    counts = draw(sizes.filter(lambda s: sum(s) >= min_cells))
+    ids = np.repeat(np.array(draw(st.permutations(range(-2, len(counts) - 2))), np.int32), counts)
+    return np.random.default_rng(draw(st.integers(0, 9))).permutation(ids)
+
+
+@settings(deadline=None)
+@given(
+    groups=group_ids(),
+    batch_size=st.integers(1, 12),
+    locality=st.sampled_from(LOCALITIES),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 2**40),
+    workers=st.integers(0, 5),
+    block=st.integers(1, 9),
+    window=st.integers(1, 4),
+)
+def test_every_cell_once_in_full_batches(
+    groups: np.ndarray,
+    batch_size: int,
+    locality: str,
+    shuffle: bool,
+    drop_last: bool,
+    seed: int,
+    workers: int,
+    block: int,
+    window: int,
+) -> None:
+    s = CellSampler(
+        groups,
+        batch_size,
+        shuffle,
+        seed,
+        drop_last,
+        workers,
+        locality=locality,
+        block_size=block,
+        blocks_per_window=window,
+    )
+    batches = list(s)
+    n = len(groups)
+    assert len(batches) == len(s) == (n // batch_size if drop_last else -(-n // batch_size))
+    assert all(len(b) == batch_size for b in batches[:-1])
+    cells = [c for b in batches for c in b]
+    assert all(type(c) is int for c in cells)
+    assert len(set(cells)) == len(cells)
+    assert set(cells) <= set(range(n))
+    assert len(cells) == n - s.n_dropped
+    assert s.n_dropped == (n % batch_size if drop_last else 0)
+    assert batches == list(s), "the same epoch again"
+    assert batches == [tuple(b.tolist()) for b in s.batches()]
+
+
+@settings(deadline=None)
+@given(groups=group_ids(), batch_size=st.integers(1, 12), shuffle=st.booleans(), workers=st.integers(1, 5))
+def test_group_batches_are_pure_but_for_the_pooled_tails(
+    groups: np.ndarray, batch_size: int, shuffle: bool, workers: int
+) -> None:
+    s = CellSampler(groups, batch_size, shuffle, 3, num_workers=workers, locality="group")
+    pure = [len(set(groups[list(b)])) == 1 and len(b) == batch_size for b in s]
+    assert sum(pure) >= sum(np.unique(groups, return_counts=True)[1] // batch_size)
+
+
+@pytest.mark.parametrize("locality", LOCALITIES)
+def test_content_does_not_depend_on_workers(locality: str) -> None:
+    plans = [content(CellSampler(GROUPS, 8, seed=1, locality=locality, num_workers=w)) for w in (0, 1, 3, 8)]
+    assert all(plan == plans[0] for plan in plans)
+
+
+@pytest.mark.parametrize("locality", LOCALITIES)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_content_does_not_depend_on_ranks_before_the_last_round(locality: str, size: int) -> None:
+    alone = content(CellSampler(GROUPS, 8, seed=1, locality=locality))
+    shared_out = rounds(world(lambda **o: CellSampler(GROUPS, 8, seed=1, locality=locality, **o), size))
+    assert {tuple(b) for b in shared_out[:-size]} <= alone
+    if locality != "group":  # no lanes: not even the order in time depends on ranks
+        assert joined(shared_out) == flat([CellSampler(GROUPS, 8, seed=1, locality=locality)])
+
+
+def test_a_multiple_of_ranks_changes_no_batch_at_all() -> None:
+    alone = content(CellSampler(GROUPS[:184], 8, seed=1))
+    assert len(alone) == 23
+    shared_out = rounds(world(lambda **o: CellSampler(GROUPS[:184], 8, seed=1, **o), 23))
+    assert {tuple(b) for b in shared_out} == alone
+
+
+@pytest.mark.parametrize("locality", LOCALITIES)
+def test_epochs_and_seeds_differ_in_order_not_in_cells(locality: str) -> None:
+    s = CellSampler(GROUPS, 8, seed=1, locality=locality)
+    first = list(s)
+    s.set_epoch(1)
+    second = list(s)
+    assert first != second
+    assert sorted(joined(first)) == sorted(joined(second))
+    assert list(CellSampler(GROUPS, 8, seed=2, locality=locality)) != first
+    s.set_epoch(0)
+    assert list(s) == first
+
+
+@pytest.mark.parametrize("locality", LOCALITIES)
+def test_shuffle_moves_cells_of_one_group_apart(locality: str) -> None:
+    one = np.zeros(4000, np.int32)
+    s = CellSampler(one, 50, seed=1, locality=locality, block_size=10, blocks_per_window=40)
+    order = np.concatenate(list(s.batches()))
+    assert np.abs(np.diff(order)).mean() > 40
+    if locality == "block":  # a window of 400 cells comes from 40 stretches of 10
+        assert len(np.unique(order[:400] // 10)) == 40
+        assert len(np.unique(order[:50] // 10)) > 20
+        assert np.ptp(order[:400]) > 2000, "stretches from all over the group"
+
+
+def test_pooled_tails_are_shuffled_together() -> None:
+    s = CellSampler(np.repeat(np.arange(500), 3), 50, seed=1)
+    order = np.concatenate(list(s.batches()))
+    assert np.abs(np.diff(order)).mean() > 300
+
+
+def test_the_documented_generator() -> None:
+    s = CellSampler(GROUPS, 8, seed=3, locality="none")
+    s.set_epoch(2)
+    expected = np.random.default_rng(np.random.SeedSequence([3, 2])).permutation(len(GROUPS))
+    assert flat([s]) == expected.tolist()
+
+
+def test_uniform_order_is_uniform() -> None:
+    s = CellSampler(np.zeros(6, np.int32), 6, seed=0, locality="none")
+    counts = np.zeros((6, 6))
+    for epoch in range(3000):
+        s.set_epoch(epoch)
+        counts[next(iter(s)), range(6)] += 1
+    assert np.abs(counts - 500).max() < 110  # over five standard deviations of a binomial(3000, 1/6)
+
+
+def test_without_shuffle_order_is_stored_order() -> None:
+    groups = np.array([1, 0, 1, 0, 1, 0, 1])
+    assert list(CellSampler(groups, 2, False)) == [(1, 3), (0, 2), (4, 6), (5,)]
+    assert list(CellSampler(groups, 2, False, locality="block")) == [(1, 3), (5, 0), (2, 4), (6,)]
+    assert list(CellSampler(groups, 2, False, locality="none")) == [(0, 1), (2, 3), (4, 5), (6,)]
+
+
+def test_no_seed_means_a_new_order_each_time_that_a_state_still_finds_again() -> None:
+    s = CellSampler(GROUPS, 8)
+    assert list(s) != list(s)
+    it = s.batches()
+    head = [next(it) for _ in range(4)]
+    other = CellSampler(GROUPS, 8)
+    other.load_state_dict(s.state_dict())
+    tail = list(other.batches())
+    assert all(np.array_equal(a, b) for a, b in zip(it, tail, strict=True))
+    assert sorted(np.concatenate(head + tail)) == list(range(len(GROUPS)))
+
+
+def test_an_unread_state_is_the_state_of_what_comes() -> None:
+    s = CellSampler(GROUPS, 8)
+    state = s.state_dict()
+    t = CellSampler(GROUPS, 8)
+    t.load_state_dict(state)
+    assert list(s) == list(t)
+
+
+def test_empty() -> None:
+    for groups in ([], np.empty(0, np.int32)):
+        for locality in LOCALITIES:
+            s = CellSampler(groups, 4, locality=locality, seed=0)
+            assert (len(s), list(s), s.n_dropped) == (0, [], 0)
+    assert list(CellSampler([], seed=0, rank=1, world_size=3)) == []
+    assert list(WeightedCellSampler([])) == []
+    assert list(BalancedCellSampler([])) == []
+    assert list(GroupedCellSampler([])) == []
+    assert list(GroupedCellSampler([0, 1], controls=[True, True])) == []
+
+
+def lanes_of(batches: list[Any], lanes: int) -> list[list[Any]]:
+    return [batches[lane::lanes] for lane in range(lanes)]
+
+
+@settings(deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    lanes=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_packing_is_a_permutation_that_switches_groups_rarely(
+    counts: list[int], lanes: int, seed: int
+) -> None:
+    n_batches = np.array(counts)
+    ranks = np.random.default_rng(seed).permutation(len(counts))
+    order = pack_lanes(n_batches, lanes, queue_ranks=ranks)
+    assert sorted(order.tolist()) == list(range(sum(counts)))
+    group_of = np.repeat(np.arange(len(counts)), counts)
+    runs = sum(1 + np.count_nonzero(np.diff(group_of[o[o >= 0]])) for o in lanes_of(order, lanes) if len(o))
+    # Each group is one run on its lane; a lane that would run dry splits at most one run more, twice.
+    assert runs <= np.count_nonzero(n_batches) + 2 * lanes
+
+
+def test_groups_of_equal_size_keep_to_their_lane() -> None:
+    groups = np.repeat(np.arange(12), 40)
+    s = CellSampler(groups, 10, seed=2, num_workers=4)
+    for lane in lanes_of(list(s), 4):
+        runs = [g for g, _ in itertools.groupby(int(groups[b[0]]) for b in lane)]
+        assert len(runs) == 3 == len(set(runs))
+        assert all(len(set(groups[list(b)])) == 1 for b in lane)
+
+
+def test_lanes_of_ranks_and_workers() -> None:
+    groups = np.repeat(np.arange(6), 40)
+    for rank in range(3):
+        s = CellSampler(groups, 10, seed=2, num_workers=2, rank=rank, world_size=3)
+        for worker in lanes_of(list(s), 2):
+            assert len({int(groups[b[0]]) for b in worker}) == 1
+
+
+def test_largest_first_lowest_lane_on_ties() -> None:
+    # Batches per group: 3, 3, 2, 2 -> lanes {0, 2} and {1, 3}.
+    order = pack_lanes(np.array([3, 3, 2, 2]), 2, queue_ranks=np.arange(4))
+    assert order[0::2].tolist() == [0, 1, 2, 6, 7]
+    assert order[1::2].tolist() == [3, 4, 5, 8, 9]
+
+
+def test_one_huge_group_is_spread_over_all_lanes() -> None:
+    order = pack_lanes(np.array([4, 80, 4]), 4, queue_ranks=np.arange(3))
+    for lane in lanes_of(order, 4):
+        assert len(lane) == 22
+        assert np.count_nonzero((lane >= 4) & (lane < 84)) >= 18
+
+
+def make_cell(**options: Any) -> EpochSampler:
+    return CellSampler(GROUPS, **{"batch_size": 8, "seed": 4, **options})
+
+
+def make_weighted(**options: Any) -> EpochSampler:
+    weights = np.random.default_rng(1).random(150).round(1)
+    return WeightedCellSampler(weights, **{"batch_size": 8, "seed": 4, **options})
+
+
+def make_balanced(**options: Any) -> EpochSampler:
+    return BalancedCellSampler(np.tile([0, 1, 1, 2, -1], 31), **{"batch_size": 8, "seed": 4, **options})
+
+
+def make_grouped(**options: Any) -> EpochSampler:
+    labels = np.tile([0, 1, 1, 2, -1, 3], 31)
+    return GroupedCellSampler(labels, controls=labels == 3, **{"batch_size": 8, "seed": 4, **options})
+
+
+MAKERS = {"cell": make_cell, "weighted": make_weighted, "balanced": make_balanced, "grouped": make_grouped}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16, 40])
+def test_ranks_share_the_epoch_evenly_and_lose_nothing(make: Callable[..., EpochSampler], size: int) -> None:
+    batches = rounds(world(make, size))
+    assert all(batches)
+    cells = joined(batches)
+    alone = make()
+    assert sorted(cells) == sorted(flat([alone]))
+    assert max(map(len, batches)) <= 8
+    if make is not make_grouped:  # which cuts single batches
+        last = [len(b) for b in batches[-size:]]
+        assert max(last) - min(last) <= 1 or len(alone) % size == 0
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (9, 8), (8, 8), (17, 8), (33, 16), (12, 5)])
+def test_batches_of_one_cell(n: int, size: int) -> None:
+    batches = rounds(world(lambda **o: CellSampler(np.zeros(n, int), 1, seed=0, **o), size))
+    assert sorted(joined(batches)) == list(range(n))
+    assert max(map(len, batches)) <= 2
+
+
+def test_fewer_cells_than_ranks_in_the_last_round_take_from_the_round_before() -> None:
+    # 26 cells in batches of 4 on 6 ranks: one round of 24, and 2 cells for 6 ranks.
+    batches = rounds(world(lambda **o: CellSampler(np.zeros(26, int), 4, seed=0, **o), 6))
+    assert sorted(map(len, batches)) == [2] * 10 + [3] * 2
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_drop_last_counts_what_it_drops_and_says_so_once(
+    make: Callable[..., EpochSampler], size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hbx_gpu.sampler"):
+        samplers = world(make, size, drop_last=True)
+        batches = rounds(samplers)
+        samplers[0].set_epoch(1)
+        list(samplers[0])
+    assert len(caplog.records) == 1
+    assert samplers[0].n_dropped > 0
+    assert {len(b) for b in batches} == {6 if make is make_balanced else 8}
+    if make is make_grouped:  # counts labelled cells; see its own test
+        assert size > 1 or samplers[0].n_dropped == 31 % 4 + 62 % 4 + 31 % 4
+    else:
+        n = 124 if make is make_balanced else len(flat([make()]))
+        assert samplers[0].n_dropped == n - sum(map(len, batches))
+    assert str(samplers[0].n_dropped) in caplog.text
+
+
+def test_nothing_dropped_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert all(s.n_dropped == 0 for s in world(make_cell, 5))
+    assert not caplog.records
+
+
+def test_rank_from_torch_distributed(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    code = f"""
+import numpy as np, torch.distributed as dist
+from hbx_gpu.sampler import CellSampler
+groups = np.zeros(20, np.int32)
+before = CellSampler(groups, 4, seed=0)
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+s = CellSampler(groups, 4)
+assert (s.rank, s.world_size, len(s)) == (0, 1, 5)
+dist.get_rank, dist.get_world_size = lambda: 1, lambda: 2
+s = CellSampler(groups, 4, seed=0)
+assert (s.rank, s.world_size, len(s)) == (1, 2, 3), (s.rank, s.world_size)
+assert (before.rank, before.world_size) == (0, 1)
+s = CellSampler(groups, 4, rank=0, world_size=1)
+assert (s.rank, s.world_size) == (0, 1)
+dist.destroy_process_group()
+"""
+    run_script(code)
+
+
+options_of = {
+    "cell": st.fixed_dictionaries(
+        {"locality": st.sampled_from(LOCALITIES), "shuffle": st.booleans(), "batch_size": st.integers(1, 20)}
+    ),
+    "weighted": st.fixed_dictionaries({"batch_size": st.integers(1, 20), "replacement": st.booleans()}),
+    "balanced": st.fixed_dictionaries({"batch_size": st.integers(1, 20), "shuffle": st.booleans()}),
+    "grouped": st.fixed_dictionaries({"batch_size": st.integers(2, 20), "shuffle": st.booleans()}),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_what_remains_is_the_same_on_any_ranks_and_workers(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(MAKERS)))
+    options = data.draw(options_of[kind]) | {"seed": data.draw(st.integers(0, 2**33))}
+    epoch = data.draw(st.integers(0, 5))
+    expected: list[int] | None = None
+    state: dict[str, Any] | None = None
+    for _ in range(data.draw(st.integers(2, 4))):  # a run, its resumption, the resumption of that, ...
+        size, workers = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
+        samplers = world(MAKERS[kind], size, num_workers=workers, **options)
+        for s in samplers:
+            if state is not None:
+                s.load_state_dict(json.loads(json.dumps(state)))
+            s.set_epoch(epoch)
+        got = rounds(samplers)
+        cells = joined(got)
+        if expected is not None and len(expected) < size:
+            assert cells == []
+            assert samplers[0].n_dropped >= len(expected)
+            return
+        assert expected is None or cells == expected
+        step = data.draw(st.integers(0, len(got) // size))
+        state = samplers[data.draw(st.integers(0, size - 1))].state_dict(delivered=step)
+        expected = joined(got[step * size :])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_resuming_with_drop_last_goes_through_the_same_batches(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(MAKERS)))
+    before, after = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    alone = rounds([MAKERS[kind](drop_last=True, num_workers=before)])  # as many lanes
+    samplers = world(MAKERS[kind], before, drop_last=True)
+    step = data.draw(st.integers(0, len(samplers[0])))
+    list(samplers[0])
+    state = samplers[0].state_dict(delivered=step)
+    resumed = world(MAKERS[kind], after, drop_last=True)
+    for s in resumed:
+        s.load_state_dict(state)
+    if step == len(samplers[0]):
+        assert rounds(resumed) == []
+    else:
+        left = alone[step * before :]
+        assert rounds(resumed) == left[: len(left) // after * after]
+
+
+def test_state_counts_what_was_yielded_or_delivered() -> None:
+    s = make_cell()
+    everything = list(s)
+    s.set_epoch(0)
+    it = iter(s)
+    for _ in range(7):
+        next(it)
+    t = make_cell()
+    t.load_state_dict(s.state_dict())
+    assert len(t) == len(everything) - 7
+    assert list(t) == everything[7:]
+    t.load_state_dict(s.state_dict(delivered=5))
+    assert list(t) == everything[5:]
+    with pytest.raises(ValueError, match="delivered=8, but this iteration has yielded 7"):
+        s.state_dict(delivered=8)
+    with pytest.raises(ValueError, match="delivered=-1"):
+        s.state_dict(delivered=-1)
+    s.set_epoch(1)  # what a loader counted belongs to the iteration before
+    assert (s.state_dict(delivered=7)["epoch"], s.state_dict(delivered=7)["cells"]) == (1, 0)
+
+
+def test_after_the_remainder_epochs_are_whole_again() -> None:
+    s = make_cell(num_workers=3)
+    everything = list(s)
+    state = s.state_dict(delivered=20)
+    t = make_cell(num_workers=3)
+    t.load_state_dict(state)
+    t.set_epoch(0)  # as training loops do, and must not lose the place
+    assert len(t) == len(everything) - 20
+    it = iter(t)
+    assert [next(it)] == everything[20:21]
+    assert len(t) == len(everything) - 20
+    assert list(it) == everything[21:]
+    assert len(t) == len(everything)
+    assert list(t) == everything
+    t.load_state_dict(state)
+    t.set_epoch(1)
+    s.set_epoch(1)
+    assert list(t) == list(s)
+
+
+def test_state_of_a_finished_epoch_leaves_nothing() -> None:
+    s = make_cell()
+    list(s)
+    t = make_cell(rank=0, world_size=2)
+    t.load_state_dict(s.state_dict())
+    assert len(t) == 0
+    assert list(t) == []
+    assert len(list(t)) > 0
+
+
+def test_states_of_ranks_are_equal_and_small() -> None:
+    samplers = world(make_cell, 3)
+    for s in samplers:
+        it = iter(s)
+        next(it), next(it)
+    states = [json.dumps(s.state_dict()) for s in samplers]
+    assert len(set(states)) == 1
+    assert len(states[0]) < 500
+
+
+def test_resuming_takes_the_seed_of_the_state() -> None:
+    s = make_cell(seed=99)
+    everything = list(s)
+    t = make_cell(seed=1)
+    t.load_state_dict(s.state_dict(delivered=3))
+    assert t.seed == 99
+    assert list(t) == everything[3:]
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "name"),
+    [
+        (make_cell, lambda: make_cell(batch_size=9), "batch_size .saved 8, here 9"),
+        (make_cell, lambda: make_cell(locality="none"), "locality .saved group, here none"),
+        (make_cell, lambda: make_cell(shuffle=False), "shuffle"),
+        (make_cell, lambda: make_cell(drop_last=True), "drop_last"),
+        (make_cell, lambda: CellSampler(GROUPS[:-1], 8, seed=4), "groups .*; n_cells .saved 189, here 188"),
+        (make_cell, lambda: CellSampler(GROUPS[::-1], 8, seed=4), "Different: groups .saved [0-9a-f]+, here"),
+        (make_cell, make_weighted, "sampler .saved CellSampler, here WeightedCellSampler"),
+        (make_weighted, lambda: make_weighted(n_samples=9), "n_samples"),
+        (make_weighted, lambda: WeightedCellSampler(np.ones(146), 8, seed=4), "weights"),
+        (make_grouped, lambda: make_grouped(control_fraction=0.2), "controls_per_batch .saved 4, here 2"),
+    ],
+)
+def test_state_of_another_order_names_the_differences(
+    make: Callable[..., EpochSampler], other: Callable[..., EpochSampler], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"belongs to another order.*{name}"):
+        other().load_state_dict(make().state_dict())
+
+
+def test_block_sizes_matter_only_to_block_order() -> None:
+    make_cell(locality="none", block_size=3).load_state_dict(make_cell(locality="none").state_dict())
+    with pytest.raises(ValueError, match="block_size"):
+        make_cell(locality="block", block_size=3).load_state_dict(make_cell(locality="block").state_dict())
+
+
+def test_a_broken_state() -> None:
+    state = make_cell().state_dict()
+    with pytest.raises(ValueError, match="it lacks seed, cells"):
+        make_cell().load_state_dict({k: v for k, v in state.items() if k not in ("seed", "cells")})
+    with pytest.raises(ValueError, match="version 99"):
+        make_cell().load_state_dict(state | {"version": 99})
+    with pytest.raises(ValueError, match="consumed 200 cells, 11 more than the epoch has"):
+        make_cell().load_state_dict(state | {"cells": 200})
+
+
+def test_too_few_cells_left_for_more_ranks_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    s = make_cell(batch_size=6)  # 189 cells: 31 batches and 3 cells
+    list(s)
+    t = make_cell(batch_size=6, rank=0, world_size=4)
+    t.load_state_dict(s.state_dict(delivered=31))
+    assert (len(t), t.n_dropped) == (0, 3)
+    assert "3 cells remain of epoch 0, too few for 4 ranks" in caplog.text
+
+
+def test_samplers_travel_by_pickle() -> None:
+    s = make_cell()
+    it = iter(s)
+    next(it)
+    assert list(pickle.loads(pickle.dumps(s))) == list(make_cell())
+
+
+def test_torch_dataloader_with_workers_resumes_and_keeps_groups_to_workers() -> None:
+    pytest.importorskip("torch")
+    # In a process of its own: forking this one would copy whatever threads other tests have left.
+    run_script("""
+import numpy as np
+from torch.utils.data import DataLoader, Sampler, get_worker_info
+from hbx_gpu.sampler import CellSampler
+
+class Cells:
+    def __len__(self):
+        return 160
+    def __getitems__(self, cells):
+        return list(cells), get_worker_info().id
+
+def make():
+    return CellSampler(np.repeat(np.arange(4), 40), 8, seed=3, num_workers=2)
+
+def loader(sampler):
+    return DataLoader(Cells(), batch_sampler=sampler, num_workers=2, collate_fn=lambda b: b,
+                      multiprocessing_context="fork")
+
+s = make()
+assert isinstance(s, Sampler)
+plan = [list(b) for b in s]
+got = list(loader(s))
+assert [cells for cells, _ in got] == plan
+assert [worker for _, worker in got] == [0, 1] * 10
+for worker in (0, 1):
+    assert len({cell // 40 for cells, w in got if w == worker for cell in cells}) == 2
+t = make()
+t.load_state_dict(s.state_dict(delivered=5))
+resumed = loader(t)
+assert len(resumed) == 15
+assert [cells for cells, _ in resumed] == plan[5:]
+assert [cells for cells, _ in resumed] == plan
+""")
+
+
+def test_importing_needs_no_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from hbx_gpu.sampler import CellSampler
+assert list(CellSampler([0, 0, 1], 2, False)) == [(0, 1), (2,)]
+"""
+    run_script(code)
+
+
+def test_same_cells_as_homeobox(homeobox_fixtures: Path) -> None:
+    plans = json.loads((homeobox_fixtures / "sampler_plans.json").read_text())
+    for plan in plans["cell_sampler"]:
+        theirs = [tuple(b) for b in plan["batches"]]
+        names = ("batch_size", "shuffle", "seed", "drop_last", "num_workers")
+        s = CellSampler(plan["groups"], **{name: plan[name] for name in names})
+        s.set_epoch(plan["epoch"])
+        ours = list(s)
+        # Theirs has up to one partial batch per worker; ours one in all, so it never loses more.
+        assert sum(map(len, ours)) >= sum(map(len, theirs))
+        if plan["num_workers"] <= 1:
+            assert len(ours) == len(theirs) == plan["len"]
+        if not plan["drop_last"]:
+            assert len(ours) <= plan["len"]
+            assert sorted(joined(ours)) == sorted(joined(theirs))
+    for plan in plans["balanced_cell_sampler"]:
+        names = ("balance_values", "batch_size", "shuffle", "seed", "drop_last", "num_workers")
+        b = BalancedCellSampler(**{name: plan[name] for name in names})
+        b.set_epoch(plan["epoch"])
+        assert len(b) == plan["len"]
+        values = np.array(plan["balance_values"])
+        for mine, other in zip(b, plan["batches"], strict=True):
+            counts, theirs = (np.unique(values[list(x)], return_counts=True)[1] for x in (mine, other))
+            assert len(set(counts)) == 1
+            # Theirs lets larger categories go on in the last batch; ours stays balanced.
+            assert counts[0] == theirs.min()
+
+
+def test_weighted_draws_follow_the_weights() -> None:
+    weights = np.array([0.0, 1.0, 2.0, 0.0, 5.0])
+    s = WeightedCellSampler(weights, 100, n_samples=40_000, seed=1)
+    drawn = np.concatenate(list(s.batches()))
+    counts = np.bincount(drawn, minlength=5)
+    assert len(s) == 400
+    assert counts[0] == counts[3] == 0
+    np.testing.assert_allclose(counts[[1, 2, 4]] / 40_000, [1 / 8, 2 / 8, 5 / 8], atol=0.012)
+    firsts = drawn[:-1][drawn[1:] == 4]  # draws are independent: the one before a 4 is like any other
+    np.testing.assert_allclose(np.mean(firsts == 4), 5 / 8, atol=0.015)
+
+
+def test_weighted_without_replacement_takes_the_heavy_first_and_none_twice() -> None:
+    weights = np.r_[np.full(50, 9.0), np.full(50, 1.0), np.zeros(5)]
+    s = WeightedCellSampler(weights, 10, replacement=False, seed=1)
+    first = 0
+    for epoch in range(300):
+        s.set_epoch(epoch)
+        cells = np.concatenate(list(s.batches()))
+        assert sorted(cells) == list(range(100))
+        first += np.count_nonzero(cells[:1] < 50)
+    assert 0.82 < first / 300 < 0.97  # nine tenths
+    assert len(WeightedCellSampler(weights, 10, 30, False, seed=1)) == 3
+
+
+def test_balanced_draws_and_missing_labels() -> None:
+    labels = np.r_[np.zeros(900, int), np.full(90, 5), np.full(10, 2), np.full(100, -1)]
+    drawn = np.concatenate(list(WeightedCellSampler.balanced(labels, 64, n_samples=30_000, seed=0).batches()))
+    share = np.bincount(labels[drawn], minlength=6) / 30_000
+    np.testing.assert_allclose(share[[0, 2, 5]], 1 / 3, atol=0.015)
+    assert len(flat([WeightedCellSampler.balanced(labels, 64, seed=0)])) == 1000
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_balanced_batches_hold_equal_numbers(drop_last: bool) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([-1, 0, 4, 7], [9, 22, 60, 35]))
+    s = BalancedCellSampler(labels, 13, seed=1, drop_last=drop_last)
+    batches = list(s)
+    assert [len(b) for b in batches] == [12] * 5 + [6] * (not drop_last)
+    for batch in batches:
+        assert set(np.unique(labels[list(batch)], return_counts=True)[1]) == {len(batch) // 3}
+    cells = joined(batches)
+    assert len(set(cells)) == len(cells)
+    assert s.n_dropped == 117 - len(cells)
+
+
+LABELS = np.random.default_rng(3).integers(-1, 6, 700)
+DONORS = np.random.default_rng(4).integers(0, 4, 700)
+CONTROLS = LABELS == 5
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7])
+def test_grouped_batches_hold_one_combination_and_matched_controls(size: int) -> None:
+    samplers = world(
+        lambda **o: GroupedCellSampler(
+            LABELS, 16, controls=CONTROLS, match=DONORS, control_fraction=0.25, seed=2, **o
+        ),
+        size,
+    )
+    batches = rounds(samplers)
+    targets = []
+    for batch in map(np.array, batches):
+        assert len(batch) <= 16
+        target, control = batch[~CONTROLS[batch]], batch[CONTROLS[batch]]
+        assert len(np.unique(LABELS[target])) == 1
+        strays = ~np.isin(DONORS[control], DONORS[target])
+        # A batch cut smaller for the last round may begin with the control of the part before.
+        assert not strays.any() or (size > 1 and CONTROLS[batch[0]] and strays.sum() == strays[0])
+        assert len(set(control)) == len(control), "the pool is not scarce"
+        assert abs(len(control) - 0.25 * len(batch)) <= 1
+        targets.extend(target.tolist())
+    assert sorted(targets) == np.flatnonzero((LABELS >= 0) & ~CONTROLS).tolist()
+
+
+def test_grouped_controls_follow_the_donors_of_the_batch() -> None:
+    s = GroupedCellSampler(LABELS, 40, controls=CONTROLS, match=DONORS, seed=2)
+    for batch in s.batches():
+        target, control = batch[~CONTROLS[batch]], batch[CONTROLS[batch]]
+        a, b = (np.bincount(DONORS[x], minlength=4) for x in (target, control))
+        np.testing.assert_array_equal(a, b)  # one control for each target
+
+
+def test_grouped_scarce_controls_repeat_evenly() -> None:
+    labels = np.r_[np.zeros(60, int), [1, 1, 1]]
+    s = GroupedCellSampler(labels, 20, controls=labels == 1, seed=0)
+    drawn = np.concatenate(list(s.batches()))
+    assert set(np.bincount(drawn)[60:]) == {20}
+    assert set(np.bincount(drawn)[:60]) == {1}
+
+
+def test_grouped_without_controls_and_with_combinations() -> None:
+    for labels in (np.stack([LABELS, DONORS], 1), [LABELS, DONORS], (LABELS.tolist(), DONORS.tolist())):
+        s = GroupedCellSampler(labels, 7, seed=0)
+        batches = [np.array(b) for b in s]
+        for batch in batches:
+            assert len(np.unique(LABELS[batch] * 10 + DONORS[batch])) == 1
+        assert sorted(np.concatenate(batches)) == np.flatnonzero(LABELS >= 0).tolist()
+        sizes_by_label: dict[int, set[int]] = {}
+        for batch in batches:
+            sizes_by_label.setdefault(int(LABELS[batch[0]] * 10 + DONORS[batch[0]]), set()).add(len(batch))
+        assert all(max(v) - min(v) <= 1 for v in sizes_by_label.values())
+
+
+def test_grouped_drop_last_keeps_full_batches_of_changing_cells() -> None:
+    s = GroupedCellSampler(LABELS, 16, controls=CONTROLS, seed=2, drop_last=True)
+    seen = set()
+    for epoch in range(6):
+        s.set_epoch(epoch)
+        batches = list(s)
+        assert {len(b) for b in batches} == {16}
+        assert {len(np.unique(LABELS[list(b)])) for b in batches} == {2}, "one label and the controls'"
+        seen.update(joined(batches))
+    n_targets = np.bincount(LABELS[(LABELS >= 0) & ~CONTROLS])
+    assert len(batches) == (n_targets // 8).sum()
+    assert s.n_dropped == (n_targets % 8).sum()
+    assert seen == set(np.flatnonzero(LABELS >= 0))
+
+
+def test_grouped_missing_codes_and_unmatched_cells() -> None:
+    labels, donors = np.array([0, 0, -1, 1, 1, 9, -1]), np.array([0, 0, 0, 0, -1, 0, 0])
+    controls = np.array([0, 0, 0, 0, 0, 1, 1], bool)
+    s = GroupedCellSampler(labels, 4, controls=controls, match=donors, seed=0)
+    assert set(flat([s])) == {0, 1, 3, 5, 6}, "no label: 2; no donor: 4; controls need no label: 6"
+    donors[0] = 8
+    with pytest.raises(ValueError, match=r"1 labelled cells have no control .* 1 of the match combinations"):
+        GroupedCellSampler(labels, 4, controls=controls, match=donors, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: CellSampler(GROUPS, 0), "batch_size must be at least 1, got 0"),
+        (lambda: CellSampler(GROUPS, num_workers=-1), "num_workers must be at least 0"),
+        (lambda: CellSampler(GROUPS, seed=-1), "seed must be at least 0"),
+        (lambda: CellSampler(GROUPS).set_epoch(-1), "epoch must be at least 0"),
+        (lambda: CellSampler(GROUPS, locality="chunk"), "'chunk'; choose one of 'group', 'block', 'none'"),
+        (lambda: CellSampler(GROUPS, block_size=0), "block_size must be at least 1"),
+        (lambda: CellSampler(GROUPS.reshape(-1, 1)), r"groups_np must be one-dimensional.*\(189, 1\)"),
+        (lambda: CellSampler(GROUPS * 1.0), "groups_np must be integer codes, got dtype float64"),
+        (lambda: CellSampler(GROUPS, seed=1, rank=2, world_size=2), r"rank must lie in 0 \.\. 1 .*got 2"),
+        (lambda: CellSampler(GROUPS, seed=1, rank=1), "both rank and world_size"),
+        (lambda: CellSampler(GROUPS, rank=0, world_size=2), "pass the same seed on all ranks"),
+        (lambda: CellSampler([0, 0], 4, seed=0, rank=0, world_size=3), "2 cells cannot be shared among 3"),
+        (lambda: WeightedCellSampler([1.0, -0.5]), "1 of 2 are not, the first is -0.5 at position 1"),
+        (lambda: WeightedCellSampler([1.0, np.nan]), "finite"),
+        (lambda: WeightedCellSampler([[1.0]]), "one-dimensional"),
+        (lambda: WeightedCellSampler([0.0, 0.0]), "all 2 weights are 0"),
+        (lambda: WeightedCellSampler([1.0, 0.0], 1, 2, False), "n_samples=2 without replacement, but 1"),
+        (lambda: WeightedCellSampler.balanced([0, -2]), "labels must be codes, -1 .missing. or above"),
+        (lambda: BalancedCellSampler([0.5]), "balance_values must be integer"),
+        (lambda: GroupedCellSampler([0, 1], controls=[0, 1]), "boolean mask of 2 cells"),
+        (lambda: GroupedCellSampler([0, 1], match=[0, 1]), "there are no controls"),
+        (lambda: GroupedCellSampler([0, 1], 1, controls=[True, False]), "at least 2"),
+        (lambda: GroupedCellSampler([0, 1], controls=[True, False], control_fraction=1), "between 0 and 1"),
+        (lambda: GroupedCellSampler([0, 1], controls=[True, False], match=[0]), "match holds 1 cells"),
+        (lambda: GroupedCellSampler([[0, 1], [0]]), "equal length"),
+        (lambda: GroupedCellSampler([0, 1], controls=[False, False]), "no control to go with them"),
+    ],
+)
+def test_errors_say_what_was_found(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_sizes_must_be_integers() -> None:
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
+        CellSampler(GROUPS, 2.5)  # type: ignore[arg-type]
