@@ -1,0 +1,584 @@
+"""Datasets, collates and `make_loader`: the names a training script imports.
+
+Importing this module pulls in NumPy and the reading rooms only: it is what a spawned worker imports.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from hbx_gpu import dataset_state
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, SparseBatch
+from hbx_gpu.errors import CorruptDataError, UnsupportedError
+from hbx_gpu.plan import plan_rows, source_table
+from hbx_gpu.source import ObsColumns, RowIndex, Source
+
+if TYPE_CHECKING:
+    from hbx_gpu.engine.host import HostEngine
+    from hbx_gpu.loader import CellLoader
+    from hbx_gpu.storage.chunks import ChunkDirectory
+    from hbx_gpu.storage.readers import Reader
+
+__all__ = [
+    "CellDataset",
+    "DenseBatch",
+    "MultimodalBatch",
+    "MultimodalCellDataset",
+    "SparseBatch",
+    "dense_to_tensor_collate",
+    "make_loader",
+    "multimodal_to_dense_collate",
+    "sparse_to_csr_collate",
+    "sparse_to_dense_collate",
+]
+
+
+class Recipe(Protocol):
+    """What a dataset was made from; small, picklable, and enough to make it again."""
+
+    def rebuild(self) -> CellDataset: ...
+
+
+class CellDataset:
+    """Map-style dataset over the cells of one sparse feature space.
+
+    Made by :meth:`hbx_gpu.atlas.AtlasQuery.to_cell_dataset`. Rows are numbered in query order.
+
+    Parameters
+    ----------
+    sources
+        The stored matrices; `rows.source` counts in them.
+    rows
+        Where each row lies.
+    layer
+        Name of the layer that becomes `values`.
+    n_features
+        Width of the dense matrix.
+    feature_uids
+        (n_features,) uid of every output column.
+    obs
+        Metadata columns of the rows and their vocabularies.
+    recipe
+        How to make this dataset again in a process that cannot map its arrays; None: pickles whole.
+    feature_space
+        Name of the feature space.
+    reader
+        ``"mmap"`` or ``"preadv"``: how compressed bytes are read.
+
+    Attributes
+    ----------
+    n_cells, n_features
+        Shape of the whole as one dense matrix.
+    feature_uids
+        (n_features,) object array: which column is which.
+    groups_np
+        int32, (n_cells,). Stored matrix of every row; what samplers keep together.
+    categories
+        Vocabulary of every metadata column that batches carry as codes.
+    dtype
+        dtype of batch values: one for the whole dataset.
+
+    Raises
+    ------
+    CorruptDataError
+        A row points outside its arrays, or a layer is not as long as its index.
+    UnsupportedError
+        A Source is dense.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rows: RowIndex,
+        *,
+        layer: str,
+        n_features: int,
+        feature_uids: np.ndarray,
+        obs: ObsColumns | None = None,
+        recipe: Recipe | None = None,
+        feature_space: str = "",
+        reader: str = "mmap",
+    ) -> None:
+        _check_rows(sources, rows, layer)
+        self._sources = list(sources)
+        self._rows = rows
+        self._obs = obs or ObsColumns()
+        self._recipe = recipe
+        self._reader_kind = reader
+        self.layer = layer
+        self.feature_space = feature_space
+        self.n_features = int(n_features)
+        self.feature_uids = feature_uids
+        self._spill: str | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Open what does not travel: chunk tables, files and the engine."""
+        from hbx_gpu.engine.host import HostEngine
+        from hbx_gpu.storage.chunks import ChunkDirectory
+        from hbx_gpu.storage.readers import open_reader
+
+        table = source_table(self._sources, [self.layer], self.n_features)
+        layouts = [
+            layout
+            for source in self._sources
+            if source.index is not None
+            for layout in (source.index, source.layers[self.layer])
+        ]
+        dtypes = {source.layers[self.layer].dtype for source in self._sources}
+        self.dtype = np.result_type(*dtypes) if dtypes else np.dtype(np.float32)
+        self._table = table
+        self._directory: ChunkDirectory = ChunkDirectory(layouts)
+        self._reader: Reader = open_reader(self._reader_kind, self._directory)
+        self._engine: HostEngine = HostEngine(table, self._directory, [self.dtype])
+
+    @property
+    def n_cells(self) -> int:
+        return len(self._rows)
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        return self._rows.source
+
+    @property
+    def n_groups(self) -> int:
+        return len(self._sources)
+
+    @property
+    def present(self) -> np.ndarray:
+        """bool, (n_cells,). Which rows have this modality; all, unless it is part of a multimodal dataset."""
+        return self._rows.source >= 0
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        return self._obs.categories
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The requested metadata of all rows: numbers as stored, codes where `categories` has the name."""
+        return self._obs.columns
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __repr__(self) -> str:
+        return (
+            f"CellDataset({self.n_cells:,} cells x {self.n_features:,} features of "
+            f"{self.feature_space or 'one space'}, layer {self.layer!r} ({self.dtype}), "
+            f"{len(self._sources)} groups)"
+        )
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> SparseBatch:
+        """A batch of the rows asked for; one row number gives a batch of one row."""
+        if isinstance(rows, slice):
+            rows = np.arange(self.n_cells)[rows]
+        elif isinstance(rows, int | np.integer):
+            rows = [int(rows)]
+        return self.__getitems__(rows)
+
+    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> SparseBatch:
+        """One batch of `rows`, in the order asked; negative and repeated numbers are fine.
+
+        Raises
+        ------
+        IndexError
+            A row number is outside ``[-n_cells, n_cells)``.
+        CorruptChunkError
+            A chunk that holds one of the rows cannot be decoded.
+        """
+        return self.read_batches([rows])[0]
+
+    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[SparseBatch]:
+        """Several batches under one plan: a chunk that many of them need is read and decoded once.
+
+        Parameters
+        ----------
+        batches
+            Row numbers of each batch.
+
+        Returns
+        -------
+        list of SparseBatch
+            Their arrays are views of one allocation.
+        """
+        selections = [self.row_numbers(rows) for rows in batches]
+        selection = np.concatenate([*selections, np.empty(0, np.int64)])
+        plan = plan_rows(self._table, self._rows, selection)
+        slab = self._reader.read(self._directory.extents(plan.chunks))
+        indices, (values,), offsets = self._engine.csr(plan, slab)
+        metadata = {name: column[selection] for name, column in self._obs.columns.items()}
+        result, row = [], 0
+        for part in selections:
+            stop = row + len(part)
+            first, last = offsets[row], offsets[stop]
+            result.append(
+                SparseBatch(
+                    indices=indices[first:last],
+                    values=values[first:last],
+                    offsets=offsets[row : stop + 1] - first,
+                    n_features=self.n_features,
+                    metadata={k: v[row:stop] for k, v in metadata.items()} or None,
+                )
+            )
+            row = stop
+        return result
+
+    def row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Row numbers as int64 in ``[0, n_cells)``."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1:
+            raise IndexError(f"row numbers must be one-dimensional, got shape {rows.shape}")
+        if rows.size == 0:
+            return np.empty(0, np.int64)
+        if rows.dtype == bool:
+            if len(rows) != self.n_cells:
+                raise IndexError(f"a boolean mask needs {self.n_cells} entries, got {len(rows)}")
+            return np.flatnonzero(rows)
+        if rows.dtype.kind not in "iu":
+            raise IndexError(f"row numbers must be integers, got {rows.dtype}")
+        rows = rows.astype(np.int64, copy=False)
+        low, high = rows.min(), rows.max()
+        if low < -self.n_cells or high >= self.n_cells:
+            bad = low if low < -self.n_cells else high
+            raise IndexError(f"row {bad} is out of range for a dataset of {self.n_cells} cells")
+        return np.where(rows < 0, rows + self.n_cells, rows) if low < 0 else rows
+
+    def close(self) -> None:
+        """Close the files; the dataset opens them again when it is read again."""
+        self._reader.close()
+
+    # -- crossing to another process ---------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._recipe is None:
+            return {"whole": self._state(), "rows": self._rows, "obs": self._obs.columns}
+        if self._spill is None:
+            arrays = {"source": self._rows.source, "start": self._rows.start, "length": self._rows.length}
+            plain = {k: v for k, v in self._obs.columns.items() if v.dtype != object}
+            arrays |= {f"column-{i}": column for i, column in enumerate(plain.values())}
+            objects = {k: v for k, v in self._obs.columns.items() if v.dtype == object}
+            try:
+                self._spill = dataset_state.spill(self, arrays, (self._state(), list(plain), objects))
+            except OSError:  # no room: the receiver runs the query again
+                return {"recipe": self._recipe, "spill": None}
+        return {"recipe": self._recipe, "spill": self._spill}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "_sources": self._sources,
+            "_recipe": self._recipe,
+            "_reader_kind": self._reader_kind,
+            "categories": self._obs.categories,
+            "layer": self.layer,
+            "feature_space": self.feature_space,
+            "n_features": self.n_features,
+            "feature_uids": self.feature_uids,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "whole" in state:
+            self._restore(state["whole"], state["rows"], state["obs"])
+            return
+        try:
+            if state["spill"] is None:
+                raise FileNotFoundError
+            arrays, (fields, names, columns) = dataset_state.unspill(state["spill"])
+        except FileNotFoundError:
+            self.__dict__.update(state["recipe"].rebuild().__dict__)
+            return
+        rows = RowIndex(arrays["source"], arrays["start"], arrays["length"])
+        columns |= {name: arrays[f"column-{i}"] for i, name in enumerate(names)}
+        self._restore(fields, rows, columns)
+        self._spill = state["spill"]
+
+    def _restore(self, fields: dict[str, Any], rows: RowIndex, columns: dict[str, np.ndarray]) -> None:
+        fields = dict(fields)
+        self._rows = rows
+        self._obs = ObsColumns(columns, fields.pop("categories"))
+        self._spill = None
+        self.__dict__.update(fields)
+        self._open()
+
+
+class MultimodalCellDataset:
+    """Several feature spaces of the same cells; a cell without a modality has an empty row there.
+
+    Made by :meth:`hbx_gpu.atlas.AtlasQuery.to_multimodal_dataset`.
+
+    Parameters
+    ----------
+    datasets
+        One dataset per field over the same rows, absent ones included (their source is -1). Metadata is
+        taken from the first.
+
+    Attributes
+    ----------
+    n_cells
+        Rows of the query, whatever they have measured.
+    n_features
+        Width per field.
+    groups_np
+        int32, (n_cells,). Stored matrix of every row in the first field; rows that lack it form one group
+        more.
+    """
+
+    def __init__(self, datasets: Mapping[str, CellDataset]) -> None:
+        if not datasets:
+            raise ValueError("a multimodal dataset needs at least one feature space")
+        self.datasets = dict(datasets)
+        sizes = {name: len(dataset) for name, dataset in self.datasets.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"all fields must number the same rows, got {sizes}")
+        self._first = next(iter(self.datasets.values()))
+
+    @property
+    def n_cells(self) -> int:
+        return len(self._first)
+
+    @property
+    def n_features(self) -> dict[str, int]:
+        return {name: dataset.n_features for name, dataset in self.datasets.items()}
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        groups = self._first.groups_np
+        return np.where(groups < 0, self._first.n_groups, groups).astype(np.int32)
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        return self._first.categories
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> MultimodalBatch:
+        if isinstance(rows, slice):
+            rows = np.arange(self.n_cells)[rows]
+        elif isinstance(rows, int | np.integer):
+            rows = [int(rows)]
+        return self.__getitems__(rows)
+
+    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> MultimodalBatch:
+        """One batch of `rows`, in the order asked, every modality with a row for every cell."""
+        selection = self._first.row_numbers(rows)
+        batches = {name: dataset.__getitems__(selection) for name, dataset in self.datasets.items()}
+        metadata = batches[next(iter(batches))].metadata
+        for batch in batches.values():
+            batch.metadata = None
+        return MultimodalBatch(
+            modalities=dict(batches),
+            present={name: dataset.present[selection] for name, dataset in self.datasets.items()},
+            metadata=metadata,
+            n_cells=len(selection),
+        )
+
+
+def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
+    """Every segment lies inside its Source's arrays, and these agree in length."""
+    lengths = np.empty(len(sources) + 1, dtype=np.int64)
+    lengths[-1] = 0  # rows without the modality (source -1) hold nothing
+    for i, source in enumerate(sources):
+        if source.index is None:
+            raise UnsupportedError(
+                f"group {source.name!r} is a dense matrix; this release reads sparse feature spaces only"
+            )
+        lengths[i] = source.index.shape[0]
+        stored = source.layers[layer].shape[0]
+        if stored != lengths[i]:
+            raise CorruptDataError(
+                f"group {source.name!r}: layer {layer!r} holds {stored} elements but the column indices "
+                f"hold {lengths[i]}; the two must be parallel"
+            )
+    if not len(rows):
+        return
+    if rows.source.min() < -1 or rows.source.max() >= len(sources):
+        raise ValueError(f"row sources must lie in [-1, {len(sources)})")
+    stop = rows.start + rows.length
+    bad = (rows.source >= 0) & ((rows.start < 0) | (rows.length < 0) | (stop > lengths[rows.source]))
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        source = sources[rows.source[i]]
+        raise CorruptDataError(
+            f"row {i} points at elements [{rows.start[i]}, {stop[i]}) of group {source.name!r}, "
+            f"whose arrays hold {lengths[rows.source[i]]}"
+        )
+
+
+# -- collates --------------------------------------------------------------------------------------
+
+
+def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
+    """A sparse batch as a dense tensor.
+
+    Parameters
+    ----------
+    batch
+        Rows of a sparse feature space. Columns that repeat within a row are summed.
+
+    Returns
+    -------
+    dict
+        ``X``: float32 CPU tensor (n_rows, n_features); counts above 2**24 lose precision. Beside it one
+        entry per metadata column: a tensor for numeric columns and codes, else the NumPy array.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    import torch
+
+    from hbx_gpu.engine.host import densify
+
+    x = np.empty((len(batch), batch.n_features), dtype=np.float32)
+    densify(batch.offsets, batch.indices, batch.values, x)
+    return {"X": torch.from_numpy(x), **_metadata_tensors(batch.metadata)}
+
+
+def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
+    """A sparse batch as a ``torch.sparse_csr_tensor``.
+
+    Returns
+    -------
+    dict
+        ``X``: float32 sparse CSR tensor (n_rows, n_features), int64 indices, ascending and unique within
+        each row (repeated columns are summed), as torch requires. Metadata as in
+        :func:`sparse_to_dense_collate`.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    import torch
+    from scipy.sparse import csr_matrix
+
+    shape = (len(batch), batch.n_features)
+    # A copy: canonical form is made in place, and the batch may share its arrays.
+    matrix = csr_matrix(
+        (batch.values.astype(np.float32), batch.indices.astype(np.int64), batch.offsets), shape=shape
+    )
+    matrix.sum_duplicates()
+    with warnings.catch_warnings():
+        # torch announces once per process that CSR is in beta; every user of this collate knows.
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        tensor = torch.sparse_csr_tensor(
+            torch.from_numpy(matrix.indptr.astype(np.int64)),
+            torch.from_numpy(matrix.indices.astype(np.int64)),
+            torch.from_numpy(matrix.data),
+            size=shape,
+            check_invariants=False,  # canonical by construction
+        )
+    return {"X": tensor, **_metadata_tensors(batch.metadata)}
+
+
+def dense_to_tensor_collate(batch: DenseBatch) -> dict[str, Any]:
+    """A dense batch as a tensor of its own dtype, without a copy.
+
+    Returns
+    -------
+    dict
+        ``X``: tensor (n_rows, n_features) or (n_rows, *per_cell_shape). Metadata as in
+        :func:`sparse_to_dense_collate`.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    import torch
+
+    return {"X": torch.from_numpy(batch.data), **_metadata_tensors(batch.metadata)}
+
+
+def multimodal_to_dense_collate(batch: MultimodalBatch) -> dict[str, Any]:
+    """A multimodal batch as dense tensors and presence masks.
+
+    Returns
+    -------
+    dict
+        ``batch[space]["X"]``: tensor (n_cells, n_features), float32 for sparse spaces and the stored dtype
+        for dense ones; ``batch["present"][space]``: bool tensor (n_cells,); ``batch["metadata"][column]`` if
+        metadata was requested.
+
+    Raises
+    ------
+    ValueError
+        A feature space is called ``present`` or ``metadata``.
+    """
+    import torch
+
+    result: dict[str, Any] = {
+        "present": {name: torch.from_numpy(mask) for name, mask in batch.present.items()}
+    }
+    if batch.metadata is not None:
+        result["metadata"] = _metadata_tensors(batch.metadata)
+    for name, part in batch.modalities.items():
+        if name in ("present", "metadata"):
+            raise ValueError(f"a field called {name!r} would overwrite the batch's own entry of that name")
+        if isinstance(part, SparseBatch):
+            x = sparse_to_dense_collate(part)["X"]
+        else:
+            x = dense_to_tensor_collate(part)["X"]
+        result[name] = {"X": x}
+    return result
+
+
+def _metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    import torch
+
+    if metadata and "X" in metadata:
+        raise ValueError(
+            "the metadata column 'X' would overwrite the data in the batch; "
+            "leave it out of metadata_columns, or write a collate of your own"
+        )
+    return {
+        name: torch.from_numpy(column) if column.dtype.kind in "iuf" else column
+        for name, column in (metadata or {}).items()
+    }
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def make_loader(
+    dataset: CellDataset,
+    sampler: Any,
+    collate_fn: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+) -> CellLoader:
+    """Iterate batches of `dataset` in the order of `sampler`, read and decoded ahead.
+
+    Parameters
+    ----------
+    dataset
+        What to load.
+    sampler
+        Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, or any torch
+        batch sampler. Its `num_workers`, if it has one, is the default below.
+    collate_fn
+        Applied to every batch; None hands out the batch objects themselves.
+    **kwargs
+        ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
+        ``threads``: threads when num_workers is 0 (default: the cores this process may use).
+        ``window``: batches under one plan when num_workers is 0 (default: as many as make 4,096 rows).
+        Anything else goes to ``torch.utils.data.DataLoader``.
+
+    Returns
+    -------
+    CellLoader
+        A ``torch.utils.data.DataLoader`` with ``state_dict``, ``load_state_dict``, ``set_epoch`` and
+        ``close``. An error of a thread or worker is raised by the next ``next()``.
+
+    Raises
+    ------
+    ValueError
+        `batch_size`, `shuffle`, `drop_last` or `batch_sampler` among the keywords: the sampler decides these.
+    """
+    from hbx_gpu.loader import CellLoader
+
+    return CellLoader(dataset, sampler, collate_fn, **kwargs)

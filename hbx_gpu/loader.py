@@ -1,0 +1,213 @@
+"""The iterable a training loop sees: batches in sampler order, made ahead of it.
+
+Owns threads, queues and the position within an epoch; knows nothing of how a batch is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+ROWS_PER_WINDOW = 4096
+_DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class CellLoader(DataLoader):
+    """A torch DataLoader that reads ahead with threads (num_workers 0) or spawned workers, and resumes.
+
+    See :func:`hbx_gpu.dataloader.make_loader` for the parameters.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Any,
+        collate_fn: Callable[[Any], Any] | None = None,
+        *,
+        num_workers: int | None = None,
+        threads: int | None = None,
+        window: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        wrong = [name for name in _DECIDED_BY_SAMPLER if name in kwargs]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
+        if num_workers is None:
+            num_workers = int(getattr(sampler, "num_workers", 0))
+        if num_workers > 0:
+            # Spawn: forked children of a process with threads and open files hang or corrupt.
+            kwargs = {"multiprocessing_context": "spawn", "persistent_workers": True} | kwargs
+        super().__init__(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate_fn or _identity,
+            num_workers=num_workers,
+            **kwargs,
+        )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 batch, got {window}")
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._window = window or max(
+            1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW))
+        )
+        self._live: list[_ReadAhead] = []
+        self._delivered = 0
+        self._skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._delivered = 0
+        skip, self._skip = self._skip, 0
+        if self.num_workers > 0:
+            batches: Iterator[Any] = islice(super().__iter__(), skip, None)
+        else:
+            batches = self._read_ahead(skip)
+        return self._counted(batches, skip)
+
+    def _counted(self, batches: Iterator[Any], skip: int) -> Iterator[Any]:
+        self._delivered = skip
+        try:
+            for batch in batches:
+                # Counted before it is handed over: a state saved by the consumer includes this batch.
+                self._delivered += 1
+                yield batch
+        finally:
+            if isinstance(batches, _ReadAhead):
+                batches.close()
+                if batches in self._live:
+                    self._live.remove(batches)
+
+    def _read_ahead(self, skip: int) -> _ReadAhead:
+        sampler: Any = self.batch_sampler
+        order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
+        ahead = _ReadAhead(self._make, islice(order, skip, None), threads=self._threads, window=self._window)
+        self._live.append(ahead)
+        return ahead
+
+    def _make(self, selections: list[np.ndarray]) -> list[Any]:
+        collate: Callable[[Any], Any] = self.collate_fn
+        read_batches = getattr(self.dataset, "read_batches", None)
+        if read_batches is None:
+            return [collate(self.dataset.__getitems__(rows)) for rows in selections]  # type: ignore[attr-defined]
+        return [collate(batch) for batch in read_batches(selections)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; handed to the sampler."""
+        self._delivered = 0
+        set_epoch = getattr(self.batch_sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch handed over: small, picklable, independent of read-ahead.
+
+        Restored with :meth:`load_state_dict` into a loader over the same cells, it resumes with the next
+        batch, also with another number of workers or ranks.
+        """
+        sampler: Any = self.batch_sampler
+        if hasattr(sampler, "state_dict"):
+            return {"sampler": sampler.state_dict(delivered=self._delivered)}
+        return {"delivered": self._delivered}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state` at the next iteration.
+
+        Raises
+        ------
+        ValueError
+            The state belongs to other cells, or to a loader with another kind of sampler.
+        """
+        sampler: Any = self.batch_sampler
+        if hasattr(sampler, "load_state_dict") != ("sampler" in state):
+            raise ValueError(
+                f"this state holds {sorted(state)}, but the loader's sampler is a {type(sampler).__name__}; "
+                "load it into a loader made with the same kind of sampler"
+            )
+        self._delivered = 0
+        if "sampler" in state:
+            sampler.load_state_dict(state["sampler"])
+        else:
+            self._skip = int(state["delivered"])
+
+    def close(self) -> None:
+        """Stop reading ahead and end the threads; running iterations stop."""
+        for ahead in list(self._live):
+            ahead.close()
+        self._live.clear()
+        workers: Any = getattr(self, "_iterator", None)
+        if workers is not None and hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+            self._iterator = None
+
+    def __enter__(self) -> CellLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _ReadAhead:
+    """Makes windows of batches on threads, a bounded number ahead, and hands them over in order."""
+
+    def __init__(
+        self,
+        make: Callable[[list[np.ndarray]], list[Any]],
+        order: Iterator[np.ndarray],
+        *,
+        threads: int,
+        window: int,
+    ) -> None:
+        self._make, self._order, self._window = make, order, window
+        # One window being consumed, one made per thread, one waiting.
+        self._depth = threads + 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-loader")
+        self._pending: deque[Future[list[Any]]] = deque()
+        self._ready: deque[Any] = deque()
+        self._closed = False
+
+    def __iter__(self) -> _ReadAhead:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ready:
+            try:
+                self._refill()
+                if not self._pending:
+                    raise StopIteration
+                self._ready.extend(self._pending.popleft().result())
+                self._refill()
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.popleft()
+
+    def _refill(self) -> None:
+        while not self._closed and len(self._pending) < self._depth:
+            rows = list(islice(self._order, self._window))
+            if not rows:
+                return
+            self._pending.append(self._pool.submit(self._make, rows))
+
+    def close(self) -> None:
+        """End the threads; returns when the last running window is done."""
+        if not self._closed:
+            self._closed = True
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pending.clear()
+            self._ready.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()

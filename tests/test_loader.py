@@ -1,0 +1,235 @@
+"""The loader: order, read-ahead, errors, shutdown, workers, resume."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
+from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.sampler import CellSampler
+from tests.matrices import expected_dense
+from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
+    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return expected_dense(make_groups(), N_FEATURES)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-loader")]
+
+
+def sampler_for(dataset: CellDataset, **kwargs: object) -> CellSampler:
+    options: dict[str, object] = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none"} | kwargs
+    return CellSampler(dataset.groups_np, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("threads", "window"), [(1, 1), (2, 1), (2, 3), (3, 50), (None, None)])
+@pytest.mark.parametrize("locality", ["none", "group"])
+def test_batches_follow_the_sampler(
+    dataset: CellDataset, expected: np.ndarray, threads: int | None, window: int | None, locality: str
+) -> None:
+    sampler = sampler_for(dataset, locality=locality)
+    loader = make_loader(dataset, sampler, sparse_to_dense_collate, threads=threads, window=window)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        order = list(sampler)
+        got = list(loader)
+        assert len(loader) == len(got) == len(order)
+        for rows, batch in zip(order, got, strict=True):
+            assert np.array_equal(batch["X"].numpy(), expected[list(rows)])
+            assert batch["score"].tolist() == np.linspace(0, 1, 120)[list(rows)].tolist()
+    assert not loader_threads()
+
+
+def test_without_collate_batches_come_as_they_are(dataset: CellDataset) -> None:
+    batches = list(make_loader(dataset, sampler_for(dataset)))
+    assert sum(len(batch) for batch in batches) == 120
+    assert batches[0].n_features == N_FEATURES
+
+
+def test_any_torch_batch_sampler_works(dataset: CellDataset, expected: np.ndarray) -> None:
+    sampler = BatchSampler(SequentialSampler(range(120)), 50, drop_last=False)
+    loader = make_loader(dataset, sampler, sparse_to_dense_collate)
+    assert isinstance(loader, DataLoader)
+    assert torch.equal(torch.cat([b["X"] for b in loader]), torch.from_numpy(expected).float())
+
+
+def test_spawned_workers_give_the_same_batches(dataset: CellDataset) -> None:
+    sampler = sampler_for(dataset, num_workers=2)
+    plain = [b["X"] for b in make_loader(dataset, sampler, sparse_to_dense_collate, num_workers=0)]
+    with make_loader(dataset, sampler, sparse_to_dense_collate) as loader:
+        assert loader.num_workers == 2
+        for _ in range(2):  # persistent: the second epoch starts no process
+            assert all(torch.equal(a, b["X"]) for a, b in zip(plain, loader, strict=True))
+
+
+def test_errors_reach_the_consumer(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_groups())
+    path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
+    path.write_bytes(path.read_bytes()[:-1])
+    sampler = sampler_for(dataset, locality="group", shuffle=False)
+    batches = iter(make_loader(dataset, sampler, sparse_to_dense_collate, threads=2, window=1))
+    with pytest.raises(CorruptChunkError, match="g1/csr/layers/counts"):
+        list(batches)
+    assert next(batches, None) is None  # it ended; it does not hang
+    assert not loader_threads()
+
+
+def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_groups())
+    for path in (tmp_path / "g1/csr/indices/c").iterdir():
+        path.write_bytes(b"\\0" * 7)
+    with (
+        make_loader(dataset, sampler_for(dataset, num_workers=1), timeout=60) as loader,
+        pytest.raises(CorruptChunkError),
+    ):
+        list(loader)
+
+
+class Slow:
+    """A dataset whose batches take their time; counts how many were made."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.seconds, self.made = seconds, 0
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitems__(self, rows: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds)
+        self.made += 1
+        return np.asarray(rows)
+
+
+def slow_loader(dataset: Slow, **kwargs: object) -> Iterator[np.ndarray]:
+    sampler = CellSampler(np.zeros(1000, np.int32), batch_size=10, shuffle=False, num_workers=0)
+    return make_loader(dataset, sampler, window=1, **kwargs)  # type: ignore[arg-type, return-value]
+
+
+def test_leaving_early_leaves_no_thread() -> None:
+    dataset = Slow()
+    for _ in slow_loader(dataset, threads=2):
+        break
+    gc.collect()
+    assert not loader_threads()
+    assert dataset.made < 10
+
+
+def test_close_ends_a_running_iteration() -> None:
+    loader = slow_loader(Slow(), threads=2)
+    batches = iter(loader)
+    next(batches)
+    loader.close()  # type: ignore[attr-defined]
+    assert not loader_threads()
+    assert len(list(batches)) <= 3  # what was ready may still come; nothing hangs
+
+
+def test_reading_ahead_is_bounded_and_overlaps() -> None:
+    dataset = Slow(0.01)
+    batches = iter(slow_loader(dataset, threads=2))
+    next(batches)
+    time.sleep(0.5)
+    assert 2 <= dataset.made <= 6  # ahead of the consumer, but not the whole epoch
+
+
+def test_two_iterations_do_not_disturb_each_other(dataset: CellDataset) -> None:
+    loader = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+    both = list(itertools.zip_longest(loader, loader))
+    assert all(torch.equal(a["X"], b["X"]) for a, b in both)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "shuffle", "drop_last", "batch_sampler"])
+def test_what_the_sampler_decides_is_refused(dataset: CellDataset, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_loader(dataset, sampler_for(dataset), **{name: 1})
+
+
+def test_bad_numbers(dataset: CellDataset) -> None:
+    with pytest.raises(ValueError, match="threads"):
+        make_loader(dataset, sampler_for(dataset), threads=0)
+    with pytest.raises(ValueError, match="window"):
+        make_loader(dataset, sampler_for(dataset), window=0)
+
+
+# -- resume ----------------------------------------------------------------------------------------
+
+
+def ids(loader: object) -> list[list[float]]:
+    return [batch["score"].tolist() for batch in loader]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("step", "workers"), [(0, 0), (1, 0), (5, 0), (8, 0), (3, 2)])
+def test_resume_in_mid_epoch(dataset: CellDataset, step: int, workers: int) -> None:
+    """Saved after `step` batches (read ahead or not), a new loader gives the rest and then whole epochs."""
+    full = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+    full.set_epoch(4)
+    whole = ids(full)
+    full.set_epoch(5)
+    following = ids(full)
+
+    with make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate, num_workers=workers) as first:
+        first.set_epoch(4)
+        batches = iter(first)
+        head = [next(batches)["score"].tolist() for _ in range(step)]
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        del batches
+    assert head == whole[:step]
+
+    second = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+    second.load_state_dict(state)
+    if step < len(whole):
+        second.set_epoch(4)  # as training loops do; the position stays
+        assert ids(second) == whole[step:]
+    second.set_epoch(5)
+    assert ids(second) == following
+
+
+def test_resume_of_a_resume(dataset: CellDataset) -> None:
+    loader = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+    whole = ids(loader)
+    got: list[list[float]] = []
+    state = None
+    while len(got) < len(whole):
+        again = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+        if state is not None:
+            again.load_state_dict(state)
+        batches = iter(again)
+        got += [b["score"].tolist() for b in itertools.islice(batches, 3)]
+        state = again.state_dict()
+    assert got == whole
+
+
+def test_resume_with_a_plain_torch_sampler(dataset: CellDataset) -> None:
+    def make() -> object:
+        return make_loader(
+            dataset, BatchSampler(SequentialSampler(range(120)), 16, False), sparse_to_dense_collate
+        )
+
+    whole = ids(make())
+    first = make()
+    batches = iter(first)  # type: ignore[call-overload]
+    next(batches), next(batches)
+    second = make()
+    second.load_state_dict(first.state_dict())  # type: ignore[attr-defined]
+    assert ids(second) == whole[2:]
+    assert ids(second) == whole
+    with pytest.raises(ValueError, match="same kind of sampler"):
+        second.load_state_dict({"sampler": {}})  # type: ignore[attr-defined]
