@@ -1,0 +1,276 @@
+"""The tables of an atlas as the writer sees them: which there are, and the rows an ingest adds to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from lancedb.table import Table
+
+from hbx_gpu.atlas import tables
+from hbx_gpu.atlas.arrays import DEFAULT_CODEC, make_group
+from hbx_gpu.atlas.journal import IngestNote, Journal, sync_folder
+from hbx_gpu.atlas.records import LAYOUT_TABLE, VERSION_TABLE, read_records
+from hbx_gpu.atlas.schema import FEATURE_SPACE_KEY, layout_uid
+from hbx_gpu.errors import AtlasError, UnknownNameError
+
+_CONFIG = "hbx_gpu.json"
+_STAGING = ".staging"
+# Uids per SQL condition when rows are removed.
+_SQL_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names that nothing on disk holds before the first snapshot; kept in a small file beside the tables.
+
+    Attributes
+    ----------
+    obs_tables, dataset_table, version_table
+        Tables.
+    registries
+        Feature space -> registry table.
+    codec
+        Codec of new arrays unless another one is asked for.
+    """
+
+    obs_tables: tuple[str, ...]
+    dataset_table: str
+    registries: Mapping[str, str]
+    version_table: str = VERSION_TABLE
+    codec: str = DEFAULT_CODEC
+
+    def save(self, root: Path) -> None:
+        """Write them durably."""
+        new = root / f"{_CONFIG}.new"
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, root / _CONFIG)
+        sync_folder(root)
+
+    @classmethod
+    def load(cls, root: Path, *, version_table: str = VERSION_TABLE) -> Names | None:
+        """Names of an atlas: from its last snapshot and our own file; None where neither exists.
+
+        Raises
+        ------
+        AtlasError
+            Written by a release whose tables we read but do not write.
+        """
+        path = root / _CONFIG
+        own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        version_table = own.get("version_table", version_table)
+        records = read_records(root, version_table_name=version_table) if (root / "lance_db").is_dir() else []
+        if not own and not records:
+            return None
+        if records:
+            last = records[-1]
+            _check_generation(root, version_table)
+            own.setdefault("dataset_table", last.dataset_table[0])
+            own["registries"] = {s: name for s, (name, _) in last.registries.items()} | own.get(
+                "registries", {}
+            )
+            own["obs_tables"] = sorted({*last.obs_tables, *own.get("obs_tables", ())})
+        return cls(
+            tuple(own["obs_tables"]),
+            own["dataset_table"],
+            own["registries"],
+            version_table,
+            own.get("codec", DEFAULT_CODEC),
+        )
+
+
+def _check_generation(root: Path, version_table: str) -> None:
+    if "obs_table_versions" not in tables.open_table(root, version_table).schema.names:
+        raise AtlasError(
+            f"the atlas at {root} was written by a Homeobox release before 0.2.4: it can be read "
+            "(RaggedAtlas.checkout_latest) but not added to; create a new atlas and ingest there"
+        )
+
+
+class Catalogue:
+    """Tables and groups of one atlas, opened for writing. Callers hold the write lock.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    store
+        Directory of its zarr store.
+    names
+        Its tables.
+    """
+
+    def __init__(self, root: Path, store: Path, names: Names) -> None:
+        self.root, self.store, self.names = root, store, names
+        self.journal = Journal(root)
+
+    # Tables, always in their newest state
+
+    def obs(self, name: str) -> Table:
+        """An obs table."""
+        if name not in self.names.obs_tables:
+            raise UnknownNameError(
+                f"no obs table {name!r} in the atlas at {self.root}; available: {list(self.names.obs_tables)}"
+            )
+        return tables.open_table(self.root, name)
+
+    def datasets(self) -> Table:
+        """The table of groups."""
+        return tables.open_table(self.root, self.names.dataset_table)
+
+    def layouts(self) -> Table:
+        """The table of feature lists."""
+        return tables.open_table(self.root, LAYOUT_TABLE)
+
+    def versions(self) -> Table:
+        """The table of snapshots."""
+        return tables.open_table(self.root, self.names.version_table)
+
+    def registry(self, feature_space: str) -> Table:
+        """The features of a space."""
+        if feature_space not in self.names.registries:
+            raise UnknownNameError(
+                f"feature space {feature_space!r} has no registry in the atlas at {self.root}; spaces with "
+                f"one: {sorted(self.names.registries)}. Pass registry_schemas={{{feature_space!r}: ...}} to "
+                "create_or_open_atlas"
+            )
+        return tables.open_table(self.root, self.names.registries[feature_space])
+
+    def pointer_spaces(self, obs_table: str) -> dict[str, str]:
+        """Pointer column -> feature space of an obs table."""
+        return {
+            field.name: (field.metadata or {})[FEATURE_SPACE_KEY].decode()
+            for field in self.obs(obs_table).schema
+            if FEATURE_SPACE_KEY in (field.metadata or {})
+        }
+
+    def dataset_rows(self, where: str | None = None) -> list[dict[str, Any]]:
+        """Rows of the table of groups."""
+        table = self.datasets()
+        return list(tables.read(table, table.schema.names, where).to_pylist())
+
+    # Features
+
+    def unregistered(self, feature_space: str, uids: Iterable[str]) -> list[str]:
+        """Those of `uids` that the registry of a space lacks, in order."""
+        known = set(tables.read(self.registry(feature_space), ["uid"]).column("uid").to_pylist())
+        return [uid for uid in uids if uid not in known]
+
+    def layout_exists(self, uid: str) -> bool:
+        """Whether a feature list is stored."""
+        return self.layouts().count_rows(f"layout_uid = {tables.quoted(uid)}") > 0
+
+    def add_layout(self, feature_uids: list[str]) -> None:
+        """Store an ordered feature list; its global indices follow in ``optimize()``."""
+        n = len(feature_uids)
+        self.layouts().add(
+            pa.table(
+                {
+                    "layout_uid": pa.array([layout_uid(feature_uids)] * n, pa.string()),
+                    "feature_uid": pa.array(feature_uids, pa.string()),
+                    "local_index": pa.array(np.arange(n), pa.int64()),
+                    "global_index": pa.nulls(n, pa.int64()),
+                },
+                schema=self.layouts().schema,
+            )
+        )
+
+    # Groups
+
+    def staging(self, name: str) -> Path:
+        """Folder for the unfinished files of one ingest: in the store, so that moving out is a rename."""
+        return self.store / _STAGING / name
+
+    def group_path(self, zarr_group: str) -> Path:
+        """Directory of a group.
+
+        Raises
+        ------
+        AtlasError
+            The name leaves the store.
+        """
+        path = self.store / zarr_group
+        parts = zarr_group.split("/")
+        if path == self.store or any(part in ("", ".", "..") for part in parts) or parts[0] == _STAGING:
+            raise AtlasError(f"zarr_group {zarr_group!r} must be a relative path below {self.store}")
+        return path
+
+    def publish(self, staged: Path, zarr_group: str) -> None:
+        """Move a finished group to its place."""
+        target = self.group_path(zarr_group)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = target.parent
+        while folder != self.store:
+            make_group(folder)
+            folder = folder.parent
+        os.rename(staged, target)
+        sync_folder(target.parent)
+
+    # Undoing
+
+    def is_complete(self, note: IngestNote) -> bool:
+        """Whether an ingest reached its last commit: the cells."""
+        where = (
+            f"dataset_uid = {tables.quoted(note.dataset_uid)} AND "
+            f"`{note.field_name}`.zarr_group = {tables.quoted(note.zarr_group)}"
+        )
+        return self.obs(note.obs_table).count_rows(where) > 0
+
+    def recover(self) -> None:
+        """Undo or finish whatever killed ingests left; every step may be repeated."""
+        for note in self.journal.notes():
+            self.undo(note)
+
+    def undo(self, note: IngestNote) -> None:
+        """Remove every trace of an ingest that did not complete; of one that did, only temporary files."""
+        shutil.rmtree(self.staging(note.staging), ignore_errors=True)
+        with contextlib.suppress(OSError):  # another one's files are in it
+            self.staging(note.staging).parent.rmdir()
+        tables.finish_promotions(self.obs(note.obs_table))
+        if note.feature_space in self.names.registries:
+            tables.finish_promotions(self.registry(note.feature_space))
+        if not self.is_complete(note):
+            self.datasets().delete(
+                f"dataset_uid = {tables.quoted(note.dataset_uid)} "
+                f"AND zarr_group = {tables.quoted(note.zarr_group)}"
+            )
+            self._remove_group(note.zarr_group)
+            self._remove_layout(note.layout_uid)
+            self._remove_features(note)
+        self.journal.remove(note)
+
+    def _remove_group(self, zarr_group: str) -> None:
+        path = self.group_path(zarr_group)
+        shutil.rmtree(path, ignore_errors=True)
+        folder = path.parent
+        # Groups made on the way to it hold nothing but their own metadata.
+        while (
+            folder != self.store and folder.is_dir() and {p.name for p in folder.iterdir()} <= {"zarr.json"}
+        ):
+            shutil.rmtree(folder)
+            folder = folder.parent
+
+    def _remove_layout(self, uid: str) -> None:
+        if uid and not self.dataset_rows(f"layout_uid = {tables.quoted(uid)}"):
+            self.layouts().delete(f"layout_uid = {tables.quoted(uid)}")
+
+    def _remove_features(self, note: IngestNote) -> None:
+        if not note.new_features:
+            return
+        registry = self.registry(note.feature_space)
+        if not registry.count_rows("global_index IS NULL"):
+            return
+        for i in range(0, len(note.new_features), _SQL_BATCH):
+            chosen = tables.one_of("uid", note.new_features[i : i + _SQL_BATCH])
+            registry.delete(f"global_index IS NULL AND {chosen}")

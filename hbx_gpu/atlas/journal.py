@@ -1,0 +1,162 @@
+"""One writer at a time, and a note of what it is about to do, so that a killed ingest can be undone."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from hbx_gpu.errors import AtlasLockedError
+
+_FOLDER = ".hbx_gpu"
+
+
+@dataclass(frozen=True)
+class IngestNote:
+    """What an ingest will leave behind if it dies; written before it changes anything.
+
+    Attributes
+    ----------
+    dataset_uid, zarr_group, feature_space
+        The dataset.
+    obs_table, field_name
+        Where its cells go, and through which pointer column: cells there mean that the ingest is complete.
+    staging
+        Folder of unfinished files, relative to the atlas's zarr store.
+    layout_uid
+        Its feature list, ``""`` where that existed before.
+    new_features
+        Features that were not registered before.
+    """
+
+    dataset_uid: str
+    zarr_group: str
+    feature_space: str
+    obs_table: str
+    field_name: str
+    staging: str
+    layout_uid: str = ""
+    new_features: tuple[str, ...] = field(default=())
+
+
+class Journal:
+    """Notes of unfinished ingests of one atlas.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / _FOLDER
+
+    def write(self, note: IngestNote) -> None:
+        """Record a note durably, in place of an earlier one of the same ingest."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._path(note)
+        new = path.with_suffix(".new")
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(asdict(note), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_folder(self._folder)
+
+    def notes(self) -> list[IngestNote]:
+        """All notes of ingests that did not end."""
+        notes = []
+        for path in sorted(self._folder.glob("ingest-*.json")):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            notes.append(replace(IngestNote(**data), new_features=tuple(data["new_features"])))
+        return notes
+
+    def remove(self, note: IngestNote) -> None:
+        """Forget a note."""
+        self._path(note).unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def _path(self, note: IngestNote) -> Path:
+        # The staging folder is named after the ingest.
+        return self._folder / f"ingest-{Path(note.staging).name}.json"
+
+
+class WriteLock:
+    """Advisory lock of one atlas: held by one thread of one process, released when the process dies.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._owner: int | None = None
+        self._depth = 0
+        self._guard = threading.Lock()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Hold the lock; the thread that holds it may do so again. Yields whether it was taken anew.
+
+        Raises
+        ------
+        AtlasLockedError
+            Somebody else holds it.
+        """
+        me = threading.get_ident()
+        with self._guard:
+            again = self._owner == me
+            if again:
+                self._depth += 1
+            elif self._owner is not None:
+                raise AtlasLockedError(
+                    f"another thread of this process is writing to the atlas at {self._root}"
+                )
+            else:
+                self._file = self._take()
+                self._owner, self._depth = me, 1
+        try:
+            yield not again
+        finally:
+            with self._guard:
+                self._depth -= 1
+                if not self._depth:
+                    self._owner = None
+                    os.close(self._file)
+
+    def _take(self) -> int:
+        folder = self._root / _FOLDER
+        folder.mkdir(exist_ok=True)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"
+            os.close(file)
+            raise AtlasLockedError(
+                f"another writer holds the atlas at {self._root} ({holder}); wait until it has "
+                "finished and try again"
+            ) from None
+        except OSError:
+            os.close(file)
+            raise
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return file
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the entries of a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""Where an atlas lies and which snapshots it holds, for every generation of the format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+from hbx_gpu.errors import AtlasError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERSION_TABLE = "atlas_versions"
+LAYOUT_TABLE = "_feature_layouts"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """One row of the version table, in the terms of the newest generation.
+
+    Attributes
+    ----------
+    version
+        Number of the snapshot.
+    obs_tables
+        Obs table -> Lance version.
+    dataset_table
+        Name and Lance version of the table of groups.
+    registries
+        Feature space -> (name, Lance version) of its registry.
+    layouts_version
+        Lance version of ``_feature_layouts``.
+    total_rows
+        Rows over all obs tables.
+    created_at
+        ISO time.
+    zarr_store_uri
+        Where the writer kept the zarr store; only the oldest generation says so, and it may have moved.
+    """
+
+    version: int
+    obs_tables: Mapping[str, int]
+    dataset_table: tuple[str, int]
+    registries: Mapping[str, tuple[str, int]]
+    layouts_version: int
+    total_rows: int
+    created_at: str
+    zarr_store_uri: str = ""
+
+    @property
+    def pinned(self) -> dict[str, set[int]]:
+        """Every table the snapshot needs -> the Lance versions it needs (never to be cleaned up)."""
+        out: dict[str, set[int]] = {}
+        for name, version in (
+            *self.obs_tables.items(),
+            self.dataset_table,
+            *self.registries.values(),
+            (LAYOUT_TABLE, self.layouts_version),
+        ):
+            out.setdefault(name, set()).add(version)
+        return out
+
+
+def atlas_root(path: str | os.PathLike[str]) -> Path:
+    """Directory of the atlas; `path` is that directory or its ``lance_db``.
+
+    Raises
+    ------
+    AtlasError
+        `path` is a remote address.
+    FileNotFoundError
+        No atlas there.
+    """
+    root = local_path(path)
+    if root.name == "lance_db":
+        root = root.parent
+    if not (root / "lance_db").is_dir():
+        raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
+    return root
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Absolute local path of `path`, which may be a ``file://`` address.
+
+    Raises
+    ------
+    AtlasError
+        `path` is a remote address.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        address = urlparse(text)
+        if address.scheme != "file":
+            raise AtlasError(
+                f"cannot open {text!r}: only local paths are supported so far; copy the atlas to a local disk"
+            )
+        text = unquote(address.path)
+    return Path(text).expanduser().absolute()
+
+
+def read_records(
+    path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE
+) -> list[SnapshotRecord]:
+    """All snapshots of an atlas, by ascending version.
+
+    Raises
+    ------
+    FileNotFoundError
+        No atlas at `path`.
+    AtlasError
+        The version table has columns of no known generation.
+    """
+    import lancedb
+
+    database = atlas_root(path) / "lance_db"
+    # Asking the file system first: opening a missing table would be an error without a type.
+    if not (database / f"{version_table_name}.lance").is_dir():
+        return []
+    rows = lancedb.connect(str(database)).open_table(version_table_name).to_arrow().to_pylist()
+    return sorted((_parse(row, version_table_name) for row in rows), key=lambda record: record.version)
+
+
+def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
+    try:
+        if "obs_table_versions" in row:
+            obs_tables = json.loads(row["obs_table_versions"])
+            total_rows = row["total_rows"]
+        else:
+            obs_tables = {row["cell_table_name"]: row["cell_table_version"]}
+            total_rows = row["total_cells"]
+        names = json.loads(row["registry_table_names"])
+        versions = json.loads(row["registry_table_versions"])
+        return SnapshotRecord(
+            version=row["version"],
+            obs_tables=obs_tables,
+            dataset_table=(row["dataset_table_name"], row["dataset_table_version"]),
+            registries={space: (name, versions[space]) for space, name in names.items()},
+            layouts_version=row["feature_layouts_table_version"],
+            total_rows=total_rows,
+            created_at=row["created_at"],
+            zarr_store_uri=row.get("zarr_store_uri") or "",
+        )
+    except (KeyError, json.JSONDecodeError) as error:
+        raise AtlasError(
+            f"table {table!r} is no snapshot record of a known generation ({error!r}); "
+            f"its columns: {sorted(row)}"
+        ) from error
+
+
+def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE) -> pd.DataFrame:
+    """The snapshots of an atlas, one row each, sorted by version; the same columns for all generations.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``version`` and ``total_rows`` (int64), ``created_at`` (ISO time), ``obs_tables`` and
+        ``feature_spaces`` (lists of names).
+
+    Raises
+    ------
+    FileNotFoundError
+        No atlas at `path`.
+    """
+    import pandas as pd
+
+    records = read_records(path, version_table_name=version_table_name)
+    return pd.DataFrame(
+        {
+            "version": pd.Series([r.version for r in records], dtype="int64"),
+            "created_at": pd.Series([r.created_at for r in records], dtype=object),
+            "total_rows": pd.Series([r.total_rows for r in records], dtype="int64"),
+            "obs_tables": pd.Series([sorted(r.obs_tables) for r in records], dtype=object),
+            "feature_spaces": pd.Series([sorted(r.registries) for r in records], dtype=object),
+        }
+    )
+
+
+def resolve_store(root: Path, record: SnapshotRecord, store: Any = None) -> Path:
+    """Directory of the zarr store: the one given, else the sibling of ``lance_db``, else the recorded one.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    record
+        The snapshot.
+    store
+        A path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
+
+    Raises
+    ------
+    FileNotFoundError
+        None of them exists.
+    AtlasError
+        The store is not local.
+    """
+    if store is not None:
+        given = local_path(_store_path(store))
+        if not given.is_dir():
+            raise FileNotFoundError(f"zarr store {given} is not a directory")
+        return given
+    sibling = root / "zarr_store"
+    if sibling.is_dir():
+        return sibling
+    recorded = local_path(record.zarr_store_uri) if record.zarr_store_uri else None
+    if recorded is not None and recorded.is_dir():
+        return recorded
+    raise FileNotFoundError(
+        f"no zarr store for the atlas at {root}: looked at {sibling}"
+        + (f" and {recorded}" if recorded else "")
+        + "; pass its path as store="
+    )
+
+
+def _store_path(store: Any) -> str | os.PathLike[str]:
+    if isinstance(store, str | os.PathLike):
+        return store
+    # zarr.storage.ObjectStore wraps an obstore store, zarr.storage.LocalStore has a root.
+    inner = getattr(store, "store", store)
+    for name in ("root", "prefix"):
+        path = getattr(inner, name, None)
+        if isinstance(path, str | os.PathLike):
+            return path
+    raise AtlasError(
+        f"cannot tell where {store!r} lies: pass a path, a zarr LocalStore or an obstore LocalStore"
+    )

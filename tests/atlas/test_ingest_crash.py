@@ -1,0 +1,257 @@
+"""A process that dies, a full disk, an exception: the last snapshot stays, and the next ingest works."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, ingest, tables
+from hbx_gpu.atlas.catalogue import Catalogue
+
+# Kills its own process at the n-th call of a function, before or after it.
+_KILL = """
+import os, signal, sys
+from hbx_gpu.atlas import RaggedAtlas, arrays, catalogue, ingest, journal, tables
+path, file, where, when, n = sys.argv[1:]
+owner, name = where.split(":")
+module, _, inner = owner.partition(".")
+target = globals()[module]
+target = getattr(target, inner) if inner else target
+real, left = getattr(target, name), int(n)
+
+def dying(*args, **kwargs):
+    global left
+    left -= 1
+    if not left and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*args, **kwargs)
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+atlas = RaggedAtlas.open(path)
+setattr(target, name, dying)
+atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)
+atlas.optimize()
+atlas.snapshot()
+"""
+
+_SLOW_INGEST = """
+import sys
+from hbx_gpu.atlas import RaggedAtlas, ingest
+atlas = RaggedAtlas.open(sys.argv[1])
+print(flush=True)
+atlas.add_from_h5ad(sys.argv[2], chunk_shape=1, shard_shape=2)
+"""
+
+# Everything an ingest does, in order.
+_STEPS = [
+    pytest.param("journal.Journal:write", "before", 1, marks=pytest.mark.slow),
+    ("journal.Journal:write", "after", 1),
+    pytest.param("arrays.ShardedArrayWriter:append", "after", 1, marks=pytest.mark.slow),
+    pytest.param("arrays.ShardedArrayWriter:close", "after", 1, marks=pytest.mark.slow),
+    pytest.param("catalogue.Catalogue:publish", "before", 1, marks=pytest.mark.slow),
+    ("catalogue.Catalogue:publish", "after", 1),
+    pytest.param("tables.Addition:commit", "before", 1, marks=pytest.mark.slow),
+    ("tables.Addition:commit", "after", 1),  # features
+    pytest.param("catalogue.Catalogue:add_layout", "after", 1, marks=pytest.mark.slow),
+    ("tables.Addition:commit", "after", 2),  # dataset
+    ("tables:finish_promotions", "before", 1),  # a column of the obs table is half promoted
+    pytest.param("tables.Addition:commit", "before", 3, marks=pytest.mark.slow),
+    ("tables.Addition:commit", "after", 3),  # cells: complete from here on
+    pytest.param("journal.Journal:remove", "after", 1, marks=pytest.mark.slow),
+    pytest.param("catalogue.Catalogue:layouts", "after", 4, marks=pytest.mark.slow),  # in optimize
+]
+
+
+def make(n: int, genes: list[str], seed: int, **obs: Any) -> anndata.AnnData:
+    x = sp.random(n, len(genes), 0.5, "csr", rng=np.random.default_rng(seed))
+    x.data = np.ceil(x.data * 9)
+    frame = pd.DataFrame(obs, index=[f"s{seed}c{i}" for i in range(n)])
+    return anndata.AnnData(x.astype(np.float32), obs=frame, var=pd.DataFrame(index=genes))
+
+
+def digest(root: Path, version: int) -> tuple[Any, ...]:
+    """Everything snapshot `version` says."""
+    found = RaggedAtlas.checkout(root, version).query().to_anndata()
+    return found.X.toarray().tolist(), found.obs.to_dict(), list(found.var_names)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """An atlas with one snapshot, and two files with other genes and a column that must be promoted."""
+    root = tmp_path / "a"
+    atlas = create_or_open_atlas(root)
+    atlas.add_from_anndata(make(20, list("abcd"), 0, age=np.arange(20)))
+    atlas.optimize()
+    atlas.snapshot()
+    for seed, genes in ((1, list("cdexyz")), (2, list("aq"))):
+        make(30, genes, seed, age=np.arange(30) / 2, kind=["k"] * 30).write_h5ad(tmp_path / f"{seed}.h5ad")
+    return root, tmp_path / "1.h5ad", tmp_path / "2.h5ad"
+
+
+def check_recovery(root: Path, first: Path, second: Path, before: tuple[Any, ...]) -> None:
+    """What must hold after any accident while `first` was being added."""
+    assert digest(root, 0) == before
+    atlas = RaggedAtlas.open(root)
+    atlas.optimize()
+    atlas.snapshot()
+    assert not list((root / ".hbx_gpu").glob("ingest-*"))
+    assert not (root / "zarr_store" / ".staging").exists()
+    rows = atlas.catalogue.dataset_rows()
+    groups = {
+        str(p.parent.parent.relative_to(root / "zarr_store"))
+        for p in (root / "zarr_store").rglob("csr/zarr.json")
+    }
+    assert groups == {row["zarr_group"] for row in rows}
+    stored = set(tables.read(atlas.catalogue.obs("cells"), ["dataset_uid"]).column(0).to_pylist())
+    assert stored == {row["dataset_uid"] for row in rows}
+    assert not [name for name in atlas.catalogue.obs("cells").schema.names if "hbx_gpu" in name]
+    known = set(atlas.feature_registry("gene_expression")["uid"])
+    assert known == (set("abcdexyz") if len(rows) == 2 else set("abcd"))
+    assert digest(root, 0) == before
+
+    for file in (second, first):
+        atlas.add_from_h5ad(file, exist_ok=True)
+    atlas.optimize()
+    version = atlas.snapshot()
+    found = RaggedAtlas.checkout(root, version).query().to_anndata()
+    assert found.n_obs == 80
+    assert sorted(found.var_names) == list("abcdeqxyz")
+    for file in (first, second):
+        adata = anndata.read_h5ad(file)
+        part = found[found.obs["obs_name"].isin(adata.obs_names)]
+        order = part.obs.reset_index().set_index("obs_name").loc[list(adata.obs_names), "uid"]
+        part = part[order.tolist(), list(adata.var_names)]
+        np.testing.assert_array_equal(part.X.toarray(), adata.X.toarray())
+        assert part.obs["age"].tolist() == adata.obs["age"].tolist()
+    assert digest(root, 0) == before
+
+
+@pytest.mark.parametrize(("where", "when", "n"), _STEPS)
+def test_killed_at_any_step(scene: tuple[Path, Path, Path], where: str, when: str, n: int) -> None:
+    root, first, second = scene
+    before = digest(root, 0)
+    run = subprocess.run(
+        [sys.executable, "-c", _KILL, str(root), str(first), where, when, str(n)], capture_output=True
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
+    check_recovery(root, first, second, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_time(scene: tuple[Path, Path, Path], seed: int) -> None:
+    root, first, second = scene
+    before = digest(root, 0)
+    with subprocess.Popen(
+        [sys.executable, "-c", _SLOW_INGEST, str(root), str(first)], stdout=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        time.sleep(np.random.default_rng(seed).random() * 1.5)
+        run.kill()
+    check_recovery(root, first, second, before)
+
+
+_EXCEPTIONS = [
+    (arrays.ShardedArrayWriter, "append"),
+    (arrays.ShardedArrayWriter, "close"),
+    (Catalogue, "publish"),
+    (Catalogue, "add_layout"),
+    (tables.Addition, "commit"),
+    (ingest, "_commit_dataset"),
+    (ingest, "_commit_cells"),
+]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("owner", "name"), _EXCEPTIONS)
+def test_an_exception_leaves_nothing(
+    scene: tuple[Path, Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: BaseException,
+) -> None:
+    root, first, second = scene
+    before = digest(root, 0)
+    atlas = RaggedAtlas.open(root)
+    # Not even an Exception at one of the steps.
+    error = KeyboardInterrupt() if name == "publish" else OSError(errno.ENOSPC, "No space left on device")
+
+    def failing(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(type(error)):
+            atlas.add_from_h5ad(first)
+    assert not (root / "zarr_store" / ".staging").exists()
+    assert len(atlas.catalogue.dataset_rows()) == 1
+    assert atlas.snapshot() == 1  # not even optimize() is needed
+    check_recovery(root, first, second, before)
+
+
+def test_a_full_disk(scene: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write to an array fails once the limit on file size, standing in for the disk, is reached."""
+    root, first, second = scene
+    before = digest(root, 0)
+    real = arrays.ShardedArrayWriter._put
+
+    def put(self: arrays.ShardedArrayWriter, encoded: bytes) -> None:
+        real(self, encoded)
+        if self._shards or len(self._index) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.ShardedArrayWriter, "_put", put)
+        with pytest.raises(OSError, match="No space left on device"):
+            RaggedAtlas.open(root).add_from_h5ad(first, chunk_shape=16, shard_shape=64)
+    check_recovery(root, first, second, before)
+
+
+def test_cleaning_up_may_fail_too(scene: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full to the brim takes no deletion either: the next writer does it."""
+    root, first, second = scene
+    before = digest(root, 0)
+    atlas = RaggedAtlas.open(root)
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_commit_cells", full)
+        patch.setattr(Catalogue, "undo", full)
+        with pytest.raises(OSError, match="No space left"):
+            atlas.add_from_h5ad(first)
+    assert len(list((root / ".hbx_gpu").glob("ingest-*"))) == 1
+    check_recovery(root, first, second, before)
+
+
+def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, first, second = scene
+    before = digest(root, 0)
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError
+
+    for step in ("_remove_group", "_remove_layout", "_remove_features"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ingest, "_commit_cells", fail)
+            patch.setattr(Catalogue, step, fail)
+            with pytest.raises(RuntimeError):
+                RaggedAtlas.open(root).add_from_h5ad(first)
+    check_recovery(root, first, second, before)

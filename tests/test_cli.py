@@ -1,0 +1,228 @@
+"""The command line: what it prints, what it leaves behind, and its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import zarr
+
+from hbx_gpu import __version__, cli
+from hbx_gpu.atlas import RaggedAtlas, ingest
+from hbx_gpu.atlas.arrays import codec_names
+
+
+def write(
+    path: Path, seed: int = 0, n: int = 8, genes: str = "abcd", *, scale: float = 1, **obs: list
+) -> Path:
+    x = sp.random(n, len(genes), 0.6, "csr", rng=np.random.default_rng(seed))
+    x.data = np.ceil(x.data * 9) * scale
+    frame = pd.DataFrame(obs, index=[f"s{seed}c{i}" for i in range(n)])
+    adata = anndata.AnnData(x.astype(np.float32), obs=frame, var=pd.DataFrame(index=list(genes)))
+    adata.layers["spliced"] = adata.X.copy()
+    adata.write_h5ad(path)
+    return path
+
+
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def test_both_real_files(
+    tmp_path: Path, real_h5ad: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ingest", *real_h5ad, "--atlas", tmp_path / "a") == 0
+    out, err = capsys.readouterr()
+    assert f"{real_h5ad[0]}: 10,000 cells added" in out
+    assert f"snapshot 0: 11,107 cells in {tmp_path / 'a'}" in out
+    assert "mouse_10k_cells_x_1k_genes.h5ad: 100%" in err
+
+    atlas = RaggedAtlas.checkout_latest(tmp_path / "a")
+    datasets = atlas.list_datasets().set_index("source_name")
+    obs = atlas.query().to_pandas()
+    store = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")
+    for path, id_column in zip(real_h5ad, ("gene_ids", None), strict=True):
+        adata = anndata.read_h5ad(path)
+        row = datasets.loc[path.name]
+        group = store[row["zarr_group"]]
+        np.testing.assert_array_equal(group["csr/indices"][:], adata.X.indices)
+        np.testing.assert_array_equal(group["csr/layers/counts"][:], adata.X.data)
+        assert group["csr/layers/counts"].dtype == np.uint32
+        rows = obs[obs["dataset_uid"] == row["dataset_uid"]]
+        assert rows["obs_name"].tolist() == adata.obs_names.tolist()
+        ids = adata.var[id_column] if id_column else adata.var_names
+        assert set(ids) <= set(atlas.feature_registry("gene_expression")["uid"])
+
+    assert run("ingest", *real_h5ad, "--atlas", tmp_path / "a") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines() == [f"{path}: already ingested, skipped" for path in real_h5ad]
+
+    assert run("info", tmp_path / "a") == 0
+    out = capsys.readouterr().out
+    for text in (
+        "cells      11,107",
+        "1,507 features",
+        "mouse_10k_cells_x_1k_genes.h5ad",
+        "691,914",
+        "counts",
+    ):
+        assert text in out
+    assert "homeobox.bitpacking" in out
+    assert "pointer into gene_expression" in out
+
+
+def test_options_reach_the_ingest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "f.h5ad", scale=0.5)
+    options = (
+        "--layer",
+        "spliced",
+        "--target-layer",
+        "log_normalized",
+        "--codec",
+        "gzip",
+        "--table",
+        "spots",
+    )
+    more = (
+        "--field",
+        "gene_expression",
+        "--feature-id-column",
+        "index",
+        "--chunk-size",
+        8,
+        "--shard-size",
+        16,
+    )
+    assert run("ingest", path, "--atlas", tmp_path / "a", *options, *more) == 0
+    atlas = RaggedAtlas.checkout_latest(tmp_path / "a")
+    row = atlas.list_datasets().iloc[0]
+    assert (row["source_matrix"], row["zarr_layer"], row["codec"]) == ("spliced", "log_normalized", "gzip")
+    assert atlas.obs_tables == ["spots"]
+    array = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[row["zarr_group"]]["csr/indices"]
+    assert (array.chunks, array.shards) == ((8,), (16,))
+    # The atlas remembers its codec.
+    capsys.readouterr()
+    assert run("ingest", write(tmp_path / "g.h5ad", 1), "--atlas", tmp_path / "a") == 0
+    assert RaggedAtlas.checkout_latest(tmp_path / "a").list_datasets()["codec"].tolist() == ["gzip", "gzip"]
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 1
+    assert "ingested differently: source_matrix was 'spliced', is 'X'" in capsys.readouterr().err
+
+
+def test_a_failing_file_keeps_the_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, never = write(tmp_path / "good.h5ad"), tmp_path / "bad.h5ad", write(tmp_path / "never.h5ad", 2)
+    bad.write_text("no h5ad")
+    assert run("ingest", good, bad, never, "--atlas", tmp_path / "a") == 1
+    out, err = capsys.readouterr()
+    assert "snapshot 0: 8 cells" in out
+    assert err.splitlines()[-1].startswith(f"hbx-gpu: error: {bad} is no HDF5 file")
+    assert "Traceback" not in err
+    assert RaggedAtlas.checkout_latest(tmp_path / "a").query().count() == 8
+    assert run("ingest", good, write(bad, 1), never, "--atlas", tmp_path / "a") == 0
+    assert RaggedAtlas.checkout_latest(tmp_path / "a").query().count() == 24
+
+
+def test_an_error_without_the_file_gets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ingest, "_write_arrays", full)
+    path = write(tmp_path / "f.h5ad")
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 1
+    assert f"hbx-gpu: error: {path}: [Errno 28] No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space left"):
+        run("ingest", path, "--atlas", tmp_path / "a", "--debug")
+
+
+def test_interrupt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ingest, "_write_arrays", stop)
+    assert run("ingest", write(tmp_path / "f.h5ad"), "--atlas", tmp_path / "a") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_missing_files_make_no_atlas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ingest", tmp_path / "nope.h5ad", "--atlas", tmp_path / "a") == 1
+    assert f"error: no such file: {tmp_path / 'nope.h5ad'}" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_snapshot_can_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "f.h5ad")
+    assert run("ingest", path, "--atlas", tmp_path / "a", "--no-snapshot") == 0
+    assert "snapshot 0" not in capsys.readouterr().out
+    assert run("info", tmp_path / "a") == 1
+    assert "No snapshots found" in capsys.readouterr().err
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 0
+    assert "already ingested, skipped\nsnapshot 0: 8 cells" in capsys.readouterr().out
+
+
+def test_columns_that_disagree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path / "1.h5ad", batch=[1] * 8)
+    second = write(tmp_path / "2.h5ad", 1, batch=["b"] * 8)
+    assert run("ingest", first, second, "--atlas", tmp_path / "a") == 1
+    err = capsys.readouterr().err
+    assert f"{second}, obs, column 'batch': the atlas holds int64, the file string; rename" in err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ragged_rna",
+        "all_spaces",
+        "cite_multimodal",
+        "image_tiles",
+        "legacy_0_2_3",
+        "seed_2026_05",
+        "uid_collision",
+    ],
+)
+def test_info_on_real_atlases(homeobox_fixtures: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", homeobox_fixtures / name / "atlas") == 0
+    out = capsys.readouterr().out
+    assert "snapshot   " in out
+    assert "datasets" in out
+    assert "unreadable" not in out
+
+
+def test_info_on_a_snapshot(homeobox_fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = homeobox_fixtures / "ragged_rna" / "atlas"
+    assert run("info", root, "--version", 0) == 0
+    assert "cells      40" in capsys.readouterr().out
+    assert run("info", root, "--version", 7) == 1
+    assert "version 7 not found" in capsys.readouterr().err
+    assert run("info", root / "nothing") == 1
+    assert "No atlas found" in capsys.readouterr().err
+
+
+def test_help_and_version_are_light() -> None:
+    code = (
+        "import sys\nfrom hbx_gpu import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({'lancedb', 'zarr', 'numpy', 'torch', 'anndata', 'pandas'} & set(sys.modules)))"
+    )
+    for args in (["--version"], ["ingest", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert all(name in done.stdout for name in codec_names())
+    done = subprocess.run(
+        [sys.executable, "-m", "hbx_gpu.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"hbx-gpu {__version__}\n"
+
+
+def test_usage_errors() -> None:
+    for args in ([], ["ingest"], ["ingest", "x.h5ad"], ["frobnicate"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        assert stop.value.code == 2
