@@ -1,0 +1,138 @@
+"""The repository as a reader meets it: links lead somewhere, documented code runs and prints what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def markdown_files() -> list[Path]:
+    """Tracked pages; all pages where this is no git checkout."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "*.md"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, content) of the fenced blocks of a page."""
+    for match in FENCE.finditer(page.read_text()):
+        yield match[1], match[2]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as code hosts derive them."""
+    text = FENCE.sub("", page.read_text())
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", markdown_files(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}: no such heading"
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "README.md"])
+def test_a_project_has(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 1_000
+
+
+def test_license_is_the_whole_apache_license() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert text.lstrip().startswith("Apache License")
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_readme_snippet_prints_what_the_readme_says(tmp_path: Path) -> None:
+    """The first Python block, run as a script in an empty folder, prints the text block behind it."""
+    found = list(blocks(ROOT / "README.md"))
+    position = next(k for k, (language, _) in enumerate(found) if language == "python")
+    code = found[position][1]
+    language, expected = found[position + 1]
+    assert language == "text"
+    assert len(code.splitlines()) <= 12
+    script = tmp_path / "snippet.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # Before it the ingest reports, with times.
+    assert done.stdout.endswith(expected)
+
+
+def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block of the guide, one after the other in one session."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "guide.md"
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    sources = [content for language, content in blocks(page) if language == "python"]
+    assert len(sources) > 5
+    for number, source in enumerate(sources):
+        exec(compile(source, f"{page}, block {number}", "exec"), namespace)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Whatever an outer make was told is not for this one.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_make_lists_its_commands() -> None:
+    listed = [line.split()[1] for line in make("-s", "help").stdout.splitlines()]
+    assert listed == ["help", "demo", "test", "lint", "typecheck", "bench", "clean"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("cpu", '".[test]" -c constraints.txt'), ("gpu", '".[gpu,test]"\n')]
+)
+def test_make_installs_the_chosen_set(tmp_path: Path, chosen: str, expected: str) -> None:
+    """Neither set may pin the other's torch."""
+    plan = make("-n", "test", f"SET={chosen}", f"VENV={tmp_path / 'none'}").stdout
+    assert expected in re.sub(r" +\n", "\n", plan)
+
+
+def test_make_refuses_an_unknown_set() -> None:
+    done = make("test", "SET=tpu")
+    assert done.returncode != 0
+    assert "SET is 'tpu'; expected cpu or gpu" in done.stderr
+
+
+def test_make_refuses_an_old_python(tmp_path: Path) -> None:
+    old = tmp_path / "python3.8"
+    old.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo "Python 3.8.20"; else exit 1; fi\n')
+    old.chmod(0o755)
+    done = make("test", f"PYTHON={old}", f"VENV={tmp_path / 'none'}")
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "Python 3.8.20" in done.stderr
+    assert not (tmp_path / "none").exists()
