@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu.codecs.bitpacking import BytesLike, as_bytes, decode_bitpacking
+from hbx_gpu.codecs.rowpack import ELEMENT_SIZES, decode_rowpack
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 from hbx_gpu.source import ArrayLayout
 
 V2_CHAIN = "zarr.v2"
 BITPACKING = "homeobox.bitpacking"
+ROWPACK = "hbx_gpu.rowpack"
 
 # A list, not whatever numcodecs has registered: its pickle codec would run code from the chunk.
 _CHECKSUMS = {"adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"}
@@ -46,6 +48,8 @@ class ChunkCodec:
     bitpacking
         Word size (4 or 8) if the chain is little-endian bytes + homeobox.bitpacking and nothing else,
         None otherwise. Such a chunk unpacks to words of that size whose bytes are the elements.
+    rowpack
+        The same for little-endian bytes + hbx_gpu.rowpack: word size (1, 2, 4 or 8) or None.
     is_raw
         The stored bytes are the elements: C order, machine byte order, nothing else in the chain.
 
@@ -60,6 +64,7 @@ class ChunkCodec:
     def __init__(self, layout: ArrayLayout) -> None:
         self._layout = layout
         self.bitpacking: int | None = None
+        self.rowpack: int | None = None
         self.is_raw = False
         if len(layout.codecs) == 1 and layout.codecs[0]["name"] == V2_CHAIN:
             self._steps = self._v2_steps(layout.codecs[0]["configuration"])
@@ -118,7 +123,9 @@ class ChunkCodec:
         if middle == 0 and stored_dtype == layout.dtype:
             self.is_raw = len(names) == 1
             if names[1:] == [BITPACKING]:
-                self.bitpacking = self._element_size(settings[1])
+                self.bitpacking = self._element_size(BITPACKING, settings[1])
+            if names[1:] == [ROWPACK]:
+                self.rowpack = self._element_size(ROWPACK, settings[1])
         return steps[::-1]
 
     def _v2_steps(self, setting: dict[str, Any]) -> list[_Step]:
@@ -141,8 +148,11 @@ class ChunkCodec:
     ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
         """Decoder of one codec whose encoder takes (shape, dtype), and the shape and dtype it stores."""
         if name == BITPACKING:
-            element_size = self._element_size(setting)
+            element_size = self._element_size(BITPACKING, setting)
             return lambda data: decode_bitpacking(data, element_size), shape, dtype
+        if name == ROWPACK:
+            element_size = self._element_size(ROWPACK, setting)
+            return lambda data: decode_rowpack(data, element_size=element_size), shape, dtype
         if name == "crc32c":
             return _check_crc32c, shape, dtype
         if name == "transpose":
@@ -204,17 +214,18 @@ class ChunkCodec:
             )
         return dtype.newbyteorder("<" if endian == "little" else ">")
 
-    def _element_size(self, setting: dict[str, Any]) -> int:
+    def _element_size(self, name: str, setting: dict[str, Any]) -> int:
         element_size = setting.get("element_size", 4)
-        if element_size not in (4, 8):
+        known = (4, 8) if name == BITPACKING else ELEMENT_SIZES
+        if element_size not in known:
             raise UnsupportedCodecError(
-                f"array {self._layout.name!r}: codec {BITPACKING!r} with element_size {element_size!r}; "
-                "words of 4 or 8 bytes can be decoded"
+                f"array {self._layout.name!r}: codec {name!r} with element_size {element_size!r}; "
+                f"words of {', '.join(map(str, known[:-1]))} or {known[-1]} bytes can be decoded"
             )
         return int(element_size)
 
     def _unsupported(self, name: str) -> UnsupportedCodecError:
-        known = sorted({"bytes", "transpose", BITPACKING} | _COMPRESSORS | _FILTERS)
+        known = sorted({"bytes", "transpose", BITPACKING, ROWPACK} | _COMPRESSORS | _FILTERS)
         return UnsupportedCodecError(
             f"array {self._layout.name!r}: codec {name!r} cannot be decoded; known codecs: "
             f"{', '.join(known)}. Rewrite the array with one of them"
