@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from hbx_gpu import dataset_state
 from hbx_gpu.batch import DenseBatch, MultimodalBatch, SparseBatch
+from hbx_gpu.buffers import POOL
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.plan import plan_rows, source_table
 from hbx_gpu.source import ObsColumns, RowIndex, Source
+from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
     from hbx_gpu.engine.host import HostEngine
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CellDataset",
     "DenseBatch",
+    "DenseCollate",
     "MultimodalBatch",
     "MultimodalCellDataset",
     "SparseBatch",
@@ -134,7 +138,7 @@ class CellDataset:
         self._table = table
         self._directory: ChunkDirectory = ChunkDirectory(layouts)
         self._reader: Reader = open_reader(self._reader_kind, self._directory)
-        self._engine: HostEngine = HostEngine(table, self._directory, [self.dtype])
+        self._engine: HostEngine = HostEngine(table, self._directory, [self.dtype], POOL)
 
     @property
     def n_cells(self) -> int:
@@ -226,6 +230,11 @@ class CellDataset:
             )
             row = stop
         return result
+
+    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Bytes of one batch of `rows`, metadata aside; twice its arrays while columns are dropped."""
+        elements = int(self._rows.length[self.row_numbers(rows)].sum(dtype=np.int64))
+        return elements * (4 + self.dtype.itemsize) * (2 if self._table.drops else 1)
 
     def row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Row numbers as int64 in ``[0, n_cells)``."""
@@ -411,6 +420,37 @@ def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
 # -- collates --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class DenseCollate:
+    """Sparse batches to dense tensors of any float dtype, counts transformed on the way.
+
+    Attributes
+    ----------
+    dtype
+        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+    transform
+        Steps from :mod:`hbx_gpu.transforms`, done in float32 before rounding to `dtype`.
+    """
+
+    dtype: str = "float32"
+    transform: Transform | None = None
+
+    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
+        """See :func:`sparse_to_dense_collate`."""
+        import torch
+
+        from hbx_gpu.engine.host.dense import densify
+
+        x = torch.from_numpy(densify(batch, dtype=self.dtype, transform=self.transform, pool=POOL))
+        if self.dtype == "bfloat16":  # NumPy has no such type: the bits came as uint16
+            x = x.view(torch.bfloat16)
+        return {"X": x, **_metadata_tensors(batch.metadata)}
+
+    def nbytes(self, n_rows: int, n_features: int) -> int:
+        """Bytes of `X` for a batch of n_rows."""
+        return n_rows * n_features * (2 if self.dtype.endswith("16") else int(self.dtype[-2:]) // 8)
+
+
 def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
     """A sparse batch as a dense tensor.
 
@@ -430,13 +470,7 @@ def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
     ValueError
         A metadata column is called ``X``.
     """
-    import torch
-
-    from hbx_gpu.engine.host import densify
-
-    x = np.empty((len(batch), batch.n_features), dtype=np.float32)
-    densify(batch.offsets, batch.indices, batch.values, x)
-    return {"X": torch.from_numpy(x), **_metadata_tensors(batch.metadata)}
+    return DenseCollate()(batch)
 
 
 def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
@@ -546,9 +580,14 @@ def _metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, An
 
 
 def make_loader(
-    dataset: CellDataset,
+    dataset: Any,
     sampler: Any,
     collate_fn: Callable[[Any], Any] | None = None,
+    *,
+    layout: str | None = None,
+    dtype: str = "float32",
+    transform: Transform | Sequence[Transform] | None = None,
+    memory_budget: int = 512 << 20,
     **kwargs: Any,
 ) -> CellLoader:
     """Iterate batches of `dataset` in the order of `sampler`, read and decoded ahead.
@@ -562,6 +601,14 @@ def make_loader(
         batch sampler. Its `num_workers`, if it has one, is the default below.
     collate_fn
         Applied to every batch; None hands out the batch objects themselves.
+    layout
+        Instead of a collate_fn: ``"dense"`` for tensors of `dtype` after `transform`, ``"csr"`` for sparse
+        float32 tensors.
+    dtype, transform
+        See :class:`DenseCollate`; for ``layout="dense"`` only.
+    memory_budget
+        Bytes that batches made ahead of the consumer may take up, when num_workers is 0. One batch is
+        always made, whatever its size.
     **kwargs
         ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
         ``threads``: threads when num_workers is 0 (default: the cores this process may use).
@@ -578,7 +625,28 @@ def make_loader(
     ------
     ValueError
         `batch_size`, `shuffle`, `drop_last` or `batch_sampler` among the keywords: the sampler decides these.
+        Both layout and collate_fn; an unknown layout or dtype; dtype or transform without ``layout="dense"``.
     """
     from hbx_gpu.loader import CellLoader
 
-    return CellLoader(dataset, sampler, collate_fn, **kwargs)
+    if layout is not None:
+        if collate_fn is not None:
+            raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
+        collate_fn = _collate_for(layout, dtype, chain(transform))
+    elif transform is not None or dtype != "float32":
+        raise ValueError('dtype and transform belong to layout="dense"; a collate_fn makes its own')
+    return CellLoader(dataset, sampler, collate_fn, memory_budget=memory_budget, **kwargs)
+
+
+def _collate_for(layout: str, dtype: str, transform: Transform) -> Callable[[Any], Any]:
+    from hbx_gpu.engine.host.dense import FORMATS
+
+    if layout == "dense":
+        if dtype not in FORMATS:
+            raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
+        return DenseCollate(dtype, transform)
+    if layout != "csr":
+        raise ValueError(f'layout must be "dense" or "csr", got {layout!r}')
+    if transform != Transform() or dtype != "float32":
+        raise ValueError('layout="csr" gives float32 values as stored; transform and dtype need "dense"')
+    return sparse_to_csr_collate

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from hbx_gpu.dataloader import DenseCollate, sparse_to_dense_collate
+
 ROWS_PER_WINDOW = 4096
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
@@ -38,6 +40,7 @@ class CellLoader(DataLoader):
         num_workers: int | None = None,
         threads: int | None = None,
         window: int | None = None,
+        memory_budget: int = 512 << 20,
         **kwargs: Any,
     ) -> None:
         wrong = [name for name in _DECIDED_BY_SAMPLER if name in kwargs]
@@ -59,6 +62,9 @@ class CellLoader(DataLoader):
             raise ValueError(f"threads must be at least 1, got {threads}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 batch, got {window}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+        self._memory_budget = memory_budget
         self._threads = threads or len(os.sched_getaffinity(0))
         self._window = window or max(
             1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW))
@@ -92,7 +98,14 @@ class CellLoader(DataLoader):
     def _read_ahead(self, skip: int) -> _ReadAhead:
         sampler: Any = self.batch_sampler
         order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
-        ahead = _ReadAhead(self._make, islice(order, skip, None), threads=self._threads, window=self._window)
+        ahead = _ReadAhead(
+            self._make,
+            islice(order, skip, None),
+            self._nbytes,
+            threads=self._threads,
+            window=self._window,
+            memory_budget=self._memory_budget,
+        )
         self._live.append(ahead)
         return ahead
 
@@ -102,6 +115,17 @@ class CellLoader(DataLoader):
         if read_batches is None:
             return [collate(self.dataset.__getitems__(rows)) for rows in selections]  # type: ignore[attr-defined]
         return [collate(batch) for batch in read_batches(selections)]
+
+    def _nbytes(self, rows: np.ndarray) -> int:
+        """Bytes that the batch of `rows` will take up, as far as dataset and collate can tell."""
+        batch_nbytes = getattr(self.dataset, "batch_nbytes", None)
+        nbytes = int(batch_nbytes(rows)) if batch_nbytes else 0
+        collate_nbytes = getattr(self.collate_fn, "nbytes", None)
+        if self.collate_fn is sparse_to_dense_collate:
+            collate_nbytes = DenseCollate().nbytes
+        if collate_nbytes:
+            nbytes += int(collate_nbytes(len(rows), self.dataset.n_features))  # type: ignore[attr-defined]
+        return nbytes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; handed to the sampler."""
@@ -159,46 +183,72 @@ class CellLoader(DataLoader):
 
 
 class _ReadAhead:
-    """Makes windows of batches on threads, a bounded number ahead, and hands them over in order."""
+    """Makes windows of batches on threads, a bounded number of bytes ahead, and hands them over in order."""
 
     def __init__(
         self,
         make: Callable[[list[np.ndarray]], list[Any]],
         order: Iterator[np.ndarray],
+        nbytes: Callable[[np.ndarray], int],
         *,
         threads: int,
         window: int,
+        memory_budget: int,
     ) -> None:
-        self._make, self._order, self._window = make, order, window
-        # One window being consumed, one made per thread, one waiting.
+        self._make, self._order, self._nbytes = make, order, nbytes
+        self._window, self._budget = window, memory_budget
+        # One window made per thread, one waiting; the one being consumed comes on top.
         self._depth = threads + 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-loader")
-        self._pending: deque[Future[list[Any]]] = deque()
-        self._ready: deque[Any] = deque()
+        self._pending: deque[tuple[Future[list[Any]], list[int]]] = deque()
+        self._ready: deque[tuple[Any, int]] = deque()
+        self._held = 0  # bytes of windows made or in the making, until their batches are handed over
+        self._next: tuple[np.ndarray, int] | None = None
         self._closed = False
 
     def __iter__(self) -> _ReadAhead:
         return self
 
     def __next__(self) -> Any:
-        if not self._ready:
-            try:
+        try:
+            if not self._ready:
                 self._refill()
                 if not self._pending:
                     raise StopIteration
-                self._ready.extend(self._pending.popleft().result())
-                self._refill()
-            except BaseException:
-                self.close()
-                raise
-        return self._ready.popleft()
+                made, sizes = self._pending.popleft()
+                self._ready.extend(zip(made.result(), sizes, strict=True))
+            batch, size = self._ready.popleft()
+            self._held -= size
+            self._refill()
+        except BaseException:
+            self.close()
+            raise
+        return batch
 
     def _refill(self) -> None:
         while not self._closed and len(self._pending) < self._depth:
-            rows = list(islice(self._order, self._window))
+            rows, sizes = self._take_window()
             if not rows:
                 return
-            self._pending.append(self._pool.submit(self._make, rows))
+            self._pending.append((self._pool.submit(self._make, rows), sizes))
+
+    def _take_window(self) -> tuple[list[np.ndarray], list[int]]:
+        """The next batches, as many as make a window and as fit the budget beside what is held."""
+        rows: list[np.ndarray] = []
+        sizes: list[int] = []
+        while len(rows) < self._window:
+            if self._next is None:
+                upcoming = next(self._order, None)
+                if upcoming is None:
+                    break
+                self._next = (upcoming, self._nbytes(upcoming))
+            if self._held and self._held + self._next[1] > self._budget:
+                break  # what is held is handed over first
+            rows.append(self._next[0])
+            sizes.append(self._next[1])
+            self._held += self._next[1]
+            self._next = None
+        return rows, sizes
 
     def close(self) -> None:
         """End the threads; returns when the last running window is done."""

@@ -44,6 +44,8 @@ class SourceTable:
         True if any remap drops a column.
     repeats
         bool, (n_sources,). See :class:`~hbx_gpu.source.Source`.
+    identity
+        bool, (n_sources,). Whether the Source's remap changes nothing.
     """
 
     n_roles: int
@@ -56,6 +58,7 @@ class SourceTable:
     n_features: int
     drops: bool
     repeats: np.ndarray
+    identity: np.ndarray
 
 
 def element_base(chunks: Sequence[int], elements: Sequence[int]) -> np.ndarray:
@@ -83,7 +86,7 @@ def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: i
 
     # Sources that share a layout share the remap object: keep one copy of each.
     distinct: dict[int, np.ndarray] = {id(s.remap): s.remap for s in sources}
-    begin, at = {}, 0
+    begin, same, at = {}, {}, 0
     for key, remap in distinct.items():
         if remap.dtype != np.int32:
             raise ValueError(f"a remap must be int32, got {remap.dtype}")
@@ -92,6 +95,7 @@ def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: i
                 f"a remap must lie in [-1, {n_features}), got values {remap.min()} .. {remap.max()}"
             )
         begin[key] = at
+        same[key] = bool((remap == np.arange(remap.size)).all())
         at += remap.size
     remap = np.concatenate([*distinct.values(), np.empty(0, np.int32)])
     return SourceTable(
@@ -105,6 +109,7 @@ def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: i
         n_features=n_features,
         drops=bool((remap < 0).any()),
         repeats=np.array([s.repeats for s in sources], dtype=bool),
+        identity=np.array([same[id(s.remap)] for s in sources], dtype=bool),
     )
 
 

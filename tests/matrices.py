@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 from hbx_gpu.source import RowIndex, Source
 from hbx_gpu.storage.metadata import read_layout
 
-CODECS = ("homeobox.bitpacking", "zstd", "blosc", "gzip", "none")
+CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "blosc", "gzip", "none")
 
 
 @dataclass
@@ -31,11 +31,15 @@ class Group:
     order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def _compressors(codec: str, transform: str) -> list[object]:
+def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
     if codec == "homeobox.bitpacking":
         from hbx_gpu.codecs.zarr_codec import BitpackingCodec
 
         return [BitpackingCodec(transform=transform, element_size=4)]
+    if codec == "hbx_gpu.rowpack":
+        from hbx_gpu.codecs.zarr_codec import RowpackCodec
+
+        return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
     return {
         "zstd": [ZstdCodec(level=0)],
         "blosc": [BloscCodec(cname="lz4")],
@@ -50,11 +54,13 @@ def write_array(path: Path, data: np.ndarray, group: Group, transform: str) -> N
     codec = group.codec
     if codec == "homeobox.bitpacking" and (data.dtype.itemsize * group.chunk) % 4:
         codec = "zstd"
+    if codec == "hbx_gpu.rowpack" and data.dtype.kind != "u":
+        codec = "zstd"  # floats and signed integers keep a general codec
     array = zarr.create_array(
         **common,
         chunks=(group.chunk,),
         shards=(group.chunk * group.chunks_per_shard,) if group.chunks_per_shard else None,
-        compressors=_compressors(codec, transform),
+        compressors=_compressors(codec, transform, data.dtype.itemsize),
         serializer=BytesCodec(),
         filters=None,
     )
@@ -114,7 +120,9 @@ def ragged_groups(draw: st.DrawFn, codecs: tuple[str, ...] = CODECS) -> tuple[li
     n_features = draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtypes = draw(
-        st.lists(st.sampled_from([np.uint32, np.uint16, np.int64, np.float32]), min_size=1, max_size=4)
+        st.lists(
+            st.sampled_from([np.uint32, np.uint16, np.uint64, np.int64, np.float32]), min_size=1, max_size=4
+        )
     )
     groups = []
     for dtype in dtypes:

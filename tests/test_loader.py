@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.transforms import log1p, normalize_total
 from tests.matrices import expected_dense
 from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 
@@ -148,6 +149,77 @@ def test_reading_ahead_is_bounded_and_overlaps() -> None:
     next(batches)
     time.sleep(0.5)
     assert 2 <= dataset.made <= 6  # ahead of the consumer, but not the whole epoch
+
+
+@pytest.mark.parametrize("budget", [1, 3000, 100_000])
+def test_the_memory_budget_holds(dataset: CellDataset, expected: np.ndarray, budget: int) -> None:
+    """Bytes of batches made and not yet handed over never pass the budget, but for a batch on its own."""
+    sampler = sampler_for(dataset)
+    loader = make_loader(dataset, sampler, sparse_to_dense_collate, memory_budget=budget, threads=3, window=4)
+    order = list(sampler)
+    sizes = [dataset.batch_nbytes(np.array(rows)) + len(rows) * N_FEATURES * 4 for rows in order]
+    held: list[int] = []
+    lock = threading.Lock()
+    made: set[int] = set()
+    make = loader._make
+
+    def watched(selections: list[np.ndarray]) -> list[object]:
+        with lock:
+            made.update(order.index(tuple(rows.tolist())) for rows in selections)
+            held.append(sum(sizes[i] for i in made))
+        return make(selections)
+
+    loader._make = watched  # type: ignore[method-assign]
+    for i, batch in enumerate(loader):
+        with lock:
+            made.discard(i)
+        assert np.array_equal(batch["X"].numpy(), expected[list(order[i])])
+        time.sleep(0.005)
+    assert max(held) <= max(budget, max(sizes))
+
+
+def test_batch_nbytes_is_what_a_batch_takes(dataset: CellDataset) -> None:
+    batch = dataset[[3, 3, 70]]
+    assert dataset.batch_nbytes([3, 3, -50]) == batch.indices.nbytes + batch.values.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_layout_dense(dataset: CellDataset, expected: np.ndarray, dtype: str) -> None:
+    sampler = sampler_for(dataset)
+    loader = make_loader(
+        dataset, sampler, layout="dense", dtype=dtype, transform=[normalize_total(100.0), log1p]
+    )
+    totals = np.maximum(expected.sum(1, keepdims=True), 1)
+    scaled = torch.from_numpy(np.log1p(expected * (100.0 / totals)))
+    for rows, batch in zip(sampler, loader, strict=True):
+        assert batch["X"].dtype == getattr(torch, dtype)
+        torch.testing.assert_close(
+            batch["X"].double(), scaled[list(rows)], rtol=1e-2 if "16" in dtype else 1e-6, atol=1e-6
+        )
+
+
+def test_layout_csr(dataset: CellDataset, expected: np.ndarray) -> None:
+    sampler = sampler_for(dataset)
+    for rows, batch in zip(sampler, make_loader(dataset, sampler, layout="csr"), strict=True):
+        assert batch["X"].layout is torch.sparse_csr
+        assert np.array_equal(batch["X"].to_dense().numpy(), expected[list(rows)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "dense", "collate_fn": sparse_to_dense_collate}, "give one of them"),
+        ({"layout": "blocked"}, "blocked"),
+        ({"layout": "dense", "dtype": "int8"}, "int8"),
+        ({"layout": "csr", "dtype": "float16"}, "dense"),
+        ({"dtype": "float16"}, 'layout="dense"'),
+        ({"layout": "dense", "transform": [log1p, normalize_total()]}, "last"),
+        ({"memory_budget": 0}, "memory_budget"),
+    ],
+)
+def test_options_that_do_not_go_together(dataset: CellDataset, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loader(dataset, sampler_for(dataset), **options)
 
 
 def test_two_iterations_do_not_disturb_each_other(dataset: CellDataset) -> None:

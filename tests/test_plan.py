@@ -27,6 +27,7 @@ def make_table(chunk_sizes: np.ndarray, lengths: np.ndarray) -> SourceTable:
         n_features=1,
         drops=False,
         repeats=np.zeros(n, bool),
+        identity=np.zeros(n, bool),
     )
 
 

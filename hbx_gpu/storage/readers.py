@@ -22,6 +22,7 @@ _MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system 
 _MAX_SIZE = 8 << 20
 _MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
 _MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
+_RESIDENT_BYTES = 256 << 20  # of mapped files, before their pages are handed back
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,10 @@ class _Cache(Generic[_T]):
             while len(self._entries) > self._bound:
                 self._entries.popitem(last=False)
         return entry
+
+    def values(self) -> list[_T]:
+        with self._lock:
+            return list(self._entries.values())
 
     def clear(self) -> None:
         with self._lock:
@@ -325,11 +330,16 @@ class MmapReader(Reader):
 
     A file that is cut short while a slab points into it makes the kernel kill the process (SIGBUS), as with
     any map; a file that was short before the read is refused. Use `preadv` on storage that may shrink.
+
+    Pages that were looked at count as this process's memory. After `resident_bytes` of reads they are handed
+    back: they stay in the page cache, and touching one again costs a minor fault.
     """
 
-    def __init__(self, directory: ChunkDirectory) -> None:
+    def __init__(self, directory: ChunkDirectory, *, resident_bytes: int = _RESIDENT_BYTES) -> None:
         super().__init__(directory)
         self._maps = _Cache(_Map, _MAX_MAPS)
+        self._resident_bytes = resident_bytes
+        self._read_bytes = 0
 
     def read(self, extents: Extents) -> Slab:
         stored = np.flatnonzero(extents.nbytes > 0)
@@ -342,6 +352,12 @@ class MmapReader(Reader):
         base = np.array([entry.address for entry in maps], np.uint64)
         address = np.zeros(len(extents), np.uint64)
         address[stored] = base[inverse] + extents.offset[stored].astype(np.uint64)
+        # Unlocked: threads that race hand back a little early or late, and neither matters.
+        self._read_bytes += int(extents.nbytes[stored].sum())
+        if self._read_bytes > self._resident_bytes:
+            self._read_bytes = 0
+            for entry in self._maps.values():
+                entry.hand_back()
         return Slab(address, extents.nbytes, maps)
 
     def close(self) -> None:
@@ -387,6 +403,11 @@ class _Map:
         if self.nbytes:
             _libc.munmap(self.address, self.nbytes)
 
+    def hand_back(self) -> None:
+        """Drop the pages from this process; the map stays valid and the file stays in the page cache."""
+        if self.nbytes:
+            _libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
+
     def shows(self, found: os.stat_result) -> bool:
         """Whether this still is the file found under its path, not one that was replaced."""
         return self._identity == (found.st_dev, found.st_ino)
@@ -402,6 +423,8 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_int64,
 ]
+_libc.madvise.restype = ctypes.c_int
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FAILED = ctypes.c_void_p(-1).value

@@ -12,7 +12,9 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.engine.host import HostEngine, densify
+from hbx_gpu.batch import SparseBatch
+from hbx_gpu.engine.host import HostEngine
+from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.engine.reference import ReferenceEngine
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.plan import plan_rows, source_table
@@ -87,8 +89,7 @@ class EngineSuite:
             got = slice(offsets[i], offsets[i + 1])
             assert indices[got].tolist() == columns[keep].tolist()
             assert values[got].tolist() == group.matrix.data[a:b][keep].tolist()
-        dense = np.full((n, n_features), -1.0)
-        densify(offsets, indices, values, dense)
+        dense = densify(SparseBatch(indices, values, offsets, n_features), dtype="float64")
         assert np.array_equal(dense, expected_dense(groups, n_features)[selection])
 
     @pytest.mark.parametrize("codec", CODECS)
@@ -174,8 +175,8 @@ class EngineSuite:
         sources, rows = write_sources(tmp_path, [group])
         indices, values, offsets = Rows(self.engine, sources, rows, 4).csr(np.array([1, 0]))
         assert indices.tolist() == [3, 3, 1]
-        dense = np.empty((2, 4), np.float32)
-        assert densify(offsets, indices, values, dense).tolist() == [[0, 0, 0, 0], [0, 3, 0, 3]]
+        dense = densify(SparseBatch(indices, values, offsets, 4))
+        assert dense.tolist() == [[0, 0, 0, 0], [0, 3, 0, 3]]
 
 
 class TestReferenceEngine(EngineSuite):
@@ -184,14 +185,3 @@ class TestReferenceEngine(EngineSuite):
 
 class TestHostEngine(EngineSuite):
     engine = HostEngine
-
-
-def test_reference_and_host_densify_agree() -> None:
-    rng = np.random.default_rng(3)
-    lengths = rng.integers(0, 20, size=50)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    indices = rng.integers(0, 30, size=offsets[-1]).astype(np.int32)
-    values = rng.integers(0, 1000, size=offsets[-1]).astype(np.uint32)
-    table = source_table([], [], 30)
-    expected = ReferenceEngine(table, ChunkDirectory([]), []).dense(offsets, indices, values, np.float32)
-    assert np.array_equal(densify(offsets, indices, values, np.empty((50, 30), np.float32)), expected)

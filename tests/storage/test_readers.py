@@ -266,3 +266,36 @@ def test_pickle_drops_what_is_open(tmp_path: Path, kind: str) -> None:
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="unknown reader 'fast'; there are mmap, preadv"):
         open_reader("fast", ChunkDirectory([]))
+
+
+def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
+    """What a long run has looked at does not stay in this process's memory."""
+    size = 32 << 20
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0").write_bytes(bytes(size))
+    layout = ArrayLayout(
+        path=str(tmp_path),
+        name="a",
+        shape=(size,),
+        dtype=np.dtype(np.uint8),
+        chunk_shape=(size,),
+        shard_shape=(size,),
+        codecs=({"name": "bytes"},),
+    )
+
+    def resident_file_pages() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) << 10
+
+    for bound, kept in ((1 << 20, False), (1 << 40, True)):
+        directory = ChunkDirectory([layout])
+        reader = MmapReader(directory, resident_bytes=bound)
+        before = resident_file_pages()
+        slab = reader.read(directory.extents(np.array([0])))
+        assert not slab.view(0).any()  # touches every page
+        assert resident_file_pages() - before > size // 2
+        again = reader.read(directory.extents(np.array([0])))
+        assert (resident_file_pages() - before > size // 2) is kept
+        assert not again.view(0).any()  # and the map still works
+        reader.close()
+        del slab, again  # the last references to the map

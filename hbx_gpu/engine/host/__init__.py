@@ -7,18 +7,55 @@ by side on the loader's threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from hbx_gpu.codecs.bitpacking_numba import describe_status
+from hbx_gpu.buffers import BufferPool
+from hbx_gpu.codecs import bitpacking_numba, rowpack_numba
 from hbx_gpu.codecs.chain import ChunkCodec
+from hbx_gpu.codecs.rowpack import BLOCK, read_header
 from hbx_gpu.engine.host import kernels
+from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.plan import INDEX_ROLE, BatchPlan, SourceTable
+from hbx_gpu.source import ArrayLayout
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.storage.readers import Slab
 
 CHUNK_MISSING = "the object is missing, and its fill value would repeat column 0 within a row"
+
+
+# Codec -> what decodes and hands out index chunks, value chunks, and says what went wrong.
+_KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
+    "bitpacking": (
+        kernels.bitpacked_columns,
+        kernels.bitpacked_values,
+        bitpacking_numba.describe_status,
+    ),
+    "rowpack": (kernels.rowpack_columns, kernels.rowpack_values, rowpack_numba.describe_status),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What arrays must have in common to go through one kernel call; codec "" = none of the kernels'."""
+
+    role: int
+    dtype: np.dtype
+    codec: str
+    word_size: int
+    elements: int
+
+
+def _kind(role: int, layout: ArrayLayout, codec: ChunkCodec) -> _Kind:
+    elements, dtype = layout.chunk_shape[0], layout.dtype
+    if codec.rowpack == dtype.itemsize and dtype.kind == "u":
+        return _Kind(role, dtype, "rowpack", codec.rowpack, elements)
+    if codec.bitpacking and elements * dtype.itemsize % codec.bitpacking == 0:
+        return _Kind(role, dtype, "bitpacking", codec.bitpacking, elements)
+    return _Kind(role, dtype, "", 0, elements)
 
 
 class HostEngine:
@@ -32,19 +69,30 @@ class HostEngine:
         Their chunks; its arrays are numbered as in `table`.
     dtypes
         Output dtype of each layer.
+    pool
+        Where the memory of outputs comes from; None: fresh memory.
     """
 
-    def __init__(self, table: SourceTable, directory: ChunkDirectory, dtypes: Sequence[np.dtype]) -> None:
+    def __init__(
+        self,
+        table: SourceTable,
+        directory: ChunkDirectory,
+        dtypes: Sequence[np.dtype],
+        pool: BufferPool | None = None,
+    ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
+        self._empty = pool.empty if pool else np.empty
         self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
-        # Arrays of one kind share a kernel call: (role, dtype, word size, chunk elements).
-        kinds: dict[tuple[int, np.dtype, int, int], int] = {}
-        kind_of = []
-        for array, (layout, codec) in enumerate(zip(directory.layouts, self._codecs, strict=True)):
-            key = (array % table.n_roles, layout.dtype, codec.bitpacking or 0, layout.chunk_shape[0])
-            kind_of.append(kinds.setdefault(key, len(kinds)))
+        # Arrays of one kind share a kernel call.
+        kinds: dict[_Kind, int] = {}
+        kind_of = [
+            kinds.setdefault(_kind(array % table.n_roles, layout, codec), len(kinds))
+            for array, (layout, codec) in enumerate(zip(directory.layouts, self._codecs, strict=True))
+        ]
         self._kind_of = np.array(kind_of, dtype=np.int64)
         self._kinds = list(kinds)
+        # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
+        self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
         self._scratch = threading.local()
 
     def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
@@ -64,8 +112,8 @@ class HostEngine:
         CorruptChunkError
             A chunk does not decode, or holds a column number its Source does not have.
         """
-        indices = np.empty(plan.n_elements, dtype=np.int32)
-        values = [np.empty(plan.n_elements, dtype=dtype) for dtype in self.dtypes]
+        indices = self._empty(plan.n_elements, np.int32)
+        values = [self._empty(plan.n_elements, dtype) for dtype in self.dtypes]
         outputs = [indices, *values]
         absent = slab.address == 0
         self._fill_absent(plan, np.flatnonzero(absent), outputs)
@@ -74,11 +122,11 @@ class HostEngine:
             jobs = np.flatnonzero((kind == k) & ~absent)
             if not len(jobs):
                 continue
-            role, dtype, element_size, elements = self._kinds[k]
-            if element_size and (elements * dtype.itemsize) % element_size == 0:
-                self._bitpacked(plan, slab, jobs, role, dtype, element_size, elements, outputs[role])
+            one = self._kinds[k]
+            if one.codec:
+                self._packed(plan, slab, jobs, one, outputs[one.role])
             else:
-                self._general(plan, slab, jobs, role, outputs[role])
+                self._general(plan, slab, jobs, one.role, outputs[one.role])
         if not self.table.drops:
             return indices, values, plan.offsets
         keep = indices >= 0
@@ -86,35 +134,39 @@ class HostEngine:
         np.cumsum(keep, out=kept[1:])
         return indices[keep], [v[keep] for v in values], kept[plan.offsets]
 
-    def _bitpacked(
-        self,
-        plan: BatchPlan,
-        slab: Slab,
-        jobs: np.ndarray,
-        role: int,
-        dtype: np.dtype,
-        element_size: int,
-        elements: int,
-        out: np.ndarray,
-    ) -> None:
-        scratch = self._scratch_bytes(elements * dtype.itemsize)
-        words = scratch.view(np.uint64 if element_size == 8 else np.uint32)
-        status = np.zeros(len(plan.chunks), dtype=np.int64)
-        common = (
-            jobs, slab.address, slab.nbytes, element_size, words, scratch.view(dtype),
-            plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out,
-        )  # fmt: skip
-        table = self.table
-        if role == INDEX_ROLE:
-            source = plan.chunk_array[jobs] // table.n_roles
-            kernels.bitpacked_columns(
-                *common, source, table.remap, table.remap_start, table.remap_length, out, status
-            )
+    def _packed(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray) -> None:
+        """Chunks that a kernel decodes and hands out, all in one call."""
+        word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
+        columns, values, describe = _KERNELS[kind.codec]
+        buffers: tuple[Any, ...]
+        if kind.codec == "rowpack":
+            self._verify(plan, slab, jobs)
+            # Blocks are decoded whole, one value per word whatever the array's dtype.
+            words = self._scratch_bytes(-(-kind.elements // BLOCK) * BLOCK * word.itemsize).view(word)
+            buffers = (kind.word_size, kind.elements, words)
         else:
-            kernels.bitpacked_values(*common, out, status)
+            scratch = self._scratch_bytes(kind.elements * kind.dtype.itemsize)
+            buffers = (kind.word_size, scratch.view(word), scratch.view(kind.dtype))
+        pieces = (plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out)
+        status = np.zeros(len(plan.chunks), dtype=np.int64)
+        if kind.role == INDEX_ROLE:
+            table = self.table
+            source = plan.chunk_array[jobs] // table.n_roles
+            remap = (table.remap, table.remap_start, table.remap_length, table.identity)
+            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, status)
+        else:
+            values(jobs, slab.address, slab.nbytes, *buffers, *pieces, out, status)
         if status.any():
             c = int(np.flatnonzero(status)[0])
-            raise self._error(plan, c, int(status[c]))
+            raise self._error(plan, c, int(status[c]), describe)
+
+    def _verify(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
+        for c in jobs[~self._verified[plan.chunks[jobs]]]:
+            try:
+                read_header(slab.view(int(c)).data, check=True)
+            except CorruptChunkError as error:
+                raise self.directory.error(int(plan.chunks[c]), error.reason) from error
+            self._verified[plan.chunks[c]] = True
 
     def _general(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray) -> None:
         """Chunks of any other codec: one library call each, then the same hand-out."""
@@ -134,7 +186,7 @@ class HostEngine:
                 source = array // table.n_roles
                 first = table.remap_start[source]
                 remap = table.remap[first : first + table.remap_length[source]]
-                if not kernels.scatter_columns(decoded, p0, p1, *pieces, remap, out):
+                if not kernels.scatter_columns(decoded, p0, p1, *pieces, remap, table.identity[source], out):
                     raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
             else:
                 kernels.scatter_values(decoded, p0, p1, *pieces, out)
@@ -158,13 +210,15 @@ class HostEngine:
                 p0, p1, plan.piece_count, plan.piece_out, outputs[role].dtype.type(value), outputs[role]
             )
 
-    def _error(self, plan: BatchPlan, c: int, status: int) -> Exception:
+    def _error(
+        self, plan: BatchPlan, c: int, status: int, describe: Callable[[int], str] = str
+    ) -> CorruptChunkError:
         if status == kernels.COLUMN_OUT_OF_RANGE:
             source = int(plan.chunk_array[c]) // self.table.n_roles
             m = int(self.table.remap_length[source])
             reason = f"a column number is outside [0, {m}), the group's features"
         else:
-            reason = describe_status(status)
+            reason = describe(status)
         return self.directory.error(int(plan.chunks[c]), reason)
 
     def _scratch_bytes(self, nbytes: int) -> np.ndarray:
@@ -174,22 +228,3 @@ class HostEngine:
             # uint64 backing keeps every view aligned.
             buffer = self._scratch.buffer = np.empty(-(-nbytes // 8), dtype=np.uint64).view(np.uint8)
         return buffer[:nbytes]
-
-
-def densify(
-    offsets: np.ndarray,
-    indices: np.ndarray,
-    values: np.ndarray,
-    out: np.ndarray,
-) -> np.ndarray:
-    """Write CSR rows into `out`, which need not be zeroed; columns that repeat are summed.
-
-    Parameters
-    ----------
-    offsets, indices, values
-        As in :class:`~hbx_gpu.batch.SparseBatch`; indices in ``[0, n_features)``.
-    out
-        C-contiguous matrix of a float or integer dtype; every element is written.
-    """
-    kernels.densify(offsets, indices, values, out)
-    return out

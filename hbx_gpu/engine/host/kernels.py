@@ -15,6 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hbx_gpu.codecs.bitpacking_numba import decode_into
+from hbx_gpu.codecs.rowpack import BLOCK
+from hbx_gpu.codecs.rowpack_numba import decode_blocks, parse_header
 
 COLUMN_OUT_OF_RANGE = -1
 """Status of a chunk that holds a column number its Source does not have."""
@@ -38,20 +40,29 @@ def _bytes_at(address, nbytes):
 
 
 @_jit
-def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, out):
+def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out):
     """Hand the pieces p0..p1 of one decoded index chunk out, local -> output column.
 
-    Returns False at the first column number outside the remap.
+    Returns False at a piece with a column number outside the remap. `identity` says that the remap
+    changes nothing, so that looking it up can be left out.
     """
     m = np.uint64(len(remap))
     for p in range(p0, p1):
-        at, first = out_at[p], skip[p]
-        for k in range(count[p]):
+        # Slices, and loops from 0: the compiler then sees no negative index and vectorises.
+        source = decoded[skip[p] : skip[p] + count[p]]
+        target = out[out_at[p] : out_at[p] + count[p]]
+        largest = np.uint64(0)
+        for k in range(len(source)):
             # A negative column becomes a huge unsigned one: a single comparison catches both.
-            column = np.uint64(decoded[first + k])
-            if column >= m:
-                return False
-            out[at + k] = remap[column]
+            largest = max(largest, np.uint64(source[k]))
+        if len(source) and largest >= m:
+            return False
+        if identity:
+            for k in range(len(source)):
+                target[k] = source[k]
+        else:
+            for k in range(len(source)):
+                target[k] = remap[np.uint64(source[k])]
     return True
 
 
@@ -59,9 +70,10 @@ def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, out):
 def scatter_values(decoded, p0, p1, skip, count, out_at, out):
     """Hand the pieces p0..p1 of one decoded value chunk out."""
     for p in range(p0, p1):
-        at, first = out_at[p], skip[p]
-        for k in range(count[p]):
-            out[at + k] = decoded[first + k]
+        source = decoded[skip[p] : skip[p] + count[p]]
+        target = out[out_at[p] : out_at[p] + count[p]]
+        for k in range(len(source)):
+            target[k] = source[k]
 
 
 @_jit
@@ -77,7 +89,7 @@ def _needed_words(skip, count, p0, p1, itemsize, element_size):
 @_jit
 def bitpacked_columns(
     jobs, address, nbytes, element_size, words, elements, piece_ptr, skip, count, out_at,
-    job_source, remap, remap_start, remap_length, out, status,
+    job_source, remap, remap_start, remap_length, identity, out, status,
 ):  # fmt: skip
     """Decode `homeobox.bitpacking` index chunks and hand out their columns.
 
@@ -90,9 +102,9 @@ def bitpacked_columns(
         src = _bytes_at(address[c], nbytes[c])
         status[c] = decode_into(src, element_size, len(words), first, last, words)
         if status[c] == 0:
-            r = remap_start[job_source[j]]
+            r, same = remap_start[job_source[j]], identity[job_source[j]]
             part = remap[r : r + remap_length[job_source[j]]]
-            if not scatter_columns(elements, p0, p1, skip, count, out_at, part, out):
+            if not scatter_columns(elements, p0, p1, skip, count, out_at, part, same, out):
                 status[c] = COLUMN_OUT_OF_RANGE
 
 
@@ -120,9 +132,53 @@ def fill_pieces(p0, p1, count, out_at, value, out):
 
 
 @_jit
-def densify(offsets, indices, values, out):
-    """Write CSR rows into the dense rows `out` (n_rows, n_features); repeated columns are summed."""
-    for row in range(len(offsets) - 1):
-        out[row, :] = 0
-        for k in range(offsets[row], offsets[row + 1]):
-            out[row, indices[k]] += values[k]
+def rowpack_columns(
+    jobs, address, nbytes, element_size, elements, words, piece_ptr, skip, count, out_at,
+    job_source, remap, remap_start, remap_length, identity, out, status,
+):  # fmt: skip
+    """Decode the blocks of `hbx_gpu.rowpack` index chunks that the pieces touch, and hand out their columns.
+
+    `words` holds a chunk of whole blocks; pieces are sorted, so that a block is decoded once.
+    """
+    for j in range(len(jobs)):
+        c = jobs[j]
+        src = _bytes_at(address[c], nbytes[c])
+        geometry = parse_header(src, element_size, elements)
+        status[c] = geometry[0]
+        r, same = remap_start[job_source[j]], identity[job_source[j]]
+        part = remap[r : r + remap_length[job_source[j]]]
+        done = 0
+        for p in range(piece_ptr[c], piece_ptr[c + 1]):
+            if status[c] != 0:
+                break
+            first, last = max(done, skip[p] // BLOCK), (skip[p] + count[p] + BLOCK - 1) // BLOCK
+            if first < last:
+                status[c] = decode_blocks(src, geometry, first, last, words)
+                done = last
+                if status[c] != 0:
+                    break
+            if not scatter_columns(words, p, p + 1, skip, count, out_at, part, same, out):
+                status[c] = COLUMN_OUT_OF_RANGE
+
+
+@_jit
+def rowpack_values(
+    jobs, address, nbytes, element_size, elements, words, piece_ptr, skip, count, out_at, out, status
+):  # fmt: skip
+    """Decode the blocks of `hbx_gpu.rowpack` value chunks that the pieces touch; hand out their values."""
+    for j in range(len(jobs)):
+        c = jobs[j]
+        src = _bytes_at(address[c], nbytes[c])
+        geometry = parse_header(src, element_size, elements)
+        status[c] = geometry[0]
+        done = 0
+        for p in range(piece_ptr[c], piece_ptr[c + 1]):
+            if status[c] != 0:
+                break
+            first, last = max(done, skip[p] // BLOCK), (skip[p] + count[p] + BLOCK - 1) // BLOCK
+            if first < last:
+                status[c] = decode_blocks(src, geometry, first, last, words)
+                done = last
+                if status[c] != 0:
+                    break
+            scatter_values(words, p, p + 1, skip, count, out_at, out)

@@ -1,0 +1,59 @@
+"""CSR rows to dense rows on the host: written once, in any float width, counts transformed on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hbx_gpu.batch import SparseBatch
+from hbx_gpu.buffers import BufferPool
+from hbx_gpu.engine.host.dense_kernels import BFLOAT16, FLOAT16, NATIVE, add_rows, convert_rows
+from hbx_gpu.transforms import Transform
+
+FORMATS = {"float32": NATIVE, "float64": NATIVE, "bfloat16": BFLOAT16, "float16": FLOAT16}
+"""Dense dtypes; the 16-bit ones are made as bit patterns in uint16, which NumPy lacks or numba cannot add."""
+
+
+def densify(
+    batch: SparseBatch,
+    *,
+    dtype: str = "float32",
+    transform: Transform | None = None,
+    pool: BufferPool | None = None,
+) -> np.ndarray:
+    """A sparse batch as a dense matrix; columns that repeat within a row are summed.
+
+    Parameters
+    ----------
+    batch
+        Rows with indices in ``[0, n_features)``.
+    dtype
+        A key of `FORMATS`.
+    transform
+        Done to the sums, before rounding to `dtype`.
+    pool
+        Where the output's memory comes from.
+
+    Returns
+    -------
+    ndarray
+        (n_rows, n_features), C order. float32 or float64; float16 as such; bfloat16 as uint16 bit patterns.
+
+    Raises
+    ------
+    ValueError
+        Unknown dtype.
+    """
+    if dtype not in FORMATS:
+        raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
+    transform = transform or Transform()
+    kind = FORMATS[dtype]
+    stored = np.dtype(np.uint16) if kind != NATIVE else np.dtype(dtype)
+    shape = (len(batch), batch.n_features)
+    out = (pool.empty if pool else np.empty)(shape, stored)
+    target_sum = transform.target_sum or 0.0
+    if kind == NATIVE and not transform.log1p:
+        add_rows(batch.offsets, batch.indices, batch.values, target_sum, out)
+    else:
+        tile = np.zeros(batch.n_features, np.float32)
+        convert_rows(batch.offsets, batch.indices, batch.values, target_sum, transform.log1p, kind, tile, out)
+    return out.view(np.float16) if kind == FLOAT16 else out

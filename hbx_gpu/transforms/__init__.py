@@ -1,0 +1,58 @@
+"""What is done to counts on their way into a dense batch: the recipe only; engines carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """One step, applied to every value of a row.
+
+    Attributes
+    ----------
+    target_sum
+        Multiply a row so that its values sum to this; None leaves them.
+    log1p
+        Then take ``log(1 + x)``.
+    """
+
+    target_sum: float | None = None
+    log1p: bool = False
+
+
+def normalize_total(target_sum: float = 1e4) -> Transform:
+    """Scale each cell to `target_sum`, as scanpy's ``normalize_total``; an empty cell stays zero.
+
+    The total is taken over the columns of the batch: with a panel, over the panel.
+    """
+    if not target_sum > 0:
+        raise ValueError(f"target_sum must be positive, got {target_sum}")
+    return Transform(target_sum=float(target_sum))
+
+
+log1p = Transform(log1p=True)
+"""``log(1 + x)`` of every value."""
+
+
+def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
+    """One step that does all of `steps` in order.
+
+    Raises
+    ------
+    ValueError
+        An order that is not normalise, then log1p.
+    """
+    if steps is None:
+        return Transform()
+    if isinstance(steps, Transform):
+        return steps
+    target_sum, log = None, False
+    for step in steps:
+        if log:
+            raise ValueError("log1p must come last: what it returns are no counts any more")
+        if step.target_sum is not None:
+            target_sum = step.target_sum  # of two, the later one decides the sum
+        log = step.log1p
+    return Transform(target_sum, log)
