@@ -26,7 +26,7 @@ _SHOWN = 5
 def optimize(catalogue: Catalogue) -> None:
     """Give new features their global index, copy it to the layouts, and merge small fragments."""
     for name in sorted(set(catalogue.names.registries.values())):
-        assign_indices(tables.open_table(catalogue.root, name))
+        assign_indices(tables.open_table(catalogue.root, name), catalogue.layouts())
     _fill_layouts(catalogue)
     names = catalogue.names
     for name in (*names.obs_tables, names.dataset_table, *sorted(set(names.registries.values()))):
@@ -34,10 +34,12 @@ def optimize(catalogue: Catalogue) -> None:
     tables.compact(catalogue.layouts())
 
 
-def assign_indices(registry: Table) -> int:
-    """Number the features that have no index yet: upwards from the largest, by uid. Returns how many.
+def assign_indices(registry: Table, layouts: Table) -> int:
+    """Number the features that have no index yet, upwards from the largest. Returns how many.
 
-    Rows that repeat a registered uid, or one among the new ones, are removed first.
+    They are numbered in the order in which stored feature lists name them first, then by uid: the columns
+    of an atlas's first dataset keep their places, and translating them costs its readers nothing. Rows
+    that repeat a registered uid, or one among the new ones, are removed first.
     """
     if not registry.count_rows("global_index IS NULL"):
         return 0
@@ -46,6 +48,9 @@ def assign_indices(registry: Table) -> int:
     index = rows.column("global_index")
     fresh = sorted(rows.filter(pc.is_null(index)).column("uid").to_pylist())
     if fresh:
+        listed = layouts.search().select(["feature_uid"]).with_row_id(True).to_arrow().sort_by("_rowid")
+        place = {uid: i for i, uid in enumerate(listed.column("feature_uid").unique().to_pylist())}
+        fresh.sort(key=lambda uid: place.get(uid, len(place)))  # stable: the rest stay in order of uid
         largest = pc.max(index).as_py()
         begin = 0 if largest is None else largest + 1
         update = pa.table({"uid": fresh, "global_index": range(begin, begin + len(fresh))})

@@ -255,11 +255,11 @@ def test_repeated_rows_of_other_writers_are_removed(tmp_path: Path) -> None:
     assert any("run optimize()" in problem for problem in atlas.validate())
     atlas.optimize()
     assert atlas.validate() == []
-    assert atlas.feature_registry("gene_expression")["uid"].tolist() == ["a", "b", "q"]
+    assert atlas.feature_registry("gene_expression")["uid"].tolist() == ["b", "a", "q"]
     rows = atlas.catalogue.layouts().to_arrow().sort_by("local_index").to_pylist()
     assert [(r["feature_uid"], r["local_index"], r["global_index"]) for r in rows] == [
-        ("b", 0, 1),
-        ("a", 1, 0),
+        ("b", 0, 0),
+        ("a", 1, 1),
     ]
 
 
@@ -281,7 +281,7 @@ def test_layouts_take_indices_from_their_own_space(tmp_path: Path) -> None:
     atlas.add_from_anndata(adata(["CD8A", "CD3E"]))
     atlas.optimize()
     rows = atlas.catalogue.layouts().to_arrow().to_pylist()
-    assert {r["feature_uid"]: r["global_index"] for r in rows} == {"CD3E": 0, "CD8A": 1}
+    assert {r["feature_uid"]: r["global_index"] for r in rows} == {"CD8A": 0, "CD3E": 1}
     assert atlas.snapshot() == 0
 
 
@@ -433,3 +433,16 @@ def test_second_handle_and_second_thread_are_refused(tmp_path: Path) -> None:
         atlas.optimize()  # the holder may go on
     assert len(seen) == 1
     RaggedAtlas.open(tmp_path / "a").optimize()
+
+
+def test_the_first_dataset_keeps_its_columns_in_place(tmp_path: Path) -> None:
+    """Global indices follow the stored feature lists, so translating the first one changes nothing."""
+    atlas = create_or_open_atlas(tmp_path / "atlas")
+    rng = np.random.default_rng(0)
+    for names in (["g9", "g10", "a", "g1"], ["z", "g1", "b", "g9"]):
+        counts = sp.csr_matrix(rng.integers(0, 5, size=(6, 4)).astype(np.float32))
+        atlas.add_from_anndata(anndata.AnnData(counts, var=pd.DataFrame(index=names)))
+    atlas.optimize()
+    atlas.snapshot()
+    registry = atlas.feature_registry("gene_expression")
+    assert registry["uid"].tolist() == ["g9", "g10", "a", "g1", "z", "b"]

@@ -141,9 +141,13 @@ class HostEngine:
         buffers: tuple[Any, ...]
         if kind.codec == "rowpack":
             self._verify(plan, slab, jobs)
-            # Blocks are decoded whole, one value per word whatever the array's dtype.
-            words = self._scratch_bytes(-(-kind.elements // BLOCK) * BLOCK * word.itemsize).view(word)
-            buffers = (kind.word_size, kind.elements, words)
+            # One value per word, whatever the array's dtype; whole words of values go straight out.
+            scratch = self._scratch_bytes((BLOCK + kind.elements) * word.itemsize).view(word)
+            edge, words = scratch[:BLOCK], scratch[BLOCK:]
+            buffers = (kind.word_size, kind.elements, words, edge)
+            if kind.role != INDEX_ROLE:
+                direct = out.dtype == word
+                buffers = (kind.word_size, kind.elements, out if direct else words, edge, direct)
         else:
             scratch = self._scratch_bytes(kind.elements * kind.dtype.itemsize)
             buffers = (kind.word_size, scratch.view(word), scratch.view(kind.dtype))

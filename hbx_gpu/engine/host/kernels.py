@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from hbx_gpu.codecs.bitpacking_numba import decode_into
 from hbx_gpu.codecs.rowpack import BLOCK
-from hbx_gpu.codecs.rowpack_numba import decode_blocks, parse_header
+from hbx_gpu.codecs.rowpack_numba import decode_blocks_at, parse_header
 
 COLUMN_OUT_OF_RANGE = -1
 """Status of a chunk that holds a column number its Source does not have."""
@@ -46,16 +46,18 @@ def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out):
     Returns False at a piece with a column number outside the remap. `identity` says that the remap
     changes nothing, so that looking it up can be left out.
     """
-    m = np.uint64(len(remap))
     for p in range(p0, p1):
         # Slices, and loops from 0: the compiler then sees no negative index and vectorises.
         source = decoded[skip[p] : skip[p] + count[p]]
         target = out[out_at[p] : out_at[p] + count[p]]
-        largest = np.uint64(0)
+        # Checked before it is used, in a pass of its own: that one vectorises, a look-up does not.
+        low = high = source[0]
         for k in range(len(source)):
-            # A negative column becomes a huge unsigned one: a single comparison catches both.
-            largest = max(largest, np.uint64(source[k]))
-        if len(source) and largest >= m:
+            if source[k] > high:
+                high = source[k]
+            if source[k] < low:
+                low = source[k]
+        if low < 0 or high >= len(remap):
             return False
         if identity:
             for k in range(len(source)):
@@ -132,14 +134,51 @@ def fill_pieces(p0, p1, count, out_at, value, out):
 
 
 @_jit
+def _copy_edge(src, geometry, b, skip, end, out, at, edge, held):
+    """Decode block b to `edge` unless it is there, and copy what of it lies in [skip, end)."""
+    if b != held:
+        status = decode_blocks_at(src, geometry, b, b + 1, edge, 0)
+        if status != 0:
+            return status
+    begin, stop = max(skip, b * BLOCK), min(end, (b + 1) * BLOCK)
+    source = edge[begin - b * BLOCK : stop - b * BLOCK]
+    target = out[at + begin - skip : at + stop - skip]
+    for k in range(len(source)):
+        target[k] = source[k]
+    return 0
+
+
+@_jit
+def _decode_piece(src, geometry, skip, count, out, at, edge, held):
+    """Decode values [skip, skip + count) of a chunk to out[at:at + count]; returns (status, held).
+
+    Blocks that lie wholly in the piece go straight to their place. The two at its ends go through `edge`
+    (one block), where block `held` still stands from the piece before: neighbouring rows share it.
+    """
+    end = skip + count
+    head, first, last = skip // BLOCK, (skip + BLOCK - 1) // BLOCK, end // BLOCK
+    status = 0
+    if first > head:
+        status = _copy_edge(src, geometry, head, skip, end, out, at, edge, held)
+        held = head
+    if first < last and status == 0:
+        status = decode_blocks_at(src, geometry, first, last, out, at + first * BLOCK - skip)
+    if end > last * BLOCK and (last > head or first == head) and status == 0:
+        status = _copy_edge(src, geometry, last, skip, end, out, at, edge, held)
+        held = last
+    return status, held
+
+
+@_jit
 def rowpack_columns(
-    jobs, address, nbytes, element_size, elements, words, piece_ptr, skip, count, out_at,
+    jobs, address, nbytes, element_size, elements, words, edge, piece_ptr, skip, count, out_at,
     job_source, remap, remap_start, remap_length, identity, out, status,
 ):  # fmt: skip
     """Decode the blocks of `hbx_gpu.rowpack` index chunks that the pieces touch, and hand out their columns.
 
-    `words` holds a chunk of whole blocks; pieces are sorted, so that a block is decoded once.
+    `words` is scratch for one piece, `edge` for one block.
     """
+    origin = np.zeros(1, np.int64)
     for j in range(len(jobs)):
         c = jobs[j]
         src = _bytes_at(address[c], nbytes[c])
@@ -147,38 +186,37 @@ def rowpack_columns(
         status[c] = geometry[0]
         r, same = remap_start[job_source[j]], identity[job_source[j]]
         part = remap[r : r + remap_length[job_source[j]]]
-        done = 0
+        held = np.int64(-1)
         for p in range(piece_ptr[c], piece_ptr[c + 1]):
             if status[c] != 0:
                 break
-            first, last = max(done, skip[p] // BLOCK), (skip[p] + count[p] + BLOCK - 1) // BLOCK
-            if first < last:
-                status[c] = decode_blocks(src, geometry, first, last, words)
-                done = last
-                if status[c] != 0:
-                    break
-            if not scatter_columns(words, p, p + 1, skip, count, out_at, part, same, out):
+            status[c], held = _decode_piece(src, geometry, skip[p], count[p], words, 0, edge, held)
+            if status[c] == 0 and not scatter_columns(
+                words, 0, 1, origin, count[p : p + 1], out_at[p : p + 1], part, same, out
+            ):
                 status[c] = COLUMN_OUT_OF_RANGE
 
 
 @_jit
 def rowpack_values(
-    jobs, address, nbytes, element_size, elements, words, piece_ptr, skip, count, out_at, out, status
+    jobs, address, nbytes, element_size, elements, words, edge, direct, piece_ptr, skip, count, out_at,
+    out, status,
 ):  # fmt: skip
-    """Decode the blocks of `hbx_gpu.rowpack` value chunks that the pieces touch; hand out their values."""
+    """Decode the blocks of `hbx_gpu.rowpack` value chunks that the pieces touch, and hand out their values.
+
+    `words` is the output itself, seen as unsigned words, if `direct`; else scratch for one piece.
+    """
+    origin = np.zeros(1, np.int64)
     for j in range(len(jobs)):
         c = jobs[j]
         src = _bytes_at(address[c], nbytes[c])
         geometry = parse_header(src, element_size, elements)
         status[c] = geometry[0]
-        done = 0
+        held = np.int64(-1)
         for p in range(piece_ptr[c], piece_ptr[c + 1]):
             if status[c] != 0:
                 break
-            first, last = max(done, skip[p] // BLOCK), (skip[p] + count[p] + BLOCK - 1) // BLOCK
-            if first < last:
-                status[c] = decode_blocks(src, geometry, first, last, words)
-                done = last
-                if status[c] != 0:
-                    break
-            scatter_values(words, p, p + 1, skip, count, out_at, out)
+            at = out_at[p] if direct else 0
+            status[c], held = _decode_piece(src, geometry, skip[p], count[p], words, at, edge, held)
+            if status[c] == 0 and not direct:
+                scatter_values(words, 0, 1, origin, count[p : p + 1], out_at[p : p + 1], out)
