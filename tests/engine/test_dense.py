@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.buffers import BufferPool
 from hbx_gpu.engine.host.dense import densify
-from hbx_gpu.engine.host.dense_kernels import bfloat16_bits, float16_bits
+from hbx_gpu.engine.host.dense_kernels import bfloat16_bits, float16_bits, log1p32
 from hbx_gpu.transforms import Transform, chain, log1p, normalize_total
 
 
@@ -102,3 +102,33 @@ def test_rounding_to_16_bits_is_exact() -> None:
     with np.errstate(over="ignore"):
         assert np.array_equal(half, x.astype(np.float16).view(np.uint16))
     assert np.array_equal(brain, torch.from_numpy(x).bfloat16().view(torch.uint16).numpy())
+
+
+def test_log1p_to_float32_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    edges = [0.0, 1e-45, 1e-30, 9.9e-5, 1e-4, 1.01e-4, 0.41421, 0.41422, 1.0, 2**24, 1e29]
+    x = np.concatenate(
+        [np.exp(rng.uniform(-60, 60, 400_000)), rng.random(200_000) * 50, np.arange(5000), edges]
+    ).astype(np.float32)
+    out = np.empty_like(x)
+    for part in (slice(0, 400_000), slice(400_000, None)):
+        log1p32(x[part], out[part])
+    exact = np.log1p(x.astype(np.float64))
+    # Half a unit in the last place is what rounding costs; allow 0.6 of one.
+    assert (np.abs(out - exact) <= 0.6 * np.spacing(exact.astype(np.float32))).all()
+
+    odd = np.array([1.0, -0.5, -1.0, 1e31, np.inf, np.nan], np.float32)
+    result = np.empty_like(odd)
+    log1p32(odd, result)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(result, np.log1p(odd.astype(np.float64)).astype(np.float32))
+
+
+@pytest.mark.parametrize("column", [-1, 25, 2**31 - 1])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_columns_outside_the_matrix(column: int, dtype: str) -> None:
+    batch = random_batch(1)
+    batch.indices[batch.offsets[7]] = column
+    row = int(np.searchsorted(batch.offsets, batch.offsets[7], side="right")) - 1
+    with pytest.raises(ValueError, match=f"row {row} .*outside"):
+        densify(batch, dtype=dtype)

@@ -25,7 +25,7 @@ def densify(
     Parameters
     ----------
     batch
-        Rows with indices in ``[0, n_features)``.
+        Rows of a sparse feature space.
     dtype
         A key of `FORMATS`.
     transform
@@ -41,7 +41,7 @@ def densify(
     Raises
     ------
     ValueError
-        Unknown dtype.
+        Unknown dtype, or a column outside the matrix.
     """
     if dtype not in FORMATS:
         raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
@@ -52,8 +52,21 @@ def densify(
     out = (pool.empty if pool else np.empty)(shape, stored)
     target_sum = transform.target_sum or 0.0
     if kind == NATIVE and not transform.log1p:
-        add_rows(batch.offsets, batch.indices, batch.values, target_sum, out)
+        bad = add_rows(batch.offsets, batch.indices, batch.values, target_sum, out)
     else:
         tile = np.zeros(batch.n_features, np.float32)
-        convert_rows(batch.offsets, batch.indices, batch.values, target_sum, transform.log1p, kind, tile, out)
+        sums = np.empty(int(np.diff(batch.offsets).max(initial=0)), np.float32)
+        bad = convert_rows(
+            batch.offsets,
+            batch.indices,
+            batch.values,
+            target_sum,
+            transform.log1p,
+            kind,
+            tile,
+            sums,
+            out,
+        )
+    if bad >= 0:
+        raise ValueError(f"row {bad} of the batch has a column outside [0, {batch.n_features})")
     return out.view(np.float16) if kind == FLOAT16 else out
