@@ -149,6 +149,11 @@ class CellDataset:
         return self._rows.source
 
     @property
+    def row_index(self) -> RowIndex:
+        """Where every row lies: 16 bytes per row."""
+        return self._rows
+
+    @property
     def n_groups(self) -> int:
         return len(self._sources)
 
