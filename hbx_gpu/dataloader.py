@@ -321,8 +321,6 @@ class CellDataset:
 class MultimodalCellDataset:
     """Several feature spaces of the same cells; a cell without a modality has an empty row there.
 
-    Made by :meth:`hbx_gpu.atlas.AtlasQuery.to_multimodal_dataset`.
-
     Parameters
     ----------
     datasets

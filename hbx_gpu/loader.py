@@ -25,6 +25,13 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class CellLoader(DataLoader):
     """A torch DataLoader that reads ahead with threads (num_workers 0) or spawned workers, and resumes.
 
@@ -65,7 +72,7 @@ class CellLoader(DataLoader):
         if memory_budget < 1:
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
         self._memory_budget = memory_budget
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or _cores()
         self._window = window or max(
             1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW))
         )

@@ -51,12 +51,3 @@ class ReferenceEngine:
         keep = indices >= 0
         offsets = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)[plan.offsets]
         return indices[keep], [v[keep] for v in values], offsets
-
-    def dense(
-        self, offsets: np.ndarray, indices: np.ndarray, values: np.ndarray, dtype: np.dtype
-    ) -> np.ndarray:
-        """CSR rows as a dense matrix (n_rows, n_features); repeated columns are summed."""
-        out = np.zeros((len(offsets) - 1, self.table.n_features), dtype=dtype)
-        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        np.add.at(out, (rows, indices), values.astype(dtype))
-        return out
