@@ -22,10 +22,16 @@ class BufferPool:
     ----------
     max_bytes
         Free memory kept at most; what comes back beyond it goes to the system.
+
+    Attributes
+    ----------
+    n_allocated
+        Blocks asked of the system so far; it stops growing once a loop has found its pace.
     """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
+        self.n_allocated = 0
         self._free: dict[int, list[np.ndarray]] = {}
         self._free_bytes = 0
         self._lock = threading.RLock()  # a collection inside may give a block back
@@ -43,6 +49,8 @@ class BufferPool:
             block = blocks.pop() if blocks else None
             if block is not None:
                 self._free_bytes -= size
+            else:
+                self.n_allocated += 1
         if block is None:
             block = np.empty(size + _ALIGNMENT, np.uint8)
         lease = np.asarray(_Lease(self, block, size))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from hbx_gpu.buffers import POOL
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.sampler import CellSampler
@@ -305,3 +306,19 @@ def test_resume_with_a_plain_torch_sampler(dataset: CellDataset) -> None:
     assert ids(second) == whole
     with pytest.raises(ValueError, match="same kind of sampler"):
         second.load_state_dict({"sampler": {}})  # type: ignore[attr-defined]
+
+
+def test_no_memory_is_asked_for_in_steady_state(tmp_path: Path) -> None:
+    """Once two epochs have gone by, batches live in the memory of earlier ones."""
+    dataset = make_dataset(tmp_path, make_groups(2000))
+    sampler = sampler_for(dataset, batch_size=512)
+    loader = make_loader(dataset, sampler, sparse_to_dense_collate, threads=2)
+    for epoch in range(6):
+        if epoch == 2:
+            before = POOL.n_allocated
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch["X"].shape[1] == N_FEATURES
+    # Batches differ a little in size, and may now and then be the first of theirs.
+    assert POOL.n_allocated - before <= 2
+    assert before > 0
