@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from hbx_gpu.dataloader import DenseCollate, sparse_to_dense_collate
+from hbx_gpu.collates import DenseCollate, sparse_to_dense_collate
 
 ROWS_PER_WINDOW = 4096
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
