@@ -1,4 +1,4 @@
-"""The command `hbx-gpu`: ingest files into an atlas, and say what an atlas holds."""
+"""The command `hbx-gpu`: ingest files into an atlas, rewrite its arrays, and say what it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
 
 # Heavy imports happen in the commands, so that --help and --version answer at once.
-_CODECS = "homeobox.bitpacking, zstd, blosc, gzip, none"
+_CODECS = "hbx_gpu.rowpack, homeobox.bitpacking (which Homeobox reads), zstd, blosc, gzip, none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(args)
     except KeyboardInterrupt:
-        print("hbx-gpu: interrupted; the file in work was not added", file=sys.stderr)
+        print(f"hbx-gpu: interrupted; {args.if_interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough of it; nothing more may be written, not even on exit.
@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "unique, else gene_ids or the like",
     )
     ingest.add_argument(
-        "--codec", metavar="NAME", help=f"compression: {_CODECS}; by default as in the atlas before"
+        "--codec",
+        metavar="NAME",
+        help=f"compression: {_CODECS}; by default as in the atlas before, hbx_gpu.rowpack in a new one",
     )
     ingest.add_argument("--field", metavar="NAME", help="pointer column to fill, gene_expression by default")
     ingest.add_argument("--table", metavar="NAME", help="obs table to add to; needed if there are several")
@@ -79,14 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument(
         "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
     )
-    ingest.set_defaults(command=_ingest)
+    ingest.set_defaults(command=_ingest, if_interrupted="the file in work was not added")
+
+    repack = commands.add_parser(
+        "repack",
+        parents=[common],
+        help="rewrite the arrays of an atlas in another codec",
+        description="Rewrite index and layers of all sparse groups in place, one group after the other. "
+        "Cells, genes and snapshots stay as they are. May be interrupted; run it again to go on.",
+    )
+    repack.add_argument("atlas", type=Path, metavar="ATLAS", help="the atlas; also one that Homeobox made")
+    repack.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {_CODECS}")
+    repack.set_defaults(
+        command=_repack, if_interrupted="every group is whole; run the command again to go on"
+    )
 
     info = commands.add_parser("info", parents=[common], help="say what an atlas holds")
     info.add_argument("path", type=Path, metavar="PATH", help="the atlas")
     info.add_argument(
         "--version", dest="snapshot", type=int, metavar="N", help="snapshot; the newest by default"
     )
-    info.set_defaults(command=_info)
+    info.set_defaults(command=_info, if_interrupted="nothing was changed")
     return parser
 
 
@@ -164,6 +179,23 @@ def _has_news(atlas: RaggedAtlas) -> bool:
     versions = atlas.list_versions(atlas.path)
     stored = sum(atlas.catalogue.obs(table).count_rows() for table in atlas.obs_tables)
     return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))
+
+
+def _repack(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hbx_gpu.atlas import repack
+    from hbx_gpu.atlas.summary import describe_repack
+
+    with tqdm(desc="repack", unit=" values", unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = repack(args.atlas, args.codec, progress=show)
+    print(describe_repack(report))
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

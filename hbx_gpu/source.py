@@ -37,6 +37,9 @@ class ArrayLayout:
         An object's key is key_prefix + the shard's grid coordinates joined by key_separator.
     absent_is_fill
         False when the writer promised that every object exists: then a missing one is corruption.
+    fingerprint
+        Of the metadata document that this was read from, to notice when the array is replaced by another
+        one; empty where there is none.
     """
 
     path: str
@@ -53,6 +56,7 @@ class ArrayLayout:
     key_prefix: str = "c/"
     key_separator: str = "/"
     absent_is_fill: bool = True
+    fingerprint: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

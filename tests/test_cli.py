@@ -73,7 +73,7 @@ def test_both_real_files(
         "counts",
     ):
         assert text in out
-    assert "homeobox.bitpacking" in out
+    assert "hbx_gpu.rowpack" in out
     assert "pointer into gene_expression" in out
 
 

@@ -17,6 +17,7 @@ _PUBLIC = {
     "HoxBaseSchema": "schema",
     "PointerField": "schema",
     "RaggedAtlas": "atlas",
+    "RepackReport": "repacking",
     "Snapshot": "snapshot",
     "SparseZarrPointer": "schema",
     "StableUIDField": "schema",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "list_versions": "records",
     "make_uid": "schema",
     "register_space": "spaces",
+    "repack": "repacking",
 }
 
 __all__ = list(_PUBLIC)

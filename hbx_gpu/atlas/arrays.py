@@ -1,13 +1,15 @@
 """Writing one group of a sparse feature space: zarr v3 arrays, chunk by chunk, in bounded memory.
 
-Metadata and chunk encoding are zarr-python's own; only the shard objects are put together here, because
+Metadata and chunk encoding are zarr-python's own; only the stored objects are put together here, because
 zarr encodes a shard in one piece and two default shards of 42 million values would not fit the budget.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -17,10 +19,13 @@ import zarr
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from hbx_gpu.atlas.journal import sync
 from hbx_gpu.atlas.spaces import FeatureSpace
 
-Role = Literal["index", "counts", "floats"]
-DEFAULT_CODEC = "homeobox.bitpacking"
+Role = Literal["index", "values"]
+"""What an array's values are like: column numbers ascend within a row, values of a layer need not."""
+DEFAULT_CODEC = "hbx_gpu.rowpack"
+HOMEOBOX_CODEC = "homeobox.bitpacking"
 DEFAULT_CHUNK = 40_960
 DEFAULT_SHARD = 41_943_040
 # Values encoded at once; chunks of one batch are encoded in parallel by zarr's threads.
@@ -28,38 +33,49 @@ _BATCH_VALUES = 1 << 20
 _ABSENT = 2**64 - 1
 
 
-def _bitpacking(role: Role) -> Any:
-    if role == "floats":
-        return _zstd(role)
+def _rowpack(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:  # noqa: ARG001
+    if dtype.kind not in "iu":
+        return ZstdCodec(level=0, checksum=False)
+    from hbx_gpu.codecs.zarr_codec import RowpackCodec
+
+    return RowpackCodec(transform="gaps" if role == "index" else "none", element_size=dtype.itemsize)
+
+
+def _bitpacking(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:
+    # What Homeobox does: words of 4 bytes whatever the item size, and zstd for single bytes.
+    if dtype.kind not in "iu" or dtype.itemsize == 1 or chunk * dtype.itemsize % 4:
+        return ZstdCodec(level=0, checksum=False)
     from hbx_gpu.codecs.zarr_codec import BitpackingCodec
 
     return BitpackingCodec(transform="delta" if role == "index" else "none", element_size=4)
 
 
-def _zstd(_role: Role) -> Any:
-    return ZstdCodec(level=0, checksum=False)
-
-
-def _blosc(_role: Role) -> Any:
-    return BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="bitshuffle")
-
-
-def _gzip(_role: Role) -> Any:
-    return GzipCodec(level=5)
-
-
-def _none(_role: Role) -> Any:
-    return None
-
-
-# Codec name -> what compresses the chunks of an array in that role (None: nothing does).
-_CODECS: Mapping[str, Callable[[Role], Any]] = {
-    DEFAULT_CODEC: _bitpacking,
-    "zstd": _zstd,
-    "blosc": _blosc,
-    "gzip": _gzip,
-    "none": _none,
+# Codec name -> what compresses the chunks of an array (None: nothing does). Floats keep a general codec.
+_CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
+    DEFAULT_CODEC: _rowpack,
+    HOMEOBOX_CODEC: _bitpacking,
+    "zstd": lambda *_: ZstdCodec(level=0, checksum=False),
+    "blosc": lambda *_: BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="bitshuffle"),
+    "gzip": lambda *_: GzipCodec(level=5),
+    "none": lambda *_: None,
 }
+
+
+def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> Any:
+    """What compresses an array under a codec name: a zarr bytes-to-bytes codec, or None.
+
+    Parameters
+    ----------
+    name
+        One of :func:`codec_names`.
+    role
+        What its values are like.
+    dtype
+        Of the stored values.
+    chunk
+        Elements per (inner) chunk.
+    """
+    return _CODECS[check_codec(name)](role, np.dtype(dtype), chunk)
 
 
 def codec_names() -> list[str]:
@@ -96,8 +112,126 @@ def flat_shape(shape: int | tuple[int, ...] | None, default: int, *, name: str) 
     return int(axes[0])
 
 
+class ChunkEncoder:
+    """Encodes chunks of a 1-D array as zarr does, many at once and in parallel.
+
+    Parameters
+    ----------
+    dtype
+        Of the values.
+    compressor
+        A zarr bytes-to-bytes codec, or None.
+    chunk
+        Elements per chunk.
+    most
+        Chunks that are encoded at once, at most.
+
+    Attributes
+    ----------
+    batch
+        Chunks to pass at once: about a million values.
+    codecs
+        The codec chain, as in zarr metadata.
+    """
+
+    def __init__(self, dtype: str, compressor: Any, chunk: int, *, most: int) -> None:
+        self._chunk = chunk
+        self.batch = max(1, min(_BATCH_VALUES // chunk, most))
+        self._encoded: dict[str, Any] = {}
+        # Chunks of an unsharded array in memory are exactly the inner chunks of a sharded one.
+        self._scratch = zarr.create_array(
+            MemoryStore(self._encoded),
+            shape=(self.batch * chunk,),
+            chunks=(chunk,),
+            config={"write_empty_chunks": True},
+            **_layout(dtype, compressor),
+        )
+        self.codecs: list[dict[str, Any]] = json.loads(self._encoded["zarr.json"].to_bytes())["codecs"]
+        self._pack = _packer(compressor)
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+    def encode(self, values: np.ndarray) -> Iterable[bytes]:
+        """Encode 1 to `batch` whole chunks in the background; keep `values` as it is until all are taken."""
+        n = len(values) // self._chunk
+        if self._pack is not None:
+            return self._pool.map(self._pack, np.split(values, n))
+        self._scratch[: len(values)] = values
+        return [self._encoded[f"c/{i}"].to_bytes() for i in range(n)]
+
+
+def _packer(compressor: Any) -> Callable[[np.ndarray], bytes] | None:
+    """What encodes one chunk, where that is known here: through zarr it takes several times as long."""
+    from hbx_gpu.codecs import encode_bitpacking, encode_rowpack
+    from hbx_gpu.codecs.zarr_codec import BitpackingCodec, RowpackCodec
+
+    if isinstance(compressor, RowpackCodec):
+        word = f"<u{compressor.element_size}"
+        return lambda values: encode_rowpack(values.view(word), compressor.transform)
+    if isinstance(compressor, BitpackingCodec):
+        return lambda values: encode_bitpacking(values, compressor.transform, compressor.element_size)
+    return None
+
+
+class ObjectWriter:
+    """Stored objects of a 1-D array, chunk after chunk: shards with their index at the end, or plain chunks.
+
+    Parameters
+    ----------
+    path
+        Directory of the array; created.
+    per_shard
+        Chunks per shard; 0 where the array is not sharded.
+    """
+
+    def __init__(self, path: Path, per_shard: int) -> None:
+        self._path, self._per_shard = path, per_shard
+        self._file: BinaryIO | None = None
+        self._index: list[tuple[int, int]] = []
+        self._offset = 0
+        self._objects = 0
+        (path / "c").mkdir(parents=True)
+
+    def put(self, encoded: bytes | None) -> None:
+        """Store the next chunk; None leaves it out, which means fill value."""
+        if encoded is not None:
+            if self._file is None:
+                self._file = open(self._path / "c" / str(self._objects), "xb")  # noqa: SIM115 - see _end
+                self._offset = 0
+            self._file.write(encoded)
+        self._index.append((_ABSENT, _ABSENT) if encoded is None else (self._offset, len(encoded)))
+        self._offset += len(encoded or b"")
+        if len(self._index) == max(1, self._per_shard):
+            self._end()
+
+    def close(self) -> None:
+        """End the last shard."""
+        if self._index:
+            self._end()
+
+    def abort(self) -> None:
+        """Close open files; what was written is of no use."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _end(self) -> None:
+        if self._file is not None:
+            if self._per_shard:
+                index = np.full((self._per_shard, 2), _ABSENT, "<u8")
+                index[: len(self._index)] = self._index
+                raw = index.tobytes()
+                self._file.write(raw)
+                self._file.write(google_crc32c.value(raw).to_bytes(4, "little"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+        self._index = []
+        self._objects += 1
+
+
 class ShardedArrayWriter:
-    """One 1-D sharded array, written front to back; holds about a million values in memory.
+    """One 1-D sharded array, written front to back; holds about two million values in memory.
 
     Parameters
     ----------
@@ -108,7 +242,7 @@ class ShardedArrayWriter:
     compressor
         A zarr bytes-to-bytes codec, or None.
     chunk, shard
-        Elements per inner chunk and per shard object; shard is a multiple of chunk.
+        Elements per inner chunk and per shard; shard is a multiple of chunk.
     """
 
     def __init__(self, path: Path, *, dtype: str, compressor: Any, chunk: int, shard: int) -> None:
@@ -119,30 +253,14 @@ class ShardedArrayWriter:
             )
         self._path = path
         self._chunk, self._per_shard = chunk, shard // chunk
-        self._layout: dict[str, Any] = {
-            "dtype": dtype,
-            "filters": None,
-            "compressors": None if compressor is None else [compressor],
-            "fill_value": 0,
-        }
-        batch = max(1, min(_BATCH_VALUES // chunk, self._per_shard))
-        self._buffer = np.zeros(batch * chunk, dtype)
+        self._layout = _layout(dtype, compressor)
+        self._encoder = ChunkEncoder(dtype, compressor, chunk, most=self._per_shard)
+        # One is filled while the other is encoded: the source is read meanwhile.
+        self._buffer, self._other = (np.zeros(self._encoder.batch * chunk, dtype) for _ in range(2))
+        self._pending: Iterable[bytes] = ()
         self._filled = 0
-        self._encoded: dict[str, Any] = {}
-        # Chunks of an unsharded array in memory are exactly the inner chunks of a sharded one.
-        self._scratch = zarr.create_array(
-            MemoryStore(self._encoded),
-            shape=self._buffer.shape,
-            chunks=(chunk,),
-            config={"write_empty_chunks": True},
-            **self._layout,
-        )
-        self._file: BinaryIO | None = None
-        self._index: list[tuple[int, int]] = []
-        self._offset = 0
-        self._shards = 0
+        self._objects = ObjectWriter(path, self._per_shard)
         self.length = 0
-        (path / "c").mkdir(parents=True)
 
     def append(self, values: np.ndarray) -> None:
         """Append 1-D values of the array's dtype."""
@@ -160,8 +278,8 @@ class ShardedArrayWriter:
         """Write what is left, the metadata, and wait until all of it is on disk."""
         if self._filled:
             self._flush()
-        if self._file is not None:
-            self._end_shard()
+        self._store()
+        self._objects.close()
         zarr.create_array(
             self._path,
             shape=(self.length,),
@@ -169,46 +287,36 @@ class ShardedArrayWriter:
             shards=(self._chunk * self._per_shard,),
             **self._layout,
         )
-        _sync(self._path / "zarr.json")
+        sync(self._path / "zarr.json")
 
     def abort(self) -> None:
         """Close open files; what was written is of no use."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._objects.abort()
 
     def _flush(self) -> None:
-        chunks = -(-self._filled // self._chunk)
         # Inner chunks are always full: fill value behind the last element.
         self._buffer[self._filled :] = 0
-        self._scratch[: chunks * self._chunk] = self._buffer[: chunks * self._chunk]
-        for i in range(chunks):
-            self._put(self._encoded[f"c/{i}"].to_bytes())
+        chunks = -(-self._filled // self._chunk)
+        self._store()
+        self._pending = self._encoder.encode(self._buffer[: chunks * self._chunk])
+        self._buffer, self._other = self._other, self._buffer
         self._filled = 0
 
-    def _put(self, encoded: bytes) -> None:
-        if self._file is None:
-            self._file = open(self._path / "c" / str(self._shards), "xb")  # noqa: SIM115 - closed in _end_shard
-            self._offset = 0
-            self._index = []
-        self._file.write(encoded)
-        self._index.append((self._offset, len(encoded)))
-        self._offset += len(encoded)
-        if len(self._index) == self._per_shard:
-            self._end_shard()
+    def _store(self) -> None:
+        """Write what was encoded."""
+        for encoded in self._pending:
+            self._objects.put(encoded)
+        self._pending = ()
 
-    def _end_shard(self) -> None:
-        assert self._file is not None
-        index = np.full((self._per_shard, 2), _ABSENT, "<u8")
-        index[: len(self._index)] = self._index
-        raw = index.tobytes()
-        self._file.write(raw)
-        self._file.write(google_crc32c.value(raw).to_bytes(4, "little"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self._shards += 1
+
+def _layout(dtype: str, compressor: Any) -> dict[str, Any]:
+    """Arguments of zarr.create_array that every array here has in common."""
+    return {
+        "dtype": dtype,
+        "filters": None,
+        "compressors": None if compressor is None else [compressor],
+        "fill_value": 0,
+    }
 
 
 class SparseGroupWriter:
@@ -240,16 +348,19 @@ class SparseGroupWriter:
         shard: int = DEFAULT_SHARD,
     ) -> None:
         assert space.index_array is not None
-        make = _CODECS[check_codec(codec)]
         self._path = path
         self._groups = (path, path / Path(space.index_array).parent, path / space.layers_path)
         self._index = ShardedArrayWriter(
-            path / space.index_array, dtype="uint32", compressor=make("index"), chunk=chunk, shard=shard
+            path / space.index_array,
+            dtype="uint32",
+            compressor=compressor_for(codec, "index", "uint32", chunk),
+            chunk=chunk,
+            shard=shard,
         )
         self._values = ShardedArrayWriter(
             path / space.layers_path / layer,
             dtype=dtype,
-            compressor=make("floats" if np.dtype(dtype).kind == "f" else "counts"),
+            compressor=compressor_for(codec, "values", dtype, chunk),
             chunk=chunk,
             shard=shard,
         )
@@ -271,7 +382,7 @@ class SparseGroupWriter:
         for group in self._groups:
             make_group(group)
         for folder in [self._path, *(p for p in self._path.rglob("*") if p.is_dir())]:
-            _sync(folder)
+            sync(folder)
 
     def abort(self) -> None:
         """Close open files; what was written is of no use."""
@@ -283,12 +394,4 @@ def make_group(path: Path) -> None:
     """Make `path` a zarr group; nothing happens where it is one."""
     if not (path / "zarr.json").exists():
         zarr.create_group(path)
-        _sync(path / "zarr.json")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path / "zarr.json")

@@ -473,8 +473,8 @@ def create_or_open_atlas(
     cell_table_name, cell_schema
         The only obs table, in the older way of calling.
     codec
-        How new arrays are compressed, see `hbx_gpu.atlas.arrays`; by default as before, and
-        ``homeobox.bitpacking`` in a new atlas.
+        How new arrays are compressed, see `hbx_gpu.atlas.arrays`; by default as before, ``hbx_gpu.rowpack``
+        in a new atlas and ``homeobox.bitpacking`` in one that Homeobox made.
     store
         The zarr store where it is not the sibling of ``lance_db``; only for atlases that exist.
     version_table_name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,15 +14,14 @@ import numpy as np
 import pyarrow as pa
 from lancedb.table import Table
 
-from hbx_gpu.atlas import tables
-from hbx_gpu.atlas.arrays import DEFAULT_CODEC, make_group
-from hbx_gpu.atlas.journal import IngestNote, Journal, sync_folder
+from hbx_gpu.atlas import swap, tables
+from hbx_gpu.atlas.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, make_group
+from hbx_gpu.atlas.journal import IngestNote, Journal, sync
 from hbx_gpu.atlas.records import LAYOUT_TABLE, VERSION_TABLE, read_records
 from hbx_gpu.atlas.schema import FEATURE_SPACE_KEY, layout_uid
 from hbx_gpu.errors import AtlasError, UnknownNameError
 
 _CONFIG = "hbx_gpu.json"
-_STAGING = ".staging"
 # Uids per SQL condition when rows are removed.
 _SQL_BATCH = 1000
 
@@ -50,13 +48,7 @@ class Names:
 
     def save(self, root: Path) -> None:
         """Write them durably."""
-        new = root / f"{_CONFIG}.new"
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, root / _CONFIG)
-        sync_folder(root)
+        _save(root, asdict(self))
 
     @classmethod
     def load(cls, root: Path, *, version_table: str = VERSION_TABLE) -> Names | None:
@@ -86,8 +78,28 @@ class Names:
             own["dataset_table"],
             own["registries"],
             version_table,
-            own.get("codec", DEFAULT_CODEC),
+            # What Homeobox wrote continues as Homeobox would, so that Homeobox can go on reading it.
+            own.get("codec", HOMEOBOX_CODEC),
         )
+
+
+def set_default_codec(root: Path, codec: str) -> None:
+    """Make `codec` the one of new arrays, in an atlas that hbx_gpu made; others have no place to say so."""
+    path = root / _CONFIG
+    if path.is_file():
+        own = json.loads(path.read_text(encoding="utf-8"))
+        if own.get("codec") != codec:
+            _save(root, own | {"codec": codec})
+
+
+def _save(root: Path, config: dict[str, Any]) -> None:
+    new = root / f"{_CONFIG}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, root / _CONFIG)
+    sync(root)
 
 
 def _check_generation(root: Path, version_table: str) -> None:
@@ -190,7 +202,7 @@ class Catalogue:
 
     def staging(self, name: str) -> Path:
         """Folder for the unfinished files of one ingest: in the store, so that moving out is a rename."""
-        return self.store / _STAGING / name
+        return swap.staging(self.store, name)
 
     def group_path(self, zarr_group: str) -> Path:
         """Directory of a group.
@@ -202,7 +214,7 @@ class Catalogue:
         """
         path = self.store / zarr_group
         parts = zarr_group.split("/")
-        if path == self.store or any(part in ("", ".", "..") for part in parts) or parts[0] == _STAGING:
+        if path == self.store or any(part in ("", ".", "..") for part in parts) or parts[0] == swap.STAGING:
             raise AtlasError(f"zarr_group {zarr_group!r} must be a relative path below {self.store}")
         return path
 
@@ -215,7 +227,7 @@ class Catalogue:
             make_group(folder)
             folder = folder.parent
         os.rename(staged, target)
-        sync_folder(target.parent)
+        sync(target.parent)
 
     # Undoing
 
@@ -228,15 +240,14 @@ class Catalogue:
         return self.obs(note.obs_table).count_rows(where) > 0
 
     def recover(self) -> None:
-        """Undo or finish whatever killed ingests left; every step may be repeated."""
+        """Undo or finish whatever killed ingests and repacks left; every step may be repeated."""
+        swap.recover(self.journal, self.store)
         for note in self.journal.notes():
             self.undo(note)
 
     def undo(self, note: IngestNote) -> None:
         """Remove every trace of an ingest that did not complete; of one that did, only temporary files."""
-        shutil.rmtree(self.staging(note.staging), ignore_errors=True)
-        with contextlib.suppress(OSError):  # another one's files are in it
-            self.staging(note.staging).parent.rmdir()
+        swap.discard(self.store, note.staging)
         tables.finish_promotions(self.obs(note.obs_table))
         if note.feature_space in self.names.registries:
             tables.finish_promotions(self.registry(note.feature_space))

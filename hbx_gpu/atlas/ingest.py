@@ -29,6 +29,7 @@ from hbx_gpu.atlas.inputs import (
     pick_feature_ids,
 )
 from hbx_gpu.atlas.journal import IngestNote
+from hbx_gpu.atlas.repacking import codec_of
 from hbx_gpu.atlas.schema import DatasetSchema, layout_uid, make_uid
 from hbx_gpu.atlas.spaces import FeatureSpace, get_space
 from hbx_gpu.atlas.values import LayerCast
@@ -54,6 +55,7 @@ class _Options:
     zarr_layer: str
     dtype: str
     codec: str
+    codec_asked: bool
     chunk: int
     shard: int
     dataset_record: DatasetSchema | None
@@ -233,6 +235,7 @@ def _check_options(
         zarr_layer,
         layers[zarr_layer][0],
         check_codec(codec or atlas.catalogue.names.codec),
+        codec is not None,
         chunk,
         shard,
         **others,
@@ -307,12 +310,16 @@ def _ingested_before(
         "source_sha256": data.sha256,
         "source_matrix": data.matrix_name,
         "zarr_layer": options.zarr_layer,
-        "codec": options.codec,
         "feature_id_column": id_column,
     }
     changed = [
         f"{key} was {row.get(key)!r}, is {value!r}" for key, value in asked.items() if row.get(key) != value
     ]
+    if options.codec_asked:
+        # As it is stored now, which repack() may have changed; the row says how it was ingested.
+        stored = codec_of(catalogue.group_path(row["zarr_group"]), options.space)
+        if stored != options.codec:
+            changed.append(f"codec was {stored!r}, is {options.codec!r} (hbx-gpu repack changes it)")
     if not catalogue.obs(options.obs_table).count_rows(f"dataset_uid = {tables.quoted(row['dataset_uid'])}"):
         changed.append(f"its cells are in another obs table than {options.obs_table!r}")
     there = f"dataset {row['dataset_uid']!r} (group {row['zarr_group']!r}, from {row.get('source_name')!r})"
@@ -346,7 +353,9 @@ def _make_plan(
     space = options.space.name
     uid = layout_uid(feature_ids)
     new = catalogue.unregistered(space, feature_ids)
-    is_new = np.isin(np.array(feature_ids, object), np.array(new, object))
+    # A set: numpy.isin compares every pair of objects, which takes seconds for 20,000 features.
+    unseen = set(new)
+    is_new = np.array([feature_id in unseen for feature_id in feature_ids], bool)
     features = tables.prepare(
         catalogue.registry(space),
         feature_columns(data, id_column, feature_ids).filter(pa.array(is_new)),

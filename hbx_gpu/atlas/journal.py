@@ -1,4 +1,4 @@
-"""One writer at a time, and a note of what it is about to do, so that a killed ingest can be undone."""
+"""One writer at a time, and notes of what it is about to do, so that killed work can be undone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hbx_gpu.errors import AtlasLockedError
 
@@ -45,8 +46,27 @@ class IngestNote:
     new_features: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class RepackNote:
+    """A group that is being rewritten; written before anything changes.
+
+    Attributes
+    ----------
+    zarr_group
+        The group.
+    staging
+        Folder of the new group, and of the old one once it is replaced, relative to ``.staging``.
+    """
+
+    zarr_group: str
+    staging: str
+
+
+Note = IngestNote | RepackNote
+
+
 class Journal:
-    """Notes of unfinished ingests of one atlas.
+    """Notes of unfinished ingests and repacks of one atlas.
 
     Parameters
     ----------
@@ -57,34 +77,40 @@ class Journal:
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
 
-    def write(self, note: IngestNote) -> None:
-        """Record a note durably, in place of an earlier one of the same ingest."""
+    def write(self, note: Note) -> None:
+        """Record a note durably, in place of an earlier one of the same work."""
         self._folder.mkdir(exist_ok=True)
         path = self._path(note)
         new = path.with_suffix(".new")
         with open(new, "w", encoding="utf-8") as file:
-            json.dump(asdict(note), file)
+            json.dump(vars(note), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        sync_folder(self._folder)
+        sync(self._folder)
 
     def notes(self) -> list[IngestNote]:
         """All notes of ingests that did not end."""
-        notes = []
-        for path in sorted(self._folder.glob("ingest-*.json")):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            notes.append(replace(IngestNote(**data), new_features=tuple(data["new_features"])))
-        return notes
+        found = self._read("ingest")
+        return [replace(IngestNote(**data), new_features=tuple(data["new_features"])) for data in found]
 
-    def remove(self, note: IngestNote) -> None:
+    def repacks(self) -> list[RepackNote]:
+        """All notes of repacks that did not end."""
+        return [RepackNote(**data) for data in self._read("repack")]
+
+    def remove(self, note: Note) -> None:
         """Forget a note."""
         self._path(note).unlink(missing_ok=True)
-        sync_folder(self._folder)
+        sync(self._folder)
 
-    def _path(self, note: IngestNote) -> Path:
-        # The staging folder is named after the ingest.
-        return self._folder / f"ingest-{Path(note.staging).name}.json"
+    def _read(self, kind: str) -> list[dict[str, Any]]:
+        paths = sorted(self._folder.glob(f"{kind}-*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _path(self, note: Note) -> Path:
+        # The staging folder is named after the work.
+        kind = "ingest" if isinstance(note, IngestNote) else "repack"
+        return self._folder / f"{kind}-{Path(note.staging).name}.json"
 
 
 class WriteLock:
@@ -153,8 +179,8 @@ class WriteLock:
         return file
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the entries of a folder are on disk."""
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -36,6 +36,8 @@ class FeatureSpace:
         rows are no rows of a matrix.
     old_layers
         Layer name -> where earlier releases kept it.
+    ascending_layers
+        Layers whose values ascend for the most part, like column numbers within a row: coded as differences.
     """
 
     name: str
@@ -47,6 +49,7 @@ class FeatureSpace:
     has_features: bool = True
     repeats: bool = False
     old_layers: Mapping[str, str] = field(default_factory=dict)
+    ascending_layers: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if (self.pointer == "sparse") != (self.index_array is not None):
@@ -111,6 +114,7 @@ _SPACES: dict[str, FeatureSpace] = {
             required_layers={"starts": ("uint32",), "lengths": ("uint16", "uint32")},
             repeats=True,
             old_layers={"starts": "cell_sorted/starts", "lengths": "cell_sorted/lengths"},
+            ascending_layers=frozenset({"starts"}),
         ),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from hbx_gpu.errors import HbxError
 from hbx_gpu.storage.metadata import read_layout
 
 if TYPE_CHECKING:
+    from hbx_gpu.atlas.repacking import RepackReport
     from hbx_gpu.atlas.snapshot import Snapshot
 
 
@@ -31,6 +33,8 @@ class GroupSummary:
         None where the atlas does not say, or the space has none.
     n_bytes
         On disk, everything in its folder.
+    n_array_bytes
+        On disk, of index and layers alone.
     """
 
     name: str
@@ -41,11 +45,12 @@ class GroupSummary:
     n_features: int | None
     n_values: int | None
     n_bytes: int
+    n_array_bytes: int
 
     @property
     def bits_per_value(self) -> float | None:
-        """Of the whole group."""
-        return 8 * self.n_bytes / self.n_values if self.n_values else None
+        """Of index and layers, per nonzero."""
+        return 8 * self.n_array_bytes / self.n_values if self.n_values else None
 
 
 def summarise_groups(snapshot: Snapshot) -> list[GroupSummary]:
@@ -71,12 +76,13 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
     path = snapshot.store_path / name
     layers: dict[str, str] = {}
     codecs: dict[str, None] = {}
-    n_values = None
+    n_values, n_array_bytes = None, 0
     try:
         space = snapshot.space(snapshot.group(name, space_name))
         layers = find_layers(path, space)
         for relative in (*layers.values(), *([space.index_array] if space.index_array else [])):
             layout = read_layout(path / relative, f"{name}/{relative}")
+            n_array_bytes += _size_of(path / relative)
             codecs.update(
                 dict.fromkeys(str(codec["name"]) for codec in layout.codecs if codec["name"] != "bytes")
             )
@@ -93,8 +99,13 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
         cells.get(name),
         len(snapshot.remap(name, space_name)) if row.get("layout_uid") else None,
         n_values,
-        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0,
+        _size_of(path),
+        n_array_bytes,
     )
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def describe(snapshot: Snapshot) -> str:
@@ -151,6 +162,33 @@ def describe(snapshot: Snapshot) -> str:
         ]
         lines += _columns(kinds)
     return "\n".join(lines)
+
+
+def describe_repack(report: RepackReport) -> str:
+    """A readable table of what `repack` did."""
+    rows = [["group", "space", "outcome", "values", "before", "after", "bits/value", "seconds"]]
+    for group in report.groups:
+        changed = group.outcome == "repacked"
+        bits = 8 * group.bytes_after / group.n_values if group.n_values else 0.0
+        outcome = f"{group.outcome} ({group.reason})" if group.reason else group.outcome
+        rows.append(
+            [
+                group.zarr_group,
+                group.feature_space,
+                outcome,
+                f"{group.n_values:,}" if group.n_values else "-",
+                _size(group.bytes_before) if group.bytes_before else "-",
+                _size(group.bytes_after) if group.bytes_after else "-",
+                f"{bits:.1f}" if bits else "-",
+                f"{group.seconds:.1f}" if changed else "-",
+            ]
+        )
+    n = sum(group.outcome == "repacked" for group in report.groups)
+    total = (
+        f"{n} of {len(report.groups)} groups repacked as {report.codec}: {_size(report.bytes_before)} "
+        f"before, {_size(report.bytes_after)} after, {report.seconds:.1f} s"
+    )
+    return "\n".join([*_columns(rows, right=(3, 4, 5, 6, 7)), total])
 
 
 def _group_row(group: GroupSummary) -> list[str]:

@@ -18,11 +18,16 @@ import numpy as np
 
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 from hbx_gpu.source import ArrayLayout
+from hbx_gpu.storage.metadata import is_current
 
 _ABSENT = np.uint64(2**64 - 1)
 # nbytes are kept plus 2, so that the zero pages of a fresh allocation mean "not looked up yet": a table of
 # 10^7 chunks then occupies only the memory of those that were touched.
 _BIAS = 2
+REPLACED = (
+    "the array was replaced by another one after this dataset was opened, for example by hbx-gpu repack; "
+    "open the dataset again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class ChunkDirectory:
         int64, (n_arrays + 1,). First chunk number of each array; the last entry is the number of chunks.
     paths
         Files seen so far; grows, entries never change.
+    identities
+        (device, inode) of each file when its chunks were looked up.
 
     Raises
     ------
@@ -81,6 +88,7 @@ class ChunkDirectory:
         self.base = np.zeros(len(self.layouts) + 1, np.int64)
         np.cumsum([math.prod(grid) for grid in self._grids], out=self.base[1:])
         self.paths: list[str] = []
+        self.identities: list[tuple[int, int]] = []
         self._objects: list[tuple[int, tuple[int, ...]]] = []  # (array, grid coordinates) per file
         self._file = np.zeros(self.base[-1], np.int32)
         self._offset = np.zeros(self.base[-1], np.int64)
@@ -102,7 +110,8 @@ class ChunkDirectory:
         ------
         CorruptChunkError
             A shard index that is cut short, fails its checksum or points outside its file; an absent
-            object of an array whose `absent_is_fill` is False.
+            object of an array whose `absent_is_fill` is False; an array that was replaced by another one
+            since its layout was read.
         IndexError
             A number that is no chunk of the directory.
         """
@@ -181,36 +190,66 @@ class ChunkDirectory:
                 for where in sorted(set(map(tuple, (coordinates // per_object).tolist()))):
                     self._load_shard(array, where)
             else:
-                for number, where in zip(numbers.tolist(), coordinates.tolist(), strict=True):
-                    self._load_plain(array, number, tuple(where))
+                self._load_plain(array, numbers.tolist(), list(map(tuple, coordinates.tolist())))
 
     def _load_shard(self, array: int, where: tuple[int, ...]) -> None:
         layout = self.layouts[array]
         path = _object_path(layout, where)
         ids, entries = self._chunks_of_object(array, where)
         try:
-            offset, nbytes = self._read_index(array, path, where)
+            identity, offset, nbytes = self._read_index(array, path, where)
         except (FileNotFoundError, NotADirectoryError):
+            self.check_current(array)
             self._absent(array, path, where, ids)
             return
+        self.check_current(array)
         offset, nbytes = offset[entries].ravel(), nbytes[entries].ravel()
         self._file[ids] = np.where(nbytes >= 0, len(self.paths), -1)
         self._offset[ids] = offset
-        self._enter(array, path, where, ids, nbytes)
+        self._enter(array, path, where, identity, ids, nbytes)
 
-    def _load_plain(self, array: int, number: int, where: tuple[int, ...]) -> None:
-        path = _object_path(self.layouts[array], where)
-        chunk_id = self.base[array] + number
-        try:
-            nbytes = os.stat(path).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            self._absent(array, path, where, chunk_id)
-            return
-        self._file[chunk_id] = len(self.paths)
-        self._enter(array, path, where, chunk_id, nbytes)
+    def _load_plain(self, array: int, numbers: list[int], places: list[tuple[int, ...]]) -> None:
+        paths = [_object_path(self.layouts[array], where) for where in places]
+        found = [_stat(path) for path in paths]
+        self.check_current(array)
+        for number, where, path, stat in zip(numbers, places, paths, found, strict=True):
+            chunk_id = self.base[array] + number
+            if stat is None:
+                self._absent(array, path, where, chunk_id)
+                continue
+            self._file[chunk_id] = len(self.paths)
+            self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
 
-    def _enter(self, array: int, path: str, where: tuple[int, ...], ids: Any, nbytes: Any) -> None:
+    def check_current(self, array: int) -> None:
+        """Refuse an array that is not the one any more which its layout describes.
+
+        To be called after a file of it was opened, and before anything in it is believed: whole groups are
+        replaced at once, so that unchanged metadata then mean that the file is of the old array.
+
+        Raises
+        ------
+        CorruptChunkError
+            It was replaced.
+        """
+        layout = self.layouts[array]
+        if not is_current(layout):
+            raise CorruptChunkError(REPLACED, file=layout.path, array=layout.name)
+
+    def array_of(self, file: int) -> int:
+        """The array that a file belongs to."""
+        return self._objects[file][0]
+
+    def _enter(
+        self,
+        array: int,
+        path: str,
+        where: tuple[int, ...],
+        identity: tuple[int, int],
+        ids: Any,
+        nbytes: Any,
+    ) -> None:
         self.paths.append(path)
+        self.identities.append(identity)
         self._objects.append((array, where))
         # Sizes last: other threads take a non-zero one as "looked up" without the lock.
         self._nbytes[ids] = nbytes + _BIAS
@@ -221,14 +260,20 @@ class ChunkDirectory:
         self._file[ids] = -1
         self._nbytes[ids] = _BIAS - 1
 
-    def _read_index(self, array: int, path: str, where: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """(offset, nbytes) of every inner chunk of a shard, int64 in the shape of its grid; absent: 0, -1."""
+    def _read_index(
+        self, array: int, path: str, where: tuple[int, ...]
+    ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """Identity of a shard; (offset, nbytes) of its inner chunks, int64 in the shape of its grid.
+
+        An absent chunk has 0 and -1.
+        """
         layout = self.layouts[array]
         per_object = _chunks_per_object(layout)
         dtype, checked = self._index_formats[array] or ("<u8", False)
         size = 16 * math.prod(per_object) + 4 * checked
         with open(path, "rb", buffering=0) as shard:
-            file_size = os.fstat(shard.fileno()).st_size
+            stat = os.fstat(shard.fileno())
+            file_size = stat.st_size
             raw = os.pread(shard.fileno(), size, max(file_size - size, 0) if layout.index_at_end else 0)
         if len(raw) < size:
             reason = f"the file holds {file_size} bytes, its shard index alone takes {size}"
@@ -251,6 +296,7 @@ class ChunkDirectory:
             )
             raise self._object_error(array, path, where, reason)
         return (
+            (stat.st_dev, stat.st_ino),
             np.where(absent, 0, offset).astype(np.int64),
             np.where(absent, -1, nbytes.astype(np.int64)),
         )
@@ -260,6 +306,13 @@ class ChunkDirectory:
         return CorruptChunkError(
             f"{what} {'.'.join(map(str, where)) or '0'}: {reason}", file=path, array=self.layouts[array].name
         )
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def chunk_grid(layout: ArrayLayout) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -49,22 +50,40 @@ def read_layout(
     """
     directory = os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
-    found = _load_json(directory, "zarr.json")
-    if found is not None:
-        return _Metadata(found, os.path.join(directory, "zarr.json"), name).v3(directory, absent_is_fill)
-    found = _load_json(directory, ".zarray")
-    if found is not None:
-        return _Metadata(found, os.path.join(directory, ".zarray"), name).v2(directory, absent_is_fill)
-    raise FileNotFoundError(_nothing_there(directory, name))
+    found = _load(directory)
+    if found is None:
+        raise FileNotFoundError(_nothing_there(directory, name))
+    path, text = found
+    metadata = _Metadata(_parse(path, text), path, name, _fingerprint(text))
+    read = metadata.v2 if os.path.basename(path) == ".zarray" else metadata.v3
+    return read(directory, absent_is_fill)
 
 
-def _load_json(directory: str, file: str) -> dict[str, Any] | None:
-    path = os.path.join(directory, file)
-    try:
-        with open(path, "rb") as handle:
-            text = handle.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+def is_current(layout: ArrayLayout) -> bool:
+    """Whether the metadata of an array are still those that `layout` was read from."""
+    if not layout.fingerprint:
+        return True
+    found = _load(layout.path)
+    return found is not None and _fingerprint(found[1]) == layout.fingerprint
+
+
+def _load(directory: str) -> tuple[str, bytes] | None:
+    """Path and content of the metadata document, if there is one."""
+    for name in ("zarr.json", ".zarray"):
+        path = os.path.join(directory, name)
+        try:
+            with open(path, "rb") as handle:
+                return path, handle.read()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return None
+
+
+def _fingerprint(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def _parse(path: str, text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -86,8 +105,9 @@ def _nothing_there(directory: str, name: str) -> str:
 class _Metadata:
     """One metadata document; every complaint names its file."""
 
-    def __init__(self, document: dict[str, Any], file: str, name: str) -> None:
+    def __init__(self, document: dict[str, Any], file: str, name: str, fingerprint: str) -> None:
         self._document, self._file, self._name = document, file, name
+        self._fingerprint = fingerprint
 
     def v3(self, directory: str, absent_is_fill: bool) -> ArrayLayout:
         if self._get("zarr_format") != 3:
@@ -116,6 +136,7 @@ class _Metadata:
             key_prefix=prefix,
             key_separator=separator,
             absent_is_fill=absent_is_fill,
+            fingerprint=self._fingerprint,
             **self._codecs(outer),
         )
 
@@ -149,6 +170,7 @@ class _Metadata:
             key_prefix="" if shape else "0",
             key_separator=separator,
             absent_is_fill=absent_is_fill,
+            fingerprint=self._fingerprint,
         )
 
     def _codecs(self, outer: tuple[int, ...]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.storage.chunks import ChunkDirectory, Extents
+from hbx_gpu.storage.chunks import REPLACED, ChunkDirectory, Extents
 
 _MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
 _MAX_SIZE = 8 << 20
@@ -157,13 +157,19 @@ class _Cache(Generic[_T]):
         self._entries: OrderedDict[str, _T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: str, usable: Callable[[_T], bool] = lambda _: True) -> _T:
+    def peek(self, path: str, usable: Callable[[_T], bool]) -> _T | None:
+        """The opened file, if there is one that is usable."""
         with self._lock:
             entry = self._entries.get(path)
-            if entry is not None and usable(entry):
-                self._entries.move_to_end(path)
-                return entry
+            if entry is None or not usable(entry):
+                return None
+            self._entries.move_to_end(path)
+            return entry
+
+    def open(self, path: str, check: Callable[[_T], None]) -> _T:
+        """Open a file; kept if `check` raises nothing."""
         entry = self._open_file(path)
+        check(entry)
         with self._lock:
             self._entries[path] = entry
             self._entries.move_to_end(path)
@@ -201,7 +207,8 @@ class Reader(ABC):
         Raises
         ------
         CorruptChunkError
-            A file that is gone, or shorter now than an extent reaches.
+            A file that is gone, shorter now than an extent reaches, or another one now than the one whose
+            chunks were looked up. A file that is open already is read on, whatever its path leads to by then.
         OSError
             The file cannot be opened or read for any other reason.
         """
@@ -231,9 +238,19 @@ class Reader(ABC):
         return self.directory.error_at(file, offset, nbytes, reason)
 
     def _gone(self, extents: Extents, file: int) -> CorruptChunkError:
-        i = int(np.flatnonzero(extents.file == file)[0])
         reason = "the file was there when its chunks were looked up, and is missing now"
+        return self._error_in(extents, file, reason)
+
+    def _error_in(self, extents: Extents, file: int, reason: str) -> CorruptChunkError:
+        i = int(np.flatnonzero(extents.file == file)[0])
         return self.directory.error_at(file, int(extents.offset[i]), int(extents.nbytes[i]), reason)
+
+    def _check_opened(self, extents: Extents, file: int, identity: tuple[int, int]) -> None:
+        """Refuse a file that was just opened and is not the one whose chunks were looked up."""
+        if identity != self.directory.identities[file]:
+            raise self._error_in(extents, file, REPLACED)
+        # An inode is used again once its file is gone; the metadata tell.
+        self.directory.check_current(self.directory.array_of(file))
 
 
 class PreadReader(Reader):
@@ -285,8 +302,13 @@ class PreadReader(Reader):
         self._files.clear()
 
     def _open(self, extents: Extents, file: int, reach: int) -> _Descriptor:
+        path, identity = self.directory.paths[file], self.directory.identities[file]
+        descriptor = self._files.peek(path, lambda entry: entry.identity == identity)
         try:
-            descriptor = self._files.get(self.directory.paths[file])
+            if descriptor is None:
+                descriptor = self._files.open(
+                    path, lambda entry: self._check_opened(extents, file, entry.identity)
+                )
         except FileNotFoundError:
             raise self._gone(extents, file) from None
         if reach > (size := descriptor.size()):
@@ -304,6 +326,8 @@ class _Descriptor:
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self._fd)
+        self.identity = (found.st_dev, found.st_ino)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -364,14 +388,23 @@ class MmapReader(Reader):
         self._maps.clear()
 
     def _map(self, extents: Extents, file: int, needed: int) -> _Map:
-        path = self.directory.paths[file]
+        path, identity = self.directory.paths[file], self.directory.identities[file]
+        entry = self._maps.peek(path, lambda entry: entry.identity == identity and entry.nbytes >= needed)
         try:
             found = os.stat(path)
+            if (found.st_dev, found.st_ino) != identity:
+                # What is mapped stays whole although its path leads elsewhere.
+                if entry is None:
+                    raise self._error_in(extents, file, REPLACED)
+                return entry
             if needed > found.st_size:
                 raise self._too_short(extents, file, found.st_size)
-            entry = self._maps.get(path, lambda entry: entry.shows(found) and entry.nbytes >= needed)
+            if entry is None:
+                entry = self._maps.open(path, lambda new: self._check_opened(extents, file, new.identity))
         except FileNotFoundError:
-            raise self._gone(extents, file) from None
+            if entry is None:
+                raise self._gone(extents, file) from None
+            return entry
         if needed > entry.nbytes:
             raise self._too_short(extents, file, entry.nbytes)
         return entry
@@ -389,7 +422,7 @@ class _Map:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
-            self._identity = (found.st_dev, found.st_ino)
+            self.identity = (found.st_dev, found.st_ino)
             if found.st_size:
                 address = _libc.mmap(None, found.st_size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
                 if address == _MAP_FAILED:
@@ -407,10 +440,6 @@ class _Map:
         """Drop the pages from this process; the map stays valid and the file stays in the page cache."""
         if self.nbytes:
             _libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
-
-    def shows(self, found: os.stat_result) -> bool:
-        """Whether this still is the file found under its path, not one that was replaced."""
-        return self._identity == (found.st_dev, found.st_ino)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

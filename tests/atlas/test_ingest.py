@@ -177,7 +177,7 @@ def test_real_files(tmp_path: Path, real_h5ad: tuple[Path, Path]) -> None:
         assert (row["source_matrix"], row["zarr_layer"], row["codec"]) == (
             "X",
             "counts",
-            "homeobox.bitpacking",
+            "hbx_gpu.rowpack",
         )
         assert (row["feature_id_column"], row["software"]) == (id_column, f"hbx_gpu {__version__}")
         assert row["zarr_group"] == f"{row['dataset_uid']}/gene_expression"
@@ -465,7 +465,7 @@ def test_the_same_data_are_added_once(tmp_path: Path) -> None:
         assert atlas.add_from_anndata(copy, obs_table="cells", exist_ok=True) == 0
         for change, message in (
             ({"zarr_layer": "tpm"}, "zarr_layer was 'counts', is 'tpm'"),
-            ({"codec": "zstd"}, "codec was 'homeobox.bitpacking', is 'zstd'"),
+            ({"codec": "zstd"}, "codec was 'hbx_gpu.rowpack', is 'zstd'"),
             ({"feature_id_column": "gene_ids"}, "feature_id_column was 'index', is 'gene_ids'"),
             ({"obs_table": "more"}, "another obs table than 'more'"),
         ):

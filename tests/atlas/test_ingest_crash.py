@@ -209,15 +209,15 @@ def test_a_full_disk(scene: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyP
     """Every write to an array fails once the limit on file size, standing in for the disk, is reached."""
     root, first, second = scene
     before = digest(root, 0)
-    real = arrays.ShardedArrayWriter._put
+    real = arrays.ObjectWriter.put
 
-    def put(self: arrays.ShardedArrayWriter, encoded: bytes) -> None:
+    def put(self: arrays.ObjectWriter, encoded: bytes | None) -> None:
         real(self, encoded)
-        if self._shards or len(self._index) > 1:
+        if self._objects or len(self._index) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(arrays.ShardedArrayWriter, "_put", put)
+        patch.setattr(arrays.ObjectWriter, "put", put)
         with pytest.raises(OSError, match="No space left on device"):
             RaggedAtlas.open(root).add_from_h5ad(first, chunk_shape=16, shard_shape=64)
     check_recovery(root, first, second, before)

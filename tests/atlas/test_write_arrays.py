@@ -12,7 +12,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas.arrays import SparseGroupWriter, check_codec, codec_names, flat_shape
+from hbx_gpu.atlas.arrays import (
+    DEFAULT_CODEC,
+    HOMEOBOX_CODEC,
+    SparseGroupWriter,
+    check_codec,
+    codec_names,
+    compressor_for,
+    flat_shape,
+)
 from hbx_gpu.atlas.spaces import get_space
 
 SPACE = get_space("gene_expression")
@@ -47,16 +55,57 @@ def shard_index(path: Path, n_chunks: int) -> np.ndarray:
 def test_metadata_are_those_of_a_real_atlas(homeobox_fixtures: Path, tmp_path: Path, layer: str) -> None:
     real = homeobox_fixtures / "ragged_rna" / "atlas" / "zarr_store" / "set0" / "gene_expression"
     kind = np.float32 if layer == "log_normalized" else np.uint32
-    write_group(tmp_path / "g", np.arange(211), np.ones(211, kind), layer=layer, chunk=64, shard=256)
+    write_group(
+        tmp_path / "g",
+        np.arange(211),
+        np.ones(211, kind),
+        layer=layer,
+        codec=HOMEOBOX_CODEC,
+        chunk=64,
+        shard=256,
+    )
     for name in ("", "csr", "csr/layers", "csr/indices", f"csr/layers/{layer}"):
         mine = json.loads((tmp_path / "g" / name / "zarr.json").read_text())
         assert mine == json.loads((real / name / "zarr.json").read_text()), name
 
 
+def test_our_own_codec_is_the_default(tmp_path: Path) -> None:
+    assert DEFAULT_CODEC == "hbx_gpu.rowpack"
+    write_group(tmp_path / "g", np.arange(7), np.ones(7, np.uint32))
+    for array, transform in (("indices", "gaps"), ("layers/counts", "none")):
+        metadata = json.loads((tmp_path / "g" / "csr" / array / "zarr.json").read_text())
+        assert metadata["codecs"][0]["configuration"]["codecs"] == [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "hbx_gpu.rowpack", "configuration": {"transform": transform, "element_size": 4}},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("codec", "role", "dtype", "chunk", "expected"),
+    [
+        ("hbx_gpu.rowpack", "index", "uint8", 64, ("hbx_gpu.rowpack", "gaps", 1)),
+        ("hbx_gpu.rowpack", "values", "uint16", 63, ("hbx_gpu.rowpack", "none", 2)),
+        ("hbx_gpu.rowpack", "values", "int64", 64, ("hbx_gpu.rowpack", "none", 8)),
+        ("hbx_gpu.rowpack", "values", "float32", 64, ("zstd",)),
+        ("homeobox.bitpacking", "index", "uint32", 64, ("homeobox.bitpacking", "delta", 4)),
+        ("homeobox.bitpacking", "values", "uint16", 64, ("homeobox.bitpacking", "none", 4)),
+        ("homeobox.bitpacking", "values", "uint16", 63, ("zstd",)),  # no whole number of words
+        ("homeobox.bitpacking", "values", "int64", 63, ("homeobox.bitpacking", "none", 4)),
+        ("homeobox.bitpacking", "index", "uint8", 64, ("zstd",)),
+        ("homeobox.bitpacking", "values", "bool", 64, ("zstd",)),
+    ],
+)
+def test_codec_of_an_array(codec: str, role: str, dtype: str, chunk: int, expected: tuple) -> None:
+    found = compressor_for(codec, role, dtype, chunk).to_dict()  # type: ignore[arg-type]
+    setting = found["configuration"]
+    packed = (setting["transform"], setting["element_size"]) if found["name"] != "zstd" else ()
+    assert (found["name"], *packed) == expected
+
+
 def test_default_shapes_are_those_of_a_real_atlas(homeobox_fixtures: Path, tmp_path: Path) -> None:
     store = homeobox_fixtures / "single_rna" / "atlas" / "zarr_store"
     real = json.loads(next(store.rglob("csr/indices/zarr.json")).read_text())
-    write_group(tmp_path / "g", np.arange(7), np.ones(7, np.uint32))
+    write_group(tmp_path / "g", np.arange(7), np.ones(7, np.uint32), codec=HOMEOBOX_CODEC)
     mine = json.loads((tmp_path / "g" / "csr" / "indices" / "zarr.json").read_text())
     for metadata in (real, mine):
         metadata["shape"] = None

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
 
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.source import ArrayLayout
-from hbx_gpu.storage import ChunkDirectory, Extents, open_reader, readers
+from hbx_gpu.storage import ChunkDirectory, Extents, open_reader, read_layout, readers
 from hbx_gpu.storage.readers import MmapReader, PreadReader, coalesce
 
 KINDS = ["mmap", "preadv"]
@@ -174,17 +176,63 @@ def test_files_that_shrink_vanish_or_change_between_reads(tmp_path: Path, kind: 
         reader.read(extents)
 
 
-def test_mmap_sees_a_replaced_file(tmp_path: Path) -> None:
-    write_chunks(tmp_path, [100])
-    directory = ChunkDirectory([plain_array(tmp_path, 1)])
-    reader = open_reader("mmap", directory)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replaced_file_is_read_on_if_open_and_refused_otherwise(tmp_path: Path, kind: str) -> None:
+    contents = write_chunks(tmp_path, [100, 100])
+    directory = ChunkDirectory([plain_array(tmp_path, 2)])
+    reader = open_reader(kind, directory)
+    first, second = (directory.extents(np.array([i])) for i in (0, 1))
+    reader.read(first)
+    for i in ("0", "1"):
+        (tmp_path / "new").write_bytes(bytes(100))
+        os.replace(tmp_path / "new", tmp_path / "c" / i)
+    assert reader.read(first).view(0).tobytes() == contents[0]
+    with pytest.raises(CorruptChunkError, match=r"chunk 1, file .*c/1\): the array was replaced by another"):
+        reader.read(second)
+    os.remove(tmp_path / "c" / "0")
+    assert reader.read(first).view(0).tobytes() == contents[0]
+    reader.close()
+    with pytest.raises(CorruptChunkError, match="is missing now"):
+        reader.read(first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sharded", [True, False])
+def test_an_array_that_was_rewritten_is_refused(tmp_path: Path, kind: str, sharded: bool) -> None:
+    """Whatever was looked up, opened or neither: no byte of the new files is taken for one of the old."""
+    path = tmp_path / "a"
+    shape = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,) if sharded else None}
+    zarr.create_array(path, compressors=None, **shape)[:] = np.arange(40)
+
+    directories = [ChunkDirectory([read_layout(path)]) for _ in range(3)]
+    opened, looked_up, neither = (open_reader(kind, directory) for directory in directories)
+    ids = np.array([0, 3])
+    expected = opened.read(directories[0].extents(ids)).view(1).tobytes()
+    extents = directories[1].extents(ids)
+    fresh = pickle.loads(pickle.dumps(neither))
+
+    zarr.create_array(tmp_path / "b", compressors=[ZstdCodec()], **shape)[:] = np.arange(40)
+    path.rename(tmp_path / "old")
+    for missing in (True, False):  # between the two renames, and after them
+        if not missing:
+            (tmp_path / "b").rename(path)
+        assert opened.read(directories[0].extents(ids)).view(1).tobytes() == expected
+        with pytest.raises(CorruptChunkError, match="missing now" if missing else "replaced by another"):
+            looked_up.read(extents)
+        for reader in (neither, fresh):
+            with pytest.raises(CorruptChunkError, match="the array was replaced by another one"):
+                reader.read(reader.directory.extents(ids))
+
+
+def test_a_reused_inode_does_not_deceive(tmp_path: Path) -> None:
+    """The new file has the old one's inode, here because it is written over it."""
+    zarr.create_array(tmp_path, shape=(10,), chunks=(10,), dtype="uint32", compressors=None)[:] = 1
+    directory = ChunkDirectory([read_layout(tmp_path)])
     extents = directory.extents(np.array([0]))
-    old = reader.read(extents)
-    before = old.view(0).tobytes()
-    (tmp_path / "new").write_bytes(bytes(100))
-    os.replace(tmp_path / "new", tmp_path / "c" / "0")
-    assert reader.read(extents).view(0).tobytes() == bytes(100)
-    assert old.view(0).tobytes() == before
+    metadata = tmp_path / "zarr.json"
+    metadata.write_text(metadata.read_text().replace("uint32", "float32"))
+    with pytest.raises(CorruptChunkError, match="the array was replaced by another one"):
+        MmapReader(directory).read(extents)
 
 
 @pytest.mark.parametrize("kind", KINDS)
