@@ -29,7 +29,7 @@ class BufferPool:
         Blocks asked of the system so far; it stops growing once a loop has found its pace.
     """
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_bytes: int = 512 << 20) -> None:
         self.max_bytes = max_bytes
         self.n_allocated = 0
         self._free: dict[int, list[np.ndarray]] = {}

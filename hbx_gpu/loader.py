@@ -251,6 +251,8 @@ class _ReadAhead:
                 self._next = (upcoming, self._nbytes(upcoming))
             if self._held and self._held + self._next[1] > self._budget:
                 break  # what is held is handed over first
+            if rows and sum(sizes) + self._next[1] > self._budget // (self._depth + 1):
+                break  # wide batches: windows small enough that every thread has one
             rows.append(self._next[0])
             sizes.append(self._next[1])
             self._held += self._next[1]

@@ -322,3 +322,21 @@ def test_no_memory_is_asked_for_in_steady_state(tmp_path: Path) -> None:
     # Batches differ a little in size, and may now and then be the first of theirs.
     assert POOL.n_allocated - before <= 2
     assert before > 0
+
+
+def test_windows_of_wide_batches_leave_room_for_every_thread(dataset: CellDataset) -> None:
+    sampler = sampler_for(dataset)
+    widest = max(dataset.batch_nbytes(rows) for rows in sampler) + 16 * N_FEATURES * 4
+    loader = make_loader(
+        dataset, sampler, sparse_to_dense_collate, memory_budget=8 * widest, threads=3, window=8
+    )
+    lengths: list[int] = []
+    make = loader._make
+
+    def watched(selections: list[np.ndarray]) -> list[object]:
+        lengths.append(len(selections))
+        return make(selections)
+
+    loader._make = watched  # type: ignore[method-assign]
+    assert sum(len(batch["X"]) for batch in loader) == 120
+    assert max(lengths) <= 2  # a fifth of the budget: three threads, one window waiting, one consumed
