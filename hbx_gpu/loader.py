@@ -225,12 +225,16 @@ class _ReadAhead:
                 made, sizes = self._pending.popleft()
                 self._ready.extend(zip(made.result(), sizes, strict=True))
             batch, size = self._ready.popleft()
-            self._held -= size
+            self._release(size)
             self._refill()
         except BaseException:
             self.close()
             raise
         return batch
+
+    def _release(self, nbytes: int) -> None:
+        """The consumer has the batch: its bytes count no longer."""
+        self._held -= nbytes
 
     def _refill(self) -> None:
         while not self._closed and len(self._pending) < self._depth:
