@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from hbx_gpu.collates import DenseCollate, sparse_to_dense_collate
 
 ROWS_PER_WINDOW = 4096
+# Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched.
+BYTES_PER_WINDOW = 64 << 20
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
 
@@ -255,7 +257,7 @@ class _ReadAhead:
                 self._next = (upcoming, self._nbytes(upcoming))
             if self._held and self._held + self._next[1] > self._budget:
                 break  # what is held is handed over first
-            if rows and sum(sizes) + self._next[1] > self._budget // (self._depth + 1):
+            if rows and sum(sizes) + self._next[1] > min(self._budget // (self._depth + 1), BYTES_PER_WINDOW):
                 break  # wide batches: windows small enough that every thread has one
             rows.append(self._next[0])
             sizes.append(self._next[1])

@@ -62,7 +62,7 @@ _DEFAULTS = "make_loader(num_workers=0) at its defaults"
 PEER = Peer(
     name="ours",
     packages=("hbx_gpu", "numba", "numpy", "torch"),
-    imports=("hbx_gpu.dataloader", "hbx_gpu.atlas", "torch"),
+    imports=("hbx_gpu.dataloader", "hbx_gpu.atlas", "lancedb", "numba", "torch"),
     prepare=prepare,
     open=open_loader,
     variants={

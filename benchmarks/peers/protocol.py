@@ -262,7 +262,7 @@ def measure(
     """
     clock = time.perf_counter()
     loader = open_loader(task)
-    result: dict[str, Any] = {"batch": task.batch}
+    result: dict[str, Any] = {"layout": task.layout, "batch": task.batch}
     if not (warm and loader.lingers):
         _warm_up(loader, task.batch, result, clock)
     cells, number, done, elapsed = 0, 1, False, 0.0
@@ -381,7 +381,8 @@ def _prepare(peer: Peer, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
     return [
-        Task(options.work, options.variant, batch, options.layout, options.seed)
+        Task(options.work, options.variant, batch, layout, options.seed)
+        for layout in options.layout
         for batch in sorted(options.batch_size)
     ]
 
@@ -427,7 +428,7 @@ def _parse(peer: Peer, argv: Sequence[str] | None) -> argparse.Namespace:
     for command in (measuring, checking):
         command.add_argument("--variant", choices=sorted(peer.variants), required=True)
         command.add_argument("--batch-size", type=int, nargs="+", required=True)
-        command.add_argument("--layout", choices=("csr", "dense"), required=True)
+        command.add_argument("--layout", choices=("csr", "dense"), nargs="+", required=True)
         command.add_argument("--seconds", type=float, required=True)
         command.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
