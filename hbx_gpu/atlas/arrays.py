@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
@@ -21,6 +20,7 @@ from zarr.storage import MemoryStore
 
 from hbx_gpu.atlas.journal import sync
 from hbx_gpu.atlas.spaces import FeatureSpace
+from hbx_gpu.codecs.checksum import crc32c
 
 Role = Literal["index", "values"]
 """What an array's values are like: column numbers ascend within a row, values of a layer need not."""
@@ -221,7 +221,7 @@ class ObjectWriter:
                 index[: len(self._index)] = self._index
                 raw = index.tobytes()
                 self._file.write(raw)
-                self._file.write(google_crc32c.value(raw).to_bytes(4, "little"))
+                self._file.write(crc32c(raw).to_bytes(4, "little"))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu.codecs.bitpacking import BytesLike, as_bytes, decode_bitpacking
+from hbx_gpu.codecs.checksum import crc32c
 from hbx_gpu.codecs.rowpack import ELEMENT_SIZES, decode_rowpack
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 from hbx_gpu.source import ArrayLayout
@@ -247,12 +248,10 @@ def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Cal
 
 
 def _check_crc32c(data: Any) -> np.ndarray:
-    import google_crc32c
-
     raw = as_bytes(data)
     if len(raw) < 4:
         raise CorruptChunkError(f"codec 'crc32c' needs 4 bytes of checksum, the chunk has {len(raw)}")
-    found = google_crc32c.value(raw[:-4])
+    found = crc32c(raw[:-4])
     stored = int.from_bytes(raw[-4:].tobytes(), "little")
     if found != stored:
         raise CorruptChunkError(f"CRC32C is {found:#010x}, {stored:#010x} is stored: the bytes were altered")

@@ -11,10 +11,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 
 from hbx_gpu.codecs.bitpacking import BytesLike, as_bytes
+from hbx_gpu.codecs.checksum import crc32c
 from hbx_gpu.errors import CorruptChunkError
 
 BLOCK = 128
@@ -126,7 +126,7 @@ def read_header(chunk: BytesLike, *, check: bool = True) -> Header:
     if nbytes != len(data):
         raise CorruptChunkError(f"the header says {nbytes} bytes, the chunk has {len(data)}")
     if check:
-        stored, found = int.from_bytes(data[-4:].tobytes(), "little"), google_crc32c.value(data[:-4])
+        stored, found = int.from_bytes(data[-4:].tobytes(), "little"), crc32c(data[:-4])
         if stored != found:
             raise CorruptChunkError(f"CRC32C is {found:#010x}, {stored:#010x} is stored")
     header = Header(size, transform, base_bytes, n, patch_start, minimum, nbytes)
@@ -476,4 +476,4 @@ def _assemble(
     )
     padding = bytes(begin - HEADER.size - len(directory))
     body = b"".join((head, directory, padding, payload, patches, bytes(4)))
-    return body + google_crc32c.value(body).to_bytes(4, "little")
+    return body + crc32c(body).to_bytes(4, "little")

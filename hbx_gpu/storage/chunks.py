@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
+from hbx_gpu.codecs.checksum import crc32c
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 from hbx_gpu.source import ArrayLayout
 from hbx_gpu.storage.metadata import is_current
@@ -280,7 +280,7 @@ class ChunkDirectory:
             raise self._object_error(array, path, where, reason)
         if checked:
             raw, stored = raw[:-4], int.from_bytes(raw[-4:], "little")
-            if google_crc32c.value(raw) != stored:
+            if crc32c(raw) != stored:
                 reason = f"the shard index fails its CRC32C (stored {stored:#010x})"
                 raise self._object_error(array, path, where, reason)
         index = np.frombuffer(raw, dtype).astype(np.uint64).reshape(*per_object, 2)
