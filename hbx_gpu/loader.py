@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from hbx_gpu.collates import DenseCollate, sparse_to_dense_collate
+from hbx_gpu.feeds import Feed, HostFeed
 
 ROWS_PER_WINDOW = 4096
 # Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched.
@@ -50,6 +50,7 @@ class CellLoader(DataLoader):
         threads: int | None = None,
         window: int | None = None,
         memory_budget: int = 512 << 20,
+        feed: Feed | None = None,
         **kwargs: Any,
     ) -> None:
         wrong = [name for name in _DECIDED_BY_SAMPLER if name in kwargs]
@@ -73,6 +74,7 @@ class CellLoader(DataLoader):
             raise ValueError(f"window must be at least 1 batch, got {window}")
         if memory_budget < 1:
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+        self._feed = feed or HostFeed(dataset, self.collate_fn)
         self._memory_budget = memory_budget
         self._threads = threads or _cores()
         self._window = window or max(
@@ -108,33 +110,14 @@ class CellLoader(DataLoader):
         sampler: Any = self.batch_sampler
         order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
         ahead = _ReadAhead(
-            self._make,
+            self._feed,
             islice(order, skip, None),
-            self._nbytes,
             threads=self._threads,
             window=self._window,
             memory_budget=self._memory_budget,
         )
         self._live.append(ahead)
         return ahead
-
-    def _make(self, selections: list[np.ndarray]) -> list[Any]:
-        collate: Callable[[Any], Any] = self.collate_fn
-        read_batches = getattr(self.dataset, "read_batches", None)
-        if read_batches is None:
-            return [collate(self.dataset.__getitems__(rows)) for rows in selections]  # type: ignore[attr-defined]
-        return [collate(batch) for batch in read_batches(selections)]
-
-    def _nbytes(self, rows: np.ndarray) -> int:
-        """Bytes that the batch of `rows` will take up, as far as dataset and collate can tell."""
-        batch_nbytes = getattr(self.dataset, "batch_nbytes", None)
-        nbytes = int(batch_nbytes(rows)) if batch_nbytes else 0
-        collate_nbytes = getattr(self.collate_fn, "nbytes", None)
-        if self.collate_fn is sparse_to_dense_collate:
-            collate_nbytes = DenseCollate().nbytes
-        if collate_nbytes:
-            nbytes += int(collate_nbytes(len(rows), self.dataset.n_features))  # type: ignore[attr-defined]
-        return nbytes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; handed to the sampler."""
@@ -196,15 +179,14 @@ class _ReadAhead:
 
     def __init__(
         self,
-        make: Callable[[list[np.ndarray]], list[Any]],
+        feed: Feed,
         order: Iterator[np.ndarray],
-        nbytes: Callable[[np.ndarray], int],
         *,
         threads: int,
         window: int,
         memory_budget: int,
     ) -> None:
-        self._make, self._order, self._nbytes = make, order, nbytes
+        self._feed, self._order = feed, order
         self._window, self._budget = window, memory_budget
         # One window made per thread, one waiting; the one being consumed comes on top.
         self._depth = threads + 1
@@ -224,9 +206,10 @@ class _ReadAhead:
                 self._refill()
                 if not self._pending:
                     raise StopIteration
-                made, sizes = self._pending.popleft()
-                self._ready.extend(zip(made.result(), sizes, strict=True))
-            batch, size = self._ready.popleft()
+                window, sizes = self._pending.popleft()
+                self._ready.extend(zip(window.result(), sizes, strict=True))
+            made, size = self._ready.popleft()
+            batch = self._feed.deliver(made)
             self._release(size)
             self._refill()
         except BaseException:
@@ -243,7 +226,7 @@ class _ReadAhead:
             rows, sizes = self._take_window()
             if not rows:
                 return
-            self._pending.append((self._pool.submit(self._make, rows), sizes))
+            self._pending.append((self._pool.submit(self._feed.make, rows), sizes))
 
     def _take_window(self) -> tuple[list[np.ndarray], list[int]]:
         """The next batches, as many as make a window and as fit the budget beside what is held."""
@@ -254,7 +237,7 @@ class _ReadAhead:
                 upcoming = next(self._order, None)
                 if upcoming is None:
                     break
-                self._next = (upcoming, self._nbytes(upcoming))
+                self._next = (upcoming, self._feed.nbytes(upcoming))
             if self._held and self._held + self._next[1] > self._budget:
                 break  # what is held is handed over first
             if rows and sum(sizes) + self._next[1] > min(self._budget // (self._depth + 1), BYTES_PER_WINDOW):

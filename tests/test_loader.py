@@ -165,7 +165,7 @@ def test_the_memory_budget_holds(
     held: list[int] = []
     lock = threading.Lock()
     made: set[int] = set()
-    make = loader._make
+    make = loader._feed.make
 
     def watched(selections: list[np.ndarray]) -> list[object]:
         with lock:
@@ -180,7 +180,7 @@ def test_the_memory_budget_holds(
             made.remove(min(made))  # they go in order
         release(ahead, nbytes)
 
-    loader._make = watched  # type: ignore[method-assign]
+    loader._feed.make = watched  # type: ignore[method-assign]
     monkeypatch.setattr(_ReadAhead, "_release", handed_over)
     for i, batch in enumerate(loader):
         assert np.array_equal(batch["X"].numpy(), expected[list(order[i])])
@@ -341,12 +341,12 @@ def test_windows_of_wide_batches_leave_room_for_every_thread(dataset: CellDatase
         dataset, sampler, sparse_to_dense_collate, memory_budget=8 * widest, threads=3, window=8
     )
     lengths: list[int] = []
-    make = loader._make
+    make = loader._feed.make
 
     def watched(selections: list[np.ndarray]) -> list[object]:
         lengths.append(len(selections))
         return make(selections)
 
-    loader._make = watched  # type: ignore[method-assign]
+    loader._feed.make = watched  # type: ignore[method-assign]
     assert sum(len(batch["X"]) for batch in loader) == 120
     assert max(lengths) <= 2  # a fifth of the budget: three threads, one window waiting, one consumed
