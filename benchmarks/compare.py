@@ -318,7 +318,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default="A", help="A, B (docs/benchmarks.md) or an .h5ad file (default A)")
     parser.add_argument(
-        "--cells", type=int, help="cells to generate or take (default 30,000, or the whole file)"
+        "--cells", type=int, help="cells to generate or take (default 20,000, or the whole file)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", type=int, default=8, help="datasets in the atlases (ours and Homeobox's)")
@@ -340,7 +340,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.python = dict(options.python)
     options.cells_given = options.cells
-    options.cells = options.cells or 30_000
+    options.cells = options.cells or 20_000
     options.work = options.work.resolve()
     if options.data not in SPECS and not Path(options.data).is_file():
         parser.error(f"--data {options.data}: neither {' nor '.join(SPECS)} nor a file")
