@@ -265,6 +265,36 @@ def _overload_sum(out, to, base):
 
 
 @_jit
+def block_range(src, b0, b1, geometry):
+    """Where payload and patches of blocks [b0, b1) lie in the chunk.
+
+    Parameters
+    ----------
+    src, geometry
+        The chunk, and what `parse_header` said of it; its status must be OK.
+    b0, b1
+        0 <= b0 < b1 <= number of blocks of the chunk.
+
+    Returns
+    -------
+    tuple
+        (status, payload, payload_end, patch, patch_end), offsets of bytes. The two ranges lie in their areas
+        if status is OK; the blocks between the first and the last one are not looked at.
+    """
+    _, gaps, base_bytes, _, payload_start, patch_start, patch_limit, _ = geometry
+    payload, patch = _find(src, b0, geometry)
+    payload_end, patch_end = _find(src, b1 - 1, geometry)
+    record = _HEADER_BYTES + ((b1 - 1) >> 3) * _record_bytes(gaps, base_bytes)
+    width, _, _, _, patch_bytes = _entry(src, record, (b1 - 1) & 7, gaps)
+    payload_end += 16 * width
+    patch_end += patch_bytes
+    # _find adds to the areas' beginnings, so that both ranges begin inside.
+    if payload > payload_end or payload_end > patch_start or patch > patch_end or patch_end > patch_limit:
+        return BAD_BLOCK | (b1 - 1) << 8, 0, 0, 0, 0
+    return OK, payload, payload_end, patch, patch_end
+
+
+@_jit
 def decode_blocks_at(src, geometry, b0, b1, out, to):
     """Decode blocks [b0, b1) to out[to:to + 128 * (b1 - b0)], whole blocks always.
 

@@ -16,16 +16,14 @@ import numpy as np
 from hbx_gpu.buffers import BufferPool
 from hbx_gpu.codecs import bitpacking_numba, rowpack_numba
 from hbx_gpu.codecs.chain import ChunkCodec
-from hbx_gpu.codecs.rowpack import BLOCK, read_header
+from hbx_gpu.codecs.rowpack import BLOCK
 from hbx_gpu.engine.host import kernels
+from hbx_gpu.engine.verify import ChunkChecks
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.plan import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu.source import ArrayLayout
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.storage.readers import Slab
-
-CHUNK_MISSING = "the object is missing, and its fill value would repeat column 0 within a row"
-
 
 # Codec -> what decodes and hands out index chunks, value chunks, and says what went wrong.
 _KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
@@ -91,8 +89,7 @@ class HostEngine:
         ]
         self._kind_of = np.array(kind_of, dtype=np.int64)
         self._kinds = list(kinds)
-        # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
-        self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
+        self._checks = ChunkChecks(table, directory)
         self._scratch = threading.local()
 
     def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
@@ -140,7 +137,7 @@ class HostEngine:
         columns, values, describe = _KERNELS[kind.codec]
         buffers: tuple[Any, ...]
         if kind.codec == "rowpack":
-            self._verify(plan, slab, jobs)
+            self._checks.rowpack_checksums(plan, slab, jobs)
             # One value per word, whatever the array's dtype; whole words of values go straight out.
             scratch = self._scratch_bytes((BLOCK + kind.elements) * word.itemsize).view(word)
             edge, words = scratch[:BLOCK], scratch[BLOCK:]
@@ -163,14 +160,6 @@ class HostEngine:
         if status.any():
             c = int(np.flatnonzero(status)[0])
             raise self._error(plan, c, int(status[c]), describe)
-
-    def _verify(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
-        for c in jobs[~self._verified[plan.chunks[jobs]]]:
-            try:
-                read_header(slab.view(int(c)).data, check=True)
-            except CorruptChunkError as error:
-                raise self.directory.error(int(plan.chunks[c]), error.reason) from error
-            self._verified[plan.chunks[c]] = True
 
     def _general(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray) -> None:
         """Chunks of any other codec: one library call each, then the same hand-out."""
@@ -201,14 +190,8 @@ class HostEngine:
             array = int(plan.chunk_array[c])
             source, role = divmod(array, table.n_roles)
             p0, p1 = int(plan.piece_ptr[c]), int(plan.piece_ptr[c + 1])
-            value = self.directory.layouts[array].fill_value
+            value = self._checks.fill_value(plan, int(c))
             if role == INDEX_ROLE:
-                # Genes occur once per row. Several elements of a row under one fill value mean that
-                # the object was lost, not that its writer skipped it.
-                if plan.piece_count[p0:p1].max() > 1 and not table.repeats[source]:
-                    raise self.directory.error(int(plan.chunks[c]), CHUNK_MISSING)
-                if not 0 <= value < table.remap_length[source]:
-                    raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
                 value = table.remap[table.remap_start[source] + int(value)]
             kernels.fill_pieces(
                 p0, p1, plan.piece_count, plan.piece_out, outputs[role].dtype.type(value), outputs[role]
@@ -218,12 +201,8 @@ class HostEngine:
         self, plan: BatchPlan, c: int, status: int, describe: Callable[[int], str] = str
     ) -> CorruptChunkError:
         if status == kernels.COLUMN_OUT_OF_RANGE:
-            source = int(plan.chunk_array[c]) // self.table.n_roles
-            m = int(self.table.remap_length[source])
-            reason = f"a column number is outside [0, {m}), the group's features"
-        else:
-            reason = describe(status)
-        return self.directory.error(int(plan.chunks[c]), reason)
+            return self._checks.column_error(plan, c)
+        return self.directory.error(int(plan.chunks[c]), describe(status))
 
     def _scratch_bytes(self, nbytes: int) -> np.ndarray:
         """Scratch of this thread, kept between calls: fresh pages cost more than decoding into them."""

@@ -1,0 +1,74 @@
+"""What every engine asks of stored chunks before, or after, it decodes them, and the errors that follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu.codecs.rowpack import read_header
+from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.plan import INDEX_ROLE, BatchPlan, SourceTable
+from hbx_gpu.storage.chunks import ChunkDirectory
+from hbx_gpu.storage.readers import Slab
+
+CHUNK_MISSING = "the object is missing, and its fill value would repeat column 0 within a row"
+
+
+class ChunkChecks:
+    """Checks of the chunks of one dataset. Safe to use from many threads.
+
+    Parameters
+    ----------
+    table
+        Vectors of the dataset's Sources.
+    directory
+        Their chunks; its arrays are numbered as in `table`.
+    """
+
+    def __init__(self, table: SourceTable, directory: ChunkDirectory) -> None:
+        self._table, self._directory = table, directory
+        # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
+        self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
+
+    def rowpack_checksums(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
+        """Verify the CRC32C of the chunks `jobs` of a plan that were not verified before.
+
+        Raises
+        ------
+        CorruptChunkError
+            Altered bytes, or a header that no encoder writes.
+        """
+        for c in jobs[~self._verified[plan.chunks[jobs]]]:
+            try:
+                read_header(slab.view(int(c)).data, check=True)
+            except CorruptChunkError as error:
+                raise self._directory.error(int(plan.chunks[c]), error.reason) from error
+            self._verified[plan.chunks[c]] = True
+
+    def fill_value(self, plan: BatchPlan, c: int) -> Any:
+        """What the elements of the absent chunk `c` of a plan are, as stored (columns: local ones).
+
+        Raises
+        ------
+        CorruptChunkError
+            The chunk holds column numbers and cannot be one that its writer skipped.
+        """
+        array = int(plan.chunk_array[c])
+        source, role = divmod(array, self._table.n_roles)
+        value = self._directory.layouts[array].fill_value
+        if role == INDEX_ROLE:
+            # Genes occur once per row. Several elements of a row under one fill value mean that the
+            # object was lost, not that its writer skipped it.
+            counts = plan.piece_count[plan.piece_ptr[c] : plan.piece_ptr[c + 1]]
+            if counts.max() > 1 and not self._table.repeats[source]:
+                raise self._directory.error(int(plan.chunks[c]), CHUNK_MISSING)
+            if not 0 <= value < self._table.remap_length[source]:
+                raise self.column_error(plan, c)
+        return value
+
+    def column_error(self, plan: BatchPlan, c: int) -> CorruptChunkError:
+        """The error to raise for the chunk `c` of a plan that holds a column its Source does not have."""
+        m = int(self._table.remap_length[int(plan.chunk_array[c]) // self._table.n_roles])
+        reason = f"a column number is outside [0, {m}), the group's features"
+        return self._directory.error(int(plan.chunks[c]), reason)
