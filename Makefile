@@ -9,6 +9,10 @@ VENV ?= .venv
 H5AD ?=
 # Where the demo writes its data, atlas and picture.
 DEMO_DIR ?= demo
+# Length of make fuzz.
+FUZZ_SECONDS ?= 300
+# What make gpu runs with: numpy, cupy, torch and pytest are enough, the rest is skipped and said.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 # Passed on: make demo ARGS="--epochs 3", make test ARGS="-k atlas", make bench ARGS="--cells 50000"
 ARGS ?=
 
@@ -29,7 +33,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test lint typecheck bench clean
+.PHONY: help demo test lint typecheck bench fuzz gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -49,6 +53,12 @@ typecheck: $(STAMP)  ## mypy
 
 bench: $(STAMP)  ## cells per second beside an AnnData baseline, with peak memory
 	@$(PY) -m benchmarks.throughput $(ARGS)
+
+fuzz: $(STAMP)  ## corrupt bytes against the kernels under AddressSanitizer, FUZZ_SECONDS=300
+	@HBX_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m tests.emulation.sanitized $(ARGS)
+
+gpu:  ## all that needs an NVIDIA GPU: tests, compute-sanitizer, benchmarks; GPU_PYTHON names the interpreter
+	@$(GPU_PYTHON) -m tests.on_gpu $(ARGS)
 
 clean:  ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) $(DEMO_DIR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

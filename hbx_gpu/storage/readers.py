@@ -18,7 +18,7 @@ import numpy as np
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.storage.chunks import REPLACED, ChunkDirectory, Extents
 
-_MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
+MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
 _MAX_SIZE = 8 << 20
 _MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
 _MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
@@ -113,11 +113,15 @@ class Slab:
         int64, (k,). As in the extents: -1 for an absent chunk.
     owner
         Keeps the memory alive. Addresses are valid while the slab, or its owner, is referenced.
+    copy
+        Brings parts of the slab to other memory without touching it here: called with records of ``source``
+        (address), ``target`` (offset) and ``nbytes``, and a uint8 array. None: copy from the addresses.
     """
 
     address: np.ndarray
     nbytes: np.ndarray
     owner: object
+    copy: Callable[[np.ndarray, np.ndarray], None] | None = None
 
     def view(self, i: int) -> np.ndarray:
         """uint8, (nbytes[i],), read-only: the stored bytes of extent i, without a copy."""
@@ -265,7 +269,7 @@ class PreadReader(Reader):
     """
 
     def __init__(
-        self, directory: ChunkDirectory, *, max_gap: int = _MAX_GAP, max_size: int = _MAX_SIZE
+        self, directory: ChunkDirectory, *, max_gap: int = MAX_GAP, max_size: int = _MAX_SIZE
     ) -> None:
         super().__init__(directory)
         self._max_gap, self._max_size = max_gap, max_size
@@ -288,7 +292,7 @@ class PreadReader(Reader):
         ):
             if file != current or descriptor is None:
                 current, descriptor = file, self._open(extents, file, reach[file])
-            if not descriptor.read(buffer[at : at + nbytes].data, offset):
+            if not descriptor.read([buffer[at : at + nbytes].data], offset):
                 raise self._too_short(extents, file, descriptor.size())
         base = np.uint64(buffer.ctypes.data)
         stored = runs.run >= 0
@@ -336,14 +340,18 @@ class _Descriptor:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def read(self, target: memoryview, offset: int) -> bool:
-        """Fill target from offset on; False if the file ends before."""
+    def read(self, targets: list[memoryview], offset: int) -> bool:
+        """Fill the targets one after the other from offset on; False if the file ends before."""
         try:
-            while target:
-                count = os.preadv(self._fd, [target], offset)
+            while targets:
+                count = os.preadv(self._fd, targets, offset)
                 if count == 0:
                     return False
-                target, offset = target[count:], offset + count
+                offset += count
+                while targets and count >= len(targets[0]):
+                    count -= len(targets.pop(0))
+                if count:
+                    targets[0] = targets[0][count:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._path) from error
         return True
@@ -458,12 +466,16 @@ _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-_READERS: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader}
-
 
 def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
-    """A reader of the kind asked for: ``mmap`` (no copy) or ``preadv`` (one buffer, explicit reads)."""
-    try:
-        return _READERS[kind](directory)
-    except KeyError:
-        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(_READERS)}") from None
+    """A reader of the kind asked for.
+
+    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a device reads
+    explicitly into its page-locked memory.
+    """
+    from hbx_gpu.storage.pinned import PinnedReader
+
+    readers: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader, "pinned": PinnedReader}
+    if kind not in readers:
+        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(readers)}")
+    return readers[kind](directory)

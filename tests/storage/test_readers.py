@@ -20,7 +20,7 @@ from hbx_gpu.source import ArrayLayout
 from hbx_gpu.storage import ChunkDirectory, Extents, open_reader, read_layout, readers
 from hbx_gpu.storage.readers import MmapReader, PreadReader, coalesce
 
-KINDS = ["mmap", "preadv"]
+KINDS = ["mmap", "preadv", "pinned"]
 RAW = ({"name": "bytes", "configuration": {"endian": "little"}},)
 
 
