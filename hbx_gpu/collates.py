@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,14 +156,26 @@ def multimodal_to_dense_collate(batch: MultimodalBatch) -> dict[str, Any]:
     return result
 
 
+def check_columns(names: Sequence[str]) -> None:
+    """Refuse metadata columns that a batch has another meaning for.
+
+    Raises
+    ------
+    ValueError
+        One is called ``X``, or two have the same name.
+    """
+    for name in names:
+        if name == "X" or names.count(name) > 1:
+            raise ValueError(
+                f"the metadata column {name!r} would overwrite the batch's own entry of that name; "
+                "leave it out of metadata_columns, or write a collate of your own"
+            )
+
+
 def _metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     import torch
 
-    if metadata and "X" in metadata:
-        raise ValueError(
-            "the metadata column 'X' would overwrite the data in the batch; "
-            "leave it out of metadata_columns, or write a collate of your own"
-        )
+    check_columns(list(metadata or {}))
     return {
         name: torch.from_numpy(column) if column.dtype.kind in "iuf" else column
         for name, column in (metadata or {}).items()

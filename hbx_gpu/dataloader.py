@@ -5,7 +5,7 @@ Importing this module pulls in NumPy and the reading rooms only: it is what a sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,15 +21,16 @@ from hbx_gpu.collates import (
     sparse_to_dense_collate,
 )
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.plan import plan_rows, source_table
+from hbx_gpu.loading import make_loader
+from hbx_gpu.plan import BatchPlan, plan_rows, source_table
 from hbx_gpu.source import ObsColumns, RowIndex, Source
-from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
+    from hbx_gpu.engine.device import DeviceEngine
+    from hbx_gpu.engine.device.backend import Backend
     from hbx_gpu.engine.host import HostEngine
-    from hbx_gpu.loader import CellLoader
     from hbx_gpu.storage.chunks import ChunkDirectory
-    from hbx_gpu.storage.readers import Reader
+    from hbx_gpu.storage.readers import Reader, Slab
 
 __all__ = [
     "CellDataset",
@@ -221,8 +222,7 @@ class CellDataset:
         """
         selections = [self.row_numbers(rows) for rows in batches]
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
-        plan = plan_rows(self._table, self._rows, selection)
-        slab = self._reader.read(self._directory.extents(plan.chunks))
+        plan, slab = self.read(selection)
         indices, (values,), offsets = self._engine.csr(plan, slab)
         metadata = {name: column[selection] for name, column in self._obs.columns.items()}
         result, row = [], 0
@@ -240,6 +240,31 @@ class CellDataset:
             )
             row = stop
         return result
+
+    def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[BatchPlan, Slab]:
+        """Plan of the rows `selection`, and the stored bytes of the chunks it needs.
+
+        Parameters
+        ----------
+        selection
+            int64, (n,), as from :meth:`row_numbers`.
+        reader
+            Instead of the dataset's own; from :meth:`open_reader`.
+        """
+        plan = plan_rows(self._table, self._rows, selection)
+        return plan, (reader or self._reader).read(self._directory.extents(plan.chunks))
+
+    def open_reader(self, kind: str) -> Reader:
+        """A reader of this dataset's chunks: ``"mmap"``, ``"preadv"`` or ``"pinned"``."""
+        from hbx_gpu.storage.readers import open_reader
+
+        return open_reader(kind, self._directory)
+
+    def device_engine(self, backend: Backend) -> DeviceEngine:
+        """An engine that decodes what :meth:`read` returns on a device."""
+        from hbx_gpu.engine.device import DeviceEngine
+
+        return DeviceEngine(self._table, self._directory, [self.dtype], backend)
 
     def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
         """Bytes of one batch of `rows`, metadata aside; twice its arrays while columns are dropped."""
@@ -423,79 +448,3 @@ def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
             f"row {i} points at elements [{rows.start[i]}, {stop[i]}) of group {source.name!r}, "
             f"whose arrays hold {lengths[rows.source[i]]}"
         )
-
-
-# -- loading ---------------------------------------------------------------------------------------
-
-
-def make_loader(
-    dataset: Any,
-    sampler: Any,
-    collate_fn: Callable[[Any], Any] | None = None,
-    *,
-    layout: str | None = None,
-    dtype: str = "float32",
-    transform: Transform | Sequence[Transform] | None = None,
-    memory_budget: int = 512 << 20,
-    **kwargs: Any,
-) -> CellLoader:
-    """Iterate batches of `dataset` in the order of `sampler`, read and decoded ahead.
-
-    Parameters
-    ----------
-    dataset
-        What to load.
-    sampler
-        Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, or any torch
-        batch sampler. Its `num_workers`, if it has one, is the default below.
-    collate_fn
-        Applied to every batch; None hands out the batch objects themselves.
-    layout
-        Instead of a collate_fn: ``"dense"`` for tensors of `dtype` after `transform`, ``"csr"`` for sparse
-        float32 tensors.
-    dtype, transform
-        See :class:`DenseCollate`; for ``layout="dense"`` only.
-    memory_budget
-        Bytes that batches made ahead of the consumer may take up, when num_workers is 0. One batch is
-        always made, whatever its size.
-    **kwargs
-        ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
-        ``threads``: threads when num_workers is 0 (default: the cores this process may use).
-        ``window``: batches under one plan when num_workers is 0 (default: as many as make 4,096 rows).
-        Anything else goes to ``torch.utils.data.DataLoader``.
-
-    Returns
-    -------
-    CellLoader
-        A ``torch.utils.data.DataLoader`` with ``state_dict``, ``load_state_dict``, ``set_epoch`` and
-        ``close``. An error of a thread or worker is raised by the next ``next()``.
-
-    Raises
-    ------
-    ValueError
-        `batch_size`, `shuffle`, `drop_last` or `batch_sampler` among the keywords: the sampler decides these.
-        Both layout and collate_fn; an unknown layout or dtype; dtype or transform without ``layout="dense"``.
-    """
-    from hbx_gpu.loader import CellLoader
-
-    if layout is not None:
-        if collate_fn is not None:
-            raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
-        collate_fn = _collate_for(layout, dtype, chain(transform))
-    elif transform is not None or dtype != "float32":
-        raise ValueError('dtype and transform belong to layout="dense"; a collate_fn makes its own')
-    return CellLoader(dataset, sampler, collate_fn, memory_budget=memory_budget, **kwargs)
-
-
-def _collate_for(layout: str, dtype: str, transform: Transform) -> Callable[[Any], Any]:
-    from hbx_gpu.engine.host.dense import FORMATS
-
-    if layout == "dense":
-        if dtype not in FORMATS:
-            raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
-        return DenseCollate(dtype, transform)
-    if layout != "csr":
-        raise ValueError(f'layout must be "dense" or "csr", got {layout!r}')
-    if transform != Transform() or dtype != "float32":
-        raise ValueError('layout="csr" gives float32 values as stored; transform and dtype need "dense"')
-    return sparse_to_csr_collate

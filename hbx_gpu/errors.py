@@ -52,6 +52,10 @@ class UnsupportedError(HbxError, NotImplementedError):
     """Something real that this release does not do yet; the message says what it does."""
 
 
+class DeviceUnavailableError(HbxError, RuntimeError):
+    """A device was asked for that this machine or installation cannot use; names the missing piece."""
+
+
 class AtlasError(HbxError):
     """The catalogue of an atlas contradicts itself or the request."""
 

@@ -6,15 +6,29 @@ batch in order. What a feed delivers belongs to the consumer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hbx_gpu.collates import DenseCollate, sparse_to_dense_collate
+from hbx_gpu.collates import DenseCollate, check_columns, sparse_to_dense_collate
+from hbx_gpu.errors import UnsupportedError
+from hbx_gpu.transforms import Transform
 
 if TYPE_CHECKING:
-    pass
+    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.engine.device import Pending, Staging
+    from hbx_gpu.engine.device.backend import Backend, Event, Slot
+    from hbx_gpu.plan import BatchPlan
+
+# Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
+# compressed bytes in page-locked and device memory.
+_CSR_BYTES = 16
+_STAGED_BYTES = 4
 
 
 class Feed(Protocol):
@@ -57,3 +71,227 @@ class HostFeed:
         if collate_nbytes:
             nbytes += int(collate_nbytes(len(rows), self._dataset.n_features))
         return nbytes
+
+
+class DeviceFeed:
+    """Batches staged on the loader's threads and decoded on a device.
+
+    Parameters
+    ----------
+    dataset
+        A sparse dataset.
+    backend
+        The device.
+    layout, dtype, transform
+        As for :func:`hbx_gpu.loading.make_loader`.
+    reader
+        How stored bytes reach page-locked memory: ``"mmap"`` copies them out of the page cache, ``"pinned"``
+        reads them with ``preadv``.
+    """
+
+    def __init__(
+        self,
+        dataset: CellDataset,
+        backend: Backend,
+        *,
+        layout: str,
+        dtype: str,
+        transform: Transform,
+        reader: str = "mmap",
+    ) -> None:
+        from torch.utils.data import get_worker_info
+
+        from hbx_gpu.dataloader import CellDataset
+
+        if not isinstance(dataset, CellDataset):
+            raise UnsupportedError(
+                f"a {type(dataset).__name__} is loaded on the CPU only; on a GPU take the CellDataset of one "
+                "sparse space"
+            )
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "a loader on a GPU runs on threads: make it in the training process, not in a worker"
+            )
+        check_columns([*dataset.columns, "index"])
+        self._dataset, self._backend = dataset, backend
+        self._layout, self._dtype, self._transform = layout, dtype, transform
+        self._reader = dataset.open_reader(reader)
+        self._engine = dataset.device_engine(backend)
+        # Staging memory that no window uses now. Windows in flight bound its number, the loader bounds those.
+        self._free: deque[Slot] = deque()
+        self._submitting = threading.Lock()
+
+    @property
+    def one_batch_per_window(self) -> bool:
+        """Whether batches of a window could not be told apart before the device has counted."""
+        return self._layout == "csr" and self._engine.drops
+
+    def make(self, selections: list[np.ndarray]) -> list[_Made]:
+        """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
+        rows = [self._dataset.row_numbers(selection) for selection in selections]
+        selection = np.concatenate([*rows, np.empty(0, np.int64)])
+        plan, slab = self._dataset.read(selection, self._reader)
+        staging = self._engine.measure(plan, slab)
+        columns = _Columns({**self._dataset.columns, "index": None}, selection)
+        slot = self._slot()
+        self._engine.pack(staging, slot)
+        columns.pack(slot)
+        with self._submitting:
+            try:
+                window = self._submit(staging, slot, columns, plan)
+            finally:
+                slot.busy = self._backend.event()  # whatever was ordered before an error
+        last = np.cumsum([len(part) for part in rows]).tolist()
+        return [_Made(window, stop - len(part), stop) for part, stop in zip(rows, last, strict=True)]
+
+    def deliver(self, made: _Made) -> dict[str, Any]:
+        """Tensors that the caller's current stream may use; raises what the kernels found."""
+        window = made.window
+        if window.slot is not None:
+            window.event.wait()
+            slot, window.slot = window.slot, None
+            try:
+                window.pending.check()
+            finally:
+                self._free.append(slot)
+        self._backend.hand_over(window.event, window.tensors)
+        return {"X": window.x(made.first, made.last), **window.columns.batch(made.first, made.last)}
+
+    def nbytes(self, rows: np.ndarray) -> int:
+        """See :class:`Feed`."""
+        elements = int(self._dataset.row_index.length[self._dataset.row_numbers(rows)].sum(dtype=np.int64))
+        if self._layout == "dense":
+            out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)
+        else:
+            out = elements * _CSR_BYTES
+        return out + elements * _STAGED_BYTES
+
+    def _slot(self) -> Slot:
+        from hbx_gpu.engine.device.backend import Slot
+
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return Slot(self._backend)
+
+    def _submit(self, staging: Staging, slot: Slot, columns: _Columns, plan: BatchPlan) -> _Window:
+        width = self._dataset.n_features
+        if self._layout == "dense":
+            pending = self._engine.submit_dense(staging, slot, self._dtype, self._transform)
+            (x,) = pending.tensors
+
+            def dense(first: int, last: int) -> Any:
+                return x[first:last]
+
+            tensors, cut = [x], dense
+        else:
+            pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"])
+            tensors, cut = self._csr(pending, plan, width)
+        tensors = [*tensors, *columns.send(slot, self._backend)]
+        return _Window(pending, self._backend.event(), slot, tensors, cut, columns)
+
+    def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Any], Callable[..., Any]]:
+        """What sparse tensors are cut from, ordered on the decode stream."""
+        import torch
+
+        with self._backend.on_decode_stream():
+            indices, values, offsets = pending.tensors
+            indices = indices.to(torch.int64)  # torch wants one type for both index arrays
+
+        def cut(first: int, last: int) -> Any:
+            # Without drops the plan knows the bounds; with them a window is one batch, counted by now.
+            a, b = (0, pending.nnz) if self._engine.drops else map(int, plan.offsets[[first, last]])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+                x = torch.sparse_csr_tensor(
+                    offsets[first : last + 1] - a,
+                    indices[a:b],
+                    values[a:b],
+                    size=(last - first, width),
+                    check_invariants=False,  # checked by the kernels
+                )
+            return x if pending.ascending else _canonical(x)
+
+        return [indices, values, offsets], cut
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Rows [first, last) of a window: one batch."""
+
+    window: _Window
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """Batches decoded under one plan: what the device was told to do and what it writes.
+
+    Attributes
+    ----------
+    pending, event
+        What the engine ordered, and the point behind all of it.
+    slot
+        Staging memory; given up when the first batch is delivered.
+    tensors
+        What the device writes, as allocated.
+    x
+        Cuts the batch of rows [first, last) out of them.
+    columns
+        Metadata.
+    """
+
+    pending: Pending
+    event: Event
+    slot: Slot | None
+    tensors: list[Any]
+    x: Callable[[int, int], Any]
+    columns: _Columns
+
+
+class _Columns:
+    """Metadata of a window's rows: numbers go to the device in one piece, anything else stays NumPy."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray | None], selection: np.ndarray) -> None:
+        self._names = list(columns)
+        found = {name: selection if column is None else column[selection] for name, column in columns.items()}
+        self._kept = {name: column for name, column in found.items() if column.dtype.kind not in "iuf"}
+        self._sent = {name: np.ascontiguousarray(c) for name, c in found.items() if c.dtype.kind in "iuf"}
+        sizes = [-(-column.nbytes // 8) * 8 for column in self._sent.values()]
+        self._places = [0, *np.cumsum(sizes).tolist()]
+        self._tensors: dict[str, Any] = {}
+
+    def pack(self, slot: Slot) -> None:
+        """Copy to page-locked memory."""
+        slot.reserve(0, 0, self._places[-1])
+        for column, at in zip(self._sent.values(), self._places, strict=False):
+            slot.side[at : at + column.nbytes] = column.view(np.uint8)
+
+    def send(self, slot: Slot, backend: Backend) -> list[Any]:
+        """Order the copy; the tensor it goes to."""
+        import torch
+
+        buffer = backend.empty(self._places[-1], "uint8")
+        backend.send(slot.side[: self._places[-1]], buffer)
+        for (name, column), at in zip(self._sent.items(), self._places, strict=False):
+            self._tensors[name] = buffer[at : at + column.nbytes].view(getattr(torch, column.dtype.name))
+        return [buffer]
+
+    def batch(self, first: int, last: int) -> dict[str, Any]:
+        """The columns of rows [first, last)."""
+        found = self._kept | self._tensors
+        return {name: found[name][first:last] for name in self._names}
+
+
+def _canonical(x: Any) -> Any:
+    """Columns ascending and unique within rows; rare, and waits for the device."""
+    import torch
+
+    columns, counts = x.col_indices(), x.crow_indices().diff()
+    rows = torch.arange(len(counts), device=columns.device)
+    rows = torch.repeat_interleave(rows, counts, output_size=len(columns))
+    places = torch.stack((rows, columns))
+    # Said to be unsorted: a CSR tensor converted as it stands would count as sorted.
+    coo = torch.sparse_coo_tensor(places, x.values(), x.shape, check_invariants=False, is_coalesced=False)
+    return coo.coalesce().to_sparse_csr()

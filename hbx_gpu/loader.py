@@ -27,11 +27,16 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _cores() -> int:
+def default_threads() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_window(sampler: Any) -> int:
+    """Batches that make a window of about `ROWS_PER_WINDOW` rows."""
+    return max(1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW)))
 
 
 class CellLoader(DataLoader):
@@ -76,10 +81,8 @@ class CellLoader(DataLoader):
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
         self._feed = feed or HostFeed(dataset, self.collate_fn)
         self._memory_budget = memory_budget
-        self._threads = threads or _cores()
-        self._window = window or max(
-            1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW))
-        )
+        self._threads = threads or default_threads()
+        self._window = window or default_window(sampler)
         self._live: list[_ReadAhead] = []
         self._delivered = 0
         self._skip = 0

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import common, planning, throughput, workers
+from benchmarks import common, device, planning, throughput, workers
 
 SMALL = ("--cells", "600", "--genes", "300")
 
@@ -146,3 +147,23 @@ def test_workers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_table_aligns() -> None:
     assert common.table(("a", "bb"), [("ccc", "1"), ("d", "22")]) == "a    bb\nccc   1\nd    22"
+
+
+def test_device_measures_epochs_and_compares_values(tmp_path: Path) -> None:
+    from tests.emulation.backend import EmulatedBackend
+    from tests.test_dataloader import make_dataset, make_groups
+
+    dataset = make_dataset(tmp_path, make_groups())
+    backend = EmulatedBackend()
+    assert device.differences(dataset, backend, 16) == 0
+    assert 0 < device.staged_bytes(dataset, backend, 16) < 1 << 20
+    for setting in device.SETTINGS[:2]:
+        for where in (backend, None):
+            with device.loader_for(dataset, where, setting, 16) as loader:
+                assert device.epoch_rate(loader, 0, lambda: None) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_device_without_a_gpu_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert device.main([]) == 2
+    assert "asked for" in capsys.readouterr().out

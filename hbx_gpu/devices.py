@@ -1,0 +1,74 @@
+"""Which device a loader hands its batches out on, and why not the one that was asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+from hbx_gpu.errors import DeviceUnavailableError
+
+_LOG = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def resolve(device: Any) -> int | None:
+    """Index of the GPU that `device` stands for; None for the CPU.
+
+    Parameters
+    ----------
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, a ``torch.device``, or ``"auto"``: a GPU where one can be used,
+        else the CPU, said once in the log.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        A GPU is asked for and cannot be used; names what is missing.
+    ValueError
+        No such kind of device.
+    """
+    if device is None or str(device) == "cpu":
+        return None
+    if str(device) == "auto":
+        reason = _missing(None)
+        if reason is None:
+            return _index(None)
+        if reason not in _told:
+            _told.add(reason)
+            _LOG.warning("hbx_gpu loads on the CPU: %s", reason)
+        return None
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise ValueError(f'device must be "cpu", "cuda", "cuda:N", "auto" or a torch.device, got {device!r}')
+    index = int(number) if number else None
+    reason = _missing(index)
+    if reason is not None:
+        raise DeviceUnavailableError(
+            f"device={str(device)!r} was asked for, but {reason}. "
+            'device="auto" takes the CPU where there is no GPU'
+        )
+    return _index(index)
+
+
+def _index(index: int | None) -> int:
+    import torch
+
+    return int(torch.cuda.current_device()) if index is None else index
+
+
+def _missing(index: int | None) -> str | None:
+    """What keeps a GPU from being used; None if nothing does."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install 'hbx_gpu[gpu]'"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    if index is not None and index >= torch.cuda.device_count():
+        return f"there are {torch.cuda.device_count()} GPUs, numbered from 0"
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy, which compiles and launches the kernels, is not installed: pip install 'hbx_gpu[gpu]'"
+    return None
