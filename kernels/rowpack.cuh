@@ -37,10 +37,9 @@ struct HbxEntry {
 #define HBX_FIELD_PATCHED (31u << 7 | 255u << 15)
 static_assert((HBX_BAD_WIDTH | HBX_TRUNCATED) == 6u, "status bits of a look-up");
 
-// What a lane loads of a block before anything depends on it: two rows of words, and the patches.
-template <class Word>
+// What a lane loads of a block before anything depends on it: two rows of words (of the low plane), and patches.
 struct HbxLoaded {
-    HbxWords low[sizeof(Word) / 4], next[sizeof(Word) / 4];
+    HbxWords row[2];
     u32 fields;     // as above
     u32 exception;  // position of exception `lane`
     u32 reset;      // position of reset `lane`
@@ -129,10 +128,27 @@ HBX_DEVICE HbxEntry<Word> hbx_look_up(const u8* arena, const HbxRun* run, u32 bl
     return entry;
 }
 
+// Loads what holds the lane's four numbers of `width` <= 32 bits: their row of words and the next, if they straddle.
+HBX_DEVICE void hbx_load_row(const u8* arena, const u8* payload, u32 width, HbxWords* row) {
+    u32 bit = hbx_lane() * width;
+    // Without words the arena's first ones are loaded, and masked later; without a straddle a row twice.
+    const HbxWords* at = (const HbxWords*)(width ? payload : arena) + (bit >> 5);
+    row[0] = at[0];
+    row[1] = at[(bit & 31u) + width > 32u];
+}
+
+HBX_DEVICE void hbx_unpack_row(const HbxWords* row, u32 width, u32* numbers) {
+    u32 shift = hbx_lane() * width & 31u, mask = width ? 0xffffffffu >> (32u - width) : 0;
+#pragma unroll
+    for (u32 c = 0; c < 4; c++) {
+        numbers[c] = (u32)(((u64)row[1].word[c] << 32 | row[0].word[c]) >> shift) & mask;
+    }
+}
+
 // Loads the block that lane `from` looked up. A warp calls it together; a block with status bits loads nothing.
 template <class Word>
-HBX_DEVICE HbxLoaded<Word> hbx_load_block(const u8* arena, const HbxEntry<Word>& entry, u32 from) {
-    HbxLoaded<Word> loaded = {};
+HBX_DEVICE HbxLoaded hbx_load_block(const u8* arena, const HbxEntry<Word>& entry, u32 from) {
+    HbxLoaded loaded = {};
     u32 lane = hbx_lane();
     loaded.fields = __shfl_sync(HBX_FULL, entry.fields, from);
     const u8* payload = arena + 16ull * __shfl_sync(HBX_FULL, entry.payload, from);
@@ -140,16 +156,7 @@ HBX_DEVICE HbxLoaded<Word> hbx_load_block(const u8* arena, const HbxEntry<Word>&
     if (HBX_FIELD_STATUS(loaded.fields)) return loaded;
 
     u32 width = HBX_FIELD_WIDTH(loaded.fields);
-#pragma unroll
-    for (u32 plane = 0; plane < sizeof(Word) / 4; plane++) {
-        u32 of_plane = width < 32u ? width : 32u, bit = lane * of_plane;
-        // Without words the arena's first ones are loaded, and masked later; without a straddle a row twice.
-        const HbxWords* row = (const HbxWords*)(of_plane ? payload : arena) + (bit >> 5);
-        loaded.low[plane] = row[0];
-        loaded.next[plane] = row[(bit & 31u) + of_plane > 32u];
-        width -= of_plane;
-        payload += 512;
-    }
+    hbx_load_row(arena, payload, width < 32u ? width : 32u, loaded.row);
 
     u32 x = HBX_FIELD_EXCEPTIONS(loaded.fields), resets = HBX_FIELD_RESETS(loaded.fields);
     // Bytes as they come: what combined them here would wait for them.
@@ -165,28 +172,28 @@ HBX_DEVICE HbxLoaded<Word> hbx_load_block(const u8* arena, const HbxEntry<Word>&
     return loaded;
 }
 
-// The four values of row `lane`, low `width` bits each.
+// The lane's four values, low `width` bits each.
 template <class Word>
-HBX_DEVICE void hbx_unpack(const HbxLoaded<Word>& loaded, Word* values) {
-    u32 width = HBX_FIELD_WIDTH(loaded.fields);
+HBX_DEVICE void hbx_unpack(const u8* arena, const HbxEntry<Word>& entry, u32 from, const HbxLoaded& loaded,
+                           Word* values) {
+    u32 width = HBX_FIELD_WIDTH(loaded.fields), numbers[4];
+    hbx_unpack_row(loaded.row, width < 32u ? width : 32u, numbers);
 #pragma unroll
-    for (u32 plane = 0; plane < sizeof(Word) / 4; plane++) {
-        u32 of_plane = width < 32u ? width : 32u;
-        u32 shift = hbx_lane() * of_plane & 31u, mask = of_plane ? 0xffffffffu >> (32u - of_plane) : 0;
+    for (u32 c = 0; c < 4; c++) values[c] = numbers[c];
+    if (sizeof(Word) == 4 || width <= 32u) return;
+    // Rare enough to wait for: the plane of the upper bits.
+    HbxWords row[2];
+    const u8* payload = arena + 16ull * __shfl_sync(HBX_FULL, entry.payload, from);
+    hbx_load_row(arena, payload + 512, width - 32u, row);
+    hbx_unpack_row(row, width - 32u, numbers);
 #pragma unroll
-        for (u32 c = 0; c < 4; c++) {
-            u64 pair = (u64)loaded.next[plane].word[c] << 32 | loaded.low[plane].word[c];
-            Word part = (u32)(pair >> shift) & mask;
-            values[c] = plane ? values[c] | part << (8u * sizeof(Word) - 32u) : part;
-        }
-        width -= of_plane;
-    }
+    for (u32 c = 0; c < 4; c++) values[c] |= (Word)((u64)numbers[c] << 32);
 }
 
 // Adds the high parts of exceptions and marks resets; `patches` points at the block's. Returns the resets among the
 // lane's values, a byte each, 0 or 1; false in `good` where positions do not ascend.
 template <class Word>
-HBX_DEVICE u32 hbx_patch(const HbxLoaded<Word>& loaded, const u8* patches, HbxScratch<Word>* scratch, Word* values,
+HBX_DEVICE u32 hbx_patch(const HbxLoaded& loaded, const u8* patches, HbxScratch<Word>* scratch, Word* values,
                          bool& good) {
     u32 lane = hbx_lane(), x = HBX_FIELD_EXCEPTIONS(loaded.fields), resets = HBX_FIELD_RESETS(loaded.fields);
     u32 position = loaded.exception, before = __shfl_up_sync(HBX_FULL, position, 1);
@@ -291,10 +298,10 @@ HBX_DEVICE void hbx_sum_gaps_with_resets(Word* values, Word base, u32 resets) {
 // Decodes a block that was loaded: values 4 lane .. 4 lane + 3. `from` is the lane that looked it up. A warp calls
 // it together; returns status bits, the same in all lanes.
 template <class Word>
-HBX_DEVICE u32 hbx_decode_block(const u8* arena, const HbxEntry<Word>& entry, u32 from, const HbxLoaded<Word>& loaded,
+HBX_DEVICE u32 hbx_decode_block(const u8* arena, const HbxEntry<Word>& entry, u32 from, const HbxLoaded& loaded,
                                 HbxScratch<Word>* scratch, Word* values) {
     if (HBX_FIELD_STATUS(loaded.fields)) return HBX_FIELD_STATUS(loaded.fields);
-    hbx_unpack(loaded, values);
+    hbx_unpack(arena, entry, from, loaded, values);
     u32 resets = 0;
     if (loaded.fields & HBX_FIELD_PATCHED) {
         bool good;

@@ -52,10 +52,15 @@ HBX_DEVICE void hbx_write_values(u64 out, u32 type, const Word* block, const Hbx
     }
 }
 
+// The features of a Source.
+struct HbxColumns {
+    const i32* remap;  // null: the same numbers
+    u32 length;
+};
+
 // Writes output columns; returns HBX_BAD_COLUMN, and writes nothing, where a column is outside the group's features.
 template <class Word>
-HBX_DEVICE u32 hbx_write_columns(u64 out, const HbxSource& source, const i32* remap, const Word* block,
-                                 const HbxPart& part) {
+HBX_DEVICE u32 hbx_write_columns(u64 out, const HbxColumns& source, const Word* block, const HbxPart& part) {
     i32 columns[HBX_BLOCK / HBX_WARP];
     bool outside = false;
 #pragma unroll
@@ -63,10 +68,10 @@ HBX_DEVICE u32 hbx_write_columns(u64 out, const HbxSource& source, const i32* re
         u32 i = hbx_lane() + HBX_WARP * c;
         if (part.begin + i - part.skip >= part.count) continue;
         Word id = block[i];
-        if (id >= source.remap_length) {
+        if (id >= source.length) {
             outside = true;
         } else {
-            columns[c] = source.identity ? (i32)id : remap[source.remap_start + id];
+            columns[c] = source.remap ? source.remap[id] : (i32)id;
         }
     }
     if (__any_sync(HBX_FULL, outside)) return HBX_BAD_COLUMN;
@@ -80,15 +85,15 @@ HBX_DEVICE u32 hbx_write_columns(u64 out, const HbxSource& source, const i32* re
 
 // Decodes and writes one piece whose records are in order; returns status bits.
 template <class Word>
-HBX_DEVICE u32 hbx_csr_piece(const u8* arena, const HbxRun* run, const HbxPiece& piece, const HbxSource& source,
-                             const i32* remap, u64 out, u32 type, HbxScratch<Word>* scratch) {
+HBX_DEVICE u32 hbx_csr_piece(const u8* arena, const HbxRun* run, const HbxPiece& piece, const HbxColumns& source,
+                             u64 out, u32 type, HbxScratch<Word>* scratch) {
     u32 block = piece.skip / HBX_BLOCK, last = (u32)(((u64)piece.skip + piece.count - 1) / HBX_BLOCK);
     while (block <= last) {
         u32 mine = block + hbx_lane() / HBX_BLOCK_RECORD;
         HbxEntry<Word> entry = hbx_look_up<Word>(arena, run, mine, mine <= last);
         for (u32 from = 0; from < HBX_WARP && block <= last; from += HBX_BLOCK_RECORD, block++) {
             Word values[4];
-            HbxLoaded<Word> loaded = hbx_load_block(arena, entry, from);
+            HbxLoaded loaded = hbx_load_block(arena, entry, from);
             u32 bits = hbx_decode_block(arena, entry, from, loaded, scratch, values);
             if (bits) return bits;
             __syncwarp(HBX_FULL);  // the block before has been written out
@@ -99,7 +104,7 @@ HBX_DEVICE u32 hbx_csr_piece(const u8* arena, const HbxRun* run, const HbxPiece&
             if (piece.role) {
                 hbx_write_values(out, type, scratch->high, part);
             } else {
-                bits = hbx_write_columns(out, source, remap, scratch->high, part);
+                bits = hbx_write_columns(out, source, scratch->high, part);
                 if (bits) return bits;
             }
         }
@@ -119,7 +124,7 @@ HBX_KERNEL __launch_bounds__(256, 3) rowpack_csr(const u8* __restrict__ arena, u
     for (u64 p = (u64)blockIdx.x * n_warps + warp; p < n_pieces; p += (u64)gridDim.x * n_warps) {
         HbxPiece piece = pieces[p];
         if (piece.count == 0) continue;
-        HbxSource source = {0, 0, 1};
+        HbxColumns columns = {nullptr, 0};
         u64 out = 0;
         u32 type = 0, bits = 0;
         if (piece.role < n_outputs) {
@@ -133,9 +138,14 @@ HBX_KERNEL __launch_bounds__(256, 3) rowpack_csr(const u8* __restrict__ arena, u
             bits = HBX_BAD_PLACE;
         }
         if (!bits && piece.role == 0) {
-            if (piece.source < n_sources) source = sources[piece.source];
-            bool inside = piece.source < n_sources &&
-                          (source.identity || hbx_fits(source.remap_start, source.remap_length, remap_entries));
+            HbxSource source = {0, 0, 0};
+            bool inside = piece.source < n_sources;
+            if (inside) source = sources[piece.source];
+            if (!source.identity) {
+                inside = inside && hbx_fits(source.remap_start, source.remap_length, remap_entries);
+                columns.remap = remap + source.remap_start;
+            }
+            columns.length = source.remap_length;
             if (!inside) bits = HBX_BAD_PLACE;
         }
         const HbxRun* run = runs + piece.run;
@@ -144,8 +154,9 @@ HBX_KERNEL __launch_bounds__(256, 3) rowpack_csr(const u8* __restrict__ arena, u
         }
         if (!bits) {
             HbxAnyScratch* mine = scratch + warp;
-            bits = run->element_size == 8 ? hbx_csr_piece(arena, run, piece, source, remap, out, type, hbx_scratch(mine, 0ull))
-                                          : hbx_csr_piece(arena, run, piece, source, remap, out, type, hbx_scratch(mine, 0u));
+            bits = run->element_size == 8
+                       ? hbx_csr_piece(arena, run, piece, columns, out, type, hbx_scratch(mine, 0ull))
+                       : hbx_csr_piece(arena, run, piece, columns, out, type, hbx_scratch(mine, 0u));
         }
         if (bits && hbx_lane() == 0) hbx_fail(status + p, any, bits);
     }

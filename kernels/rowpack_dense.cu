@@ -137,8 +137,8 @@ HBX_DEVICE void hbx_add_segment(const HbxDense& job, const HbxTile& tile, const 
 #pragma unroll 1
         for (u32 from = 0; from < HBX_WARP && turn < n_blocks; from += 16, turn += n_warps) {
             u32 ids[4], counts[4];
-            HbxLoaded<u32> indices = hbx_load_block(job.arena, entry, from);
-            HbxLoaded<u32> values = hbx_load_block(job.arena, entry, from + 8);
+            HbxLoaded indices = hbx_load_block(job.arena, entry, from);
+            HbxLoaded values = hbx_load_block(job.arena, entry, from + 8);
             u32 index_bits = hbx_decode_block(job.arena, entry, from, indices, scratch, ids);
             u32 value_bits = hbx_decode_block(job.arena, entry, from + 8, values, scratch, counts);
             if ((index_bits | value_bits) == 0) {

@@ -65,7 +65,10 @@ class Stage:
             payload_end, patch_end = end.payload_at + 16 * end.width, end.patch_at + end.patch_bytes
         records = rowpack.HEADER.size + np.array([r0, r1]) * head.record_bytes
         run["first_record"], run["n_records"] = r0, r1 - r0
-        run["payload_begin"], run["payload_units"] = (payload - head.payload_start) // 16, (payload_end - payload) // 16
+        run["payload_begin"], run["payload_units"] = (
+            (payload - head.payload_start) // 16,
+            (payload_end - payload) // 16,
+        )
         run["patch_begin"], run["patch_bytes"] = patch - head.patch_start, patch_end - patch
         run["records"] = self._place(chunk[records[0] : records[1]], 8)
         run["payload"] = self._place(chunk[payload : payload + 16 * int(run["payload_units"])], 16)
@@ -107,11 +110,13 @@ def piece(run: int, skip: int, count: int, *, out: int = 0, role: int = 0, sourc
 def remap_tables(
     remaps: Sequence[np.ndarray], identity: Sequence[bool] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sources, remap) of HbxSource and int32, one Source per remap; identity where a remap changes nothing."""
+    """(sources, remap) of HbxSource and int32, one Source per remap; `identity` is found out if None."""
     sources = np.zeros(len(remaps), SOURCE)
     sources["remap_length"] = [len(r) for r in remaps]
     sources["remap_start"] = np.cumsum(sources["remap_length"]) - sources["remap_length"]
-    sources["identity"] = [np.array_equal(r, np.arange(len(r))) for r in remaps] if identity is None else identity
+    sources["identity"] = (
+        [np.array_equal(r, np.arange(len(r))) for r in remaps] if identity is None else identity
+    )
     return sources, np.concatenate([*remaps, np.empty(0, np.int32)]).astype(np.int32)
 
 
@@ -127,8 +132,9 @@ def csr_batch(
 ) -> Batch:
     """A batch of the rows `order` (all by default) of one CSR matrix, in rowpack chunks of `chunk` values.
 
-    `partial` stages a run per piece, with just the blocks it needs, in place of whole chunks. The matrix's last
-    chunk is padded with zeros, as in zarr. Indices are packed as gaps, counts as they are; role 1 holds counts.
+    `partial` stages a run per piece, with just the blocks it needs, in place of whole chunks. The matrix's
+    last chunk is padded with zeros, as in zarr. Indices are packed as gaps, counts as they are; role 1 holds
+    counts.
     """
     bounds = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     stage, encoded, whole = Stage(), [], []
@@ -304,7 +310,9 @@ def _csr_piece(batch: Batch, record: np.void, outputs: Sequence[np.ndarray]) -> 
         values = values if features is None else to_columns(values, features)
         to = out + b * BLOCK + part.start - skip
         with np.errstate(over="ignore"):
-            outputs[role][to : to + len(values)] = values.astype(f"u{run['element_size']}" if role else np.int32)
+            outputs[role][to : to + len(values)] = values.astype(
+                f"u{run['element_size']}" if role else np.int32
+            )
 
 
 def rowpack_sums(batch: Batch, n_features: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -323,7 +331,7 @@ def _add_segment(batch: Batch, segment: np.void, line: np.ndarray, status: np.nd
     if count == 0:
         return 0
     roles = ((index_piece, index_skip), (value_piece, value_skip))
-    runs = []
+    runs: list[Any] = []
     for number, skip in roles:
         try:
             if number >= len(batch.pieces) or (index_skip - value_skip) % BLOCK:
@@ -448,8 +456,23 @@ def run_dense(
     address = np.uint64(launcher.address(memory) + (edge + shift) * dtype.itemsize)
     status, flag = np.zeros(len(batch.pieces), np.uint32), np.zeros(1, np.uint32)
     first, sources = _tables(batch)
-    args = [*first, batch.segments, np.uint32(len(batch.segments)), batch.row_ptr, np.uint32(n_rows), *sources]
-    args += [address, np.uint32(n_features), np.uint32(tile), np.float64(target_sum), np.uint32(log1p), status, flag]
+    args = [
+        *first,
+        batch.segments,
+        np.uint32(len(batch.segments)),
+        batch.row_ptr,
+        np.uint32(n_rows),
+        *sources,
+    ]
+    args += [
+        address,
+        np.uint32(n_features),
+        np.uint32(tile),
+        np.float64(target_sum),
+        np.uint32(log1p),
+        status,
+        flag,
+    ]
     launcher.run(f"rowpack_dense_{kind}", grid, block, args, 4 * tile)
     rows = memory[edge + shift : edge + shift + n_rows * n_features]
     outside = np.concatenate([memory[: edge + shift], memory[edge + shift + rows.size :]])

@@ -14,7 +14,7 @@ from hbx_gpu.codecs import rowpack
 from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN
 from hbx_gpu.errors import CorruptChunkError
 from tests.kernels import rowpack_reference as reference
-from tests.kernels.rowpack_reference import BAD_COLUMN, BAD_PLACE, BAD_RECORD, Batch, Stage, piece
+from tests.kernels.rowpack_reference import BAD_COLUMN, BAD_PATCH, BAD_PLACE, BAD_RECORD, Batch, Stage, piece
 
 VECTORS = Path(__file__).parents[1] / "codecs" / "rowpack_vectors.json"
 SENTINEL = 0x55
@@ -55,7 +55,8 @@ def round_trip(launcher: Any, arrays: list[np.ndarray], transform: str) -> None:
         pieces.append(piece(run, 0, len(values), role=1 + number))
     found = outputs_for(max(len(a) for a in arrays), *dtypes)
     status, flag = reference.run_csr(launcher, batch_of(stage, pieces), found)
-    assert not status.any() and flag == 0
+    assert not status.any()
+    assert flag == 0
     for values, out in zip(arrays, found[1:], strict=True):
         np.testing.assert_array_equal(out[: len(values)], values)
         assert (out[len(values) :].view(np.uint8) == SENTINEL).all()
@@ -67,7 +68,9 @@ def test_every_width(launcher: Any, dtype: str, transform: str) -> None:
     rng = np.random.default_rng(0)
     bits, arrays = 8 * np.dtype(dtype).itemsize, []
     for width in range(bits + 1):
-        steps = rng.integers(0, 2**64, 150, dtype=np.uint64) >> np.uint64(64 - width) if width else np.zeros(150)
+        steps = (
+            rng.integers(0, 2**64, 150, dtype=np.uint64) >> np.uint64(64 - width) if width else np.zeros(150)
+        )
         steps = steps.astype(dtype)
         arrays.append(steps if transform == "none" else np.cumsum(steps, dtype=dtype))
     seen = {rowpack.decode_rowpack(stored_chunk(a)).dtype for a in arrays}
@@ -129,7 +132,9 @@ def test_any_range_of_a_chunk(launcher: Any, length: int, partial: bool) -> None
     values = np.sort(rng.integers(0, 60_000, length)).astype(np.uint32)
     values[rng.random(length) < 0.02] = 2**31
     chunk = stored_chunk(values, "gaps")
-    edges = sorted({e for e in (0, 1, 5, 127, 128, 129, 1_023, 1_024, 1_025, length - 1, length) if 0 <= e <= length})
+    edges = sorted(
+        {e for e in (0, 1, 5, 127, 128, 129, 1_023, 1_024, 1_025, length - 1, length) if 0 <= e <= length}
+    )
     stage = Stage()
     whole = stage.add(chunk)
     pieces, out = [], 3
@@ -152,7 +157,12 @@ def test_columns_go_through_the_remap(launcher: Any) -> None:
     row_source = [0, 1, 2, 0, 1, 2, 0]
     for partial in (False, True):
         batch = reference.csr_batch(
-            rows, counts, remaps=remaps, row_source=row_source, partial=partial, order=[6, 3, 0, 1, 3, 2, 5, 4]
+            rows,
+            counts,
+            remaps=remaps,
+            row_source=row_source,
+            partial=partial,
+            order=[6, 3, 0, 1, 3, 2, 5, 4],
         )
         assert batch.sources["identity"].tolist() == [0, 1, 0]
         total = sum(len(rows[r]) for r in [6, 3, 0, 1, 3, 2, 5, 4])
@@ -232,7 +242,9 @@ def test_malformed_vectors(launcher: Any) -> None:
             continue
         stage = Stage()
         run = stage.add(chunk)
-        status = check(launcher, batch_of(stage, [piece(run, 0, head.n, role=1)]), head.n, f"uint{8 * head.element_size}")
+        status = check(
+            launcher, batch_of(stage, [piece(run, 0, head.n, role=1)]), head.n, f"uint{8 * head.element_size}"
+        )
         assert bool(status[0]) == blocks_refuse(chunk, head), case["reason"]
         refused += bool(status[0])
         reasons += [] if status[0] else [case["reason"]]
@@ -248,6 +260,21 @@ def test_malformed_vectors(launcher: Any) -> None:
         "a reset too many",
         "payload of the first record not at its start",
     }
+
+
+@pytest.mark.parametrize("place", [0, 1, 31, 32, 63, 64, 96, 126])
+@pytest.mark.parametrize("position", [0, 1, 128, 255, None])
+def test_resets_ascend_over_all_of_a_block(launcher: Any, place: int, position: int | None) -> None:
+    """More resets than a warp has lanes; one of them is moved, or (None) repeats the one before it."""
+    good = stored_chunk(np.arange(128, 0, -1).astype(np.uint16), "gaps")
+    head = rowpack.read_header(good)
+    assert (good[48] & 31, good[56]) == (0, 127)
+    chunk = bytearray(good)
+    chunk[head.patch_start + place] = place if position is None else position
+    stage = Stage()
+    stage.add(bytes(chunk))
+    status = check(launcher, batch_of(stage, [piece(0, 0, 128, role=1)]), 128, "uint16")
+    assert status.tolist() == [0 if chunk == good else BAD_PATCH]
 
 
 def damaged_run(fields: dict[str, int]) -> Batch:
@@ -292,7 +319,9 @@ def test_runs_that_lie_are_refused(launcher: Any, fields: dict[str, int]) -> Non
     assert check(launcher, damaged_run(fields), 200, "uint32").tolist() == [BAD_RECORD]
 
 
-@pytest.mark.parametrize("fields", [{"payload_begin": 1}, {"patch_begin": 1}, {"payload_units": 1}, {"patch_bytes": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"payload_begin": 1}, {"patch_begin": 1}, {"payload_units": 1}, {"patch_bytes": 1}]
+)
 def test_blocks_outside_what_was_staged_are_refused(launcher: Any, fields: dict[str, int]) -> None:
     assert check(launcher, damaged_run(fields), 200, "uint32").tolist() == [reference.TRUNCATED]
 

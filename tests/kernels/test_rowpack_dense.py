@@ -147,7 +147,9 @@ def test_a_row_of_many_segments(launcher: Any) -> None:
 
 def test_counts_of_every_size(launcher: Any) -> None:
     """Around the table of small counts, and where float16 and float32 round."""
-    counts = np.r_[0:130, 2_047:2_053, 65_503:65_540, 2**24 - 2 : 2**24 + 4, 2**32 - 3 : 2**32].astype(np.uint32)
+    counts = np.r_[0:130, 2_047:2_053, 65_503:65_540, 2**24 - 2 : 2**24 + 4, 2**32 - 3 : 2**32].astype(
+        np.uint32
+    )
     n = len(counts)
     remaps = [np.arange(n, dtype=np.int32)]
     batch = reference.csr_batch([np.arange(n, dtype=np.uint16)], [counts], remaps=remaps)
@@ -191,10 +193,13 @@ def test_sums_of_repeated_columns_wrap_and_totals_do_not(launcher: Any) -> None:
 
 def test_no_rows_and_no_features(launcher: Any) -> None:
     rows, status, flag = reference.run_dense(launcher, example(11, order=[]), N_FEATURES)
-    assert rows.shape == (0, N_FEATURES) and flag == 0
+    assert rows.shape == (0, N_FEATURES)
+    assert flag == 0
     batch = example(11, remap=np.full(N_FEATURES, -1, np.int32))
     rows, status, flag = reference.run_dense(launcher, batch, 0, log1p=True, target_sum=1.0)
-    assert rows.shape == (len(LENGTHS), 0) and flag == 0 and not status.any()
+    assert rows.shape == (len(LENGTHS), 0)
+    assert flag == 0
+    assert not status.any()
 
 
 def two_blocks(index: str = "u2", count: str = "u2") -> Batch:
@@ -222,7 +227,9 @@ def test_columns_outside_the_features_are_refused(launcher: Any) -> None:
 
 def test_remaps_that_point_outside_the_output_are_refused(launcher: Any) -> None:
     for wrong in (N_FEATURES, 2**31 - 1, -2, -(2**31)):
-        batch = example(12, lengths=(300,), remap=np.r_[np.arange(150), wrong, np.arange(151, 300)].astype(np.int32))
+        batch = example(
+            12, lengths=(300,), remap=np.r_[np.arange(150), wrong, np.arange(151, 300)].astype(np.int32)
+        )
         assert refused(launcher, batch) == [BAD_PLACE] + [0] * (len(batch.pieces) - 1)
     assert refused(launcher, two_blocks(), n_features=100)[0] == BAD_PLACE  # identity, to fewer features
 
@@ -283,12 +290,16 @@ def test_each_bad_piece_is_named_and_the_other_rows_are_right(launcher: Any) -> 
         if row in (1, 4):
             patch = rowpack.read_header(chunk).patch_start
             chunk[patch], chunk[patch + 1] = chunk[patch + 1], chunk[patch]
-        pieces.append(piece(stage.add(rowpack.encode_rowpack(np.arange(128, dtype=np.uint16), "gaps")), 0, 128))
+        pieces.append(
+            piece(stage.add(rowpack.encode_rowpack(np.arange(128, dtype=np.uint16), "gaps")), 0, 128)
+        )
         pieces.append(piece(stage.add(bytes(chunk)), 0, 128, role=1))
         segments.append(np.array((2 * row, 2 * row + 1, 0, 0, 128, 0), SEGMENT))
     sources, remap = reference.remap_tables([np.arange(128, dtype=np.int32)])
     tables = reference.records(RUN, stage.runs), reference.records(PIECE, pieces)
-    batch = Batch(stage.arena(), *tables, sources, remap, reference.records(SEGMENT, segments), np.arange(7, dtype="u4"))
+    batch = Batch(
+        stage.arena(), *tables, sources, remap, reference.records(SEGMENT, segments), np.arange(7, dtype="u4")
+    )
     for block in (32, 256):
         rows, status, flag = reference.run_dense(launcher, batch, 128, block=block, grid=2)
         assert flag == BAD_PATCH

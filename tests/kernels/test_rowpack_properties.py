@@ -66,7 +66,7 @@ def random_rows(rng: np.random.Generator) -> tuple[Batch, int]:
     remap = rng.integers(-1, n_features, n).astype(np.int32)
     if n <= n_features and rng.random() < 0.3:
         remap = np.arange(n, dtype=np.int32)
-    how = {"chunk": int(rng.choice([128, 256, 1_024])), "partial": bool(rng.random() < 0.5)}
+    how: dict[str, Any] = {"chunk": int(rng.choice([128, 256, 1_024])), "partial": bool(rng.random() < 0.5)}
     return reference.csr_batch(rows, counts, remaps=[remap], **how), n_features
 
 
@@ -76,7 +76,9 @@ def damage(rng: np.random.Generator, batch: Batch) -> Batch:
     if not len(batch.runs):
         return batch
     for _ in range(int(rng.integers(1, 4))):
-        kind = rng.choice(["arena", "arena", "directory", "directory", "runs", "pieces", "sources", "segments"])
+        kind = rng.choice(
+            ["arena", "arena", "directory", "directory", "runs", "pieces", "sources", "segments"]
+        )
         if kind in ("arena", "directory"):
             begin, end = 0, batch.arena.size
             if kind == "directory":
@@ -85,7 +87,7 @@ def damage(rng: np.random.Generator, batch: Batch) -> Batch:
                 end = min(begin + 48, end)
             at = int(rng.integers(begin, end))
             old = int(batch.arena[at])
-            batch.arena[at] = rng.choice([rng.integers(0, 256), old ^ 1, (old + 1) % 256])
+            batch.arena[at] = rng.choice([int(rng.integers(0, 256)), old ^ 1, (old + 1) % 256])
             continue
         table = getattr(batch, kind if len(getattr(batch, kind)) else "runs")
         name = str(rng.choice(table.dtype.names))
@@ -109,7 +111,8 @@ def check_csr(launcher: Any, batch: Batch, n: int, dtypes: list[str]) -> bool:
     np.testing.assert_array_equal(status, reference.rowpack_csr(batch, expected))
     assert flag == np.bitwise_or.reduce(status, initial=0)
     for role, (frame, array) in enumerate(zip(framed, expected, strict=True)):
-        assert (frame[:64] == SENTINEL).all() and (frame[64 + array.nbytes :] == SENTINEL).all()
+        assert (frame[:64] == SENTINEL).all()
+        assert (frame[64 + array.nbytes :] == SENTINEL).all()
         once = claims(batch, role, n) < 2
         np.testing.assert_array_equal(frame[64 : 64 + array.nbytes].view(array.dtype)[once], array[once])
     return flag == 0
@@ -126,7 +129,11 @@ def claims(batch: Batch, role: int, n: int) -> np.ndarray:
 def check_dense(launcher: Any, rng: np.random.Generator, batch: Batch, n_features: int) -> bool:
     """Rows without a bad piece, and status, are the reference's; whether all is well."""
     tile = int(rng.choice([n_features, max(1, n_features // 3), n_features + 5]))
-    how = {"tile": tile, "block": int(rng.choice([32, 64, 128])), "shift": int(rng.integers(0, 4))}
+    how: dict[str, Any] = {
+        "tile": tile,
+        "block": int(rng.choice([32, 64, 128])),
+        "shift": int(rng.integers(0, 4)),
+    }
     sums, totals, expected = reference.rowpack_sums(batch, n_features)
     rows, status, flag = reference.run_dense(launcher, batch, n_features, **how)
     np.testing.assert_array_equal(status, expected)
