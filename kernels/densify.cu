@@ -9,6 +9,7 @@ struct HbxDensifyRow {
     u32 type;
     u64 begin, end;
     u32 n_features;
+    bool counts;  // values must be counts: whole numbers, not negative
 };
 
 // The sum of a row over a block, the same on every run and in every thread. `parts` has 32 doubles; before they are
@@ -43,8 +44,12 @@ HBX_DEVICE u32 hbx_densify_add(const HbxDensifyRow& row, double scale, Number* t
     u32 bits = 0;
     for (u64 i = row.begin + threadIdx.x; i < row.end; i += blockDim.x) {
         u32 column = (u32)row.indices[i];  // -1, dropped, is the largest
-        if (column >= row.n_features && column != 0xffffffffu) bits = HBX_BAD_COLUMN;
+        if (column >= row.n_features && column != 0xffffffffu) bits |= HBX_BAD_COLUMN;
         if (column < first || column - first >= n || column >= row.n_features) continue;
+        if (row.counts) {
+            double x = hbx_load_number<double>(row.values, row.type, i);
+            if (!(x >= 0 && x - floor(x) == 0)) bits |= HBX_NOT_COUNTS;  // nor NaN nor infinity
+        }
         Number x = scale == 1.0 ? hbx_load_number<Number>(row.values, row.type, i)
                                 : (Number)(hbx_load_number<double>(row.values, row.type, i) * scale);
         atomicAdd(tile + (column - first), x);
@@ -81,6 +86,8 @@ HBX_DEVICE void hbx_densify(const i32* indices, const void* values, u32 value_ty
     Number* tile = (Number*)shared;
     HbxDensifyFinish<Number> finish = {log != 0};
     bool typed = hbx_size_of(value_type) != 0 && value_type != HBX_BF16;
+    // Unsigned values are what they should be.
+    bool counts = (target_sum > 0 || log != 0) && value_type > HBX_U64;
     for (u64 r = blockIdx.x; r < n_rows; r += gridDim.x) {
         i64 begin = offsets[r], end = offsets[r + 1];
         bool ordered = typed && begin >= 0 && begin <= end && (u64)end <= n_elements && tile_features != 0;
@@ -89,7 +96,7 @@ HBX_DEVICE void hbx_densify(const i32* indices, const void* values, u32 value_ty
             if (threadIdx.x == 0) hbx_fail(status + r, any, HBX_BAD_PLACE);
         }
         if (tile_features == 0) continue;
-        HbxDensifyRow row = {indices, values, value_type, (u64)begin, (u64)end, n_features};
+        HbxDensifyRow row = {indices, values, value_type, (u64)begin, (u64)end, n_features, counts};
         double scale = hbx_densify_scale(row, target_sum, parts);
         typename Format::Element* line = (typename Format::Element*)out + r * n_features;
         for (u64 first = 0; first < n_features; first += tile_features) {
@@ -106,7 +113,7 @@ HBX_DEVICE void hbx_densify(const i32* indices, const void* values, u32 value_ty
 }
 
 // Blocks of any multiple of 32 threads. Checked: offsets against n_elements, every column against n_features (-1 is a
-// dropped one and skipped), the type of the values. `out` has n_rows * n_features elements; every one is written.
+// dropped one and skipped), the type of the values, and that they are counts where they are scaled or logged. `out` has n_rows * n_features elements; every one is written.
 // Subnormal float32 may become 0, as the compiler's option -ftz=true has it.
 #define HBX_DENSIFY_PARAMETERS                                                                                      \
     const i32 *indices, const void *values, u32 value_type, u64 n_elements, const i64 *offsets, u32 n_rows, void *out, \

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from tests.gpu import gpu_missing
+
 SHARED = Path(os.environ.get("HBX_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")).resolve()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU, its twins of the tests are skipped; HBX_REQUIRE_GPU=1 lets them run and fail."""
+    if os.environ.get("HBX_REQUIRE_GPU") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") and gpu_missing():
+            item.add_marker(pytest.mark.skip(reason=gpu_missing()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tests skipped for want of a GPU share one line of the summary: it folds skips of one place."""
+    report = yield
+    if report.skipped and item.get_closest_marker("gpu") and isinstance(report.longrepr, tuple):
+        report.longrepr = (__file__, 1, report.longrepr[2])
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hbx_gpu.errors import InvalidDataError
+
 
 @dataclass(frozen=True, slots=True)
 class Transform:
@@ -25,15 +27,31 @@ class Transform:
 def normalize_total(target_sum: float = 1e4) -> Transform:
     """Scale each cell to `target_sum`, as scanpy's ``normalize_total``; an empty cell stays zero.
 
-    The total is taken over the columns of the batch: with a panel, over the panel.
+    The total is taken over the columns of the batch: with a panel, over the panel. A batch with values that
+    are no counts is refused (InvalidDataError).
     """
     if not target_sum > 0:
         raise ValueError(f"target_sum must be positive, got {target_sum}")
     return Transform(target_sum=float(target_sum))
 
 
+def not_counts(where: str) -> InvalidDataError:
+    """The error for values that a transform was asked to take for counts.
+
+    Parameters
+    ----------
+    where
+        What holds them.
+    """
+    return InvalidDataError(
+        f"{where}: normalize_total and log1p are for counts, but some values are negative or no whole "
+        "numbers. Choose the layer that holds counts, or leave the transform out and treat the values in the "
+        "training loop"
+    )
+
+
 log1p = Transform(log1p=True)
-"""``log(1 + x)`` of every value."""
+"""``log(1 + x)`` of every value; of counts, as above."""
 
 
 def chain(steps: Transform | Sequence[Transform] | None) -> Transform:

@@ -13,6 +13,7 @@ from hbx_gpu.batch import SparseBatch
 from hbx_gpu.buffers import BufferPool
 from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.engine.host.dense_kernels import bfloat16_bits, float16_bits, log1p32
+from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.transforms import Transform, chain, log1p, normalize_total
 
 
@@ -132,3 +133,18 @@ def test_columns_outside_the_matrix(column: int, dtype: str) -> None:
     row = int(np.searchsorted(batch.offsets, batch.offsets[7], side="right")) - 1
     with pytest.raises(ValueError, match=f"row {row} .*outside"):
         densify(batch, dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
+@pytest.mark.parametrize("transform", [Transform(target_sum=10.0), Transform(log1p=True)])
+def test_what_is_no_count_is_not_transformed(value: float, transform: Transform) -> None:
+    batch = SparseBatch(np.array([0, 1], np.int32), np.array([1, value], np.float32), np.array([0, 2]), 3)
+    assert densify(batch).shape == (1, 3)
+    with pytest.raises(InvalidDataError, match="no whole numbers"):
+        densify(batch, transform=transform)
+
+
+def test_negative_integers_are_no_counts() -> None:
+    batch = SparseBatch(np.array([0], np.int32), np.array([-2], np.int32), np.array([0, 1]), 3)
+    with pytest.raises(InvalidDataError, match="negative"):
+        densify(batch, transform=Transform(log1p=True))

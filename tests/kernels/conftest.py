@@ -4,58 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Generator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.emulation import CompilerMissing, EmulatedLauncher
 from tests.emulation.build import compiler
+from tests.gpu import gpu_missing
 
-HERE = Path(__file__).resolve().parent
 # A machine with a GPU and little else runs the plain tests.
 if importlib.util.find_spec("hypothesis") is None:
     collect_ignore_glob = ["test_*_properties.py"]
 
 # HBX_EMULATED_ORDERS=forward runs one order only: sanitised runs and fuzzing have little to gain from three.
 ORDERS = os.environ.get("HBX_EMULATED_ORDERS", "forward,reverse,random:7").split(",")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a GPU, its twins of the tests are skipped; HBX_REQUIRE_GPU=1 lets them run and fail."""
-    if os.environ.get("HBX_REQUIRE_GPU") == "1":
-        return
-    for item in items:
-        if HERE in item.path.parents and item.get_closest_marker("gpu") and gpu_missing():
-            item.add_marker(pytest.mark.skip(reason=gpu_missing()))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tests skipped for want of a GPU share one line of the summary: it folds skips of one place."""
-    report = yield
-    if report.skipped and item.get_closest_marker("gpu") and isinstance(report.longrepr, tuple):
-        report.longrepr = (str(HERE / "conftest.py"), 1, report.longrepr[2])
-    return report
-
-
-@cache
-def gpu_missing() -> str:
-    """Why kernels cannot run on a GPU here; empty if they can."""
-    # The device files of the driver on Linux and under Windows: a look that does not cost an import of cupy.
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
-        return "there is no NVIDIA driver"
-    if importlib.util.find_spec("cupy") is None:
-        return "cupy is not installed (the extra hbx_gpu[gpu] has it)"
-    import cupy
-
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except (cupy.cuda.runtime.CUDARuntimeError, ImportError, OSError) as error:
-        return f"cupy finds no GPU: {error}"
-    return "" if count else "cupy finds no GPU"
 
 
 def emulated(order: str) -> EmulatedLauncher:

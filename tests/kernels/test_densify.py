@@ -98,11 +98,23 @@ def test_repeated_columns_add_up(launcher: Any) -> None:
 
 
 def test_a_row_without_a_sum_is_not_scaled(launcher: Any) -> None:
-    values = np.array([0.0, 0.0, -3.0, 1.0, np.nan, 1.0], np.float32)
-    indices = np.array([0, 1, 0, 1, 0, 1], np.int32)
-    out, status, _ = ref.run_densify(launcher, indices, values, np.array([0, 2, 4, 6]), 2, target_sum=100.0)
+    values = np.zeros(2, np.float32)
+    out, status, _ = ref.run_densify(launcher, np.arange(2, dtype=np.int32), values, np.array([0, 2]), 2,
+                                     target_sum=100.0)  # fmt: skip
     assert not status.any()
-    np.testing.assert_array_equal(out, values.reshape(3, 2))
+    np.testing.assert_array_equal(out, values.reshape(1, 2))
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.5, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("transform", [{"target_sum": 100.0}, {"log": True}])
+def test_what_is_no_count_is_refused(launcher: Any, value: float, transform: dict[str, Any]) -> None:
+    values = np.array([1, 2, value, 4, 5], np.float32)
+    indices, offsets = np.array([0, 1, 0, 1, 0], np.int32), np.array([0, 2, 4, 5])
+    _, status, flag = ref.run_densify(launcher, indices, values, offsets, 2, **transform)
+    assert status.tolist() == [0, 128, 0]
+    assert flag == 128
+    _, status, _ = ref.run_densify(launcher, indices, values, offsets, 2)
+    assert not status.any()  # as they are, all values are fine
 
 
 def test_dropped_columns_do_not_count_for_the_total(launcher: Any) -> None:

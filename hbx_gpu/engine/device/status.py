@@ -9,6 +9,7 @@ BAD_PATCH = 8
 BAD_COLUMN = 16
 BAD_HEADER = 32
 BAD_PLACE = 64
+NOT_COUNTS = 128
 
 _REASONS = {
     BAD_RECORD: "the directory points outside the payload or patches of the blocks that were asked for",

@@ -7,10 +7,19 @@ import numpy as np
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.buffers import BufferPool
 from hbx_gpu.engine.host.dense_kernels import BFLOAT16, FLOAT16, NATIVE, add_rows, convert_rows
-from hbx_gpu.transforms import Transform
+from hbx_gpu.transforms import Transform, not_counts
 
 FORMATS = {"float32": NATIVE, "float64": NATIVE, "bfloat16": BFLOAT16, "float16": FLOAT16}
 """Dense dtypes; the 16-bit ones are made as bit patterns in uint16, which NumPy lacks or numba cannot add."""
+
+
+def _are_counts(values: np.ndarray) -> bool:
+    """Whether all values are whole numbers of at least 0."""
+    if values.dtype.kind == "u" or not len(values):
+        return True
+    if values.dtype.kind != "f":
+        return bool(values.min() >= 0)
+    return bool(np.isfinite(values).all() and values.min() >= 0 and (np.floor(values) == values).all())
 
 
 def densify(
@@ -42,6 +51,8 @@ def densify(
     ------
     ValueError
         Unknown dtype, or a column outside the matrix.
+    InvalidDataError
+        A transform, and values that are no counts.
     """
     if dtype not in FORMATS:
         raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
@@ -51,15 +62,19 @@ def densify(
     shape = (len(batch), batch.n_features)
     out = (pool.empty if pool else np.empty)(shape, stored)
     target_sum = transform.target_sum or 0.0
+    # numba cannot add float16.
+    values = batch.values if batch.values.dtype != np.float16 else batch.values.astype(np.float32)
+    if transform != Transform() and not _are_counts(batch.values):
+        raise not_counts("the batch's layer")
     if kind == NATIVE and not transform.log1p:
-        bad = add_rows(batch.offsets, batch.indices, batch.values, target_sum, out)
+        bad = add_rows(batch.offsets, batch.indices, values, target_sum, out)
     else:
         tile = np.zeros(batch.n_features, np.float32)
         sums = np.empty(int(np.diff(batch.offsets).max(initial=0)), np.float32)
         bad = convert_rows(
             batch.offsets,
             batch.indices,
-            batch.values,
+            values,
             target_sum,
             transform.log1p,
             kind,
