@@ -1,4 +1,4 @@
-"""The command `hbx-gpu`: ingest files into an atlas, rewrite its arrays, and say what it holds."""
+"""The command `hbx-gpu`: fill an atlas, rewrite its arrays, say what it holds and how fast it loads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbx_gpu import __version__
+from hbx_gpu.bench import command as bench
+from hbx_gpu.scdl import convert_command as convert
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
@@ -102,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         "--version", dest="snapshot", type=int, metavar="N", help="snapshot; the newest by default"
     )
     info.set_defaults(command=_info, if_interrupted="nothing was changed")
+    convert.add_parser(commands, common)
+    bench.add_parser(commands, common)
     return parser
 
 

@@ -83,25 +83,46 @@ def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
         A metadata column is called ``X``.
     """
     import torch
-    from scipy.sparse import csr_matrix
 
-    shape = (len(batch), batch.n_features)
-    # A copy: canonical form is made in place, and the batch may share its arrays.
-    matrix = csr_matrix(
-        (batch.values.astype(np.float32), batch.indices.astype(np.int64), batch.offsets), shape=shape
-    )
-    matrix.sum_duplicates()
+    from hbx_gpu.engine.host.kernels import to_wide_columns
+
+    columns = POOL.empty(len(batch.indices), np.int64)
+    if to_wide_columns(batch.offsets, batch.indices, columns):
+        pointers, values = batch.offsets, _float32(batch.values)
+    else:
+        pointers, columns, values = _canonical(batch)
     with warnings.catch_warnings():
         # torch announces once per process that CSR is in beta; every user of this collate knows.
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         tensor = torch.sparse_csr_tensor(
-            torch.from_numpy(matrix.indptr.astype(np.int64)),
-            torch.from_numpy(matrix.indices.astype(np.int64)),
-            torch.from_numpy(matrix.data),
-            size=shape,
+            torch.from_numpy(pointers),
+            torch.from_numpy(columns),
+            torch.from_numpy(values),
+            size=(len(batch), batch.n_features),
             check_invariants=False,  # canonical by construction
         )
     return {"X": tensor, **_metadata_tensors(batch.metadata)}
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.float32:
+        return values
+    out = POOL.empty(len(values), np.float32)
+    np.copyto(out, values, casting="unsafe")
+    return out
+
+
+def _canonical(batch: SparseBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row pointers, columns and values with columns ascending and unique within rows."""
+    from scipy.sparse import csr_matrix
+
+    # A copy: canonical form is made in place, and the batch may share its arrays.
+    matrix = csr_matrix(
+        (batch.values.astype(np.float32), batch.indices.astype(np.int64), batch.offsets),
+        shape=(len(batch), batch.n_features),
+    )
+    matrix.sum_duplicates()
+    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
 
 
 def dense_to_tensor_collate(batch: DenseBatch) -> dict[str, Any]:

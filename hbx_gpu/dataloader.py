@@ -22,8 +22,9 @@ from hbx_gpu.collates import (
 )
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.loading import make_loader
-from hbx_gpu.plan import BatchPlan, plan_rows, source_table
+from hbx_gpu.plan import BatchPlan, SourceTable, plan_rows, source_table
 from hbx_gpu.source import ObsColumns, RowIndex, Source
+from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu.engine.device import DeviceEngine
@@ -160,6 +161,21 @@ class CellDataset:
         return self._rows
 
     @property
+    def sources(self) -> list[Source]:
+        """The stored matrices; `groups_np` counts in them."""
+        return self._sources
+
+    @property
+    def reader_kind(self) -> str:
+        """``"mmap"`` or ``"preadv"``: how compressed bytes are read."""
+        return self._reader_kind
+
+    @property
+    def table(self) -> SourceTable:
+        """Vectors of the stored matrices, for planning."""
+        return self._table
+
+    @property
     def n_groups(self) -> int:
         return len(self._sources)
 
@@ -223,7 +239,9 @@ class CellDataset:
         selections = [self.row_numbers(rows) for rows in batches]
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         plan, slab = self.read(selection)
-        indices, (values,), offsets = self._engine.csr(plan, slab)
+        with stage("decode") as decoding:
+            indices, (values,), offsets = self._engine.csr(plan, slab)
+            decoding.nbytes = indices.nbytes + values.nbytes
         metadata = {name: column[selection] for name, column in self._obs.columns.items()}
         result, row = [], 0
         for part in selections:
@@ -251,8 +269,19 @@ class CellDataset:
         reader
             Instead of the dataset's own; from :meth:`open_reader`.
         """
-        plan = plan_rows(self._table, self._rows, selection)
-        return plan, (reader or self._reader).read(self._directory.extents(plan.chunks))
+        with stage("plan"):
+            plan = plan_rows(self._table, self._rows, selection)
+            extents = self._directory.extents(plan.chunks)
+        with stage("read") as reading:
+            slab = (reader or self._reader).read(extents)
+            reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())
+        return plan, slab
+
+    def reading_with(self, reader: Reader) -> CellDataset:
+        """This dataset with another reader of its chunks; everything else is shared."""
+        other: CellDataset = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _reader=reader)
+        return other
 
     def open_reader(self, kind: str) -> Reader:
         """A reader of this dataset's chunks: ``"mmap"``, ``"preadv"`` or ``"pinned"``."""

@@ -6,6 +6,7 @@ batch in order. What a feed delivers belongs to the consumer.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import deque
@@ -17,18 +18,27 @@ import numpy as np
 
 from hbx_gpu.collates import DenseCollate, check_columns, sparse_to_dense_collate
 from hbx_gpu.errors import UnsupportedError
+from hbx_gpu.stats import stage
 from hbx_gpu.transforms import Transform
 
 if TYPE_CHECKING:
     from hbx_gpu.dataloader import CellDataset
-    from hbx_gpu.engine.device import Pending, Staging
+    from hbx_gpu.engine.device import DeviceEngine, Pending, Staging
     from hbx_gpu.engine.device.backend import Backend, Event, Slot
     from hbx_gpu.plan import BatchPlan
+    from hbx_gpu.source import RowIndex
 
 # Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
 # compressed bytes in page-locked and device memory.
 _CSR_BYTES = 16
 _STAGED_BYTES = 4
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Feed(Protocol):
@@ -45,17 +55,50 @@ class Feed(Protocol):
 
 
 class HostFeed:
-    """Batches of a dataset, collated on the thread that read them."""
+    """Batches of a dataset, collated on the thread that read them.
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
-        self._dataset, self._collate = dataset, collate
+    Parameters
+    ----------
+    dataset, collate
+        What is read, and what becomes of each batch.
+    io
+        How stored bytes are read: ``"mmap"``, ``"pinned"`` (``preadv`` here), ``"auto"``, which measures
+        both; None: as the dataset was opened.
+    residency, residency_budget
+        ``"none"`` and ``"auto"``: the page cache keeps chunks. ``"host"`` and ``"device"``: a copy on the
+        heap, of so many bytes at most.
+    threads
+        That copy and measure; None: as many as cores.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any],
+        *,
+        io: str | None = None,
+        residency: str = "none",
+        residency_budget: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._collate = collate
+        if io is not None or residency != "none":
+            from hbx_gpu.residency import hold_on_host
+
+            dataset = hold_on_host(
+                dataset, residency, io=io, budget=residency_budget, threads=threads or cores()
+            )
+        self._dataset = dataset
 
     def make(self, selections: list[np.ndarray]) -> list[Any]:
         """See :class:`Feed`."""
         read_batches = getattr(self._dataset, "read_batches", None)
         if read_batches is None:
             return [self._collate(self._dataset.__getitems__(rows)) for rows in selections]
-        return [self._collate(batch) for batch in read_batches(selections)]
+        batches = read_batches(selections)
+        with stage("decode") as collating:
+            collating.nbytes = sum(self._collated_nbytes(len(rows)) for rows in selections)
+            return [self._collate(batch) for batch in batches]
 
     def deliver(self, made: Any) -> Any:
         """See :class:`Feed`."""
@@ -64,13 +107,13 @@ class HostFeed:
     def nbytes(self, rows: np.ndarray) -> int:
         """See :class:`Feed`."""
         batch_nbytes = getattr(self._dataset, "batch_nbytes", None)
-        nbytes = int(batch_nbytes(rows)) if batch_nbytes else 0
+        return (int(batch_nbytes(rows)) if batch_nbytes else 0) + self._collated_nbytes(len(rows))
+
+    def _collated_nbytes(self, n_rows: int) -> int:
         collate_nbytes = getattr(self._collate, "nbytes", None)
         if self._collate is sparse_to_dense_collate:
             collate_nbytes = DenseCollate().nbytes
-        if collate_nbytes:
-            nbytes += int(collate_nbytes(len(rows), self._dataset.n_features))
-        return nbytes
+        return int(collate_nbytes(n_rows, self._dataset.n_features)) if collate_nbytes else 0
 
 
 class DeviceFeed:
@@ -86,7 +129,14 @@ class DeviceFeed:
         As for :func:`hbx_gpu.loading.make_loader`.
     reader
         How stored bytes reach page-locked memory: ``"mmap"`` copies them out of the page cache, ``"pinned"``
-        reads them with ``preadv``.
+        reads them with ``preadv``. `io` goes before it.
+    io
+        As `reader`; also ``"kvikio"``, which brings whole chunks to device memory, and ``"auto"``, which
+        measures.
+    residency, residency_budget, residency_load
+        Which chunks stay in memory, how many bytes of them, and when they come; see docs/residency.md.
+    threads
+        Of the loader: they load chunks now, and a measurement assumes them; None: as many as cores.
     """
 
     def __init__(
@@ -98,10 +148,16 @@ class DeviceFeed:
         dtype: str,
         transform: Transform,
         reader: str = "mmap",
+        io: str | None = None,
+        residency: str = "none",
+        residency_budget: int | None = None,
+        residency_load: str = "start",
+        threads: int | None = None,
     ) -> None:
         from torch.utils.data import get_worker_info
 
         from hbx_gpu.dataloader import CellDataset
+        from hbx_gpu.device_residency import DeviceChunks
 
         if not isinstance(dataset, CellDataset):
             raise UnsupportedError(
@@ -115,8 +171,18 @@ class DeviceFeed:
         check_columns([*dataset.columns, "index"])
         self._dataset, self._backend = dataset, backend
         self._layout, self._dtype, self._transform = layout, dtype, transform
-        self._reader = dataset.open_reader(reader)
         self._engine = dataset.device_engine(backend)
+        self.chunks = DeviceChunks(
+            dataset,
+            self._engine,
+            layout="csr" if layout == "csr" else "dense",
+            io=io or reader,
+            residency=residency,
+            budget=residency_budget,
+            load=residency_load,
+            threads=threads or cores(),
+        )
+        self._decoded = _DecodedBytes(self._engine)
         # Staging memory that no window uses now. Windows in flight bound its number, the loader bounds those.
         self._free: deque[Slot] = deque()
         self._submitting = threading.Lock()
@@ -130,15 +196,15 @@ class DeviceFeed:
         """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
         rows = [self._dataset.row_numbers(selection) for selection in selections]
         selection = np.concatenate([*rows, np.empty(0, np.int64)])
-        plan, slab = self._dataset.read(selection, self._reader)
-        staging = self._engine.measure(plan, slab)
         columns = _Columns({**self._dataset.columns, "index": None}, selection)
         slot = self._slot()
-        self._engine.pack(staging, slot)
-        columns.pack(slot)
-        with self._submitting:
+        staging = self.chunks.stage(selection, slot)
+        with stage("copy"):
+            columns.pack(slot)
+        with stage("decode") as ordering, self._submitting:
             try:
-                window = self._submit(staging, slot, columns, plan)
+                window = self._submit(staging, slot, columns, staging.plan)
+                ordering.nbytes = sum(x.numel() * x.element_size() for x in window.tensors)
             finally:
                 slot.busy = self._backend.event()  # whatever was ordered before an error
         last = np.cumsum([len(part) for part in rows]).tolist()
@@ -159,20 +225,19 @@ class DeviceFeed:
 
     def nbytes(self, rows: np.ndarray) -> int:
         """See :class:`Feed`."""
-        elements = int(self._dataset.row_index.length[self._dataset.row_numbers(rows)].sum(dtype=np.int64))
+        rows = self._dataset.row_numbers(rows)
+        elements = int(self._dataset.row_index.length[rows].sum(dtype=np.int64))
         if self._layout == "dense":
             out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)
         else:
             out = elements * _CSR_BYTES
-        return out + elements * _STAGED_BYTES
+        return out + elements * _STAGED_BYTES + self._decoded.of(self._dataset.row_index, rows)
 
     def _slot(self) -> Slot:
-        from hbx_gpu.engine.device.backend import Slot
-
         try:
             return self._free.popleft()
         except IndexError:
-            return Slot(self._backend)
+            return self.chunks.slot()
 
     def _submit(self, staging: Staging, slot: Slot, columns: _Columns, plan: BatchPlan) -> _Window:
         width = self._dataset.n_features
@@ -213,6 +278,32 @@ class DeviceFeed:
             return x if pending.ascending else _canonical(x)
 
         return [indices, values, offsets], cut
+
+
+class _DecodedBytes:
+    """Device memory that chunks take which are decoded whole (homeobox.bitpacking)."""
+
+    def __init__(self, engine: DeviceEngine) -> None:
+        from hbx_gpu.engine.device.staged import PACKED_32, PACKED_64
+
+        stager, self._table = engine.stager, engine.table
+        whole = np.isin(stager.kinds, (PACKED_32, PACKED_64))
+        nbytes = np.where(whole, stager.elements * stager.itemsize, 0)
+        self._of_source = nbytes.reshape(-1, self._table.n_roles).sum(axis=1)
+        self._any = bool(whole.any())
+
+    def of(self, rows: RowIndex, selection: np.ndarray) -> int:
+        """Bytes for the rows `selection`: the chunks of their first and last elements."""
+        if not self._any:
+            return 0
+        source, start, length = rows.source[selection], rows.start[selection], rows.length[selection]
+        filled = (source >= 0) & (length > 0)
+        source, start, length = source[filled].astype(np.int64), start[filled], length[filled]
+        array = source * self._table.n_roles
+        first, elements = self._table.chunk_base[array], self._table.chunk_elements[array]
+        touched = np.concatenate([first + start // elements, first + (start + length - 1) // elements])
+        array = np.searchsorted(self._table.chunk_base, np.unique(touched), "right") - 1
+        return int(self._of_source[array // self._table.n_roles].sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ Owns threads, queues and the position within an epoch; knows nothing of how a ba
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,9 +18,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from hbx_gpu.feeds import Feed, HostFeed
+from hbx_gpu.sizing import Made, Sizing
+from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
-# Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched.
+# Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched, as
+# long as measurements do not say otherwise.
 BYTES_PER_WINDOW = 64 << 20
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
@@ -56,6 +61,7 @@ class CellLoader(DataLoader):
         window: int | None = None,
         memory_budget: int = 512 << 20,
         feed: Feed | None = None,
+        progress: bool = False,
         **kwargs: Any,
     ) -> None:
         wrong = [name for name in _DECIDED_BY_SAMPLER if name in kwargs]
@@ -81,9 +87,14 @@ class CellLoader(DataLoader):
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
         self._feed = feed or HostFeed(dataset, self.collate_fn)
         self._memory_budget = memory_budget
+        self._progress = progress
         self._threads = threads or default_threads()
-        self._window = window or default_window(sampler)
-        self._live: list[_ReadAhead] = []
+        single = getattr(self._feed, "one_batch_per_window", False)
+        self._window = window or (1 if single else default_window(sampler))
+        given = window is not None or threads is not None or single
+        self._sizing = Sizing(self._threads, fixed=given)
+        self._recorder = self._new_recorder()
+        self._live: list[Ahead] = []
         self._delivered = 0
         self._skip = 0
 
@@ -93,34 +104,63 @@ class CellLoader(DataLoader):
         if self.num_workers > 0:
             batches: Iterator[Any] = islice(super().__iter__(), skip, None)
         else:
-            batches = self._read_ahead(skip)
+            ahead = self._read_ahead(skip)
+            self._live.append(ahead)
+            batches = ahead
         return self._counted(batches, skip)
 
     def _counted(self, batches: Iterator[Any], skip: int) -> Iterator[Any]:
         self._delivered = skip
+        line: LiveLine | None = None
+        recorder = self._recorder = batches.recorder if isinstance(batches, Ahead) else Recorder()
         try:
-            for batch in batches:
+            if self._progress:
+                line = LiveLine(recorder, len(self) if hasattr(self.batch_sampler, "__len__") else None, skip)
+            while True:
+                clock = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                cells = batches.cells if isinstance(batches, Ahead) else 0
+                recorder.handed_over(time.perf_counter() - clock, cells=cells)
                 # Counted before it is handed over: a state saved by the consumer includes this batch.
                 self._delivered += 1
+                if line is not None:
+                    line.update()
                 yield batch
         finally:
-            if isinstance(batches, _ReadAhead):
+            recorder.end()
+            if line is not None:
+                line.close()
+            if isinstance(batches, Ahead):
                 batches.close()
                 if batches in self._live:
                     self._live.remove(batches)
 
-    def _read_ahead(self, skip: int) -> _ReadAhead:
+    def _read_ahead(self, skip: int) -> Ahead:
         sampler: Any = self.batch_sampler
         order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
-        ahead = _ReadAhead(
+        return _ReadAhead(
             self._feed,
             islice(order, skip, None),
             threads=self._threads,
             window=self._window,
             memory_budget=self._memory_budget,
+            sizing=self._sizing,
+            recorder=self._new_recorder(),
+            timeout=self.timeout,
         )
-        self._live.append(ahead)
-        return ahead
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder(self._threads, self._window * self._sizing.factor, self._sizing.depth)
+
+    def stats(self) -> LoaderStats:
+        """Where the time of the running or last epoch went, so far.
+
+        With worker processes only batches and the consumer's waiting are known.
+        """
+        return self._recorder.stats()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; handed to the sampler."""
@@ -177,7 +217,42 @@ class CellLoader(DataLoader):
         self.close()
 
 
-class _ReadAhead:
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A window in the making: its entries and the seconds they took, and of each batch bytes and cells."""
+
+    made: Future[tuple[list[Any], float]]
+    nbytes: list[int]
+    cells: list[int]
+    factor: int
+
+
+class Ahead:
+    """Batches of one iteration, made ahead of whoever calls ``next()``.
+
+    Attributes
+    ----------
+    recorder
+        Adds up where the time goes.
+    cells
+        In the batch handed over last.
+    """
+
+    recorder: Recorder
+    cells: int = 0
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads; no batch comes any more."""
+        raise NotImplementedError
+
+
+class _ReadAhead(Ahead):
     """Makes windows of batches on threads, a bounded number of bytes ahead, and hands them over in order."""
 
     def __init__(
@@ -188,20 +263,22 @@ class _ReadAhead:
         threads: int,
         window: int,
         memory_budget: int,
+        sizing: Sizing,
+        recorder: Recorder,
+        timeout: float = 0,
     ) -> None:
         self._feed, self._order = feed, order
         self._window, self._budget = window, memory_budget
-        # One window made per thread, one waiting; the one being consumed comes on top.
-        self._depth = threads + 1
+        self._sizing, self.recorder = sizing, recorder
+        self._timeout = timeout or None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-loader")
-        self._pending: deque[tuple[Future[list[Any]], list[int]]] = deque()
-        self._ready: deque[tuple[Any, int]] = deque()
+        self._pending: deque[_Window] = deque()
+        self._ready: deque[tuple[Any, int, int]] = deque()
         self._held = 0  # bytes of windows made or in the making, until their batches are handed over
         self._next: tuple[np.ndarray, int] | None = None
         self._closed = False
-
-    def __iter__(self) -> _ReadAhead:
-        return self
+        # Where the clocks stood when the window before was taken; None before the first.
+        self._taken: tuple[float, float] | None = None
 
     def __next__(self) -> Any:
         try:
@@ -209,9 +286,8 @@ class _ReadAhead:
                 self._refill()
                 if not self._pending:
                     raise StopIteration
-                window, sizes = self._pending.popleft()
-                self._ready.extend(zip(window.result(), sizes, strict=True))
-            made, size = self._ready.popleft()
+                self._take(self._pending.popleft())
+            made, size, self.cells = self._ready.popleft()
             batch = self._feed.deliver(made)
             self._release(size)
             self._refill()
@@ -220,22 +296,58 @@ class _ReadAhead:
             raise
         return batch
 
+    def _take(self, window: _Window) -> None:
+        """Wait for a window; its batches are next."""
+        begin = time.perf_counter()
+        try:
+            made, seconds = window.made.result(self._timeout)
+        except TimeoutError as error:
+            if window.made.done():  # the feed's own
+                raise
+            self._abandon()
+            raise TimeoutError(
+                f"no batch was ready within timeout={self._timeout:g} s: reading or decoding stalls. "
+                "Look at the storage, or allow more time; the thread that stalls ends when storage answers"
+            ) from error
+        end, idle = time.perf_counter(), self.recorder.idle
+        self._ready.extend(zip(made, window.nbytes, window.cells, strict=True))
+        if self._taken is not None:
+            self._sizing.observe(
+                Made(window.factor, sum(window.cells), sum(window.nbytes), seconds),
+                elapsed=end - self._taken[0],
+                waited=end - begin,
+                idle=idle - self._taken[1],
+                budget=self._budget,
+            )
+        self._taken = end, idle
+
     def _release(self, nbytes: int) -> None:
         """The consumer has the batch: its bytes count no longer."""
         self._held -= nbytes
 
     def _refill(self) -> None:
-        while not self._closed and len(self._pending) < self._depth:
+        while not self._closed and len(self._pending) < self._sizing.depth:
             rows, sizes = self._take_window()
             if not rows:
                 return
-            self._pending.append((self._pool.submit(self._feed.make, rows), sizes))
+            cells = [len(part) for part in rows]
+            made = self._pool.submit(self._make, rows, sum(cells))
+            self._pending.append(_Window(made, sizes, cells, self._sizing.factor))
+        self.recorder.windows_ahead = self._sizing.depth
+
+    def _make(self, rows: list[np.ndarray], cells: int) -> tuple[list[Any], float]:
+        with self.recorder.window(cells) as window:
+            made = self._feed.make(rows)
+        return made, window.seconds
 
     def _take_window(self) -> tuple[list[np.ndarray], list[int]]:
         """The next batches, as many as make a window and as fit the budget beside what is held."""
         rows: list[np.ndarray] = []
         sizes: list[int] = []
-        while len(rows) < self._window:
+        most = self._window * self._sizing.factor
+        # Windows small enough that every thread has one, however wide the batches.
+        most_bytes = min(self._budget // (self._sizing.depth + 1), BYTES_PER_WINDOW * self._sizing.factor)
+        while len(rows) < most:
             if self._next is None:
                 upcoming = next(self._order, None)
                 if upcoming is None:
@@ -243,12 +355,14 @@ class _ReadAhead:
                 self._next = (upcoming, self._feed.nbytes(upcoming))
             if self._held and self._held + self._next[1] > self._budget:
                 break  # what is held is handed over first
-            if rows and sum(sizes) + self._next[1] > min(self._budget // (self._depth + 1), BYTES_PER_WINDOW):
-                break  # wide batches: windows small enough that every thread has one
+            if rows and sum(sizes) + self._next[1] > most_bytes:
+                break
             rows.append(self._next[0])
             sizes.append(self._next[1])
             self._held += self._next[1]
             self._next = None
+        if len(rows) == most or self._next is not None:  # not the rest of an epoch
+            self.recorder.batches_per_window = max(1, len(rows))
         return rows, sizes
 
     def close(self) -> None:
@@ -258,6 +372,13 @@ class _ReadAhead:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
             self._ready.clear()
+
+    def _abandon(self) -> None:
+        """As `close`, without waiting for a window that may never be done."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pending.clear()
+        self._ready.clear()
 
     def __del__(self) -> None:
         if hasattr(self, "_closed"):

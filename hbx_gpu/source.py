@@ -40,6 +40,9 @@ class ArrayLayout:
     fingerprint
         Of the metadata document that this was read from, to notice when the array is replaced by another
         one; empty where there is none.
+    byte_offset
+        Where in a plain file the elements begin: `path` is then a file of uncompressed elements, and chunks
+        are stretches of it, the last one as long as what is left. None for arrays stored as objects by key.
     """
 
     path: str
@@ -57,6 +60,7 @@ class ArrayLayout:
     key_separator: str = "/"
     absent_is_fill: bool = True
     fingerprint: str = field(default="", compare=False)
+    byte_offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 _ATLAS = ("zarr", "lancedb", "h5py", "anndata", "hypothesis", "google_crc32c", "scipy")
 
 
+_LOADING = tuple(f"tests/test_{name}.py" for name in ("device_loader", "residency", "executors", "pipeline"))
+
+
 def _absent(modules: Sequence[str]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
@@ -29,8 +32,9 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
-def steps(out: Path, sanitize_only: str) -> list[tuple[str, list[str], str]]:
+def steps(out: Path, sanitize_only: str, pythons: Sequence[str]) -> list[tuple[str, list[str], str]]:
     """(title, command, why it is skipped or "") of each step."""
+    peers = [part for python in pythons for part in ("--python", python)]
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     absent = _absent(_ATLAS)
@@ -41,11 +45,13 @@ def steps(out: Path, sanitize_only: str) -> list[tuple[str, list[str], str]]:
     few = [*pytest, "tests/kernels", "-k", sanitize_only]
     return [
         ("kernels", [*pytest, "tests/kernels"], ""),
-        ("engine and loader", [*pytest, "tests/engine", "tests/test_device_loader.py"], atlas),
+        ("engine and loader", [*pytest, "tests/engine", *_LOADING], atlas),
+        ("soak and faults", [*pytest, "tests/system"], atlas),
         ("memcheck", [*check, "--tool", "memcheck", *few], none),
         ("racecheck", [*check, "--tool", "racecheck", *few], none),
         ("kernel benchmark", [*python, "benchmarks.kernels", "--out", str(out)], ""),
-        ("end to end", [*python, "benchmarks.device", "--out", str(out)], atlas),
+        ("loader on the device", [*python, "benchmarks.device", "--out", str(out)], atlas),
+        ("end to end", [*python, "benchmarks.end_to_end", "--out", str(out), *peers], atlas),
     ]
 
 
@@ -57,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sanitize", default="not large", help="pytest -k of the kernel tests under compute-sanitizer"
     )
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="interpreter of a peer, with a CUDA build of torch",
+    )
     options = parser.parse_args(argv)
     missing = _absent(("numpy", "cupy", "torch", "numba", "pytest"))
     if missing:
@@ -64,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     environment = {**os.environ, "HBX_REQUIRE_GPU": "1"}
     summary, failed = [], False
-    for title, command, skip in steps(options.out, options.sanitize):
+    for title, command, skip in steps(options.out, options.sanitize, options.python):
         if options.only and title not in options.only:
             continue
         if skip:

@@ -15,7 +15,7 @@ import torch
 from hbx_gpu import devices
 from hbx_gpu.collates import DenseCollate
 from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
-from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, UnsupportedError
+from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, InvalidDataError, UnsupportedError
 from hbx_gpu.feeds import DeviceFeed
 from hbx_gpu.loading import device_loader
 from hbx_gpu.sampler import CellSampler
@@ -154,6 +154,22 @@ def test_a_corrupt_chunk_never_yields_a_batch(backend: Any, tmp_path: Path) -> N
     assert raised.value.file.endswith(path.name)
     assert next(batches, None) is None
     assert not [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-loader")]
+
+
+def test_transforms_refuse_what_is_no_count(backend: Any, tmp_path: Path) -> None:
+    groups = make_groups()
+    for group in groups:
+        group.codec = "zstd"
+        group.matrix.data = (group.matrix.data / 7).astype(np.float32)
+    dataset = make_dataset(tmp_path, groups)
+    options: dict[str, Any] = {"layout": "dense", "transform": Transform(log1p=True)}
+    for loader in (
+        make_loader(dataset, sampler_for(dataset), num_workers=0, **options),
+        device_loader(dataset, sampler_for(dataset), backend, **options),
+    ):
+        with pytest.raises(InvalidDataError, match="counts"):
+            next(iter(loader))
+    assert len(brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"))) == 8
 
 
 def test_steady_state_allocates_no_staging(backend: Any, dataset: CellDataset) -> None:

@@ -1,4 +1,4 @@
-"""The loader: order, read-ahead, errors, shutdown, workers, resume."""
+"""The loader: order, read-ahead, errors, shutdown, workers, resume; through DALI and without it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import itertools
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from hbx_gpu.batch import SparseBatch
 from hbx_gpu.buffers import POOL
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.loader import _ReadAhead
+from hbx_gpu.loader import CellLoader, _ReadAhead
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import log1p, normalize_total
+from tests.dali import need_dali
 from tests.matrices import expected_dense
 from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 
@@ -35,6 +37,28 @@ def expected() -> np.ndarray:
     return expected_dense(make_groups(), N_FEATURES)
 
 
+class Executor:
+    """`make_loader` of dense batches by one executor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, dataset: Any, sampler: Any, **kwargs: Any) -> CellLoader:
+        return make_loader(dataset, sampler, **{"layout": "dense", "executor": self.name, **kwargs})
+
+    @property
+    def inside(self) -> int:
+        """Batches it holds beside those of the loader's own threads."""
+        return 0 if self.name == "direct" else 2
+
+
+@pytest.fixture(params=["direct", "dali"])
+def load(request: pytest.FixtureRequest) -> Executor:
+    if request.param == "dali":
+        need_dali()
+    return Executor(request.param)
+
+
 def loader_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-loader")]
 
@@ -47,10 +71,15 @@ def sampler_for(dataset: CellDataset, **kwargs: object) -> CellSampler:
 @pytest.mark.parametrize(("threads", "window"), [(1, 1), (2, 1), (2, 3), (3, 50), (None, None)])
 @pytest.mark.parametrize("locality", ["none", "group"])
 def test_batches_follow_the_sampler(
-    dataset: CellDataset, expected: np.ndarray, threads: int | None, window: int | None, locality: str
+    load: Executor,
+    dataset: CellDataset,
+    expected: np.ndarray,
+    threads: int | None,
+    window: int | None,
+    locality: str,
 ) -> None:
     sampler = sampler_for(dataset, locality=locality)
-    loader = make_loader(dataset, sampler, sparse_to_dense_collate, threads=threads, window=window)
+    loader = load(dataset, sampler, threads=threads, window=window)
     for epoch in range(2):
         loader.set_epoch(epoch)
         order = list(sampler)
@@ -68,9 +97,9 @@ def test_without_collate_batches_come_as_they_are(dataset: CellDataset) -> None:
     assert batches[0].n_features == N_FEATURES
 
 
-def test_any_torch_batch_sampler_works(dataset: CellDataset, expected: np.ndarray) -> None:
+def test_any_torch_batch_sampler_works(load: Executor, dataset: CellDataset, expected: np.ndarray) -> None:
     sampler = BatchSampler(SequentialSampler(range(120)), 50, drop_last=False)
-    loader = make_loader(dataset, sampler, sparse_to_dense_collate)
+    loader = load(dataset, sampler)
     assert isinstance(loader, DataLoader)
     assert torch.equal(torch.cat([b["X"] for b in loader]), torch.from_numpy(expected).float())
 
@@ -84,12 +113,12 @@ def test_spawned_workers_give_the_same_batches(dataset: CellDataset) -> None:
             assert all(torch.equal(a, b["X"]) for a, b in zip(plain, loader, strict=True))
 
 
-def test_errors_reach_the_consumer(tmp_path: Path) -> None:
+def test_errors_reach_the_consumer(load: Executor, tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, make_groups())
     path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
     path.write_bytes(path.read_bytes()[:-1])
     sampler = sampler_for(dataset, locality="group", shuffle=False)
-    batches = iter(make_loader(dataset, sampler, sparse_to_dense_collate, threads=2, window=1))
+    batches = iter(load(dataset, sampler, threads=2, window=1))
     with pytest.raises(CorruptChunkError, match="g1/csr/layers/counts"):
         list(batches)
     assert next(batches, None) is None  # it ended; it does not hang
@@ -110,56 +139,72 @@ def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:
 class Slow:
     """A dataset whose batches take their time; counts how many were made."""
 
+    n_features = 3
+
     def __init__(self, seconds: float = 0.02) -> None:
         self.seconds, self.made = seconds, 0
 
     def __len__(self) -> int:
         return 1000
 
-    def __getitems__(self, rows: np.ndarray) -> np.ndarray:
+    def row_numbers(self, rows: Any) -> np.ndarray:
+        return np.asarray(rows, dtype=np.int64)
+
+    def __getitems__(self, rows: Any) -> SparseBatch:
         time.sleep(self.seconds)
         self.made += 1
-        return np.asarray(rows)
+        n = len(rows)
+        return SparseBatch(
+            np.zeros(n, np.int32), np.asarray(rows, dtype=np.float32), np.arange(n + 1), self.n_features
+        )
+
+    def read_batches(self, batches: Any) -> list[SparseBatch]:
+        return [self.__getitems__(rows) for rows in batches]
 
 
-def slow_loader(dataset: Slow, **kwargs: object) -> Iterator[np.ndarray]:
+def slow_loader(load: Executor, dataset: Slow, **kwargs: Any) -> CellLoader:
     sampler = CellSampler(np.zeros(1000, np.int32), batch_size=10, shuffle=False, num_workers=0)
-    return make_loader(dataset, sampler, window=1, **kwargs)  # type: ignore[arg-type, return-value]
+    return load(dataset, sampler, window=1, **kwargs)
 
 
-def test_leaving_early_leaves_no_thread() -> None:
+def test_leaving_early_leaves_no_thread(load: Executor) -> None:
     dataset = Slow()
-    for _ in slow_loader(dataset, threads=2):
+    for _ in slow_loader(load, dataset, threads=2):
         break
     gc.collect()
     assert not loader_threads()
     assert dataset.made < 10
 
 
-def test_close_ends_a_running_iteration() -> None:
-    loader = slow_loader(Slow(), threads=2)
+def test_close_ends_a_running_iteration(load: Executor) -> None:
+    loader = slow_loader(load, Slow(), threads=2)
     batches = iter(loader)
     next(batches)
-    loader.close()  # type: ignore[attr-defined]
+    loader.close()
     assert not loader_threads()
     assert len(list(batches)) <= 3  # what was ready may still come; nothing hangs
 
 
-def test_reading_ahead_is_bounded_and_overlaps() -> None:
+def test_reading_ahead_is_bounded_and_overlaps(load: Executor) -> None:
     dataset = Slow(0.01)
-    batches = iter(slow_loader(dataset, threads=2))
+    batches = iter(slow_loader(load, dataset, threads=2))
     next(batches)
     time.sleep(0.5)
-    assert 2 <= dataset.made <= 6  # ahead of the consumer, but not the whole epoch
+    # Ahead of the consumer, but not the whole epoch.
+    assert 2 <= dataset.made <= 6 + load.inside
 
 
 @pytest.mark.parametrize("budget", [1, 3000, 100_000])
 def test_the_memory_budget_holds(
-    dataset: CellDataset, expected: np.ndarray, budget: int, monkeypatch: pytest.MonkeyPatch
+    load: Executor,
+    dataset: CellDataset,
+    expected: np.ndarray,
+    budget: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bytes of batches made and not yet handed over never pass the budget, but for a batch on its own."""
     sampler = sampler_for(dataset)
-    loader = make_loader(dataset, sampler, sparse_to_dense_collate, memory_budget=budget, threads=3, window=4)
+    loader = load(dataset, sampler, memory_budget=budget, threads=3, window=4)
     order = list(sampler)
     sizes = [dataset.batch_nbytes(np.array(rows)) + len(rows) * N_FEATURES * 4 for rows in order]
     held: list[int] = []
@@ -195,11 +240,9 @@ def test_batch_nbytes_is_what_a_batch_takes(dataset: CellDataset) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_layout_dense(dataset: CellDataset, expected: np.ndarray, dtype: str) -> None:
+def test_layout_dense(load: Executor, dataset: CellDataset, expected: np.ndarray, dtype: str) -> None:
     sampler = sampler_for(dataset)
-    loader = make_loader(
-        dataset, sampler, layout="dense", dtype=dtype, transform=[normalize_total(100.0), log1p]
-    )
+    loader = load(dataset, sampler, dtype=dtype, transform=[normalize_total(100.0), log1p])
     totals = np.maximum(expected.sum(1, keepdims=True), 1)
     scaled = torch.from_numpy(np.log1p(expected * (100.0 / totals)))
     for rows, batch in zip(sampler, loader, strict=True):
@@ -209,9 +252,9 @@ def test_layout_dense(dataset: CellDataset, expected: np.ndarray, dtype: str) ->
         )
 
 
-def test_layout_csr(dataset: CellDataset, expected: np.ndarray) -> None:
+def test_layout_csr(load: Executor, dataset: CellDataset, expected: np.ndarray) -> None:
     sampler = sampler_for(dataset)
-    for rows, batch in zip(sampler, make_loader(dataset, sampler, layout="csr"), strict=True):
+    for rows, batch in zip(sampler, load(dataset, sampler, layout="csr"), strict=True):
         assert batch["X"].layout is torch.sparse_csr
         assert np.array_equal(batch["X"].to_dense().numpy(), expected[list(rows)])
 
@@ -233,8 +276,8 @@ def test_options_that_do_not_go_together(dataset: CellDataset, options: dict, me
         make_loader(dataset, sampler_for(dataset), **options)
 
 
-def test_two_iterations_do_not_disturb_each_other(dataset: CellDataset) -> None:
-    loader = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+def test_two_iterations_do_not_disturb_each_other(load: Executor, dataset: CellDataset) -> None:
+    loader = load(dataset, sampler_for(dataset))
     both = list(itertools.zip_longest(loader, loader))
     assert all(torch.equal(a["X"], b["X"]) for a, b in both)
 
@@ -260,15 +303,19 @@ def ids(loader: object) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("step", "workers"), [(0, 0), (1, 0), (5, 0), (8, 0), (3, 2)])
-def test_resume_in_mid_epoch(dataset: CellDataset, step: int, workers: int) -> None:
-    """Saved after `step` batches (read ahead or not), a new loader gives the rest and then whole epochs."""
-    full = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+def test_resume_in_mid_epoch(load: Executor, dataset: CellDataset, step: int, workers: int) -> None:
+    """Saved after `step` batches (read ahead or not), a new loader gives the rest and then whole epochs.
+
+    The state of worker processes goes on in a loader of either executor.
+    """
+    full = load(dataset, sampler_for(dataset))
     full.set_epoch(4)
     whole = ids(full)
     full.set_epoch(5)
     following = ids(full)
 
-    with make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate, num_workers=workers) as first:
+    saved = {"num_workers": workers, "executor": "direct"} if workers else {}
+    with load(dataset, sampler_for(dataset), **saved) as first:
         first.set_epoch(4)
         batches = iter(first)
         head = [next(batches)["score"].tolist() for _ in range(step)]
@@ -276,7 +323,7 @@ def test_resume_in_mid_epoch(dataset: CellDataset, step: int, workers: int) -> N
         del batches
     assert head == whole[:step]
 
-    second = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+    second = load(dataset, sampler_for(dataset))
     second.load_state_dict(state)
     if step < len(whole):
         second.set_epoch(4)  # as training loops do; the position stays
@@ -285,13 +332,13 @@ def test_resume_in_mid_epoch(dataset: CellDataset, step: int, workers: int) -> N
     assert ids(second) == following
 
 
-def test_resume_of_a_resume(dataset: CellDataset) -> None:
-    loader = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+def test_resume_of_a_resume(load: Executor, dataset: CellDataset) -> None:
+    loader = load(dataset, sampler_for(dataset))
     whole = ids(loader)
     got: list[list[float]] = []
     state = None
     while len(got) < len(whole):
-        again = make_loader(dataset, sampler_for(dataset), sparse_to_dense_collate)
+        again = load(dataset, sampler_for(dataset))
         if state is not None:
             again.load_state_dict(state)
         batches = iter(again)
@@ -300,29 +347,27 @@ def test_resume_of_a_resume(dataset: CellDataset) -> None:
     assert got == whole
 
 
-def test_resume_with_a_plain_torch_sampler(dataset: CellDataset) -> None:
-    def make() -> object:
-        return make_loader(
-            dataset, BatchSampler(SequentialSampler(range(120)), 16, False), sparse_to_dense_collate
-        )
+def test_resume_with_a_plain_torch_sampler(load: Executor, dataset: CellDataset) -> None:
+    def make() -> CellLoader:
+        return load(dataset, BatchSampler(SequentialSampler(range(120)), 16, False))
 
     whole = ids(make())
     first = make()
-    batches = iter(first)  # type: ignore[call-overload]
+    batches = iter(first)
     next(batches), next(batches)
     second = make()
-    second.load_state_dict(first.state_dict())  # type: ignore[attr-defined]
+    second.load_state_dict(first.state_dict())
     assert ids(second) == whole[2:]
     assert ids(second) == whole
     with pytest.raises(ValueError, match="same kind of sampler"):
-        second.load_state_dict({"sampler": {}})  # type: ignore[attr-defined]
+        second.load_state_dict({"sampler": {}})
 
 
-def test_no_memory_is_asked_for_in_steady_state(tmp_path: Path) -> None:
+def test_no_memory_is_asked_for_in_steady_state(load: Executor, tmp_path: Path) -> None:
     """Once two epochs have gone by, batches live in the memory of earlier ones."""
     dataset = make_dataset(tmp_path, make_groups(2000))
     sampler = sampler_for(dataset, batch_size=512)
-    loader = make_loader(dataset, sampler, sparse_to_dense_collate, threads=2)
+    loader = load(dataset, sampler, threads=2)
     for epoch in range(6):
         if epoch == 2:
             before = POOL.n_allocated
@@ -334,12 +379,10 @@ def test_no_memory_is_asked_for_in_steady_state(tmp_path: Path) -> None:
     assert before > 0
 
 
-def test_windows_of_wide_batches_leave_room_for_every_thread(dataset: CellDataset) -> None:
+def test_windows_of_wide_batches_leave_room_for_every_thread(load: Executor, dataset: CellDataset) -> None:
     sampler = sampler_for(dataset)
     widest = max(dataset.batch_nbytes(rows) for rows in sampler) + 16 * N_FEATURES * 4
-    loader = make_loader(
-        dataset, sampler, sparse_to_dense_collate, memory_budget=8 * widest, threads=3, window=8
-    )
+    loader = load(dataset, sampler, memory_budget=8 * widest, threads=3, window=8)
     lengths: list[int] = []
     make = loader._feed.make
 

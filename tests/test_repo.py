@@ -109,7 +109,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_lists_its_commands() -> None:
     listed = [line.split()[1] for line in make("-s", "help").stdout.splitlines()]
-    assert listed == ["help", "demo", "test", "lint", "typecheck", "bench", "clean"]
+    assert listed == ["help", "demo", "test", "lint", "typecheck", "bench", "fuzz", "gpu", "clean"]
 
 
 @pytest.mark.parametrize(

@@ -253,12 +253,13 @@ def measure(
     truth: np.ndarray,
     *,
     warm: bool = False,
+    move: Mover | None = None,
 ) -> dict[str, Any]:
     """Time one setting; the clock runs from the start of an epoch, so nothing that was read ahead is free.
 
     It stops at the first border of a window after `seconds`, where the loader has delivered all it had read,
     or at the end of an epoch. `warm` tells that this process has measured before: loaders that warm up with a
-    whole epoch need no other.
+    whole epoch need no other. `move` takes every batch to a device, within the time measured.
     """
     clock = time.perf_counter()
     loader = open_loader(task)
@@ -274,10 +275,14 @@ def measure(
         for last in epoch:
             cells += len(last)
             in_epoch += len(last)
+            if move is not None:
+                move.move(last)
             elapsed = time.perf_counter() - clock
             if elapsed >= seconds and (in_epoch % loader.window == 0 or elapsed >= _PATIENCE * seconds):
                 done = True
                 break
+        if move is not None:
+            move.finish()
         elapsed = time.perf_counter() - clock
         done = done or elapsed >= seconds
         number += 1
@@ -290,6 +295,36 @@ def measure(
         result["wrong_rows"] = unknown_rows(found, truth)
         result["checksum"] = f"{int(found.sum(dtype=np.uint64)):016x}"
     return result
+
+
+class Mover:
+    """Takes delivered rows to a device, as their user would.
+
+    Raises
+    ------
+    SystemExit
+        The interpreter has no torch, or torch no such device.
+    """
+
+    def __init__(self, device: str) -> None:
+        try:
+            import torch
+
+            torch.empty(1, device=device)
+        except (ImportError, AssertionError, RuntimeError) as error:
+            raise SystemExit(f"nothing moves to {device} here: {error}") from None
+        self._torch, self._device = torch, device
+
+    def move(self, rows: Rows) -> None:
+        """Order the copy; the arrays lie in pageable memory, as the loader made them."""
+        arrays = (rows,) if isinstance(rows, np.ndarray) else (rows.indptr, rows.indices, rows.values)
+        for array in arrays:
+            self._torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def finish(self) -> None:
+        """Wait for what was ordered."""
+        if self._device.startswith("cuda"):
+            self._torch.cuda.synchronize(self._device)
 
 
 def _warm_up(loader: Loader, batch: int, result: dict[str, Any], clock: float) -> None:
@@ -394,9 +429,10 @@ def _measure(peer: Peer, options: argparse.Namespace) -> list[dict[str, Any]]:
         importlib.import_module(module)
     imported = peak_rss()
     source, truth = Source(options.source), np.load(options.truth)
+    move = Mover(options.to) if options.to else None
     return [
         {
-            **measure(peer.open, task, options.seconds, source, truth, warm=number > 0),
+            **measure(peer.open, task, options.seconds, source, truth, warm=number > 0, move=move),
             "import_rss": imported,
         }
         for number, task in enumerate(_tasks(options))
@@ -420,6 +456,7 @@ def _parse(peer: Peer, argv: Sequence[str] | None) -> argparse.Namespace:
     measuring.add_argument(
         "--truth", type=Path, required=True, help="fingerprints of the source's rows (.npy)"
     )
+    measuring.add_argument("--to", metavar="DEVICE", help="move every batch there: cuda, cuda:N, cpu")
     checking = commands.add_parser("verify", help="fingerprints of one epoch, into --out")
     checking.add_argument("--out", type=Path, required=True)
     for command in (prepare, measuring, checking):

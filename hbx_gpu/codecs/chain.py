@@ -83,7 +83,8 @@ class ChunkCodec:
         Returns
         -------
         ndarray
-            `layout.chunk_shape`, `layout.dtype`, C contiguous; may be read-only and may alias `data`.
+            `layout.chunk_shape`, `layout.dtype`, C contiguous; may be read-only and may alias `data`. The
+            last chunk of a plain file is as long as what is left.
 
         Raises
         ------
@@ -116,7 +117,10 @@ class ChunkCodec:
             step, shape, dtype = self._step_of(name, setting, shape, dtype)
             steps.append((name, step))
         stored_dtype = self._with_endian(dtype, settings[middle].get("endian"))
-        steps.append(("bytes", _from_bytes(shape, stored_dtype, "C")))
+        if layout.byte_offset is None:
+            steps.append(("bytes", _from_bytes(shape, stored_dtype, "C")))
+        else:
+            steps.append(("bytes", _from_plain_bytes(shape, stored_dtype)))
         for name, setting in zip(names[middle + 1 :], settings[middle + 1 :], strict=True):
             if name == "transpose" or name.removeprefix("numcodecs.") in _FILTERS:
                 raise CorruptDataError(f"array {layout.name!r}: codec {name!r} works on arrays, not on bytes")
@@ -243,6 +247,18 @@ def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Cal
                 f"chunk decodes to {len(raw)} bytes, {nbytes} expected for shape {shape} of {dtype}"
             )
         return raw.view(dtype).reshape(shape, order=order)
+
+    return view
+
+
+def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[Any], np.ndarray]:
+    """A stretch of a plain file, the last of which is shorter than the others."""
+
+    def view(data: Any) -> np.ndarray:
+        raw = as_bytes(data)
+        if len(raw) % dtype.itemsize or len(raw) > math.prod(shape) * dtype.itemsize:
+            raise CorruptChunkError(f"{len(raw)} bytes are no part of a file of {dtype} elements")
+        return raw.view(dtype)
 
     return view
 

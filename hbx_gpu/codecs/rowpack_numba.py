@@ -281,7 +281,7 @@ def block_range(src, b0, b1, geometry):
         (status, payload, payload_end, patch, patch_end), offsets of bytes. The two ranges lie in their areas
         if status is OK; the blocks between the first and the last one are not looked at.
     """
-    _, gaps, base_bytes, _, payload_start, patch_start, patch_limit, _ = geometry
+    _, gaps, base_bytes, _, _, patch_start, patch_limit, _ = geometry
     payload, patch = _find(src, b0, geometry)
     payload_end, patch_end = _find(src, b1 - 1, geometry)
     record = _HEADER_BYTES + ((b1 - 1) >> 3) * _record_bytes(gaps, base_bytes)

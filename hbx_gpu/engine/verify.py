@@ -30,6 +30,9 @@ class ChunkChecks:
         self._table, self._directory = table, directory
         # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
         self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
+        layouts = directory.layouts
+        self._chunk_bytes = np.array([la.chunk_shape[0] * la.dtype.itemsize for la in layouts], np.int64)
+        self._plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
 
     def rowpack_checksums(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
         """Verify the CRC32C of the chunks `jobs` of a plan that were not verified before.
@@ -45,6 +48,24 @@ class ChunkChecks:
             except CorruptChunkError as error:
                 raise self._directory.error(int(plan.chunks[c]), error.reason) from error
             self._verified[plan.chunks[c]] = True
+
+    def raw_sizes(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
+        """Check that the chunks `jobs` of a plan, stored as they are, have the bytes of their elements.
+
+        Raises
+        ------
+        CorruptChunkError
+            One has not.
+        """
+        array = plan.chunk_array[jobs]
+        # The directory computes the sizes of a plain file's chunks, the last one's included.
+        wrong = (slab.nbytes[jobs] != self._chunk_bytes[array]) & ~self._plain[array]
+        for c in jobs[wrong]:
+            layout = self._directory.layouts[int(plan.chunk_array[c])]
+            raise self._directory.error(
+                int(plan.chunks[c]),
+                f"{slab.nbytes[c]} bytes stored, {layout.chunk_shape[0]} elements of {layout.dtype} expected",
+            )
 
     def fill_value(self, plan: BatchPlan, c: int) -> Any:
         """What the elements of the absent chunk `c` of a plan are, as stored (columns: local ones).

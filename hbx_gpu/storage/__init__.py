@@ -2,6 +2,16 @@
 
 from hbx_gpu.storage.chunks import ChunkDirectory, Extents
 from hbx_gpu.storage.metadata import read_layout
+from hbx_gpu.storage.plain import npy_layout, plain_layout
 from hbx_gpu.storage.readers import Reader, Slab, open_reader
 
-__all__ = ["ChunkDirectory", "Extents", "Reader", "Slab", "open_reader", "read_layout"]
+__all__ = [
+    "ChunkDirectory",
+    "Extents",
+    "Reader",
+    "Slab",
+    "npy_layout",
+    "open_reader",
+    "plain_layout",
+    "read_layout",
+]

@@ -53,7 +53,7 @@ class Extents:
 
 
 class ChunkDirectory:
-    """All chunks of many arrays under one global numbering.
+    """All chunks of many arrays under one global numbering, be they objects by key or parts of plain files.
 
     Chunk ``base[a] + i`` is chunk i of array a, counted in C order over the array's grid of (inner)
     chunks, ``ceil(shape / chunk_shape)`` per axis. Safe to use from many threads. Pickles as its layouts;
@@ -94,6 +94,13 @@ class ChunkDirectory:
         self._offset = np.zeros(self.base[-1], np.int64)
         self._nbytes = np.zeros(self.base[-1], np.int64)
         self._lock = threading.Lock()
+        # Chunks of plain files follow from their number: no table, only the file of each array.
+        self._is_plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
+        self._plain_file = np.full(len(self.layouts), -1, np.int32)
+        self._begin = np.array([layout.byte_offset or 0 for layout in layouts], np.int64)
+        self._stored = np.array([math.prod(la.chunk_shape) * la.dtype.itemsize for la in layouts], np.int64)
+        sizes = [math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts]
+        self._end = self._begin + np.array(sizes, np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ChunkDirectory, (self.layouts,))
@@ -120,12 +127,41 @@ class ChunkDirectory:
             raise IndexError(
                 f"chunk numbers must be in 0..{self.base[-1] - 1}, found {ids.min()}..{ids.max()}"
             )
+        if not self._is_plain.any():
+            return self._looked_up(ids)
+        array = np.searchsorted(self.base, ids, "right") - 1
+        plain = self._is_plain[array]
+        if plain.all():
+            return self._computed(ids, array)
+        file, offset = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
+        nbytes = np.empty(len(ids), np.int64)
+        for part, found in (
+            (plain, self._computed(ids[plain], array[plain])),
+            (~plain, self._looked_up(ids[~plain])),
+        ):
+            file[part], offset[part], nbytes[part] = found.file, found.offset, found.nbytes
+        return Extents(file, offset, nbytes)
+
+    def _looked_up(self, ids: np.ndarray) -> Extents:
+        """Extents of chunks stored as objects, from the table."""
         nbytes = self._nbytes[ids]
         if not nbytes.all():
             with self._lock:
                 self._load(ids[self._nbytes[ids] == 0])
             nbytes = self._nbytes[ids]
         return Extents(self._file[ids], self._offset[ids], nbytes - _BIAS)
+
+    def _computed(self, ids: np.ndarray, array: np.ndarray) -> Extents:
+        """Extents of chunks of plain files; `array` is the array of each."""
+        file = self._plain_file[array]
+        if len(file) and file.min() < 0:
+            with self._lock:
+                for a in np.unique(array[file < 0]).tolist():
+                    self._open_plain(a)
+            file = self._plain_file[array]
+        stored = self._stored[array]
+        offset = self._begin[array] + (ids - self.base[array]) * stored
+        return Extents(file, offset, np.minimum(stored, self._end[array] - offset))
 
     def locate(self, chunk_id: int) -> tuple[str, str, int]:
         """(path of the object, name of the array, chunk number inside it) of a chunk."""
@@ -141,6 +177,9 @@ class ChunkDirectory:
     def error_at(self, file: int, offset: int, nbytes: int, reason: str) -> CorruptChunkError:
         """The error to raise for an extent."""
         array, where = self._objects[file]
+        if self._is_plain[array]:
+            number = int(offset - self._begin[array]) // int(self._stored[array])
+            return self.error(int(self.base[array]) + number, reason)
         ids, _ = self._chunks_of_object(array, where)
         hits = np.flatnonzero(
             (self._file[ids] == file) & (self._offset[ids] == offset) & (self._nbytes[ids] == nbytes + _BIAS)
@@ -219,6 +258,25 @@ class ChunkDirectory:
                 continue
             self._file[chunk_id] = len(self.paths)
             self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
+
+    def _open_plain(self, array: int) -> None:
+        """Enter the file of an array that lies in a plain one. The lock is held."""
+        layout = self.layouts[array]
+        if self._plain_file[array] >= 0:
+            return
+        stat = _stat(layout.path)
+        if stat is None:
+            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
+        self.check_current(array)
+        self.paths.append(layout.path)
+        self.identities.append((stat.st_dev, stat.st_ino))
+        self._objects.append((array, ()))
+        self._plain_file[array] = len(self.paths) - 1
+
+    @property
+    def has_plain_files(self) -> bool:
+        """Whether any array lies uncompressed in a plain file."""
+        return bool(self._is_plain.any())
 
     def check_current(self, array: int) -> None:
         """Refuse an array that is not the one any more which its layout describes.
@@ -329,6 +387,8 @@ def _c_strides(grid: tuple[int, ...]) -> list[int]:
 
 
 def _object_path(layout: ArrayLayout, where: tuple[int, ...]) -> str:
+    if layout.byte_offset is not None:
+        return layout.path
     key = layout.key_prefix + layout.key_separator.join(map(str, where))
     return os.path.join(layout.path, key)
 

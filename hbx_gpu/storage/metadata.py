@@ -13,6 +13,7 @@ import numpy as np
 from hbx_gpu.codecs.chain import V2_CHAIN
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
 from hbx_gpu.source import ArrayLayout
+from hbx_gpu.storage.plain import file_fingerprint
 
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 _DTYPES |= {"float16", "float32", "float64"}
@@ -60,9 +61,11 @@ def read_layout(
 
 
 def is_current(layout: ArrayLayout) -> bool:
-    """Whether the metadata of an array are still those that `layout` was read from."""
+    """Whether the metadata of an array, or its plain file, are still those that `layout` was made from."""
     if not layout.fingerprint:
         return True
+    if layout.byte_offset is not None:
+        return file_fingerprint(layout.path) == layout.fingerprint
     found = _load(layout.path)
     return found is not None and _fingerprint(found[1]) == layout.fingerprint
 

@@ -20,9 +20,12 @@ from hbx_gpu.storage.chunks import REPLACED, ChunkDirectory, Extents
 
 MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
 _MAX_SIZE = 8 << 20
+_ALIGNMENT = 8
 _MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
 _MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
 _RESIDENT_BYTES = 256 << 20  # of mapped files, before their pages are handed back
+# Of plain files, several times larger: touching a row's pages again costs as much as copying the row.
+_RESIDENT_PLAIN_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,13 @@ class Reader(ABC):
     def _too_short(self, extents: Extents, file: int, size: int) -> CorruptChunkError:
         """The error for the first extent of a file that reaches beyond size bytes."""
         beyond = (extents.file == file) & (extents.offset + extents.nbytes > size)
+        if not beyond.any():
+            return self._error_in(
+                extents,
+                file,
+                f"a read came to the end of the file before its {size} bytes were read; the storage lost "
+                "sight of them, or the file is being rewritten: try again when nothing writes to it",
+            )
         i = int(np.flatnonzero(beyond)[0])
         offset, nbytes = int(extents.offset[i]), int(extents.nbytes[i])
         reason = (
@@ -282,8 +292,11 @@ class PreadReader(Reader):
         runs = coalesce(
             extents.file, extents.offset, extents.nbytes, max_gap=self._max_gap, max_size=self._max_size
         )
-        place = np.cumsum(runs.nbytes) - runs.nbytes
-        buffer = np.empty(int(runs.nbytes.sum()), np.uint8)
+        # As far from a multiple of 8 as in the file: elements of plain files keep their alignment.
+        shift = runs.offset % _ALIGNMENT
+        room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        place = np.cumsum(room) - room + shift
+        buffer = np.empty(int(room.sum()), np.uint8)
         # Runs ascend and do not overlap: the last of a file reaches furthest, and is the one that stays.
         reach = dict(zip(runs.file.tolist(), (runs.offset + runs.nbytes).tolist(), strict=True))
         current, descriptor = -1, None
@@ -364,11 +377,14 @@ class MmapReader(Reader):
     any map; a file that was short before the read is refused. Use `preadv` on storage that may shrink.
 
     Pages that were looked at count as this process's memory. After `resident_bytes` of reads they are handed
-    back: they stay in the page cache, and touching one again costs a minor fault.
+    back: they stay in the page cache, and touching one again costs a minor fault. Files that together are
+    smaller than that stay.
     """
 
-    def __init__(self, directory: ChunkDirectory, *, resident_bytes: int = _RESIDENT_BYTES) -> None:
+    def __init__(self, directory: ChunkDirectory, *, resident_bytes: int | None = None) -> None:
         super().__init__(directory)
+        if resident_bytes is None:
+            resident_bytes = _RESIDENT_PLAIN_BYTES if directory.has_plain_files else _RESIDENT_BYTES
         self._maps = _Cache(_Map, _MAX_MAPS)
         self._resident_bytes = resident_bytes
         self._read_bytes = 0
@@ -388,8 +404,10 @@ class MmapReader(Reader):
         self._read_bytes += int(extents.nbytes[stored].sum())
         if self._read_bytes > self._resident_bytes:
             self._read_bytes = 0
-            for entry in self._maps.values():
-                entry.hand_back()
+            maps_now = self._maps.values()
+            if sum(entry.nbytes for entry in maps_now) > self._resident_bytes:
+                for entry in maps_now:
+                    entry.hand_back()
         return Slab(address, extents.nbytes, maps)
 
     def close(self) -> None:
@@ -470,8 +488,8 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
     """A reader of the kind asked for.
 
-    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a device reads
-    explicitly into its page-locked memory.
+    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a
+    device reads explicitly into its page-locked memory.
     """
     from hbx_gpu.storage.pinned import PinnedReader
 

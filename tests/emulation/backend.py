@@ -34,6 +34,9 @@ class Arena:
     def nbytes(self) -> int:
         return len(self.memory)
 
+    def array(self, begin: int, nbytes: int) -> np.ndarray:
+        return self.memory[begin : begin + nbytes]
+
 
 class Passed:
     """A point that was reached when it was made."""
@@ -56,18 +59,32 @@ class EmulatedBackend:
     ----------
     launches
         Names of the kernels launched so far.
+    uploaded
+        Bytes that crossed to the device so far.
+    free
+        Bytes of device memory there are.
     """
+
+    free = 1 << 30
 
     def __init__(self, order: str = "forward", max_shared: int = 200 << 10) -> None:
         self.max_shared = max_shared
         self.launcher = EmulatedLauncher(order)
         self.launches: list[str] = []
+        self.uploaded = 0
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
         return Arena(nbytes).memory
 
+    def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
+        arena = Arena(nbytes)
+        return arena.memory, arena.address
+
     def device_buffer(self, nbytes: int) -> Arena:
         return Arena(nbytes)
+
+    def free_memory(self) -> int:
+        return self.free
 
     def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
@@ -75,7 +92,9 @@ class EmulatedBackend:
         return tensor
 
     def upload(self, host: np.ndarray, target: Any) -> None:
-        target.memory[: len(host)] = host
+        assert len(host) <= target.nbytes
+        self.uploaded += len(host)
+        ctypes.memmove(target.address, host.ctypes.data, len(host))
 
     def send(self, host: np.ndarray, target: Any) -> None:
         assert host.nbytes == target.numel() * target.element_size()
@@ -83,6 +102,9 @@ class EmulatedBackend:
 
     def download(self, address: int, target: np.ndarray) -> None:
         ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
 
     def launch(
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0

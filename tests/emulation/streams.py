@@ -110,6 +110,9 @@ class StreamBackend(EmulatedBackend):
     def download(self, address: int, target: np.ndarray) -> None:
         self.decode.order(lambda: EmulatedBackend.download(self, address, target))
 
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        self.decode.order(lambda: EmulatedBackend.move(self, source, target, nbytes))
+
     def launch(
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:

@@ -16,11 +16,12 @@ from hbx_gpu.engine.device import status
 from hbx_gpu.engine.device.backend import Backend, Slot
 from hbx_gpu.engine.device.launches import DENSE_KERNELS, Launches, Pending
 from hbx_gpu.engine.device.records import SOURCE, element_type
-from hbx_gpu.engine.device.staging import ANY, PARTS, Layout, Stager, Staging
+from hbx_gpu.engine.device.staged import ANY, PARTS, Layout, Resident, Staging
+from hbx_gpu.engine.device.staging import Stager
 from hbx_gpu.plan import BatchPlan, SourceTable
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.storage.readers import Slab
-from hbx_gpu.transforms import Transform
+from hbx_gpu.transforms import Transform, not_counts
 
 __all__ = ["DENSE_KERNELS", "DeviceEngine", "Pending", "Staging"]
 
@@ -57,7 +58,7 @@ class DeviceEngine:
     ) -> None:
         self.table, self.directory, self.dtypes, self.backend = table, directory, list(dtypes), backend
         self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
-        self._stager = Stager(table, directory, dtypes)
+        self.stager = Stager(table, directory, dtypes)
         self._slots = threading.local()
         self._upload_constants()
 
@@ -66,9 +67,16 @@ class DeviceEngine:
         """Whether the number of a plan's elements is known only when they were decoded."""
         return self.table.drops
 
-    def measure(self, plan: BatchPlan, slab: Slab, *, layout: Layout | None = None) -> Staging:
+    def measure(
+        self,
+        plan: BatchPlan,
+        slab: Slab,
+        *,
+        layout: Layout | None = None,
+        resident: Resident | None = None,
+    ) -> Staging:
         """Decide what crosses for a plan and how much room it takes; see :meth:`Stager.measure`."""
-        return self._stager.measure(plan, slab, layout=layout)
+        return self.stager.measure(plan, slab, layout=layout, resident=resident)
 
     def pack(self, staging: Staging, slot: Slot) -> None:
         """Copy what crosses to the slot's page-locked buffer; the slab is not needed afterwards.
@@ -77,9 +85,14 @@ class DeviceEngine:
         ------
         CorruptChunkError
             A chunk that is decoded on the host does not decode.
+        NoRoom
+            What is staged or decoded beside resident chunks finds no place in their arena.
         """
-        slot.reserve(staging.host_bytes, staging.arena_bytes)
-        self._stager.pack(staging, slot.host)
+        slot.reserve(staging.host_bytes, staging.arena_bytes, area_bytes=staging.area_bytes)
+        area = None
+        if staging.resident is not None and staging.area_bytes:
+            area = slot.area.address - staging.resident.arena.address
+        self.stager.pack(staging, slot.host, area)
 
     def submit_csr(
         self, staging: Staging, slot: Slot, *, value_dtypes: Sequence[str] | None = None
@@ -225,7 +238,10 @@ class DeviceEngine:
             if bits & ~status.BAD_COLUMN:
                 reason = status.describe_status(bits)
                 raise self.directory.error(int(staging.plan.chunks[c]), reason)
-            raise self._stager.checks.column_error(staging.plan, c)
+            raise self.stager.checks.column_error(staging.plan, c)
+        begin = staging.first_word("rows")
+        if (words[begin : begin + staging.counts["rows"]] & status.NOT_COUNTS).any():
+            raise not_counts("the dataset's layer")
         raise RuntimeError(
             f"a kernel refused what the host told it to do (status {words[ANY]:#x}); this is a bug of "
             "hbx_gpu, please report it"

@@ -15,14 +15,43 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class DeviceBuffer(Protocol):
-    """Device memory that one slot owns for its life."""
+class Memory(Protocol):
+    """Memory that kernels reach."""
 
     @property
     def address(self) -> int: ...
 
     @property
     def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of memory that somebody else owns."""
+
+    address: int
+    nbytes: int
+
+
+class DeviceBuffer(Memory, Protocol):
+    """Device memory that one slot or store owns for its life."""
+
+    def array(self, begin: int, nbytes: int) -> Any:
+        """Bytes [begin, begin + nbytes) as libraries take device memory (``__cuda_array_interface__``)."""
+
+
+class NoRoom(Exception):
+    """The areas beside the resident chunks are all in use."""
+
+
+class Areas(Protocol):
+    """Parts of an arena, for what is staged beside resident chunks."""
+
+    def take(self, nbytes: int) -> Part:
+        """256-byte aligned; raises NoRoom."""
+
+    def give(self, part: Part) -> None:
+        """Take back what `take` gave."""
 
 
 class Event(Protocol):
@@ -46,13 +75,19 @@ class Backend(Protocol):
     def host_buffer(self, nbytes: int) -> np.ndarray:
         """uint8, (nbytes,): host memory that the device copies from, page-locked where that matters."""
 
+    def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
+        """uint8, (nbytes,): page-locked memory that kernels may read in place, and its address for them."""
+
     def device_buffer(self, nbytes: int) -> DeviceBuffer:
         """Device memory, 256-byte aligned."""
+
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody has taken."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
         """An output: an uninitialised torch tensor, allocated on the decode stream."""
 
-    def upload(self, host: np.ndarray, target: DeviceBuffer) -> None:
+    def upload(self, host: np.ndarray, target: Memory) -> None:
         """Copy to the start of `target` on the copy stream; later launches wait for it."""
 
     def send(self, host: np.ndarray, target: Any) -> None:
@@ -60,6 +95,9 @@ class Backend(Protocol):
 
     def download(self, address: int, target: np.ndarray) -> None:
         """Copy from device memory to page-locked host memory, on the decode stream."""
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        """Copy between two places of device memory, on the decode stream."""
 
     def launch(
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
@@ -95,6 +133,12 @@ class Slot:
         Page-locked memory for what goes straight to an output (metadata), and for what comes back (status).
     busy
         Behind the last use; None: free.
+    areas
+        Where room in the arena of resident chunks comes from; None: there are none.
+    area
+        That room: chunk bytes that cross to resident ones, and what is decoded of either.
+    borrowed
+        Parts of the arena that hold whole chunks for this batch only; given back with its end.
     """
 
     backend: Backend
@@ -102,6 +146,9 @@ class Slot:
     side: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     device: DeviceBuffer | None = None
     busy: Event | None = None
+    areas: Areas | None = None
+    area: Part = Part(0, 0)
+    borrowed: list[Part] = field(default_factory=list)
 
     def wait(self) -> None:
         """Block until nothing on the device refers to the slot."""
@@ -109,15 +156,38 @@ class Slot:
             self.busy.wait()
             self.busy = None
 
-    def reserve(self, host_bytes: int, device_bytes: int, side_bytes: int = 0) -> None:
-        """Make room; sizes are powers of two, so that batches of nearly equal size never allocate."""
+    def release(self) -> None:
+        """Give back what was borrowed for the batch before."""
         self.wait()
+        while self.borrowed:
+            assert self.areas is not None
+            self.areas.give(self.borrowed.pop())
+
+    def reserve(self, host_bytes: int, device_bytes: int, side_bytes: int = 0, area_bytes: int = 0) -> None:
+        """Make room; sizes are powers of two, so that batches of nearly equal size never allocate.
+
+        Raises
+        ------
+        NoRoom
+            There is no area of that size.
+        """
+        self.wait()
+        if self.area.nbytes < area_bytes:
+            self._grow_area(area_bytes)
         if len(self.host) < host_bytes:
             self.host = self.backend.host_buffer(_rounded(host_bytes))
         if len(self.side) < side_bytes:
             self.side = self.backend.host_buffer(_rounded(side_bytes))
-        if self.device is None or self.device.nbytes < device_bytes:
+        if device_bytes and (self.device is None or self.device.nbytes < device_bytes):
             self.device = self.backend.device_buffer(_rounded(device_bytes))
+
+    def _grow_area(self, nbytes: int) -> None:
+        if self.areas is None:
+            raise NoRoom
+        if self.area.nbytes:
+            self.areas.give(self.area)
+            self.area = Part(0, 0)
+        self.area = self.areas.take(_rounded(nbytes))
 
     @property
     def nbytes(self) -> int:

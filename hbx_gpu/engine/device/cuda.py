@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device.backend import DeviceBuffer, Event
+from hbx_gpu.engine.device.backend import DeviceBuffer, Event, Memory
 from hbx_gpu.engine.device.sources import kernel_names, source
 
-_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # cudaMemcpyKind
+_MAPPED = 3  # cudaHostAllocPortable | cudaHostAllocMapped
 _STATIC_SHARED = 48 << 10  # more dynamic shared memory than this must be asked for, per kernel
 
 
@@ -23,6 +25,24 @@ class _Buffer:
         self._tensor = tensor
         self.address = int(tensor.data_ptr())
         self.nbytes = int(tensor.numel())
+
+    def array(self, begin: int, nbytes: int) -> Any:
+        return self._tensor[begin : begin + nbytes]
+
+
+class _Mapped:
+    """Page-locked memory of exactly the size asked for (torch's allocator rounds up to powers of two)."""
+
+    def __init__(self, runtime: Any, nbytes: int) -> None:
+        address = int(runtime.hostAlloc(nbytes, _MAPPED))
+        weakref.finalize(self, runtime.freeHost, address).atexit = False  # the driver goes first
+        self.on_device = int(runtime.pointerGetAttributes(address).devicePointer)
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
 
 
 class _Event:
@@ -64,6 +84,16 @@ class CudaBackend:
         buffer: np.ndarray = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True).numpy()
         return buffer
 
+    def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
+        """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
+        with self._gpu:
+            memory = _Mapped(self._cupy.cuda.runtime, nbytes)
+        return np.asarray(memory), memory.on_device
+
+    def free_memory(self) -> int:
+        """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
+        return int(self._torch.cuda.mem_get_info(self.device)[0])
+
     def device_buffer(self, nbytes: int) -> DeviceBuffer:
         """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
         return _Buffer(self.empty(nbytes, "uint8"))
@@ -73,7 +103,7 @@ class CudaBackend:
         with self.on_decode_stream():
             return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
-    def upload(self, host: np.ndarray, target: DeviceBuffer) -> None:
+    def upload(self, host: np.ndarray, target: Memory) -> None:
         """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
         self._move(target.address, host.ctypes.data, host.nbytes, _HOST_TO_DEVICE, self._copy)
         arrived = self._torch.cuda.Event()
@@ -87,6 +117,10 @@ class CudaBackend:
     def download(self, address: int, target: np.ndarray) -> None:
         """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
         self._move(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST, self._decode)
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        """See :class:`~hbx_gpu.engine.device.backend.Backend`."""
+        self._move(target, source, nbytes, _DEVICE_TO_DEVICE, self._decode)
 
     def launch(
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device.backend import Backend, DeviceBuffer, Event, Slot
-from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT
-from hbx_gpu.engine.device.staging import ANY, UNSORTED, Staging
+from hbx_gpu.engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot
+from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
+from hbx_gpu.engine.device.staged import ANY, UNSORTED, Staging
 from hbx_gpu.transforms import Transform
 
 DENSE_KERNELS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
@@ -138,7 +138,7 @@ class Launches:
             self._bitpacking(part, kernel, word)
         outputs_at = (self._at("outputs"), np.uint32(len(records)))
         if n_pieces := self._count("pieces"):
-            pieces = (*self._table("runs"), *self._table("pieces"))
+            pieces = (*self._runs(), *self._table("pieces"))
             self._launch("rowpack_csr", -(-n_pieces // _WARPS), pieces, self._columns, outputs_at, "pieces")
         if n_plains := self._count("plains"):
             plains = self._table("plains")
@@ -177,7 +177,7 @@ class Launches:
     def rowpack_dense(self, out: Any, dtype: str, transform: Transform, layer: int) -> None:
         """Upload, and go from rowpack chunks to dense rows in one kernel."""
         self._upload(np.zeros(0, OUTPUT))
-        tables = (*self._table("runs"), *self._table("pieces"), *self._table(f"segments{layer}"))
+        tables = (*self._runs(), *self._table("pieces"), *self._table(f"segments{layer}"))
         rows = (self._at(f"row_ptr{layer}"), np.uint32(self._staging.plan.n_rows))
         self._dense("rowpack_dense_", out, dtype, transform, (*tables, *rows, *self._columns), "pieces")
 
@@ -200,7 +200,15 @@ class Launches:
     def _upload(self, outputs: np.ndarray) -> None:
         at = self._staging.at["outputs"]
         self._slot.host[at : at + outputs.nbytes] = outputs.view(np.uint8)
-        self._backend.upload(self._slot.host[: self._staging.host_bytes], self._device)
+        host = self._slot.host[: self._staging.host_bytes]
+        if self._staging.resident is None:
+            self._backend.upload(host, self._device)
+            return
+        # Chunk bytes go beside the resident chunks, tables to where they would lie behind chunk bytes.
+        first = self._staging.staged_bytes
+        if first:
+            self._backend.upload(host[:first], self._slot.area)
+        self._backend.upload(host[first:], Part(self._device.address + first, self._device.nbytes - first))
 
     def _bitpacking(self, part: str, kernel: str, word: int) -> None:
         jobs = self._staging.tables[part]
@@ -242,10 +250,19 @@ class Launches:
         self._backend.launch(kernel, min(grid, _MAX_GRID), _BLOCK, args, shared)
 
     def _arena(self) -> tuple[Any, Any]:
+        """Memory that holds all chunk bytes of the batch."""
+        if (resident := self._staging.resident) is not None:
+            return np.uint64(resident.arena.address), np.uint64(resident.arena.nbytes)
         return np.uint64(self._device.address), np.uint64(self._arena_bytes)
 
     def _at(self, name: str) -> np.uint64:
         return np.uint64(self._device.address + self._staging.at[name])
+
+    def _runs(self) -> tuple[Any, Any]:
+        """HbxRun of staged chunks; with resident ones all of the arena, by which theirs are numbered."""
+        if (resident := self._staging.resident) is not None:
+            return np.uint64(resident.arena.address), np.uint32(resident.arena.nbytes // RUN.itemsize)
+        return self._table("runs")
 
     def _table(self, name: str) -> tuple[Any, Any]:
         return self._at(name), np.uint32(len(self._staging.tables[name]))

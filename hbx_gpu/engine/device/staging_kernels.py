@@ -76,7 +76,7 @@ def _end_run(src, address, geometry, first_block, end_block, n, at, run, ranges)
 
 @_jit
 def size_runs(
-    jobs, address, nbytes, elements, element_size, source, role, piece_ptr, skip, count, out, row,
+    jobs, address, nbytes, elements, element_size, source, role, resident, piece_ptr, skip, count, out, row,
     runs, ranges, pieces, piece_row, status,
 ):  # fmt: skip
     """Cut what the pieces of rowpack chunks need into runs of blocks, one behind the other from byte 0.
@@ -89,6 +89,8 @@ def size_runs(
         Of every chunk of the plan, as in a Slab.
     elements, element_size, source, role
         int64, (k,). Of each job: values of a chunk, bytes per value, its HbxSource and HbxOutput.
+    resident
+        int64, (k,). The run of a job whose chunk is in device memory, of which nothing is staged; else -1.
     piece_ptr, skip, count, out, row
         As in a BatchPlan.
     runs, ranges, pieces, piece_row
@@ -105,38 +107,71 @@ def size_runs(
     n_runs, n_pieces, at = 0, 0, np.int64(0)
     for j in range(len(jobs)):
         c = jobs[j]
-        src = _bytes_at(address[c], nbytes[c])
+        staged = resident[j] < 0
+        src = _bytes_at(address[c], nbytes[c] if staged else 0)
         geometry = parse_header(src, element_size[j], elements[j])
-        status[j] = geometry[0]
+        status[j] = geometry[0] if staged else OK
         begin, end = np.int64(-1), np.int64(0)  # blocks of the run that is open
         for p in range(piece_ptr[c], piece_ptr[c + 1]):
             if count[p] < 1 or skip[p] < 0 or skip[p] + count[p] > elements[j]:
                 status[j] = BAD_REQUEST
             if status[j] != OK:
                 return n_runs, at
+            piece = pieces[n_pieces]
+            piece.out, piece.run, piece.skip, piece.count = out[p], resident[j], skip[p], count[p]
+            piece.source, piece.role, piece.unused = source[j], role[j], 0
+            piece_row[n_pieces] = row[p]
+            n_pieces += 1
+            if not staged:
+                continue
             first, last = skip[p] // BLOCK, (skip[p] + count[p] + BLOCK - 1) // BLOCK
             if begin >= 0 and first > end + MAX_GAP:
-                status[j], staged = _end_run(
+                status[j], nbytes_run = _end_run(
                     src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
                 )
-                n_runs, at, begin = n_runs + 1, at + staged, -1
+                n_runs, at, begin = n_runs + 1, at + nbytes_run, -1
             if begin < 0:
                 begin = first
                 end = first
             end = max(end, last)
-            piece = pieces[n_pieces]
-            piece.out, piece.run, piece.skip, piece.count = out[p], n_runs, skip[p], count[p]
-            piece.source, piece.role, piece.unused = source[j], role[j], 0
-            piece_row[n_pieces] = row[p]
-            n_pieces += 1
+            piece.run = n_runs
         if begin >= 0 and status[j] == OK:
-            status[j], staged = _end_run(
+            status[j], nbytes_run = _end_run(
                 src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
             )
-            n_runs, at = n_runs + 1, at + staged
+            n_runs, at = n_runs + 1, at + nbytes_run
         if status[j] != OK:
             return n_runs, at
     return n_runs, at
+
+
+@_jit
+def whole_runs(address, nbytes, elements, element_size, place, runs, status):
+    """Describe whole rowpack chunks as runs.
+
+    Parameters
+    ----------
+    address, nbytes, elements, element_size
+        Of each chunk, as in `size_runs`.
+    place
+        int64, (k,). Where the chunk lies in the arena.
+    runs, status
+        Filled: HbxRun; OK, or why it does not work.
+    """
+    for j in range(len(address)):
+        geometry = parse_header(_bytes_at(address[j], nbytes[j]), element_size[j], elements[j])
+        status[j], gaps, base_bytes, minimum, payload_start, patch_start, patch_end, _ = geometry
+        run = runs[j]
+        run.records, run.payload, run.patches = (
+            place[j] + _HEADER_BYTES, place[j] + payload_start, place[j] + patch_start
+        )  # fmt: skip
+        run.minimum = minimum
+        run.first_record, run.n_records = 0, (elements[j] + 8 * BLOCK - 1) // (8 * BLOCK)
+        run.payload_begin, run.payload_units = 0, (patch_start - payload_start) >> 4
+        run.patch_begin, run.patch_bytes = 0, patch_end - patch_start
+        run.n = elements[j]
+        run.element_size, run.transform, run.base_bytes = element_size[j], gaps, base_bytes
+        run.unused = 0
 
 
 @_jit

@@ -6,6 +6,7 @@ by side on the loader's threads.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hbx_gpu.source import ArrayLayout
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.storage.readers import Slab
 
+RAW = "raw"
 # Codec -> what decodes and hands out index chunks, value chunks, and says what went wrong.
 _KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
     "bitpacking": (
@@ -38,7 +40,10 @@ _KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What arrays must have in common to go through one kernel call; codec "" = none of the kernels'."""
+    """What arrays must have in common to go through one kernel call; codec "" = none of the kernels'.
+
+    Chunks that are stored as they are (`RAW`) may differ in their number of elements.
+    """
 
     role: int
     dtype: np.dtype
@@ -47,8 +52,14 @@ class _Kind:
     elements: int
 
 
-def _kind(role: int, layout: ArrayLayout, codec: ChunkCodec) -> _Kind:
+def _kind(role: int, layout: ArrayLayout, codec: ChunkCodec, out: np.dtype) -> _Kind:
     elements, dtype = layout.chunk_shape[0], layout.dtype
+    # numba can copy float16 as bit patterns and do nothing else with it.
+    half = np.float16 in (dtype, out)
+    if codec.is_raw and dtype.kind in "iuf" and (dtype == out or not half):
+        return _Kind(role, dtype, RAW, dtype.itemsize, 0)
+    if half:
+        return _Kind(role, dtype, "", 0, elements)
     if codec.rowpack == dtype.itemsize and dtype.kind == "u":
         return _Kind(role, dtype, "rowpack", codec.rowpack, elements)
     if codec.bitpacking and elements * dtype.itemsize % codec.bitpacking == 0:
@@ -84,8 +95,13 @@ class HostEngine:
         # Arrays of one kind share a kernel call.
         kinds: dict[_Kind, int] = {}
         kind_of = [
-            kinds.setdefault(_kind(array % table.n_roles, layout, codec), len(kinds))
-            for array, (layout, codec) in enumerate(zip(directory.layouts, self._codecs, strict=True))
+            kinds.setdefault(_kind(role, layout, codec, out), len(kinds))
+            for (role, out), layout, codec in zip(
+                itertools.cycle(enumerate([np.dtype(np.int32), *self.dtypes])),
+                directory.layouts,
+                self._codecs,
+                strict=False,
+            )
         ]
         self._kind_of = np.array(kind_of, dtype=np.int64)
         self._kinds = list(kinds)
@@ -120,7 +136,9 @@ class HostEngine:
             if not len(jobs):
                 continue
             one = self._kinds[k]
-            if one.codec:
+            if one.codec == RAW:
+                self._raw(plan, slab, jobs, one, outputs[one.role])
+            elif one.codec:
                 self._packed(plan, slab, jobs, one, outputs[one.role])
             else:
                 self._general(plan, slab, jobs, one.role, outputs[one.role])
@@ -161,6 +179,24 @@ class HostEngine:
             c = int(np.flatnonzero(status)[0])
             raise self._error(plan, c, int(status[c]), describe)
 
+    def _raw(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray) -> None:
+        """Chunks that are stored as they are: only what the pieces need is touched."""
+        self._checks.raw_sizes(plan, slab, jobs)
+        like = np.empty(0, kind.dtype)
+        if kind.dtype == np.float16:
+            like, out = like.view(np.uint16), out.view(np.uint16)
+        pieces = (plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out)
+        if kind.role != INDEX_ROLE:
+            kernels.raw_values(jobs, slab.address, slab.nbytes, like, *pieces, out)
+            return
+        table = self.table
+        status = np.zeros(len(plan.chunks), dtype=np.int64)
+        remap = (table.remap, table.remap_start, table.remap_length, table.identity)
+        source = plan.chunk_array[jobs] // table.n_roles
+        kernels.raw_columns(jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, status)
+        if status.any():
+            raise self._error(plan, int(np.flatnonzero(status)[0]), kernels.COLUMN_OUT_OF_RANGE)
+
     def _general(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray) -> None:
         """Chunks of any other codec: one library call each, then the same hand-out."""
         table = self.table
@@ -181,6 +217,9 @@ class HostEngine:
                 remap = table.remap[first : first + table.remap_length[source]]
                 if not kernels.scatter_columns(decoded, p0, p1, *pieces, remap, table.identity[source], out):
                     raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
+            elif np.float16 in (decoded.dtype, out.dtype):
+                for skip, count, at in zip(*(numbers[p0:p1].tolist() for numbers in pieces), strict=True):
+                    out[at : at + count] = decoded[skip : skip + count]
             else:
                 kernels.scatter_values(decoded, p0, p1, *pieces, out)
 
@@ -193,9 +232,11 @@ class HostEngine:
             value = self._checks.fill_value(plan, int(c))
             if role == INDEX_ROLE:
                 value = table.remap[table.remap_start[source] + int(value)]
-            kernels.fill_pieces(
-                p0, p1, plan.piece_count, plan.piece_out, outputs[role].dtype.type(value), outputs[role]
-            )
+            out = outputs[role]
+            filling = np.array(value, out.dtype)
+            if out.dtype == np.float16:
+                out, filling = out.view(np.uint16), filling.view(np.uint16)
+            kernels.fill_pieces(p0, p1, plan.piece_count, plan.piece_out, filling[()], out)
 
     def _error(
         self, plan: BatchPlan, c: int, status: int, describe: Callable[[int], str] = str

@@ -79,6 +79,21 @@ def scatter_values(decoded, p0, p1, skip, count, out_at, out):
 
 
 @_jit
+def to_wide_columns(offsets, indices, out):
+    """Copy column numbers to int64; returns whether they ascend, each once, within every row."""
+    for k in range(len(indices)):
+        out[k] = indices[k]
+    for row in range(len(offsets) - 1):
+        line = indices[offsets[row] : offsets[row + 1]]
+        falls = False
+        for k in range(1, len(line)):
+            falls |= line[k] <= line[k - 1]  # no way out: the loop vectorises
+        if falls:
+            return False
+    return True
+
+
+@_jit
 def _needed_words(skip, count, p0, p1, itemsize, element_size):
     """Range of packed words that hold the elements of pieces p0..p1."""
     low, high = skip[p0], skip[p0] + count[p0]
@@ -123,6 +138,32 @@ def bitpacked_values(
         status[c] = decode_into(src, element_size, len(words), first, last, words)
         if status[c] == 0:
             scatter_values(elements, p0, p1, skip, count, out_at, out)
+
+
+@_jit
+def raw_columns(
+    jobs, address, nbytes, like, piece_ptr, skip, count, out_at,
+    job_source, remap, remap_start, remap_length, identity, out, status,
+):  # fmt: skip
+    """Hand out the columns of index chunks that are stored as they are; `like` has their dtype."""
+    for j in range(len(jobs)):
+        c = jobs[j]
+        elements = _bytes_at(address[c], nbytes[c]).view(like.dtype)
+        r, same = remap_start[job_source[j]], identity[job_source[j]]
+        part = remap[r : r + remap_length[job_source[j]]]
+        if not scatter_columns(
+            elements, piece_ptr[c], piece_ptr[c + 1], skip, count, out_at, part, same, out
+        ):
+            status[c] = COLUMN_OUT_OF_RANGE
+
+
+@_jit
+def raw_values(jobs, address, nbytes, like, piece_ptr, skip, count, out_at, out):
+    """Hand out the values of chunks that are stored as they are; `like` has their dtype."""
+    for j in range(len(jobs)):
+        c = jobs[j]
+        elements = _bytes_at(address[c], nbytes[c]).view(like.dtype)
+        scatter_values(elements, piece_ptr[c], piece_ptr[c + 1], skip, count, out_at, out)
 
 
 @_jit

@@ -1,0 +1,120 @@
+"""How much the loader makes at once and how far ahead, from what it measures.
+
+Decides when batches are made and how many share a plan, never what is in them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+_GROWTH = 8  # windows of at most this many times their first size
+_DEPTH = 4  # windows made ahead, per thread, at most
+_BETTER = 0.9  # of the cost per cell before, for a larger window to be worth its memory
+_WAITS = 0.03  # share of its time that the consumer may wait
+_IDLES = 0.1  # share of their time that threads may idle while it does
+_DRIFT = 2.0  # a cost that changed by this factor is worth another look
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A window that reached the consumer.
+
+    Attributes
+    ----------
+    factor
+        Of the sizing when its batches were taken.
+    cells, nbytes
+        What is in it.
+    seconds
+        That a thread spent on it.
+    """
+
+    factor: int
+    cells: int
+    nbytes: int
+    seconds: float
+
+
+class Sizing:
+    """Size of windows and depth of read-ahead.
+
+    The consumer waits while threads idle: what is made ahead is too short to even out windows that take
+    longer, so there is one more. The consumer waits and no thread idles: making is what limits, so windows
+    twice as large are tried for a round, and kept if a cell then costs less. A consumer that never waits
+    leaves all as it is.
+
+    Parameters
+    ----------
+    threads
+        That make windows.
+    fixed
+        Stay as at first.
+
+    Attributes
+    ----------
+    factor
+        By which windows are larger than at first: a power of two.
+    depth
+        Windows made or in the making beside the one that is consumed.
+    """
+
+    def __init__(self, threads: int, *, fixed: bool = False) -> None:
+        self.factor = 1
+        # One window made per thread, one waiting.
+        self.depth = threads + 1
+        self._threads, self._fixed = threads, fixed
+        self._round = max(4, 2 * threads)
+        self._skip = threads + 1  # the first windows compile, open files and verify checksums
+        self._before: float | None = None  # cost per cell with windows half as large, while those are tried
+        self._settled: float | None = None  # cost per cell when larger windows were found to be no better
+        self._reset()
+
+    def _reset(self) -> None:
+        self._costs: list[float] = []
+        self._nbytes = 0
+        self._elapsed = self._waited = self._idle = 0.0
+
+    def observe(self, made: Made, *, elapsed: float, waited: float, idle: float, budget: int) -> None:
+        """Take a window into account.
+
+        Parameters
+        ----------
+        elapsed, waited, idle
+            Seconds since the window before: in all, of the consumer waiting, and of the threads (summed)
+            with nothing to do.
+        budget
+            Bytes that read-ahead may take up.
+        """
+        if self._fixed or made.factor != self.factor or not made.cells:
+            return
+        if self._skip:
+            self._skip -= 1
+            return
+        self._costs.append(made.seconds / made.cells)
+        self._nbytes = max(self._nbytes, made.nbytes)
+        self._elapsed += elapsed
+        self._waited += waited
+        self._idle += idle
+        if len(self._costs) >= self._round:
+            self._decide(budget)
+            self._reset()
+
+    def _decide(self, budget: int) -> None:
+        cost = statistics.median(self._costs)  # whatever else the machine does hits single windows
+        waits = self._waited > _WAITS * self._elapsed
+        idles = self._idle > _IDLES * self._elapsed * self._threads
+        if self._before is not None:
+            if cost > _BETTER * self._before:
+                self.factor //= 2
+                self._settled = self._before
+            self._before = None
+            return
+        if self._settled is not None and not self._settled / _DRIFT < cost < self._settled * _DRIFT:
+            self._settled = None
+        if waits and idles:
+            if self.depth < _DEPTH * self._threads and self._nbytes * (self.depth + 2) <= budget:
+                self.depth += 1
+        elif waits and self._settled is None and self.factor < _GROWTH:
+            self._before = cost
+            self.factor *= 2

@@ -1,0 +1,303 @@
+"""Where a loader's time goes: what its threads did, and who waited for whom.
+
+Rooms charge their time with :func:`stage`; the loader collects it window by window, so nothing is counted per
+row. Outside a loader's window a stage costs two readings of a clock and goes nowhere.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+STAGES = ("plan", "read", "copy", "decode")
+"""What a window goes through: rows to chunks; chunks to addresses; to page-locked memory; to tensors."""
+
+OTHER = "other"
+"""Time of the threads in a window that no stage charged."""
+
+_here = threading.local()
+
+
+class stage:
+    """Charge the time of a block to a stage of the window that this thread makes.
+
+    A stage inside a stage takes its time away from the outer one.
+
+    Parameters
+    ----------
+    name
+        One of `STAGES`.
+
+    Attributes
+    ----------
+    nbytes
+        Set inside the block: what the stage moved or made.
+    """
+
+    __slots__ = ("_begin", "_inner", "_outer", "name", "nbytes")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.nbytes = name, 0
+        self._inner = 0.0
+
+    def __enter__(self) -> stage:
+        self._outer: stage | None = getattr(_here, "stage", None)
+        _here.stage = self
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        spent = time.perf_counter() - self._begin
+        _here.stage = self._outer
+        if self._outer is not None:
+            self._outer._inner += spent
+        window: Window | None = getattr(_here, "window", None)
+        if window is not None:
+            window.charge(self.name, spent - self._inner, self.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a loader's threads did in one stage of an epoch.
+
+    Attributes
+    ----------
+    seconds
+        Summed over threads.
+    share
+        Of the time that the threads had: at work, or waiting for the consumer.
+    nbytes
+        Read: stored bytes of the chunks asked for (a reader that maps files touches only what is decoded,
+        and its page faults count as decoding). Copy: what was packed to cross to the device. Decode: the
+        batches made.
+    bytes_per_s, cells_per_s
+        Of one thread that does nothing else; 0 where no time was spent.
+    """
+
+    seconds: float
+    share: float
+    nbytes: int
+    bytes_per_s: float
+    cells_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderStats:
+    """An epoch so far, as :meth:`hbx_gpu.loader.CellLoader.stats` tells it.
+
+    Attributes
+    ----------
+    seconds
+        Since the epoch's first batch was asked for, until it ended or now.
+    batches, cells
+        Handed over.
+    windows
+        Made: batches under one plan each.
+    threads, batches_per_window, windows_ahead
+        Where read-ahead stands.
+    stages
+        `STAGES` and `OTHER`.
+    wait_for_data
+        Seconds that the consumer spent in ``next()``.
+    wait_for_consumer
+        Seconds, summed over threads, that these had nothing to do because enough was made ahead.
+    """
+
+    seconds: float
+    batches: int
+    cells: int
+    windows: int
+    threads: int
+    batches_per_window: int
+    windows_ahead: int
+    stages: dict[str, Stage]
+    wait_for_data: float
+    wait_for_consumer: float
+
+    @property
+    def cells_per_s(self) -> float:
+        """Handed over per second, whoever was the slower."""
+        return _per(self.cells, self.seconds)
+
+    @property
+    def wait_for_data_share(self) -> float:
+        """Share of the consumer's time that it spent in ``next()``, 0 to 1."""
+        return min(1.0, _per(self.wait_for_data, self.seconds))
+
+    @property
+    def wait_for_consumer_share(self) -> float:
+        """Share of the threads' time that they had nothing to do, 0 to 1."""
+        busy = sum(stage.seconds for stage in self.stages.values())
+        return _per(self.wait_for_consumer, busy + self.wait_for_consumer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            **asdict(self),
+            "cells_per_s": self.cells_per_s,
+            "wait_for_data_share": self.wait_for_data_share,
+            "wait_for_consumer_share": self.wait_for_consumer_share,
+        }
+
+    def __str__(self) -> str:
+        return format_line(self)
+
+
+def format_line(stats: LoaderStats) -> str:
+    """One line for a terminal: rate, what the threads do, and who waits."""
+    stages = "  ".join(
+        f"{name} {stage.share:.0%}" for name, stage in stats.stages.items() if stage.seconds or name != "copy"
+    )
+    return (
+        f"{stats.cells_per_s:,.0f} cells/s | {stats.threads} threads: {stages}  "
+        f"idle {stats.wait_for_consumer_share:.0%} | waiting for data {stats.wait_for_data_share:.0%}"
+    )
+
+
+class LiveLine:
+    """A progress bar of batches with :func:`format_line` behind it, on stderr.
+
+    Parameters
+    ----------
+    total, initial
+        Batches of the epoch, None where that is unknown, and those that a resumed one begins behind.
+    """
+
+    def __init__(self, recorder: Recorder, total: int | None, initial: int = 0) -> None:
+        from tqdm import tqdm
+
+        self._recorder = recorder
+        self._bar = tqdm(total=total, initial=initial, unit="batch", mininterval=0.2, leave=True)
+        self._told = 0.0
+
+    def update(self) -> None:
+        """One batch more."""
+        now = time.perf_counter()
+        if now - self._told > 0.5:
+            self._told = now
+            self._bar.set_postfix_str(format_line(self._recorder.stats()), refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        self._bar.set_postfix_str(format_line(self._recorder.stats()), refresh=False)
+        self._bar.close()
+
+
+def _per(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0
+
+
+class Window:
+    """The time of one window, on the thread that makes it."""
+
+    __slots__ = ("_begin", "_recorder", "cells", "seconds", "stages")
+
+    def __init__(self, recorder: Recorder, cells: int) -> None:
+        self._recorder, self.cells = recorder, cells
+        self.seconds = 0.0
+        self.stages: dict[str, tuple[float, int]] = {}
+
+    def charge(self, name: str, seconds: float, nbytes: int) -> None:
+        """Add to a stage."""
+        before = self.stages.get(name, (0.0, 0))
+        self.stages[name] = (before[0] + seconds, before[1] + nbytes)
+
+    def __enter__(self) -> Window:
+        self._begin = time.perf_counter()
+        _here.window, _here.stage = self, None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end = time.perf_counter()
+        _here.window = None
+        self.seconds = end - self._begin
+        self._recorder._made(self, self._begin, end)
+
+
+@dataclass
+class Recorder:
+    """Adds up one epoch; written by the loader's threads and by the consumer's.
+
+    Attributes
+    ----------
+    threads, batches_per_window, windows_ahead
+        As in :class:`LoaderStats`; the loader keeps them current.
+    """
+
+    threads: int = 0
+    batches_per_window: int = 1
+    windows_ahead: int = 0
+    idle: float = field(default=0.0, init=False)
+    _waited: float = field(default=0.0, init=False)
+    _batches: int = field(default=0, init=False)
+    _cells: int = field(default=0, init=False)
+    _windows: int = field(default=0, init=False)
+    _made_cells: int = field(default=0, init=False)
+    _busy: float = field(default=0.0, init=False)
+    _stages: dict[str, tuple[float, int]] = field(default_factory=dict, init=False)
+    _last: dict[int, float] = field(default_factory=dict, init=False)
+    _end: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begin = time.perf_counter()
+
+    def window(self, cells: int) -> Window:
+        """``with`` this around making a window, on the thread that makes it."""
+        return Window(self, cells)
+
+    def handed_over(self, seconds: float, batches: int = 1, cells: int = 0) -> None:
+        """The consumer got batches after waiting for `seconds`."""
+        with self._lock:
+            self._waited += seconds
+            self._batches += batches
+            self._cells += cells
+
+    def end(self) -> None:
+        """The epoch is over: time stands still."""
+        if self._end is None:
+            self._end = time.perf_counter()
+
+    def _made(self, window: Window, begin: float, end: float) -> None:
+        with self._lock:
+            self._windows += 1
+            self._made_cells += window.cells
+            self._busy += window.seconds
+            # A thread that had nothing to do between two windows of an epoch was kept from the next one by
+            # the bounds of read-ahead: there was more to make.
+            thread = threading.get_ident()
+            self.idle += max(0.0, begin - self._last.get(thread, begin))
+            self._last[thread] = end
+            for name, (seconds, nbytes) in window.stages.items():
+                before = self._stages.get(name, (0.0, 0))
+                self._stages[name] = (before[0] + seconds, before[1] + nbytes)
+
+    def stats(self) -> LoaderStats:
+        """The sums so far."""
+        with self._lock:
+            found = {name: self._stages.get(name, (0.0, 0)) for name in STAGES}
+            charged = sum(seconds for seconds, _ in found.values())
+            found[OTHER] = (max(0.0, self._busy - charged), 0)
+            total = charged + found[OTHER][0] + self.idle
+            cells = self._made_cells
+            return LoaderStats(
+                seconds=(self._end or time.perf_counter()) - self._begin,
+                batches=self._batches,
+                cells=self._cells,
+                windows=self._windows,
+                threads=self.threads,
+                batches_per_window=self.batches_per_window,
+                windows_ahead=self.windows_ahead,
+                stages={
+                    name: Stage(s, _per(s, total), nbytes, _per(nbytes, s), _per(cells, s))
+                    for name, (s, nbytes) in found.items()
+                },
+                wait_for_data=self._waited,
+                wait_for_consumer=self.idle,
+            )

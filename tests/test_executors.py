@@ -1,0 +1,344 @@
+"""Whoever hands them over, batches are the same: direct and DALI, on the CPU and on devices."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from benchmarks import executors
+from hbx_gpu import loading, pipeline
+from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.cli import main
+from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
+from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
+from hbx_gpu.loader import CellLoader
+from hbx_gpu.loading import device_loader
+from hbx_gpu.pipeline import CellPipeline, DaliOptions
+from hbx_gpu.sampler import CellSampler
+from hbx_gpu.source import ObsColumns
+from hbx_gpu.transforms import log1p, normalize_total
+from tests.dali import need_dali, same_batch
+from tests.emulation.backend import EmulatedBackend
+from tests.emulation.streams import StreamBackend
+from tests.matrices import Group, write_sources
+from tests.test_dataloader import make_dataset, make_groups
+
+
+@pytest.fixture(autouse=True)
+def dali(request: pytest.FixtureRequest) -> None:
+    if "without" not in request.node.name:
+        need_dali()
+
+
+@pytest.fixture(scope="module")
+def atlas(real_h5ad: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RaggedAtlas:
+    path = tmp_path_factory.mktemp("real") / "atlas"
+    assert main(["ingest", str(real_h5ad[0]), "--atlas", str(path)]) == 0
+    return RaggedAtlas.checkout_latest(path)
+
+
+@pytest.fixture(scope="module", params=["all genes", "panel"])
+def real(request: pytest.FixtureRequest, atlas: RaggedAtlas) -> CellDataset:
+    """The mouse data, with columns that no tensor can hold beside those that one can."""
+    query = atlas.query()
+    if request.param == "panel":
+        genes = query.to_cell_dataset("gene_expression").feature_uids
+        query = query.features(list(genes[::7]), "gene_expression")
+    dataset = query.to_cell_dataset("gene_expression", metadata_columns=["obs_name", "dataset_uid"])
+    n = len(dataset)
+    dataset.columns["note"] = np.array([f"cell {i}" for i in range(n)], dtype=object)
+    dataset.columns["score"] = np.linspace(0, 1, n, dtype=np.float32)
+    return dataset
+
+
+def sampler_for(dataset: Any, **kwargs: Any) -> CellSampler:
+    return CellSampler(
+        dataset.groups_np, **{"batch_size": 700, "seed": 3, "num_workers": 0, "locality": "none", **kwargs}
+    )
+
+
+CASES: list[dict[str, Any]] = [
+    *({"layout": "dense", "dtype": dtype} for dtype in ("float32", "float64", "float16", "bfloat16")),
+    {"layout": "dense", "transform": [normalize_total(1e4), log1p]},
+    {"layout": "csr"},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values()))[:16])
+def test_real_data_two_epochs(real: CellDataset, options: dict[str, Any]) -> None:
+    direct = make_loader(real, sampler_for(real), executor="direct", **options)
+    through = make_loader(real, sampler_for(real), executor="dali", **options)
+    assert type(direct) is CellLoader
+    assert isinstance(through, CellPipeline)
+    for epoch in range(2):
+        direct.set_epoch(epoch)
+        through.set_epoch(epoch)
+        assert len(direct) == len(through) == -(-len(real) // 700)
+        for found, expected in zip(through, direct, strict=True):
+            same_batch(found, expected)
+        assert len(found["index"]) == len(real) % 700  # the last batch is a partial one
+
+
+COLUMNS = {
+    "uint16": np.arange(120, dtype=np.uint16) + 65_400,
+    "uint32": np.arange(120, dtype=np.uint32) + (2**32 - 200),
+    "uint64": np.arange(120, dtype=np.uint64) + np.uint64(2**64 - 200),
+    "int8": np.arange(120, dtype=np.int8),
+    "float16": np.linspace(0, 1, 120).astype(np.float16),
+    "float64": np.linspace(0, 1, 120),
+    "bool": np.arange(120) % 2 == 0,
+    "a str, ü": np.arange(120).astype(str),
+    "object": np.array([None, "x", 3] * 40, dtype=object),
+    "day": np.arange(120).astype("M8[us]"),
+    "complex": np.arange(120) * 1j,
+}
+
+
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+def test_columns_of_any_type(tmp_path: Path, layout: str) -> None:
+    dataset = make_dataset(tmp_path, make_groups())
+    dataset._obs = ObsColumns(columns=dict(COLUMNS), categories={})
+    sampler = sampler_for(dataset, batch_size=50)
+    direct = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
+    through = list(make_loader(dataset, sampler, layout=layout, executor="dali"))
+    for found, expected in zip(through, direct, strict=True):
+        same_batch(found, expected)
+    whole = np.concatenate([batch["index"] for batch in through])
+    for name, column in COLUMNS.items():
+        assert np.array_equal(np.concatenate([batch[name] for batch in through]), column[whole])
+
+
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("n_features", [0, 5])
+def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features: int) -> None:
+    """Cells without counts, next to each other or under a panel of nothing."""
+    matrix = sp.csr_matrix((np.repeat([0, 1, 0], 40), (np.arange(120), np.zeros(120))), shape=(120, 5))
+    matrix.eliminate_zeros()
+    remap = np.arange(5, dtype=np.int32) if n_features else np.full(5, -1, np.int32)
+    sources, rows = write_sources(tmp_path, [Group(matrix=matrix.astype(np.uint32), remap=remap)])
+    uids = np.arange(n_features).astype(object)
+    dataset = CellDataset(sources, rows, layer="counts", n_features=n_features, feature_uids=uids)
+    sampler = sampler_for(dataset, batch_size=40, shuffle=False)
+    direct = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
+    through = list(make_loader(dataset, sampler, layout=layout, executor="dali"))
+    assert [batch["X"].shape for batch in through] == [(40, n_features)] * 3
+    for found, expected in zip(through, direct, strict=True):
+        same_batch(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("backend", [EmulatedBackend, StreamBackend], ids=["emulated", "streams"])
+@pytest.mark.parametrize("window", [1, 3])
+def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: int) -> None:
+    groups = make_groups()
+    for group in groups:
+        group.codec = "hbx_gpu.rowpack"
+    dataset = make_dataset(tmp_path, groups)
+    sampler = sampler_for(dataset, batch_size=16)
+    expected = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
+    loader = device_loader(
+        dataset, sampler, backend(), layout=layout, threads=2, window=window, dali=DaliOptions()
+    )
+    assert isinstance(loader, CellPipeline)
+    for found, want in zip(loader, expected, strict=True):
+        same_batch(found, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values()))[:16])
+def test_batches_of_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
+    dataset = make_dataset(tmp_path, make_groups(2000))
+    sampler = sampler_for(dataset, batch_size=256)
+    expected = list(make_loader(dataset, sampler, device="cuda", executor="direct", **options))
+    for _ in range(3):
+        through = make_loader(dataset, sampler, device="cuda", executor="dali", **options)
+        for found, want in zip(through, expected, strict=True):
+            assert found["X"].is_cuda
+            same_batch(
+                {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in found.items()},
+                {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in want.items()},
+            )
+
+
+def test_a_corrupt_chunk_arrives_behind_the_batches_before_it(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_groups())
+    path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
+    path.write_bytes(path.read_bytes()[:-1])
+    sampler = sampler_for(dataset, batch_size=16, locality="group", shuffle=False)
+    seen = {}
+    for executor in ("direct", "dali"):
+        got: list[Any] = []
+        batches = iter(make_loader(dataset, sampler, layout="dense", executor=executor, threads=1, window=1))
+        with pytest.raises(CorruptChunkError, match="g1/csr/layers/counts"):
+            got.extend(batches)
+        seen[executor] = got
+    assert len(seen["direct"]) > 0
+    for found, expected in zip(seen["dali"], seen["direct"], strict=True):
+        same_batch(found, expected)
+
+
+# -- which executor --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
+    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+
+
+@pytest.fixture
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_told", set())
+
+
+@pytest.fixture
+def no_dali(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An interpreter in which DALI is not installed."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    pipeline.missing.cache_clear()
+    yield
+    pipeline.missing.cache_clear()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "hands batches over" in r.getMessage()]
+
+
+@pytest.mark.usefixtures("fresh_log")
+def test_auto_is_dali_and_says_so_once(dataset: CellDataset, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hbx_gpu"):
+        loaders = [make_loader(dataset, sampler_for(dataset), layout="dense") for _ in range(2)]
+    assert all(isinstance(loader, CellPipeline) for loader in loaders)
+    assert len(said(caplog)) == 1
+    assert "DALI" in said(caplog)[0]
+
+
+@pytest.mark.usefixtures("fresh_log", "no_dali")
+def test_without_dali_auto_is_direct_and_says_so_once(
+    dataset: CellDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="hbx_gpu"):
+        loaders = [make_loader(dataset, sampler_for(dataset), layout="dense") for _ in range(2)]
+    assert all(type(loader) is CellLoader for loader in loaders)
+    assert len(said(caplog)) == 1
+    assert "directly" in said(caplog)[0]
+    assert "hbx_gpu[dali]" in said(caplog)[0]
+    assert sum(len(batch["X"]) for batch in loaders[0]) == 120
+
+
+@pytest.mark.usefixtures("no_dali")
+def test_without_dali_asking_for_it_names_the_extra(dataset: CellDataset) -> None:
+    with pytest.raises(DeviceUnavailableError, match=r"pip install 'hbx_gpu\[dali\]'"):
+        make_loader(dataset, sampler_for(dataset), layout="dense", executor="dali")
+    with pytest.raises(DeviceUnavailableError, match=r"pip install 'hbx_gpu\[dali\]'"):
+        pipeline.cell_pipeline(dataset, sampler_for(dataset))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"collate_fn": sparse_to_dense_collate},
+        {"layout": "dense", "num_workers": 1},
+        {"layout": "dense", "executor": "direct"},
+    ],
+    ids=str,
+)
+def test_what_stays_direct(dataset: CellDataset, options: dict[str, Any]) -> None:
+    assert type(make_loader(dataset, sampler_for(dataset), **options)) is CellLoader
+
+
+def test_the_samplers_workers_stay_direct_unless_dali_is_asked_for(dataset: CellDataset) -> None:
+    sampler = sampler_for(dataset, num_workers=2)
+    assert make_loader(dataset, sampler, layout="dense").num_workers == 2
+    loader = make_loader(dataset, sampler, layout="dense", executor="dali")
+    assert loader.num_workers == 0
+    assert sum(len(batch["X"]) for batch in loader) == 120
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": "queue"}, "'auto', 'dali', 'direct'"),
+        ({"executor": "dali"}, "layout"),
+        ({"executor": "dali", "collate_fn": sparse_to_dense_collate}, "layout"),
+        ({"executor": "dali", "layout": "dense", "num_workers": 2}, "worker processes"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(dataset: CellDataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loader(dataset, sampler_for(dataset), **options)
+
+
+@pytest.mark.parametrize(("first", "second"), [("direct", "dali"), ("dali", "direct")])
+def test_a_state_goes_from_one_executor_to_the_other(dataset: CellDataset, first: str, second: str) -> None:
+    def load(executor: str) -> CellLoader:
+        return make_loader(dataset, sampler_for(dataset, batch_size=16), layout="dense", executor=executor)
+
+    whole = list(load("direct"))
+    begun = load(first)
+    batches = iter(begun)
+    for _ in range(3):
+        next(batches)
+    resumed = load(second)
+    resumed.load_state_dict(begun.state_dict())
+    begun.close()
+    for found, expected in zip(resumed, whole[3:], strict=True):
+        same_batch(found, expected)
+
+
+@pytest.mark.parametrize("executor", ["direct", "dali"])
+@pytest.mark.parametrize(
+    "storage",
+    [{"io": "pinned"}, {"residency": "host"}, {"residency": "device", "residency_budget": 1000}],
+    ids=str,
+)
+def test_io_and_residency_reach_the_feed(
+    dataset: CellDataset, executor: str, storage: dict[str, Any]
+) -> None:
+    sampler = sampler_for(dataset)
+    loader = make_loader(
+        dataset, sampler, layout="dense", executor=executor, residency_load="touch", **storage
+    )
+    assert loader._feed._dataset.dataset is not dataset  # read otherwise
+    for found, want in zip(loader, make_loader(dataset, sampler, layout="dense"), strict=True):
+        same_batch(found, want)
+    (whole,) = make_loader(dataset, sampler_for(dataset), **storage)
+    assert len(whole) == 120
+
+
+def test_io_and_residency_are_of_one_process(dataset: CellDataset) -> None:
+    with pytest.raises(ValueError, match="num_workers=0"):
+        make_loader(dataset, sampler_for(dataset), residency="host", num_workers=1)
+    with pytest.raises(ValueError, match="num_workers=0"):
+        make_loader(dataset, sampler_for(dataset, num_workers=1), io="pinned")
+    with pytest.raises(ValueError, match="somewhere"):
+        make_loader(dataset, sampler_for(dataset), residency="somewhere")
+
+
+def test_stats_pass_through(dataset: CellDataset) -> None:
+    loader = make_loader(dataset, sampler_for(dataset, batch_size=16), layout="dense", executor="dali")
+    list(loader)
+    stats = loader.stats()
+    assert (stats.batches, stats.cells) == (8, 120)
+
+
+def test_the_benchmark_says_what_dali_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--cells", "400", "--genes", "100", "--rows", "32", "--rounds", "1", "--batches", "5"]
+    assert executors.main([*options, "--data", str(tmp_path / "data"), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "executors.json").read_text())["results"]
+    assert [r["table"] for r in results] == ["hand-over", "loading"] * 3
+    for result in results:
+        assert result["added"] == result["dali"]["median"] - result["direct"]["median"]
+        assert f"{result['table']}, {result['layout']}, 32 rows" in printed
+    assert results[0]["nbytes"] == 32 * 100 * 4 + 32 * 8  # X and index

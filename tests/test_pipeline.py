@@ -1,0 +1,617 @@
+"""Pipelines of DALI operators over our loader: graphs, random operators, resume, JAX, DALI's own iterator."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import itertools
+import pickle
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from hbx_gpu.dataloader import CellDataset, make_loader
+from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.pipeline import CellPipeline, cell_pipeline, jax_batches
+from hbx_gpu.sampler import CellSampler
+from hbx_gpu.transforms import log1p, normalize_total
+from tests.dali import need_dali, same_batch
+from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
+from tests.test_loader import Slow, loader_threads
+from tests.test_repo import blocks
+
+Fields = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def dali() -> None:
+    need_dali()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
+    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+
+
+def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
+    options = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none", **kwargs}
+    return CellSampler(dataset.groups_np, **options)
+
+
+def direct(dataset: CellDataset, **kwargs: Any) -> list[Fields]:
+    return list(
+        make_loader(dataset, sampler_for(dataset), executor="direct", **{"layout": "dense", **kwargs})
+    )
+
+
+def noise(fields: Fields) -> Fields:
+    """Gaussian noise on X."""
+    from nvidia.dali import fn
+
+    return {**fields, "X": fields["X"] + fn.random.normal(fields["X"], stddev=1.0)}
+
+
+def noisy(dataset: CellDataset, **kwargs: Any) -> CellPipeline:
+    sampler = kwargs.pop("sampler", None) or sampler_for(dataset)
+    return cell_pipeline(dataset, sampler, graph=noise, **kwargs)
+
+
+def xs(loader: Any) -> list[torch.Tensor]:
+    return [batch["X"] for batch in loader]
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+# -- graphs ----------------------------------------------------------------------------------------
+
+
+def test_operators_of_dali_are_part_of_the_pipeline(dataset: CellDataset) -> None:
+    def graph(fields: Fields) -> Fields:
+        from nvidia.dali import fn, types
+
+        x = fn.cast(fields["X"] * 0.5, dtype=types.FLOAT16)
+        return {"X": x, "index": fields["index"], "largest": fn.reductions.max(fields["X"])}
+
+    for found, plain in zip(
+        cell_pipeline(dataset, sampler_for(dataset), graph=graph), direct(dataset), strict=True
+    ):
+        # What DALI does not carry is kept in its place, fields that the graph drops are gone.
+        assert list(found) == ["X", "day", "index", "largest"]
+        assert torch.equal(found["X"], (plain["X"] * 0.5).half())
+        assert torch.equal(found["index"], plain["index"])
+        assert np.array_equal(found["day"], plain["day"])
+        assert found["largest"] == plain["X"].max()
+
+
+def test_a_graph_sees_every_field_by_name(dataset: CellDataset) -> None:
+    seen: list[list[str]] = []
+
+    def graph(fields: Fields) -> Fields:
+        seen.append(list(fields))
+        return fields
+
+    list(cell_pipeline(dataset, sampler_for(dataset), graph=graph))
+    list(cell_pipeline(dataset, sampler_for(dataset), layout="csr", graph=graph))
+    sparse = ["X.indices", "X.values", "X.offsets"]
+    assert seen == [["X", "type", "score", "index"], [*sparse, "type", "score", "index"]]
+
+
+def test_outputs_without_names_make_tuples(dataset: CellDataset) -> None:
+    def pair(fields: Fields) -> tuple[Any, Any]:
+        return fields["X"] + 1, fields["index"]
+
+    def single(fields: Fields) -> Any:
+        return fields["X"] + 1
+
+    plain = direct(dataset)
+    for found, want in zip(cell_pipeline(dataset, sampler_for(dataset), graph=pair), plain, strict=True):
+        assert isinstance(found, tuple)
+        assert torch.equal(found[0], want["X"] + 1)
+        assert torch.equal(found[1], want["index"])
+    (found,) = next(iter(cell_pipeline(dataset, sampler_for(dataset), graph=single)))
+    assert torch.equal(found, plain[0]["X"] + 1)
+
+
+def test_values_of_a_sparse_batch(dataset: CellDataset) -> None:
+    def graph(fields: Fields) -> Fields:
+        return {**fields, "X.values": fields["X.values"] * 2}
+
+    pipeline = cell_pipeline(dataset, sampler_for(dataset), layout="csr", graph=graph)
+    for found, plain in zip(pipeline, direct(dataset, layout="csr"), strict=True):
+        plain["X"].values().mul_(2)
+        same_batch(found, plain)
+
+
+def test_part_of_a_sparse_batch_is_no_tensor_any_more(dataset: CellDataset) -> None:
+    def graph(fields: Fields) -> Fields:
+        return {"X.values": fields["X.values"], "length": fields["X.offsets"]}
+
+    pipeline = cell_pipeline(dataset, sampler_for(dataset), layout="csr", graph=graph)
+    for found, plain in zip(pipeline, direct(dataset, layout="csr"), strict=True):
+        assert list(found) == ["day", "X.values", "length"]
+        assert torch.equal(found["X.values"], plain["X"].values())
+        assert torch.equal(found["length"], plain["X"].crow_indices())
+
+
+def test_parts_that_are_no_sparse_matrix_are_refused(dataset: CellDataset) -> None:
+    def graph(fields: Fields) -> Fields:
+        from nvidia.dali import fn
+
+        return {**fields, "X.values": fn.slice(fields["X.values"], 0, 2, axes=[0])}
+
+    with pytest.raises(ValueError, match=r"2 X\.values"):
+        next(iter(cell_pipeline(dataset, sampler_for(dataset), layout="csr", graph=graph)))
+
+
+def test_python_inside_a_graph_does_not_stop_the_loader(dataset: CellDataset) -> None:
+    """It needs the interpreter's lock on DALI's threads, which nobody may hold while waiting for DALI."""
+
+    def graph(fields: Fields) -> Fields:
+        from nvidia.dali import fn
+
+        return {**fields, "X": fn.python_function(fields["X"], function=lambda x: x + 1)}
+
+    pipeline = cell_pipeline(dataset, sampler_for(dataset), graph=graph)
+    assert equal(xs(pipeline), [x + 1 for x in xs(direct(dataset))])
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [lambda fields: None, lambda fields: {}, lambda fields: {"X": 1}, lambda fields: {1: fields["X"]}],  # noqa: ARG005
+)
+def test_what_a_graph_may_not_return(dataset: CellDataset, graph: Callable[[Fields], Any]) -> None:
+    with pytest.raises(TypeError, match="DataNodes by name"):
+        next(iter(cell_pipeline(dataset, sampler_for(dataset), graph=graph)))
+    assert not loader_threads()
+
+
+def test_an_error_inside_the_graph_function_arrives(dataset: CellDataset) -> None:
+    with pytest.raises(KeyError, match="no such field"):
+        next(iter(cell_pipeline(dataset, sampler_for(dataset), graph=lambda fields: fields["no such field"])))
+    assert not loader_threads()
+
+
+def test_an_error_of_an_operator_arrives(dataset: CellDataset) -> None:
+    """In the batch it happens in; those before are handed over."""
+
+    def graph(fields: Fields) -> Fields:
+        from nvidia.dali import fn
+
+        return {**fields, "X": fn.slice(fields["X"], 0, 16, axes=[0])}  # the last batch has 8 rows
+
+    batches = iter(cell_pipeline(dataset, sampler_for(dataset), graph=graph))
+    got = list(itertools.islice(batches, 7))
+    assert equal(xs(got), xs(direct(dataset))[:7])
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        next(batches)
+    assert next(batches, None) is None
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"graph": noise, "dtype": "bfloat16"}, "bfloat16"),
+        ({"prefetch_queue_depth": 0}, "prefetch_queue_depth"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"layout": "blocked"}, "blocked"),
+        ({"num_workers": 2}, "worker processes"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(dataset: CellDataset, options: Fields, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cell_pipeline(dataset, sampler_for(dataset), **options)
+
+
+# -- random operators --------------------------------------------------------------------------------
+
+
+def test_random_operators_follow_seed_and_epoch(dataset: CellDataset) -> None:
+    one, other = noisy(dataset), noisy(dataset, prefetch_queue_depth=4, threads=1, window=1)
+    first = xs(one)
+    assert not equal(first, xs(direct(dataset)))
+    assert equal(first, xs(one))  # the same epoch again
+    assert equal(first, xs(other))  # however far ahead
+    same_cells = sampler_for(dataset, shuffle=False)
+    unshuffled = noisy(dataset, sampler=same_cells)
+    epochs = []
+    for epoch in (0, 1, 0):
+        unshuffled.set_epoch(epoch)
+        epochs.append(xs(unshuffled))
+    assert equal(epochs[0], epochs[2])
+    assert not any(map(torch.equal, epochs[0], epochs[1]))
+
+
+def test_a_seed_of_its_own(dataset: CellDataset) -> None:
+    assert equal(xs(noisy(dataset, seed=1)), xs(noisy(dataset, seed=1)))
+    assert not equal(xs(noisy(dataset, seed=1)), xs(noisy(dataset, seed=2)))
+
+
+def test_ranks_have_noise_of_their_own(dataset: CellDataset) -> None:
+    def first_noise(rank: int) -> torch.Tensor:
+        sampler = sampler_for(dataset, rank=rank, world_size=2)
+        plain = next(iter(make_loader(dataset, sampler, layout="dense", executor="direct")))
+        return next(iter(noisy(dataset, sampler=sampler)))["X"] - plain["X"]
+
+    assert not torch.allclose(first_noise(0), first_noise(1), atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["running", "left", "closed"])
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_random_operators_resume(dataset: CellDataset, step: int, how: str) -> None:
+    whole = noisy(dataset)
+    whole.set_epoch(2)
+    expected = xs(whole)
+
+    begun = noisy(dataset)
+    begun.set_epoch(2)
+    batches = iter(begun)
+    head = [next(batches)["X"] for _ in range(step)]
+    if how == "closed":
+        begun.close()
+    elif how == "left":
+        del batches
+        gc.collect()
+    state = pickle.loads(pickle.dumps(begun.state_dict()))
+    begun.close()
+
+    resumed = noisy(dataset)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(2)
+    assert resumed.state_dict() == state  # handed on before anything is loaded
+    assert equal(head + xs(resumed), expected)
+    resumed.set_epoch(3)
+    whole.set_epoch(3)
+    assert equal(xs(resumed), xs(whole))
+
+
+def test_another_epoch_forgets_where_random_operators_were(dataset: CellDataset) -> None:
+    begun = noisy(dataset)
+    batches = iter(begun)
+    next(batches), next(batches)
+    state = begun.state_dict()
+    begun.close()
+    whole, resumed = noisy(dataset), noisy(dataset)
+    resumed.load_state_dict(state)
+    for loader in (whole, resumed):
+        loader.set_epoch(4)
+    assert equal(xs(resumed), xs(whole))
+
+
+def test_the_state_at_the_end_of_an_epoch_begins_the_next_one(dataset: CellDataset) -> None:
+    whole = noisy(dataset)
+    list(whole)
+    state = whole.state_dict()
+    assert set(state) == {"sampler"}
+    resumed = noisy(dataset)
+    resumed.load_state_dict(state)
+    assert list(resumed) == []
+    resumed.set_epoch(1)
+    whole.set_epoch(1)
+    assert equal(xs(resumed), xs(whole))
+
+
+def test_another_rank_takes_up_the_order_with_noise_of_its_own(dataset: CellDataset) -> None:
+    begun = noisy(dataset, sampler=sampler_for(dataset, rank=0, world_size=2))
+    batches = iter(begun)
+    next(batches)
+    state = begun.state_dict()
+    begun.close()
+
+    def resumed(rank: int) -> list[Fields]:
+        loader = noisy(dataset, sampler=sampler_for(dataset, rank=rank, world_size=2))
+        loader.load_state_dict(state)
+        return list(loader)
+
+    def plain(rank: int) -> list[Fields]:
+        sampler = sampler_for(dataset, rank=rank, world_size=2)
+        return list(make_loader(dataset, sampler, layout="dense", executor="direct"))
+
+    assert equal(xs(resumed(1)), xs(resumed(1)))
+    assert equal([b["index"] for b in resumed(1)], [b["index"] for b in plain(1)][1:])
+    one, other = (resumed(rank)[0]["X"] - plain(rank)[1]["X"] for rank in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_the_position_is_what_the_consumer_received(dataset: CellDataset) -> None:
+    """Not what is inside DALI: a deep queue that had time to fill changes nothing."""
+    loader = cell_pipeline(dataset, sampler_for(dataset), prefetch_queue_depth=5)
+    whole = list(loader)
+    batches = iter(loader)
+    for step in range(1, 4):
+        next(batches)
+        time.sleep(0.1)
+        resumed = cell_pipeline(dataset, sampler_for(dataset))
+        resumed.load_state_dict(loader.state_dict())
+        for found, expected in zip(resumed, whole[step:], strict=True):
+            same_batch(found, expected)
+
+
+# -- ends --------------------------------------------------------------------------------------------
+
+
+def test_batches_stay_as_they_are_while_they_are_held(dataset: CellDataset) -> None:
+    """Outputs are views of DALI's memory: it may not be used again, nor go with the pipeline."""
+    loader = cell_pipeline(dataset, sampler_for(dataset))
+    held = list(loader)
+    loader.close()
+    del loader
+    gc.collect()
+    list(cell_pipeline(dataset, sampler_for(dataset, shuffle=False)))
+    for found, expected in zip(held, direct(dataset), strict=True):
+        same_batch(found, expected)
+
+
+def test_a_context_manager_ends_everything(dataset: CellDataset) -> None:
+    list(cell_pipeline(dataset, sampler_for(dataset)))
+    gc.collect()
+    native = psutil.Process().num_threads()
+    gc.disable()  # nothing waits for it
+    try:
+        with cell_pipeline(dataset, sampler_for(dataset)) as loader:
+            batches = iter(loader)
+            next(batches)
+            assert loader_threads()
+            dali = loader.pipeline()
+        assert not loader_threads()
+        del batches, dali
+        assert psutil.Process().num_threads() <= native
+    finally:
+        gc.enable()
+
+
+def test_epochs_leave_no_threads_behind(dataset: CellDataset) -> None:
+    loader = cell_pipeline(dataset, sampler_for(dataset))
+    list(loader)
+    gc.collect()
+    native = psutil.Process().num_threads()
+    for epoch in range(20):
+        loader.set_epoch(epoch)
+        for _ in zip(loader, range(epoch % 9), strict=False):  # leaving somewhere
+            pass
+    assert not loader_threads()
+    assert psutil.Process().num_threads() <= native
+
+
+def test_a_consumer_that_stops_stops_the_loader() -> None:
+    data = Slow(0.001)
+    sampler = CellSampler(np.zeros(1000, np.int32), batch_size=10, shuffle=False, num_workers=0)
+    with cell_pipeline(data, sampler, prefetch_queue_depth=3, window=1, threads=1) as loader:
+        batches = iter(loader)
+        next(batches)
+        time.sleep(0.3)
+        made = data.made
+        time.sleep(0.2)
+        assert data.made == made  # bounded: 3 inside DALI, the loader's own ahead
+        assert made <= 1 + 3 + 4
+
+
+def test_a_program_that_ends_in_mid_epoch_ends() -> None:
+    """No thread of ours or of DALI's keeps the interpreter, or crashes it."""
+    script = """
+import time
+import numpy as np
+from hbx_gpu.pipeline import cell_pipeline
+from hbx_gpu.sampler import CellSampler
+from tests.test_loader import Slow
+from tests.test_pipeline import noise
+cells = np.zeros(100_000, np.int32)
+sampler = CellSampler(cells, batch_size=4, num_workers=0, shuffle=False)
+loader = cell_pipeline(Slow(0), sampler, graph=noise, prefetch_queue_depth=100_000, window=1)
+batches = iter(loader)
+next(batches)
+dali = loader.pipeline()
+dali.close()
+other = cell_pipeline(Slow(0), sampler, window=1)
+dali = other.pipeline()
+dali.run()
+time.sleep(0.2)
+print("read")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
+
+
+# -- DALI's own iterator -----------------------------------------------------------------------------
+
+
+def generic(loader: CellPipeline, **kwargs: Any) -> Any:
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    pipe = loader.pipeline()
+    return DALIGenericIterator(pipe, list(pipe.names), **kwargs)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_dali_generic_iterator(dataset: CellDataset, depth: int) -> None:
+    loader = cell_pipeline(dataset, sampler_for(dataset), prefetch_queue_depth=depth)
+    plain = make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct")
+    iterator = generic(loader)
+    for epoch in range(3):
+        plain.set_epoch(epoch)
+        if epoch:
+            loader.set_epoch(epoch)
+            iterator.reset()
+        for (found,), want in zip(iterator, plain, strict=True):
+            assert set(found) == {"X", "type", "score", "index"}  # dates are not there
+            for name, tensor in found.items():
+                assert torch.equal(tensor[0], want[name])  # one sample: the batch
+    loader.close()
+    assert not loader_threads()
+
+
+def test_dali_generic_iterator_sees_errors(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_groups())
+    path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
+    path.write_bytes(path.read_bytes()[:-1])
+    sampler = sampler_for(dataset, locality="group", shuffle=False)
+    with cell_pipeline(dataset, sampler, window=1, threads=1) as loader:
+        iterator = generic(loader)
+        with pytest.raises(CorruptChunkError, match="g1/csr"):
+            for _ in iterator:  # it has no len(), which list() would ask for
+                pass
+    assert not loader_threads()
+
+
+def test_what_dali_generic_iterator_cannot_carry(tmp_path: Path) -> None:
+    """As the documentation says: bfloat16 are bits, unsigned columns are refused. Our iterator has both."""
+    dataset = make_dataset(tmp_path, make_groups())
+    dataset.columns["unsigned"] = np.arange(120, dtype=np.uint32)
+    with (
+        cell_pipeline(dataset, sampler_for(dataset)) as loader,
+        pytest.raises(KeyError, match="UINT32"),
+    ):
+        generic(loader)
+    del dataset.columns["unsigned"]
+    with cell_pipeline(dataset, sampler_for(dataset), dtype="bfloat16") as loader:
+        pipe = loader.pipeline()
+        (x, *_) = pipe.run()
+        bits = torch.from_dlpack(x.as_tensor())[0]
+    want = direct(dataset, dtype="bfloat16")[0]["X"]
+    assert bits.dtype == torch.uint16
+    assert torch.equal(bits.view(torch.bfloat16), want)
+
+
+def test_a_pipeline_of_an_epoch_without_batches(dataset: CellDataset) -> None:
+    loader = cell_pipeline(dataset, sampler_for(dataset))
+    list(loader)
+    other = cell_pipeline(dataset, sampler_for(dataset))
+    other.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match="no batches"):
+        other.pipeline()
+
+
+def test_the_documentation_runs(dataset: CellDataset) -> None:
+    """Every Python block of docs/dali.md, one after the other."""
+    seen: list[tuple[torch.Size, float]] = []
+
+    def train(x: torch.Tensor, mask: torch.Tensor) -> None:
+        assert x.dtype == torch.float16
+        assert not x[~mask].any()
+        seen.append((x.shape, mask.float().mean().item()))
+
+    namespace = {
+        "dataset": dataset,
+        "sampler": sampler_for(dataset),
+        "train": train,
+        "normalize_total": normalize_total,
+        "log1p": log1p,
+    }
+    for language, block in blocks(ROOT / "docs" / "dali.md"):
+        if language == "python":
+            exec(block, namespace)
+    assert len(seen) == 4 * 8  # an epoch of ours and three of DALI's iterator
+    assert abs(np.mean([share for _, share in seen]) - 0.85) < 0.02
+
+
+# -- JAX ---------------------------------------------------------------------------------------------
+
+
+class Sparse:
+    """What our batches need of ``jax.experimental.sparse.BCSR``."""
+
+    def __init__(self, parts: tuple[Any, Any, Any], *, shape: tuple[int, int]) -> None:
+        (self.data, self.indices, self.indptr), self.shape = parts, shape
+
+    def todense(self) -> np.ndarray:
+        dense = np.zeros(self.shape, self.data.dtype)
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.indptr))
+        dense[rows, self.indices] = self.data
+        return dense
+
+
+@pytest.fixture(params=["stand-in", "jax"])
+def jax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """JAX, or where it is not installed modules with the names that we use of it."""
+    if request.param == "jax":
+        if importlib.util.find_spec("jax") is None:
+            pytest.skip("jax is not installed")
+    else:
+        dlpack = types.SimpleNamespace(from_dlpack=np.from_dlpack)
+        modules = {
+            "jax": types.SimpleNamespace(dlpack=dlpack),
+            "jax.dlpack": dlpack,
+            "jax.experimental": types.SimpleNamespace(sparse=types.SimpleNamespace(BCSR=Sparse)),
+        }
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    return request.param
+
+
+@pytest.mark.parametrize("executor", ["dali", "direct"])
+def test_jax_dense(dataset: CellDataset, jax: str, executor: str) -> None:
+    loader = make_loader(dataset, sampler_for(dataset), layout="dense", executor=executor)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        found = list(jax_batches(loader))
+        loader.set_epoch(epoch)
+        for batch, want in zip(found, loader, strict=True):
+            assert list(batch) == list(want)
+            assert type(batch["X"]).__module__.split(".")[0] == ("numpy" if jax == "stand-in" else "jaxlib")
+            for name, value in want.items():
+                assert np.allclose(
+                    np.asarray(batch[name], dtype=np.float64), np.asarray(value, dtype=np.float64)
+                )
+
+
+def test_jax_sparse_and_resume(dataset: CellDataset, jax: str) -> None:  # noqa: ARG001
+    loader = cell_pipeline(dataset, sampler_for(dataset), layout="csr")
+    whole = [np.asarray(batch["X"].todense()) for batch in jax_batches(loader)]
+    for batch, want in zip(whole, direct(dataset), strict=True):
+        assert np.array_equal(batch, want["X"])
+    batches = jax_batches(loader)
+    next(batches), next(batches)
+    state = loader.state_dict()
+    del batches
+    assert not loader_threads()
+    loader.load_state_dict(state)
+    rest = [np.asarray(batch["X"].todense()) for batch in jax_batches(loader)]
+    assert all(map(np.array_equal, rest, whole[2:]))
+    assert len(rest) == len(whole) - 2
+
+
+def test_jax_tuples(dataset: CellDataset, jax: str) -> None:  # noqa: ARG001
+    loader = cell_pipeline(dataset, sampler_for(dataset), graph=lambda fields: (fields["X"],))
+    ((x,), *_) = jax_batches(loader)
+    assert x.shape == (16, N_FEATURES)
+
+
+# -- GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_noise_on_a_gpu(tmp_path: Path) -> None:
+    """Held batches and a consumer that lags behind, with DALI's operators between kernels and consumer."""
+    dataset = make_dataset(tmp_path, make_groups(2000))
+    sampler = sampler_for(dataset, batch_size=256)
+    plain = make_loader(dataset, sampler, device="cuda", layout="dense", executor="direct")
+    want = [batch["X"].cpu() for batch in plain]
+
+    def graph(fields: Fields) -> Fields:
+        return {**fields, "X": fields["X"] * 2 + 1}
+
+    for _ in range(3):
+        loader = cell_pipeline(dataset, sampler, device="cuda", graph=graph)
+        assert equal([x.cpu() for x in xs(loader)], [x * 2 + 1 for x in want])
+    first = xs(cell_pipeline(dataset, sampler, device="cuda", graph=noise))
+    assert equal(first, xs(cell_pipeline(dataset, sampler, device="cuda", graph=noise)))
