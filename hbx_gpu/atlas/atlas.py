@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+    from hbx_gpu.atlas.inputs import Input
+
 ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
 _UNKNOWN = (
@@ -387,7 +389,7 @@ class RaggedAtlas:
         with self._writing() as catalogue:
             return maintenance.snapshot(catalogue)
 
-    def add_from_anndata(self, adata: AnnData | str | os.PathLike[str], **kwargs: Any) -> int:
+    def add_from_anndata(self, adata: AnnData | str | os.PathLike[str] | Input, **kwargs: Any) -> int:
         """See :func:`hbx_gpu.atlas.add_from_anndata`."""
         from hbx_gpu.atlas.ingest import add_from_anndata
 

@@ -83,7 +83,7 @@ class H5adFile:
                 "(X, raw, or the name of a layer)"
             )
         key = {"X": "X", "raw": "raw/X"}.get(name, f"layers/{name}")
-        return _open_matrix(self._file[key], f"{self.path}, matrix {name!r}")
+        return open_matrix(self._file[key], f"{self.path}, matrix {name!r}")
 
     def obs(self) -> pd.DataFrame:
         """Table of the cells, their names as index."""
@@ -118,7 +118,7 @@ def _is_matrix(node: Any) -> bool:
     return isinstance(node, h5py.Dataset) and node.ndim == 2
 
 
-def _open_matrix(node: Any, name: str) -> Matrix:
+def open_matrix(node: Any, name: str) -> Matrix:
     if isinstance(node, h5py.Dataset):
         return DenseMatrix(name, (int(node.shape[0]), int(node.shape[1])), node)
     layout = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))

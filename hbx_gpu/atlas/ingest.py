@@ -76,7 +76,7 @@ class _Plan:
 
 def add_from_anndata(
     atlas: RaggedAtlas,
-    adata: AnnData | str | os.PathLike[str],
+    adata: AnnData | str | os.PathLike[str] | Input,
     *,
     field_name: str | None = None,
     feature_space: str | None = None,
@@ -100,7 +100,8 @@ def add_from_anndata(
     atlas
         Open for writing.
     adata
-        In memory, backed by a file and unchanged, or the path of an .h5ad file.
+        In memory, backed by a file and unchanged, or the path of an .h5ad file; or what another format made
+        of its data.
     field_name
         Pointer column that the cells get, ``gene_expression`` by default; `feature_space` names
         it by its space.
@@ -159,7 +160,9 @@ def add_from_anndata(
     )
     with contextlib.ExitStack() as stack:
         catalogue = stack.enter_context(atlas._writing())
-        if isinstance(adata, str | os.PathLike) or adata.isbacked:
+        if isinstance(adata, Input):
+            data = adata
+        elif isinstance(adata, str | os.PathLike) or adata.isbacked:
             path = adata if isinstance(adata, str | os.PathLike) else _backing_file(adata)
             data = from_h5ad(stack.enter_context(H5adFile(path)), layer or "X")
         else:

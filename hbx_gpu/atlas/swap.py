@@ -39,7 +39,7 @@ def replace_group(store: Path, note: RepackNote) -> None:
     absent for the moment between two renames; the note, which must be in the journal, covers that.
     """
     live, folder = store / note.zarr_group, staging(store, note.staging)
-    if not _exchange(folder / NEW, live):
+    if not exchange(folder / NEW, live):
         os.rename(live, folder / OLD)
         try:
             os.rename(folder / NEW, live)
@@ -71,7 +71,7 @@ def settle(journal: Journal, store: Path, note: RepackNote) -> None:
     journal.remove(note)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange(a: Path, b: Path) -> bool:
     """Exchange two names in one step; False where that is not possible."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

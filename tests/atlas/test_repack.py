@@ -346,7 +346,7 @@ def test_a_damaged_chunk_is_named_and_kept(atlas: Path) -> None:
 
 def test_without_an_exchange_of_names(atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = contents(atlas)
-    monkeypatch.setattr(swap, "_exchange", lambda *_: False)
+    monkeypatch.setattr(swap, "exchange", lambda *_: False)
     repack(atlas, ROWPACK)
     assert contents(atlas) == stored
     assert nothing_left_over(atlas)

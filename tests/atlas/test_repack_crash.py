@@ -45,7 +45,7 @@ def dying(*args, **kwargs):
     return result
 
 if exchange == "no":
-    swap._exchange = lambda *_: False
+    swap.exchange = lambda *_: False
 setattr(target, name, dying)
 repack(path, "hbx_gpu.rowpack")
 """
@@ -77,7 +77,7 @@ _STEPS: list[tuple[Any, str, str, int, bool]] = [
     (repacking, "_compare", "after", 1, True),
     (repacking, "_rewrite", "after", 2, True),
     (swap, "replace_group", "before", 1, True),
-    (swap, "_exchange", "after", 1, True),
+    (swap, "exchange", "after", 1, True),
     (swap, "replace_group", "after", 1, True),
     (swap, "discard", "before", 1, True),
     (swap, "discard", "after", 1, True),
@@ -205,7 +205,7 @@ def test_dying_at_any_step(
 
     with monkeypatch.context() as patch:
         if not exchange:
-            patch.setattr(swap, "_exchange", lambda *_: False)
+            patch.setattr(swap, "exchange", lambda *_: False)
         patch.setattr(swap, "settle", settle_if_alive)
         patch.setattr(owner, name, dying)
         with pytest.raises(Died):
@@ -251,7 +251,7 @@ def test_killed_while_being_put_in_order(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(swap, "_exchange", lambda *_: False)
+        patch.setattr(swap, "exchange", lambda *_: False)
         patch.setattr(
             swap,
             "replace_group",

@@ -1,0 +1,36 @@
+"""SCDL archives: opened in place, created and changed safely. The public names, resolved on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "SingleCellMemMapDataset": "hbx_gpu.scdl.dataset",
+    "Mode": "hbx_gpu.scdl.dataset",
+    "FileNames": "hbx_gpu.scdl.dataset",
+    "NeighborSamplingStrategy": "hbx_gpu.scdl.neighbors",
+    "SingleCellCollection": "hbx_gpu.scdl.collection",
+    "ObservedFeatureIndex": "hbx_gpu.scdl.features",
+    "VariableFeatureIndex": "hbx_gpu.scdl.features",
+    "collate_sparse_matrix_batch": "hbx_gpu.scdl.collate",
+    "collate_neighbor_sparse_matrix_batch": "hbx_gpu.scdl.collate",
+    "are_dicts_equal": "hbx_gpu.scdl.features",
+    "Archive": "hbx_gpu.scdl.archive",
+    "open_archive": "hbx_gpu.scdl.archive",
+    "Header": "hbx_gpu.scdl.header",
+    "read_header": "hbx_gpu.scdl.header",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: importing the package must not import torch, pyarrow or pandas.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'hbx_gpu.scdl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

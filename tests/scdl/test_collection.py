@@ -1,0 +1,129 @@
+"""Collections: several archives in one folder, and the one archive made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
+from hbx_gpu.scdl.archive import open_archive
+from tests.scdl.files import adata, content, counts, h5ad, leftovers
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    folder = tmp_path / "h5ad"
+    (folder / "deep").mkdir(parents=True)
+    h5ad(folder / "b.h5ad", counts(4, 3, seed=1), genes="g", cells="b")
+    h5ad(folder / "a.h5ad", counts(5, 3, seed=2), genes="g", cells="a")
+    h5ad(folder / "deep" / "c.h5ad", counts(2, 70, seed=3), genes="h", cells="c")
+    return folder
+
+
+def test_empty(tmp_path: Path) -> None:
+    collection = SingleCellCollection(tmp_path / "new" / "one")
+    assert (
+        collection.number_of_rows()
+        == collection.number_of_values()
+        == collection.number_nonzero_values()
+        == 0
+    )
+    assert collection.shape() == (0, [0])
+    assert collection.sparsity() == 0.0
+    assert [p.name for p in (tmp_path / "new" / "one").iterdir()] == ["version.json"]
+    with pytest.raises(ValueError, match="is empty"):
+        collection.flatten(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_many_files_in_the_order_of_their_paths(sources: Path, tmp_path: Path, processes: bool) -> None:
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad_multi(sources, max_workers=2, use_processes=processes)
+    assert list(collection.fname_to_mmap) == [tmp_path / "all" / name for name in "abc"]
+    assert collection.number_of_rows() == 11
+    assert collection.number_of_variables() == [3, 70]
+    assert collection.number_of_values() == 9 * 3 + 2 * 70
+    stored = sum(len(d.data) for d in collection.fname_to_mmap.values())
+    assert collection.number_nonzero_values() == stored
+    assert collection.sparsity() == (167 - stored) / 167
+    again = SingleCellCollection.open(tmp_path / "all")
+    assert again.shape() == collection.shape()
+
+
+@pytest.mark.parametrize("destroy", [False, True])
+def test_flatten(sources: Path, tmp_path: Path, destroy: bool) -> None:
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad_multi(str(sources))
+    shape = collection.shape()
+    rows = [row for path in collection.fname_to_mmap for row in content(path)["rows"]]
+    collection.flatten(tmp_path / "flat", destroy_on_copy=destroy)
+    flat = SingleCellMemMapDataset(tmp_path / "flat")
+    assert flat.shape() == shape
+    assert content(tmp_path / "flat")["rows"] == rows
+    assert (tmp_path / "all").exists() is not destroy
+    # Usable in either case.
+    assert collection.number_of_rows() == (0 if destroy else 11)
+    with pytest.raises((FileExistsError, ValueError)):
+        collection.flatten(tmp_path / "flat")
+
+
+def test_one_file_is_copied_not_moved(sources: Path, tmp_path: Path) -> None:
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad(sources / "a.h5ad")
+    collection.flatten(tmp_path / "flat")
+    assert content(tmp_path / "flat")["rows"] == content(tmp_path / "all" / "a")["rows"]
+
+
+def test_flatten_onto_an_archive(sources: Path, tmp_path: Path) -> None:
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad(sources / "a.h5ad")
+    for _ in range(2):
+        collection.flatten(tmp_path / "flat", overwrite=True)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        collection.flatten(tmp_path / "flat")
+    assert not leftovers(tmp_path)
+
+
+def test_equal_names(sources: Path, tmp_path: Path) -> None:
+    h5ad(sources / "deep" / "a.h5ad", counts(3, 3))
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad_multi(sources)
+    assert [p.name for p in collection.fname_to_mmap] == ["a", "b", "deep__a", "c"]
+
+
+def test_dtypes_and_neighbors(tmp_path: Path) -> None:
+    folder = tmp_path / "h5ad"
+    folder.mkdir()
+    for i in range(2):
+        data = adata(counts(4, 3, seed=i))
+        data.obsp["near"] = sp.random(4, 4, 0.5, "csr", random_state=i, dtype=np.float32)
+        data.write_h5ad(folder / f"{i}.h5ad")
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad_multi(folder, data_dtype="auto", load_neighbors=True, neighbor_key="near")
+    collection.flatten(tmp_path / "flat")
+    assert open_archive(tmp_path / "flat").data.dtype == np.uint8
+    one = content(tmp_path / "all" / "1")["neighbors"]
+    assert content(tmp_path / "flat")["neighbors"][4:] == [([n + 4 for n in near], w) for near, w in one]
+    assert collection.fname_to_mmap[tmp_path / "all" / "1"].get_neighbor_stats()["has_neighbors"]
+
+
+def test_errors(sources: Path, tmp_path: Path) -> None:
+    collection = SingleCellCollection(tmp_path / "all")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="There a no h5ad files in"):
+        collection.load_h5ad_multi(tmp_path / "empty")
+    (sources / "b.h5ad").write_bytes(b"junk")
+    with pytest.raises(RuntimeError, match=r"Error in processing file .*b\.h5ad: .*no HDF5"):
+        collection.load_h5ad_multi(sources)
+    # Nothing is left that would hinder the next try.
+    assert [p.name for p in (tmp_path / "all").iterdir()] == ["version.json"]
+    assert collection.fname_to_mmap == {}
+    (sources / "b.h5ad").unlink()
+    collection.load_h5ad_multi(sources)
+    with pytest.raises(FileExistsError):
+        collection.load_h5ad(sources / "a.h5ad")
+    with pytest.raises(FileNotFoundError, match="SCDL archives"):
+        SingleCellCollection.open(tmp_path / "empty")
