@@ -72,9 +72,10 @@ def row_fingerprints(archive: Path, out: Path) -> int:
 def measure(options: argparse.Namespace, loader: str, order: str, batch: int, truth: Path) -> dict[str, Any]:
     """One loader at one setting, in a process of its own."""
     python = options.python if loader.startswith("scdl") else sys.executable
-    command = [python, "-m", "benchmarks.scdl_rows_loader", "--loader", loader, "--order", order,
-               "--archive", str(options.archive), "--seconds", str(options.seconds), "--warmup", str(options.warmup), "--truth", str(truth),
-               "--batch", str(batch)]  # fmt: skip
+    told = {"loader": loader, "order": order, "batch": batch, "archive": options.archive, "truth": truth,
+            "seconds": options.seconds, "warmup": options.warmup}  # fmt: skip
+    command = [python, "-m", "benchmarks.scdl_rows_loader"]
+    command += [part for name, value in told.items() for part in (f"--{name}", str(value))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -102,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = conditions()
     print(describe_conditions(here))
     print(
-        f"{options.archive}: {n_rows:,} rows; {options.repeats} runs of {options.seconds:g} s each after {options.warmup:g} s\n"
+        f"{options.archive}: {n_rows:,} rows; {options.repeats} runs of {options.seconds:g} s each after "
+        f"{options.warmup:g} s of warm-up\n"
     )
     summary = _summary(runs)
     print(_table(summary))

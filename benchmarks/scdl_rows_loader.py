@@ -113,7 +113,7 @@ def _open_ours(options: argparse.Namespace, batch: int) -> tuple[Epoch, int]:
         num_workers=0,
     )
     layout = "csr" if options.loader == "ours-csr" else None
-    loader = make_loader(dataset, sampler, layout=layout)
+    loader = make_loader(dataset, sampler, layout=layout, executor="direct")
 
     def epoch(number: int) -> Iterator[Csr]:
         loader.set_epoch(number)

@@ -304,9 +304,7 @@ class AtlasQuery:
         )
         return reading.open_dataset(self._snapshot, self._name, pointer, found, layer, columns, recipe)
 
-    def to_modality_obs(
-        self, feature_space: str | None = None, *, field_name: str | None = None
-    ) -> pa.Table:
+    def to_modality_obs(self, feature_space: str | None = None, *, field_name: str | None = None) -> pa.Table:
         """Obs rows that have a modality, without pointers: row for row those of :meth:`to_cell_dataset`."""
         found = self._read_rows(self._pointer(feature_space, field_name), [])
         return obs_room.read_table(self._table, self._plain_columns(), rowids=found.rowids)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from hbx_gpu import pipeline
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.loading import device_loader
@@ -57,11 +58,14 @@ def check(batches: list[dict[str, Any]], truth: np.ndarray, name: str) -> None:
         assert np.array_equal(found.numpy(), expected), name
 
 
+@pytest.mark.parametrize("executor", ["direct", "dali"])
 @pytest.mark.parametrize("layout", ["dense", "csr"])
-def test_every_archive_through_the_loader(scdl_cases: dict[str, Case], layout: str) -> None:
+def test_every_archive_through_the_loader(scdl_cases: dict[str, Case], layout: str, executor: str) -> None:
+    if executor == "dali" and (reason := pipeline.missing()):
+        pytest.skip(reason)
     for name, case in readable(scdl_cases):
         dataset = SingleCellMemMapDataset(case.archive)
-        with make_loader(dataset, sampler(dataset), layout=layout) as loader:
+        with make_loader(dataset, sampler(dataset), layout=layout, executor=executor) as loader:
             check(list(loader), dense_of(case, dataset.to_cell_dataset()), name)
 
 
@@ -167,9 +171,11 @@ def test_neighbours_are_a_second_batch(
         case.archive, load_neighbors=True, neighbor_sampling_strategy=strategy, neighbor_seed=5
     )
     truth = dense_of(case, to_cell_dataset(case.archive))
-    with make_loader(dataset, sampler(dataset), layout=layout) as loader:
+    with make_loader(dataset, sampler(dataset), layout=layout) as loader:  # through DALI where it is there
         here = list(loader)
     check_pairs(here, case, truth)
+    with make_loader(dataset, sampler(dataset), layout=layout, executor="direct") as loader:
+        check_pairs(list(loader), case, truth)
     with device_loader(dataset, sampler(dataset), backend, layout=layout) as loader:
         there = list(loader)
     check_pairs(there, case, truth)
