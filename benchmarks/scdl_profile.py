@@ -48,7 +48,7 @@ def open_ours(path: str, order: str, batch_size: int) -> Opened:
             seed=0,
             num_workers=0,
         )
-    loader = make_loader(dataset, sampler, layout="csr", num_workers=0)
+    loader = make_loader(dataset, sampler, layout="csr", num_workers=0, executor="direct")
 
     def epoch(number: int) -> Iterator[tuple[int, int]]:
         loader.set_epoch(number)

@@ -13,6 +13,9 @@ _DEPTH = 4  # windows made ahead, per thread, at most
 _BETTER = 0.9  # of the cost per cell before, for a larger window to be worth its memory
 _WAITS = 0.03  # share of its time that the consumer may wait
 _IDLES = 0.1  # share of their time that threads may idle while it does
+PATIENCE = 10.0
+"""Seconds of loading before larger windows are tried: a trial touches new memory, which a short run would never
+earn back."""
 _DRIFT = 2.0  # a cost that changed by this factor is worth another look
 
 
@@ -41,8 +44,8 @@ class Sizing:
 
     The consumer waits while threads idle: what is made ahead is too short to even out windows that take
     longer, so there is one more. The consumer waits and no thread idles: making is what limits, so windows
-    twice as large are tried for a round, and kept if a cell then costs less. A consumer that never waits
-    leaves all as it is.
+    twice as large are tried for a round after some seconds, and kept if a cell then costs less. A consumer
+    that never waits leaves all as it is.
 
     Parameters
     ----------
@@ -65,6 +68,7 @@ class Sizing:
         self.depth = threads + 1
         self._threads, self._fixed = threads, fixed
         self._round = max(4, 2 * threads)
+        self._age = 0.0
         self._skip = threads + 1  # the first windows compile, open files and verify checksums
         self._before: float | None = None  # cost per cell with windows half as large, while those are tried
         self._settled: float | None = None  # cost per cell when larger windows were found to be no better
@@ -94,6 +98,7 @@ class Sizing:
         self._costs.append(made.seconds / made.cells)
         self._nbytes = max(self._nbytes, made.nbytes)
         self._elapsed += elapsed
+        self._age += elapsed
         self._waited += waited
         self._idle += idle
         if len(self._costs) >= self._round:
@@ -115,6 +120,6 @@ class Sizing:
         if waits and idles:
             if self.depth < _DEPTH * self._threads and self._nbytes * (self.depth + 2) <= budget:
                 self.depth += 1
-        elif waits and self._settled is None and self.factor < _GROWTH:
+        elif waits and self._settled is None and self.factor < _GROWTH and self._age >= PATIENCE:
             self._before = cost
             self.factor *= 2

@@ -17,6 +17,11 @@ from hbx_gpu.sizing import Made, Sizing
 ROOM = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbx_gpu.sizing.PATIENCE", 0.0)
+
+
 def rounds(
     sizing: Sizing, cost: Any, *, waited: float = 0.0, idle: float = 0.0, budget: int = ROOM, n: int = 20
 ) -> list[tuple[int, int]]:
@@ -55,6 +60,14 @@ def test_a_cost_that_changes_is_looked_at_again() -> None:
     sizing = Sizing(2)
     rounds(sizing, lambda cells: 1e-4 * cells, waited=0.5)
     assert rounds(sizing, lambda cells: 0.05 + 1e-5 * cells, waited=0.5)[-1] == (8, 3)
+
+
+def test_short_runs_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbx_gpu.sizing.PATIENCE", 10.0)
+    trace = rounds(Sizing(2), lambda cells: 0.05 + 1e-5 * cells, waited=0.5, n=8)
+    # A decision every four seconds and more: the third comes after ten.
+    assert [factor for factor, _ in trace[:3]] == [1, 1, 2]
+    assert trace[-1] == (8, 3)
 
 
 def test_a_consumer_that_does_not_wait_changes_nothing() -> None:
