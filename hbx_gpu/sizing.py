@@ -14,8 +14,8 @@ _BETTER = 0.9  # of the cost per cell before, for a larger window to be worth it
 _WAITS = 0.03  # share of its time that the consumer may wait
 _IDLES = 0.1  # share of their time that threads may idle while it does
 PATIENCE = 10.0
-"""Seconds of loading before larger windows are tried: a trial touches new memory, which a short run would never
-earn back."""
+"""Seconds of loading before larger windows are tried: a trial touches new memory, which a short run would
+never earn back."""
 _DRIFT = 2.0  # a cost that changed by this factor is worth another look
 
 
