@@ -1,0 +1,13 @@
+"""Image tiles on their way to the model: crop, flip, rotate, resize, colour and normalise, through DALI.
+
+Importing it imports neither DALI nor torch; making a pipeline does.
+"""
+
+from __future__ import annotations
+
+from hbx_gpu.images.collate import TileCollate
+from hbx_gpu.images.dali import ImagePipeline
+from hbx_gpu.images.decode import decode_images
+from hbx_gpu.images.recipe import ImageTransform
+
+__all__ = ["ImagePipeline", "ImageTransform", "TileCollate", "decode_images"]
