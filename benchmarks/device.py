@@ -21,7 +21,7 @@ from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.devices import resolve
 from hbx_gpu.engine.device.backend import Slot
 from hbx_gpu.errors import DeviceUnavailableError
-from hbx_gpu.loading import device_loader, make_loader
+from hbx_gpu.loading.make import device_loader, make_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform
 

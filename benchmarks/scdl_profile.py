@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _COLUMNS = ("loader", "order", "batch_size", "cells_per_s", "cells", "seconds", 
 Opened = tuple[int, Callable[[int], Iterator[tuple[int, int]]]]
 
 
-def open_ours(path: str, order: str, batch_size: int) -> Opened:
+def open_ours(path: str, order: str, batch_size: int, executor: str) -> Opened:
     """`make_loader` on the archive: CSR tensors, threads of this process."""
     from hbx_gpu.dataloader import make_loader
     from hbx_gpu.sampler import CellSampler
@@ -48,7 +49,7 @@ def open_ours(path: str, order: str, batch_size: int) -> Opened:
             seed=0,
             num_workers=0,
         )
-    loader = make_loader(dataset, sampler, layout="csr", num_workers=0, executor="direct")
+    loader = make_loader(dataset, sampler, layout="csr", num_workers=0, executor=executor)
 
     def epoch(number: int) -> Iterator[tuple[int, int]]:
         loader.set_epoch(number)
@@ -131,11 +132,15 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     """Run one loader for some seconds after a warm-up, within this process."""
     import resource
 
-    opener = {"hbx_gpu": open_ours, "bionemo-scdl": open_scdl, "anndata": open_anndata}[job["loader"]]
+    openers: dict[str, Callable[..., Opened]] = {
+        "hbx_gpu": partial(open_ours, executor=job["executor"]),
+        "bionemo-scdl": open_scdl,
+        "anndata": open_anndata,
+    }
     import torch  # noqa: F401 - its import is nobody's opening time
 
     clock = time.perf_counter()
-    _, epoch = opener(job["path"], job["order"], job["batch_size"])
+    _, epoch = openers[job["loader"]](job["path"], job["order"], job["batch_size"])
     opened = time.perf_counter() - clock
     batches = epoch(0)
     next(batches)
@@ -198,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{loader} is left out: {reason}", file=sys.stderr)
                 continue
             job = {"loader": loader, "path": str(path), "order": order, "batch_size": options.batch_size,
-                   "seconds": options.seconds, "warmup": options.warmup}  # fmt: skip
+                   "seconds": options.seconds, "warmup": options.warmup,
+                   "executor": options.executor}  # fmt: skip
             found = _in_process(options.python if loader == "bionemo-scdl" else sys.executable, job)
             rows.append({**job, **found, "disk_mb": size_on_disk(path) / 1e6})
     here = conditions()
@@ -253,6 +259,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=["shuffle"])
     parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=list(LOADERS))
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--executor", choices=("direct", "dali", "auto"), default="direct",
+                        help="who hands our batches over")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=10.0, help="time per loader and order")
     parser.add_argument("--warmup", type=float, default=2.0)
     parser.add_argument("--python", default=os.environ.get("HBX_SCDL_PYTHON"), metavar="PATH",

@@ -13,7 +13,9 @@ _PUBLIC = {
     "create_or_open_atlas": "hbx_gpu.atlas",
     "add_from_anndata": "hbx_gpu.atlas",
     "add_from_h5ad": "hbx_gpu.atlas",
+    "add_multimodal": "hbx_gpu.atlas",
     "CellDataset": "hbx_gpu.dataloader",
+    "DenseCellDataset": "hbx_gpu.dataloader",
     "MultimodalCellDataset": "hbx_gpu.dataloader",
     "make_loader": "hbx_gpu.dataloader",
     "sparse_to_dense_collate": "hbx_gpu.dataloader",
@@ -23,6 +25,7 @@ _PUBLIC = {
     "CellSampler": "hbx_gpu.sampler",
     "SparseBatch": "hbx_gpu.batch",
     "DenseBatch": "hbx_gpu.batch",
+    "RaggedBatch": "hbx_gpu.batch",
     "MultimodalBatch": "hbx_gpu.batch",
 }
 

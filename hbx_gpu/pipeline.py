@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu.dali_feed import Feeder, finished, rebuild, run_on, take_outputs
 from hbx_gpu.errors import DeviceUnavailableError
-from hbx_gpu.loader import Ahead, CellLoader
+from hbx_gpu.loading.dali_feed import Feeder, finished, rebuild, run_on, take_outputs
+from hbx_gpu.loading.loader import Ahead, CellLoader
 
 if TYPE_CHECKING:
     from hbx_gpu.transforms import Transform
@@ -93,7 +93,7 @@ def cell_pipeline(
     Parameters
     ----------
     dataset, sampler, device, layout, dtype, transform
-        As for :func:`hbx_gpu.loading.make_loader`.
+        As for :func:`hbx_gpu.dataloader.make_loader`.
     graph
         Called with the fields of a batch as DALI ``DataNode`` s by name; returns those that come out: a dict
         (what the fields of a batch are called), or a tuple (batches are tuples then). A field has one sample
@@ -109,7 +109,7 @@ def cell_pipeline(
     seed
         With epoch and rank, of DALI's random operators (default: the sampler's).
     **kwargs
-        As for :func:`hbx_gpu.loading.make_loader`.
+        As for :func:`hbx_gpu.dataloader.make_loader`.
 
     Returns
     -------
@@ -122,9 +122,9 @@ def cell_pipeline(
     DeviceUnavailableError
         DALI or the device cannot be used; says what is missing.
     ValueError
-        Options that do not go together, as for :func:`hbx_gpu.loading.make_loader`.
+        Options that do not go together, as for :func:`hbx_gpu.dataloader.make_loader`.
     """
-    from hbx_gpu.loading import build_loader
+    from hbx_gpu.loading.make import build_loader
 
     if graph is not None and dtype == "bfloat16":
         raise ValueError(
@@ -147,7 +147,7 @@ def cell_pipeline(
 
 
 class CellPipeline(CellLoader):
-    """A :class:`~hbx_gpu.loader.CellLoader` whose batches go through DALI.
+    """A :class:`~hbx_gpu.loading.loader.CellLoader` whose batches go through DALI.
 
     Every iteration makes a DALI pipeline of its own, so that random operators depend on seed, epoch and rank
     alone. Made by :func:`cell_pipeline` and by ``make_loader(executor="dali")``.
@@ -157,7 +157,6 @@ class CellPipeline(CellLoader):
         super().__init__(*args, **kwargs)
         self.dali = dali
         self._feeders: list[Feeder] = []
-        self._epoch = 0
         self._run: _Run | None = None
         self._restored: dict[str, Any] | None = None  # state of random operators to begin with
         self._position = 0  # in the epoch, where the next iteration begins
@@ -188,7 +187,6 @@ class CellPipeline(CellLoader):
         """See :meth:`CellLoader.set_epoch`."""
         before, self._run = self._current_epoch(), None
         super().set_epoch(epoch)
-        self._epoch = epoch
         if self._current_epoch() != before:
             self._restored, self._position = None, 0
 
@@ -225,7 +223,7 @@ class CellPipeline(CellLoader):
         sparse batches in three parts, and positions are not counted for :meth:`state_dict`. Waits for the
         first batch. ``close()`` ends its thread.
         """
-        from hbx_gpu.dali_graph import FedPipeline
+        from hbx_gpu.loading.dali_graph import FedPipeline
 
         return FedPipeline.begin(self)
 
@@ -309,7 +307,7 @@ class _Run(Ahead):
             raise
 
     def _begin(self) -> Feeder:
-        from hbx_gpu.dali_graph import build
+        from hbx_gpu.loading.dali_graph import build
 
         options = self._options
         batches = finished(self._ahead, options.device_id)

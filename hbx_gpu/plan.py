@@ -15,6 +15,7 @@ import numpy as np
 
 from hbx_gpu.source import RowIndex, Source
 
+_ROWS = 1 << 20  # of a dataset that are looked at together
 INDEX_ROLE = 0
 """Role of the column-index array; role ``k + 1`` is the k-th layer."""
 
@@ -26,8 +27,8 @@ class SourceTable:
     Attributes
     ----------
     n_roles
-        Arrays per Source: column indices (role 0) and the layers. Array ``source * n_roles + role``
-        of the dataset's ChunkDirectory.
+        Arrays per Source: column indices (role 0), where there are any, and the layers. Array
+        ``source * n_roles + role - first_role`` of the dataset's ChunkDirectory.
     chunk_base
         int64, (n_sources * n_roles + 1,). First global chunk number of each array.
     chunk_elements
@@ -46,6 +47,8 @@ class SourceTable:
         bool, (n_sources,). See :class:`~hbx_gpu.source.Source`.
     identity
         bool, (n_sources,). Whether the Source's remap changes nothing.
+    first_role
+        Role of a Source's first array: `INDEX_ROLE`, or 1 where there are no column indices.
     """
 
     n_roles: int
@@ -59,6 +62,12 @@ class SourceTable:
     drops: bool
     repeats: np.ndarray
     identity: np.ndarray
+    first_role: int = 0
+
+    def roles(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and role of arrays."""
+        source, number = np.divmod(array, self.n_roles)
+        return source, number + self.first_role
 
 
 def element_base(chunks: Sequence[int], elements: Sequence[int]) -> np.ndarray:
@@ -172,37 +181,104 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
     np.cumsum(length, out=offsets[1:])
 
     filled = np.flatnonzero(length)  # empty rows have no pieces
-    n = len(filled)
-    # One entry per (role, row): the chunks its segment touches.
-    array = (source[filled].astype(np.int64) * table.n_roles + np.arange(table.n_roles)[:, None]).ravel()
-    row = np.tile(filled, table.n_roles)
-    begin, end = start[row], start[row] + length[row]
-    elements = table.chunk_elements[array]
-    first = begin // elements
-    n_pieces = (end - 1) // elements - first + 1
-
-    if n and n_pieces.max() > 1:
-        entry = np.repeat(np.arange(n * table.n_roles), n_pieces)
-        step = np.arange(len(entry)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
-        array, row, elements = array[entry], row[entry], elements[entry]
-        begin, end, first = begin[entry], end[entry], first[entry] + step
-    chunk = table.chunk_base[array] + first
-    chunk_start = first * elements
-    piece_begin = np.maximum(begin, chunk_start)
-    count = np.minimum(end, chunk_start + elements) - piece_begin
-
-    # By place in storage: chunk after chunk, and within a chunk from front to back.
-    order = np.argsort(table.element_base[array] + piece_begin, kind="stable")
-    chunk = chunk[order]
+    group = source[filled].astype(np.int64)
+    # Rows by place in storage: so are their pieces then, with rare exceptions.
+    by_place = np.argsort(table.element_base[group * table.n_roles] + start[filled])
+    filled, group = filled[by_place], group[by_place]
+    begin = start[filled]
+    end = begin + length[filled]
+    cuts: dict[bytes, tuple[np.ndarray, ...]] = {}
+    arrays, chunks, pieces = [], [], []
+    for role in range(table.n_roles):
+        elements = table.chunk_elements[role :: table.n_roles]
+        if (key := elements.tobytes()) not in cuts:  # most arrays are chunked alike
+            cuts[key] = _cut(elements, group, begin, end)
+        entry, first, skip, count, behind = cuts[key]
+        arrays.append(group[entry] * table.n_roles + role)
+        chunks.append(table.chunk_base[arrays[-1]] + first)
+        row = filled[entry]
+        pieces.append((row, skip, count, offsets[row] + behind))
+    array, chunk = np.concatenate(arrays), np.concatenate(chunks)
+    row, skip, count, out = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    if len(group) and group[0] != group[-1]:  # array after array
+        order = np.argsort(array, kind="stable")
+        array, chunk = array[order], chunk[order]
+        row, skip, count, out = row[order], skip[order], count[order], out[order]
     head = np.flatnonzero(np.diff(chunk, prepend=-1))
     return BatchPlan(
         source=source,
         offsets=offsets,
         chunks=chunk[head],
-        chunk_array=array[order][head],
+        chunk_array=array[head],
         piece_ptr=np.append(head, len(chunk)),
-        piece_row=row[order],
-        piece_skip=(piece_begin - chunk_start)[order],
-        piece_count=count[order],
-        piece_out=(offsets[row] + piece_begin - begin)[order],
+        piece_row=row,
+        piece_skip=skip,
+        piece_count=count,
+        piece_out=out,
     )
+
+
+def _cut(
+    elements: np.ndarray, group: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Cut segments at the borders of chunks.
+
+    Parameters
+    ----------
+    elements
+        Per Source: elements per chunk.
+    group, begin, end
+        Source and elements of each segment; by place in storage.
+
+    Returns
+    -------
+    entry, first, skip, count, behind
+        Per piece, by place in storage: its segment, number of its chunk in the array, first element in the
+        chunk, number of elements, elements of the segment before it.
+    """
+    size = elements[group]
+    first = begin // size
+    n_pieces = (end - 1) // size - first + 1
+    entry = np.repeat(np.arange(len(group)), n_pieces)
+    if len(entry) > len(group):
+        step = np.arange(len(entry)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        group, begin, end, size = group[entry], begin[entry], end[entry], size[entry]
+        first = first[entry] + step
+    chunk_begin = first * size
+    piece_begin = np.maximum(begin, chunk_begin)
+    count = np.minimum(end, chunk_begin + size) - piece_begin
+    parts: tuple[np.ndarray, ...] = (entry, first, piece_begin - chunk_begin, count, piece_begin - begin)
+    # Segments that overlap have pieces out of order.
+    moved = (np.diff(group) == 0) & (np.diff(piece_begin) < 0)
+    if moved.any():
+        order = np.lexsort((piece_begin, group))
+        parts = tuple(part[order] for part in parts)
+    return parts
+
+
+def needed_chunks(table: SourceTable, rows: RowIndex) -> np.ndarray:
+    """Chunks that any row needs.
+
+    Returns
+    -------
+    ndarray
+        int64, (k,). Global numbers; chunks of column indices beside the chunks of their values, so that any
+        beginning of the list serves whole rows.
+    """
+    n_chunks = int(table.chunk_base[-1])
+    change = np.zeros(n_chunks + 1, np.int64)
+    for begin in range(0, len(rows), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        filled = (rows.source[part] >= 0) & (rows.length[part] > 0)
+        source = rows.source[part][filled].astype(np.int64)
+        start, length = rows.start[part][filled], rows.length[part][filled]
+        for role in range(table.n_roles):
+            array = source * table.n_roles + role
+            first = table.chunk_base[array] + start // table.chunk_elements[array]
+            last = table.chunk_base[array] + (start + length - 1) // table.chunk_elements[array]
+            change += np.bincount(first, minlength=n_chunks + 1)
+            change -= np.bincount(last + 1, minlength=n_chunks + 1)
+    chunks = np.flatnonzero(np.cumsum(change[:-1]))
+    array = np.searchsorted(table.chunk_base, chunks, "right") - 1
+    element = (chunks - table.chunk_base[array]) * table.chunk_elements[array]
+    return chunks[np.lexsort((array, element, array // table.n_roles))]

@@ -72,9 +72,9 @@ class Source:
     name
         Path of the group, for messages.
     index
-        1-D array of local column numbers (sparse), or None for a dense matrix.
+        1-D array of local column numbers (sparse), or None for dense matrices, images and encoded bytes.
     layers
-        Value arrays by layer name, parallel to `index` (sparse: 1-D; dense: row axis first).
+        Value arrays by layer name, parallel to `index` (sparse: 1-D; others: any number of axes).
     remap
         int32, (n_local_features,). Local column -> output column, -1 = drop. Sources that share a
         layout share the array object.
@@ -109,6 +109,35 @@ class RowIndex:
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class BoxIndex:
+    """Where each row of a dataset lies in arrays of several axes.
+
+    Attributes
+    ----------
+    source
+        As in :class:`RowIndex`.
+    lower
+        int64, (n, k). First element of the row's box on each of the k leading axes of its array; the axes
+        behind them are taken in full.
+    size
+        int64, (n, k). Elements on each of these axes; -1 = the axis in full. Without meaning where the row
+        lacks this modality.
+    """
+
+    source: np.ndarray
+    lower: np.ndarray
+    size: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @classmethod
+    def of_rows(cls, rows: RowIndex) -> BoxIndex:
+        """Boxes on the first axis."""
+        return cls(rows.source, rows.start[:, None], rows.length.astype(np.int64)[:, None])
 
 
 @dataclass(frozen=True, slots=True)

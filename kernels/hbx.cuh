@@ -49,6 +49,7 @@ typedef long long i64;
 #define HBX_BAD_HEADER 32u  // bitpacking: transform, count or length
 #define HBX_NOT_COUNTS 128u // a value that is to be normalised or logged is negative or no whole number
 #define HBX_BAD_PLACE 64u   // the plan points outside an output (a bug of the host, never of a file)
+#define HBX_BAD_STREAM 256u // a decompressor refused a stream, or found another number of bytes in it
 
 HBX_DEVICE void hbx_fail(u32* status, u32* any, u32 bits) {
     atomicOr(status, bits);
@@ -134,6 +135,16 @@ struct HbxSegment {
     u32 count;        // elements, at least 1
     u32 unused;
 };  // 24 bytes
+
+// A stretch of a decompressed chunk: stored bytes to copy, or a shuffled block to put back in order.
+struct HbxBlock {
+    u64 from;      // arena offset of its bytes
+    u64 to;        // arena offset of where they go; the two do not overlap
+    u32 nbytes;
+    u32 typesize;  // bytes per element, at least 1
+    u32 shuffle;   // 0 none, 1 bytes, 2 bits
+    u32 unused;
+};  // 32 bytes
 
 // Element types, by number (hbx_gpu/engine/device/records.py).
 #define HBX_U8 0

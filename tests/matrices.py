@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.codecs.numcodecs import LZ4, Zlib
 
 from hbx_gpu.source import RowIndex, Source
 from hbx_gpu.storage.metadata import read_layout
@@ -40,12 +41,20 @@ def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
         from hbx_gpu.codecs.zarr_codec import RowpackCodec
 
         return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
-    return {
+    name, _, checksum = codec.partition("+")
+    found: list[object] = {
         "zstd": [ZstdCodec(level=0)],
         "blosc": [BloscCodec(cname="lz4")],
+        "blosc-lz4-bits": [BloscCodec(cname="lz4", shuffle="bitshuffle", blocksize=256)],
+        "blosc-zstd-bytes": [BloscCodec(cname="zstd", shuffle="shuffle", blocksize=256)],
+        "blosc-zlib": [BloscCodec(cname="zlib", shuffle="noshuffle")],
+        "blosc-blosclz": [BloscCodec(cname="blosclz")],
+        "lz4": [LZ4()],
+        "zlib": [Zlib()],
         "gzip": [GzipCodec(level=1)],
         "none": [],
-    }[codec]
+    }[name]
+    return [*found, Crc32cCodec()] if checksum else found
 
 
 def write_array(path: Path, data: np.ndarray, group: Group, transform: str) -> None:

@@ -20,11 +20,29 @@ ROOT = Path(__file__).resolve().parents[1]
 _ATLAS = ("zarr", "lancedb", "h5py", "anndata", "hypothesis", "google_crc32c", "scipy")
 
 
-_LOADING = tuple(f"tests/test_{name}.py" for name in ("device_loader", "residency", "executors", "pipeline"))
+_LOADING = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "device_loader",
+        "device_decode",
+        "dense_device",
+        "multimodal",
+        "residency",
+        "executors",
+        "pipeline",
+    )
+)
 
 
 def _absent(modules: Sequence[str]) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is None]
+    return [name for name in modules if not _there(name)]
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
 
 
 def _sanitizer() -> str | None:
@@ -39,6 +57,8 @@ def steps(out: Path, sanitize_only: str, pythons: Sequence[str]) -> list[tuple[s
     pytest = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     absent = _absent(_ATLAS)
     atlas = f"packages missing: {', '.join(absent)}" if absent else ""
+    lacking = absent or _absent(("nvidia.dali",))
+    images = f"packages missing: {', '.join(lacking)}" if lacking else ""
     tool = _sanitizer()
     none = "" if tool else "compute-sanitizer is neither on PATH nor below CUDA_HOME"
     check = [tool or "compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9"]
@@ -46,11 +66,13 @@ def steps(out: Path, sanitize_only: str, pythons: Sequence[str]) -> list[tuple[s
     return [
         ("kernels", [*pytest, "tests/kernels"], ""),
         ("engine and loader", [*pytest, "tests/engine", *_LOADING], atlas),
+        ("images", [*pytest, "tests/images"], images),
         ("soak and faults", [*pytest, "tests/system"], atlas),
         ("memcheck", [*check, "--tool", "memcheck", *few], none),
         ("racecheck", [*check, "--tool", "racecheck", *few], none),
         ("kernel benchmark", [*python, "benchmarks.kernels", "--out", str(out)], ""),
         ("loader on the device", [*python, "benchmarks.device", "--out", str(out)], atlas),
+        ("decompression", [*python, "benchmarks.decompression", "--out", str(out)], atlas),
         ("end to end", [*python, "benchmarks.end_to_end", "--out", str(out), *peers], atlas),
     ]
 

@@ -23,7 +23,7 @@ from hbx_gpu.bench.settings import Setting, combinations, executors, open_datase
 from hbx_gpu.bench.training import MODELS, make_step, train
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
-from hbx_gpu.loading import device_loader
+from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair
 from tests.emulation.backend import EmulatedBackend
@@ -176,6 +176,11 @@ def test_a_gpu_that_is_not_there(atlas: Path, capsys: Any) -> None:
         run(options(device="cuda"), dataset=None)
     assert cli.main(["bench", str(atlas), "--device", "cuda"]) == 1
     assert "device='cuda' was asked for, but" in capsys.readouterr().err
+
+
+def test_dense_spaces_are_not_measured(homeobox_fixtures: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"'protein_abundance' is a dense space.*--field"):
+        open_dataset(homeobox_fixtures / "cite_multimodal" / "atlas", "protein_abundance")
 
 
 def test_what_is_no_atlas(tmp_path: Path, capsys: Any) -> None:

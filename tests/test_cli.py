@@ -226,3 +226,118 @@ def test_usage_errors() -> None:
         with pytest.raises(SystemExit) as stop:
             cli.main(args)
         assert stop.value.code == 2
+
+
+# Several modalities
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """RNA of cells s0c0 .. s0c7; proteins of s0c0 .. s0c9, with a second layer in halves."""
+    first = write(tmp_path / "rna.h5ad", batch=["k"] * 8)
+    second = write(tmp_path / "adt.h5ad", n=10, genes="pqr")
+    adata = anndata.read_h5ad(second)
+    adata.layers["dsb"] = adata.X.toarray() / 2
+    adata.write_h5ad(second)
+    return first, second
+
+
+def test_modalities(tmp_path: Path, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    args = [
+        "ingest",
+        "--atlas",
+        tmp_path / "a",
+        "--modality",
+        f"rna={two[0]}",
+        "--modality",
+        f"protein={two[1]}",
+    ]
+    layers = ["--layer-of", "protein:counts=X", "--layer-of", "protein:dsb_normalized=layers/dsb"]
+    assert run(*args, *layers) == 0
+    out, err = capsys.readouterr()
+    assert f"rna={two[0]}, protein={two[1]}: 10 cells added" in out
+    assert "8 cells have all modalities" in out
+    assert "gene_expression: 8 cells, 2 cells lack it" in out
+    assert "protein_abundance: 10 cells\n" in out
+    assert "snapshot 0: 10 cells" in out
+    assert "100%" in err
+    atlas = RaggedAtlas.checkout_latest(tmp_path / "a")
+    assert set(atlas.pointer_fields) == {"gene_expression", "protein_abundance"}
+    datasets = atlas.list_datasets().set_index("feature_space")
+    assert datasets["dataset_uid"].nunique() == 1
+    group = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")
+    group = group[datasets.loc["protein_abundance", "zarr_group"]]
+    adata = anndata.read_h5ad(two[1])
+    np.testing.assert_array_equal(group["layers/counts"][:], adata.X.toarray())
+    np.testing.assert_array_equal(group["layers/dsb_normalized"][:], adata.layers["dsb"])
+    assert atlas.query().to_cell_dataset("gene_expression").n_cells == 8
+
+    assert run(*args, *layers) == 0
+    assert "already ingested, skipped" in capsys.readouterr().out
+    assert run(*args, "--join", "inner") == 1
+    assert "modality_join was 'outer', is 'inner'" in capsys.readouterr().err
+
+
+def test_modalities_that_do_not_match(
+    tmp_path: Path, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["ingest", "--atlas", tmp_path / "a", "--modality", f"rna={two[0]}", "--modality", f"adt={two[1]}"]
+    assert run(*args, "--join", "exact") == 1
+    assert "2 cell id(s) of 'adt'" in capsys.readouterr().err
+    assert run(*args, "--join", "inner", "--codec", "zstd") == 0
+    out = capsys.readouterr().out
+    assert "protein_abundance: 8 cells, 2 ids left out" in out
+    assert run("ingest", "--atlas", tmp_path / "b", "--modality", f"rna={tmp_path}/no.h5ad") == 1
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run("ingest", "--atlas", tmp_path / "b", "--modality", f"velocity={two[0]}") == 1
+    assert "unknown modality 'velocity'" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_mudata_file(tmp_path: Path, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    mudata = pytest.importorskip("mudata")
+    path = tmp_path / "m.h5mu"
+    mudata.MuData({"rna": anndata.read_h5ad(two[0]), "prot": anndata.read_h5ad(two[1])}).write(path)
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 0
+    assert f"{path}: 10 cells added" in capsys.readouterr().out
+    # One modality beside those of the file.
+    np.save(tmp_path / "t.npy", np.arange(32, dtype=np.uint8).reshape(2, 1, 4, 4))
+    (tmp_path / "t.csv").write_text("cell_id,tile\ns0c3,1\n")
+    more = ["--modality", f"tiles={tmp_path / 't.npy'}", "--tiles-table", tmp_path / "t.csv"]
+    assert run("ingest", path, "--atlas", tmp_path / "b", *more) == 0
+    assert "image_tiles: 1 cells, 9 cells lack it" in capsys.readouterr().out
+    assert RaggedAtlas.checkout_latest(tmp_path / "b").pointer_fields.keys() == {
+        "gene_expression",
+        "protein_abundance",
+        "image_tiles",
+    }
+
+
+def test_fragments_with_barcodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "f.tsv").write_text("chr1\t1\t5\tAA\nchr2\t1\t5\tCC\n")
+    (tmp_path / "b.txt").write_text("CC\n")
+    args = ["--modality", f"atac={tmp_path / 'f.tsv'}", "--barcodes", tmp_path / "b.txt"]
+    assert run("ingest", "--atlas", tmp_path / "a", *args) == 0
+    assert "snapshot 0: 1 cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "name files, or modalities"),
+        (["f.h5ad", "--modality", "rna=g.h5ad"], "--modality goes with at most one FILE"),
+        (["f.h5ad", "--join", "inner"], "--join: for modalities only"),
+        (
+            ["--modality", "rna=g.h5ad", "--layer", "raw"],
+            "--layer is for one matrix; with modalities use --layer-of",
+        ),
+        (["--modality", "g.h5ad"], "expected NAME=VALUE"),
+        (["--modality", "rna=g.h5ad", "--modality", "rna=h.h5ad"], "rna is given twice"),
+    ],
+)
+def test_usage_of_modalities(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("ingest", "--atlas", "a", *args)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -14,10 +14,10 @@ import torch
 
 from hbx_gpu import devices
 from hbx_gpu.collates import DenseCollate
-from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
+from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, InvalidDataError, UnsupportedError
-from hbx_gpu.feeds import DeviceFeed
-from hbx_gpu.loading import device_loader
+from hbx_gpu.loading.feeds import DeviceFeed
+from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
@@ -280,8 +280,8 @@ def test_what_a_gpu_loader_refuses(dataset: CellDataset) -> None:
     backend = EmulatedBackend()
     with pytest.raises(ValueError, match="num_workers"):
         device_loader(dataset, sampler_for(dataset), backend, layout="dense", num_workers=2)
-    with pytest.raises(UnsupportedError, match="MultimodalCellDataset"):
-        device_loader(MultimodalCellDataset({"rna": dataset}), sampler_for(dataset), backend, layout="dense")
+    with pytest.raises(UnsupportedError, match="list is loaded on the CPU only"):
+        device_loader([1, 2, 3], sampler_for(dataset), backend, layout="dense")
 
 
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

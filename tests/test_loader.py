@@ -19,7 +19,7 @@ from hbx_gpu.batch import SparseBatch
 from hbx_gpu.buffers import POOL
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.loader import CellLoader, _ReadAhead
+from hbx_gpu.loading.loader import CellLoader, _ReadAhead
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali

@@ -89,10 +89,13 @@ def test_readme_snippet_prints_what_the_readme_says(tmp_path: Path) -> None:
     assert done.stdout.endswith(expected)
 
 
-def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block of the guide, one after the other in one session."""
+@pytest.mark.parametrize("name", ["guide", "multimodal"])
+def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every Python block of a page, one after the other in one session."""
+    if name == "multimodal":
+        pytest.importorskip("nvidia.dali")
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "guide.md"
+    page = ROOT / "docs" / f"{name}.md"
     namespace: dict[str, object] = {"__name__": "__main__"}
     sources = [content for language, content in blocks(page) if language == "python"]
     assert len(sources) > 5

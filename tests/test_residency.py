@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from hbx_gpu import device_residency
 from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
 from hbx_gpu.engine.device.backend import NoRoom, Part
 from hbx_gpu.engine.device.store import MAX_ARENA, ChunkStore, FreeList, resident_sizes
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
-from hbx_gpu.feeds import DeviceFeed, HostFeed
-from hbx_gpu.loader import CellLoader
-from hbx_gpu.loading import device_loader
-from hbx_gpu.plan import plan_rows
-from hbx_gpu.residency import HeapReader, decide, fitting, hold_on_host, needed_chunks
+from hbx_gpu.loading import device_residency
+from hbx_gpu.loading.feeds import DeviceFeed, HostFeed
+from hbx_gpu.loading.loader import CellLoader
+from hbx_gpu.loading.make import device_loader
+from hbx_gpu.loading.residency import HeapReader, decide, fitting, hold_on_host
+from hbx_gpu.plan import needed_chunks, plan_rows
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.storage import kvikio
 from hbx_gpu.storage.kvikio import KvikioReader
@@ -452,7 +452,7 @@ def test_a_copy_on_the_heap(dataset: CellDataset, residency: str, share: float) 
 @pytest.mark.parametrize("residency", ["none", "host", "auto"])
 def test_host_feed(dataset: CellDataset, io: str | None, residency: str) -> None:
     from hbx_gpu.collates import DenseCollate
-    from hbx_gpu.loading import IndexedDataset
+    from hbx_gpu.loading.make import IndexedDataset
 
     feed = HostFeed(IndexedDataset(dataset), DenseCollate(), io=io, residency=residency)
     loader = loader_of(dataset, feed)

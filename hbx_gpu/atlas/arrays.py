@@ -1,4 +1,4 @@
-"""Writing one group of a sparse feature space: zarr v3 arrays, chunk by chunk, in bounded memory.
+"""Writing one group of a feature space: zarr v3 arrays, chunk by chunk, in bounded memory.
 
 Metadata and chunk encoding are zarr-python's own; only the stored objects are put together here, because
 zarr encodes a shard in one piece and two default shards of 42 million values would not fit the budget.
@@ -7,6 +7,7 @@ zarr encodes a shard in one piece and two default shards of 42 million values wo
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +16,16 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from hbx_gpu.atlas.journal import sync
 from hbx_gpu.atlas.spaces import FeatureSpace
 from hbx_gpu.codecs.checksum import crc32c
 
-Role = Literal["index", "values"]
-"""What an array's values are like: column numbers ascend within a row, values of a layer need not."""
+Role = Literal["index", "values", "dense"]
+"""What an array's values are like: column numbers ascend within a row, values of a layer need not; in a dense
+layer, an image or a file of bytes nothing is left out, so they are for general codecs."""
 DEFAULT_CODEC = "hbx_gpu.rowpack"
 HOMEOBOX_CODEC = "homeobox.bitpacking"
 DEFAULT_CHUNK = 40_960
@@ -55,14 +57,19 @@ _CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
     DEFAULT_CODEC: _rowpack,
     HOMEOBOX_CODEC: _bitpacking,
     "zstd": lambda *_: ZstdCodec(level=0, checksum=False),
-    "blosc": lambda *_: BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="bitshuffle"),
+    "blosc": lambda _role, dtype, _chunk: BloscCodec(
+        typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"
+    ),
     "gzip": lambda *_: GzipCodec(level=5),
     "none": lambda *_: None,
 }
 
 
 def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> Any:
-    """What compresses an array under a codec name: a zarr bytes-to-bytes codec, or None.
+    """What compresses an array under a codec name: a zarr bytes-to-bytes codec, several, or None.
+
+    A CRC32C goes behind what is compressed in dense layers and images, so that damage is found before
+    anything is decompressed, and a GPU may do that. Our codec for sparse matrices has its own.
 
     Parameters
     ----------
@@ -75,7 +82,15 @@ def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int
     chunk
         Elements per (inner) chunk.
     """
-    return _CODECS[check_codec(name)](role, np.dtype(dtype), chunk)
+    if role != "dense":
+        return _CODECS[check_codec(name)](role, np.dtype(dtype), chunk)
+    compressor = _CODECS[dense_codec(check_codec(name))](role, np.dtype(dtype), chunk)
+    return None if compressor is None else (compressor, Crc32cCodec())
+
+
+def dense_codec(name: str) -> str:
+    """Codec of arrays in which nothing is left out: those for sparse matrices stand for zstd."""
+    return "zstd" if name in (DEFAULT_CODEC, HOMEOBOX_CODEC) else name
 
 
 def codec_names() -> list[str]:
@@ -144,7 +159,7 @@ class ChunkEncoder:
             shape=(self.batch * chunk,),
             chunks=(chunk,),
             config={"write_empty_chunks": True},
-            **_layout(dtype, compressor),
+            **layout_of(dtype, compressor),
         )
         self.codecs: list[dict[str, Any]] = json.loads(self._encoded["zarr.json"].to_bytes())["codecs"]
         self._pack = _packer(compressor)
@@ -173,7 +188,7 @@ def _packer(compressor: Any) -> Callable[[np.ndarray], bytes] | None:
 
 
 class ObjectWriter:
-    """Stored objects of a 1-D array, chunk after chunk: shards with their index at the end, or plain chunks.
+    """Stored objects of an array, chunk after chunk: shards with their index at the end, or plain chunks.
 
     Parameters
     ----------
@@ -181,10 +196,12 @@ class ObjectWriter:
         Directory of the array; created.
     per_shard
         Chunks per shard; 0 where the array is not sharded.
+    key
+        Number of an object -> its key below ``c``; by default that of a 1-D array.
     """
 
-    def __init__(self, path: Path, per_shard: int) -> None:
-        self._path, self._per_shard = path, per_shard
+    def __init__(self, path: Path, per_shard: int, key: Callable[[int], str] = str) -> None:
+        self._path, self._per_shard, self._key = path, per_shard, key
         self._file: BinaryIO | None = None
         self._index: list[tuple[int, int]] = []
         self._offset = 0
@@ -195,7 +212,9 @@ class ObjectWriter:
         """Store the next chunk; None leaves it out, which means fill value."""
         if encoded is not None:
             if self._file is None:
-                self._file = open(self._path / "c" / str(self._objects), "xb")  # noqa: SIM115 - see _end
+                path = self._path / "c" / self._key(self._objects)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(path, "xb")  # noqa: SIM115 - see _end
                 self._offset = 0
             self._file.write(encoded)
         self._index.append((_ABSENT, _ABSENT) if encoded is None else (self._offset, len(encoded)))
@@ -231,7 +250,7 @@ class ObjectWriter:
 
 
 class ShardedArrayWriter:
-    """One 1-D sharded array, written front to back; holds about two million values in memory.
+    """One sharded array, written front to back along its first axis; holds about two million values.
 
     Parameters
     ----------
@@ -242,28 +261,50 @@ class ShardedArrayWriter:
     compressor
         A zarr bytes-to-bytes codec, or None.
     chunk, shard
-        Elements per inner chunk and per shard; shard is a multiple of chunk.
+        Elements of the first axis per inner chunk and per shard; shard is a multiple of chunk.
+    row_shape
+        The other axes, which no chunk divides; () for a 1-D array.
+
+    Attributes
+    ----------
+    length
+        Elements of the first axis appended so far.
     """
 
-    def __init__(self, path: Path, *, dtype: str, compressor: Any, chunk: int, shard: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str,
+        compressor: Any,
+        chunk: int,
+        shard: int,
+        row_shape: tuple[int, ...] = (),
+    ) -> None:
         if shard % chunk:
             raise ValueError(
                 f"shard shape {shard} must be a multiple of chunk shape {chunk}; for example "
                 f"{max(1, shard // chunk) * chunk}"
             )
         self._path = path
-        self._chunk, self._per_shard = chunk, shard // chunk
-        self._layout = _layout(dtype, compressor)
-        self._encoder = ChunkEncoder(dtype, compressor, chunk, most=self._per_shard)
+        self._rows_per_chunk, self._per_shard, self._row_shape = chunk, shard // chunk, tuple(row_shape)
+        self._width = math.prod(row_shape)
+        self._chunk = chunk * self._width
+        self._layout = layout_of(dtype, compressor)
+        self._encoder = ChunkEncoder(dtype, compressor, self._chunk, most=self._per_shard)
         # One is filled while the other is encoded: the source is read meanwhile.
-        self._buffer, self._other = (np.zeros(self._encoder.batch * chunk, dtype) for _ in range(2))
+        self._buffer, self._other = (np.zeros(self._encoder.batch * self._chunk, dtype) for _ in range(2))
         self._pending: Iterable[bytes] = ()
         self._filled = 0
-        self._objects = ObjectWriter(path, self._per_shard)
+        beyond = "/0" * len(self._row_shape)
+        self._objects = ObjectWriter(path, self._per_shard, lambda i: f"{i}{beyond}")
         self.length = 0
 
     def append(self, values: np.ndarray) -> None:
-        """Append 1-D values of the array's dtype."""
+        """Append (n, *row_shape) values of the array's dtype."""
+        self.length += len(values)
+        # Chunks are as wide as the array, so its values lie one after the other however many axes it has.
+        values = values.reshape(-1)
         at = 0
         while at < len(values):
             n = min(len(values) - at, len(self._buffer) - self._filled)
@@ -272,7 +313,6 @@ class ShardedArrayWriter:
             at += n
             if self._filled == len(self._buffer):
                 self._flush()
-        self.length += len(values)
 
     def close(self) -> None:
         """Write what is left, the metadata, and wait until all of it is on disk."""
@@ -282,9 +322,9 @@ class ShardedArrayWriter:
         self._objects.close()
         zarr.create_array(
             self._path,
-            shape=(self.length,),
-            chunks=(self._chunk,),
-            shards=(self._chunk * self._per_shard,),
+            shape=(self.length, *self._row_shape),
+            chunks=(self._rows_per_chunk, *self._row_shape),
+            shards=(self._rows_per_chunk * self._per_shard, *self._row_shape),
             **self._layout,
         )
         sync(self._path / "zarr.json")
@@ -309,27 +349,29 @@ class ShardedArrayWriter:
         self._pending = ()
 
 
-def _layout(dtype: str, compressor: Any) -> dict[str, Any]:
+def layout_of(dtype: str, compressor: Any) -> dict[str, Any]:
     """Arguments of zarr.create_array that every array here has in common."""
     return {
         "dtype": dtype,
         "filters": None,
-        "compressors": None if compressor is None else [compressor],
+        "compressors": compressor,
         "fill_value": 0,
     }
 
 
 class SparseGroupWriter:
-    """The group of one sparse matrix with one layer: local feature numbers and values, row after row.
+    """The group of one sparse matrix: local feature numbers, and values of one or several layers.
 
     Parameters
     ----------
     path
         Directory of the group; created.
     space
-        A sparse feature space.
-    layer, dtype
-        Name and dtype of the layer.
+        A space addressed by ``[start, end)``.
+    layers
+        Name -> dtype of the layers; element k of each belongs to element k of the index array.
+    index_dtype
+        Of the index array.
     codec
         One of :func:`codec_names`.
     chunk, shard
@@ -341,53 +383,130 @@ class SparseGroupWriter:
         path: Path,
         space: FeatureSpace,
         *,
-        layer: str,
-        dtype: str,
+        layers: Mapping[str, str],
+        index_dtype: str = "uint32",
         codec: str = DEFAULT_CODEC,
         chunk: int = DEFAULT_CHUNK,
         shard: int = DEFAULT_SHARD,
     ) -> None:
         assert space.index_array is not None
-        self._path = path
-        self._groups = (path, path / Path(space.index_array).parent, path / space.layers_path)
-        self._index = ShardedArrayWriter(
-            path / space.index_array,
-            dtype="uint32",
-            compressor=compressor_for(codec, "index", "uint32", chunk),
-            chunk=chunk,
-            shard=shard,
-        )
-        self._values = ShardedArrayWriter(
-            path / space.layers_path / layer,
-            dtype=dtype,
-            compressor=compressor_for(codec, "values", dtype, chunk),
-            chunk=chunk,
-            shard=shard,
-        )
+        self._path, self._space = path, space
+
+        def array(relative: str, role: Role, dtype: str) -> ShardedArrayWriter:
+            compressor = compressor_for(codec, role, dtype, chunk)
+            return ShardedArrayWriter(
+                path / relative, dtype=dtype, compressor=compressor, chunk=chunk, shard=shard
+            )
+
+        self._index = array(space.index_array, "index", index_dtype)
+        self._layers = {
+            name: array(
+                f"{space.layers_path}/{name}", "index" if name in space.ascending_layers else "values", dtype
+            )
+            for name, dtype in layers.items()
+        }
 
     @property
     def length(self) -> int:
         """Number of elements appended so far."""
         return self._index.length
 
-    def append(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """Append the same number of uint32 indices and values."""
+    def append(self, indices: np.ndarray, layers: Mapping[str, np.ndarray]) -> None:
+        """Append the same number of indices and of values of every layer."""
         self._index.append(indices)
-        self._values.append(values)
+        for name, values in layers.items():
+            self._layers[name].append(values)
 
     def close(self) -> None:
-        """Finish both arrays and the groups around them, durably."""
-        self._index.close()
-        self._values.close()
-        for group in self._groups:
-            make_group(group)
-        for folder in [self._path, *(p for p in self._path.rglob("*") if p.is_dir())]:
-            sync(folder)
+        """Finish all arrays and the groups around them, durably."""
+        for array in (self._index, *self._layers.values()):
+            array.close()
+        finish_group(self._path, self._space)
 
     def abort(self) -> None:
         """Close open files; what was written is of no use."""
-        self._index.abort()
-        self._values.abort()
+        for array in (self._index, *self._layers.values()):
+            array.abort()
+
+
+class DenseGroupWriter:
+    """The group of a dense feature space, of image tiles or of bytes: layers that grow along the first axis.
+
+    Parameters
+    ----------
+    path
+        Directory of the group; created.
+    space
+        The space.
+    layers
+        Name -> dtype of the layers.
+    row_shape
+        Shape of one element of the first axis: (m,) for m features, (C, Y, X) for tiles, () for bytes.
+    codec
+        One of :func:`codec_names`, see :func:`dense_codec`.
+    chunk, shard
+        Values, at most, per inner chunk and per shard; at least one row.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        space: FeatureSpace,
+        *,
+        layers: Mapping[str, str],
+        row_shape: tuple[int, ...],
+        codec: str = DEFAULT_CODEC,
+        chunk: int = DEFAULT_CHUNK,
+        shard: int = DEFAULT_SHARD,
+    ) -> None:
+        self._path, self._space = path, space
+        width = math.prod(row_shape)
+        rows = max(1, chunk // width)
+        self._layers = {
+            name: ShardedArrayWriter(
+                path / space.layers_path / name,
+                dtype=dtype,
+                compressor=compressor_for(codec, "dense", dtype, rows * width),
+                chunk=rows,
+                shard=max(1, shard // width // rows) * rows,
+                row_shape=row_shape,
+            )
+            for name, dtype in layers.items()
+        }
+
+    @property
+    def length(self) -> int:
+        """Rows appended so far."""
+        return next(iter(self._layers.values())).length
+
+    def append(self, layers: Mapping[str, np.ndarray]) -> None:
+        """Append the same number of rows, (n, *row_shape), to every layer."""
+        for name, values in layers.items():
+            self._layers[name].append(values)
+
+    def close(self) -> None:
+        """Finish all arrays and the groups around them, durably."""
+        for array in self._layers.values():
+            array.close()
+        finish_group(self._path, self._space)
+
+    def abort(self) -> None:
+        """Close open files; what was written is of no use."""
+        for array in self._layers.values():
+            array.abort()
+
+
+def finish_group(path: Path, space: FeatureSpace) -> None:
+    """Make zarr groups of the folders of a space's arrays, and wait until every folder is on disk."""
+    folders = [path / space.layers_path]
+    if space.index_array is not None:
+        folders.append((path / space.index_array).parent)
+    for folder in folders:
+        while folder != path.parent:
+            make_group(folder)
+            folder = folder.parent
+    for folder in [path, *(p for p in path.rglob("*") if p.is_dir())]:
+        sync(folder)
 
 
 def make_group(path: Path) -> None:

@@ -26,7 +26,9 @@ from hbx_gpu.atlas.schema import (
     Gene,
     HoxBaseSchema,
     PointerField,
+    cells_class,
     check_schema,
+    default_registry,
     registry_table_name,
 )
 from hbx_gpu.atlas.snapshot import Snapshot
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+    from hbx_gpu.atlas.ingest import IngestReport
     from hbx_gpu.atlas.inputs import Input
 
 ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
@@ -62,12 +65,15 @@ class RaggedAtlas:
         schemas: ObsSchemas | None = None,
         registries: Mapping[str, type[FeatureBaseSchema]] | None = None,
         snapshot: Snapshot | None = None,
+        pointer_fields: Mapping[str, str] | None = None,
     ) -> None:
         self._path = path
         self._catalogue = catalogue
         self._schemas = dict(schemas or {})
         self._registry_schemas = dict(registries or {})
         self._snapshot = snapshot
+        # What obs tables without a class begin with, where they are made.
+        self._declared = Cell if pointer_fields is None else cells_class(pointer_fields)
         self._lock = WriteLock(path)
 
     def __repr__(self) -> str:
@@ -87,6 +93,7 @@ class RaggedAtlas:
         registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
+        pointer_fields: Mapping[str, str] | None = None,
     ) -> RaggedAtlas:
         """Make a new atlas; parameters as in :func:`create_or_open_atlas`.
 
@@ -108,6 +115,7 @@ class RaggedAtlas:
             catalogue=Catalogue(root, root / "zarr_store", names),
             schemas=schemas,
             registries=registries,
+            pointer_fields=pointer_fields,
         )
         root.mkdir(parents=True, exist_ok=True)
         with atlas._lock.hold():
@@ -389,15 +397,46 @@ class RaggedAtlas:
         with self._writing() as catalogue:
             return maintenance.snapshot(catalogue)
 
+    def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
+        """Add a pointer column to an obs table: cells that are there lack that modality. May be repeated.
+
+        Parameters
+        ----------
+        name
+            Of the column.
+        feature_space
+            A registered feature space. Its registry is made where there is none.
+        obs_table
+            Needed where there are several.
+
+        Raises
+        ------
+        AtlasError
+            There is another column of that name.
+        UnknownNameError
+            No such table or feature space.
+        """
+        get_space(feature_space)
+        if columns.stored_names([name], ()) != {name: name}:
+            raise AtlasError(f"pointer column {name!r}: the name must be free of dots and backticks")
+        with self._writing() as catalogue:
+            catalogue.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
+
+    def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
+        """See :func:`hbx_gpu.atlas.add_multimodal`."""
+        from hbx_gpu.atlas.ingest_multimodal import add_multimodal
+
+        return add_multimodal(self, modalities, **kwargs)
+
     def add_from_anndata(self, adata: AnnData | str | os.PathLike[str] | Input, **kwargs: Any) -> int:
         """See :func:`hbx_gpu.atlas.add_from_anndata`."""
-        from hbx_gpu.atlas.ingest import add_from_anndata
+        from hbx_gpu.atlas.ingest_anndata import add_from_anndata
 
         return add_from_anndata(self, adata, **kwargs)
 
     def add_from_h5ad(self, path: str | os.PathLike[str], **kwargs: Any) -> int:
         """See :func:`hbx_gpu.atlas.add_from_h5ad`."""
-        from hbx_gpu.atlas.ingest import add_from_h5ad
+        from hbx_gpu.atlas.ingest_anndata import add_from_h5ad
 
         return add_from_h5ad(self, path, **kwargs)
 
@@ -419,15 +458,12 @@ class RaggedAtlas:
             registries.setdefault(space, registry_table_name(schema))
             tables.ensure_table(self._path, registries[space], schema.to_arrow_schema())
         for table, given in self._schemas.items():
-            declared = given or Cell
+            declared = given or self._declared
             tables.ensure_table(self._path, table, declared.to_arrow_schema())
             for pointer in declared.pointer_fields().values():
                 space = pointer.feature_space
                 if get_space(space).has_features and space not in registries:
-                    # A table per space: sharing one would make them share global indices.
-                    registries[space] = (
-                        registry_table_name(Gene) if space == "gene_expression" else f"{space}_registry"
-                    )
+                    registries[space] = default_registry(space)
                     tables.ensure_table(self._path, registries[space], Gene.to_arrow_schema())
         obs = tuple(sorted({*names.obs_tables, *self._schemas}))
         changed = replace(names, obs_tables=obs, registries=registries)
@@ -458,6 +494,7 @@ def create_or_open_atlas(
     codec: str | None = None,
     store: Any = None,
     version_table_name: str = VERSION_TABLE,
+    pointer_fields: Mapping[str, str] | None = None,
 ) -> RaggedAtlas:
     """Open the atlas at a path for writing, made first if there is none.
 
@@ -481,6 +518,9 @@ def create_or_open_atlas(
         The zarr store where it is not the sibling of ``lance_db``; only for atlases that exist.
     version_table_name
         Table that records the snapshots.
+    pointer_fields
+        Pointer column -> feature space, for obs tables without a class in a new atlas; by default
+        ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
 
     Raises
     ------
@@ -500,6 +540,7 @@ def create_or_open_atlas(
             registry_schemas=registry_schemas,
             codec=codec or DEFAULT_CODEC,
             version_table_name=version_table_name,
+            pointer_fields=pointer_fields,
         )
     return RaggedAtlas.open(
         root,
@@ -509,6 +550,21 @@ def create_or_open_atlas(
         codec=codec,
         version_table_name=version_table_name,
     )
+
+
+def only_table(names: Sequence[str]) -> str:
+    """The obs table meant where none was named.
+
+    Raises
+    ------
+    ValueError
+        There are several.
+    """
+    if len(names) != 1:
+        raise ValueError(
+            f"the atlas has several obs tables ({list(names)}); pass obs_table= (--table) to select one"
+        )
+    return names[0]
 
 
 def _root(path: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from lancedb.table import Table
 
 from hbx_gpu.atlas import swap, tables
 from hbx_gpu.atlas.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, make_group
-from hbx_gpu.atlas.journal import IngestNote, Journal, sync
+from hbx_gpu.atlas.journal import GroupNote, IngestNote, Journal, sync
 from hbx_gpu.atlas.records import LAYOUT_TABLE, VERSION_TABLE, read_records
-from hbx_gpu.atlas.schema import FEATURE_SPACE_KEY, layout_uid
+from hbx_gpu.atlas.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
+from hbx_gpu.atlas.spaces import get_space
 from hbx_gpu.errors import AtlasError, UnknownNameError
 
 _CONFIG = "hbx_gpu.json"
@@ -172,6 +173,47 @@ class Catalogue:
         table = self.datasets()
         return list(tables.read(table, table.schema.names, where).to_pylist())
 
+    # New modalities
+
+    def extension(self, obs_table: str, fields: Mapping[str, str]) -> tuple[str, ...]:
+        """Registry tables that :meth:`extend` would make.
+
+        Raises
+        ------
+        AtlasError
+            A column of that name exists and is no pointer column, or points elsewhere.
+        """
+        schema, there = self.obs(obs_table).schema, self.pointer_spaces(obs_table)
+        for name, space in fields.items():
+            if name in schema.names and there.get(name) != space:
+                what = f"points into {there[name]!r}" if name in there else f"is {schema.field(name).type}"
+                raise AtlasError(
+                    f"obs table {obs_table!r} has a column {name!r} which {what}: a pointer column "
+                    f"into {space!r} needs another name: RaggedAtlas.add_pointer_field(name, {space!r})"
+                )
+        stored = tables.table_names(self.root)
+        return tuple(t for t in self._registries(fields).values() if t not in stored)
+
+    def _registries(self, fields: Mapping[str, str]) -> dict[str, str]:
+        spaces = [s for s in fields.values() if get_space(s).has_features and s not in self.names.registries]
+        return {space: default_registry(space) for space in spaces}
+
+    def extend(self, obs_table: str, fields: Mapping[str, str]) -> None:
+        """Add pointer columns (name -> feature space) to an obs table, and the registries they need.
+
+        May be repeated after an interruption. Raises as :meth:`extension`.
+        """
+        self.extension(obs_table, fields)
+        if new := self._registries(fields):
+            for name in new.values():
+                tables.ensure_table(self.root, name, Gene.to_arrow_schema())
+            self.names = replace(self.names, registries={**self.names.registries, **new})
+            self.names.save(self.root)
+        obs = self.obs(obs_table)
+        columns = [pointer_column(name, s) for name, s in fields.items() if name not in obs.schema.names]
+        if columns:
+            obs.add_columns(columns)
+
     # Features
 
     def unregistered(self, feature_space: str, uids: Iterable[str]) -> list[str]:
@@ -232,12 +274,14 @@ class Catalogue:
     # Undoing
 
     def is_complete(self, note: IngestNote) -> bool:
-        """Whether an ingest reached its last commit: the cells."""
-        where = (
-            f"dataset_uid = {tables.quoted(note.dataset_uid)} AND "
-            f"`{note.field_name}`.zarr_group = {tables.quoted(note.zarr_group)}"
-        )
-        return self.obs(note.obs_table).count_rows(where) > 0
+        """Whether an ingest reached its last commit: the cells of all its groups, which come at once."""
+        obs = self.obs(note.obs_table)
+        # Columns that were to be added may not be there yet.
+        members = [g for g in note.groups if g.field_name in obs.schema.names]
+        reached = " OR ".join(f"`{g.field_name}`.zarr_group = {tables.quoted(g.zarr_group)}" for g in members)
+        if not reached:
+            return False
+        return obs.count_rows(f"dataset_uid = {tables.quoted(note.dataset_uid)} AND ({reached})") > 0
 
     def recover(self) -> None:
         """Undo or finish whatever killed ingests and repacks left; every step may be repeated."""
@@ -249,16 +293,19 @@ class Catalogue:
         """Remove every trace of an ingest that did not complete; of one that did, only temporary files."""
         swap.discard(self.store, note.staging)
         tables.finish_promotions(self.obs(note.obs_table))
-        if note.feature_space in self.names.registries:
-            tables.finish_promotions(self.registry(note.feature_space))
+        for space in {group.feature_space for group in note.groups} & set(self.names.registries):
+            tables.finish_promotions(self.registry(space))
         if not self.is_complete(note):
-            self.datasets().delete(
-                f"dataset_uid = {tables.quoted(note.dataset_uid)} "
-                f"AND zarr_group = {tables.quoted(note.zarr_group)}"
-            )
-            self._remove_group(note.zarr_group)
-            self._remove_layout(note.layout_uid)
-            self._remove_features(note)
+            for group in note.groups:
+                self.datasets().delete(
+                    f"dataset_uid = {tables.quoted(note.dataset_uid)} "
+                    f"AND zarr_group = {tables.quoted(group.zarr_group)}"
+                )
+                self._remove_group(group.zarr_group)
+            for group in note.groups:
+                self._remove_layout(group.layout_uid)
+                self._remove_features(group)
+            self._remove_extension(note)
         self.journal.remove(note)
 
     def _remove_group(self, zarr_group: str) -> None:
@@ -276,12 +323,27 @@ class Catalogue:
         if uid and not self.dataset_rows(f"layout_uid = {tables.quoted(uid)}"):
             self.layouts().delete(f"layout_uid = {tables.quoted(uid)}")
 
-    def _remove_features(self, note: IngestNote) -> None:
-        if not note.new_features:
+    def _remove_features(self, group: GroupNote) -> None:
+        if not group.new_features or group.feature_space not in self.names.registries:
             return
-        registry = self.registry(note.feature_space)
+        registry = self.registry(group.feature_space)
         if not registry.count_rows("global_index IS NULL"):
             return
-        for i in range(0, len(note.new_features), _SQL_BATCH):
-            chosen = tables.one_of("uid", note.new_features[i : i + _SQL_BATCH])
+        for i in range(0, len(group.new_features), _SQL_BATCH):
+            chosen = tables.one_of("uid", group.new_features[i : i + _SQL_BATCH])
             registry.delete(f"global_index IS NULL AND {chosen}")
+
+    def _remove_extension(self, note: IngestNote) -> None:
+        for table, names in note.new_columns.items():
+            if table in note.new_registries:
+                continue  # goes as a whole, or went when this was interrupted
+            opened = tables.open_table(self.root, table)
+            # No row has a value there: those of this ingest are gone or never came.
+            if added := [name for name in names if name in opened.schema.names]:
+                opened.drop_columns(added)
+        registries = {s: t for s, t in self.names.registries.items() if t not in note.new_registries}
+        if registries != self.names.registries:
+            self.names = replace(self.names, registries=registries)
+            self.names.save(self.root)
+        for name in note.new_registries:
+            tables.drop_table(self.root, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 import scipy.sparse
 
 from hbx_gpu.atlas import columns
-from hbx_gpu.atlas.h5ad import H5adFile
+from hbx_gpu.atlas.h5ad import AnnDataGroup
 from hbx_gpu.atlas.matrix import CsrMatrix, DenseMatrix, Matrix
 from hbx_gpu.errors import InvalidDataError
 
@@ -79,13 +79,22 @@ class Input:
             )
 
 
-def from_h5ad(file: H5adFile, matrix: str) -> Input:
-    """One matrix of an open .h5ad file."""
+def from_h5ad(file: AnnDataGroup, matrix: str, *, sha256: str | None = None) -> Input:
+    """One matrix of an open .h5ad file, or of a modality of an .h5mu file.
+
+    Parameters
+    ----------
+    file, matrix
+        Where it is.
+    sha256
+        Of the file, where that is known.
+    """
+    inside = f"mod/{file.modality}/" if file.modality else ""
     return Input(
-        str(file.path),
+        file.source,
         file.path.name,
-        hash_file(file.path),
-        matrix,
+        sha256 or hash_file(file.path),
+        inside + matrix,
         file.matrix(matrix),
         file.obs(),
         file.var(matrix),
@@ -93,7 +102,7 @@ def from_h5ad(file: H5adFile, matrix: str) -> Input:
     )
 
 
-def from_anndata(adata: AnnData, matrix: str) -> Input:
+def from_anndata(adata: AnnData, matrix: str, *, source: str = "AnnData object") -> Input:
     """One matrix of an AnnData in memory.
 
     Raises
@@ -101,7 +110,6 @@ def from_anndata(adata: AnnData, matrix: str) -> Input:
     InvalidDataError
         No such matrix, or one of a kind that cannot be read.
     """
-    source = "AnnData object"
     available = [name for name, there in (("X", adata.X), ("raw", adata.raw)) if there is not None]
     available += [str(name) for name in adata.layers]
     if matrix not in available:
@@ -194,39 +202,42 @@ def feature_columns(data: Input, id_column: str, feature_ids: Sequence[str]) -> 
     return with_columns({"uid": pa.array(list(feature_ids), pa.string())}, others)
 
 
-def obs_columns(data: Input, dataset_uid: str, *, reserved: Collection[str], own_uids: bool) -> pa.Table:
-    """Rows for an obs table without pointers: ``uid``, ``dataset_uid``, ``obs_name``, the columns of obs.
+OWN_COLUMNS = ("uid", "dataset_uid", "obs_name")
+"""What an ingest puts into an obs table itself."""
+
+
+def obs_columns(names: Sequence[str], found: pa.Table, dataset_uid: str, *, source: str) -> pa.Table:
+    """Rows for an obs table without pointers: ``uid``, ``dataset_uid``, ``obs_name``, then the columns found.
 
     Parameters
     ----------
-    data
-        The dataset.
+    names
+        Of the cells.
+    found
+        Columns of obs; one called ``uid`` gives the cells' uids, which otherwise follow from `dataset_uid`.
     dataset_uid
-        Its uid.
-    reserved
-        Further names that mean something else in the table.
-    own_uids
-        Take a column ``uid`` of obs for the cells' uids instead of storing it under another name.
+        The dataset.
+    source
+        For messages.
 
     Raises
     ------
     InvalidDataError
-        The column ``uid`` does not hold unique strings; see also `columns.to_arrow`.
+        The column ``uid`` does not hold unique strings.
     """
-    obs, source = data.obs, f"{data.source}, obs"
-    uids = cell_uids(dataset_uid, len(obs))
-    if own_uids and "uid" in obs.columns:
-        given = _strings(obs["uid"])
+    uids = cell_uids(dataset_uid, len(names))
+    if "uid" in found.schema.names:
+        given = _strings(found.column("uid").to_pylist())
         if given is None or len(set(given)) < len(given):
             raise InvalidDataError(f"{source}: column 'uid' must hold unique strings, one per cell")
         uids = pa.array(given, pa.string())
-        obs = obs.drop(columns="uid")
+        found = found.drop_columns(["uid"])
     own = {
         "uid": uids,
-        "dataset_uid": pa.array(np.full(len(obs), dataset_uid, object), pa.string()),
-        "obs_name": pa.array([str(name) for name in obs.index], pa.string()),
+        "dataset_uid": pa.array(np.full(len(names), dataset_uid, object), pa.string()),
+        "obs_name": pa.array(list(names), pa.string()),
     }
-    return with_columns(own, columns.to_arrow(obs, reserved={*own, *reserved}, source=source))
+    return with_columns(own, found)
 
 
 def with_columns(first: Mapping[str, pa.Array], others: pa.Table) -> pa.Table:

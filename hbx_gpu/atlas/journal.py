@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,62 @@ _FOLDER = ".hbx_gpu"
 
 
 @dataclass(frozen=True)
+class GroupNote:
+    """One group that an ingest makes.
+
+    Attributes
+    ----------
+    zarr_group, feature_space
+        The group.
+    field_name
+        Pointer column through which cells reach it: such cells mean that the ingest is complete.
+    layout_uid
+        Its feature list, ``""`` where that existed before or the space has none.
+    new_features
+        Features that were not registered before.
+    """
+
+    zarr_group: str
+    feature_space: str
+    field_name: str
+    layout_uid: str = ""
+    new_features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class IngestNote:
     """What an ingest will leave behind if it dies; written before it changes anything.
 
     Attributes
     ----------
-    dataset_uid, zarr_group, feature_space
-        The dataset.
-    obs_table, field_name
-        Where its cells go, and through which pointer column: cells there mean that the ingest is complete.
     staging
         Folder of unfinished files, relative to the atlas's zarr store.
-    layout_uid
-        Its feature list, ``""`` where that existed before.
-    new_features
-        Features that were not registered before.
+    obs_table
+        Where its cells go.
+    dataset_uid
+        The dataset, ``""`` as long as nothing but columns and registries is made for it.
+    groups
+        One per modality.
+    new_columns
+        Table -> columns that it did not have.
+    new_registries
+        Tables that did not exist.
     """
 
-    dataset_uid: str
-    zarr_group: str
-    feature_space: str
-    obs_table: str
-    field_name: str
     staging: str
-    layout_uid: str = ""
-    new_features: tuple[str, ...] = field(default=())
+    obs_table: str
+    dataset_uid: str = ""
+    groups: tuple[GroupNote, ...] = ()
+    new_columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    new_registries: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> IngestNote:
+        """The note as :meth:`Journal.write` stored it."""
+        groups = tuple(GroupNote(**g | {"new_features": tuple(g["new_features"])}) for g in data["groups"])
+        new_columns = {table: tuple(names) for table, names in data["new_columns"].items()}
+        registries = tuple(data["new_registries"])
+        return cls(**data | {"groups": groups, "new_columns": new_columns, "new_registries": registries})
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,7 @@ class Journal:
         path = self._path(note)
         new = path.with_suffix(".new")
         with open(new, "w", encoding="utf-8") as file:
-            json.dump(vars(note), file)
+            json.dump(asdict(note), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -91,8 +122,7 @@ class Journal:
 
     def notes(self) -> list[IngestNote]:
         """All notes of ingests that did not end."""
-        found = self._read("ingest")
-        return [replace(IngestNote(**data), new_features=tuple(data["new_features"])) for data in found]
+        return [IngestNote.from_json(data) for data in self._read("ingest")]
 
     def repacks(self) -> list[RepackNote]:
         """All notes of repacks that did not end."""

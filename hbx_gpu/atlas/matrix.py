@@ -1,13 +1,14 @@
-"""Any stored matrix as a stream of CSR row blocks of bounded size: CSR, CSC or dense, memory or HDF5."""
+"""Any stored matrix as a stream of row blocks of bounded size: CSR, CSC or dense, memory or HDF5."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import scipy.sparse
 
 from hbx_gpu.errors import InvalidDataError
 
@@ -40,6 +41,56 @@ class CsrBlock:
     indptr: np.ndarray
     indices: np.ndarray
     values: np.ndarray
+
+    @property
+    def last_row(self) -> int:
+        """Number of the row behind the last one."""
+        return self.first_row + len(self.indptr) - 1
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Row and column of the `at`-th value."""
+        row = self.first_row + int(np.searchsorted(self.indptr, at, side="right")) - 1
+        return row, int(self.indices[at])
+
+    def rows(self, first: int, last: int) -> CsrBlock:
+        """Those of the rows [first, last) of the matrix, which must lie in this block."""
+        indptr = self.indptr[first - self.first_row : last - self.first_row + 1]
+        part = slice(int(indptr[0]), int(indptr[-1]))
+        return CsrBlock(first, indptr - indptr[0], self.indices[part], self.values[part])
+
+
+@dataclass(frozen=True, slots=True)
+class DenseBlock:
+    """Consecutive rows of a matrix in full.
+
+    Attributes
+    ----------
+    first_row
+        Number of the first row in the matrix.
+    values
+        (n_rows, n_columns), dtype of the source.
+    """
+
+    first_row: int
+    values: np.ndarray
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Row and column of the `at`-th value."""
+        row, column = divmod(at, self.values.shape[1])
+        return self.first_row + row, column
+
+    @property
+    def last_row(self) -> int:
+        """Number of the row behind the last one."""
+        return self.first_row + len(self.values)
+
+    def rows(self, first: int, last: int) -> DenseBlock:
+        """Those of the rows [first, last) of the matrix, which must lie in this block."""
+        return DenseBlock(first, self.values[first - self.first_row : last - self.first_row])
+
+
+_B = TypeVar("_B", CsrBlock, DenseBlock)
+Block = CsrBlock | DenseBlock
 
 
 class Matrix(Protocol):
@@ -88,7 +139,7 @@ class CsrMatrix:
         """All rows in order; needs no temporary files."""
         del scratch
         size = _block_size(self.values)
-        for first, last in _row_runs(self._indptr, size):
+        for first, last in row_runs(self._indptr, size):
             begin, end = int(self._indptr[first]), int(self._indptr[last])
             indices = _read(self, self.indices, begin, end)
             _check_range(self, indices, self.shape[1], lambda at, b=begin: self._row_of(b + at), "column")
@@ -122,7 +173,7 @@ class CscMatrix:
         per_row = self._count_rows()
         row_indptr = np.concatenate([[0], np.cumsum(per_row)])
         bucket_size = max(_BUCKET_VALUES, int(row_indptr[-1]) // _MAX_BUCKETS)
-        runs = list(_row_runs(row_indptr, bucket_size))
+        runs = list(row_runs(row_indptr, bucket_size))
         files = [scratch / f"bucket{i}" for i in range(len(runs))]
         record = np.dtype([("row", "<u4"), ("column", "<u4"), ("value", self.dtype)])
         self._scatter(runs, files, record)
@@ -191,6 +242,12 @@ class DenseMatrix:
             indptr = np.searchsorted(rows, np.arange(len(block) + 1))
             yield CsrBlock(first, indptr, (at % n_columns).astype(np.uint32), block.reshape(-1)[at])
 
+    def dense_blocks(self) -> Iterator[DenseBlock]:
+        """All rows in order and in full."""
+        step = self._rows_per_block()
+        for first in range(0, self.shape[0], step):
+            yield DenseBlock(first, _read(self, self.values, first, min(first + step, self.shape[0])))
+
     def _rows_per_block(self) -> int:
         width = max(1, self.shape[1])
         rows = max(1, BLOCK_VALUES // width)
@@ -201,12 +258,64 @@ class DenseMatrix:
         return max(1, _MAX_BLOCK_VALUES // width)
 
 
+def dense_blocks(matrix: Matrix, scratch: Path) -> Iterator[DenseBlock]:
+    """All rows of any matrix in full, in order; values of a sparse one that share a place are added up."""
+    if isinstance(matrix, DenseMatrix):
+        yield from matrix.dense_blocks()
+        return
+    width = matrix.shape[1]
+    step = max(1, BLOCK_VALUES // width)
+    for block in matrix.blocks(scratch):
+        for first in range(block.first_row, block.last_row, step):
+            part = block.rows(first, min(first + step, block.last_row))
+            rows = scipy.sparse.csr_array(
+                (part.values, part.indices, part.indptr), shape=(len(part.indptr) - 1, width)
+            )
+            yield DenseBlock(first, rows.toarray())
+
+
+def aligned(matrices: Sequence[Matrix], scratch: Path) -> Iterator[list[CsrBlock]]:
+    """Several matrices of one shape side by side: blocks of the same rows, as stored elements.
+
+    `scratch` is an existing folder for temporary files.
+    """
+    folders = [scratch / str(i) for i in range(len(matrices))]
+    for folder in folders:
+        folder.mkdir()
+    yield from _in_step(
+        [m.blocks(folder) for m, folder in zip(matrices, folders, strict=True)], CsrBlock.rows
+    )
+
+
+def aligned_dense(matrices: Sequence[Matrix], scratch: Path) -> Iterator[list[DenseBlock]]:
+    """As :func:`aligned`, in full."""
+    folders = [scratch / str(i) for i in range(len(matrices))]
+    for folder in folders:
+        folder.mkdir()
+    streams = [dense_blocks(m, folder) for m, folder in zip(matrices, folders, strict=True)]
+    yield from _in_step(streams, DenseBlock.rows)
+
+
+def _in_step(streams: Sequence[Iterator[_B]], rows: Callable[[_B, int, int], _B]) -> Iterator[list[_B]]:
+    blocks = [next(stream) for stream in streams]
+    while True:
+        first, last = blocks[0].first_row, min(block.last_row for block in blocks)
+        yield [rows(block, first, last) if block.last_row > last else block for block in blocks]
+        rest = []
+        for block, stream in zip(blocks, streams, strict=True):
+            left = rows(block, last, block.last_row) if block.last_row > last else next(stream, None)
+            if left is None:
+                return
+            rest.append(left)
+        blocks = rest
+
+
 def _block_size(values: Any) -> int:
     chunk = (getattr(values, "chunks", None) or (1,))[0]
     return min(max(BLOCK_VALUES, chunk), _MAX_BLOCK_VALUES)
 
 
-def _row_runs(indptr: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
+def row_runs(indptr: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     """Consecutive [first, last) with at most `size` elements each, or one row that has more."""
     n_rows = len(indptr) - 1
     first = 0

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
-from hbx_gpu.source import ObsColumns, RowIndex
+from hbx_gpu.source import BoxIndex, ObsColumns, RowIndex
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -275,7 +275,7 @@ def _objects(array: pa.Array, dtype: np.dtype[Any] | None = None) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class ModalityRows:
-    """Rows that have a modality, by ascending row id.
+    """Rows of a modality, by ascending row id.
 
     Attributes
     ----------
@@ -284,15 +284,24 @@ class ModalityRows:
     groups
         Sorted names of the zarr groups that occur; `rows.source` counts in this list.
     rows
-        Where each row lies in its group.
+        Where each row lies in its group; source -1 where it lacks the modality.
     obs
         Columns asked for.
     """
 
     rowids: np.ndarray
     groups: list[str]
-    rows: RowIndex
+    rows: RowIndex | BoxIndex
     obs: ObsColumns
+
+
+def some_rows(found: ModalityRows, keep: np.ndarray) -> ModalityRows:
+    """The rows for which the mask `keep` is True."""
+    if keep.all():
+        return found
+    rows = type(found.rows)(*(getattr(found.rows, name)[keep] for name in type(found.rows).__slots__))
+    columns = {name: column[keep] for name, column in found.obs.columns.items()}
+    return ModalityRows(found.rowids[keep], found.groups, rows, ObsColumns(columns, found.obs.categories))
 
 
 def present(groups: pa.Array) -> np.ndarray:
@@ -308,17 +317,20 @@ def read_modality(
     *,
     where: str | None = None,
     rowids: np.ndarray | None = None,
+    absent: bool = False,
 ) -> ModalityRows:
     """Pointers and columns of the matching rows that have a modality, in one scan.
 
     Parameters
     ----------
     snapshot, table, pointer
-        What to read; a sparse or a dense pointer.
+        What to read.
     columns
         Obs columns to return.
     where, rowids
         As in :func:`scan`.
+    absent
+        Whether to return rows without the modality too.
 
     Raises
     ------
@@ -332,35 +344,41 @@ def read_modality(
     encoders, vocabularies = _encoders(snapshot, table, columns)
     # Aliases, because a user's column may well be called "start".
     alias = {name: f"column {name}" for name in columns}
-    bounds = ("start", "end") if pointer.kind == "sparse" else ("position", "position")
+    lower, upper = _BOUNDS[pointer.kind]
     wanted = {
         "group": column_expression(pointer.name, "zarr_group"),
-        "start": column_expression(pointer.name, bounds[0]),
-        "end": column_expression(pointer.name, bounds[1]),
+        "lower": column_expression(pointer.name, lower),
+        "upper": column_expression(pointer.name, upper),
         **{alias[name]: column_expression(name) for name in columns},
     }
+    spatial = pointer.kind == "discrete_spatial"
     names: dict[str, int] = {}
     pieces: dict[str, list[np.ndarray]] = {
         ROWID: [np.empty(0, np.uint64)],
         "group": [np.empty(0, np.int32)],
-        "start": [np.empty(0, np.int64)],
-        "length": [np.empty(0, np.int32)],
+        "start": [np.empty((0, 0) if spatial else 0, np.int64)],
+        "length": [np.empty((0, 0) if spatial else 0, np.int64 if spatial else np.int32)],
         **{name: [] for name in alias.values()},
     }
     for batch in scan(snapshot.obs_table(table), wanted, where=where, rowids=rowids):
-        keep = present(batch.column("group"))
-        if not keep.all():
-            batch = batch.filter(pa.array(keep))
-        start, length = _extents(snapshot, table, pointer, batch)
+        there = present(batch.column("group"))
+        if not absent and not there.all():
+            batch = batch.filter(pa.array(there))
+            there = there[there]
+        start, length = (_boxes if spatial else _extents)(snapshot, table, pointer, batch, there)
         # Copies, because views would keep the whole batch.
         pieces[ROWID].append(batch.column(ROWID).to_numpy().copy())
-        pieces["group"].append(_group_codes(batch.column("group"), names))
+        pieces["group"].append(_group_codes(batch.column("group"), there, names))
         pieces["start"].append(start)
         pieces["length"].append(length)
         for name, shown in alias.items():
             pieces[shown].append(encoders[name](batch.column(shown)).copy())
     for name, shown in alias.items():
         pieces[shown] = pieces[shown] or [encoders[name](pa.array([], type=schema.field(name).type))]
+    if spatial:
+        n_axes = max(part.shape[1] for part in pieces["start"])
+        for key, filling in (("start", 0), ("length", -1)):
+            pieces[key] = [_wider(part, n_axes, filling) for part in pieces[key]]
 
     ids = np.concatenate(pieces.pop(ROWID))
     order = _ascending(ids)
@@ -371,14 +389,30 @@ def read_modality(
         return whole if order is None else whole[order]
 
     groups = sorted(names)
-    rank = np.empty(len(groups), dtype=np.int32)
+    rank = np.empty(len(groups) + 1, dtype=np.int32)
     rank[[names[group] for group in groups]] = np.arange(len(groups), dtype=np.int32)
+    rank[-1] = -1  # rows without the modality
+    index: RowIndex | BoxIndex = (BoxIndex if spatial else RowIndex)(
+        rank[joined("group")], joined("start"), joined("length")
+    )
     return ModalityRows(
         ids if order is None else ids[order],
         groups,
-        RowIndex(rank[joined("group")], joined("start"), joined("length")),
+        index,
         ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies),
     )
+
+
+_BOUNDS = {
+    "sparse": ("start", "end"),
+    "dense": ("position", "position"),
+    "discrete_spatial": ("min_corner", "max_corner"),
+}
+
+
+def _wider(part: np.ndarray, n_axes: int, filling: int) -> np.ndarray:
+    """Corners with as many axes as the longest of the table."""
+    return np.pad(part, ((0, 0), (0, n_axes - part.shape[1])), constant_values=filling)
 
 
 def _encoders(
@@ -398,28 +432,65 @@ def _encoders(
 
 
 def _extents(
-    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First element and number of elements of rows that have the modality."""
+    """First element and number of elements of rows; 0 and 0 of rows without the modality."""
     # A missing number cannot be a place; -1 fails the check.
-    start = pc.fill_null(batch.column("start"), -1).to_numpy().copy()
-    end = pc.fill_null(batch.column("end"), -1).to_numpy() + (pointer.kind == "dense")
-    length = end - start
+    start = pc.fill_null(batch.column("lower"), -1).to_numpy().copy()
+    end = pc.fill_null(batch.column("upper"), -1).to_numpy() + (pointer.kind == "dense")
+    start[~there] = 0
+    length = np.where(there, end - start, 0)
     bad = np.flatnonzero((start < 0) | (length < 0) | (length > np.iinfo(np.int32).max))
     if bad.size:
         row = int(bad[0])
-        raise CorruptDataError(
-            f"pointer {pointer.name!r} of row {row_uid(snapshot, table, batch.column(ROWID)[row].as_py())!r} "
-            f"into group {batch.column('group')[row].as_py()!r} is no valid range: [{start[row]}, {end[row]})"
-        )
+        raise _bad_pointer(snapshot, table, pointer, batch, row, f"[{start[row]}, {end[row]})")
     return start, length.astype(np.int32)
 
 
-def _group_codes(groups: pa.Array, names: dict[str, int]) -> np.ndarray:
-    """Number of each row's group; `names` is extended by groups not seen before."""
-    encoded = groups.dictionary_encode()
+def _boxes(
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First element and number of elements per axis, int64 (n, n_axes), of boxes.
+
+    Boxes with fewer axes than others have 0 and -1 (in full) on the rest; rows without the modality 0 and 0.
+    """
+    lower, upper = (pc.list_value_length(batch.column(name)) for name in ("lower", "upper"))
+    axes = pc.fill_null(lower, -1).to_numpy().astype(np.int64)
+    agree = axes == pc.fill_null(upper, -1).to_numpy()
+    n_axes = int(axes[there].max(initial=0))
+    start = np.zeros((len(batch), n_axes), np.int64)
+    length = np.full((len(batch), n_axes), -1, np.int64)
+    length[~there] = 0
+    good = there & agree & (axes > 0)
+    inside = (np.arange(n_axes) < axes[:, None]) & good[:, None]
+    kept = batch.filter(pa.array(good))
+    corners = [pc.fill_null(pc.list_flatten(kept.column(name)), -1).to_numpy() for name in ("lower", "upper")]
+    start[inside] = corners[0]
+    length[inside] = corners[1] - corners[0]
+    bad = np.flatnonzero(there & (~good | (inside & ((start < 0) | (length < 0))).any(axis=1)))
+    if bad.size:
+        row = int(bad[0])
+        found = f"{batch.column('lower')[row].as_py()} to {batch.column('upper')[row].as_py()}"
+        raise _bad_pointer(snapshot, table, pointer, batch, row, found)
+    return start, length
+
+
+def _bad_pointer(
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, row: int, found: str
+) -> CorruptDataError:
+    return CorruptDataError(
+        f"pointer {pointer.name!r} of row {row_uid(snapshot, table, batch.column(ROWID)[row].as_py())!r} "
+        f"into group {batch.column('group')[row].as_py()!r} is no valid range: {found}"
+    )
+
+
+def _group_codes(groups: pa.Array, there: np.ndarray, names: dict[str, int]) -> np.ndarray:
+    """Number of each row's group, -1 where there is none; `names` is extended by groups not seen before."""
+    encoded = groups.filter(pa.array(there)).dictionary_encode()
     codes = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
-    return np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+    numbers = np.full(len(groups), -1, np.int32)
+    numbers[there] = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+    return numbers
 
 
 def row_uid(snapshot: Snapshot, table: str, rowid: int) -> str:

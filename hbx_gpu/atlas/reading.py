@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,8 @@ from hbx_gpu.atlas.recipe import FeatureJoin, QueryRecipe
 from hbx_gpu.atlas.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.batch import DenseBatch
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
-from hbx_gpu.source import ArrayLayout, RowIndex, Source
+from hbx_gpu.plan_boxes import full_boxes
+from hbx_gpu.source import ArrayLayout, BoxIndex, RowIndex, Source
 from hbx_gpu.storage.metadata import read_layout
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from hbx_gpu.atlas.snapshot import Group, PointerField, Snapshot
-    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.datasets.cells import CellDataset
 
 _BLOCK_ELEMENTS = 1 << 27
 """Matrix entries, zeros counted, read at once when a matrix is put together."""
@@ -91,8 +92,10 @@ def default_layer(snapshot: Snapshot, feature_space: str, groups: Sequence[str])
     return layers[0]
 
 
-def build_sources(snapshot: Snapshot, groups: Sequence[Group], layer: str, columns: Columns) -> list[Source]:
-    """Open one layer of several groups.
+def build_sources(
+    snapshot: Snapshot, groups: Sequence[Group], layers: Sequence[str], columns: Columns
+) -> list[Source]:
+    """Open layers of several groups.
 
     Raises
     ------
@@ -111,16 +114,19 @@ def build_sources(snapshot: Snapshot, groups: Sequence[Group], layer: str, colum
             # Sources that share a layout must share the array object; -1 picks the appended -1.
             remap = snapshot.remap(group.name, group.feature_space)
             composed[layout] = remap if lookup is None else lookup[remap]
-        sources.append(_source(snapshot, group, space, layer, composed[layout]))
+        sources.append(_source(snapshot, group, space, layers, composed[layout]))
     return sources
 
 
-def _source(snapshot: Snapshot, group: Group, space: FeatureSpace, layer: str, remap: np.ndarray) -> Source:
+def _source(
+    snapshot: Snapshot, group: Group, space: FeatureSpace, layers: Sequence[str], remap: np.ndarray
+) -> Source:
     folder = snapshot.store_path / group.name
-    layers = find_layers(folder, space)
-    if layer not in layers:
+    found = find_layers(folder, space)
+    if unknown := [layer for layer in layers if layer not in found]:
         raise UnknownNameError(
-            f"group {group.name!r} has no layer {layer!r}; its layers: {sorted(layers)} (in {folder})"
+            f"group {group.name!r} has no layer {', '.join(map(repr, unknown))}; its layers: {sorted(found)} "
+            f"(in {folder})"
         )
     # Our own writer stores every chunk, so there a missing one is damage; others skip empty ones.
     absent_is_fill = not group.software.startswith("hbx_gpu")
@@ -129,20 +135,21 @@ def _source(snapshot: Snapshot, group: Group, space: FeatureSpace, layer: str, r
         return read_layout(str(folder / relative), f"{group.name}/{relative}", absent_is_fill=absent_is_fill)
 
     index = None if space.index_array is None else opened(space.index_array)
-    values = opened(layers[layer])
-    if index is None and space.has_features and values.shape[1:] != (len(remap),):
-        raise CorruptDataError(
-            f"array {values.name!r} has shape {values.shape}, but the layout of group {group.name!r} "
-            f"lists {len(remap)} features"
-        )
-    return Source(group.name, index, {layer: values}, remap, repeats=space.repeats)
+    values = {layer: opened(found[layer]) for layer in layers}
+    for array in values.values():
+        if index is None and space.has_features and array.shape[1:] != (len(remap),):
+            raise CorruptDataError(
+                f"array {array.name!r} has shape {array.shape}, but the layout of group {group.name!r} "
+                f"lists {len(remap)} features"
+            )
+    return Source(group.name, index, values, remap, repeats=space.repeats)
 
 
 def check_pointers(
     snapshot: Snapshot,
     table: str,
     sources: Sequence[Source],
-    rows: RowIndex,
+    rows: RowIndex | BoxIndex,
     rowids: np.ndarray,
 ) -> None:
     """Every row lies inside the arrays of its Source.
@@ -152,22 +159,36 @@ def check_pointers(
     CorruptDataError
         Names group, array and uid of the first row that does not.
     """
-    until = rows.start + rows.length
-    for which in ("index", "layer"):
-        arrays = [s.index if which == "index" else next(iter(s.layers.values())) for s in sources]
-        # One slot more: rows without the modality have source -1 and an empty range at 0.
-        sizes = np.array([0 if a is None else a.shape[0] for a in arrays] + [0], dtype=np.int64)
-        checked = np.array([a is not None for a in arrays] + [True])
-        bad = np.flatnonzero((until > sizes[rows.source]) & checked[rows.source])
-        if bad.size:
-            row = int(bad[0])
-            array = arrays[rows.source[row]]
-            assert array is not None
-            raise CorruptDataError(
-                f"pointer beyond the array: row {obs_room.row_uid(snapshot, table, rowids[row])!r} claims "
-                f"elements [{rows.start[row]}, {until[row]}) of array {array.name!r} in group "
-                f"{sources[rows.source[row]].name!r}, which has {array.shape[0]}"
-            )
+    for i, source in enumerate(sources):
+        mine = np.flatnonzero(rows.source == i)
+        boxes = _boxes_of(rows, mine)
+        arrays = (
+            [*source.layers.values()] if source.index is None else [source.index, *source.layers.values()]
+        )
+        for array in arrays:
+            lower, size = full_boxes(array.shape, boxes.lower, boxes.size)
+            upper = lower + size
+            if boxes.size.shape[1] > len(array.shape):
+                upper[:] = np.iinfo(np.int64).max  # more corners than axes
+            bad = np.flatnonzero((upper > np.array(array.shape, np.int64)).any(axis=1))
+            if bad.size:
+                row = int(bad[0])
+                claims = (
+                    f"elements [{lower[row, 0]}, {upper[row, 0]})"
+                    if isinstance(rows, RowIndex)
+                    else f"the box from {boxes.lower[row].tolist()}, {boxes.size[row].tolist()} long,"
+                )
+                raise CorruptDataError(
+                    f"pointer beyond the array: row {obs_room.row_uid(snapshot, table, rowids[mine[row]])!r} "
+                    f"claims {claims} of array {array.name!r} in group {source.name!r}, which has "
+                    f"{array.shape[0] if len(array.shape) == 1 else list(array.shape)}"
+                )
+
+
+def _boxes_of(rows: RowIndex | BoxIndex, mine: np.ndarray) -> BoxIndex:
+    if isinstance(rows, RowIndex):
+        return BoxIndex.of_rows(RowIndex(rows.source[mine], rows.start[mine], rows.length[mine]))
+    return BoxIndex(rows.source[mine], rows.lower[mine], rows.size[mine])
 
 
 # Datasets
@@ -178,26 +199,48 @@ def open_dataset(
     table: str,
     pointer: PointerField,
     found: obs_room.ModalityRows,
-    layer: str,
+    layers: Sequence[str],
     columns: Columns,
     recipe: QueryRecipe | None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> CellDataset:
     """A dataset over rows that were found, with their Sources opened and checked."""
-    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.datasets.cells import CellDataset
+    from hbx_gpu.datasets.dense import DenseCellDataset
 
     groups = group_records(snapshot, found.groups, pointer.feature_space)
-    sources = build_sources(snapshot, groups, layer, columns)
+    sources = build_sources(snapshot, groups, layers, columns)
     check_pointers(snapshot, table, sources, found.rows, found.rowids)
-    return CellDataset(
-        sources,
-        found.rows,
-        layer=layer,
-        n_features=len(columns.uids),
-        feature_uids=columns.uids,
-        obs=found.obs,
-        recipe=recipe,
-        feature_space=pointer.feature_space,
+    common: dict[str, Any] = {
+        "layer": layers,
+        "n_features": len(columns.uids),
+        "feature_uids": columns.uids,
+        "obs": found.obs,
+        "recipe": recipe,
+        "feature_space": pointer.feature_space,
+    }
+    rows = found.rows
+    if has_index(snapshot, pointer, sources):
+        if dtypes:
+            raise ValueError(
+                f"{pointer.feature_space!r} is sparse and comes as it is stored; the collate or make_loader "
+                "says in which dtype it becomes dense"
+            )
+        assert isinstance(rows, RowIndex)
+        return CellDataset(sources, rows, **common)
+    boxes = BoxIndex.of_rows(rows) if isinstance(rows, RowIndex) else rows
+    return DenseCellDataset(
+        sources, boxes, positions=pointer.kind == "dense", dtypes=dict(dtypes or {}), **common
     )
+
+
+def has_index(snapshot: Snapshot, pointer: PointerField, sources: Sequence[Source]) -> bool:
+    """Whether rows of a field are sparse: columns beside values."""
+    if sources:
+        return sources[0].index is not None
+    if pointer.feature_space in known_spaces():
+        return get_space(pointer.feature_space).index_array is not None
+    return pointer.kind == "sparse" and pointer.feature_space in snapshot.record.registries
 
 
 # AnnData
@@ -240,10 +283,7 @@ class Matrices:
         """Rows ``[start, stop)`` as AnnData: CSR of the stored dtype, rows in query order."""
         from anndata import AnnData
 
-        part = self.obs.slice(start, stop - start)
-        frame = to_pandas(part.select(self.obs_names))
-        frame.index = part.column("uid").to_numpy().astype(str).astype(object)
-        frame.index.name = "uid"
+        frame = obs_frame(self.obs.slice(start, stop - start), self.obs_names)
         matrices = {name: _read(dataset, start, stop) for name, dataset in self.layers.items()}
         first = next(iter(matrices))
         x = matrices.pop(first)
@@ -279,6 +319,14 @@ def _blocks(dataset: CellDataset, start: int, stop: int) -> list[np.ndarray]:
     rows = max(1, _BLOCK_ELEMENTS // max(1, dataset.n_features))
     edges = [*range(start, stop, rows), stop] if stop > start else [start, stop]
     return [np.arange(a, b) for a, b in pairwise(edges)]
+
+
+def obs_frame(obs: pa.Table, names: Sequence[str]) -> pd.DataFrame:
+    """Obs columns with the uid as index."""
+    frame = to_pandas(obs.select(names))
+    frame.index = obs.column("uid").to_numpy().astype(str).astype(object)
+    frame.index.name = "uid"
+    return frame
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.datasets.cells import CellDataset
 
 FeatureJoin = Literal["union", "intersection"]
 
@@ -57,8 +57,10 @@ class QueryRecipe:
         The atlas, the pinned snapshot, its zarr store, and the obs table.
     state
         The query.
-    field_name, layer, metadata_columns
+    field_name, layers, metadata_columns, dtypes
         Arguments of ``to_cell_dataset``.
+    absent
+        Whether rows without the modality are numbered too, as in multimodal datasets.
     version_table_name
         Table the snapshot is recorded in.
     """
@@ -69,8 +71,10 @@ class QueryRecipe:
     table: str
     state: QueryState
     field_name: str
-    layer: str
+    layers: tuple[str, ...]
     metadata_columns: tuple[str, ...] | None
+    dtypes: tuple[tuple[str, str], ...] = ()
+    absent: bool = False
     version_table_name: str = "atlas_versions"
 
     def rebuild(self) -> CellDataset:
@@ -81,8 +85,4 @@ class QueryRecipe:
         snapshot = Snapshot.open(
             self.path, self.version, store=self.store, version_table_name=self.version_table_name
         )
-        return AtlasQuery(snapshot, self.table, state=self.state).to_cell_dataset(
-            field_name=self.field_name,
-            layer=self.layer,
-            metadata_columns=None if self.metadata_columns is None else list(self.metadata_columns),
-        )
+        return AtlasQuery(snapshot, self.table, state=self.state).dataset_of(self)

@@ -7,13 +7,13 @@ import hashlib
 import re
 import types
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Union, get_args, get_origin
 
 import pyarrow as pa
 from lancedb.pydantic import LanceModel
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from hbx_gpu.atlas.columns import fits
 from hbx_gpu.atlas.spaces import PointerKind, get_space
@@ -304,6 +304,39 @@ class Cell(HoxBaseSchema):
 
 class Gene(FeatureBaseSchema):
     """Feature registry of an atlas for which no class was given: further columns come from the data."""
+
+
+def cells_class(fields: Mapping[str, str]) -> type[HoxBaseSchema]:
+    """An obs table with these pointer columns, name -> feature space, and no further ones.
+
+    Raises
+    ------
+    UnknownNameError
+        No such feature space.
+    """
+    declared: dict[str, Any] = {
+        name: (_pointer_of(space) | None, PointerField.declare(feature_space=space))
+        for name, space in fields.items()
+    }
+    return create_model("Cell", __base__=HoxBaseSchema, **declared)
+
+
+def pointer_column(name: str, feature_space: str) -> pa.Field:
+    """Arrow field of a pointer column into a feature space."""
+    return cells_class({name: feature_space}).to_arrow_schema().field(name)
+
+
+def _pointer_of(feature_space: str) -> type[Pointer]:
+    kind = get_space(feature_space).pointer
+    return next(pointer for pointer in _POINTERS if pointer.pointer_kind == kind)
+
+
+def default_registry(feature_space: str) -> str:
+    """Table with the features of a space for which no class was given.
+
+    One per space: sharing one would make them share global indices.
+    """
+    return registry_table_name(Gene) if feature_space == "gene_expression" else f"{feature_space}_registry"
 
 
 def registry_table_name(schema: type[FeatureBaseSchema]) -> str:

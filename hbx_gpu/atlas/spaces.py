@@ -24,7 +24,8 @@ class FeatureSpace:
         How an obs row addresses its data: elements ``[start, end)`` of flat arrays, a position on
         axis 0, or a box on the leading axes.
     index_array
-        Array of local feature numbers (sparse spaces), else None.
+        Array of local feature numbers (sparse matrices, fragments); None elsewhere, also where a sparse
+        pointer says which stretch of flat layers belongs to a row (encoded images).
     layers_path
         Folder whose members are the layers.
     required_layers, optional_layers
@@ -52,10 +53,12 @@ class FeatureSpace:
     ascending_layers: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if (self.pointer == "sparse") != (self.index_array is not None):
+        indexed = self.index_array is not None
+        if indexed != (self.pointer == "sparse" and self.has_features):
             raise ValueError(
-                f"feature space {self.name!r}: a sparse space needs index_array, the others have none; "
-                f"got pointer={self.pointer!r}, index_array={self.index_array!r}"
+                f"feature space {self.name!r}: a sparse space with features needs index_array, the others "
+                f"have none; got pointer={self.pointer!r}, index_array={self.index_array!r}, "
+                f"has_features={self.has_features}"
             )
 
 
@@ -104,6 +107,14 @@ _SPACES: dict[str, FeatureSpace] = {
             "layers",
             required_layers={"raw": _IMAGE_DTYPES},
             optional_layers={"semantic_masks": ("bool",), "instance_masks": ("uint32",)},
+            has_features=False,
+        ),
+        FeatureSpace(
+            "encoded_images",
+            "sparse",
+            None,
+            "layers",
+            required_layers={"raw": ("uint8",)},
             has_features=False,
         ),
         FeatureSpace(

@@ -84,7 +84,9 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
             layout = read_layout(path / relative, f"{name}/{relative}")
             n_array_bytes += _size_of(path / relative)
             codecs.update(
-                dict.fromkeys(str(codec["name"]) for codec in layout.codecs if codec["name"] != "bytes")
+                dict.fromkeys(
+                    str(codec["name"]) for codec in layout.codecs if codec["name"] not in ("bytes", "crc32c")
+                )
             )
             if space.index_array:
                 n_values = layout.shape[0]

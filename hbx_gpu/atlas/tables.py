@@ -56,6 +56,12 @@ def ensure_table(root: Path, name: str, schema: pa.Schema) -> Table:
     return connect(root).create_table(name, schema=schema)
 
 
+def drop_table(root: Path, name: str) -> None:
+    """Remove a table with all its versions; nothing happens where there is none."""
+    if (root / "lance_db" / f"{name}.lance").is_dir():
+        connect(root).drop_table(name)
+
+
 def quoted(value: str) -> str:
     """A string as SQL."""
     return "'" + value.replace("'", "''") + "'"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.atlas.matrix import CsrBlock
+from hbx_gpu.atlas.matrix import Block
 from hbx_gpu.errors import InvalidDataError
 
 _MAX_COUNT = 2**32 - 1
@@ -44,8 +44,8 @@ class LayerCast:
         if dtype.kind not in "biuf":
             raise InvalidDataError(f"{self.source}: expected numbers, found dtype {dtype}. {self.advice}")
 
-    def __call__(self, block: CsrBlock) -> np.ndarray:
-        """(nnz,), the layer's dtype: the block's values.
+    def __call__(self, block: Block) -> np.ndarray:
+        """The block's values in the layer's dtype, (nnz,) or (n_rows, n_columns).
 
         Raises
         ------
@@ -55,7 +55,7 @@ class LayerCast:
         """
         return self._counts(block) if self.dtype == "uint32" else self._floats(block)
 
-    def _counts(self, block: CsrBlock) -> np.ndarray:
+    def _counts(self, block: Block) -> np.ndarray:
         values = block.values
         if values.dtype.kind in "bu" and values.dtype.itemsize <= 4:
             return values.astype(np.uint32)
@@ -71,7 +71,7 @@ class LayerCast:
         self._refuse_unless(good, block, f"counts are whole numbers from 0 to {_MAX_COUNT}")
         return values.astype(np.uint32)
 
-    def _floats(self, block: CsrBlock) -> np.ndarray:
+    def _floats(self, block: Block) -> np.ndarray:
         values = block.values
         with np.errstate(over="ignore"):
             out = values.astype(np.float32)
@@ -88,13 +88,12 @@ class LayerCast:
         self._refuse_unless(same, block, rule)
         return out
 
-    def _refuse_unless(self, good: np.ndarray, block: CsrBlock, rule: str) -> None:
+    def _refuse_unless(self, good: np.ndarray, block: Block, rule: str) -> None:
         if good.all():
             return
         at = int(np.flatnonzero(~good)[0])
-        row = block.first_row + int(np.searchsorted(block.indptr, at, side="right")) - 1
-        column = int(block.indices[at])
+        row, column = block.place(at)
         raise InvalidDataError(
             f"{self.source}: row {row} (cell {self.cell(row)!r}), column {column} (feature "
-            f"{self.feature(column)!r}) holds {block.values[at]!s}; {rule}. {self.advice}"
+            f"{self.feature(column)!r}) holds {block.values.flat[at]!s}; {rule}. {self.advice}"
         )

@@ -186,8 +186,8 @@ class _Bench:
     def __init__(
         self, options: Options, dataset: Any, gpu: int | None, make: Callable[..., Any] | None
     ) -> None:
-        from hbx_gpu.loader import default_threads
-        from hbx_gpu.loading import make_loader
+        from hbx_gpu.loading.loader import default_threads
+        from hbx_gpu.loading.make import make_loader
 
         self._options, self._dataset, self._gpu = options, dataset, gpu
         self._make = make or make_loader

@@ -113,13 +113,19 @@ def open_dataset(path: Path, field: str | None = None, layer: str | None = None)
     Raises
     ------
     UnsupportedError
-        Neither of the two, or an archive where this installation cannot read them as training data.
+        Neither of the two, a dense space, or an archive where this installation cannot read them as training
+        data.
     """
     if (path / "lance_db").is_dir():
         from hbx_gpu.atlas import RaggedAtlas
+        from hbx_gpu.datasets.dense import DenseCellDataset
 
-        query = RaggedAtlas.checkout_latest(str(path)).query()
-        return query.to_cell_dataset(field, layer)
+        dataset = RaggedAtlas.checkout_latest(str(path)).query().to_cell_dataset(field, layer)
+        if isinstance(dataset, DenseCellDataset):
+            raise UnsupportedError(
+                f"{dataset.feature_space!r} is a dense space; bench measures sparse ones, chosen with --field"
+            )
+        return dataset
     if not path.is_dir():
         raise UnsupportedError(f"{path}: no such folder; give the folder of an atlas or of an SCDL archive")
     try:

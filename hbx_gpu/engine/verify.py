@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ class ChunkChecks:
         # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
         self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
         layouts = directory.layouts
-        self._chunk_bytes = np.array([la.chunk_shape[0] * la.dtype.itemsize for la in layouts], np.int64)
+        self._chunk_bytes = np.array(
+            [math.prod(la.chunk_shape) * la.dtype.itemsize for la in layouts], np.int64
+        )
         self._plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
 
     def rowpack_checksums(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
@@ -64,7 +67,8 @@ class ChunkChecks:
             layout = self._directory.layouts[int(plan.chunk_array[c])]
             raise self._directory.error(
                 int(plan.chunks[c]),
-                f"{slab.nbytes[c]} bytes stored, {layout.chunk_shape[0]} elements of {layout.dtype} expected",
+                f"{slab.nbytes[c]} bytes stored, {math.prod(layout.chunk_shape)} elements of {layout.dtype} "
+                "expected",
             )
 
     def fill_value(self, plan: BatchPlan, c: int) -> Any:
@@ -76,9 +80,9 @@ class ChunkChecks:
             The chunk holds column numbers and cannot be one that its writer skipped.
         """
         array = int(plan.chunk_array[c])
-        source, role = divmod(array, self._table.n_roles)
+        source, number = divmod(array, self._table.n_roles)
         value = self._directory.layouts[array].fill_value
-        if role == INDEX_ROLE:
+        if number + self._table.first_role == INDEX_ROLE:
             # Genes occur once per row. Several elements of a row under one fill value mean that the
             # object was lost, not that its writer skipped it.
             counts = plan.piece_count[plan.piece_ptr[c] : plan.piece_ptr[c + 1]]

@@ -8,7 +8,7 @@ from typing import Any
 _PUBLIC = {
     "SingleCellMemMapDataset": "hbx_gpu.scdl.dataset",
     "Mode": "hbx_gpu.scdl.dataset",
-    "FileNames": "hbx_gpu.scdl.dataset",
+    "FileNames": "hbx_gpu.scdl.layout",
     "NeighborSamplingStrategy": "hbx_gpu.scdl.neighbors",
     "SingleCellCollection": "hbx_gpu.scdl.collection",
     "ObservedFeatureIndex": "hbx_gpu.scdl.features",
@@ -20,6 +20,8 @@ _PUBLIC = {
     "open_archive": "hbx_gpu.scdl.archive",
     "Header": "hbx_gpu.scdl.header",
     "read_header": "hbx_gpu.scdl.header",
+    "merge_headers": "hbx_gpu.scdl.header",
+    "validate_header_compatibility": "hbx_gpu.scdl.header",
 }
 
 __all__ = list(_PUBLIC)

@@ -19,19 +19,30 @@ import numpy as np
 
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl.evidence import contradiction, sample, value_dtype
-from hbx_gpu.scdl.features import ENDS_FILE, ObservedFeatureIndex, VariableFeatureIndex
-from hbx_gpu.scdl.header import ARRAY_FILES, HEADER_FILE, Header, read_header
-from hbx_gpu.scdl.neighbors import NEIGHBOR_FILES, NeighborsUnusableError, NeighborTable, open_neighbors
+from hbx_gpu.scdl.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
+from hbx_gpu.scdl.header import Header, read_header
+from hbx_gpu.scdl.layout import (
+    COL_PTR,
+    DATA,
+    ENDS,
+    HEADER,
+    METADATA,
+    OBS_FEATURES,
+    OLD_FEATURES,
+    ROW_PTR,
+    VERSION,
+)
+from hbx_gpu.scdl.neighbors import NeighborTable, open_neighbors
 
 _log = logging.getLogger(__name__)
 
-DATA, ROW_PTR, COL_PTR = (ARRAY_FILES[name] for name in ("DATA", "ROWPTR", "COLPTR"))
-METADATA_FILE, VERSION_FILE = "metadata.json", "version.json"
 # Without a header.
 _ASSUMED: dict[str, np.dtype[Any]] = {ROW_PTR: np.dtype("u8"), COL_PTR: np.dtype("u4"), DATA: np.dtype("f4")}
 _WIDTHS = (1, 2, 4, 8)
 # Pointers are checked in stretches of so many rows, when their first row is read.
 _STRETCH = 1 << 20
+# Columns from here on, where fewer genes are recorded, are narrower ones taken together.
+_MOST_GENES = 1 << 16
 # An archive of more values is not searched for columns beyond its recorded genes.
 _MEASURED = 1 << 28
 
@@ -240,7 +251,7 @@ class Archive:
             if rest or width not in _WIDTHS or (self._stated("ROWPTR") and width < stated.itemsize):
                 raise CorruptDataError(
                     f"{file}: expected {expected} row pointers ({expected - 1} rows in "
-                    f"{self.var_folder / ENDS_FILE}), found {found}. {_advice(file)}"
+                    f"{var_folder(self.path) / ENDS}), found {found}. {_advice(file)}"
                 )
             dtype = np.dtype(f"u{width}")
         else:
@@ -262,11 +273,6 @@ class Archive:
             )
         return pointers
 
-    @property
-    def var_folder(self) -> Path:
-        """Folder of the gene index."""
-        return _var_folder(self.path)
-
     def _open_columns(self) -> np.ndarray:
         file = self.path / COL_PTR
         size = _size(file)
@@ -281,7 +287,7 @@ class Archive:
                 f"which are {size / stated.itemsize:.12g} of {stated}. {_advice(file)}"
             )
         columns = np.memmap(file, np.dtype(f"u{width}"), mode=self._mode)
-        if width != stated.itemsize:
+        if width != stated.itemsize or self.header is None:
             self._check_width(file, columns, stated)
         return columns
 
@@ -292,11 +298,13 @@ class Archive:
         seen = sample(columns)
         # The upper halves of wider columns are zeros; column 0 itself is rarely that frequent.
         halves = genes > 8 and (seen == 0).mean() > 0.25
-        if too_narrow or halves or int(seen.max()) >= genes:
+        # As expected, they may exceed recorded genes (raw.X beside those of X), but not like joined ones.
+        most = genes if columns.dtype != stated else max(genes, _MOST_GENES)
+        if too_narrow or halves or int(seen.max()) >= most:
             raise CorruptDataError(
-                f"{file}: its size makes the columns {columns.dtype}, but "
-                f"{'the header says' if self.header is not None else 'expected without a header is'} "
-                f"{stated}, and they are no convincing columns of {genes} genes. {_advice(file)}"
+                f"{file}: its size makes the columns {columns.dtype} "
+                f"({'the header says' if self.header is not None else 'expected without a header is'} "
+                f"{stated}), and they are no convincing columns of {genes} genes. {_advice(file)}"
             )
         if self.header is not None:
             _say(f"{file}: the header says {stated}, but {self.nnz} columns are {columns.dtype}")
@@ -328,7 +336,7 @@ class Archive:
 
     def _no_values(self, file: Path, size: int, dtype: np.dtype[Any]) -> np.ndarray:
         """The array of an archive whose pointers are all 0: one element of padding, or room to be filled."""
-        if len(self.var) and size > 8:
+        if len(self.var) and size not in (0, *_WIDTHS):
             raise CorruptDataError(
                 f"{file}: expected no values (the last entry of {ROW_PTR} is 0), found {size} bytes. "
                 f"{_advice(file)}"
@@ -406,7 +414,7 @@ def _refuse_unfinished(path: Path) -> None:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    file = path / METADATA_FILE
+    file = path / METADATA
     try:
         found = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -421,14 +429,14 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def _read_version(path: Path) -> str:
     try:
-        found = json.loads((path / VERSION_FILE).read_bytes())
+        found = json.loads((path / VERSION).read_bytes())
     except (OSError, ValueError):
         return ""
     return found if isinstance(found, str) else ""
 
 
 def _read_header(path: Path) -> Header | None:
-    file = path / HEADER_FILE
+    file = path / HEADER
     try:
         header = read_header(file)
     except FileNotFoundError:
@@ -440,27 +448,22 @@ def _read_header(path: Path) -> Header | None:
     return header
 
 
-def _var_folder(path: Path) -> Path:
-    folder = path / "var_features"
-    return folder if folder.is_dir() or not (path / "features").is_dir() else path / "features"
-
-
 def _open_var(path: Path) -> tuple[VariableFeatureIndex, bool]:
     """The gene index, and whether it lies where releases up to 0.1.2 put it."""
-    folder = _var_folder(path)
+    folder = var_folder(path)
     if not folder.is_dir():
         raise IncompleteArchiveError(
             f"{path} has neither var_features nor features: the number of rows and the genes are not known. "
             "Restore the folder, or convert the source again"
         )
     try:
-        return VariableFeatureIndex.load(folder), folder.name == "features"
+        return VariableFeatureIndex.load(folder), folder.name == OLD_FEATURES
     except FileNotFoundError as error:
         raise IncompleteArchiveError(f"{error}; restore it, or convert the source again") from None
 
 
 def _open_obs(path: Path, n_rows: int) -> ObservedFeatureIndex | None:
-    folder = path / "obs_features"
+    folder = path / OBS_FEATURES
     if not folder.is_dir():
         return None
     try:
@@ -474,20 +477,6 @@ def _open_obs(path: Path, n_rows: int) -> ObservedFeatureIndex | None:
 
 def _obs_mismatch(path: Path, obs: ObservedFeatureIndex, n_rows: int) -> str:
     return (
-        f"{path / 'obs_features'}: cell columns of {obs.number_of_rows()} rows, but the archive has "
+        f"{path / OBS_FEATURES}: cell columns of {obs.number_of_rows()} rows, but the archive has "
         f"{n_rows}: they cannot be used. Restore the folder, or convert the source again"
     )
-
-
-__all__ = [
-    "COL_PTR",
-    "DATA",
-    "METADATA_FILE",
-    "NEIGHBOR_FILES",
-    "ROW_PTR",
-    "VERSION_FILE",
-    "Archive",
-    "IncompleteArchiveError",
-    "NeighborsUnusableError",
-    "open_archive",
-]

@@ -13,7 +13,7 @@ import pyarrow as pa
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
-    from hbx_gpu.scdl.columns import Frame
+    from hbx_gpu.scdl.frames import Frame
 
 POSITION, NAMES = "position", "names"
 # Columns that usually hold the durable ids, the best first.

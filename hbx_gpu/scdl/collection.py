@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from hbx_gpu.scdl.concat import concat_archives
 from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad
 from hbx_gpu.scdl.dataset import SingleCellMemMapDataset
 from hbx_gpu.scdl.features import VariableFeatureIndex
-from hbx_gpu.scdl.frames import LAYOUT_VERSION
+from hbx_gpu.scdl.layout import LAYOUT_VERSION, METADATA, VERSION
+from hbx_gpu.scdl.progress import Progress, silent
 from hbx_gpu.scdl.values import DEFAULT_TOLERANCE, Tolerance, check_dtype
-from hbx_gpu.scdl.writer import METADATA, VERSION, check_target
+from hbx_gpu.scdl.writer import check_target
 
 if TYPE_CHECKING:
     from hbx_gpu.dataloader import CellDataset
@@ -120,7 +121,7 @@ class SingleCellCollection:
         matrix: str | None = None,
         load_neighbors: bool = False,
         neighbor_key: str = "next_cell_ids",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Convert all .h5ad files below a folder and add them in the order of their paths.
 
@@ -316,7 +317,7 @@ def _convert(job: _Job) -> None:
 
 
 def _run(
-    jobs: Sequence[_Job], max_workers: int, use_processes: bool, progress: Callable[[int, int], None] | None
+    jobs: Sequence[_Job], max_workers: int, use_processes: bool, progress: Progress
 ) -> list[BaseException | None]:
     """Convert all; one error or None each."""
     n = max(1, min(max_workers, len(jobs)))
@@ -325,8 +326,7 @@ def _run(
     def count(_: Future[None]) -> None:
         nonlocal done
         done += 1
-        if progress is not None:
-            progress(done, len(jobs))
+        progress(done, len(jobs))
 
     executor: ProcessPoolExecutor | ThreadPoolExecutor
     if use_processes:

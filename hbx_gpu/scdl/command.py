@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hbx_gpu import __version__
+from hbx_gpu.scdl.progress import bar
 
 # Heavy imports happen in the functions, so that --help and --version answer at once.
 _PROGRAM = "convert_h5ad_to_scdl"
@@ -128,7 +128,7 @@ def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
         load_block_row_size=args.load_block_row_size,
         neighbor_key=args.neighbor_key if args.load_neighbors else None,
     )
-    with _progress(" cells") as show:
+    with bar(" cells") as show:
         added = convert_h5ad_files(
             files,
             args.save_path,
@@ -149,7 +149,7 @@ def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
     place = Staging(args.save_path)
     try:
         collection = SingleCellCollection(place.folder)
-        with _progress(" files") as show:
+        with bar(" files") as show:
             collection.load_h5ad_multi(
                 args.data_path,
                 max_workers=args.num_workers,
@@ -170,19 +170,6 @@ def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
         return collection.number_of_rows()
     finally:
         place.discard()
-
-
-@contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(unit=unit, unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

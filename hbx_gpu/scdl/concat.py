@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl.archive import Archive, open_archive
-from hbx_gpu.scdl.columns import Frame, StoredFrame
-from hbx_gpu.scdl.frames import iter_parquet
+from hbx_gpu.scdl.frames import Frame, StoredFrame, iter_parquet
 from hbx_gpu.scdl.names import read_obs_names, read_var_names
 from hbx_gpu.scdl.neighbors import NeighborsUnusableError, NeighborTable
+from hbx_gpu.scdl.progress import Progress, silent
 from hbx_gpu.scdl.values import Tolerance, check_dtype, widest
 from hbx_gpu.scdl.writer import ArchiveWriter, check_target
 
@@ -38,7 +38,7 @@ def concat_archives(
     overwrite: bool = False,
     destroy: bool = False,
     copy_size: int = COPY_SIZE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Write the rows of several archives into one, in their order.
 
@@ -101,8 +101,7 @@ def concat_archives(
             append_frames(writer, archive, any_obs=any_obs)
             _append_source(writer, archive)
             for done in _append_rows(writer, archive, copy_size):
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
     if destroy:
         for path in {archive.path.resolve() for archive in archives} - {target}:
             shutil.rmtree(path)
@@ -140,7 +139,7 @@ def append_frames(writer: ArchiveWriter, archive: Archive | Origin, *, any_obs: 
         np.diff(archive.bounds).tolist(), archive.var.frames, archive.var.labels, gene_names, strict=True
     ):
         known = None if names is None else names.tolist()
-        writer.append_var(_whole(frame), n_rows, label=str(label or ""), gene_names=known)
+        writer.append_var(frame.table(), n_rows, label=str(label or ""), gene_names=known)
     if not any_obs:
         return
     obs, start = archive.obs, 0
@@ -165,12 +164,8 @@ def _has_obs(archive: Archive | Origin) -> bool:
     return archive.obs is not None and len(archive.obs) > 0
 
 
-def _whole(frame: Frame) -> pa.Table:
-    return pa.table({name: frame.arrow(name) for name in frame.names})
-
-
 def _pieces(frame: Frame) -> Iterator[pa.Table]:
-    return iter_parquet(frame.file) if isinstance(frame, StoredFrame) else iter([_whole(frame)])
+    return iter_parquet(frame.file) if isinstance(frame, StoredFrame) else iter([frame.table()])
 
 
 def _append_source(writer: ArchiveWriter, archive: Archive) -> None:
@@ -201,7 +196,9 @@ def append_neighbors(writer: ArchiveWriter, archive: Archive | Origin, copy_size
 
 def _neighbors(archive: Archive | Origin) -> NeighborTable | None:
     try:
-        return archive.neighbors
+        if (table := archive.neighbors) is not None:
+            table.check()
+        return table
     except NeighborsUnusableError as error:
         warnings.warn(f"Neighbours are left out: {error}", UserWarning, stacklevel=4)
         return None

@@ -16,7 +16,8 @@ import pyarrow as pa
 from hbx_gpu.atlas.h5ad import H5adFile, open_matrix
 from hbx_gpu.atlas.matrix import CsrBlock, DenseMatrix, Matrix
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl.frames import to_table
+from hbx_gpu.scdl.index_writer import to_table
+from hbx_gpu.scdl.progress import Progress, silent
 from hbx_gpu.scdl.values import Tolerance, check_dtype
 from hbx_gpu.scdl.writer import ArchiveWriter, check_target
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def convert_h5ad(
     data_dtype: str | None = None,
     tolerance: Tolerance | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Conversion:
     """Make an archive of an .h5ad file: CSR, CSC or dense.
 
@@ -162,7 +161,7 @@ def convert_h5ad_files(
     data_dtype: str | None = None,
     tolerance: Tolerance | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Conversion]:
     """Make one archive of several files, one after the other in a single pass.
 
@@ -200,10 +199,9 @@ def _shape(h5ad: str | os.PathLike[str], options: ConvertOptions) -> tuple[int, 
         return file.matrix(_choose_matrix(file, options)).shape
 
 
-def _shifted(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
+def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
     def show(rows: int) -> None:
-        if progress is not None:
-            progress(before + rows, total)
+        progress(before + rows, total)
 
     return show
 

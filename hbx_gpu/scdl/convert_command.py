@@ -6,14 +6,11 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hbx_gpu.errors import InvalidDataError
-
-Progress = Callable[[int, int], None]
+from hbx_gpu.scdl.progress import Progress, bar
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -87,7 +84,7 @@ def _convert(args: argparse.Namespace) -> int:
     _refuse_unused(args, kind)
     begin = time.perf_counter()
     convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]
-    with warnings.catch_warnings(), _bar(args.source.name) as progress:
+    with warnings.catch_warnings(), bar(" cells", args.source.name) as progress:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
         n = convert(args, progress)
@@ -117,21 +114,8 @@ def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
         raise InvalidDataError(f"{args.source} is taken as {kind}: {flags} says nothing about its conversion")
 
 
-@contextmanager
-def _bar(name: str) -> Iterator[Progress]:
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit=" cells", unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:
-    from hbx_gpu.scdl.exchange import archive_to_atlas
+    from hbx_gpu.scdl.to_atlas import archive_to_atlas
 
     return archive_to_atlas(
         args.source,
@@ -145,7 +129,7 @@ def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _from_atlas(args: argparse.Namespace, progress: Progress) -> int:
-    from hbx_gpu.scdl.export import atlas_to_archive
+    from hbx_gpu.scdl.from_atlas import atlas_to_archive
 
     return atlas_to_archive(
         args.source,

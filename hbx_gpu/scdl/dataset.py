@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu.errors import UnsupportedError
-from hbx_gpu.scdl.archive import NeighborsUnusableError, open_archive
+from hbx_gpu.scdl.archive import open_archive
 from hbx_gpu.scdl.neighbor_reading import NeighborReader
-from hbx_gpu.scdl.neighbors import NeighborSamplingStrategy
+from hbx_gpu.scdl.neighbors import NeighborSamplingStrategy, NeighborsUnusableError
 from hbx_gpu.scdl.values import DEFAULT_TOLERANCE, check_dtype
 
 if TYPE_CHECKING:
@@ -33,24 +32,6 @@ class Mode(StrEnum):
     READ_APPEND = "r+"
     READ = "r"
     CREATE = "w"
-
-
-class FileNames(StrEnum):
-    """Files of an archive."""
-
-    DATA = "data.npy"
-    COLPTR = "col_ptr.npy"
-    ROWPTR = "row_ptr.npy"
-    METADATA = "metadata.json"
-    DTYPE = "dtypes.json"
-    FEATURES = "features"
-    VAR_FEATURES = "var_features"
-    OBS_FEATURES = "obs_features"
-    VERSION = "version.json"
-    HEADER = "header.sch"
-    NEIGHBOR_INDICES = "neighbor_indices.npy"
-    NEIGHBOR_INDICES_PTR = "neighbor_indptr.npy"
-    NEIGHBOR_VALUES = "neighbor_values.npy"
 
 
 class SingleCellMemMapDataset(NeighborReader):
@@ -307,19 +288,23 @@ class SingleCellMemMapDataset(NeighborReader):
 
         Only what was written to the arrays of a new, empty archive (`num_rows`, `num_elements`) is flushed.
 
+        Parameters
+        ----------
+        output_path
+            Where a copy of the archive goes too; this dataset stays where it is.
+
         Raises
         ------
-        UnsupportedError
-            An `output_path`: copy the folder, or give :meth:`concat` one.
+        FileExistsError
+            There is something at the output.
         """
-        if output_path is not None:
-            raise UnsupportedError(
-                f"an archive is not saved under another path ({output_path}): copy the folder "
-                f"{self.data_path}, or write with concat(..., output_path=...)"
-            )
         for array in (self.data, self.col_index, self.row_index):
             if isinstance(array, np.memmap) and array.flags.writeable:
                 array.flush()
+        if output_path is not None:
+            from hbx_gpu.scdl.writer import copy_archive
+
+            copy_archive(self.data_path, output_path)
         return True
 
     def cast_data_to_dtype(self, dtype: str, *, allow_loss: bool = False) -> None:

@@ -150,6 +150,9 @@ def _found(
     """The dtype among those of a width, when it is the only possible one."""
     truth = np.dtype("u1") if width == 1 else _integer_or_float(raw, width, old=old, where=where)
     if stated is None and width == _ASSUMED.itemsize:
+        # Twice as many values of two bytes take as much room.
+        if (truth.kind != "f" and not _genuine(raw, truth)) or _genuine(raw, np.dtype("f2")):
+            _refuse(where, f"no header says what they are, and they are no convincing {truth}", width)
         return truth
     stated = stated or _ASSUMED
     # The file may be cut or doubled instead of cast: then its bytes look right in the header's dtype.

@@ -5,23 +5,19 @@ from __future__ import annotations
 import operator
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hbx_gpu.errors import CorruptDataError
-from hbx_gpu.scdl.columns import Frame, JoinedFrame, StoredFrame, as_frame, common_type, decoded
-from hbx_gpu.scdl.header import FeatureIndexInfo
+from hbx_gpu.scdl.frames import Frame, JoinedFrame, StoredFrame, as_frame, cast, common_type, decoded
+from hbx_gpu.scdl.index_writer import write_feature_index
 from hbx_gpu.scdl.labels import read_labels
+from hbx_gpu.scdl.layout import ENDS, LAYOUT_VERSION, OLD_FEATURES, VAR_FEATURES, block_file
 from hbx_gpu.scdl.selection import ObservedRow, ObservedRows
-
-# The release whose layout is written; the real package of that release opens it.
-FORMAT_VERSION = "0.1.3"
-ENDS_FILE, LABELS_FILE, VERSION_FILE = "cumulative_sum_index.npy", "labels.npy", "version.npy"
 
 
 def are_dicts_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -31,9 +27,10 @@ def are_dicts_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def block_file(block: int, n_blocks: int) -> str:
-    """Name of the parquet file of one of several blocks."""
-    return f"dataframe_{block:0{len(str(n_blocks))}d}.parquet"
+def var_folder(archive: Path) -> Path:
+    """Folder of the genes of an archive, whichever release wrote it."""
+    folder, old = archive / VAR_FEATURES, archive / OLD_FEATURES
+    return old if old.is_dir() and not folder.is_dir() else folder
 
 
 class FeatureIndex:
@@ -62,7 +59,7 @@ class FeatureIndex:
 
     def version(self) -> str:
         """The release whose layout is written."""
-        return FORMAT_VERSION
+        return LAYOUT_VERSION
 
     def number_of_rows(self) -> int:
         """Number of rows of all blocks."""
@@ -160,9 +157,8 @@ class FeatureIndex:
             raise TypeError(f"expected {type(self).__name__}, found {type(other).__name__}")
         joined = type(self)()
         joined._ends, joined.frames, joined.labels = list(self._ends), list(self.frames), list(self.labels)
-        for n_rows, frame, label in list(
-            zip(np.diff(other.bounds).tolist(), other.frames, other.labels, strict=True)
-        ):
+        sizes = np.diff(other.bounds).tolist()
+        for n_rows, frame, label in zip(sizes, other.frames, other.labels, strict=True):
             joined._append(n_rows, frame, label)
         self._ends, self.frames, self.labels = joined._ends, joined.frames, joined.labels
         return self
@@ -190,12 +186,12 @@ class FeatureIndex:
             Its files contradict each other.
         """
         folder = Path(datapath)
-        ends = _read_ends(folder / ENDS_FILE)
+        ends = _read_ends(folder / ENDS)
         present = set(os.listdir(folder))
         files = [block_file(b, len(ends)) for b in range(len(ends))]
         if missing := [name for name in files if name not in present]:
             raise CorruptDataError(
-                f"{folder}: {ENDS_FILE} names {len(ends)} blocks, but {', '.join(missing[:5])} "
+                f"{folder}: {ENDS} names {len(ends)} blocks, but {', '.join(missing[:5])} "
                 f"{'is' if len(missing) == 1 else 'are'} missing. Restore the folder, or convert the source "
                 "again"
             )
@@ -212,7 +208,7 @@ def _read_ends(file: Path) -> list[int]:
         stored = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing: {file.parent} is no complete feature index") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and fails in as many ways
         raise CorruptDataError(f"{file} cannot be read: {error}") from None
     if stored.ndim != 1 or stored.dtype.kind not in "iu" or not len(stored) or stored[0] != -1:
         raise CorruptDataError(
@@ -328,7 +324,9 @@ class ObservedFeatureIndex(FeatureIndex):
         kind = common_type([f.arrow(name).type for f in frames if name in f.names], name)
         chunks: list[pa.Array] = []
         for frame, n_rows in zip(frames, np.diff(self.bounds).tolist(), strict=True):
-            chunks += frame.arrow(name).cast(kind).chunks if name in frame.names else [pa.nulls(n_rows, kind)]
+            chunks += (
+                cast(frame.arrow(name), kind).chunks if name in frame.names else [pa.nulls(n_rows, kind)]
+            )
         return pa.chunked_array(chunks, type=kind)
 
     @property
@@ -373,7 +371,7 @@ class ObservedFeatureIndex(FeatureIndex):
                 continue
             frame = self._checked(block)
             take = np.arange(local[0] - start, local[-1] - start + np.sign(local.step), local.step)
-            parts.append({name: decoded(frame.arrow(name).take(pa.array(take))) for name in frame.names})
+            parts.append({name: decoded(frame.take(name, take)) for name in frame.names})
             labels.append(self.labels[block])
         return ObservedRows(parts, labels)
 
@@ -384,55 +382,3 @@ def _within(rows: range, start: int, stop: int) -> range:
     first = max(0, -((rows.start - low) // rows.step))
     last = min(len(rows), (high - rows.start) // rows.step + 1)
     return rows[first : max(first, last)]
-
-
-def write_feature_index(
-    folder: Path, blocks: Iterable[tuple[int, Any]], labels: Sequence[Any] | None = None
-) -> FeatureIndexInfo:
-    """Write a feature index folder.
-
-    Parameters
-    ----------
-    folder
-        New or empty; its name is the name of the index (``var_features``, ``obs_features``).
-    blocks
-        Per block its number of rows (cells) and its columns: a Frame, a mapping of arrays or an Arrow table.
-        They are not merged; :class:`VariableFeatureIndex` and :class:`ObservedFeatureIndex` do that.
-    labels
-        Per block a text, a path or None.
-
-    Returns
-    -------
-    FeatureIndexInfo
-        The record for the header.
-
-    Raises
-    ------
-    FileExistsError
-        The folder holds an index: files of a smaller one beside its own mislead the real package.
-    InvalidDataError
-        A column that parquet cannot hold.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; a feature index is written into a new folder")
-    blocks = [(int(n_rows), as_frame(columns)) for n_rows, columns in blocks]
-    texts = ["" if label is None else str(label) for label in labels or [None] * len(blocks)]
-    if len(texts) != len(blocks):
-        raise ValueError(f"expected {len(blocks)} labels, found {len(texts)}")
-    ends = np.cumsum([n_rows for n_rows, _ in blocks], dtype=np.int64)
-    np.save(folder / ENDS_FILE, np.concatenate([np.array([-1], np.int64), ends]))
-    # Never objects, which would be a pickle; the real package has an empty float64 array without blocks.
-    np.save(folder / LABELS_FILE, np.array(texts, np.str_) if texts else np.array([], np.float64))
-    np.save(folder / VERSION_FILE, np.array(FORMAT_VERSION))
-    files = [ENDS_FILE, LABELS_FILE, VERSION_FILE]
-    for block, (_, frame) in enumerate(blocks):
-        files.append(block_file(block, len(blocks)))
-        _write_frame(folder / files[-1], frame)
-    length = int(ends[-1]) if len(ends) else 0
-    return FeatureIndexInfo(folder.name, length, tuple(f"{folder.name}/{file}" for file in files))
-
-
-def _write_frame(file: Path, frame: Frame) -> None:
-    columns = [frame.arrow(name) for name in frame.names]
-    pq.write_table(pa.table(columns, names=frame.names) if columns else pa.table({}), file)

@@ -1,232 +1,279 @@
-"""obs and var tables on their way into a feature index folder: Arrow columns, blocks, streamed parquet."""
+"""The columns of one feature block: in memory, in a parquet file, or several of them one below the other."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl.header import FeatureIndexInfo
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-# Release of SCDL whose layout is written; programs that compare versions expect one of theirs.
-LAYOUT_VERSION = "0.1.3"
+from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 
-def to_table(frame: pd.DataFrame, *, index_name: str, source: str) -> pa.Table:
-    """Columns of a data frame; its index, as a column, if there are none.
+class Frame(Mapping[str, np.ndarray]):
+    """Columns of equal length: a mapping of name -> NumPy array, each array made when it is asked for.
 
-    Strings become string columns, categories of strings too, dictionary encoded and in their order (plain
-    where values are missing); other categories the type of their values. Missing values are null; columns
-    of mixed kinds, text.
+    Text arrives as an object array with None where it is missing, missing numbers as NaN.
+
+    Attributes
+    ----------
+    names
+        Column names, in stored order.
+    n_rows
+        Length of the columns; 0 without columns.
+    """
+
+    names: list[str]
+
+    @property
+    def n_rows(self) -> int:
+        """Length of the columns."""
+        raise NotImplementedError
+
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        """One column as stored: null where a value is missing, dictionaries where it has categories."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return decoded(self.arrow(name))
+
+    def take(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """Some elements of a column, in the order asked for."""
+        return self.arrow(name).take(pa.array(rows))
+
+    def value(self, name: str, row: int) -> Any:
+        """One element of a column: a NumPy scalar, a text or None."""
+        return decoded(self.take(name, np.array([row])))[0]
+
+    def table(self) -> pa.Table:
+        """All columns as stored."""
+        return pa.table({name: self.arrow(name) for name in self.names})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class MemoryFrame(Frame):
+    """Columns in memory.
 
     Parameters
     ----------
-    frame
-        obs or var.
-    index_name
-        Name of the column for the index.
-    source
-        For messages.
+    columns
+        Name -> NumPy array, Arrow array, or anything that `numpy.asarray` takes.
+
+    Raises
+    ------
+    TypeError
+        Not a mapping.
+    ValueError
+        Columns of different lengths.
+    """
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        if not isinstance(columns, Mapping):
+            raise TypeError(
+                f"expected a dict of column name -> array, found {type(columns).__name__}; "
+                "a pandas frame becomes one by {name: frame[name].to_numpy() for name in frame}"
+            )
+        self._columns = {str(name): _stored_form(column) for name, column in columns.items()}
+        self.names = list(self._columns)
+        lengths = {name: len(column) for name, column in self._columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"expected columns of equal length, found {lengths}")
+
+    @property
+    def n_rows(self) -> int:
+        return next((len(column) for column in self._columns.values()), 0)
+
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        column = self._columns[name]
+        if isinstance(column, pa.ChunkedArray):
+            return column
+        try:
+            return pa.chunked_array([pa.array(column, from_pandas=True)])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise InvalidDataError(
+                f"column {name!r} holds values that have no common type ({error}); make them all text or all "
+                "numbers first"
+            ) from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        column = self._columns[name]
+        return decoded(column) if isinstance(column, pa.ChunkedArray) else column
+
+    def value(self, name: str, row: int) -> Any:
+        column = self._columns[name]
+        return super().value(name, row) if isinstance(column, pa.ChunkedArray) else column[row]
+
+
+def decoded(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as NumPy array: text as objects, None where it is missing; missing numbers as NaN."""
+    # `to_numpy` of a dictionary makes its last value of a missing one.
+    return plain(column).to_numpy()
+
+
+def _stored_form(column: Any) -> Any:
+    if isinstance(column, pa.Array):
+        return pa.chunked_array([column])
+    return column if isinstance(column, pa.ChunkedArray) else np.asarray(column)
+
+
+class StoredFrame(Frame):
+    """Columns in a parquet file; what is asked for of them is read, and kept in Arrow's form.
+
+    Single elements cost the row group that they are in, not the column.
+
+    Parameters
+    ----------
+    file
+        The parquet file; its footer is read at first use.
+
+    Raises
+    ------
+    CorruptDataError
+        At first use: the file is missing or is no parquet file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._schema: pa.Schema | None = None
+        self._edges = np.zeros(1, np.int64)  # rows before each row group, and all
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._groups: dict[tuple[str, int], pa.ChunkedArray] = {}
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.file)
+        except FileNotFoundError:
+            raise CorruptDataError(
+                f"{self.file} is missing: expected one parquet file per feature block. Restore it, or "
+                "convert the source again"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptDataError(f"{self.file} cannot be read as parquet: {error}") from None
+
+    def _footer(self) -> pa.Schema:
+        if self._schema is None:
+            with self._open() as parquet:
+                footer = parquet.metadata
+                sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+                self._edges = np.array([0, *itertools.accumulate(sizes)], np.int64)
+                self._schema = parquet.schema_arrow
+        return self._schema
+
+    @property
+    def names(self) -> list[str]:  # type: ignore[override]
+        return list(self._footer().names)
+
+    @property
+    def n_rows(self) -> int:
+        return int(self._edges[-1]) if self._footer().names else 0
+
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        if name not in self._columns:
+            self._columns[name] = self._read(name, None)
+            self._groups = {key: group for key, group in self._groups.items() if key[0] != name}
+        return self._columns[name]
+
+    def take(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        names, n_groups = self._footer().names, len(self._edges) - 1
+        group = np.searchsorted(self._edges, rows, side="right") - 1
+        needed, place = np.unique(group, return_inverse=True)
+        few = 0 < 2 * len(needed) <= n_groups
+        if name in self._columns or name not in names or not few:
+            return super().take(name, rows)
+        for i in needed.tolist():
+            if (name, i) not in self._groups:
+                self._groups[name, i] = self._read(name, i)
+        parts = [self._groups[name, i] for i in needed.tolist()]
+        before = np.array([0, *itertools.accumulate(map(len, parts))])[place]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.chunked_array(chunks).take(pa.array(rows - self._edges[group] + before))
+
+    def _read(self, name: str, group: int | None) -> pa.ChunkedArray:
+        """A column, or its part in one row group."""
+        if name not in self._footer().names:
+            raise KeyError(name)
+        try:
+            with self._open() as parquet:
+                whole = group is None
+                found = parquet.read([name]) if whole else parquet.read_row_group(group, [name])
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptDataError(f"{self.file}, column {name!r}: {error}") from None
+        return found.column(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["file"])  # type: ignore[misc]
+
+
+class JoinedFrame(Frame):
+    """Frames with the same column names one below the other; the last one gives the order of columns.
 
     Raises
     ------
     InvalidDataError
-        Two columns have one name.
-    """
-    if not frame.columns.size:
-        return pa.table({index_name: pa.array([str(name) for name in frame.index], pa.string())})
-    names = [str(name) for name in frame.columns]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InvalidDataError(f"{source}: several columns are named {twice}; rename them, names must differ")
-    return pa.table({name: _column(frame.iloc[:, i]) for i, name in enumerate(names)})
-
-
-def _column(values: pd.Series) -> pa.Array:
-    import pandas as pd
-
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        categories = values.cat.categories
-        if all(isinstance(category, str) for category in categories):
-            codes = pa.array(values.cat.codes.to_numpy(), mask=values.isna().to_numpy())
-            return pa.DictionaryArray.from_arrays(
-                codes, pa.array(list(categories), pa.string()), ordered=bool(values.cat.ordered)
-            )
-        values = values.astype(object if values.isna().any() else categories.dtype)
-    try:
-        array = pa.array(values, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        # Mixed objects, which parquet cannot hold either.
-        array = pa.array([None if _missing(v) else str(v) for v in values], pa.string())
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    return pc.cast(array, pa.string()) if pa.types.is_large_string(array.type) else array
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value != value
-
-
-@dataclass
-class _Block:
-    """Consecutive rows that share a table (var) or its columns (obs)."""
-
-    n_rows: int
-    label: str
-    schema: pa.Schema
-    pieces: list[Path] = field(default_factory=list)
-
-
-class FeatureFolder:
-    """Writes a feature index folder block by block; only file names and schemas stay in memory.
-
-    Parameters
-    ----------
-    folder
-        The index folder; made by :meth:`finish`.
-    scratch
-        Existing folder for unfinished files on the same file system.
+        A column is text in one frame and numbers in another.
     """
 
-    def __init__(self, folder: Path, scratch: Path) -> None:
-        self._folder, self._scratch = folder, scratch
-        self._blocks: list[_Block] = []
-        self._count = itertools.count()
-        self._last_var: tuple[pa.Table, Sequence[str] | None] | None = None
+    def __init__(self, parts: Sequence[Frame]) -> None:
+        self.parts: list[Frame] = []
+        for part in parts:
+            self.parts += part.parts if isinstance(part, JoinedFrame) else [part]
+        self.names = list(self.parts[-1].names)
+        # Found here, before anyone writes.
+        self._types = {
+            name: common_type([part.arrow(name).type for part in self.parts], name) for name in self.names
+        }
 
     @property
     def n_rows(self) -> int:
-        """Rows of all blocks."""
-        return sum(block.n_rows for block in self._blocks)
+        return sum(part.n_rows for part in self.parts)
 
-    @property
-    def n_blocks(self) -> int:
-        """Number of blocks so far."""
-        return len(self._blocks)
-
-    def append_var(self, table: pa.Table, n_rows: int, label: str, names: Sequence[str] | None) -> bool:
-        """The features of the next `n_rows` cells; False where they are those of the cells before.
-
-        They are if the columns agree in name and value (missing equals missing) whatever their order, and
-        so do the names where both are known.
-        """
-        table = _without_missing_codes(table)
-        if self._last_var is not None and _same_features(self._last_var, (table, names)):
-            self._blocks[-1].n_rows += n_rows
-            return False
-        self._last_var = table, names
-        self._blocks.append(_Block(n_rows, label, table.schema, [self._write(table)]))
-        return True
-
-    def append_obs(self, tables: Iterator[pa.Table], n_rows: int, label: str) -> None:
-        """The next cells, as tables of one schema; they join the block before if that has the same columns.
-
-        Columns of numbers join as NumPy promotes them, others only if they are of one kind.
-        """
-        if not n_rows:
-            return
-        for i, table in enumerate(map(_without_missing_codes, tables)):
-            merged = _merge(self._blocks[-1].schema, table.schema) if self._blocks else None
-            if merged is not None:
-                self._blocks[-1].schema = merged
-            elif i == 0:
-                self._blocks.append(_Block(0, label, table.schema))
-            else:
-                raise ValueError(f"pieces of one table differ: {self._blocks[-1].schema} and {table.schema}")
-            self._blocks[-1].pieces.append(self._write(table))
-        self._blocks[-1].n_rows += n_rows
-
-    def finish(self) -> FeatureIndexInfo:
-        """Write the folder; returns its record for the header."""
-        self._folder.mkdir()
-        digits = len(str(len(self._blocks)))
-        tables = [f"dataframe_{i:0{digits}d}.parquet" for i in range(len(self._blocks))]
-        for block, file in zip(self._blocks, tables, strict=True):
-            _join(block, self._folder / file)
-        ends = np.cumsum([block.n_rows for block in self._blocks], dtype=np.int64)
-        np.save(self._folder / "cumulative_sum_index.npy", np.concatenate([[-1], ends]).astype(np.int64))
-        # Strings only, so that no reader has to unpickle anything.
-        labels = np.array([block.label for block in self._blocks]) if self._blocks else np.empty(0)
-        np.save(self._folder / "labels.npy", labels)
-        np.save(self._folder / "version.npy", np.array(LAYOUT_VERSION))
-        files = ["cumulative_sum_index.npy", "labels.npy", "version.npy", *tables]
-        name = self._folder.name
-        return FeatureIndexInfo(name, self.n_rows, tuple(f"{name}/{file}" for file in files))
-
-    def _write(self, table: pa.Table) -> Path:
-        path = self._scratch / f"{self._folder.name}_{next(self._count)}.parquet"
-        pq.write_table(table, path)
-        return path
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        kind = self._types[name]
+        chunks = [chunk for part in self.parts for chunk in cast(part.arrow(name), kind).chunks]
+        return pa.chunked_array(chunks, type=kind)
 
 
-def _without_missing_codes(table: pa.Table) -> pa.Table:
-    """Categories with missing values as plain text: SCDL reads such a value as the last category."""
-    for i, column in enumerate(table.columns):
-        if pa.types.is_dictionary(column.type) and column.null_count:
-            table = table.set_column(i, table.column_names[i], _plain(column))
-    return table
+def common_type(types: Sequence[pa.DataType], name: str) -> pa.DataType:
+    """The type that holds columns of several types, as :func:`promoted`.
+
+    Raises
+    ------
+    InvalidDataError
+        There is none: text and numbers.
+    """
+    known = list(dict.fromkeys(types))
+    common = known[0] if known else pa.null()
+    for kind in known[1:]:
+        both = promoted(common, kind)
+        if both is None:
+            raise InvalidDataError(
+                f"column {name!r} is {' in one place and '.join(map(str, known))} in another; rename the "
+                "column or convert it in one of the sources"
+            )
+        common = both
+    return common
 
 
-def _same_features(
-    a: tuple[pa.Table, Sequence[str] | None], b: tuple[pa.Table, Sequence[str] | None]
-) -> bool:
-    (table, names), (other, other_names) = a, b
-    if set(table.column_names) != set(other.column_names) or len(table) != len(other):
-        return False
-    if names is not None and other_names is not None and list(names) != list(other_names):
-        return False
-    if not table.num_columns:
-        # Nothing tells whether unnamed features without columns are the same ones.
-        return names is not None and other_names is not None
-    return all(_equal(table[name], other[name]) for name in table.column_names)
-
-
-def _equal(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
-    a, b = _plain(a), _plain(b)
-    if a.type != b.type:
-        common = _promote(a.type, b.type)
-        if common is None:
-            return False
-        a, b = _cast(a, common), _cast(b, common)
-    if pa.types.is_floating(a.type):
-        x, y = a.to_numpy(), b.to_numpy()
-        return bool(((x == y) | ((x != x) & (y != y))).all())
-    return bool(a.equals(b))
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def _merge(block: pa.Schema, new: pa.Schema) -> pa.Schema | None:
-    """One schema for both, columns in the order of the new one; None if they must stay apart."""
-    if set(block.names) != set(new.names):
-        return None
-    fields = []
-    for name in new.names:
-        common = _promote(block.field(name).type, new.field(name).type)
-        if common is None:
-            return None
-        fields.append(pa.field(name, common))
-    return pa.schema(fields)
-
-
-def _promote(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    if a == b or pa.types.is_null(b):
+def promoted(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type that holds columns of two types, with NumPy's promotion among numbers; None without one."""
+    if a == b:
         return a
-    if pa.types.is_null(a):
-        return b
+    for kind, other in ((a, b), (b, a)):
+        if pa.types.is_null(kind):
+            # SCDL reads a missing value among categories as the last category.
+            return other.value_type if pa.types.is_dictionary(other) else other
     if _is_text(a) and _is_text(b):
         both = pa.types.is_dictionary(a) and pa.types.is_dictionary(b)
         return pa.dictionary(pa.int32(), pa.string()) if both else pa.string()
@@ -240,23 +287,25 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column in a type that :func:`promoted` found; large numbers are rounded, as NumPy does."""
     if pa.types.is_boolean(column.type) and pa.types.is_floating(kind):
         column = column.cast(pa.uint8())
     return column.cast(kind, safe=False)
 
 
-def _join(block: _Block, path: Path) -> None:
-    """One parquet file from the pieces of a block, one row group in memory at a time."""
-    if len(block.pieces) == 1:
-        block.pieces[0].rename(path)
-        return
-    with pq.ParquetWriter(path, block.schema) as writer:
-        for piece in block.pieces:
-            for table in iter_parquet(piece):
-                columns = [_cast(table[column.name], column.type) for column in block.schema]
-                writer.write_table(pa.table(columns, schema=block.schema))
-            piece.unlink()
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without dictionaries."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def as_frame(columns: Any) -> Frame:
+    """A Frame of a Frame, a mapping of arrays or an Arrow table."""
+    if isinstance(columns, Frame):
+        return columns
+    if isinstance(columns, pa.Table):
+        return MemoryFrame(dict(zip(columns.column_names, columns.columns, strict=True)))
+    return MemoryFrame(columns)
 
 
 def iter_parquet(path: Path) -> Iterator[pa.Table]:

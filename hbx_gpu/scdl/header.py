@@ -1,9 +1,11 @@
-"""`header.sch`: the binary header of an archive, from bytes and back. Knows nothing of the files it names."""
+"""The header of an archive, from bytes and text and back. Knows nothing of the files that it names."""
 
 from __future__ import annotations
 
+import json
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,12 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
+from hbx_gpu.scdl.layout import HEADER
 
 MAGIC = b"SCDL"
 VERSION = (0, 1, 0)
-HEADER_FILE = "header.sch"
-# Name in the header -> file in the archive.
-ARRAY_FILES = {
-    "DATA": "data.npy",
-    "ROWPTR": "row_ptr.npy",
-    "COLPTR": "col_ptr.npy",
-    "NEIGHBOR_INDICES": "neighbor_indices.npy",
-    "NEIGHBOR_INDICES_PTR": "neighbor_indptr.npy",
-    "NEIGHBOR_VALUES": "neighbor_values.npy",
-}
+ARRAYS = ("DATA", "ROWPTR", "COLPTR")
+"""Names of the arrays, in the order in which they are written."""
 DTYPE_CODES = {
     "uint8": 1,
     "uint16": 2,
@@ -39,6 +34,13 @@ _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 _NETWORK_ORDER = 1
 _MEMMAP_BACKEND = 1
 _MAX_NAME = 1024
+# In exports.
+_ENDIANNESS, _BACKEND = "NETWORK", "MEMMAP_V0"
+_VERSION_PARTS = ("major", "minor", "point")
+# Texts that YAML takes for texts without quotes.
+_PLAIN = re.compile(
+    r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_][\w/.-]*|\d+\.\d+\.\d+", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class ArrayInfo:
     Attributes
     ----------
     name
-        ``DATA``, ``ROWPTR`` or ``COLPTR``: the keys of `ARRAY_FILES`.
+        One of `ARRAYS`; others are read and never written.
     length
         Number of elements. The real package does not keep it up to date.
     dtype
@@ -106,6 +108,70 @@ class Header:
             return None
         return np.dtype(info.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the header as stored."""
+        return len(self.to_bytes())
+
+    def save(self, path: str | Path) -> None:
+        """Write the header to a file of its own; archives rebuild theirs from their arrays."""
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The header as plain values, by the names that bionemo-scdl's exports use."""
+        return {
+            "version": dict(zip(_VERSION_PARTS, self.version, strict=True)),
+            "endianness": _ENDIANNESS,
+            "backend": _BACKEND,
+            "arrays": [_exported(array) for array in self.arrays],
+            "feature_indices": [_exported(index) for index in self.features],
+        }
+
+    def to_json(self) -> str:
+        """The header as JSON, as bionemo-scdl exports it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        """The header as YAML in block style with sorted keys, as bionemo-scdl exports it."""
+        values = {**self.to_dict(), "version": ".".join(map(str, self.version))}
+        return "\n".join(_yaml(values)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Header:
+        """A header from its JSON export.
+
+        Raises
+        ------
+        CorruptDataError
+            Text that is no such export; names the field.
+        """
+        try:
+            return _imported(json.loads(text))
+        except ValueError as error:
+            raise CorruptDataError(f"the text is no header in JSON: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Header:
+        """A header from its YAML export; needs PyYAML.
+
+        Raises
+        ------
+        CorruptDataError
+            As :meth:`from_json`.
+        ImportError
+            No PyYAML.
+        """
+        try:
+            import yaml
+        except ImportError:
+            raise ImportError(
+                "reading YAML needs PyYAML: pip install pyyaml, or use the JSON export"
+            ) from None
+        try:
+            return _imported(yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError) as error:
+            raise CorruptDataError(f"the text is no header in YAML: {error}") from None
+
     def to_bytes(self) -> bytes:
         """The header as stored.
 
@@ -127,7 +193,7 @@ class Header:
         return b"".join(out)
 
     @classmethod
-    def from_bytes(cls, raw: bytes, *, where: str = HEADER_FILE) -> Header:
+    def from_bytes(cls, raw: bytes, *, where: str = HEADER) -> Header:
         """Parse a header. What follows its end is ignored; the feature index part may be absent.
 
         Raises
@@ -185,14 +251,105 @@ def archive_header(
     Parameters
     ----------
     lengths, dtypes
-        By header name (``DATA``, ``ROWPTR``, ``COLPTR``).
+        By name in the header.
     features
         As :func:`hbx_gpu.scdl.features.write_feature_index` returned them: genes first, then cells.
     """
-    arrays = tuple(
-        ArrayInfo(name, lengths[name], np.dtype(dtypes[name]).name) for name in ("DATA", "ROWPTR", "COLPTR")
-    )
+    arrays = tuple(ArrayInfo(name, lengths[name], np.dtype(dtypes[name]).name) for name in ARRAYS)
     return Header(arrays, tuple(features))
+
+
+def validate_header_compatibility(one: Header, other: Header) -> bool:
+    """Whether two headers can be merged: schemas of one major version, and no name in both."""
+    names = _names(one) + _names(other)
+    return one.version[0] == other.version[0] and len(set(names)) == len(names)
+
+
+def merge_headers(one: Header, other: Header) -> Header:
+    """One header with the records of both, and the later of their versions.
+
+    Raises
+    ------
+    ValueError
+        They have names in common, or schemas of different major versions.
+    """
+    if not validate_header_compatibility(one, other):
+        raise ValueError(
+            "headers that are merged have schemas of one major version and no name in common; found versions "
+            f"{one.version} and {other.version}, names {_names(one)} and {_names(other)}"
+        )
+    return Header(one.arrays + other.arrays, one.features + other.features, max(one.version, other.version))
+
+
+def _records(header: Header) -> list[ArrayInfo | FeatureIndexInfo]:
+    return [*header.arrays, *header.features]
+
+
+def _names(header: Header) -> list[str]:
+    return [record.name for record in _records(header)]
+
+
+def _exported(record: ArrayInfo | FeatureIndexInfo) -> dict[str, Any]:
+    files = {"index_files": list(record.files)} if isinstance(record, FeatureIndexInfo) else {}
+    shape = None if record.shape is None else list(record.shape)
+    dtype = f"{record.dtype.upper()}_ARRAY"
+    return {"name": record.name, "length": record.length, "dtype": dtype, **files, "shape": shape}
+
+
+def _imported(values: Any) -> Header:
+    try:
+        version = values["version"]
+        parts = version.split(".") if isinstance(version, str) else [version[part] for part in _VERSION_PARTS]
+        major, minor, point = map(int, parts)
+        if (values["endianness"], values["backend"]) != (_ENDIANNESS, _BACKEND):
+            raise ValueError(f"expected endianness {_ENDIANNESS} and backend {_BACKEND}")
+        header = Header(
+            tuple(ArrayInfo(**_record(array)) for array in values["arrays"]),
+            tuple(
+                FeatureIndexInfo(files=tuple(map(str, index["index_files"])), **_record(index))
+                for index in values["feature_indices"]
+            ),
+            (major, minor, point),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a field is missing or of another kind ({error!r})") from None
+    _check(header)
+    return header
+
+
+def _record(values: dict[str, Any]) -> dict[str, Any]:
+    dtype = str(values["dtype"]).removesuffix("_ARRAY").lower()
+    if dtype not in DTYPE_CODES:
+        raise ValueError(
+            f"dtype {values['dtype']!r} is none of {[f'{name.upper()}_ARRAY' for name in DTYPE_CODES]}"
+        )
+    shape = None if values["shape"] is None else tuple(map(int, values["shape"]))
+    return {"name": str(values["name"]), "length": int(values["length"]), "dtype": dtype, "shape": shape}
+
+
+def _yaml(value: Any, indent: str = "") -> Iterator[str]:
+    """Lines of maps and lists in block style."""
+    items = sorted(value.items()) if isinstance(value, dict) else [(None, item) for item in value]
+    for key, item in items:
+        head = f"{indent}- " if key is None else f"{indent}{key}:"
+        if isinstance(item, dict):  # only in lists
+            first, *rest = _yaml(item, indent + "  ")
+            yield head + first.lstrip()
+            yield from rest
+        elif isinstance(item, list) and item:
+            yield head
+            yield from _yaml(item, indent)
+        else:
+            yield f"{head}{_scalar(item)}" if key is None else f"{head} {_scalar(item)}"
+
+
+def _scalar(value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN.fullmatch(value):
+        return value
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+    return f'"{"".join(plain)}"'
 
 
 def _text(text: str) -> bytes:
@@ -207,14 +364,13 @@ def _shape(shape: tuple[int, ...] | None) -> bytes:
 def _check(header: Header) -> None:
     if header.version[0] > VERSION[0]:
         raise ValueError(f"expected schema major version {VERSION[0]}, found {header.version[0]}")
-    records: list[ArrayInfo | FeatureIndexInfo] = [*header.arrays, *header.features]
-    names = [record.name for record in records]
+    names = _names(header)
     for name in names:
         if not 0 < len(name.encode()) <= _MAX_NAME:
             raise ValueError(f"expected names of 1 to {_MAX_NAME} bytes, found {name[:40]!r}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"expected every name once, found {repeated} several times")
-    for record in records:
+    for record in _records(header):
         if record.shape is not None and any(n < 1 for n in record.shape):
             raise ValueError(f"expected dimensions of at least 1 for {record.name!r}, found {record.shape}")
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.errors import CorruptDataError
+from hbx_gpu.errors import CorruptDataError, InvalidDataError
+from hbx_gpu.scdl.layout import NEIGHBOR_FILES
 
-NEIGHBOR_FILES = ("neighbor_indptr.npy", "neighbor_indices.npy", "neighbor_values.npy")
 NEIGHBOR_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("u8"), np.dtype("u4"), np.dtype("f4"))
+
+
+# Rows or links that are checked at once.
+_PIECE = 1 << 20
 
 
 class NeighborsUnusableError(CorruptDataError):
@@ -84,6 +88,22 @@ class NeighborTable:
             raise _damaged(row)
         return found, self.weights[start:stop]
 
+    def check(self) -> None:
+        """Check all rows, which reading does only for those it reads.
+
+        Raises
+        ------
+        NeighborsUnusableError
+            The files are damaged.
+        """
+        for first in range(0, len(self), _PIECE):
+            pointers = self.indptr[first : first + _PIECE + 1]
+            if (falls := pointers[1:] < pointers[:-1]).any() or pointers[-1] > len(self.indices):
+                raise _damaged(first + int(falls.argmax()))
+        for at in range(0, len(self.indices), _PIECE):
+            if (outside := self.indices[at : at + _PIECE] >= len(self)).any():
+                raise _damaged(int(np.searchsorted(self.indptr, at + outside.argmax(), "right")) - 1)
+
     def counts(self) -> np.ndarray:
         """uint64, (n_rows,). How many neighbours each row has."""
         return np.diff(self.indptr)
@@ -115,43 +135,81 @@ class NeighborTable:
 
         Raises
         ------
-        ValueError
-            ``weighted``: negative or missing weights.
+        NeighborsUnusableError, InvalidDataError
+            As :meth:`links`.
         """
         rows = np.asarray(rows, np.int64)
-        starts = self.indptr[rows].astype(np.int64)[:, None]
-        counts = self.indptr[rows + 1].astype(np.int64)[:, None] - starts
-        if (bad := (counts < 0) | (starts + counts > len(self.indices))).any():
-            raise _damaged(int(rows[np.flatnonzero(bad)[0]]))
         shape = (len(rows), n or 1)
-        if strategy is NeighborSamplingStrategy.FIRST:
-            places = np.zeros(shape, np.int64)
-        elif strategy is NeighborSamplingStrategy.RANDOM:
-            places = (generator.random(shape) * counts).astype(np.int64)
-        else:
-            places = self._weighted(rows, generator.random(shape))
-        known = np.broadcast_to(counts > 0, shape)
+        first = strategy is NeighborSamplingStrategy.FIRST
+        links = self.links(rows, np.zeros(shape) if first else generator.random(shape), strategy)
         drawn = np.broadcast_to(rows[:, None], shape).copy()
-        drawn[known] = self.indices[(starts + np.minimum(places, np.maximum(counts - 1, 0)))[known]]
-        if (bad := drawn >= len(self)).any():
-            raise _damaged(int(rows[np.argwhere(bad)[0][0]]))
+        drawn[links >= 0] = self.indices[links[links >= 0]]
         return drawn if n is not None else drawn[:, 0]
 
-    def _weighted(self, rows: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        places = np.zeros(uniform.shape, np.int64)
-        for at, row in enumerate(rows.tolist()):
-            weights = self.of(row)[1].astype(np.float64)
-            if not (weights >= 0).all():
-                raise ValueError(
-                    f"row {row} has negative or missing neighbour weights, which cannot be probabilities; "
-                    "use neighbor_sampling_strategy='random'"
-                )
-            total = np.cumsum(weights)
-            if len(total):
-                # All weights zero: none is preferred.
-                total = total if total[-1] > 0 else np.arange(1.0, len(total) + 1)
-                places[at] = np.searchsorted(total, uniform[at] * total[-1], side="right")
-        return places
+    def links(self, rows: np.ndarray, uniform: np.ndarray, strategy: NeighborSamplingStrategy) -> np.ndarray:
+        """Choose links of many rows.
+
+        Parameters
+        ----------
+        rows
+            int64, (n,), in range.
+        uniform
+            (n,) or (n, k), in [0, 1): what decides.
+        strategy
+            As :class:`NeighborSamplingStrategy`.
+
+        Returns
+        -------
+        np.ndarray
+            int64, like `uniform`. Places in `indices` and `weights`; -1 for rows without links.
+
+        Raises
+        ------
+        NeighborsUnusableError
+            The files are damaged around one of the rows.
+        InvalidDataError
+            ``weighted``: negative or missing weights.
+        """
+        start = self.indptr[rows].astype(np.int64)
+        count = self.indptr[rows + 1].astype(np.int64) - start
+        if (bad := (start < 0) | (count < 0) | (start + count > len(self.indices))).any():
+            raise _damaged(int(rows[bad][0]))
+        like = (len(rows), *[1] * (uniform.ndim - 1))
+        if strategy is NeighborSamplingStrategy.FIRST:
+            place = np.zeros(uniform.shape, np.int64)
+        elif strategy is NeighborSamplingStrategy.RANDOM:
+            place = (uniform * count.reshape(like)).astype(np.int64)
+        else:
+            place = self._weighted(rows, start, count, uniform)
+        start, count = start.reshape(like), count.reshape(like)
+        links = np.where(count > 0, start + np.clip(place, 0, np.maximum(count - 1, 0)), -1)
+        some = links >= 0
+        if (self.indices[links[some]] >= len(self)).any():
+            some[some] = self.indices[links[some]] >= len(self)
+            raise _damaged(int(rows[np.argwhere(some)[0][0]]))
+        return links
+
+    def _weighted(
+        self, rows: np.ndarray, start: np.ndarray, count: np.ndarray, uniform: np.ndarray
+    ) -> np.ndarray:
+        """Place within each row's links, in proportion to their weights; evenly where all weights are 0."""
+        stop = np.cumsum(count)
+        row = np.repeat(np.arange(len(count)), count)
+        weights = self.weights[np.arange(len(row)) + (start - (stop - count))[row]].astype(np.float64)
+        if not (fine := weights >= 0).all():
+            raise InvalidDataError(
+                f"row {rows[row[~fine][0]]} has negative or missing neighbour weights, which cannot be "
+                "probabilities; use neighbor_sampling_strategy='random'"
+            )
+        totals = np.bincount(row, weights, len(count))
+        weights[(totals == 0)[row]] = 1.0
+        totals = np.bincount(row, weights, len(count))
+        # Shares of a row reach from row to row + 1 on one rising line, so that one search serves all rows.
+        line = np.cumsum(weights / np.maximum(totals, np.finfo(float).tiny)[row])
+        before = np.concatenate([[0.0], line])[np.minimum(stop - count, len(line))]
+        like = (len(rows), *[1] * (uniform.ndim - 1))
+        found = np.searchsorted(line, before.reshape(like) + uniform, "right")
+        return found - (stop - count).reshape(like)
 
 
 def _damaged(row: int) -> NeighborsUnusableError:
@@ -188,11 +246,12 @@ def open_neighbors(path: Path, n_rows: int) -> NeighborTable | None:
         )
     arrays = []
     for file, dtype in zip(files[1:], NEIGHBOR_DTYPES[1:], strict=True):
-        # Without links there is padding; more than the pointers span is never read.
-        if file.stat().st_size < n_links * dtype.itemsize:
+        size, expected = file.stat().st_size, n_links * dtype.itemsize
+        # Without links there is padding.
+        if size != expected and (n_links or size > dtype.itemsize):
             raise NeighborsUnusableError(
                 f"{file}: expected {n_links} elements of {dtype} (the last entry of {files[0].name}), found "
-                f"{file.stat().st_size} bytes; the file is damaged"
+                f"{size} bytes; the file is damaged"
             )
         arrays.append(np.memmap(file, dtype, mode="r", shape=(n_links,)) if n_links else np.empty(0, dtype))
     return NeighborTable(indptr, *arrays)

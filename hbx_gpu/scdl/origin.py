@@ -21,12 +21,14 @@ import numpy as np
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl import names
 from hbx_gpu.scdl.archive import Archive
-from hbx_gpu.scdl.features import ObservedFeatureIndex, VariableFeatureIndex
-from hbx_gpu.scdl.neighbors import NEIGHBOR_FILES, NeighborTable, open_neighbors
+from hbx_gpu.scdl.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
+from hbx_gpu.scdl.layout import METADATA, NEIGHBOR_FILES, OBS_FEATURES, OLD_FEATURES, VAR_FEATURES
+from hbx_gpu.scdl.neighbors import NeighborTable, open_neighbors
+from hbx_gpu.scdl.writer import read_metadata
 
 FOLDER = "scdl_origin"
 _RECORD = "origin.json"
-_KEPT = ("var_features", "features", "obs_features", names.FOLDER, "metadata.json", *NEIGHBOR_FILES)
+_KEPT = (VAR_FEATURES, OLD_FEATURES, OBS_FEATURES, names.FOLDER, METADATA, *NEIGHBOR_FILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,12 @@ class Origin:
     @cached_property
     def var(self) -> VariableFeatureIndex:
         """Gene columns."""
-        folder = self.path / "var_features"
-        return VariableFeatureIndex.load(folder if folder.is_dir() else self.path / "features")
+        return VariableFeatureIndex.load(var_folder(self.path))
 
     @cached_property
     def obs(self) -> ObservedFeatureIndex | None:
         """Cell columns."""
-        folder = self.path / "obs_features"
+        folder = self.path / OBS_FEATURES
         return ObservedFeatureIndex.load(folder) if folder.is_dir() else None
 
     @property
@@ -80,11 +81,7 @@ class Origin:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """Content of `metadata.json`."""
-        try:
-            found = json.loads((self.path / "metadata.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_metadata(self.path)
 
 
 def keep(archive: Archive, atlas: Path, snapshot: int, layer: str) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset
+from hbx_gpu.datasets.cells import several_rows
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
+from hbx_gpu.scdl.features import VariableFeatureIndex, var_folder
 from hbx_gpu.scdl.neighbors import NeighborSamplingStrategy, NeighborTable, open_neighbors
 
 KEYS = ("neighbor_X", "neighbor_index", "neighbor_weight")
@@ -96,7 +98,7 @@ class PairedDataset:
         self._tables: list[NeighborTable | None] = []
         first = [0]
         for path in self._archives:
-            n = _row_count(path)
+            n = VariableFeatureIndex.load(var_folder(path)).number_of_rows()
             first.append(first[-1] + n)
             self._tables.append(open_neighbors(path, n))
         self._first = np.array(first, np.int64)
@@ -134,6 +136,11 @@ class PairedDataset:
         -------
         neighbor_index, neighbor_weight
             As in :class:`PairBatch`.
+
+        Raises
+        ------
+        NeighborsUnusableError, InvalidDataError
+            As :meth:`NeighborTable.links`.
         """
         rows = self.cells.row_numbers(rows)
         rng = np.random.default_rng([self.seed, zlib.crc32(rows.tobytes())])
@@ -145,7 +152,7 @@ class PairedDataset:
             if table is None:
                 continue
             mine = np.flatnonzero(archive == k)
-            links = _links(table, rows[mine] - self._first[k], uniform[mine], self.strategy)
+            links = table.links(rows[mine] - self._first[k], uniform[mine], self.strategy)
             mine, links = mine[links >= 0], links[links >= 0]
             index[mine] = table.indices[links].astype(np.int64) + self._first[k]
             weight[mine] = table.weights[links]
@@ -153,11 +160,7 @@ class PairedDataset:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> PairBatch:
         """A batch of the rows asked for, as :meth:`CellDataset.__getitem__`."""
-        if isinstance(rows, slice):
-            rows = np.arange(len(self))[rows]
-        elif isinstance(rows, int | np.integer):
-            rows = [int(rows)]
-        return self.__getitems__(rows)
+        return self.__getitems__(several_rows(len(self), rows))
 
     def __getitems__(self, rows: Sequence[int] | np.ndarray) -> PairBatch:
         """A batch of rows and their neighbours."""
@@ -179,6 +182,12 @@ class PairedDataset:
         """Bytes of one batch; neighbours are taken to be as large as their cells."""
         return 2 * self.cells.batch_nbytes(rows)
 
+    def with_wide_columns(self) -> PairedDataset:
+        """As :meth:`CellDataset.with_wide_columns`."""
+        other: PairedDataset = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, cells=self.cells.with_wide_columns())
+        return other
+
     def collate_with(self, collate: Callable[[Any], Any]) -> PairCollate:
         """A collate for batches of pairs from one for batches of cells; what `make_loader` uses."""
         return PairCollate(collate)
@@ -186,50 +195,6 @@ class PairedDataset:
     def feed_with(self, make_feed: Callable[[CellDataset], Any]) -> PairFeed:
         """A feed of pairs from one of cells; what `make_loader` uses on a device."""
         return PairFeed(make_feed(self.cells), self)
-
-
-def _row_count(path: Path) -> int:
-    from hbx_gpu.scdl.features import VariableFeatureIndex
-
-    folder = path / "var_features"
-    return VariableFeatureIndex.load(folder if folder.is_dir() else path / "features").number_of_rows()
-
-
-def _links(
-    table: NeighborTable, rows: np.ndarray, uniform: np.ndarray, strategy: NeighborSamplingStrategy
-) -> np.ndarray:
-    """int64, (n,). The link drawn for each row, -1 where it has none; `uniform` lies in [0, 1)."""
-    start = table.indptr[rows].astype(np.int64)
-    count = table.indptr[rows + 1].astype(np.int64) - start
-    if strategy is NeighborSamplingStrategy.FIRST:
-        place = np.zeros(len(rows), np.int64)
-    elif strategy is NeighborSamplingStrategy.RANDOM:
-        place = np.minimum((uniform * count).astype(np.int64), np.maximum(count - 1, 0))
-    else:
-        place = _weighted(table, start, count, uniform)
-    return np.where(count > 0, start + place, -1)
-
-
-def _weighted(table: NeighborTable, start: np.ndarray, count: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Place within each row's links, in proportion to their weights; evenly where all weights are 0."""
-    stop = np.cumsum(count)
-    flat = np.arange(int(stop[-1]) if len(stop) else 0)
-    flat += np.repeat(start - (stop - count), count)
-    weights = table.weights[flat].astype(np.float64)
-    if not (weights >= 0).all():
-        raise InvalidDataError(
-            "stored neighbour weights are negative or missing, which cannot be probabilities; draw with "
-            "strategy 'random'"
-        )
-    row = np.repeat(np.arange(len(count)), count)
-    totals = np.bincount(row, weights, len(count))
-    weights[(totals == 0)[row]] = 1.0
-    totals = np.bincount(row, weights, len(count))
-    # Shares of a row reach from row to row + 1 on one rising line, so that one search serves all rows.
-    line = np.cumsum(weights / np.maximum(totals, np.finfo(float).tiny)[row])
-    before = np.concatenate([[0.0], line])[np.minimum(stop - count, len(line))]
-    place = np.searchsorted(line, before + uniform, "right") - (stop - count)
-    return np.clip(place, 0, np.maximum(count - 1, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,14 +241,14 @@ class PairFeed:
         self.one_batch_per_window = False
 
     def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu.feeds.Feed`."""
+        """See :class:`hbx_gpu.loading.feeds.Feed`."""
         drawn = [self._dataset.draw(rows) for rows in selections]
         both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
         made = self._feed.make(both)
         return list(zip(made[::2], made[1::2], [weight for _, weight in drawn], strict=True))
 
     def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu.feeds.Feed`."""
+        """See :class:`hbx_gpu.loading.feeds.Feed`."""
         import torch
 
         cells, neighbors, weight = made
@@ -292,7 +257,7 @@ class PairFeed:
         return batch | dict(zip(KEYS, (others["X"], others["index"], weights), strict=True))
 
     def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu.feeds.Feed`."""
+        """See :class:`hbx_gpu.loading.feeds.Feed`."""
         return 2 * int(self._feed.nbytes(rows))
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu.errors import UnsupportedError
-from hbx_gpu.scdl.archive import COL_PTR, DATA, ROW_PTR, Archive
+from hbx_gpu.scdl.archive import Archive
 from hbx_gpu.scdl.collate import Rows
-from hbx_gpu.scdl.features import FORMAT_VERSION, ObservedFeatureIndex, VariableFeatureIndex
-from hbx_gpu.scdl.header import HEADER_FILE, Header
-from hbx_gpu.scdl.neighbors import NEIGHBOR_DTYPES, NEIGHBOR_FILES
+from hbx_gpu.scdl.features import ObservedFeatureIndex, VariableFeatureIndex
+from hbx_gpu.scdl.header import Header
+from hbx_gpu.scdl.layout import COL_PTR, DATA, HEADER, LAYOUT_VERSION, NEIGHBOR_FILES, ROW_PTR
+from hbx_gpu.scdl.neighbors import NEIGHBOR_DTYPES
 
 
 class RowReader:
@@ -62,7 +63,7 @@ class RowReader:
     @property
     def header_path(self) -> str:
         """Path of the header."""
-        return os.path.join(self.data_path, HEADER_FILE)
+        return os.path.join(self.data_path, HEADER)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -76,7 +77,7 @@ class RowReader:
 
     def version(self) -> str:
         """The release of SCDL whose layout is written; that of the archive is ``archive.version``."""
-        return FORMAT_VERSION
+        return LAYOUT_VERSION
 
     def __len__(self) -> int:
         return self.number_of_rows()
@@ -254,7 +255,7 @@ class RowReader:
 
         Raises
         ------
-        CorruptDataError
+        UnsupportedError
             A column beyond the genes, in an archive too large to be searched for the largest.
         """
         row = self._row(index)

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
-from hbx_gpu.scdl.archive import COL_PTR, DATA, Archive, open_archive
+from hbx_gpu.scdl.archive import Archive, open_archive
 from hbx_gpu.scdl.axis import GeneBlock, gene_axis
-from hbx_gpu.scdl.columns import common_type
+from hbx_gpu.scdl.frames import MemoryFrame, cast, common_type
+from hbx_gpu.scdl.layout import COL_PTR, DATA
 from hbx_gpu.scdl.names import read_obs_names, read_var_names
 from hbx_gpu.source import ObsColumns, RowIndex, Source
 from hbx_gpu.storage.plain import plain_layout
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LAYER = "X"
 SPACE = "gene_expression"
+_PIECE = 1 << 20  # rows that are looked at together
 OBS_NAME = "obs_name"
 """Metadata column with the names of the cells, of archives that know them and have no such column."""
 
@@ -170,7 +172,7 @@ def obs_column(archives: Sequence[Archive], name: str) -> pa.ChunkedArray:
     kind = common_type([part.type for part in parts if part is not None], name)
     chunks: list[pa.Array] = []
     for archive, part in zip(archives, parts, strict=True):
-        chunks += [pa.nulls(archive.n_rows, kind)] if part is None else part.cast(kind).chunks
+        chunks += [pa.nulls(archive.n_rows, kind)] if part is None else cast(part, kind).chunks
     return pa.chunked_array(chunks, type=kind)
 
 
@@ -189,8 +191,6 @@ def _gene_block(archive: Archive, block: int) -> GeneBlock:
     n_blocks = len(archive.bounds) - 1
     where = f"{archive.path}, block {block} of {n_blocks}"
     if not n_blocks:  # allocated and never given genes
-        from hbx_gpu.scdl.columns import MemoryFrame
-
         used = archive.indices[: archive.nnz]
         width = int(used.max()) + 1 if len(used) else 0
         return GeneBlock(where, width, width, MemoryFrame({}), None)
@@ -230,21 +230,26 @@ def _row_index(archives: Sequence[Archive]) -> RowIndex:
         archive.check_pointers()
         bounds = _bounds(archive)
         for block, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            here = slice(row, row + last - first)
-            pointers = archive.indptr[first : last + 1].astype(np.int64)
-            source[here] = n_sources + block
-            start[here] = pointers[:-1] - pointers[0]
-            lengths = np.diff(pointers)
-            if lengths.max(initial=0) > np.iinfo(np.int32).max:
-                at = first + int(lengths.argmax())
-                raise InvalidDataError(
-                    f"{archive.path}: row {at} has {lengths.max()} values; at most {np.iinfo(np.int32).max} "
-                    "per row can be loaded"
-                )
-            length[here] = lengths
-            row = here.stop
+            source[row : row + last - first] = n_sources + block
+            begin = int(archive.indptr[first])
+            for at in range(first, last, _PIECE):
+                pointers = archive.indptr[at : min(at + _PIECE, last) + 1].astype(np.int64)
+                here = slice(row, row + len(pointers) - 1)
+                start[here] = pointers[:-1] - begin
+                length[here] = _lengths(archive, at, pointers)
+                row = here.stop
         n_sources += len(bounds) - 1
     return RowIndex(source, start, length)
+
+
+def _lengths(archive: Archive, first: int, pointers: np.ndarray) -> np.ndarray:
+    lengths = np.diff(pointers)
+    if lengths.max(initial=0) > np.iinfo(np.int32).max:
+        raise InvalidDataError(
+            f"{archive.path}: row {first + int(lengths.argmax())} has {lengths.max()} values; at most "
+            f"{np.iinfo(np.int32).max} per row can be loaded"
+        )
+    return lengths
 
 
 def _obs_columns(archives: Sequence[Archive], names: Sequence[str]) -> ObsColumns:

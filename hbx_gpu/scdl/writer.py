@@ -17,21 +17,26 @@ import pyarrow as pa
 from hbx_gpu import __version__
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl import names
-from hbx_gpu.scdl.frames import LAYOUT_VERSION, FeatureFolder
-from hbx_gpu.scdl.header import HEADER_FILE, archive_header
+from hbx_gpu.scdl.header import archive_header
+from hbx_gpu.scdl.index_writer import FeatureFolder
+from hbx_gpu.scdl.layout import (
+    COL_PTR,
+    DATA,
+    HEADER,
+    LAYOUT_VERSION,
+    METADATA,
+    NEIGHBOR_FILES,
+    OBS_FEATURES,
+    ROW_PTR,
+    VAR_FEATURES,
+    VERSION,
+    FileNames,
+)
 from hbx_gpu.scdl.swap import Staging
 from hbx_gpu.scdl.values import DEFAULT_DTYPE, Range, Tolerance, check_dtype, smallest_unsigned
 
-DATA, ROW_PTR, COL_PTR = "data.npy", "row_ptr.npy", "col_ptr.npy"
-NEIGHBOR_INDPTR, NEIGHBOR_INDICES = "neighbor_indptr.npy", "neighbor_indices.npy"
-NEIGHBOR_VALUES = "neighbor_values.npy"
-METADATA, VERSION = "metadata.json", "version.json"
 # What may lie in an archive and is written anew; everything else belongs to somebody else.
-OWN_FILES = {
-    *(file + end for file in (DATA, ROW_PTR, COL_PTR) for end in ("", ".tmp")),
-    *(NEIGHBOR_INDPTR, NEIGHBOR_INDICES, NEIGHBOR_VALUES, HEADER_FILE, METADATA, VERSION, "dtypes.json"),
-    *("var_features", "obs_features", "features", names.FOLDER),
-}
+OWN_FILES = {*FileNames, *(f"{file}.tmp" for file in (DATA, ROW_PTR, COL_PTR)), names.FOLDER}
 # Elements that are converted at once when a file is rewritten.
 _PIECE = 1 << 20
 
@@ -89,8 +94,8 @@ class ArchiveWriter:
             self._names = names.NamesWriter(folder)
         self._n_columns = n_columns
         self._column_dtype = smallest_unsigned(max(n_columns - 1, 0))
-        self._var = FeatureFolder(folder / "var_features", self._staging.scratch)
-        self._obs = FeatureFolder(folder / "obs_features", self._staging.scratch)
+        self._var = FeatureFolder(folder / VAR_FEATURES, self._staging.scratch)
+        self._obs = FeatureFolder(folder / OBS_FEATURES, self._staging.scratch)
         self._neighbors: _Neighbors | None = None
         self._sources: list[dict[str, Any]] = []
         self.n_rows = 0
@@ -226,7 +231,7 @@ class ArchiveWriter:
             {"DATA": self._data.dtype, "ROWPTR": pointer_dtype, "COLPTR": self._column_dtype},
             indices,
         )
-        (folder / HEADER_FILE).write_bytes(header.to_bytes())
+        (folder / HEADER).write_bytes(header.to_bytes())
         extras = {} if self._extras_from is None else carry_extras(self._extras_from, folder)
         own = {"num_rows": self.n_rows, "writer": f"hbx_gpu {__version__}", "sources": self._sources}
         (folder / METADATA).write_text(json.dumps({**extras, **own}))
@@ -300,7 +305,7 @@ class _Neighbors(contextlib.AbstractContextManager["_Neighbors"]):
         self._open = contextlib.ExitStack()
         self._indptr, self._indices, self._values = (
             self._open.enter_context(open(folder / name, "wb"))  # noqa: SIM115
-            for name in (NEIGHBOR_INDPTR, NEIGHBOR_INDICES, NEIGHBOR_VALUES)
+            for name in NEIGHBOR_FILES
         )
         _write(self._indptr, np.zeros(1, np.uint64))
         self._n_links = 0
@@ -358,11 +363,31 @@ def allocate(target: str | os.PathLike[str], *, n_rows: int, n_elements: int) ->
             with open(folder / file, "wb") as out:
                 out.truncate(lengths[name] * dtypes[name].itemsize)
         indices = [
-            FeatureFolder(folder / f"{kind}_features", staging.scratch).finish() for kind in ("var", "obs")
+            FeatureFolder(folder / name, staging.scratch).finish() for name in (VAR_FEATURES, OBS_FEATURES)
         ]
-        (folder / HEADER_FILE).write_bytes(archive_header(lengths, dtypes, indices).to_bytes())
+        (folder / HEADER).write_bytes(archive_header(lengths, dtypes, indices).to_bytes())
         (folder / METADATA).write_text(json.dumps({"num_rows": n_rows}))
         (folder / VERSION).write_text(json.dumps(LAYOUT_VERSION))
+        staging.publish(replace=False)
+    finally:
+        staging.discard()
+
+
+def copy_archive(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy an archive as it is; the copy appears at once and whole.
+
+    Raises
+    ------
+    FileExistsError
+        The target exists.
+    """
+    check_target(target, overwrite=False)
+    staging = Staging(target)
+    try:
+        for path in sorted(Path(source).rglob("*")):
+            # Contents only: the source may be read-only.
+            copy = staging.folder / path.relative_to(source)
+            copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
         staging.publish(replace=False)
     finally:
         staging.discard()

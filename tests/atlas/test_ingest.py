@@ -19,6 +19,7 @@ from hbx_gpu import __version__
 from hbx_gpu.atlas import (
     DatasetSchema,
     DenseZarrPointer,
+    DiscreteSpatialPointer,
     FeatureBaseSchema,
     HoxBaseSchema,
     PointerField,
@@ -491,6 +492,7 @@ class Mixed(HoxBaseSchema):
     rna: SparseZarrPointer | None = PointerField.declare(feature_space="gene_expression")
     nuclear: SparseZarrPointer | None = PointerField.declare(feature_space="gene_expression")
     adt: DenseZarrPointer | None = PointerField.declare(feature_space="protein_abundance")
+    crop: DiscreteSpatialPointer | None = PointerField.declare(feature_space="discrete_image")
 
 
 @pytest.mark.parametrize(
@@ -505,7 +507,7 @@ class Mixed(HoxBaseSchema):
         (
             {"field_name": "rma"},
             UnknownNameError,
-            r"no pointer column 'rma'; it has \['adt', 'nuclear', 'rna'\]",
+            r"no pointer column 'rma'; it has \['adt', 'crop', 'nuclear', 'rna'\]",
         ),
         (
             {},
@@ -517,7 +519,8 @@ class Mixed(HoxBaseSchema):
             UnknownNameError,
             "is of feature space",
         ),
-        ({"field_name": "adt"}, AtlasError, "'protein_abundance' cannot be ingested yet"),
+        ({"field_name": "adt", "zarr_layer": "tpm"}, UnknownNameError, r"no layer 'tpm'; it has \['clr_norm"),
+        ({"field_name": "crop"}, AtlasError, "'discrete_image', which holds images, no cells x features"),
         ({"obs_table": "spots"}, UnknownNameError, r"no obs table 'spots'.*\['cells'\]"),
         ({"field_name": "rna", "codec": "lzma"}, ValueError, "unknown codec 'lzma'"),
         (

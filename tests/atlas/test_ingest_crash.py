@@ -19,28 +19,13 @@ import scipy.sparse as sp
 
 from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, ingest, tables
 from hbx_gpu.atlas.catalogue import Catalogue
+from tests.atlas.dying import DYING
 
-# Kills its own process at the n-th call of a function, before or after it.
-_KILL = """
+_KILL = f"""
 import os, signal, sys
 from hbx_gpu.atlas import RaggedAtlas, arrays, catalogue, ingest, journal, tables
 path, file, where, when, n = sys.argv[1:]
-owner, name = where.split(":")
-module, _, inner = owner.partition(".")
-target = globals()[module]
-target = getattr(target, inner) if inner else target
-real, left = getattr(target, name), int(n)
-
-def dying(*args, **kwargs):
-    global left
-    left -= 1
-    if not left and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = real(*args, **kwargs)
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
+{DYING}
 atlas = RaggedAtlas.open(path)
 setattr(target, name, dying)
 atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)
@@ -55,6 +40,17 @@ atlas = RaggedAtlas.open(sys.argv[1])
 print(flush=True)
 atlas.add_from_h5ad(sys.argv[2], chunk_shape=1, shard_shape=2)
 """
+
+# As _KILL, for an ingest that extends the atlas by two modalities.
+_KILL_MULTIMODAL = _KILL.replace(
+    "atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)",
+    """from hbx_gpu.atlas import ImageInput
+import numpy as np
+tiles = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 1, 4, 4)
+table = {"cell_id": ["s2c0", "s2c1", "s2c29"], "tile": [2, 0, 1]}
+given = {"rna": file, "protein": file, "tiles": ImageInput(tiles, table)}
+atlas.add_multimodal(given, chunk_shape=64, shard_shape=128)""",
+)
 
 # Everything an ingest does, in order.
 _STEPS = [
@@ -255,3 +251,90 @@ def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: 
             with pytest.raises(RuntimeError):
                 RaggedAtlas.open(root).add_from_h5ad(first)
     check_recovery(root, first, second, before)
+
+
+_MULTIMODAL_STEPS = [
+    ("journal.Journal:write", "after", 1),  # the note of what the atlas is extended by
+    pytest.param("tables:ensure_table", "after", 1, marks=pytest.mark.slow),
+    pytest.param("catalogue.Names:save", "before", 1, marks=pytest.mark.slow),
+    ("catalogue.Names:save", "after", 1),
+    ("catalogue.Catalogue:extend", "after", 1),
+    pytest.param("journal.Journal:write", "after", 2, marks=pytest.mark.slow),
+    pytest.param("arrays.DenseGroupWriter:close", "after", 1, marks=pytest.mark.slow),
+    ("catalogue.Catalogue:publish", "after", 2),
+    pytest.param("catalogue.Catalogue:publish", "after", 3, marks=pytest.mark.slow),
+    pytest.param("tables.Addition:commit", "after", 1, marks=pytest.mark.slow),
+    ("tables.Addition:commit", "after", 2),  # features of both spaces
+    pytest.param("catalogue.Catalogue:add_layout", "after", 1, marks=pytest.mark.slow),
+    pytest.param("tables.Addition:commit", "after", 3, marks=pytest.mark.slow),  # datasets
+    ("tables.Addition:commit", "after", 4),  # cells: complete from here on
+]
+
+
+def everything(root: Path) -> dict[str, Any]:
+    """The state of an atlas, as far as it is not about versions of tables."""
+    atlas = RaggedAtlas.open(root)
+    names = sorted(p.name for p in (root / "lance_db").iterdir())
+    store = root / "zarr_store"
+    return {
+        "tables": {
+            name: sorted(
+                map(str, tables.open_table(root, name.removesuffix(".lance")).to_arrow().to_pylist())
+            )
+            for name in names
+        },
+        "schema": atlas.catalogue.obs("cells").schema,
+        "registries": dict(atlas.catalogue.names.registries),
+        "config": (root / "hbx_gpu.json").read_text(),
+        "files": sorted(str(p.relative_to(store)) for p in store.rglob("*")),
+        "notes": list((root / ".hbx_gpu").glob("ingest-*")),
+    }
+
+
+@pytest.mark.parametrize(("where", "when", "n"), _MULTIMODAL_STEPS)
+def test_killed_with_several_modalities(
+    scene: tuple[Path, Path, Path], where: str, when: str, n: int
+) -> None:
+    root, _, second = scene
+    before, found = everything(root), digest(root, 0)
+    run = subprocess.run(
+        [sys.executable, "-c", _KILL_MULTIMODAL, str(root), str(second), where, when, str(n)],
+        capture_output=True,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
+    assert digest(root, 0) == found
+    after = everything(root)  # opening it undid what was left
+    complete = (where, n) == ("tables.Addition:commit", 4)
+    if not complete:
+        assert after == before
+    atlas = RaggedAtlas.open(root)
+    report = atlas.add_multimodal({"rna": second, "protein": second}, exist_ok=True)
+    assert report.n_cells == (0 if complete else 30)
+    atlas.optimize()
+    version = atlas.snapshot()
+    dataset = RaggedAtlas.checkout(root, version).query().to_cell_dataset("gene_expression")
+    assert dataset.n_cells == 50
+    if complete:
+        cells = atlas.catalogue.obs("cells").to_arrow().to_pylist()
+        tiles = {row["obs_name"]: row["image_tiles"]["position"] for row in cells if row["image_tiles"]}
+        assert tiles == {"s2c0": 2, "s2c1": 0, "s2c29": 1}
+    assert digest(root, 0) == found
+
+
+def test_undoing_an_extension_twice(scene: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is dropped already does not stop the next writer."""
+    root, _, _ = scene
+    before = everything(root)
+    adata = make(5, list("pqr"), 7)
+    adata.var["panel"] = "x"
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_commit_cells", fail)
+        patch.setattr("hbx_gpu.atlas.journal.Journal.remove", fail)
+        with pytest.raises(RuntimeError):
+            RaggedAtlas.open(root).add_multimodal({"protein": adata})
+    assert everything(root) == before
+    assert RaggedAtlas.open(root).add_multimodal({"protein": adata}).n_cells == 5

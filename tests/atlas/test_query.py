@@ -357,8 +357,7 @@ def test_fields_of_one_space_are_told_apart(spaces: AtlasQuery) -> None:
     assert spaces.select_fields("rna")._pointer(None, None).name == "rna"
     with pytest.raises(ValueError, match="holds 'image_tiles', not 'gene_expression'"):
         spaces.to_cell_dataset("gene_expression", field_name="tiles_a")
-    with pytest.raises(TypeError, match="image crops"):
-        spaces.to_cell_dataset("discrete_image")
+    assert spaces.to_cell_dataset("discrete_image").feature_space == "discrete_image"
 
 
 def test_features_of_another_space_are_refused(spaces: AtlasQuery) -> None:

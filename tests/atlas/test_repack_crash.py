@@ -20,30 +20,15 @@ import scipy.sparse as sp
 
 from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, journal, repack, repacking, swap
 from hbx_gpu.atlas.catalogue import set_default_codec
+from tests.atlas.dying import DYING
 
 ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"
 
-# Kills its own process at the n-th call of a function, before or after it.
-_KILL = """
+_KILL = f"""
 import os, signal, sys
 from hbx_gpu.atlas import arrays, journal, repack, repacking, swap
 path, where, when, n, exchange = sys.argv[1:]
-owner, name = where.split(":")
-module, _, inner = owner.partition(".")
-target = globals()[module]
-target = getattr(target, inner) if inner else target
-real, left = getattr(target, name), int(n)
-
-def dying(*args, **kwargs):
-    global left
-    left -= 1
-    if not left and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = real(*args, **kwargs)
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
+{DYING}
 if exchange == "no":
     swap.exchange = lambda *_: False
 setattr(target, name, dying)

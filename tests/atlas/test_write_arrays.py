@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hbx_gpu.atlas.arrays import (
     DEFAULT_CODEC,
     HOMEOBOX_CODEC,
+    DenseGroupWriter,
     SparseGroupWriter,
     check_codec,
     codec_names,
@@ -36,13 +37,13 @@ def write_group(
     **options: object,
 ) -> None:
     dtype = "float32" if values.dtype.kind == "f" else "uint32"
-    writer = SparseGroupWriter(path, SPACE, layer=layer, dtype=dtype, **options)  # type: ignore[arg-type]
+    writer = SparseGroupWriter(path, SPACE, layers={layer: dtype}, **options)  # type: ignore[arg-type]
     for part_indices, part_values in zip(
         np.array_split(indices.astype(np.uint32), pieces),
         np.array_split(values.astype(dtype), pieces),
         strict=True,
     ):
-        writer.append(part_indices, part_values)
+        writer.append(part_indices, {layer: part_values})
     writer.close()
 
 
@@ -193,3 +194,89 @@ def test_shapes_are_checked(tmp_path: Path) -> None:
 def test_unknown_codec_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown codec 'lzma'.*homeobox\.bitpacking.*zstd"):
         check_codec("lzma")
+
+
+# Dense groups
+
+
+def test_dense_metadata_are_those_of_a_real_atlas_but_for_the_checksum(
+    homeobox_fixtures: Path, tmp_path: Path
+) -> None:
+    store = homeobox_fixtures / "all_spaces" / "atlas" / "zarr_store" / "mix"
+    for group, space, layer, dtype, shape, chunk, shard in (
+        ("adt", "protein_abundance", "counts", "uint32", (14, 6), 24, 48),
+        ("tiles_a", "image_tiles", "raw", "uint16", (14, 2, 4, 5), 120, 240),
+    ):
+        writer = DenseGroupWriter(
+            tmp_path / group,
+            get_space(space),
+            layers={layer: dtype},
+            row_shape=shape[1:],
+            chunk=chunk,
+            shard=shard,
+        )
+        writer.append({layer: np.ones(shape, dtype)})
+        writer.close()
+        mine, real = (
+            json.loads((root / group / "layers" / layer / "zarr.json").read_text())
+            for root in (tmp_path, store)
+        )
+        inner = mine["codecs"][0]["configuration"]["codecs"]
+        assert inner.pop() == {"name": "crc32c"}
+        assert mine == real
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 40),
+    row_shape=st.sampled_from([(), (1,), (7,), (2, 3, 4)]),
+    chunk=st.sampled_from([1, 20, 64, 1000]),
+    per_shard=st.integers(1, 4),
+    pieces=st.integers(1, 5),
+    codec=st.sampled_from(codec_names()),
+    dtype=st.sampled_from(["uint8", "uint16", "uint32", "float32"]),
+)
+def test_dense_arrays_come_back(
+    n: int,
+    row_shape: tuple[int, ...],
+    chunk: int,
+    per_shard: int,
+    pieces: int,
+    codec: str,
+    dtype: str,
+) -> None:
+    values = np.random.default_rng(n).integers(0, 200, (n, *row_shape)).astype(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "g"
+        writer = DenseGroupWriter(
+            path,
+            get_space("image_tiles"),
+            layers={"raw": dtype},
+            row_shape=row_shape,
+            codec=codec,
+            chunk=chunk,
+            shard=chunk * per_shard,
+        )
+        for part in np.array_split(values, pieces):
+            writer.append({"raw": part})
+        writer.close()
+        assert writer.length == n
+        found = zarr.open_group(path, mode="r")["layers/raw"]
+        np.testing.assert_array_equal(found[:], values)
+        width = int(np.prod(row_shape))
+        assert found.chunks == (max(1, chunk // width), *row_shape)
+
+
+def test_dense_default_shapes(tmp_path: Path) -> None:
+    """What the format prescribes: whole rows, at most 40,960 values per chunk and 41,943,040 per shard."""
+    for i, (row_shape, rows, shard) in enumerate(
+        [((6,), 6826, 6990506), ((3, 5, 7), 390, 399360), ((50_000,), 1, 838)]
+    ):
+        writer = DenseGroupWriter(
+            tmp_path / str(i), get_space("image_tiles"), layers={"raw": "uint8"}, row_shape=row_shape
+        )
+        writer.append({"raw": np.ones((2, *row_shape), np.uint8)})
+        writer.close()
+        found = zarr.open_group(tmp_path / str(i), mode="r")["layers/raw"]
+        assert found.chunks == (rows, *row_shape)
+        assert found.shards == (shard // rows * rows, *row_shape)

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hbx_gpu.engine.device.backend import Event
+from hbx_gpu.engine.device.backend import Decompressor, Event
+from hbx_gpu.errors import DeviceUnavailableError
 from tests.emulation import EmulatedLauncher
+from tests.emulation.decompressor import CpuDecompressor
 
 JUNK = 0xA5
 """What fresh memory holds: nobody may take it for zeros."""
@@ -63,9 +65,12 @@ class EmulatedBackend:
         Bytes that crossed to the device so far.
     free
         Bytes of device memory there are.
+    no_decompressor
+        Why there is no decompressor; empty where there is.
     """
 
     free = 1 << 30
+    no_decompressor = ""
 
     def __init__(self, order: str = "forward", max_shared: int = 200 << 10) -> None:
         self.max_shared = max_shared
@@ -112,6 +117,11 @@ class EmulatedBackend:
         assert shared <= self.max_shared
         self.launches.append(kernel)
         self.launcher.launch(kernel, grid, block, args, shared)
+
+    def decompressor(self) -> Decompressor:
+        if self.no_decompressor:
+            raise DeviceUnavailableError(self.no_decompressor)
+        return CpuDecompressor()
 
     def on_decode_stream(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hbx_gpu.buffers import BufferPool
+from hbx_gpu.engine.device.backend import Streams
 from tests.emulation.backend import JUNK, EmulatedBackend
 
 
@@ -122,6 +123,9 @@ class StreamBackend(EmulatedBackend):
             lambda: (time.sleep(self.delay), EmulatedBackend.launch(self, kernel, grid, block, fixed, shared))
         )
 
+    def decompressor(self) -> _OnStream:
+        return _OnStream(self)
+
     @contextlib.contextmanager
     def _torch_on_decode(self) -> Iterator[None]:
         # torch's CPU operations run on the calling thread: let the stream come to this point first.
@@ -141,6 +145,18 @@ class StreamBackend(EmulatedBackend):
             # What the consumer has ordered by now used the tensors before these: behind it they may go.
             self._recorded.append((self.consumer.event(), self._handed_over))
             self._handed_over = list(tensors)
+
+
+class _OnStream:
+    """The CPU's decompressor, some time later."""
+
+    def __init__(self, backend: StreamBackend) -> None:
+        self._backend = backend
+
+    def decompress(self, algorithm: str, streams: Streams) -> None:
+        backend = self._backend
+        at_once = EmulatedBackend.decompressor(backend)
+        backend.decode.order(lambda: (time.sleep(backend.delay), at_once.decompress(algorithm, streams)))
 
 
 def read_later(backend: StreamBackend, tensor: Any, into: list[np.ndarray], delay: float = 0.0) -> None:

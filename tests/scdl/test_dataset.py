@@ -18,6 +18,7 @@ from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.scdl import Mode, SingleCellMemMapDataset, collate
 from hbx_gpu.scdl import archive as archive_module
 from tests.scdl.conftest import Case, Handmade
+from tests.scdl.files import content, leftovers
 from tests.scdl.test_open import SOUND
 
 torch = pytest.importorskip("torch")
@@ -260,8 +261,12 @@ class TestOpening:
     def test_save(self, scdl_cases: dict[str, Case], tmp_path: Path) -> None:
         dataset = opened(scdl_cases["single_f32"])
         assert dataset.save() is True
-        with pytest.raises(NotImplementedError, match="copy the folder"):
+        assert dataset.save(tmp_path / "other")
+        assert dataset.data_path == scdl_cases["single_f32"].archive
+        assert content(tmp_path / "other") == content(dataset.data_path)
+        with pytest.raises(FileExistsError, match="already exists"):
             dataset.save(tmp_path / "other")
+        assert leftovers(tmp_path) == []
 
     def test_room_for_rows(self, tmp_path: Path) -> None:
         created = SingleCellMemMapDataset(tmp_path / "new", num_rows=2, num_elements=10)
@@ -297,12 +302,12 @@ def test_workers_get_a_path(scdl_cases: dict[str, Case]) -> None:
 def test_opening_reads_no_rows(handmade: Handmade, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell columns, gene columns and rows stay on disk until they are asked for."""
     path = handmade.write()
-    from hbx_gpu.scdl import columns
+    from hbx_gpu.scdl import frames
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a table was read")
 
-    monkeypatch.setattr(columns.StoredFrame, "_open", refuse)
+    monkeypatch.setattr(frames.StoredFrame, "_open", refuse)
     dataset = SingleCellMemMapDataset(path)
     dataset.get_row(3)
     with pytest.raises(AssertionError, match="a table"):

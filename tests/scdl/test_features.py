@@ -20,10 +20,35 @@ from hbx_gpu.scdl.features import (
     ObservedFeatureIndex,
     VariableFeatureIndex,
     are_dicts_equal,
-    block_file,
-    write_feature_index,
 )
+from hbx_gpu.scdl.frames import StoredFrame
+from hbx_gpu.scdl.index_writer import write_feature_index
+from hbx_gpu.scdl.layout import block_file
 from tests.scdl.conftest import Case
+
+
+def test_single_elements_cost_their_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"t{i}" if i % 7 else None for i in range(100)]
+    table = pa.table({"a": np.arange(100), "b": pa.array(texts).dictionary_encode()})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=9)
+    read: list[tuple[str, int]] = []
+    whole = pq.ParquetFile.read_row_group
+
+    def read_row_group(file: pq.ParquetFile, i: int, columns: list[str]) -> pa.Table:
+        read.append((columns[0], i))
+        return whole(file, i, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("the whole column was read"))
+    frame = StoredFrame(tmp_path / "x.parquet")
+    assert [frame.value("a", 99), frame.value("b", 98), frame.value("b", 0)] == [99, None, None]
+    assert read == [("a", 11), ("b", 10), ("b", 0)]
+    for rows in ([50, 3, 99, 3], [45], [17, 18], np.arange(44, 30, -3)):
+        for name in ("a", "b"):
+            taken = frame.take(name, np.array(rows, int)).to_pylist()
+            assert taken == table[name].take(pa.array(rows, pa.int64())).to_pylist()
+    assert len(read) == len(set(read))
+
 
 ONE = {"name": np.array(["a", "b", "c"]), "length": np.array([3, 2, 1])}
 TWO = {"name": np.array(["a", "b"])}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
@@ -17,7 +19,9 @@ from hbx_gpu.scdl.header import (
     FeatureIndexInfo,
     Header,
     archive_header,
+    merge_headers,
     read_header,
+    validate_header_compatibility,
 )
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -26,19 +30,79 @@ SHAPE = st.none() | st.lists(st.integers(1, 2**32 - 1), max_size=3).map(tuple)
 DTYPE = st.sampled_from(sorted(DTYPE_CODES))
 
 
-@given(
-    arrays=st.lists(st.builds(ArrayInfo, TEXT, LENGTH, DTYPE, SHAPE), max_size=4, unique_by=lambda a: a.name),
-    features=st.lists(
-        st.builds(FeatureIndexInfo, TEXT.map("_".__add__), LENGTH, st.lists(TEXT).map(tuple), DTYPE, SHAPE),
-        max_size=3,
-        unique_by=lambda f: f.name,
-    ),
-)
-def test_headers_survive(arrays: list[ArrayInfo], features: list[FeatureIndexInfo]) -> None:
+@st.composite
+def headers(draw: st.DrawFn) -> Header:
+    arrays = draw(
+        st.lists(st.builds(ArrayInfo, TEXT, LENGTH, DTYPE, SHAPE), max_size=4, unique_by=lambda a: a.name)
+    )
+    index = st.builds(
+        FeatureIndexInfo, TEXT.map("_".__add__), LENGTH, st.lists(TEXT).map(tuple), DTYPE, SHAPE
+    )
+    features = draw(st.lists(index, max_size=3, unique_by=lambda f: f.name))
     names = {a.name for a in arrays}
-    header = Header(tuple(arrays), tuple(f for f in features if f.name not in names))
+    return Header(tuple(arrays), tuple(f for f in features if f.name not in names))
+
+
+@given(headers())
+def test_headers_survive(header: Header) -> None:
     assert Header.from_bytes(header.to_bytes()) == header
     assert Header.from_bytes(header.to_bytes() + b"more") == header
+    assert header.nbytes == len(header.to_bytes())
+
+
+@given(headers())
+@settings(deadline=None)
+def test_headers_survive_as_text(header: Header) -> None:
+    assert Header.from_json(header.to_json()) == header
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(header.to_yaml()) == {**header.to_dict(), "version": "0.1.0"}
+    assert Header.from_yaml(header.to_yaml()) == header
+
+
+def test_text_of_a_real_header(scdl_cases: dict[str, Any], tmp_path: Path) -> None:
+    """As bionemo-scdl exports it: what PyYAML makes of the same values."""
+    yaml = pytest.importorskip("yaml")
+    header = read_header(scdl_cases["ragged_ten"].archive / "header.sch")
+    assert header.to_yaml() == yaml.safe_dump({**header.to_dict(), "version": "0.1.0"})
+    header.save(tmp_path / "header.sch")
+    assert read_header(tmp_path / "header.sch") == header
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "0.1"},
+        {"version": {"major": 0}},
+        {"version": "9.0.0"},
+        {"endianness": "LITTLE"},
+        {"backend": "ZARR"},
+        {"arrays": None},
+        {"arrays": [{"name": "DATA"}]},
+        {"arrays": [{"name": "DATA", "length": 1, "dtype": "INT32_ARRAY", "shape": None}]},
+        {"arrays": [{"name": "DATA", "length": 1, "dtype": "UINT8_ARRAY", "shape": [0]}]},
+    ],
+)
+def test_text_that_is_no_header(small: Header, change: dict[str, Any]) -> None:
+    with pytest.raises(CorruptDataError, match="no header in JSON"):
+        Header.from_json(json.dumps(small.to_dict() | change))
+    for text in ("", "[]", "{"):
+        with pytest.raises(CorruptDataError, match="no header in JSON"):
+            Header.from_json(text)
+
+
+def test_merging() -> None:
+    one = Header((ArrayInfo("A", 1, "uint8"),), (FeatureIndexInfo("x", 1, ("f",)),), (0, 1, 9))
+    two = Header((ArrayInfo("B", 2, "uint8"),), (FeatureIndexInfo("y", 2, ("f",)),), (0, 2, 3))
+    merged = merge_headers(one, two)
+    assert [a.name for a in merged.arrays] == ["A", "B"]
+    assert [f.name for f in merged.features] == ["x", "y"]
+    assert merged.version == (0, 2, 3)
+    shared = Header((ArrayInfo("x", 2, "uint8"),))
+    later = Header((ArrayInfo("B", 2, "uint8"),), (), (1, 0, 0))
+    for other in (one, shared, later):
+        assert not validate_header_compatibility(one, other)
+        with pytest.raises(ValueError, match="one major version and no name in common"):
+            merge_headers(one, other)
 
 
 def test_real_headers_are_written_alike(scdl_cases: dict[str, Any]) -> None:

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.scdl import SingleCellMemMapDataset, collate_sparse_matrix_batch
+from hbx_gpu.scdl import SingleCellMemMapDataset, collate_sparse_matrix_batch, open_archive, read_header
 from hbx_gpu.scdl.cast import cast_archive
+from hbx_gpu.scdl.command import main
 from hbx_gpu.scdl.concat import concat_archives
 from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad
-from hbx_gpu.scdl.exchange import archive_to_atlas
-from hbx_gpu.scdl.export import atlas_to_archive
+from hbx_gpu.scdl.from_atlas import atlas_to_archive
+from hbx_gpu.scdl.to_atlas import archive_to_atlas
+from hbx_gpu.scdl.values import DATA_DTYPES
+from hbx_gpu.scdl.writer import ArchiveWriter
 from tests.scdl import files
 from tests.scdl.conftest import Case
 
@@ -67,14 +71,17 @@ print(json.dumps(found))
 """
 
 
+def run(program: str, *args: Any) -> str:
+    command = [os.environ["HBX_SCDL_PYTHON"], "-c", program, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def theirs(archives: list[tuple[Path, bool]]) -> list[dict[str, Any]]:
     """What the real package reads, all archives in one process."""
     asked = json.dumps([(str(path), neighbors) for path, neighbors in archives])
-    done = subprocess.run(
-        [os.environ["HBX_SCDL_PYTHON"], "-c", READ, asked], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = json.loads(run(READ, asked).splitlines()[-1])
     return found
 
 
@@ -140,46 +147,100 @@ def test_the_real_package_opens_what_we_write(scdl_cases: dict[str, Case], tmp_p
     for k, matrix in enumerate((x, x.tocsc(), x.toarray())):
         convert_h5ad(files.h5ad(tmp_path / f"{k}.h5ad", matrix), tmp_path / f"kind{k}")
         made.append((tmp_path / f"kind{k}", False))
-    for dtype in ("uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "auto"):
+    for dtype in (*DATA_DTYPES, "auto"):
         convert_h5ad(tmp_path / "0.h5ad", tmp_path / dtype, data_dtype=dtype)
         made.append((tmp_path / dtype, False))
     cast_archive(tmp_path / "uint8", "float64")
-
-    adata = files.adata(x, seed=1)
-    adata.obsp["next"] = sp.random(30, 30, 0.1, "csr", random_state=0)
-    adata.write_h5ad(tmp_path / "n.h5ad")
-    convert_h5ad(tmp_path / "n.h5ad", tmp_path / "n", options=ConvertOptions(neighbor_key="next"))
-    convert_h5ad(files.h5ad(tmp_path / "o.h5ad", files.counts(300, 300, seed=2), genes="h"), tmp_path / "o")
-    # Neighbours through a concatenation, more blocks than digits, wider columns and pointers.
-    concat_archives([tmp_path / "n", tmp_path / "o", tmp_path / "n"], tmp_path / "joined")
-    concat_archives([tmp_path / name for name in ["n", "o"] * 6], tmp_path / "twelve")
-    made += [(tmp_path / "n", True), (tmp_path / "joined", True), (tmp_path / "twelve", True)]
     for name in ("ragged_ten", "ragged_two", "neighbors", "unsorted_columns"):
         archive_to_atlas(scdl_cases[name].archive, tmp_path / f"{name}-atlas")
         atlas_to_archive(tmp_path / f"{name}-atlas", tmp_path / name)
         made.append((tmp_path / name, name == "neighbors"))
     atlas_to_archive(tmp_path / "ragged_two-atlas", tmp_path / "union", union=True, keep_uids=True)
     made.append((tmp_path / "union", False))
+    SingleCellMemMapDataset(tmp_path / "kind0").save(tmp_path / "copy")
+    made.append((tmp_path / "copy", False))
     compare(made)
 
 
+def test_many_blocks_with_neighbours_and_missing_values(tmp_path: Path) -> None:
+    """More gene blocks than digits; columns and pointers that widen; every kind of obs column."""
+    folder = tmp_path / "h5ad"
+    folder.mkdir()
+    for i in range(12):
+        x = files.counts(3 + i % 2, 250 + max(i, 1), seed=i, high=60000)
+        adata = files.adata({0: x, 1: x.tocsc(), 2: x.toarray()}[i % 3], genes=f"{max(i, 1)}_", cells=f"{i}_")
+        adata.obs.loc[adata.obs.index[0], "kind"] = None
+        if i == 5:  # no value at all among categories of the files before and after
+            adata.obs["kind"] = pd.Categorical([None] * len(adata.obs), categories=["q"])
+        adata.obs["flag"] = pd.array([True, None, *[False] * (len(adata.obs) - 2)], dtype="boolean")
+        n = len(adata.obs)
+        adata.obsp["next_cell_ids"] = sp.random(n, n, 0.5, "csr", random_state=i, dtype=np.float32)
+        adata.write_h5ad(folder / f"{i:02d}.h5ad")
+    arguments = ["--data-path", folder, "--save-path", tmp_path / "all", "--data-dtype", "auto"]
+    assert main([str(a) for a in [*arguments, "--load-neighbors"]]) == 0
+    assert len(open_archive(tmp_path / "all").n_vars) == 11
+    assert open_archive(tmp_path / "all").data.dtype == np.uint16
+    concat_archives([tmp_path / "all", tmp_path / "all"], tmp_path / "joined")
+    compare([(tmp_path / "all", True), (tmp_path / "joined", True)])
+
+
+def test_a_column_without_values_joins_categories(tmp_path: Path) -> None:
+    """Arrow has a type for it, which some writer may have used; SCDL reads missing codes as the last one."""
+    import pyarrow as pa
+
+    categories = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array(["a", "b"]))
+    with ArchiveWriter(tmp_path / "archive", n_columns=3) as writer:
+        writer.append_rows(np.arange(5), np.zeros(4, "i8"), np.ones(4, "f4"))
+        writer.append_var(pa.table({"gene": ["x", "y", "z"]}), 4, label="")
+        for column in (categories, pa.nulls(2)):
+            writer.append_obs(iter([pa.table({"kind": column})]), 2, label="")
+    compare([(tmp_path / "archive", False)])
+    kinds = SingleCellMemMapDataset(tmp_path / "archive").obs_features()[:]["kind"]
+    assert kinds.tolist() == ["a", "b", None, None]
+
+
+def test_nothing_stored(tmp_path: Path) -> None:
+    """It counts the one element of padding as stored, but no row has it."""
+    adata = files.adata(sp.csr_matrix((4, 3), dtype="f4"))
+    adata.obsp["next_cell_ids"] = sp.csr_matrix((4, 4), dtype="f4")
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    convert_h5ad(tmp_path / "x.h5ad", tmp_path / "a", options=ConvertOptions(neighbor_key="next_cell_ids"))
+    (there,) = theirs([(tmp_path / "a", True)])
+    assert there["values"] == [[]] * 4
+    assert there["neighbors"] == [[[], []]] * 4
+
+
+def test_headers_as_text_are_the_same(scdl_cases: dict[str, Case]) -> None:
+    file = scdl_cases["ragged_ten"].archive / "header.sch"
+    program = (
+        "import sys; from bionemo.scdl.schema.header import SCDLHeader as H\n"
+        "h = H.load(sys.argv[1]); print(h.to_json(), h.to_yaml(), sep='----\\n')"
+    )
+    as_json, as_yaml = run(program, file).split("----\n")
+    assert read_header(file).to_json() == as_json.strip()
+    assert read_header(file).to_yaml().strip() == as_yaml.strip()
+
+
 def test_the_real_package_goes_on_where_we_stopped(tmp_path: Path) -> None:
-    """It appends to an archive of ours, and ours to what comes of that."""
+    """It appends archives of ours, and ours to what comes of that."""
     for k in (0, 1):
+        # Of the same genes: it cannot join reopened archives of different ones.
         convert_h5ad(files.h5ad(tmp_path / f"{k}.h5ad", files.counts(20, 15, seed=k)), tmp_path / f"{k}")
     program = (
         "import sys, warnings; warnings.simplefilter('ignore')\n"
         "from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset as D\n"
-        "a, b, out, h5ad = sys.argv[1:]\n"
+        "a, b, out, joined, h5ad = sys.argv[1:]\n"
         "D(out, h5ad, use_X_not_raw=True).concat([D(a), D(b)])\n"
+        "D(a).concat([D(b)], output_path=joined)\n"
     )
-    command = [os.environ["HBX_SCDL_PYTHON"], "-c", program, str(tmp_path / "0"), str(tmp_path / "1")]
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [*command, str(out), str(tmp_path / "0.h5ad")], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    parts = [files.content(tmp_path / name)["rows"] for name in ("0", "0", "1")]
-    assert files.content(out)["rows"] == [row for part in parts for row in part]
+    out, joined = tmp_path / "out", tmp_path / "joined"
+    run(program, tmp_path / "0", tmp_path / "1", out, joined, tmp_path / "0.h5ad")
+    parts = [files.content(tmp_path / name) for name in ("0", "0", "1")]
+    assert files.content(out)["rows"] == [row for part in parts for row in part["rows"]]
+    found = files.content(joined)
+    assert found["rows"] == [row for part in parts[1:] for row in part["rows"]]
+    # Names of cells that it did not carry along are unknown, not shifted.
+    assert found["cells"] is None
+    assert found["genes"] == parts[0]["genes"]
     concat_archives([out, tmp_path / "1"], tmp_path / "more")
     compare([(tmp_path / "more", False)])

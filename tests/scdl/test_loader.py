@@ -15,7 +15,7 @@ import torch
 from hbx_gpu import pipeline
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.loading import device_loader
+from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
 from hbx_gpu.scdl.pairs import PairedDataset

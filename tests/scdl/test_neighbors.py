@@ -12,7 +12,10 @@ import pytest
 
 from hbx_gpu.scdl import NeighborSamplingStrategy, SingleCellMemMapDataset
 from hbx_gpu.scdl.archive import open_archive
+from hbx_gpu.scdl.concat import concat_archives
 from hbx_gpu.scdl.neighbors import NeighborsUnusableError, NeighborTable
+from hbx_gpu.scdl.pairs import PairedDataset
+from hbx_gpu.scdl.sources import to_cell_dataset
 from tests.scdl.conftest import Case, Handmade
 
 ALONE = [0, 7, 21, 22, 23]
@@ -178,10 +181,11 @@ class TestFiles:
         assert len(dataset[0]) == 2
         assert pickle.loads(pickle.dumps(dataset)).get_neighbor_stats() == {"has_neighbors": False}
 
+    @pytest.mark.parametrize("n", [39, 41, 80])
     @pytest.mark.parametrize("name", ["indices", "values"])
-    def test_short(self, handmade: Handmade, name: str) -> None:
+    def test_short_and_long(self, handmade: Handmade, name: str, n: int) -> None:
         dtype = {"indices": "u4", "values": "f4"}[name]
-        path = with_neighbours(handmade, **{name: np.zeros(39, dtype)})
+        path = with_neighbours(handmade, **{name: np.zeros(n, dtype)})
         with pytest.raises(NeighborsUnusableError, match=f"neighbor_{name}.npy: expected 40"):
             _ = open_archive(path).neighbors
 
@@ -200,12 +204,34 @@ class TestFiles:
         assert table.of(3)[0].tolist() == [36]
         self.refused(table)
 
+    @pytest.mark.parametrize("strategy", list(NeighborSamplingStrategy))
+    @pytest.mark.parametrize("flaw", ["outside", "descending", "beyond"])
+    def test_in_batches(self, handmade: Handmade, strategy: str, flaw: str) -> None:
+        """The loader takes no damaged row for one without neighbours, and no cells of the next archive."""
+        indptr, indices = np.arange(41, dtype="u8"), np.arange(40, dtype="u4")
+        if flaw == "outside":
+            indices[5] = 45
+        else:
+            indptr[5] = {"descending": 12, "beyond": 1 << 40}[flaw]
+        path = with_neighbours(handmade, indptr=indptr, indices=indices)
+        handmade.path = path.with_name("next")
+        paths = [path, handmade.write()]
+        paired = PairedDataset(to_cell_dataset(paths), paths, strategy=strategy)
+        assert paired.draw([0, 40, 7])[0].tolist() == [0, 40, 7]
+        with pytest.raises(NeighborsUnusableError, match=r"neighbours of row [45] "):
+            paired.draw(np.arange(10))
+        with pytest.warns(UserWarning, match=r"left out: the neighbours of row [45] "):
+            concat_archives(paths, path.with_name("joined"))
+        assert open_archive(path.with_name("joined")).neighbors is None
+
     @staticmethod
     def refused(table: NeighborTable) -> None:
         with pytest.raises(NeighborsUnusableError, match="row 5"):
             table.of(5)
         with pytest.raises(NeighborsUnusableError, match="row 5"):
             table.draw(np.array([5]), np.random.default_rng(0))
+        with pytest.raises(NeighborsUnusableError, match=r"row \d"):
+            table.check()
 
 
 class TestWeights:

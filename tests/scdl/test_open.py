@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
+import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +305,17 @@ class TestWidths:
         with pytest.raises(CorruptDataError, match=f"{file}.tmp .* is the good copy of {file}"):
             quiet(path)
 
+    @pytest.mark.parametrize("file", ["col_ptr.npy", "data.npy"])
+    def test_pairs_of_narrow_elements_are_no_wide_ones(self, handmade: Handmade, file: str) -> None:
+        """An interrupted concatenation, without header: the file is as long as its default dtype says."""
+        handmade.header = False
+        handmade.dtypes["COLPTR"] = "u2"
+        handmade.data = handmade.data.astype("u2")
+        path = handmade.write()
+        (path / file).write_bytes((path / file).read_bytes() * 2)
+        with pytest.raises(CorruptDataError, match=rf"{file}.*no convincing"):
+            quiet(path, **({"data_dtype": "uint16"} if file == "col_ptr.npy" else {}))
+
     def test_no_header(self, handmade: Handmade) -> None:
         handmade.header = False
         with pytest.warns(UserWarning, match="SCDL header missing"):
@@ -495,6 +509,44 @@ def test_pickled_archives_are_small(handmade: Handmade) -> None:
     raw = pickle.dumps(archive)
     assert len(raw) < 500
     np.testing.assert_array_equal(pickle.loads(raw).data, archive.data)
+
+
+def test_files_of_an_index_that_are_damaged(handmade: Handmade) -> None:
+    """Headers of .npy files are parsed as Python, and fail in many ways."""
+    path = handmade.write()
+    folder = path / "var_features"
+    for name in ("labels.npy", "cumulative_sum_index.npy"):
+        whole = (folder / name).read_bytes()
+        for at in range(len(whole) - 8):
+            for raw in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x24]) + whole[at + 1 :]):
+                (folder / name).write_bytes(raw)
+                if name == "labels.npy":
+                    assert open_archive(path).n_rows == 40
+                    continue
+                with contextlib.suppress(CorruptDataError):
+                    assert open_archive(path).bounds.tolist() == [0, 40]
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("n", [10**6, 2 * 10**8])
+def test_opening_costs_the_same_whatever_the_size(handmade: Handmade, n: int) -> None:
+    """Files with holes: as many rows as asked for, of which the last one has all values."""
+    nnz = len(handmade.data)
+    path = handmade.write()
+    np.save(path / "var_features" / "cumulative_sum_index.npy", np.array([-1, n]))
+    shutil.rmtree(path / "obs_features")
+    with open(path / "row_ptr.npy", "wb") as file:
+        file.seek(8 * n)
+        file.write(np.uint64(nnz).tobytes())
+    tracemalloc.start()
+    clock = time.perf_counter()
+    archive = quiet(path)
+    row = archive.row(n - 1)
+    assert time.perf_counter() - clock < 2
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert (archive.n_rows, archive.nnz) == (n, nnz)
+    np.testing.assert_array_equal(row[0], handmade.data)
 
 
 def test_columns_beyond_the_genes(handmade: Handmade) -> None:

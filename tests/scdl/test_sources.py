@@ -17,8 +17,8 @@ from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnknownNameError
 from hbx_gpu.scdl import SingleCellCollection, open_archive
 from hbx_gpu.scdl.axis import gene_axis
-from hbx_gpu.scdl.columns import MemoryFrame
 from hbx_gpu.scdl.convert import convert_h5ad
+from hbx_gpu.scdl.frames import MemoryFrame
 from hbx_gpu.scdl.sources import GeneBlock, encode, groups_of, obs_names_of, to_cell_dataset
 from tests.scdl import files
 from tests.scdl.conftest import Case, Handmade
@@ -89,6 +89,15 @@ def test_raw_beside_the_genes_of_x_is_numbered(scdl_cases: dict[str, Case]) -> N
     assert dataset.feature_uids.tolist() == [str(i) for i in range(70)]
     with pytest.raises(InvalidDataError, match="70 columns, but 50 genes are recorded"):
         to_cell_dataset([scdl_cases["raw_default"].archive] * 2)
+    # Told to, blocks of different genes are numbered too: every row keeps the columns it has.
+    paths = [scdl_cases[name].archive for name in ("raw_default", "single_f32")]
+    joined = to_cell_dataset(paths, feature_id="position")
+    assert joined.n_features == 120
+    dense = densify(joined[:], dtype="float32")
+    for case, rows in ((scdl_cases["raw_default"], slice(0, 16)), (scdl_cases["single_f32"], slice(16, 56))):
+        expected = case.expected["dense"]
+        np.testing.assert_array_equal(dense[rows, : expected.shape[1]], expected)
+        assert not dense[rows, expected.shape[1] :].any()
 
 
 def test_several_archives_are_one_dataset(scdl_cases: dict[str, Case]) -> None:

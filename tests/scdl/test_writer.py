@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -237,6 +237,7 @@ blocks = st.lists(
 
 
 @given(blocks)
+@settings(deadline=None)
 def test_auto_is_exact_and_smallest(
     tmp_path_factory: pytest.TempPathFactory, arrays: list[np.ndarray]
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from hbx_gpu.engine.device import status
 from hbx_gpu.engine.device.backend import Backend, Slot
+from hbx_gpu.engine.device.general import chosen
 from hbx_gpu.engine.device.launches import DENSE_KERNELS, Launches, Pending
 from hbx_gpu.engine.device.records import SOURCE, element_type
 from hbx_gpu.engine.device.staged import ANY, PARTS, Layout, Resident, Staging
@@ -42,11 +43,17 @@ class DeviceEngine:
         Output dtype of each layer.
     backend
         The device.
+    decode
+        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: one of
+        :data:`hbx_gpu.engine.device.general.DECODE`. ``"device"`` trusts chunks without a CRC32C: damaged
+        ones may then do anything, as nvCOMP says of itself.
 
     Raises
     ------
     UnsupportedError
         A stored or wanted dtype that no kernel takes.
+    DeviceUnavailableError
+        ``decode="device"``, and nothing here that decompresses on the device.
     """
 
     def __init__(
@@ -55,10 +62,12 @@ class DeviceEngine:
         directory: ChunkDirectory,
         dtypes: Sequence[np.dtype],
         backend: Backend,
+        *,
+        decode: str = "auto",
     ) -> None:
         self.table, self.directory, self.dtypes, self.backend = table, directory, list(dtypes), backend
         self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
-        self.stager = Stager(table, directory, dtypes)
+        self.stager = Stager(table, directory, dtypes, chosen(directory.layouts, decode, backend))
         self._slots = threading.local()
         self._upload_constants()
 
@@ -168,6 +177,36 @@ class DeviceEngine:
             batch.densify(out, dtype, transform, layer)
         return batch.finish([out])
 
+    def submit_rows(self, staging: Staging, slot: Slot, shape: tuple[int, ...], *, placed: bool) -> Pending:
+        """Order upload and kernels that bring the values of a packed plan without column indices to rows.
+
+        Parameters
+        ----------
+        shape
+            Of the result. Elements that no piece of the plan brings are 0.
+        placed
+            Whether rows are brought to their columns by way of the table's remaps (output column -> column of
+            the row); else the plan says where every element goes.
+
+        Returns
+        -------
+        Pending
+            Of one tensor of the first layer's dtype.
+        """
+        import torch
+
+        out = self.backend.empty(shape, self.dtypes[0].name)
+        batch = self._launches(staging, slot, self._types, flat=placed)
+        if placed:
+            batch.decode([])
+            batch.place_columns(out)
+            return batch.finish([out])
+        if staging.plan.piece_count.sum() < staging.plan.n_elements:
+            with self.backend.on_decode_stream():
+                out.view(-1).view(torch.uint8).zero_()  # of all dtypes: torch fills few unsigned ones
+        batch.decode([out])
+        return batch.finish([out])
+
     def csr(self, plan: BatchPlan, slab: Slab) -> tuple[Any, list[Any], Any]:
         """Rows of `plan` in CSR form, as tensors; otherwise as the host engine's `csr`."""
         staging, slot = self._packed(plan, slab, "csr")
@@ -201,7 +240,10 @@ class DeviceEngine:
         return result
 
     def _launches(self, staging: Staging, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
-        return Launches(self.backend, self._columns, types, self._raise_for, staging, slot, flat=flat)
+        return Launches(
+            self.backend, self._columns, types, self._raise_for, staging, slot,
+            flat=flat, first_role=self.table.first_role,
+        )  # fmt: skip
 
     def _upload_constants(self) -> None:
         """Sources and remaps: the same for all batches, so they cross once."""

@@ -61,6 +61,45 @@ class Event(Protocol):
         """Block the calling thread until the decode stream has passed the point."""
 
 
+STREAM_ALIGNMENT = 16
+"""Of compressed streams in bytes; what they become may lie anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Streams of one compressor, described by arrays in device memory.
+
+    Attributes
+    ----------
+    sources, source_bytes, targets, target_bytes
+        Addresses of arrays of uint64: where each stream lies, its bytes, where its content goes, and how
+        long that must be.
+    actual, states
+        Addresses of arrays that are written: uint64, bytes found; int32, 0 where all went well.
+    sizes
+        int64, (n,). What `target_bytes` holds, for the host.
+    """
+
+    sources: int
+    source_bytes: int
+    targets: int
+    target_bytes: int
+    actual: int
+    states: int
+    sizes: np.ndarray
+
+
+class Decompressor(Protocol):
+    """Decompresses many streams at once, on the decode stream."""
+
+    def decompress(self, algorithm: str, streams: Streams) -> None:
+        """Order the work; `algorithm` is one of :data:`hbx_gpu.codecs.containers.ALGORITHMS`.
+
+        Bytes of a stream that are damaged may make it do anything: whoever calls has verified them, or was
+        told to do without.
+        """
+
+
 class Backend(Protocol):
     """Memory, copies, launches and ordering on one device.
 
@@ -106,6 +145,9 @@ class Backend(Protocol):
 
         `args` are NumPy scalars of the kernel's types (addresses as uint64) and tensors.
         """
+
+    def decompressor(self) -> Decompressor:
+        """For general codecs. Raises DeviceUnavailableError where there is none; says what is missing."""
 
     def on_decode_stream(self) -> AbstractContextManager[Any]:
         """torch operations inside run on the decode stream."""

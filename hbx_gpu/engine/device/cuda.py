@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device.backend import DeviceBuffer, Event, Memory
+from hbx_gpu.engine.device.backend import Decompressor, DeviceBuffer, Event, Memory
+from hbx_gpu.engine.device.nvcomp import NvcompDecompressor, find_library
 from hbx_gpu.engine.device.sources import kernel_names, source
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # cudaMemcpyKind
@@ -77,6 +78,7 @@ class CudaBackend:
         # Static shared memory of a kernel comes out of the same budget as what a launch asks for.
         self.max_shared = int(self._gpu.attributes["MaxSharedMemoryPerBlockOptin"]) - (16 << 10)
         self._kernels: dict[str, Any] = {}
+        self._decompressor: NvcompDecompressor | None = None
         self._lock = threading.Lock()
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
@@ -132,6 +134,15 @@ class CudaBackend:
         # cupy's current device and stream belong to the thread.
         with self._gpu, self._cupy.cuda.ExternalStream(self._decode.cuda_stream, self.device.index):
             function(dims, (block,), values, shared_mem=shared)
+
+    def decompressor(self) -> Decompressor:
+        """See :class:`~hbx_gpu.engine.device.backend.Backend`: nvCOMP."""
+        with self._lock:
+            if self._decompressor is None:
+                self._decompressor = NvcompDecompressor(
+                    find_library(), self.device_buffer, self._decode.cuda_stream, lambda: self._gpu
+                )
+            return self._decompressor
 
     def on_decode_stream(self) -> AbstractContextManager[Any]:
         """See :class:`~hbx_gpu.engine.device.backend.Backend`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot
+from hbx_gpu.engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot, Streams
 from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
 from hbx_gpu.engine.device.staged import ANY, UNSORTED, Staging
 from hbx_gpu.transforms import Transform
@@ -18,6 +18,7 @@ _BLOCK = 256
 _WARPS = _BLOCK // 32
 _SCAN_BLOCK = 1024
 _MAX_GRID = 1 << 16
+_SLICE = 16 << 10  # bytes of a shuffled block that a block of threads takes at a time
 _NOWHERE = np.uint64(0)
 
 
@@ -91,6 +92,8 @@ class Launches:
         Arguments for looking columns up: Sources, their number, remap, its entries.
     types
         Element type of each layer's values.
+    first_role
+        See :class:`~hbx_gpu.plan.SourceTable`.
     raise_for
         Raises what status words say.
     staging, slot
@@ -109,8 +112,10 @@ class Launches:
         slot: Slot,
         *,
         flat: bool,
+        first_role: int = 0,
     ) -> None:
         self._backend, self._columns, self._types = backend, columns, list(types)
+        self._first_role = first_role
         self._raise_for = raise_for
         self._staging, self._slot, self._flat = staging, slot, flat
         self._arena_bytes = staging.flat_bytes if flat else staging.arena_bytes
@@ -120,15 +125,15 @@ class Launches:
         self._counted = False
 
     def decode(self, outputs: Sequence[Any]) -> None:
-        """Upload, and bring all elements of the plan to `outputs` (indices and values) or the flat CSR."""
-        n = self._staging.plan.n_elements
+        """Upload, and bring all elements of the plan to `outputs` (indices, values) or the flat CSR."""
         records = np.zeros(1 + len(self._types), OUTPUT)
-        records["address"] = (
-            [self._device.address + self._staging.at[f"flat{role}"] for role in range(len(records))]
+        first = self._first_role
+        records["address"][first:] = (
+            [self._device.address + self._staging.at[f"flat{role}"] for role in range(first, len(records))]
             if self._flat
             else [tensor.data_ptr() for tensor in outputs]
         )
-        records["elements"] = n
+        records["elements"][first:] = self._staging.plan.n_elements
         records["type"] = [ELEMENT_TYPES["int32"], *self._types]
         self._upload(records)
         for part, kernel, word in (
@@ -136,6 +141,7 @@ class Launches:
             ("packed64", "bitpacking_decode_u64", 8),
         ):
             self._bitpacking(part, kernel, word)
+        self._decompress()
         outputs_at = (self._at("outputs"), np.uint32(len(records)))
         if n_pieces := self._count("pieces"):
             pieces = (*self._runs(), *self._table("pieces"))
@@ -188,6 +194,18 @@ class Launches:
         rows = (self._at("offsets"), np.uint32(plan.n_rows))
         self._dense("densify_", out, dtype, transform, (self._at("flat0"), *values, *rows), "rows")
 
+    def place_columns(self, out: Any) -> None:
+        """From flat values to rows in which every column has its place; 0 where a row has none there."""
+        n_rows, n_features = (int(n) for n in out.shape)
+        if not n_rows or not n_features:
+            return
+        n_elements = np.uint64(self._staging.plan.n_elements)
+        rows = (self._at("flat1"), n_elements, self._at("offsets"), self._at("sources"), np.uint32(n_rows))
+        target = (out, np.uint32(n_features), np.uint32(out.element_size()))
+        grid = min(-(-n_rows // _WARPS), _MAX_GRID)
+        args = (*rows, *self._columns, *target, *self._status("rows"))
+        self._backend.launch("place_columns", grid, _BLOCK, args)
+
     def finish(self, tensors: list[Any]) -> Pending:
         """Ask for the status words; the slot is busy until they are there."""
         staging, slot = self._staging, self._slot
@@ -198,8 +216,11 @@ class Launches:
         return Pending(tensors, slot.busy, staging, slot, self._raise_for, counted=self._counted)
 
     def _upload(self, outputs: np.ndarray) -> None:
-        at = self._staging.at["outputs"]
-        self._slot.host[at : at + outputs.nbytes] = outputs.view(np.uint8)
+        self._put("outputs", outputs)
+        if self._staging.opened is not None:  # which libraries want as addresses
+            base, _ = self._arena()
+            for name in ("streams", "stream_targets"):
+                self._put(name, self._staging.tables[name] + base)
         host = self._slot.host[: self._staging.host_bytes]
         if self._staging.resident is None:
             self._backend.upload(host, self._device)
@@ -209,6 +230,38 @@ class Launches:
         if first:
             self._backend.upload(host[:first], self._slot.area)
         self._backend.upload(host[first:], Part(self._device.address + first, self._device.nbytes - first))
+
+    def _put(self, name: str, values: np.ndarray) -> None:
+        """Write a table to where it is staged."""
+        at = self._staging.at[name]
+        self._slot.host[at : at + values.nbytes] = values.view(np.uint8)
+
+    def _decompress(self) -> None:
+        """Compressed streams to scratch, what is stored beside them, and shuffled blocks in order."""
+        opened, at = self._staging.opened, self._at
+        if opened is None:
+            return
+        for algorithm, first, n in opened.calls:
+            sizes = opened.tables["stream_sizes"][first : first + n].astype(np.int64)
+            streams = Streams(
+                sources=int(at("streams")) + 8 * first,
+                source_bytes=int(at("stream_bytes")) + 8 * first,
+                targets=int(at("stream_targets")) + 8 * first,
+                target_bytes=int(at("stream_sizes")) + 8 * first,
+                actual=int(at("stream_actual")) + 8 * first,
+                states=int(at("stream_states")) + 4 * first,
+                sizes=sizes,
+            )
+            self._backend.decompressor().decompress(algorithm, streams)
+        if n := self._count("streams"):
+            found = (at("stream_states"), at("stream_actual"), at("stream_sizes"), np.uint32(n))
+            grid = min(-(-n // _BLOCK), _MAX_GRID)
+            self._backend.launch("check_streams", grid, _BLOCK, (*found, *self._status("streams")))
+        for part in ("copies", "shuffles"):
+            if n := self._count(part):
+                slices = -(-int(opened.tables[part]["nbytes"].max()) // _SLICE)
+                table = (*self._table(part), np.uint32(slices))
+                self._launch("unshuffle_blocks", n * slices, table, (), (), part)
 
     def _bitpacking(self, part: str, kernel: str, word: int) -> None:
         jobs = self._staging.tables[part]

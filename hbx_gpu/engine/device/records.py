@@ -71,6 +71,16 @@ SEGMENT = np.dtype(
         ("unused", "<u4"),
     ]
 )
+BLOCK = np.dtype(
+    [
+        ("from", "<u8"),
+        ("to", "<u8"),
+        ("nbytes", "<u4"),
+        ("typesize", "<u4"),
+        ("shuffle", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
 RECORDS = {
     "HbxRun": RUN,
     "HbxPiece": PIECE,
@@ -79,10 +89,11 @@ RECORDS = {
     "HbxPacked": PACKED,
     "HbxSource": SOURCE,
     "HbxSegment": SEGMENT,
+    "HbxBlock": BLOCK,
 }
 """Name in `kernels/hbx.cuh` -> dtype."""
 SIZES = {"HbxRun": 64, "HbxPiece": 32, "HbxPlain": 32, "HbxOutput": 24, "HbxPacked": 32, "HbxSource": 16,
-         "HbxSegment": 24}  # fmt: skip
+         "HbxSegment": 24, "HbxBlock": 32}  # fmt: skip
 assert {name: dtype.itemsize for name, dtype in RECORDS.items()} == SIZES
 
 ELEMENT_TYPES = {

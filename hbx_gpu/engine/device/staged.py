@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -11,13 +11,16 @@ from hbx_gpu.engine.device.backend import Memory
 from hbx_gpu.plan import BatchPlan
 from hbx_gpu.storage.readers import Slab
 
+if TYPE_CHECKING:
+    from hbx_gpu.engine.device.general import Opened
+
 Layout: TypeAlias = Literal["csr", "dense"]
 
-ROWPACK, PACKED_32, PACKED_64, RAW, DECODED, ABSENT, ELEMENTS = range(7)
-"""What happens to a chunk: blocks of it cross; it crosses whole, words of 4 or 8 bytes; stored elements
-cross; elements decoded on the host cross; nothing is stored, copies of its fill value cross; its elements are
-resident."""
-PARTS = ("packed32", "packed64", "pieces", "plains")
+ROWPACK, PACKED_32, PACKED_64, STREAMS, RAW, DECODED, ABSENT, ELEMENTS = range(8)
+"""What happens to a chunk: blocks of it cross; it crosses whole, words of 4 or 8 bytes; its compressed
+streams cross; stored elements cross; elements decoded on the host cross; nothing is stored, copies of its
+fill value cross; its elements are resident."""
+PARTS = ("packed32", "packed64", "streams", "copies", "shuffles", "pieces", "plains")
 """Parts of the status words that are about chunks, causes before what follows from them."""
 
 ANY, UNSORTED = 0, 1
@@ -60,7 +63,7 @@ class Staging:
         Of the status words.
     tables
         Record arrays by name, `at` says where each lies. Those of kernels' records, and ``offsets``: int64,
-        (n_rows + 1,), the plan's.
+        (n_rows + 1,), and, where there are no column indices, ``sources``: int32, (n_rows,), the plan's.
     at
         Offset of every table, of ``outputs`` and ``total`` (left to the engine), ``status``, and of the
         scratch ``flat<role>`` (a flat CSR of all elements, values of 8 bytes at most) and ``kept``.
@@ -79,6 +82,8 @@ class Staging:
         where there are any.
     area_bytes
         Room needed in that arena: the staged bytes and what is decoded there.
+    opened
+        Chunks whose compressed streams cross; None: there are none.
     staged
         bool, (pieces,). Which of the pieces' runs are among the staged ones; None without resident chunks.
     """
@@ -101,6 +106,7 @@ class Staging:
     resident: Resident | None = None
     staged_bytes: int = 0
     area_bytes: int = 0
+    opened: Opened | None = None
     staged: np.ndarray | None = None
 
     def there(self, jobs: np.ndarray) -> np.ndarray:

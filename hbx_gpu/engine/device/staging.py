@@ -8,6 +8,7 @@ nothing touches a device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from hbx_gpu.buffers import BufferPool
 from hbx_gpu.codecs.bitpacking_numba import max_encoded_size
 from hbx_gpu.codecs.chain import ChunkCodec
+from hbx_gpu.codecs.containers import Compression, Contents
 from hbx_gpu.codecs.rowpack_numba import describe_status
-from hbx_gpu.engine.device.records import PACKED, PIECE, PLAIN, RUN, SEGMENT, element_type
+from hbx_gpu.engine.device.general import lay_out
+from hbx_gpu.engine.device.records import BLOCK, OUTPUT, PACKED, PIECE, PLAIN, RUN, SEGMENT, element_type
 from hbx_gpu.engine.device.staged import (
     ABSENT,
     DECODED,
@@ -26,6 +29,7 @@ from hbx_gpu.engine.device.staged import (
     PARTS,
     RAW,
     ROWPACK,
+    STREAMS,
     Cursor,
     Layout,
     Resident,
@@ -59,12 +63,18 @@ class Stager:
         Their chunks; its arrays are numbered as in `table`.
     dtypes
         Output dtype of each layer.
+    compressions
+        Of each array, where its chunks are to be decompressed on the device; None: no array's are.
 
     Attributes
     ----------
     kinds, codecs, itemsize, elements, packed_bytes
         Of every array: what happens to its chunks, what decodes them, bytes per element, elements per chunk,
         and bytes of a bitpacking chunk that mean anything.
+    decompresses
+        bool, (n_arrays,). Whether the device decompresses their chunks, where these do not stay there.
+    leaves_to_host
+        bool, (n_arrays,). Whether the host decodes all of their chunks.
 
     Raises
     ------
@@ -72,14 +82,23 @@ class Stager:
         An array of elements that kernels do not take.
     """
 
-    def __init__(self, table: SourceTable, directory: ChunkDirectory, dtypes: Sequence[np.dtype]) -> None:
+    def __init__(
+        self,
+        table: SourceTable,
+        directory: ChunkDirectory,
+        dtypes: Sequence[np.dtype],
+        compressions: Sequence[Compression | None] | None = None,
+    ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         self.checks = ChunkChecks(table, directory)
         layouts = directory.layouts
         self.codecs = [ChunkCodec(layout) for layout in layouts]
         self.kinds = np.array([_kind(la, co) for la, co in zip(layouts, self.codecs, strict=True)], np.int64)
+        self._compressions = list(compressions or [None] * len(layouts))
+        self.decompresses = np.array([c is not None for c in self._compressions], bool)
+        self.leaves_to_host = (self.kinds == DECODED) & ~self.decompresses
         self.itemsize = np.array([layout.dtype.itemsize for layout in layouts], np.int64)
-        self.elements = np.array([layout.chunk_shape[0] for layout in layouts], np.int64)
+        self.elements = np.array([math.prod(layout.chunk_shape) for layout in layouts], np.int64)
         self._type = np.array([element_type(la.dtype, f"array {la.name!r}") for la in layouts], np.uint32)
         # Bytes behind the last block of a bitpacking chunk are ignored, so they need not cross.
         words = [co.bitpacking or 4 for co in self.codecs]
@@ -117,17 +136,21 @@ class Stager:
             here = self.kinds[plan.chunk_array]
             here[(here == RAW) | (here == DECODED)] = ELEMENTS
             kind = np.where(resident.at >= 0, here, kind)
+        contents = self._opened(plan, slab, kind)
         jobs = [
             np.flatnonzero(kind == k) if n else _NONE
             for k, n in enumerate(np.bincount(kind, minlength=ELEMENTS + 1).tolist())
         ]
         cursor = Cursor(self._rowpack(staging, jobs[ROWPACK]))
         data = [self._packed(staging, jobs[k], k, cursor) for k in (PACKED_32, PACKED_64)]
-        data += [self._raw(staging, jobs[RAW], cursor), self._decoded(staging, jobs[DECODED], cursor)]
+        jobs[STREAMS], begin = self._streams(staging, jobs[STREAMS], contents, cursor)
+        data += [begin, self._raw(staging, jobs[RAW], cursor), self._decoded(staging, jobs[DECODED], cursor)]
         data += [self._absent(staging, jobs[ABSENT], cursor), self._held(staging, jobs[ELEMENTS])]
         plain = np.concatenate(jobs[PACKED_32:])
         staging.tables["plains"] = self._plains(staging, plain, np.concatenate(data))
-        if layout != "csr":
+        if self.table.first_role != INDEX_ROLE:
+            staging.tables["sources"] = plan.source
+        elif layout != "csr":
             self._segments(staging, kind)
         staging.tables["offsets"] = plan.offsets
         self._lay_out(staging, cursor, layout)
@@ -185,6 +208,8 @@ class Stager:
         for name in ("packed32", "packed64"):
             tables[name]["data"][~staging.there(staging.jobs[name][0])] += base
             tables[name]["out"] += base
+        if staging.opened is not None:
+            staging.opened.shift_all(area)
         jobs, n_pieces = staging.jobs["plains"]
         last = int(n_pieces[self._moves(staging, jobs)].sum())
         tables["plains"]["data"][:last] += base
@@ -201,7 +226,7 @@ class Stager:
         self.checks.rowpack_checksums(plan, slab, jobs[~there])
         held = np.full(len(jobs), -1) if resident is None else np.where(there, resident.run[jobs], -1)
         array = plan.chunk_array[jobs]
-        source, role = np.divmod(array, self.table.n_roles)
+        source, role = self.table.roles(array)
         n = int((plan.piece_ptr[jobs + 1] - plan.piece_ptr[jobs]).sum())
         runs, ranges = self._pool.empty(n, RUN), self._pool.empty(3 * n, RANGE)
         pieces, piece_row = self._pool.empty(n, PIECE), self._pool.empty(n, np.int64)
@@ -254,6 +279,43 @@ class Stager:
         ranges = _ranges(slab.address[jobs], records["data"], nbytes)
         staging.ranges.append(ranges[~there])
         return records["out"][job].astype(np.int64) + begin
+
+    def _opened(self, plan: BatchPlan, slab: Slab, kind: np.ndarray) -> dict[int, Contents]:
+        """Take chunks apart that the device decompresses, by number; these become STREAMS in `kind`."""
+        found: dict[int, Contents] = {}
+        for c in np.flatnonzero((kind == DECODED) & self.decompresses[plan.chunk_array]).tolist():
+            compression = self._compressions[int(plan.chunk_array[c])]
+            assert compression is not None
+            try:
+                contents = compression.open(slab.view(c))
+            except CorruptChunkError as error:
+                raise self._error(plan, c, error.reason) from error
+            if contents is not None:
+                found[c] = contents
+        kind[list(found)] = STREAMS
+        return found
+
+    def _streams(
+        self, staging: Staging, jobs: np.ndarray, contents: dict[int, Contents], cursor: Cursor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks as compressed streams; returns them in order, and where pieces begin, from scratch."""
+        plan, slab, tables = staging.plan, staging.slab, staging.tables
+        if not len(jobs):
+            tables["streams"] = np.empty(0, np.uint64)
+            tables["copies"] = tables["shuffles"] = np.empty(0, BLOCK)
+            staging.jobs |= dict.fromkeys(("streams", "copies", "shuffles"), (jobs, jobs))
+            return jobs, _NONE
+        array = plan.chunk_array[jobs]
+        sizes = self.elements[array] * self.itemsize[array]
+        opened = staging.opened = lay_out(jobs, [contents[c] for c in jobs.tolist()], sizes, cursor)
+        jobs = opened.jobs
+        tables |= opened.tables
+        staging.jobs |= {part: (jobs, counts) for part, counts in opened.counts.items()}
+        source = slab.address[jobs][opened.owner] + opened.begin.astype(np.uint64)
+        staging.ranges.append(_ranges(source, opened.place, opened.nbytes))
+        pieces, job = _pieces_of(plan, jobs)
+        begin, _ = self._extent(plan, pieces, plan.chunk_array[jobs][job])
+        return jobs, opened.out[job] + begin
 
     def _raw(self, staging: Staging, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
         """Elements of chunks that are stored as they are; returns where each piece begins."""
@@ -326,7 +388,7 @@ class Stager:
         records = np.empty(len(pieces), PLAIN)
         records["data"], records["out"] = data, plan.piece_out[pieces]
         records["count"], records["type"] = plan.piece_count[pieces], self._type[array]
-        records["source"], records["role"] = np.divmod(array, self.table.n_roles)
+        records["source"], records["role"] = self.table.roles(array)
         staging.jobs["plains"] = (jobs, plan.piece_ptr[jobs + 1] - plan.piece_ptr[jobs])
         return records
 
@@ -352,7 +414,7 @@ class Stager:
         plan, at, tables = staging.plan, staging.at, staging.tables
         at["runs"] = cursor.take(tables["runs"].nbytes, RUN.itemsize)
         staging.staged_bytes = round_up(cursor.at, 16)
-        at["outputs"] = cursor.take(24 * self.table.n_roles)
+        at["outputs"] = cursor.take(OUTPUT.itemsize * (1 + len(self.dtypes)))
         for name, table in tables.items():
             if name != "runs":
                 at[name] = cursor.take(table.nbytes)
@@ -374,10 +436,16 @@ class Stager:
             records["out"] += np.uint64(begin)
             tables["plains"]["data"][first : first + n] += np.uint64(begin)
             first += n
+        if staging.opened is not None:
+            begin = scratch.take(staging.opened.scratch, 16)
+            jobs = staging.opened.jobs
+            n = int((plan.piece_ptr[jobs + 1] - plan.piece_ptr[jobs]).sum())
+            staging.opened.shift_scratch(begin)
+            tables["plains"]["data"][first : first + n] += np.uint64(begin)
         if staging.resident is not None:
             staging.area_bytes, scratch = round_up(scratch.at, 16), Cursor(staging.host_bytes)
         staging.arena_bytes = round_up(scratch.at, 16)
-        for role in range(self.table.n_roles):
+        for role in range(self.table.first_role, 1 + len(self.dtypes)):
             itemsize = 4 if role == INDEX_ROLE else _WIDEST
             at[f"flat{role}"] = scratch.take(itemsize * plan.n_elements, 256)
         at["kept"] = scratch.take(8 * plan.n_rows)
@@ -390,7 +458,7 @@ class Stager:
 
 
 def _kind(layout: ArrayLayout, codec: ChunkCodec) -> int:
-    n, dtype = layout.chunk_shape[0], layout.dtype
+    n, dtype = math.prod(layout.chunk_shape), layout.dtype
     if codec.rowpack == dtype.itemsize and dtype.kind == "u":
         return ROWPACK
     word = codec.bitpacking

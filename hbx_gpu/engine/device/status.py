@@ -10,6 +10,7 @@ BAD_COLUMN = 16
 BAD_HEADER = 32
 BAD_PLACE = 64
 NOT_COUNTS = 128
+BAD_STREAM = 256
 
 _REASONS = {
     BAD_RECORD: "the directory points outside the payload or patches of the blocks that were asked for",
@@ -18,6 +19,7 @@ _REASONS = {
     BAD_PATCH: "positions of exceptions or resets do not ascend within their block",
     BAD_HEADER: "the bitpacking header has an unknown transform, or another number of words than the "
     "metadata demand",
+    BAD_STREAM: "a compressed stream does not decompress, or to another number of bytes than expected",
 }
 
 

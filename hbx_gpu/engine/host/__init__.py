@@ -108,13 +108,23 @@ class HostEngine:
         self._checks = ChunkChecks(table, directory)
         self._scratch = threading.local()
 
-    def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    def csr(
+        self, plan: BatchPlan, slab: Slab, *, falling: np.ndarray | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         """Rows of `plan` in CSR form.
+
+        Parameters
+        ----------
+        plan, slab
+            What to decode, and the stored bytes of its chunks.
+        falling
+            bool, (n_rows,), all False. Makes `indices` int64, and is set for rows whose columns do not
+            ascend, each once: what sparse tensors are made of. Not where columns are dropped.
 
         Returns
         -------
         indices
-            int32, (nnz,). Output columns in stored order.
+            int32 (int64 with `falling`), (nnz,). Output columns in stored order.
         values
             One array (nnz,) per layer, of the engine's dtypes.
         offsets
@@ -125,11 +135,12 @@ class HostEngine:
         CorruptChunkError
             A chunk does not decode, or holds a column number its Source does not have.
         """
-        indices = self._empty(plan.n_elements, np.int32)
+        indices: np.ndarray = self._empty(plan.n_elements, np.int32 if falling is None else np.int64)
+        falls = np.zeros(0 if falling is None else len(plan.piece_row), np.uint8)
         values = [self._empty(plan.n_elements, dtype) for dtype in self.dtypes]
         outputs = [indices, *values]
         absent = slab.address == 0
-        self._fill_absent(plan, np.flatnonzero(absent), outputs)
+        self._fill_absent(plan, np.flatnonzero(absent), outputs, falls)
         kind = self._kind_of[plan.chunk_array]
         for k in np.unique(kind):
             jobs = np.flatnonzero((kind == k) & ~absent)
@@ -137,11 +148,13 @@ class HostEngine:
                 continue
             one = self._kinds[k]
             if one.codec == RAW:
-                self._raw(plan, slab, jobs, one, outputs[one.role])
+                self._raw(plan, slab, jobs, one, outputs[one.role], falls)
             elif one.codec:
-                self._packed(plan, slab, jobs, one, outputs[one.role])
+                self._packed(plan, slab, jobs, one, outputs[one.role], falls)
             else:
-                self._general(plan, slab, jobs, one.role, outputs[one.role])
+                self._general(plan, slab, jobs, one.role, outputs[one.role], falls)
+        if falling is not None:
+            kernels.mark_falling_rows(plan.piece_row, plan.piece_out, plan.offsets, indices, falls, falling)
         if not self.table.drops:
             return indices, values, plan.offsets
         keep = indices >= 0
@@ -149,7 +162,9 @@ class HostEngine:
         np.cumsum(keep, out=kept[1:])
         return indices[keep], [v[keep] for v in values], kept[plan.offsets]
 
-    def _packed(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray) -> None:
+    def _packed(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+    ) -> None:
         """Chunks that a kernel decodes and hands out, all in one call."""
         word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
         columns, values, describe = _KERNELS[kind.codec]
@@ -172,14 +187,16 @@ class HostEngine:
             table = self.table
             source = plan.chunk_array[jobs] // table.n_roles
             remap = (table.remap, table.remap_start, table.remap_length, table.identity)
-            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, status)
+            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, falls, status)
         else:
             values(jobs, slab.address, slab.nbytes, *buffers, *pieces, out, status)
         if status.any():
             c = int(np.flatnonzero(status)[0])
             raise self._error(plan, c, int(status[c]), describe)
 
-    def _raw(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray) -> None:
+    def _raw(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+    ) -> None:
         """Chunks that are stored as they are: only what the pieces need is touched."""
         self._checks.raw_sizes(plan, slab, jobs)
         like = np.empty(0, kind.dtype)
@@ -193,11 +210,15 @@ class HostEngine:
         status = np.zeros(len(plan.chunks), dtype=np.int64)
         remap = (table.remap, table.remap_start, table.remap_length, table.identity)
         source = plan.chunk_array[jobs] // table.n_roles
-        kernels.raw_columns(jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, status)
+        kernels.raw_columns(
+            jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, falls, status
+        )
         if status.any():
             raise self._error(plan, int(np.flatnonzero(status)[0]), kernels.COLUMN_OUT_OF_RANGE)
 
-    def _general(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray) -> None:
+    def _general(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray, falls: np.ndarray
+    ) -> None:
         """Chunks of any other codec: one library call each, then the same hand-out."""
         table = self.table
         pieces = (plan.piece_skip, plan.piece_count, plan.piece_out)
@@ -215,7 +236,9 @@ class HostEngine:
                 source = array // table.n_roles
                 first = table.remap_start[source]
                 remap = table.remap[first : first + table.remap_length[source]]
-                if not kernels.scatter_columns(decoded, p0, p1, *pieces, remap, table.identity[source], out):
+                if not kernels.scatter_columns(
+                    decoded, p0, p1, *pieces, remap, table.identity[source], out, falls
+                ):
                     raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
             elif np.float16 in (decoded.dtype, out.dtype):
                 for skip, count, at in zip(*(numbers[p0:p1].tolist() for numbers in pieces), strict=True):
@@ -223,7 +246,9 @@ class HostEngine:
             else:
                 kernels.scatter_values(decoded, p0, p1, *pieces, out)
 
-    def _fill_absent(self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray]) -> None:
+    def _fill_absent(
+        self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray], falls: np.ndarray
+    ) -> None:
         table = self.table
         for c in absent:
             array = int(plan.chunk_array[c])
@@ -232,6 +257,7 @@ class HostEngine:
             value = self._checks.fill_value(plan, int(c))
             if role == INDEX_ROLE:
                 value = table.remap[table.remap_start[source] + int(value)]
+                falls[p0:p1] = plan.piece_count[p0:p1] > 1 if len(falls) else 0
             out = outputs[role]
             filling = np.array(value, out.dtype)
             if out.dtype == np.float16:
