@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from hbx_gpu.dataloader import (
     make_loader,
     multimodal_to_dense_collate,
 )
-from hbx_gpu.errors import CorruptChunkError, UnknownNameError
+from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnknownNameError
 from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.transforms import normalize_total
-from tests.dense_stores import on_cpu, same
+from tests.dense_stores import brought, on_cpu, same
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
@@ -65,14 +65,6 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 def sampler_for(dataset: Any, **kwargs: Any) -> CellSampler:
     return CellSampler(dataset.groups_np, **{"batch_size": 5, "seed": 3, "num_workers": 0, **kwargs})
-
-
-def batches_of(loader: Any) -> Iterator[Any]:
-    try:
-        for batch in loader:
-            yield on_cpu(batch)
-    finally:
-        loader.close()
 
 
 def by_single_reads(dataset: MultimodalCellDataset, **settings: Any) -> Callable[[np.ndarray], Any]:
@@ -296,12 +288,20 @@ def test_worker_processes(everything: MultimodalCellDataset) -> None:
     sampler = sampler_for(everything, num_workers=2)
     loader = make_loader(everything, sampler, multimodal_to_dense_collate)
     order = [np.array(rows) for rows in sampler_for(everything, num_workers=2)]
-    found = list(batches_of(loader))
+    found = brought(loader)
     assert len(found) == len(order)
     for batch, rows in zip(found, order, strict=True):
         want = expected(rows)
         want.pop("index")
         same(batch, want)
+
+
+def test_a_dense_space_may_come_first(cells: AtlasQuery, backend: Any) -> None:
+    """Labels and masks then cross with a part that the host decodes."""
+    dataset = cells.to_multimodal_dataset(["adt", "rna"], metadata_columns=["cell_type"])
+    host = brought(make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct"))
+    same(brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"), backend), host)
+    assert set(host[0]) == {"adt", "rna", "present", "measured", "index", "metadata"}
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
@@ -313,7 +313,7 @@ def test_device_gives_what_the_host_gives(
     host = make_loader(everything, sampler_for(everything), executor="direct", **settings)
     device = device_loader(everything, sampler_for(everything), backend, **settings)
     n = 0
-    for expected, found in zip(batches_of(host), batches_of(device), strict=True):
+    for expected, found in zip(brought(host), brought(device, backend), strict=True):
         if layout == "dense":
             x, y = found["rna"].pop("X"), expected["rna"].pop("X")
             np.testing.assert_allclose(x, y, rtol=5e-6, atol=0)
@@ -325,8 +325,8 @@ def test_device_gives_what_the_host_gives(
 def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
     for name in ("adt", "tiles_b", "crop"):
         dataset = cells.to_cell_dataset(name, metadata_columns=["cell_type"])
-        host = list(batches_of(make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct")))
-        device = list(batches_of(device_loader(dataset, sampler_for(dataset), backend, layout="dense")))
+        host = brought(make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct"))
+        device = brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"), backend)
         same(device, host)
         assert sorted(host[0]) == ["X", "cell_type", "index"]
 
@@ -334,13 +334,11 @@ def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
 @pytest.mark.parametrize("residency", ["none", "host"])
 @pytest.mark.parametrize("io", [None, "pinned"])
 def test_residency_and_io(everything: MultimodalCellDataset, residency: str, io: str | None) -> None:
-    plain = list(
-        batches_of(make_loader(everything, sampler_for(everything), layout="dense", executor="direct"))
-    )
+    plain = list(brought(make_loader(everything, sampler_for(everything), layout="dense", executor="direct")))
     other = make_loader(
         everything, sampler_for(everything), layout="dense", residency=residency, io=io, executor="direct"
     )
-    same(list(batches_of(other)), plain)
+    same(brought(other), plain)
 
 
 # What is refused, and what is not
@@ -384,6 +382,27 @@ def test_bad_requests_say_what_exists(cite: AtlasQuery, everything: MultimodalCe
     dense = cite.to_cell_dataset("protein_abundance")
     with pytest.raises(ValueError, match="dense space"):
         make_loader(dense, sampler_for(dense), layout="csr")
+
+
+def test_a_box_outside_its_image_names_the_cell(
+    homeobox_fixtures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from hbx_gpu.atlas import reading
+
+    real = reading.read_layout
+
+    def smaller(path: str, name: str, **kwargs: Any) -> Any:
+        layout = real(path, name, **kwargs)
+        return replace(layout, shape=(*layout.shape[:-1], 9)) if "mix/image" in name else layout
+
+    monkeypatch.setattr(reading, "read_layout", smaller)
+    cells = RaggedAtlas.checkout_latest(homeobox_fixtures / "all_spaces" / "atlas").query("cells")
+    with pytest.raises(
+        CorruptDataError, match=r"row '.+' claims the box from .* of array 'mix/image/layers/raw'"
+    ):
+        cells.to_cell_dataset("crop")
 
 
 def test_a_corrupt_chunk_of_one_space_is_named(homeobox_fixtures: Path, tmp_path: Path) -> None:
@@ -461,7 +480,7 @@ def augmented(
         loader = device_loader(dataset, sampler, make, layout="dense", **kwargs)
     loader.set_epoch(epoch)
     tiles = {}
-    for batch in batches_of(loader):
+    for batch in brought(loader, None if make is make_loader else make):
         part = batch.get("tiles_a", batch)
         for cell, tile in zip(batch["index"].tolist(), part["X"], strict=True):
             tiles[cell] = tile
@@ -570,7 +589,7 @@ def test_encoded_pictures_from_ingest_to_batch(tmp_path: Path) -> None:
     steps = ImageTransform(center_crop=(16, 20))
     loader = make_loader(dataset, sampler_for(dataset), layout="dense", images={"encoded_images": steps})
     seen = {}
-    for batch in batches_of(loader):
+    for batch in brought(loader):
         for cell, picture in zip(batch["index"].tolist(), batch["encoded_images"]["X"], strict=True):
             seen[order[cell]] = picture
     assert set(seen) == set(names)

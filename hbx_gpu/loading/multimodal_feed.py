@@ -396,6 +396,8 @@ class MultimodalFeed:
 
     def deliver(self, made: Any) -> dict[str, Any]:
         """See :class:`hbx_gpu.loading.feeds.Feed`."""
+        import torch
+
         selection, entries = made
         found = {
             name: feed.deliver(entry)
@@ -405,7 +407,7 @@ class MultimodalFeed:
         index = labels["index"]
         rows = self._dataset.row_numbers(selection)
         result: dict[str, Any] = {
-            "present": {name: labels.pop(f"{PRESENT}{name}").bool() for name in found},
+            "present": {name: labels.pop(f"{PRESENT}{name}").view(torch.bool) for name in found},
             "measured": MeasuredTensors(self._dataset.measured(rows), index.device),
             "index": index,
         }
