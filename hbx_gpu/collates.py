@@ -311,6 +311,11 @@ class ImagesCollate:
     tiles: TileCollate
     present: np.ndarray | None = None
 
+    @property
+    def on_device(self) -> bool:
+        """Whether its tensors are made on a GPU."""
+        return self.tiles.pipeline.device_id is not None
+
     def set_epoch(self, epoch: int) -> None:
         """See :meth:`MultimodalCollate.set_epoch`."""
         self.tiles.set_epoch(epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from hbx_gpu.dataloader import (
     MultimodalCollate,
     RaggedBatch,
     SparseBatch,
+    dense_to_tensor_collate,
     make_loader,
     multimodal_to_dense_collate,
 )
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnknownNameError
 from hbx_gpu.loading.make import device_loader
+from hbx_gpu.loading.multimodal_feed import CopiedFeed
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.transforms import normalize_total
@@ -329,6 +332,19 @@ def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
         device = brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"), backend)
         same(device, host)
         assert sorted(host[0]) == ["X", "cell_type", "index"]
+
+
+def test_staging_memory_is_not_used_again_before_it_was_copied(cells: AtlasQuery) -> None:
+    dataset = cells.to_cell_dataset("adt")
+    backend = StreamBackend()
+    feed = CopiedFeed(dataset, dense_to_tensor_collate, backend)
+    backend.decode.order(lambda: time.sleep(0.3))  # copies wait behind this
+    windows = [np.array([i, i + 1]) for i in range(4)]
+    made = [feed.make([rows])[0] for rows in windows]
+    found = [feed.deliver(entry)["X"] for entry in made]
+    backend.consumer.synchronize()
+    for x, rows in zip(found, windows, strict=True):
+        np.testing.assert_array_equal(x.numpy(), dataset[rows].data)
 
 
 @pytest.mark.parametrize("residency", ["none", "host"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class CopiedFeed:
         batches = self._dataset.read_batches(selections)
         for batch, rows in zip(batches, selections, strict=True):
             batch.metadata = {**(batch.metadata or {}), "index": self._dataset.row_numbers(rows)}
-        with self._backend.on_decode_stream():  # images may be made on the device
+        on_device = getattr(self._collate, "on_device", False)
+        with self._backend.on_decode_stream() if on_device else contextlib.nullcontext():
             made = [self._collate(batch) for batch in batches]
         tensors = [tensor for batch in made for tensor in _tensors(batch)]
         places = np.cumsum(
