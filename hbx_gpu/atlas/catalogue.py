@@ -285,6 +285,7 @@ class Catalogue:
 
     def recover(self) -> None:
         """Undo or finish whatever killed ingests and repacks left; every step may be repeated."""
+        self.journal.sweep()
         swap.recover(self.journal, self.store)
         for note in self.journal.notes():
             self.undo(note)

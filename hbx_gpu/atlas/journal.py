@@ -120,6 +120,11 @@ class Journal:
         os.replace(new, path)
         sync(self._folder)
 
+    def sweep(self) -> None:
+        """Remove notes that a killed writer had not finished; nothing was changed under them."""
+        for path in self._folder.glob("*.new"):
+            path.unlink(missing_ok=True)
+
     def notes(self) -> list[IngestNote]:
         """All notes of ingests that did not end."""
         return [IngestNote.from_json(data) for data in self._read("ingest")]

@@ -147,6 +147,13 @@ def test_killed_at_any_step(scene: tuple[Path, Path, Path], where: str, when: st
     check_recovery(root, first, second, before)
 
 
+def test_killed_while_a_note_is_written(scene: tuple[Path, Path, Path]) -> None:
+    root, first, second = scene
+    before = digest(root, 0)
+    (root / ".hbx_gpu" / "ingest-0123456789abcdef.new").write_text('{"staging": "012')
+    check_recovery(root, first, second, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_any_time(scene: tuple[Path, Path, Path], seed: int) -> None:
