@@ -6,6 +6,7 @@ Whoever opens data (atlas, scdl) produces these; plan, engine and loader know no
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,3 +156,10 @@ class ObsColumns:
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     categories: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def rows_by_source(source: np.ndarray, n_sources: int) -> list[np.ndarray]:
+    """Row numbers of each Source, ascending, int64; rows without a Source are in none."""
+    order = np.argsort(source, kind="stable")
+    cuts = np.searchsorted(source[order], np.arange(n_sources + 1))
+    return [order[first:last] for first, last in pairwise(cuts.tolist())]

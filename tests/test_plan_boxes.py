@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hbx_gpu.dataloader import DenseBatch, DenseCellDataset, RaggedBatch
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedError
 from hbx_gpu.plan_boxes import box_table, needed_chunks, plan_boxes
-from hbx_gpu.source import BoxIndex, RowIndex, Source
+from hbx_gpu.source import BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu.storage.metadata import read_layout
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -223,6 +223,22 @@ def test_tiles_of_one_shape_are_one_array_and_others_lists(tmp_path: Path) -> No
     assert {x.dtype for x in cast.data} == {np.dtype(np.float32)}
     with pytest.raises(ValueError, match="cannot hold"):
         open_boxes(sources, BoxIndex.of_rows(rows), positions=True, dtypes={"raw": "bool"})
+
+
+@given(st.lists(st.integers(-1, 4), max_size=30), st.integers(5, 7))
+def test_rows_are_found_by_source(source: list[int], n_sources: int) -> None:
+    numbers = np.array(source, np.int32)
+    found = rows_by_source(numbers, n_sources)
+    assert [rows.tolist() for rows in found] == [
+        np.flatnonzero(numbers == i).tolist() for i in range(n_sources)
+    ]
+
+
+def test_sources_without_rows_say_nothing_of_shapes(tmp_path: Path) -> None:
+    arrays = [np.ones((2, 3, 3), np.uint8), np.ones((2, 4, 4), np.uint8)]
+    sources = [store(tmp_path, str(i), array, array.shape) for i, array in enumerate(arrays)]
+    rows = RowIndex(np.ones(2, np.int32), np.arange(2), np.ones(2, np.int32))
+    assert open_boxes(sources, BoxIndex.of_rows(rows), positions=True).per_cell_shape == (4, 4)
 
 
 def test_boxes_outside_and_corrupt_chunks_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hbx_gpu.atlas.spaces import FeatureSpace, find_layers, get_space, known_spa
 from hbx_gpu.batch import DenseBatch
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 from hbx_gpu.plan_boxes import full_boxes
-from hbx_gpu.source import ArrayLayout, BoxIndex, RowIndex, Source
+from hbx_gpu.source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu.storage.metadata import read_layout
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def check_pointers(
     CorruptDataError
         Names group, array and uid of the first row that does not.
     """
-    for i, source in enumerate(sources):
-        mine = np.flatnonzero(rows.source == i)
+    by_source = rows_by_source(rows.source, len(sources))
+    for source, mine in zip(sources, by_source, strict=True):
         boxes = _boxes_of(rows, mine)
         arrays = (
             [*source.layers.values()] if source.index is None else [source.index, *source.layers.values()]

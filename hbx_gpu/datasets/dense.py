@@ -13,7 +13,7 @@ from hbx_gpu.buffers import POOL
 from hbx_gpu.datasets.cells import CellDataset, Recipe, common_dtype
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.plan_boxes import BoxPlan, box_table, full_boxes, needed_chunks, plan_boxes
-from hbx_gpu.source import BoxIndex, ObsColumns, Source
+from hbx_gpu.source import BoxIndex, ObsColumns, Source, rows_by_source
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
@@ -227,10 +227,12 @@ def _one_shape(
 ) -> tuple[int, ...] | None:
     """The shape that all boxes have, in all layers; None where they differ or there are none."""
     shapes: set[tuple[int, ...]] = set()
-    for source in np.unique(rows.source[rows.source >= 0]).tolist():
-        sizes = np.unique(rows.size[rows.source == source], axis=0)
+    for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
+        if not len(mine):
+            continue
+        sizes = np.unique(rows.size[mine], axis=0)
         for name in layers:
-            shape = sources[source].layers[name].shape
+            shape = source.layers[name].shape
             count = full_boxes(shape, np.zeros_like(sizes), sizes)[1]
             shapes |= {tuple(one[1:] if positions else one) for one in count.tolist()}
         if len(shapes) > 1:
@@ -240,10 +242,9 @@ def _one_shape(
 
 def _check_boxes(sources: Sequence[Source], rows: BoxIndex, layers: Sequence[str]) -> None:
     """Every box lies inside its Source's arrays."""
-    for i, source in enumerate(sources):
+    for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
         if source.index is not None:
             raise UnsupportedError(f"group {source.name!r} is a sparse matrix; open it as a CellDataset")
-        mine = np.flatnonzero(rows.source == i)
         for name in layers:
             layout = source.layers[name]
             lower, count = full_boxes(layout.shape, rows.lower[mine], rows.size[mine])
