@@ -20,9 +20,9 @@ import numpy as np
 from benchmarks.common import conditions, describe_conditions, table, write_json
 from benchmarks.datasets import Model, SpecA, SpecB, blocks, copied
 from benchmarks.peers.protocol import Csr
-from hbx_gpu.codecs import encode_bitpacking, encode_rowpack
-from hbx_gpu.codecs.bitpacking_numba import decode_into
-from hbx_gpu.codecs.rowpack_numba import decode_rowpack_into
+from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
+from hbx_gpu._codecs.bitpacking_numba import decode_into
+from hbx_gpu._codecs.rowpack_numba import decode_rowpack_into
 
 _CHUNK = 40_960
 # Nonzeros of a typical row: what reading one row alone is measured with.

@@ -18,14 +18,14 @@ import numpy as np
 
 from benchmarks.common import conditions, describe_conditions, spread, table, write_json
 from benchmarks.datasets import SpecA
+from hbx_gpu._devices import resolve
+from hbx_gpu._engine.device.backend import Slot
+from hbx_gpu._loading.make import device_loader, make_loader
+from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.devices import resolve
-from hbx_gpu.engine.device.backend import Slot
 from hbx_gpu.errors import DeviceUnavailableError
-from hbx_gpu.loading.make import device_loader, make_loader
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.source import RowIndex, Source
-from hbx_gpu.storage.metadata import read_layout
 
 CODECS = ("zstd", "lz4", "gzip", "blosc")
 PLACES = ("host", "device")
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         gpu = resolve("cuda")
         assert gpu is not None
-        from hbx_gpu.engine.device.cuda import CudaBackend
+        from hbx_gpu._engine.device.cuda import CudaBackend
 
         backend = CudaBackend(gpu)
         backend.decompressor()

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import DataSpec, conditions, describe_conditions, prepare, spread, table, write_json
+from hbx_gpu._devices import resolve
+from hbx_gpu._engine.device.backend import Slot
+from hbx_gpu._loading.make import device_loader, make_loader
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.devices import resolve
-from hbx_gpu.engine.device.backend import Slot
 from hbx_gpu.errors import DeviceUnavailableError
-from hbx_gpu.loading.make import device_loader, make_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform
 
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device must name a GPU")
     import torch
 
+    from hbx_gpu._engine.device.cuda import CudaBackend
     from hbx_gpu.atlas import RaggedAtlas
-    from hbx_gpu.engine.device.cuda import CudaBackend
 
     spec = DataSpec(cells=options.cells, genes=options.genes)
     data = prepare(options.data, spec)

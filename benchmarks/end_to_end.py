@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks import compare
 from benchmarks.common import spread, table, write_json
 from benchmarks.compare import PEERS, Contender, PeerFailure
-from hbx_gpu.bench import report
-from hbx_gpu.bench.runs import Options, run
-from hbx_gpu.devices import resolve
+from hbx_gpu._bench import report
+from hbx_gpu._bench.runs import Options, run
+from hbx_gpu._devices import resolve
 from hbx_gpu.errors import DeviceUnavailableError
 
 _PEERS = ("annbatch", "homeobox", "scdl")

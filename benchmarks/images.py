@@ -55,7 +55,7 @@ def torch_every_step(tiles: np.ndarray) -> Callable[[int], Any]:
     import torch
     from torch.nn import functional
 
-    from hbx_gpu.images.draws import color_matrices
+    from hbx_gpu.images._draws import color_matrices
 
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
     whole = torch.from_numpy(tiles)

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.kernel_cases import CHUNK, DATA, FLOATS, Batch, Bench, Case, Knobs, cut, draw
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 
 MISSING = 2
 """Exit status where there is no GPU to measure."""

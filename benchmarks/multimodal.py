@@ -59,7 +59,7 @@ def prepare(folder: Path, *, cells: int, genes: int, proteins: int, tile: int) -
 
 
 def _obs_names(path: Path) -> np.ndarray:
-    from hbx_gpu.atlas.h5ad import H5adFile
+    from hbx_gpu._h5ad.files import H5adFile
 
     with H5adFile(path) as file:
         names: np.ndarray = file.obs().index.to_numpy()

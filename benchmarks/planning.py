@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import conditions, describe_conditions, spread, table, write_json
-from hbx_gpu.plan import SourceTable, plan_rows, source_table
-from hbx_gpu.source import ArrayLayout, RowIndex, Source
+from hbx_gpu._plan.rows import SourceTable, plan_rows, source_table
+from hbx_gpu._source import ArrayLayout, RowIndex, Source
 
 _ELEMENTS_PER_CHUNK = 40_960
 _GENES = 20_000

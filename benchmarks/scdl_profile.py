@@ -226,7 +226,7 @@ def _inputs(options: argparse.Namespace) -> tuple[Path, Path | None]:
     source = options.input.absolute()
     if source.is_dir():
         return source, options.h5ad and options.h5ad.absolute()
-    from hbx_gpu.scdl.convert import convert_h5ad
+    from hbx_gpu.scdl._writing.convert import convert_h5ad
 
     archive = options.folder.absolute() / f"{source.stem}-scdl"
     if not archive.exists():

@@ -33,7 +33,7 @@ def prepare(folder: Path, cells: int, genes: int, density: float) -> Path:
     """An archive of generated counts in float32, unless a run before left it there."""
     from tqdm import tqdm
 
-    from hbx_gpu.scdl.convert import convert_h5ad
+    from hbx_gpu.scdl._writing.convert import convert_h5ad
     from hbx_gpu.synthetic import Uniform, write_h5ad
 
     home = folder / f"scdl-cells{cells}-genes{genes}-density{density}"

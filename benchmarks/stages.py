@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import DataSpec, conditions, describe_conditions, prepare, table, write_json
-from hbx_gpu.buffers import BufferPool
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._plan.rows import plan_rows
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.engine.host.dense import densify
-from hbx_gpu.plan import plan_rows
 
 STAGES = ("plan", "extents", "read", "decode and gather", "dense float32")
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hbx_gpu import __version__
-from hbx_gpu.atlas import ingest_command as ingest
-from hbx_gpu.bench import command as bench
-from hbx_gpu.scdl import convert_command as convert
+from hbx_gpu._commands import bench, convert, ingest
 
 # Heavy imports happen in the commands, so that --help and --version answer at once.
 _CODECS = "hbx_gpu.rowpack, homeobox.bitpacking (which Homeobox reads), zstd, blosc, gzip, none"
@@ -75,7 +73,7 @@ def _repack(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hbx_gpu.atlas import repack
-    from hbx_gpu.atlas.summary import describe_repack
+    from hbx_gpu.atlas._upkeep.summary import describe_repack
 
     with tqdm(desc="repack", unit=" values", unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
 
@@ -90,7 +88,7 @@ def _repack(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from hbx_gpu.atlas import Snapshot
-    from hbx_gpu.atlas.summary import describe
+    from hbx_gpu.atlas._upkeep.summary import describe
 
     print(describe(Snapshot.open(args.path, args.snapshot)))
     return 0

@@ -5,8 +5,7 @@ Importing this module pulls in NumPy and the reading rooms only: it is what a sp
 
 from __future__ import annotations
 
-from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
-from hbx_gpu.collates import (
+from hbx_gpu._collates import (
     DenseCollate,
     MultimodalCollate,
     dense_to_tensor_collate,
@@ -14,10 +13,11 @@ from hbx_gpu.collates import (
     sparse_to_csr_collate,
     sparse_to_dense_collate,
 )
-from hbx_gpu.datasets.cells import CellDataset
-from hbx_gpu.datasets.dense import DenseCellDataset
-from hbx_gpu.datasets.multimodal import MultimodalCellDataset
-from hbx_gpu.loading.make import make_loader
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.dense import DenseCellDataset
+from hbx_gpu._datasets.multimodal import MultimodalCellDataset
+from hbx_gpu._loading.make import make_loader
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
 
 __all__ = [
     "CellDataset",

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
+from hbx_gpu._loading.loader import Ahead, CellLoader
 from hbx_gpu.errors import DeviceUnavailableError
-from hbx_gpu.loading.dali_feed import Feeder, finished, rebuild, run_on, take_outputs
-from hbx_gpu.loading.loader import Ahead, CellLoader
 
 if TYPE_CHECKING:
     from hbx_gpu.transforms import Transform
@@ -124,7 +124,7 @@ def cell_pipeline(
     ValueError
         Options that do not go together, as for :func:`hbx_gpu.dataloader.make_loader`.
     """
-    from hbx_gpu.loading.make import build_loader
+    from hbx_gpu._loading.make import build_loader
 
     if graph is not None and dtype == "bfloat16":
         raise ValueError(
@@ -147,7 +147,7 @@ def cell_pipeline(
 
 
 class CellPipeline(CellLoader):
-    """A :class:`~hbx_gpu.loading.loader.CellLoader` whose batches go through DALI.
+    """A :class:`~hbx_gpu._loading.loader.CellLoader` whose batches go through DALI.
 
     Every iteration makes a DALI pipeline of its own, so that random operators depend on seed, epoch and rank
     alone. Made by :func:`cell_pipeline` and by ``make_loader(executor="dali")``.
@@ -223,7 +223,7 @@ class CellPipeline(CellLoader):
         sparse batches in three parts, and positions are not counted for :meth:`state_dict`. Waits for the
         first batch. ``close()`` ends its thread.
         """
-        from hbx_gpu.loading.dali_graph import FedPipeline
+        from hbx_gpu._loading.dali.graph import FedPipeline
 
         return FedPipeline.begin(self)
 
@@ -307,7 +307,7 @@ class _Run(Ahead):
             raise
 
     def _begin(self) -> Feeder:
-        from hbx_gpu.loading.dali_graph import build
+        from hbx_gpu._loading.dali.graph import build
 
         options = self._options
         batches = finished(self._ahead, options.device_id)

@@ -86,7 +86,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
-    """An epoch so far, as :meth:`hbx_gpu.loading.loader.CellLoader.stats` tells it.
+    """An epoch so far, as :meth:`hbx_gpu._loading.loader.CellLoader.stats` tells it.
 
     Attributes
     ----------

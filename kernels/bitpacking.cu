@@ -3,7 +3,7 @@
 // The stream: a transform byte, the number of words (u32), then for every 128 words a width byte w and 16 w
 // bytes: value i in lane i % 4, row i / 4, at bits (i / 4) w of that lane. Words of 8 bytes: all low halves, then
 // all high halves. `delta` and `delta_zigzag` run over the whole chunk, modulo 2^32 (2^64).
-// Equals decode_bitpacking_reference of hbx_gpu/codecs/bitpacking.py, and refuses what it refuses.
+// Equals decode_bitpacking_reference of hbx_gpu/_codecs/bitpacking.py, and refuses what it refuses.
 #include "convert.cuh"
 
 #define HBX_PACKED_HEADER 5u

@@ -1,6 +1,6 @@
 // Numbers in and out: float16 and bfloat16 by their bits, log1p, loads by type number, and the coalesced
 // write of one row from shared memory. Equal, bit for bit, to float16_bits and bfloat16_bits of
-// hbx_gpu/engine/host/dense_kernels.py; log1p to a relative error below 2e-6.
+// hbx_gpu/_engine/host/dense_kernels.py; log1p to a relative error below 2e-6.
 #pragma once
 #include "hbx.cuh"
 

@@ -1,5 +1,5 @@
 // CSR rows to dense rows: repeated columns summed, optionally scaled to a total and put through log1p, rounded to
-// the output's type. Equals `densify` of hbx_gpu/engine/host/dense.py up to the rounding of float sums and log1p.
+// the output's type. Equals `densify` of hbx_gpu/_engine/host/dense.py up to the rounding of float sums and log1p.
 #include "convert.cuh"
 
 // The stored elements [begin, end) of a row.

@@ -39,7 +39,7 @@ typedef long long i64;
 
 // --- status ------------------------------------------------------------------------------------------
 // One u32 per piece (rowpack, gather) or per chunk (bitpacking), 0 = fine; bits are OR-ed. The host turns them into
-// CorruptChunkError (hbx_gpu/engine/device/status.py holds the same numbers). `any` is one u32 per launch
+// CorruptChunkError (hbx_gpu/_engine/device/status.py holds the same numbers). `any` is one u32 per launch
 // that is set beside it, so that the host looks at one word per batch.
 #define HBX_BAD_RECORD 1u   // a piece's run, record or block lies outside what was staged
 #define HBX_BAD_WIDTH 2u    // width above 8 * element size, or exceptions in a block of full width
@@ -56,7 +56,7 @@ HBX_DEVICE void hbx_fail(u32* status, u32* any, u32 bits) {
     atomicOr(any, bits);
 }
 
-// --- records shared with the host (numpy dtypes in hbx_gpu/engine/device/records.py) ------------------
+// --- records shared with the host (numpy dtypes in hbx_gpu/_engine/device/records.py) ------------------
 // All offsets called "arena" count bytes from the start of the arena: the device memory that a batch's staged
 // bytes were copied to, with room behind them for decoded chunks.
 
@@ -146,7 +146,7 @@ struct HbxBlock {
     u32 unused;
 };  // 32 bytes
 
-// Element types, by number (hbx_gpu/engine/device/records.py).
+// Element types, by number (hbx_gpu/_engine/device/records.py).
 #define HBX_U8 0
 #define HBX_U16 1
 #define HBX_U32 2

@@ -3,7 +3,7 @@
 // Eight lanes look one block up in the directory, so a warp looks up four at once; then all 32 lanes decode one
 // block after the other. Lane t owns values 4 t .. 4 t + 3, which are row t of the packed layout. Nothing is read
 // outside the areas that the run names, and those are checked to lie in the arena. Equals decode_rowpack_reference
-// of hbx_gpu/codecs/rowpack.py block by block, and refuses what it refuses of a block; docs/format.md has the bytes.
+// of hbx_gpu/_codecs/rowpack.py block by block, and refuses what it refuses of a block; docs/format.md has the bytes.
 #pragma once
 #include "convert.cuh"
 

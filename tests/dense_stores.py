@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import zarr
 
-from hbx_gpu.collates import LayersCollate, MatrixCollate, dense_to_tensor_collate
+from hbx_gpu._collates import LayersCollate, MatrixCollate, dense_to_tensor_collate
+from hbx_gpu._loading.feeds.multimodal import cells_feed
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
+from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import DenseCellDataset, make_loader
-from hbx_gpu.loading.make import device_loader
-from hbx_gpu.loading.multimodal_feed import cells_feed
-from hbx_gpu.source import BoxIndex, ObsColumns, RowIndex, Source
-from hbx_gpu.storage.metadata import read_layout
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
@@ -41,7 +41,7 @@ def backend_called(name: str) -> Any:
     if name == "streams":
         return StreamBackend(0.001)
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

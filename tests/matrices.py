@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs.numcodecs import LZ4, Zlib
 
-from hbx_gpu.source import RowIndex, Source
-from hbx_gpu.storage.metadata import read_layout
+from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.metadata import read_layout
 
 CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "blosc", "gzip", "none")
 
@@ -34,11 +34,11 @@ class Group:
 
 def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
     if codec == "homeobox.bitpacking":
-        from hbx_gpu.codecs.zarr_codec import BitpackingCodec
+        from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 
         return [BitpackingCodec(transform=transform, element_size=4)]
     if codec == "hbx_gpu.rowpack":
-        from hbx_gpu.codecs.zarr_codec import RowpackCodec
+        from hbx_gpu._codecs.zarr_codec import RowpackCodec
 
         return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
     name, _, checksum = codec.partition("+")

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from hbx_gpu import cli
+from hbx_gpu._bench import cache, floors, report
+from hbx_gpu._bench.check import Checker
+from hbx_gpu._bench.runs import Options, run
+from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
+from hbx_gpu._bench.training import MODELS, make_step, train
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.atlas import create_or_open_atlas
-from hbx_gpu.bench import cache, floors, report
-from hbx_gpu.bench.check import Checker
-from hbx_gpu.bench.runs import Options, run
-from hbx_gpu.bench.settings import Setting, combinations, executors, open_dataset
-from hbx_gpu.bench.training import MODELS, make_step, train
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair
 from tests.emulation.backend import EmulatedBackend
@@ -155,7 +155,7 @@ def test_wrong_batches_are_found(
         loader._feed.deliver = spoiled
         return loader
 
-    monkeypatch.setattr("hbx_gpu.bench.check._ROWS", 32)
+    monkeypatch.setattr("hbx_gpu._bench.check._ROWS", 32)
     found = run(options(layouts=("dense",), orders=("random",)), dataset=dataset, make=make)
     assert found.wrong > 0
     assert "WRONG" in report.text(found)

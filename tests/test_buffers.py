@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from hbx_gpu.buffers import BufferPool
+from hbx_gpu._buffers import BufferPool
 
 
 def test_memory_is_used_again_after_the_last_view() -> None:

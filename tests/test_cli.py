@@ -14,8 +14,9 @@ import scipy.sparse as sp
 import zarr
 
 from hbx_gpu import __version__, cli
-from hbx_gpu.atlas import RaggedAtlas, ingest
-from hbx_gpu.atlas.arrays import codec_names
+from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.atlas._ingest import commit as ingest
+from hbx_gpu.atlas._writing.arrays import codec_names
 
 
 def write(

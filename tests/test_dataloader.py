@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from hbx_gpu._source import ObsColumns, RowIndex, Source
 from hbx_gpu.batch import DenseBatch, SparseBatch
 from hbx_gpu.dataloader import (
     CellDataset,
@@ -23,7 +24,6 @@ from hbx_gpu.dataloader import (
     sparse_to_dense_collate,
 )
 from hbx_gpu.errors import CorruptDataError
-from hbx_gpu.source import ObsColumns, RowIndex, Source
 from tests.matrices import Group, expected_dense, write_sources
 
 N_FEATURES = 50

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu import RaggedAtlas
-from hbx_gpu.codecs.checksum import crc32c
-from hbx_gpu.collates import ImagesCollate, LayersCollate, MatrixCollate
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._collates import ImagesCollate, LayersCollate, MatrixCollate
+from hbx_gpu._loading.feeds.multimodal import CopiedFeed, DenseFeed, LayersFeed
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._source import BoxIndex, RowIndex
 from hbx_gpu.dataloader import MultimodalCellDataset
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
-from hbx_gpu.loading.make import device_loader
-from hbx_gpu.loading.multimodal_feed import CopiedFeed, DenseFeed, LayersFeed
-from hbx_gpu.source import BoxIndex, RowIndex
 from tests.dense_stores import (
     CHECKSUMMED,
     CODECS,

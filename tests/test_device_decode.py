@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.codecs.checksum import crc32c
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.residency import device as device_residency
+from hbx_gpu._storage import kvikio
+from hbx_gpu._storage.kvikio import KvikioReader
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
-from hbx_gpu.loading import device_residency
-from hbx_gpu.loading.make import device_loader
-from hbx_gpu.storage import kvikio
-from hbx_gpu.storage.kvikio import KvikioReader
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
@@ -31,7 +31,7 @@ CODECS = ("zstd+crc32c", "blosc-lz4-bits+crc32c", "hbx_gpu.rowpack", "lz4")
 def cuda() -> Any:
     """A real device."""
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

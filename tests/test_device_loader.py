@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from hbx_gpu import devices
-from hbx_gpu.collates import DenseCollate
+from hbx_gpu import _devices as devices
+from hbx_gpu._collates import DenseCollate
+from hbx_gpu._loading.feeds.device import DeviceFeed
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, InvalidDataError, UnsupportedError
-from hbx_gpu.loading.feeds import DeviceFeed
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
@@ -50,7 +50,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "streams":
         return StreamBackend(delay=0.001)
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

@@ -16,16 +16,16 @@ import torch
 
 from benchmarks import executors
 from hbx_gpu import pipeline
+from hbx_gpu._loading import make as loading
+from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._source import ObsColumns
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.cli import main
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
-from hbx_gpu.loading import make as loading
-from hbx_gpu.loading.loader import CellLoader
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.pipeline import CellPipeline, DaliOptions
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.source import ObsColumns
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
 from tests.emulation.backend import EmulatedBackend

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from hbx_gpu._buffers import POOL
+from hbx_gpu._loading.loader import CellLoader, _ReadAhead
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.buffers import POOL
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.loading.loader import CellLoader, _ReadAhead
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali

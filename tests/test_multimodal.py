@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from hbx_gpu import RaggedAtlas
+from hbx_gpu._loading.feeds.multimodal import CopiedFeed
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.atlas import AtlasQuery
 from hbx_gpu.dataloader import (
     DenseBatch,
@@ -25,10 +28,7 @@ from hbx_gpu.dataloader import (
     multimodal_to_dense_collate,
 )
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnknownNameError
-from hbx_gpu.loading.make import device_loader
-from hbx_gpu.loading.multimodal_feed import CopiedFeed
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.storage.chunks import ChunkDirectory
 from hbx_gpu.transforms import normalize_total
 from tests.dense_stores import brought, on_cpu, same
 from tests.emulation.backend import EmulatedBackend
@@ -61,7 +61,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "streams":
         return StreamBackend(delay=0.001)
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 
@@ -405,7 +405,7 @@ def test_a_box_outside_its_image_names_the_cell(
 ) -> None:
     from dataclasses import replace
 
-    from hbx_gpu.atlas import reading
+    from hbx_gpu.atlas._query import opening as reading
 
     real = reading.read_layout
 

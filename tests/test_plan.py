@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbx_gpu.plan import SourceTable, element_base, plan_rows
-from hbx_gpu.source import RowIndex
+from hbx_gpu._plan.rows import SourceTable, element_base, plan_rows
+from hbx_gpu._source import RowIndex
 
 
 def make_table(chunk_sizes: np.ndarray, lengths: np.ndarray) -> SourceTable:

@@ -12,11 +12,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._plan.boxes import box_table, needed_chunks, plan_boxes
+from hbx_gpu._source import BoxIndex, RowIndex, Source, rows_by_source
+from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import DenseBatch, DenseCellDataset, RaggedBatch
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedError
-from hbx_gpu.plan_boxes import box_table, needed_chunks, plan_boxes
-from hbx_gpu.source import BoxIndex, RowIndex, Source, rows_by_source
-from hbx_gpu.storage.metadata import read_layout
 
 CODECS: dict[str, dict[str, Any]] = {
     "zstd": {"compressors": zarr.codecs.ZstdCodec(checksum=True)},
@@ -154,7 +154,7 @@ def test_rows_of_matrices_are_put_in_place(data: st.DataObject) -> None:
 
 
 def test_a_chunk_is_decoded_once_per_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbx_gpu.codecs.chain import ChunkCodec
+    from hbx_gpu._codecs.chain import ChunkCodec
 
     matrix = np.arange(600, dtype=np.uint32).reshape(100, 6)
     source = store(tmp_path, "m", matrix, (10, 6), **CODECS["zstd"])
@@ -170,7 +170,7 @@ def test_a_chunk_is_decoded_once_per_plan(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_decoded_chunks_are_kept_within_a_budget(tmp_path: Path) -> None:
-    from hbx_gpu.engine.host.boxes import BoxEngine, _Kept
+    from hbx_gpu._engine.host.boxes import BoxEngine, _Kept
 
     kept = _Kept(3 * 800)
     chunks = [np.full(100, i, np.int64) for i in range(5)]

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+from hbx_gpu._engine.device.backend import NoRoom, Part
+from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, FreeList, resident_sizes
+from hbx_gpu._loading.feeds.device import DeviceFeed, HostFeed
+from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.residency import device as device_residency
+from hbx_gpu._loading.residency.host import HeapReader, decide, fitting, hold_on_host
+from hbx_gpu._plan.rows import needed_chunks, plan_rows
+from hbx_gpu._storage import kvikio
+from hbx_gpu._storage.kvikio import KvikioReader
 from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
-from hbx_gpu.engine.device.backend import NoRoom, Part
-from hbx_gpu.engine.device.store import MAX_ARENA, ChunkStore, FreeList, resident_sizes
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
-from hbx_gpu.loading import device_residency
-from hbx_gpu.loading.feeds import DeviceFeed, HostFeed
-from hbx_gpu.loading.loader import CellLoader
-from hbx_gpu.loading.make import device_loader
-from hbx_gpu.loading.residency import HeapReader, decide, fitting, hold_on_host
-from hbx_gpu.plan import needed_chunks, plan_rows
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.storage import kvikio
-from hbx_gpu.storage.kvikio import KvikioReader
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
@@ -98,7 +98,7 @@ def check(dataset: CellDataset, feed: DeviceFeed, layout: str, epochs: int = 2) 
 def cuda() -> Any:
     """A real device."""
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 
@@ -451,8 +451,8 @@ def test_a_copy_on_the_heap(dataset: CellDataset, residency: str, share: float) 
 @pytest.mark.parametrize("io", [None, "mmap", "pinned", "auto"])
 @pytest.mark.parametrize("residency", ["none", "host", "auto"])
 def test_host_feed(dataset: CellDataset, io: str | None, residency: str) -> None:
-    from hbx_gpu.collates import DenseCollate
-    from hbx_gpu.loading.make import IndexedDataset
+    from hbx_gpu._collates import DenseCollate
+    from hbx_gpu._loading.make import IndexedDataset
 
     feed = HostFeed(IndexedDataset(dataset), DenseCollate(), io=io, residency=residency)
     loader = loader_of(dataset, feed)

@@ -24,7 +24,7 @@ from hbx_gpu.sampler import (
     GroupedCellSampler,
     WeightedCellSampler,
 )
-from hbx_gpu.sampler.cells import LOCALITIES, pack_lanes
+from hbx_gpu.sampler._cells import LOCALITIES, pack_lanes
 
 GROUPS = np.random.default_rng(5).permutation(np.repeat([3, 9, 4, 7, 1], [57, 8, 31, 90, 3]))
 

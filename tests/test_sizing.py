@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.loading.loader import CellLoader, _ReadAhead
-from hbx_gpu.loading.sizing import Made, Sizing
+from hbx_gpu._loading.loader import CellLoader, _ReadAhead
+from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu.sampler import CellSampler
 
 ROOM = 1 << 30
@@ -19,7 +19,7 @@ ROOM = 1 << 30
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbx_gpu.loading.sizing.PATIENCE", 0.0)
+    monkeypatch.setattr("hbx_gpu._loading.sizing.PATIENCE", 0.0)
 
 
 def rounds(
@@ -63,7 +63,7 @@ def test_a_cost_that_changes_is_looked_at_again() -> None:
 
 
 def test_short_runs_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbx_gpu.loading.sizing.PATIENCE", 10.0)
+    monkeypatch.setattr("hbx_gpu._loading.sizing.PATIENCE", 10.0)
     trace = rounds(Sizing(2), lambda cells: 0.05 + 1e-5 * cells, waited=0.5, n=8)
     # A decision every four seconds and more: the third comes after ten.
     assert [factor for factor, _ in trace[:3]] == [1, 1, 2]
@@ -124,7 +124,7 @@ def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ReadAhead, "_release", counted)
-        patch.setattr("hbx_gpu.loading.loader.ROWS_PER_WINDOW", 4)  # two batches
+        patch.setattr("hbx_gpu._loading.loader.ROWS_PER_WINDOW", 4)  # two batches
         loader._window = 2 if kwargs.get("window") is None else loader._window
         for epoch in range(epochs):
             loader.set_epoch(epoch)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import CellDataset, make_loader
-from hbx_gpu.loading.loader import CellLoader
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.stats import OTHER, STAGES, Recorder, format_line, stage
 from tests.emulation.backend import EmulatedBackend

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hbx_gpu.chromatin.counting import count_fragments
-from hbx_gpu.chromatin.dataset import FragmentMatrixDataset
-from hbx_gpu.chromatin.intervals import Fragments, fragments_frame, fragments_of, read_fragments
-from hbx_gpu.chromatin.regions import Bins, Peaks, Regions
+from hbx_gpu.chromatin._counting import count_fragments
+from hbx_gpu.chromatin._dataset import FragmentMatrixDataset
+from hbx_gpu.chromatin._intervals import Fragments, fragments_frame, fragments_of, read_fragments
+from hbx_gpu.chromatin._regions import Bins, Peaks, Regions
 
 __all__ = [
     "Bins",

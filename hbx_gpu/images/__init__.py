@@ -5,9 +5,9 @@ Importing it imports neither DALI nor torch; making a pipeline does.
 
 from __future__ import annotations
 
-from hbx_gpu.images.collate import TileCollate
-from hbx_gpu.images.dali import ImagePipeline
-from hbx_gpu.images.decode import decode_images
-from hbx_gpu.images.recipe import ImageTransform
+from hbx_gpu.images._collate import TileCollate
+from hbx_gpu.images._dali import ImagePipeline
+from hbx_gpu.images._decode import decode_images
+from hbx_gpu.images._recipe import ImageTransform
 
 __all__ = ["ImagePipeline", "ImageTransform", "TileCollate", "decode_images"]

@@ -1,13 +1,13 @@
 """In which order cells are visited and which of them share a batch: index arithmetic, no data and no I/O.
 
 Content is a function of (seed, epoch) alone; ranks and workers only decide who gets a batch, and when
-(:mod:`hbx_gpu.sampler.epoch`). What each order does to the composition of batches is measured in
+(:mod:`hbx_gpu.sampler._epoch`). What each order does to the composition of batches is measured in
 ``docs/orders.md``.
 """
 
-from hbx_gpu.sampler.cells import CellSampler
-from hbx_gpu.sampler.epoch import EpochSampler
-from hbx_gpu.sampler.labels import BalancedCellSampler, GroupedCellSampler, WeightedCellSampler
+from hbx_gpu.sampler._cells import CellSampler
+from hbx_gpu.sampler._epoch import EpochSampler
+from hbx_gpu.sampler._labels import BalancedCellSampler, GroupedCellSampler, WeightedCellSampler
 
 __all__ = [
     "BalancedCellSampler",

@@ -6,22 +6,22 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "SingleCellMemMapDataset": "hbx_gpu.scdl.dataset",
-    "Mode": "hbx_gpu.scdl.dataset",
-    "FileNames": "hbx_gpu.scdl.layout",
-    "NeighborSamplingStrategy": "hbx_gpu.scdl.neighbors",
-    "SingleCellCollection": "hbx_gpu.scdl.collection",
-    "ObservedFeatureIndex": "hbx_gpu.scdl.features",
-    "VariableFeatureIndex": "hbx_gpu.scdl.features",
-    "collate_sparse_matrix_batch": "hbx_gpu.scdl.collate",
-    "collate_neighbor_sparse_matrix_batch": "hbx_gpu.scdl.collate",
-    "are_dicts_equal": "hbx_gpu.scdl.features",
-    "Archive": "hbx_gpu.scdl.archive",
-    "open_archive": "hbx_gpu.scdl.archive",
-    "Header": "hbx_gpu.scdl.header",
-    "read_header": "hbx_gpu.scdl.header",
-    "merge_headers": "hbx_gpu.scdl.header",
-    "validate_header_compatibility": "hbx_gpu.scdl.header",
+    "SingleCellMemMapDataset": "hbx_gpu.scdl._api.dataset",
+    "Mode": "hbx_gpu.scdl._api.dataset",
+    "FileNames": "hbx_gpu.scdl._format.layout",
+    "NeighborSamplingStrategy": "hbx_gpu.scdl._format.neighbors",
+    "SingleCellCollection": "hbx_gpu.scdl._api.collection",
+    "ObservedFeatureIndex": "hbx_gpu.scdl._format.features",
+    "VariableFeatureIndex": "hbx_gpu.scdl._format.features",
+    "collate_sparse_matrix_batch": "hbx_gpu.scdl._api.collate",
+    "collate_neighbor_sparse_matrix_batch": "hbx_gpu.scdl._api.collate",
+    "are_dicts_equal": "hbx_gpu.scdl._format.features",
+    "Archive": "hbx_gpu.scdl._format.archive",
+    "open_archive": "hbx_gpu.scdl._format.archive",
+    "Header": "hbx_gpu.scdl._format.header",
+    "read_header": "hbx_gpu.scdl._format.header",
+    "merge_headers": "hbx_gpu.scdl._format.header",
+    "validate_header_compatibility": "hbx_gpu.scdl._format.header",
 }
 
 __all__ = list(_PUBLIC)

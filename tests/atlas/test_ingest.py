@@ -30,8 +30,8 @@ from hbx_gpu.atlas import (
     create_or_open_atlas,
     layout_uid,
 )
-from hbx_gpu.atlas.arrays import codec_names
-from hbx_gpu.atlas.inputs import cell_uids, pick_feature_ids
+from hbx_gpu.atlas._ingest.inputs import cell_uids, pick_feature_ids
+from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.errors import AlreadyIngestedError, AtlasError, InvalidDataError, UnknownNameError
 
 

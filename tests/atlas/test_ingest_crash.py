@@ -17,8 +17,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, ingest, tables
-from hbx_gpu.atlas.catalogue import Catalogue
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._ingest import commit as ingest
+from hbx_gpu.atlas._writing import arrays
 from tests.atlas.dying import DYING
 
 _KILL = f"""
@@ -340,7 +343,7 @@ def test_undoing_an_extension_twice(scene: tuple[Path, Path, Path], monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "_commit_cells", fail)
-        patch.setattr("hbx_gpu.atlas.journal.Journal.remove", fail)
+        patch.setattr("hbx_gpu.atlas._catalogue.journal.Journal.remove", fail)
         with pytest.raises(RuntimeError):
             RaggedAtlas.open(root).add_multimodal({"protein": adata})
     assert everything(root) == before

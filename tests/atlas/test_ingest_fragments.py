@@ -14,8 +14,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas import FragmentsInput, RaggedAtlas, create_or_open_atlas, fragments
-from hbx_gpu.atlas.arrays import codec_names
+from hbx_gpu.atlas import FragmentsInput, RaggedAtlas, create_or_open_atlas
+from hbx_gpu.atlas._ingest import fragments
+from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.errors import AlreadyIngestedError, InvalidDataError
 
 Fragment = tuple[str, int, int, str]

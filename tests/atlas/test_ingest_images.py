@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.atlas import ImageInput, RaggedAtlas, create_or_open_atlas
-from hbx_gpu.atlas.grids import grid_shapes, write_grid
-from hbx_gpu.atlas.image_files import open_image
+from hbx_gpu.atlas._ingest.grids import grid_shapes, write_grid
+from hbx_gpu.atlas._ingest.image_files import open_image
 from hbx_gpu.errors import AlreadyIngestedError, InvalidDataError
 
 tifffile = pytest.importorskip("tifffile")
@@ -176,8 +176,8 @@ def test_any_grid(
     whole = image((*leading, *plane), dtype)
     done: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hbx_gpu.atlas.grids._CHUNK_EDGE", edges[0])
-        patch.setattr("hbx_gpu.atlas.grids._SHARD_EDGE", edges[1])
+        patch.setattr("hbx_gpu.atlas._ingest.grids._CHUNK_EDGE", edges[0])
+        patch.setattr("hbx_gpu.atlas._ingest.grids._SHARD_EDGE", edges[1])
         write_grid(path, open_image(whole), codec=codec, done=done.append)
         chunk, shard = grid_shapes(whole.shape)
     found = zarr.open_array(path, mode="r")

@@ -15,6 +15,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._h5ad import matrix as matrix_module
 from hbx_gpu.atlas import (
     HoxBaseSchema,
     PointerField,
@@ -23,9 +24,8 @@ from hbx_gpu.atlas import (
     add_multimodal,
     create_or_open_atlas,
 )
-from hbx_gpu.atlas import matrix as matrix_module
-from hbx_gpu.atlas.arrays import codec_names
-from hbx_gpu.atlas.ingest import IngestReport
+from hbx_gpu.atlas._ingest.commit import IngestReport
+from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.errors import AlreadyIngestedError, AtlasError, InvalidDataError, UnknownNameError
 
 mudata = pytest.importorskip("mudata")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas.balance import balanced_rows
-from hbx_gpu.atlas.query import AtlasQuery
-from hbx_gpu.atlas.snapshot import Snapshot
+from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._query.balance import balanced_rows
+from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import UnknownNameError
 
 

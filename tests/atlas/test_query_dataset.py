@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.atlas.query import AtlasQuery
-from hbx_gpu.atlas.snapshot import Snapshot
-from hbx_gpu.atlas.spaces import get_space
+from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError
 
@@ -355,7 +355,7 @@ def test_batches_are_slices_of_the_whole(ragged: AtlasQuery, monkeypatch: pytest
     assert together.obs_names.tolist() == whole.obs_names.tolist()
     assert np.array_equal(together.X.toarray(), whole.X.toarray())
     # Reading in small blocks changes nothing.
-    monkeypatch.setattr("hbx_gpu.atlas.reading._BLOCK_ELEMENTS", 3 * whole.n_vars)
+    monkeypatch.setattr("hbx_gpu.atlas._query.opening._BLOCK_ELEMENTS", 3 * whole.n_vars)
     assert (ragged.to_anndata().X != whole.X).nnz == 0
 
 

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hbx_gpu.atlas import obs
-from hbx_gpu.atlas.query import AtlasQuery
-from hbx_gpu.atlas.snapshot import Snapshot
+from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._query import obs
+from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 
 # (atlas, snapshot, table, suffix of its files)

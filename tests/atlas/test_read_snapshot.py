@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from hbx_gpu.atlas.records import read_records
-from hbx_gpu.atlas.registry import Registry
-from hbx_gpu.atlas.snapshot import PointerField, Snapshot, list_versions
-from hbx_gpu.atlas.spaces import (
+from hbx_gpu.atlas._catalogue.records import read_records
+from hbx_gpu.atlas._catalogue.registry import Registry
+from hbx_gpu.atlas._catalogue.snapshot import PointerField, Snapshot, list_versions
+from hbx_gpu.atlas._model.spaces import (
     FeatureSpace,
     find_layers,
     get_space,
@@ -402,7 +402,7 @@ def test_unknown_space_is_guessed_from_its_group(homeobox_fixtures: Path, tmp_pa
 
 
 def test_registering_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbx_gpu.atlas.spaces._SPACES", {})
+    monkeypatch.setattr("hbx_gpu.atlas._model.spaces._SPACES", {})
     assert known_spaces() == []
     with pytest.raises(UnknownNameError, match="unknown feature space 'mine'"):
         get_space("mine")

@@ -18,13 +18,16 @@ import scipy.sparse as sp
 import zarr
 
 from hbx_gpu import cli
-from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, repack, repacking, swap
-from hbx_gpu.atlas.arrays import codec_names
-from hbx_gpu.atlas.snapshot import Snapshot
-from hbx_gpu.atlas.summary import summarise_groups
+from hbx_gpu._storage import ChunkDirectory, read_layout
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
+from hbx_gpu.atlas._catalogue import swap
+from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._upkeep import repack as repacking
+from hbx_gpu.atlas._upkeep.summary import summarise_groups
+from hbx_gpu.atlas._writing import arrays
+from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import AlreadyIngestedError, AtlasError, AtlasLockedError, CorruptChunkError
-from hbx_gpu.storage import ChunkDirectory, read_layout
 
 ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"
 KINDS = ["mmap", "preadv"]

@@ -18,8 +18,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.atlas import RaggedAtlas, arrays, create_or_open_atlas, journal, repack, repacking, swap
-from hbx_gpu.atlas.catalogue import set_default_codec
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
+from hbx_gpu.atlas._catalogue import journal, swap
+from hbx_gpu.atlas._catalogue.catalogue import set_default_codec
+from hbx_gpu.atlas._upkeep import repack as repacking
+from hbx_gpu.atlas._writing import arrays
 from tests.atlas.dying import DYING
 
 ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"

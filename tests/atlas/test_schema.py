@@ -11,7 +11,7 @@ import lancedb
 import pyarrow as pa
 import pytest
 
-from hbx_gpu.atlas.schema import (
+from hbx_gpu.atlas._model.schema import (
     AtlasVersion,
     Cell,
     DatasetRecord,

@@ -12,7 +12,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas.arrays import (
+from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.atlas._writing.arrays import (
     DEFAULT_CODEC,
     HOMEOBOX_CODEC,
     DenseGroupWriter,
@@ -22,7 +23,6 @@ from hbx_gpu.atlas.arrays import (
     compressor_for,
     flat_shape,
 )
-from hbx_gpu.atlas.spaces import get_space
 
 SPACE = get_space("gene_expression")
 

@@ -26,9 +26,9 @@ from hbx_gpu.atlas import (
     RaggedAtlas,
     SparseZarrPointer,
     create_or_open_atlas,
-    tables,
 )
-from hbx_gpu.atlas.schema import AtlasVersion, Cell, FeatureLayout, Gene
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._model.schema import AtlasVersion, Cell, FeatureLayout, Gene
 from hbx_gpu.errors import AtlasError, AtlasLockedError, InvalidDataError, UnknownNameError
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas.columns import (
+from hbx_gpu.atlas._model.columns import (
     Merge,
     features_table,
     fit,

@@ -17,9 +17,9 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas import matrix as matrix_room
-from hbx_gpu.atlas.h5ad import H5adFile
-from hbx_gpu.atlas.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
+from hbx_gpu._h5ad import matrix as matrix_room
+from hbx_gpu._h5ad.files import H5adFile
+from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
 from hbx_gpu.errors import InvalidDataError
 
 

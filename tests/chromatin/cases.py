@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.chromatin.regions import COUNTS, Bins, Peaks, Regions
+from hbx_gpu.chromatin._regions import COUNTS, Bins, Peaks, Regions
 
 NAMES = ["chr1", "chr10", None, "chrX"]
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.chromatin import Bins, Peaks, Regions, count_fragments
-from hbx_gpu.chromatin.reference import reference_counts
-from hbx_gpu.chromatin.regions import COUNTS
+from hbx_gpu.chromatin._reference import reference_counts
+from hbx_gpu.chromatin._regions import COUNTS
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 from tests.chromatin.cases import NAMES, batches, bins, dense, fragments, peaks
 

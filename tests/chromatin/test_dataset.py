@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.atlas import AtlasQuery, RaggedAtlas
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.chromatin import Bins, FragmentMatrixDataset, Peaks, fragments_frame, fragments_of
-from hbx_gpu.chromatin.reference import reference_counts
+from hbx_gpu.chromatin._reference import reference_counts
 from hbx_gpu.dataloader import (
     MultimodalCellDataset,
     make_loader,
@@ -23,7 +24,6 @@ from hbx_gpu.dataloader import (
     sparse_to_dense_collate,
 )
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from tests.chromatin.cases import NAMES, InMemory, dense
 from tests.emulation.backend import EmulatedBackend

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from hbx_gpu.chromatin import fragments_frame, fragments_of, read_fragments
-from hbx_gpu.chromatin.intervals import FRAGMENT, observed_sizes
+from hbx_gpu.chromatin._intervals import FRAGMENT, observed_sizes
 from hbx_gpu.errors import InvalidDataError
 from tests.chromatin.cases import NAMES, InMemory, fragments
 
@@ -29,7 +29,7 @@ def test_intervals_per_row() -> None:
 
 
 def test_flat_arrays_as_homeobox_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbx_gpu.chromatin.intervals._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("hbx_gpu.chromatin._intervals._ROWS_AT_ONCE", 3)
     obs = pd.DataFrame({"x": range(4)}, index=UIDS)
     found = read_fragments(InMemory(ROWS), obs, NAMES)
     assert found.chromosomes.tolist() == [0, 3, 2, 0, 3]

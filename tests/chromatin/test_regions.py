@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from hbx_gpu.chromatin import Bins, Peaks
-from hbx_gpu.chromatin.chromosomes import registered
+from hbx_gpu.chromatin._chromosomes import registered
 from hbx_gpu.errors import InvalidDataError
 
 THREE = [("chr2", 5, 9), ("chr1", 0, 10), ("chr1", 30, 40)]

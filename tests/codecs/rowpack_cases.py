@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from hbx_gpu.codecs import decode_rowpack, decode_rowpack_reference, encode_rowpack_reference
+from hbx_gpu._codecs import decode_rowpack, decode_rowpack_reference, encode_rowpack_reference
 from hbx_gpu.errors import CorruptChunkError
 
 VECTORS = Path(__file__).with_name("rowpack_vectors.json")

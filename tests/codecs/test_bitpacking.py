@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from hbx_gpu.codecs import bitpacking as bp
-from hbx_gpu.codecs import (
+from hbx_gpu._codecs import bitpacking as bp
+from hbx_gpu._codecs import (
     decode_bitpacking,
     decode_bitpacking_reference,
     encode_bitpacking,
     encode_bitpacking_reference,
 )
-from hbx_gpu.codecs.bitpacking_numba import decode_into, describe_status, encode_into, max_encoded_size
+from hbx_gpu._codecs.bitpacking_numba import decode_into, describe_status, encode_into, max_encoded_size
 from hbx_gpu.errors import CorruptChunkError
 
 TRANSFORMS = ["none", "delta", "delta_zigzag"]

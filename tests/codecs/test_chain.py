@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.codecs import encode_bitpacking
-from hbx_gpu.codecs.chain import V2_CHAIN, ChunkCodec
+from hbx_gpu._codecs import encode_bitpacking
+from hbx_gpu._codecs.chain import V2_CHAIN, ChunkCodec
+from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
-from hbx_gpu.source import ArrayLayout
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 BIG = {"name": "bytes", "configuration": {"endian": "big"}}
@@ -196,7 +196,7 @@ def test_chains_that_cannot_be_set_up(chain, error: type[Exception], message: st
 def test_imports_stay_light() -> None:
     """Planning and storage must not pull in zarr, numba or a compressor that no array uses."""
     code = (
-        "import sys, hbx_gpu.codecs, hbx_gpu.codecs.chain, hbx_gpu.storage;"
+        "import sys, hbx_gpu._codecs, hbx_gpu._codecs.chain, hbx_gpu._storage;"
         "print([m for m in ('zarr', 'numba', 'numcodecs', 'torch', 'pandas', 'lancedb') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hbx_gpu.codecs import checksum
+from hbx_gpu._codecs import checksum
 
 
 def test_known_value() -> None:

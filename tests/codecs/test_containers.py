@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.codecs.checksum import crc32c
-from hbx_gpu.codecs.containers import BIT_SHUFFLE, BYTE_SHUFFLE, Compression, Contents, compression_of
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._codecs.containers import BIT_SHUFFLE, BYTE_SHUFFLE, Compression, Contents, compression_of
+from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.source import ArrayLayout
 
 BLOSC = [f"blosc-{name}-{shuffle}" for name in ("lz4", "lz4hc", "zlib", "zstd") for shuffle in range(3)]
 CODECS = ["zstd", "zstd-checksum", "lz4", "gzip", "zlib", *BLOSC]

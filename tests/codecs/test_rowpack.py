@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from hbx_gpu.codecs import (
+from hbx_gpu._codecs import (
     decode_rowpack,
     decode_rowpack_reference,
     encode_rowpack,
     encode_rowpack_reference,
     rowpack,
 )
-from hbx_gpu.codecs import rowpack_numba as kernels
+from hbx_gpu._codecs import rowpack_numba as kernels
 from hbx_gpu.errors import CorruptChunkError
 from tests.codecs.rowpack_cases import DTYPES, SHAPES, VECTORS, damaged, fuzz, make_vectors, seal, varied
 

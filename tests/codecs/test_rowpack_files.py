@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import codecs as benchmark
-from hbx_gpu.codecs import decode_rowpack, decode_rowpack_reference, encode_rowpack, encode_rowpack_reference
-from hbx_gpu.codecs.rowpack_numba import OK, decode_rowpack_into
+from hbx_gpu._codecs import decode_rowpack, decode_rowpack_reference, encode_rowpack, encode_rowpack_reference
+from hbx_gpu._codecs.rowpack_numba import OK, decode_rowpack_into
 
 CHUNK = 40_960
 

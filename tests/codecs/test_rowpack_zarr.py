@@ -12,11 +12,11 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.registry import get_codec_class
 from zarr.storage import MemoryStore
 
-from hbx_gpu.codecs import encode_rowpack
-from hbx_gpu.codecs.chain import ChunkCodec
-from hbx_gpu.codecs.zarr_codec import RowpackCodec
+from hbx_gpu._codecs import encode_rowpack
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._codecs.zarr_codec import RowpackCodec
+from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
-from hbx_gpu.source import ArrayLayout
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 

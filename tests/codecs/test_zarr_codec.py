@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from zarr.registry import get_codec_class
 from zarr.storage import MemoryStore
 
-from hbx_gpu.codecs.zarr_codec import BitpackingCodec
+from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 from hbx_gpu.errors import CorruptChunkError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 from tests.emulation.build import CompilerMissing, KernelDoesNotCompile, library
 
 __all__ = ["CompilerMissing", "EmulatedLauncher", "EmulationError", "KernelDoesNotCompile"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hbx_gpu.engine.device.backend import Decompressor, Event
+from hbx_gpu._engine.device.backend import Decompressor, Event
 from hbx_gpu.errors import DeviceUnavailableError
 from tests.emulation import EmulatedLauncher
 from tests.emulation.decompressor import CpuDecompressor

@@ -14,7 +14,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("shim.h", "fibers.h")

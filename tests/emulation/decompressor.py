@@ -10,7 +10,7 @@ import numcodecs.lz4
 import numcodecs.zstd
 import numpy as np
 
-from hbx_gpu.engine.device.backend import STREAM_ALIGNMENT, Streams
+from hbx_gpu._engine.device.backend import STREAM_ALIGNMENT, Streams
 
 CANNOT_DECOMPRESS = 12  # nvcompErrorCannotDecompress
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hbx_gpu.buffers import BufferPool
-from hbx_gpu.engine.device.backend import Streams
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._engine.device.backend import Streams
 from tests.emulation.backend import JUNK, EmulatedBackend
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._engine.host.dense_kernels import bfloat16_bits, float16_bits, log1p32
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.buffers import BufferPool
-from hbx_gpu.engine.host.dense import densify
-from hbx_gpu.engine.host.dense_kernels import bfloat16_bits, float16_bits, log1p32
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.transforms import Transform, chain, log1p, normalize_total
 

@@ -20,19 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
 
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._codecs.rowpack import read_header
+from hbx_gpu._engine.device import DeviceEngine
+from hbx_gpu._engine.device.backend import Slot
+from hbx_gpu._engine.host import HostEngine
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._plan.rows import BatchPlan, plan_rows, source_table
+from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._storage.readers import Slab, open_reader
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.codecs.checksum import crc32c
-from hbx_gpu.codecs.rowpack import read_header
-from hbx_gpu.engine.device import DeviceEngine
-from hbx_gpu.engine.device.backend import Slot
-from hbx_gpu.engine.host import HostEngine
-from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.plan import BatchPlan, plan_rows, source_table
-from hbx_gpu.source import RowIndex, Source
-from hbx_gpu.storage.chunks import ChunkDirectory
-from hbx_gpu.storage.metadata import read_layout
-from hbx_gpu.storage.readers import Slab, open_reader
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.engine.test_engines import EngineSuite
@@ -234,7 +234,7 @@ def test_sources_of_every_codec_in_one_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [512, 70_000])
 def test_words_of_eight_bytes_and_chunks_too_long_for_the_device(chunk: int, tmp_path: Path) -> None:
-    from hbx_gpu.codecs.zarr_codec import BitpackingCodec
+    from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 
     group = rows_of_blocks("homeobox.bitpacking", chunk=chunk)
     sources, rows = write_sources(tmp_path, [group])
@@ -379,7 +379,7 @@ def test_threads_share_an_engine(tmp_path: Path) -> None:
 
 def test_engine_needs_neither_cupy_nor_torch_to_be_imported() -> None:
     code = (
-        "import sys, hbx_gpu.engine.device; "
+        "import sys, hbx_gpu._engine.device; "
         "print(sorted({'cupy', 'torch', 'zarr', 'lancedb'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

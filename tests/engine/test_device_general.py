@@ -15,18 +15,18 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._engine.device import DeviceEngine, general
+from hbx_gpu._engine.device.backend import Slot
+from hbx_gpu._engine.host import HostEngine
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._source import ArrayLayout, RowIndex, Source
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.codecs.checksum import crc32c
-from hbx_gpu.engine.device import DeviceEngine, general
-from hbx_gpu.engine.device.backend import Slot
-from hbx_gpu.engine.host import HostEngine
-from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
-from hbx_gpu.plan import plan_rows, source_table
-from hbx_gpu.source import ArrayLayout, RowIndex, Source
-from hbx_gpu.storage.chunks import ChunkDirectory
-from hbx_gpu.storage.metadata import read_layout
-from hbx_gpu.storage.readers import open_reader
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
 from tests.matrices import Group, ragged_groups, write_sources
@@ -41,7 +41,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "emulated":
         return EmulatedBackend()
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.cli import main
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.transforms import Transform
 from tests.atlas.test_query_dataset import TABLES, Case
@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "emulated":
         return EmulatedBackend()
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 
 
 def test_every_kernel_is_found_in_its_file() -> None:

@@ -12,15 +12,15 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._engine.host import HostEngine
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._engine.reference import ReferenceEngine
+from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.engine.host import HostEngine
-from hbx_gpu.engine.host.dense import densify
-from hbx_gpu.engine.reference import ReferenceEngine
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.plan import plan_rows, source_table
-from hbx_gpu.source import RowIndex, Source
-from hbx_gpu.storage.chunks import ChunkDirectory
-from hbx_gpu.storage.readers import open_reader
 from tests.matrices import CODECS, Group, expected_dense, ragged_groups, write_sources
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.codecs.containers import ALGORITHMS
-from hbx_gpu.engine.device import nvcomp
-from hbx_gpu.engine.device.backend import Streams
-from hbx_gpu.engine.device.nvcomp import Library, NvcompDecompressor, find_library
+from hbx_gpu._codecs.containers import ALGORITHMS
+from hbx_gpu._engine.device import nvcomp
+from hbx_gpu._engine.device.backend import Streams
+from hbx_gpu._engine.device.nvcomp import Library, NvcompDecompressor, find_library
 from hbx_gpu.errors import DeviceUnavailableError
 from tests.emulation.backend import Arena
 from tests.emulation.build import CompilerMissing, compiler

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._engine.host import HostEngine
+from hbx_gpu._engine.host.dense import densify
+from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.buffers import BufferPool
-from hbx_gpu.engine.host import HostEngine
-from hbx_gpu.engine.host.dense import densify
-from hbx_gpu.plan import plan_rows, source_table
-from hbx_gpu.storage.chunks import ChunkDirectory
-from hbx_gpu.storage.readers import open_reader
 from tests.matrices import Group, write_sources
 
 N_GENES, N_ROWS = 20_000, 400

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.codecs import rowpack
-from hbx_gpu.codecs.checksum import crc32c
-from hbx_gpu.engine.device import records, status
-from hbx_gpu.engine.device.staging import Stager, Staging
-from hbx_gpu.engine.device.staging_kernels import MAX_GAP, RANGE
+from hbx_gpu._codecs import rowpack
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._engine.device import records, status
+from hbx_gpu._engine.device.staging import Stager, Staging
+from hbx_gpu._engine.device.staging_kernels import MAX_GAP, RANGE
+from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._source import RowIndex
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
-from hbx_gpu.plan import plan_rows, source_table
-from hbx_gpu.source import RowIndex
 from tests.engine.test_engines import Rows, one_group
 from tests.matrices import CODECS, Group, write_sources
 
@@ -328,8 +328,8 @@ def test_no_directory_makes_copies_leave_the_chunk(tmp_path: Path) -> None:
 
 
 def _reopened(root: Path, index: RowIndex) -> Rows:
-    from hbx_gpu.source import Source
-    from hbx_gpu.storage.metadata import read_layout
+    from hbx_gpu._source import Source
+    from hbx_gpu._storage.metadata import read_layout
 
     layer = {"counts": read_layout(root / "g0/csr/layers/counts", "g0/csr/layers/counts")}
     columns = read_layout(root / "g0/csr/indices", "g0/csr/indices")
@@ -384,7 +384,7 @@ def test_dtypes_that_no_kernel_takes(tmp_path: Path) -> None:
     sources, _ = write_sources(tmp_path, [one_group("zstd")])
     layer = dataclasses.replace(sources[0].layers["counts"], dtype=np.dtype(np.complex64))
     source = dataclasses.replace(sources[0], layers={"counts": layer})
-    from hbx_gpu.storage.chunks import ChunkDirectory
+    from hbx_gpu._storage.chunks import ChunkDirectory
 
     directory = ChunkDirectory([source.index, layer])
     with pytest.raises(UnsupportedError, match=r"g0/csr/layers/counts.*complex64"):

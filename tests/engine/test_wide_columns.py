@@ -13,11 +13,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu._engine.host import HostEngine, kernels
+from hbx_gpu._plan.rows import plan_rows
+from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu.dataloader import CellDataset, sparse_to_csr_collate
-from hbx_gpu.engine.host import HostEngine, kernels
-from hbx_gpu.plan import plan_rows
-from hbx_gpu.source import RowIndex, Source
-from hbx_gpu.storage.plain import plain_layout
 from tests.engine.test_engines import Rows
 from tests.matrices import CODECS, Group, ragged_groups, write_sources
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.images.draws import Step, color_matrices, draw, philox, uniform
-from hbx_gpu.images.recipe import ImageTransform
+from hbx_gpu.images._draws import Step, color_matrices, draw, philox, uniform
+from hbx_gpu.images._recipe import ImageTransform
 
 EVERYTHING = ImageTransform(
     random_crop=(5, 7), vertical_flip=0.5, horizontal_flip=0.3, rotation=20, brightness=0.2, contrast=0.3,

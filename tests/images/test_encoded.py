@@ -10,7 +10,7 @@ import torch
 
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.images import ImagePipeline, ImageTransform, decode_images
-from hbx_gpu.images.encoded import read_header
+from hbx_gpu.images._encoded import read_header
 from tests.dali import need_dali
 from tests.images.files import encode, opened, picture, tiff
 

@@ -32,7 +32,7 @@ def operators(transform: ImageTransform, *, gpu: bool, encoded: bool) -> dict[st
     """(device, devices of inputs) by operator of a graph that is not built."""
     from nvidia.dali import Pipeline
 
-    from hbx_gpu.images.graph import Decoding, transform_graph
+    from hbx_gpu.images._graph import Decoding, transform_graph
 
     pipe = Pipeline(batch_size=8, num_threads=1, device_id=0 if gpu else None, prefetch_queue_depth=1)
     decoding = Decoding("rgb", "uint8") if encoded else None

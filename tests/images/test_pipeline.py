@@ -15,8 +15,8 @@ import torch
 
 from hbx_gpu.errors import DeviceUnavailableError, InvalidDataError
 from hbx_gpu.images import ImagePipeline, ImageTransform
-from hbx_gpu.images.draws import Step, uniform
-from hbx_gpu.images.reference import resize_matrix, transform_tiles
+from hbx_gpu.images._draws import Step, uniform
+from hbx_gpu.images._reference import resize_matrix, transform_tiles
 from tests.dali import need_dali
 
 SEED, EPOCH = 2**40 + 5, 4

@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 
 # Address and bytes: two views of one array are one argument, as they are where kernels see host memory.
 _Place = tuple[int, int]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.codecs.bitpacking import BLOCK
-from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PLAIN, SOURCE
+from hbx_gpu._codecs.bitpacking import BLOCK
+from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PLAIN, SOURCE
 
 BAD_RECORD, BAD_WIDTH, TRUNCATED, BAD_PATCH, BAD_COLUMN, BAD_HEADER, BAD_PLACE = (1 << k for k in range(7))
 """Status bits of kernels/hbx.cuh."""

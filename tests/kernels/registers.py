@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 from tests.kernels import nvrtc
 
 TABLE = Path(__file__).resolve().parents[2] / "kernels" / "registers.json"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.codecs import rowpack
-from hbx_gpu.codecs.rowpack import BLOCK, RECORD_BLOCKS, Block, Header
-from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN, SEGMENT, SOURCE
+from hbx_gpu._codecs import rowpack
+from hbx_gpu._codecs.rowpack import BLOCK, RECORD_BLOCKS, Block, Header
+from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN, SEGMENT, SOURCE
 from hbx_gpu.errors import CorruptChunkError
 
 BAD_RECORD, BAD_WIDTH, TRUNCATED, BAD_PATCH, BAD_COLUMN, BAD_HEADER, BAD_PLACE = (1 << k for k in range(7))

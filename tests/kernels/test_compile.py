@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hbx_gpu.engine.device import sources
+from hbx_gpu._engine.device import sources
 from tests.kernels import nvrtc, registers
 
 FILES = [path.name for path in sources.kernel_files()]

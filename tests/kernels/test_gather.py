@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.engine.device.records import ELEMENT_TYPES
+from hbx_gpu._engine.device.records import ELEMENT_TYPES
 from tests.kernels import plain_reference as ref
 
 TYPES = [name for name in ELEMENT_TYPES if name != "bfloat16"]

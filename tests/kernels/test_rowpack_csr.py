@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.codecs import rowpack
-from hbx_gpu.engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN
+from hbx_gpu._codecs import rowpack
+from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN
 from hbx_gpu.errors import CorruptChunkError
 from tests.kernels import rowpack_reference as reference
 from tests.kernels.rowpack_reference import BAD_COLUMN, BAD_PATCH, BAD_PLACE, BAD_RECORD, Batch, Stage, piece

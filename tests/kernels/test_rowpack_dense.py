@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.codecs import rowpack
-from hbx_gpu.engine.device.records import PIECE, RUN, SEGMENT
+from hbx_gpu._codecs import rowpack
+from hbx_gpu._engine.device.records import PIECE, RUN, SEGMENT
 from tests.kernels import rowpack_reference as reference
 from tests.kernels.rowpack_reference import BAD_COLUMN, BAD_PATCH, BAD_PLACE, BAD_RECORD, Batch, Stage, piece
 

@@ -13,8 +13,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.codecs import rowpack
-from hbx_gpu.engine.device.records import PIECE, RUN
+from hbx_gpu._codecs import rowpack
+from hbx_gpu._engine.device.records import PIECE, RUN
 from tests.codecs.rowpack_cases import DTYPES, SHAPES, varied
 from tests.emulation import EmulatedLauncher
 from tests.kernels import rowpack_reference as reference

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.engine.device import status
+from hbx_gpu._engine.device import status
 from tests.kernels.unshuffle_reference import BITS, BYTES, NONE, block, shuffled, unshuffle
 
 SIZES = [1, 7, 8, 16, 63, 64, 257, 1000, 1003, 4099]

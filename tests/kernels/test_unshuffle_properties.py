@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.engine.device import status
+from hbx_gpu._engine.device import status
 from tests.kernels.unshuffle_reference import block, shuffled, unshuffle
 
 EXAMPLES = int(os.environ.get("HBX_FUZZ_EXAMPLES", "60"))

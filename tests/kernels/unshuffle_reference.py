@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.engine.device.records import BLOCK
+from hbx_gpu._engine.device.records import BLOCK
 
 NONE, BYTES, BITS = range(3)
 

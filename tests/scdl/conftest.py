@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.scdl.header import archive_header
-from hbx_gpu.scdl.index_writer import write_feature_index
+from hbx_gpu.scdl._format.header import archive_header
+from hbx_gpu.scdl._format.index_writer import write_feature_index
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.names import read_obs_names, read_var_names
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
 
 
 def counts(n_rows: int, n_cols: int, *, seed: int = 0, high: int = 100, dtype: str = "f4") -> sp.csr_matrix:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.atlas import RaggedAtlas, add_from_h5ad, create_or_open_atlas
 from hbx_gpu.cli import main
-from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import AlreadyIngestedError, InvalidDataError
 from hbx_gpu.scdl import open_archive
-from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad
-from hbx_gpu.scdl.from_atlas import atlas_to_archive
-from hbx_gpu.scdl.sources import to_cell_dataset
-from hbx_gpu.scdl.to_atlas import archive_to_atlas
+from hbx_gpu.scdl._atlases.from_atlas import atlas_to_archive
+from hbx_gpu.scdl._atlases.to_atlas import archive_to_atlas
+from hbx_gpu.scdl._sources.cells import to_cell_dataset
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
 from tests.scdl import files
 from tests.scdl.conftest import Case, Handmade
 

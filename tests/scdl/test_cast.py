@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.cast import cast_archive
-from hbx_gpu.scdl.header import read_header
-from hbx_gpu.scdl.values import DATA_DTYPES, Tolerance
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.header import read_header
+from hbx_gpu.scdl._format.values import DATA_DTYPES, Tolerance
+from hbx_gpu.scdl._writing.cast import cast_archive
 from tests.scdl.files import content, leftovers
 from tests.scdl.test_concat import make
 

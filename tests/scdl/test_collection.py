@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
-from hbx_gpu.scdl.archive import open_archive
+from hbx_gpu.scdl._format.archive import open_archive
 from tests.scdl.files import adata, content, counts, h5ad, leftovers
 
 

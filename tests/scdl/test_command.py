@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.command import main
+from hbx_gpu._commands.convert_h5ad_to_scdl import main
+from hbx_gpu.scdl._format.archive import open_archive
 from tests.scdl.files import adata, content, counts, h5ad, leftovers, matrix
 
 
@@ -122,7 +122,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hbx_gpu.scdl.convert._write_rows", interrupt)
+    monkeypatch.setattr("hbx_gpu.scdl._writing.convert._write_rows", interrupt)
     assert run("--data-path", sources, "--save-path", tmp_path / "a") == 130
     assert "as it was" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["h5ad"]

@@ -12,10 +12,10 @@ import pytest
 import scipy.sparse as sp
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.concat import concat_archives
-from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad
-from hbx_gpu.scdl.values import Tolerance, widest
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.values import Tolerance, widest
+from hbx_gpu.scdl._writing.concat import concat_archives
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
 from tests.scdl.files import adata, content, counts, leftovers
 
 GOOD = [

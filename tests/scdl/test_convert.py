@@ -14,9 +14,9 @@ import pytest
 import scipy.sparse as sp
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad, convert_h5ad_files
-from hbx_gpu.scdl.values import Tolerance
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.values import Tolerance
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad, convert_h5ad_files
 from tests.scdl.files import adata, content, counts, h5ad, leftovers, matrix
 
 
@@ -278,7 +278,7 @@ def test_a_bad_file_is_found_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["csr", "dense"])
 def test_memory_is_bounded_by_the_block(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbx_gpu.atlas.matrix.BLOCK_VALUES", 1 << 14)
+    monkeypatch.setattr("hbx_gpu._h5ad.matrix.BLOCK_VALUES", 1 << 14)
     n_rows, n_cols = 40_000, 40
     rng = np.random.default_rng(0)
     x: Any = rng.integers(0, 9, (n_rows, n_cols)).astype("f4")

@@ -15,8 +15,9 @@ import pytest
 
 from hbx_gpu import scdl
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.scdl import Mode, SingleCellMemMapDataset, collate
-from hbx_gpu.scdl import archive as archive_module
+from hbx_gpu.scdl import Mode, SingleCellMemMapDataset
+from hbx_gpu.scdl._api import collate
+from hbx_gpu.scdl._format import archive as archive_module
 from tests.scdl.conftest import Case, Handmade
 from tests.scdl.files import content, leftovers
 from tests.scdl.test_open import SOUND
@@ -302,7 +303,7 @@ def test_workers_get_a_path(scdl_cases: dict[str, Case]) -> None:
 def test_opening_reads_no_rows(handmade: Handmade, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell columns, gene columns and rows stay on disk until they are asked for."""
     path = handmade.write()
-    from hbx_gpu.scdl import frames
+    from hbx_gpu.scdl._format import frames
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a table was read")

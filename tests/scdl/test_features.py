@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.features import (
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.features import (
     FeatureIndex,
     ObservedFeatureIndex,
     VariableFeatureIndex,
     are_dicts_equal,
 )
-from hbx_gpu.scdl.frames import StoredFrame
-from hbx_gpu.scdl.index_writer import write_feature_index
-from hbx_gpu.scdl.layout import block_file
+from hbx_gpu.scdl._format.frames import StoredFrame
+from hbx_gpu.scdl._format.index_writer import write_feature_index
+from hbx_gpu.scdl._format.layout import block_file
 from tests.scdl.conftest import Case
 
 

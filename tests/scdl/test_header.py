@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.scdl.header import (
+from hbx_gpu.scdl._format.header import (
     DTYPE_CODES,
     ArrayInfo,
     FeatureIndexInfo,

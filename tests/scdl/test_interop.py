@@ -16,15 +16,15 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu._commands.convert_h5ad_to_scdl import main
 from hbx_gpu.scdl import SingleCellMemMapDataset, collate_sparse_matrix_batch, open_archive, read_header
-from hbx_gpu.scdl.cast import cast_archive
-from hbx_gpu.scdl.command import main
-from hbx_gpu.scdl.concat import concat_archives
-from hbx_gpu.scdl.convert import ConvertOptions, convert_h5ad
-from hbx_gpu.scdl.from_atlas import atlas_to_archive
-from hbx_gpu.scdl.to_atlas import archive_to_atlas
-from hbx_gpu.scdl.values import DATA_DTYPES
-from hbx_gpu.scdl.writer import ArchiveWriter
+from hbx_gpu.scdl._atlases.from_atlas import atlas_to_archive
+from hbx_gpu.scdl._atlases.to_atlas import archive_to_atlas
+from hbx_gpu.scdl._format.values import DATA_DTYPES
+from hbx_gpu.scdl._writing.cast import cast_archive
+from hbx_gpu.scdl._writing.concat import concat_archives
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+from hbx_gpu.scdl._writing.writer import ArchiveWriter
 from tests.scdl import files
 from tests.scdl.conftest import Case
 

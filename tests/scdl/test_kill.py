@@ -19,10 +19,10 @@ import os, shutil, signal, sys, warnings
 from pathlib import Path
 
 from hbx_gpu.scdl import swap
-from hbx_gpu.scdl.cast import cast_archive
-from hbx_gpu.scdl.collection import SingleCellCollection
-from hbx_gpu.scdl.concat import concat_archives
-from hbx_gpu.scdl.convert import convert_h5ad
+from hbx_gpu.scdl._writing.cast import cast_archive
+from hbx_gpu.scdl._api.collection import SingleCellCollection
+from hbx_gpu.scdl._writing.concat import concat_archives
+from hbx_gpu.scdl._writing.convert import convert_h5ad
 from tests.scdl.files import content, leftovers
 
 warnings.simplefilter("ignore")

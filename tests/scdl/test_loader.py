@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from hbx_gpu import pipeline
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
-from hbx_gpu.scdl.pairs import PairedDataset
-from hbx_gpu.scdl.sources import to_cell_dataset
+from hbx_gpu.scdl._sources.cells import to_cell_dataset
+from hbx_gpu.scdl._sources.pairs import PairedDataset
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
 from tests.scdl.conftest import Case
@@ -33,7 +33,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "emulated":
         return EmulatedBackend()
     on_gpu()
-    from hbx_gpu.engine.device.cuda import CudaBackend
+    from hbx_gpu._engine.device.cuda import CudaBackend
 
     return CudaBackend(0)
 

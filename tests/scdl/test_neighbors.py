@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from hbx_gpu.scdl import NeighborSamplingStrategy, SingleCellMemMapDataset
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.concat import concat_archives
-from hbx_gpu.scdl.neighbors import NeighborsUnusableError, NeighborTable
-from hbx_gpu.scdl.pairs import PairedDataset
-from hbx_gpu.scdl.sources import to_cell_dataset
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.neighbors import NeighborsUnusableError, NeighborTable
+from hbx_gpu.scdl._sources.cells import to_cell_dataset
+from hbx_gpu.scdl._sources.pairs import PairedDataset
+from hbx_gpu.scdl._writing.concat import concat_archives
 from tests.scdl.conftest import Case, Handmade
 
 ALONE = [0, 7, 21, 22, 23]

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.scdl.archive import Archive, IncompleteArchiveError, open_archive
-from hbx_gpu.scdl.header import Header
+from hbx_gpu.scdl._format.archive import Archive, IncompleteArchiveError, open_archive
+from hbx_gpu.scdl._format.header import Header
 from tests.scdl.conftest import Case, Handmade
 
 SOUND = [

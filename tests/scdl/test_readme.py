@@ -149,7 +149,7 @@ def test_casting_in_place() -> None:
 def test_the_command(folder: Path, flag: str) -> None:
     line = "--data-path hdf5s --save-path example_dataset --data-dtype float64"
     line += f" {flag} 10_000 --load-block-row-size 1_000_000 --use-X-not-raw"
-    command = [sys.executable, "-m", "hbx_gpu.scdl.command", *line.split()]
+    command = [sys.executable, "-m", "hbx_gpu._commands.convert_h5ad_to_scdl", *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
 

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.engine.host.dense import densify
 from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnknownNameError
 from hbx_gpu.scdl import SingleCellCollection, open_archive
-from hbx_gpu.scdl.axis import gene_axis
-from hbx_gpu.scdl.convert import convert_h5ad
-from hbx_gpu.scdl.frames import MemoryFrame
-from hbx_gpu.scdl.sources import GeneBlock, encode, groups_of, obs_names_of, to_cell_dataset
+from hbx_gpu.scdl._format.frames import MemoryFrame
+from hbx_gpu.scdl._sources.axis import gene_axis
+from hbx_gpu.scdl._sources.cells import GeneBlock, encode, groups_of, obs_names_of, to_cell_dataset
+from hbx_gpu.scdl._writing.convert import convert_h5ad
 from tests.scdl import files
 from tests.scdl.conftest import Case, Handmade
 
@@ -242,7 +242,7 @@ def test_an_archive_that_is_replaced_is_noticed(handmade: Handmade, tmp_path: Pa
 
 
 def test_allocated_and_empty_archives(tmp_path: Path) -> None:
-    from hbx_gpu.scdl.writer import allocate
+    from hbx_gpu.scdl._writing.writer import allocate
 
     allocate(tmp_path / "room", n_rows=3, n_elements=10)
     dataset = to_cell_dataset(tmp_path / "room")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbx_gpu.collates import sparse_to_csr_collate
+from hbx_gpu._collates import sparse_to_csr_collate
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.scdl.sources import to_cell_dataset
-from hbx_gpu.scdl.writer import ArchiveWriter
+from hbx_gpu.scdl._sources.cells import to_cell_dataset
+from hbx_gpu.scdl._writing.writer import ArchiveWriter
 from tests.scdl.files import adata  # noqa: F401 - keeps anndata's import out of the clocks
 
 N_ROWS, N_GENES, LENGTH = 4000, 20_000, 1400

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl import swap, values
-from hbx_gpu.scdl.archive import open_archive
-from hbx_gpu.scdl.header import read_header
-from hbx_gpu.scdl.values import DATA_DTYPES, Range, Tolerance
-from hbx_gpu.scdl.writer import ArchiveWriter, allocate
+from hbx_gpu.scdl._format import values
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.header import read_header
+from hbx_gpu.scdl._format.values import DATA_DTYPES, Range, Tolerance
+from hbx_gpu.scdl._writing import staging as swap
+from hbx_gpu.scdl._writing.writer import ArchiveWriter, allocate
 from tests.scdl.files import content, leftovers
 
 

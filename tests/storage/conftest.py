@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hbx_gpu.codecs.chain import ChunkCodec
-from hbx_gpu.storage import ChunkDirectory, Reader
-from hbx_gpu.storage.chunks import chunk_grid
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._storage import ChunkDirectory, Reader
+from hbx_gpu._storage.chunks import chunk_grid
 
 
 def _assemble(directory: ChunkDirectory, array: int, reader: Reader) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.storage.choice import check_io, fastest
+from hbx_gpu._storage.choice import check_io, fastest
 
 
 def test_the_fastest_reader_is_found_on_rows_that_nobody_read_before() -> None:

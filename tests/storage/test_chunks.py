@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import zarr
 
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
-from hbx_gpu.source import ArrayLayout
-from hbx_gpu.storage import ChunkDirectory, open_reader, read_layout
 
 
 def layout_of(path: Path, **changes) -> ArrayLayout:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import zarr
 
-from hbx_gpu.source import ArrayLayout
-from hbx_gpu.storage import ChunkDirectory, open_reader, read_layout
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 
 ATLASES = [
     "all_spaces",

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hbx_gpu._storage import kvikio
+from hbx_gpu._storage.chunks import ChunkDirectory, Extents
+from hbx_gpu._storage.kvikio import PAGE, KvikioReader
+from hbx_gpu._storage.readers import PreadReader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
-from hbx_gpu.storage import kvikio
-from hbx_gpu.storage.chunks import ChunkDirectory, Extents
-from hbx_gpu.storage.kvikio import PAGE, KvikioReader
-from hbx_gpu.storage.readers import PreadReader
 from tests.emulation.backend import JUNK, Arena
 from tests.matrices import write_sources
 from tests.test_dataloader import make_groups
@@ -279,5 +279,5 @@ def test_kvikio_is_set_up_by_the_first_read(
 
 
 def test_importing_calls_nothing_of_kvikio() -> None:
-    code = "import sys, hbx_gpu.storage.kvikio; sys.exit('kvikio' in sys.modules or 'cupy' in sys.modules)"
+    code = "import sys, hbx_gpu._storage.kvikio; sys.exit('kvikio' in sys.modules or 'cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

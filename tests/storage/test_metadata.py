@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zarr
 
+from hbx_gpu._storage import read_layout
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
-from hbx_gpu.storage import read_layout
 
 SHARDING = {
     "name": "sharding_indexed",

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.engine.device.staging_kernels import RANGE
+from hbx_gpu._engine.device.staging_kernels import RANGE
+from hbx_gpu._storage import ChunkDirectory, Extents, open_reader, readers
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.storage import ChunkDirectory, Extents, open_reader, readers
 from tests.storage.test_readers import plain_array, write_chunks
 
 SIZES = [300, 50, 20_000]

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.codecs.chain import ChunkCodec
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._engine.host import HostEngine
+from hbx_gpu._engine.reference import ReferenceEngine
+from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._source import ArrayLayout, RowIndex, Source
+from hbx_gpu._storage import ChunkDirectory, npy_layout, open_reader, plain_layout, read_layout
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.engine.host import HostEngine
-from hbx_gpu.engine.reference import ReferenceEngine
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError
-from hbx_gpu.plan import plan_rows, source_table
-from hbx_gpu.source import ArrayLayout, RowIndex, Source
-from hbx_gpu.storage import ChunkDirectory, npy_layout, open_reader, plain_layout, read_layout
 
 VALUES = ("u1", "u2", "u4", "u8", "f2", "f4", "f8", "i4")
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage import ChunkDirectory, Extents, open_reader, read_layout, readers
+from hbx_gpu._storage.readers import MmapReader, PreadReader, coalesce
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.source import ArrayLayout
-from hbx_gpu.storage import ChunkDirectory, Extents, open_reader, read_layout, readers
-from hbx_gpu.storage.readers import MmapReader, PreadReader, coalesce
 
 KINDS = ["mmap", "preadv", "pinned"]
 RAW = ({"name": "bytes", "configuration": {"endian": "little"}},)

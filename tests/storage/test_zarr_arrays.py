@@ -25,9 +25,9 @@ from zarr.codecs import (
 )
 from zarr.codecs import numcodecs as zn
 
-from hbx_gpu.codecs.chain import ChunkCodec
-from hbx_gpu.codecs.zarr_codec import BitpackingCodec
-from hbx_gpu.storage import ChunkDirectory, open_reader, read_layout
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._codecs.zarr_codec import BitpackingCodec
+from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 
 DTYPES = ["bool", *(f"{k}{b}" for k in ("int", "uint") for b in (8, 16, 32, 64))]
 DTYPES += ["float16", "float32", "float64"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from hbx_gpu._loading.make import device_loader
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader
-from hbx_gpu.loading.make import device_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair
 from tests.emulation.backend import EmulatedBackend

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hbx_gpu._storage.readers import Slab, _Descriptor
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import CorruptChunkError
-from hbx_gpu.storage.readers import Slab, _Descriptor
 from tests.system.conftest import Load, descriptors, index_of, our_threads, sampler_for
 
 pytestmark = pytest.mark.timeout(60)

@@ -1,0 +1,152 @@
+"""A run as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._bench.runs import Report
+
+
+def text(report: Report) -> str:
+    """What a person reads."""
+    parts = [_loading(report)]
+    if report.trained:
+        parts.append(_training(report))
+    parts += [f"not measured: {reason}" for reason in report.skipped]
+    checked = sum(result.checked for result in report.results)
+    verdict = "all equal" if not report.wrong else f"{report.wrong} WRONG"
+    parts.append(f"{checked:,} rows of sampled batches compared with the NumPy engine: {verdict}")
+    parts.append(_conditions(report))
+    return "\n\n".join(parts)
+
+
+def _loading(report: Report) -> str:
+    rows = [
+        (
+            result.setting.describe(),
+            f"{result.median:,.0f}",
+            f"{min(result.rates):,.0f} .. {max(result.rates):,.0f}",
+            f"{result.floor:,.0f}",
+            f"{result.median / result.floor:.0%}",
+            "ok" if not result.wrong else f"{result.wrong} of {result.checked} WRONG",
+        )
+        for result in report.results
+    ]
+    return table(("loading", "cells/s", "range", "floor", "of floor", "rows"), rows)
+
+
+def _training(report: Report) -> str:
+    rows = [
+        (
+            one.model,
+            f"{one.cells_per_s:,.0f}",
+            f"{1e3 * one.step_seconds:,.1f} ms",
+            f"{one.waiting:.1%}",
+            f"{one.slowdown:.0%}",
+            f"{one.first_loss:.3g} .. {one.last_loss:.3g}",
+        )
+        for one in report.trained
+    ]
+    header = ("training while loading", "cells/s", "step alone", "waits for data", "slowed down by", "loss")
+    return table(header, rows)
+
+
+def _conditions(report: Report) -> str:
+    found, speed, sizes = report.conditions, report.bandwidth, report.bytes_per_cell
+    rates = f"fill {speed.fill / 1e9:.1f} GB/s, copy {speed.copy / 1e9:.1f} GB/s"
+    if speed.link is not None:
+        rates += f", link {speed.link / 1e9:.1f} GB/s"
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return "\n".join(
+        (
+            f"{report.what}; {sizes.values:,.0f} values and {sizes.stored:,.0f} stored bytes per cell",
+            f"floor: every stored byte crosses once, every byte made is written once, at {rates}, "
+            "measured in this process",
+            f"{found['gpu'] or 'no GPU'}; {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB; "
+            f"{found['system']}",
+            f"Python {found['python']}; {versions}",
+        )
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned for a terminal, the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for line in lines
+    )
+
+
+def content(report: Report) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "what": report.what,
+        "conditions": report.conditions,
+        "bandwidth": asdict(report.bandwidth),
+        "bytes_per_cell": asdict(report.bytes_per_cell),
+        "results": [
+            {
+                **asdict(result.setting),
+                "cells_per_s": result.median,
+                "runs": result.rates,
+                "floor_cells_per_s": result.floor,
+                "checked_rows": result.checked,
+                "wrong_rows": result.wrong,
+                "stats": result.stats.as_dict(),
+            }
+            for result in report.results
+        ],
+        "training": [asdict(one) for one in report.trained],
+        "not_measured": report.skipped,
+    }
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write table, JSON and, where matplotlib is installed, the picture; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "bench.txt", folder / "bench.json"]
+    files[0].write_text(text(report) + "\n")
+    files[1].write_text(json.dumps(content(report), indent=2) + "\n")
+    if report.results and draw(report, folder / "bench.png"):
+        files.append(folder / "bench.png")
+    return files
+
+
+def draw(report: Report, path: Path) -> bool:
+    """Rates as bars with their floors as marks, on a logarithmic axis; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    found = list(reversed(report.results))
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.32 * len(found)), layout="constrained")
+    places = range(len(found))
+    axis.barh(places, [r.median for r in found], color="#1f5f8f", height=0.7, label="measured (median)")
+    for place, result in zip(places, found, strict=True):
+        axis.plot([min(result.rates), max(result.rates)], [place, place], color="#333333", linewidth=1)
+    axis.plot([r.floor for r in found], places, "|", color="#c2571a", markersize=12, label="floor")
+    axis.set_yticks(places, [r.setting.describe() for r in found], fontsize=8)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_xlabel("cells/s")
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    machine = report.conditions["gpu"] or f"{report.conditions['cpu']}, {report.conditions['cores']} cores"
+    axis.set_title(machine, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True

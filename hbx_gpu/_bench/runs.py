@@ -1,0 +1,318 @@
+"""Measuring: warm up, check, time, train; one setting after the other in one process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._bench import cache, floors
+from hbx_gpu._bench.check import Checker
+from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
+from hbx_gpu._bench.training import Trained, train
+from hbx_gpu._devices import resolve
+from hbx_gpu.errors import UnsupportedError
+from hbx_gpu.stats import LoaderStats
+
+_WARM_UP_S = 1.0
+_CHECKED = 2  # batches per setting
+_PACKAGES = ("hbx_gpu", "numpy", "numba", "torch", "cupy-cuda13x", "nvidia-dali-cuda130", "kvikio-cu13")
+
+Advance = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and for how long.
+
+    Attributes
+    ----------
+    seconds, epochs, repeat
+        Each setting is timed `repeat` times, for so many seconds, or for whole epochs where these are given.
+    io
+        None: measured on a GPU, the loader's default on the CPU.
+    models
+        Names of :data:`hbx_gpu._bench.training.MODELS` to train while loading.
+    threads
+        Of the loader; None: its own choice, and windows that size themselves.
+    """
+
+    path: Path
+    device: str = "auto"
+    layouts: Sequence[str] = ("dense", "csr")
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    orders: Sequence[str] = ("random", "stream")
+    batches: Sequence[int] = (1024,)
+    executors: Sequence[str] = ("auto",)
+    residencies: Sequence[str] = ("none",)
+    io: str | None = None
+    caches: Sequence[str] = ("warm", "cold")
+    models: Sequence[str] = ("mlp", "transformer")
+    seconds: float = 2.0
+    epochs: int | None = None
+    repeat: int = 3
+    threads: int | None = None
+    seed: int = 0
+    field: str | None = None
+    layer: str | None = None
+
+
+@dataclass
+class Result:
+    """One setting, measured.
+
+    Attributes
+    ----------
+    rates
+        Cells/s of each repeat.
+    floor
+        Cells/s that memory and link allow.
+    stats
+        Of the last repeat.
+    checked, wrong
+        Rows compared with the reference, and of these not equal.
+    """
+
+    setting: Setting
+    rates: list[float]
+    floor: float
+    stats: LoaderStats
+    checked: int
+    wrong: int
+
+    @property
+    def median(self) -> float:
+        """Cells/s."""
+        return statistics.median(self.rates)
+
+
+@dataclass
+class Report:
+    """All that a run found."""
+
+    what: str
+    conditions: dict[str, Any]
+    bandwidth: floors.Bandwidth
+    bytes_per_cell: floors.Bytes
+    results: list[Result] = field(default_factory=list)
+    trained: list[Trained] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """Rows that were not what is stored."""
+        return sum(result.wrong for result in self.results)
+
+
+def run(
+    options: Options,
+    *,
+    dataset: Any = None,
+    make: Callable[..., Any] | None = None,
+    advance: Callable[[int], Advance] | None = None,
+) -> Report:
+    """Measure everything that `options` name.
+
+    Parameters
+    ----------
+    dataset
+        Instead of the one at ``options.path``.
+    make
+        Instead of :func:`hbx_gpu.make_loader`.
+    advance
+        Told the number of steps first; what it returns is called before each with its name.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        ``options.device`` names a GPU that cannot be used.
+    UnsupportedError
+        Nothing at ``options.path`` that can be loaded.
+    """
+    gpu = resolve(options.device)
+    if dataset is None:
+        dataset = open_dataset(options.path, options.field, options.layer)
+    kinds, skipped = executors(options.executors)
+    settings = combinations(
+        layouts=options.layouts,
+        dtypes=options.dtypes,
+        orders=options.orders,
+        batches=options.batches,
+        executors=kinds,
+        residencies=options.residencies,
+        io=options.io or ("auto" if gpu is not None else None),
+        caches=options.caches,
+    )
+    bench = _Bench(options, dataset, gpu, make)
+    report = Report(repr(dataset), conditions(gpu), bench.bandwidth, bench.sizes, skipped=skipped)
+    tell = (advance or _silently)(len(settings) + len(options.models))
+    cache.load(bench.files)
+    for setting in settings:
+        name = setting.describe()
+        tell(name)
+        with _said(report, name):
+            report.results.append(bench.measure(setting))
+    cache.load(bench.files)
+    for model in options.models:
+        tell(f"training: {model}")
+        with _said(report, f"training: {model}"):
+            report.trained.append(bench.train(model, kinds[-1]))
+    return report
+
+
+def _silently(steps: int) -> Advance:  # noqa: ARG001
+    return lambda name: None  # noqa: ARG005
+
+
+@contextmanager
+def _said(report: Report, name: str) -> Iterator[None]:
+    """What cannot be measured here is left out, and the report says why."""
+    try:
+        yield
+    except (UnsupportedError, ImportError) as error:
+        report.skipped.append(f"{name}: {error}")
+
+
+class _Bench:
+    """The dataset, and what all settings share."""
+
+    def __init__(
+        self, options: Options, dataset: Any, gpu: int | None, make: Callable[..., Any] | None
+    ) -> None:
+        from hbx_gpu._loading.loader import default_threads
+        from hbx_gpu._loading.make import make_loader
+
+        self._options, self._dataset, self._gpu = options, dataset, gpu
+        self._make = make or make_loader
+        self._device = "cpu" if gpu is None else f"cuda:{gpu}"
+        self._checker = Checker(dataset, options.seed)
+        self.files = cache.files_below(options.path) if options.path.is_dir() else []
+        self.bandwidth = floors.bandwidth(gpu, options.threads or default_threads())
+        self.sizes = floors.bytes_per_cell(dataset)
+
+    def loader(self, setting: Setting) -> Any:
+        sampler = setting.sampler(self._dataset, self._options.seed)
+        keywords = setting.loader_options()
+        if self._options.threads is not None:
+            keywords["threads"] = self._options.threads
+        return self._make(self._dataset, sampler, device=self._device, **keywords)
+
+    def measure(self, setting: Setting) -> Result:
+        before = self._checker.rows, self._checker.wrong
+        rates = []
+        with self.loader(setting) as loader:
+            self._warm_up(loader)
+            for k in range(self._options.repeat):
+                if setting.cache == "cold" and (reason := self._forget()):
+                    raise UnsupportedError(f"the page cache does not let go of the files: {reason}")
+                rates.append(self._rate(loader, 1 + 100 * k, once=setting.cache == "cold"))
+            stats = loader.stats()
+        return Result(
+            setting,
+            rates,
+            floors.floor(setting, self.bandwidth, self.sizes),
+            stats,
+            self._checker.rows - before[0],
+            self._checker.wrong - before[1],
+        )
+
+    def train(self, model: str, executor: str) -> Trained:
+        options = self._options
+        dtype = "float32" if self._gpu is None else "bfloat16"
+        setting = Setting(
+            dtype=dtype,
+            batch=options.batches[0],
+            executor=executor,
+            residency=options.residencies[0],
+            io=options.io,
+        )
+        with self.loader(setting) as loader:
+            return train(
+                model, loader, self._dataset.n_features, seconds=2 * options.seconds, finish=self._finish
+            )
+
+    def _warm_up(self, loader: Any) -> None:
+        """Compile, verify checksums, let sizes settle; and look at the first batches."""
+        clock = time.perf_counter()
+        loader.set_epoch(0)
+        for number, batch in enumerate(loader):
+            if number < _CHECKED:
+                self._checker.check(batch)
+            elif time.perf_counter() - clock > _WARM_UP_S:
+                break
+        self._finish()
+
+    def _rate(self, loader: Any, epoch: int, *, once: bool) -> float:
+        """Cells/s of batches that are dropped as they come; the clock starts with an epoch."""
+        cells, elapsed, last = 0, 0.0, None
+        enough = self._options.epochs
+        clock = time.perf_counter()
+        for number in range(enough or 1 << 30):
+            loader.set_epoch(epoch + number)
+            for batch in loader:
+                cells += len(batch["index"])
+                last = batch
+                elapsed = time.perf_counter() - clock
+                if enough is None and elapsed >= self._options.seconds:
+                    break
+            if once or (enough is None and elapsed >= self._options.seconds):
+                break
+        self._finish()
+        elapsed = time.perf_counter() - clock
+        if last is not None:  # long after warm-up: what comes under load is right too
+            self._checker.check(last)
+        return cells / elapsed
+
+    def _forget(self) -> str:
+        if not self.files:
+            return "the dataset is not read from files that are known here"
+        self._dataset.close()  # mapped pages stay
+        return cache.forget(self.files)
+
+    def _finish(self) -> None:
+        if self._gpu is not None:
+            import torch
+
+            torch.cuda.synchronize(self._gpu)
+
+
+def conditions(gpu: int | None) -> dict[str, Any]:
+    """What a figure needs beside it: machine and versions."""
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": dict(_versions(_PACKAGES)),
+        "gpu": None,
+    }
+    if gpu is not None:
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(gpu)
+    return found
+
+
+def _versions(names: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for name in names:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,0 +1,138 @@
+"""What is measured: one setting per line of the table, and why some are left out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu.errors import UnsupportedError
+
+ORDERS = ("random", "stream", "block", "group")
+CACHES = ("warm", "cold")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to load.
+
+    Attributes
+    ----------
+    layout, dtype, executor, residency, io
+        As :func:`hbx_gpu.make_loader` takes them; dtype of dense batches only.
+    order
+        ``"random"``: a uniform permutation; ``"stream"``: stored order; ``"block"``, ``"group"``: these
+        localities of :class:`~hbx_gpu.sampler.CellSampler`.
+    cache
+        Whether files are in the page cache when the clock starts.
+    """
+
+    layout: str = "dense"
+    dtype: str = "float32"
+    order: str = "random"
+    batch: int = 1024
+    executor: str = "direct"
+    residency: str = "none"
+    io: str | None = None
+    cache: str = "warm"
+
+    def describe(self) -> str:
+        """A line of the table."""
+        what = self.layout if self.layout == "csr" else f"dense {self.dtype}"
+        where = "cold" if self.cache == "cold" else f"residency {self.residency}"
+        if self.cache == "warm" and self.residency == "none":
+            where = "page cache"
+        return f"{what}, {self.order}, batch {self.batch:,}, {self.executor}, {where}"
+
+    def loader_options(self) -> dict[str, Any]:
+        """Keywords of :func:`hbx_gpu.make_loader`."""
+        options: dict[str, Any] = {
+            "layout": self.layout,
+            "executor": self.executor,
+            "residency": self.residency,
+            "io": self.io,
+        }
+        if self.layout == "dense":
+            options["dtype"] = self.dtype
+        return options
+
+    def sampler(self, dataset: Any, seed: int) -> Any:
+        """The order, over all cells of a dataset."""
+        from hbx_gpu.sampler import CellSampler
+
+        locality = self.order if self.order in ("block", "group") else "none"
+        return CellSampler(
+            dataset.groups_np,
+            batch_size=self.batch,
+            seed=seed,
+            shuffle=self.order != "stream",
+            locality=locality,
+            num_workers=0,
+        )
+
+
+def executors(asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Executors to measure, and what is said of those left out; ``"auto"``: all that are installed."""
+    if "auto" not in asked:
+        return list(asked), []
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        return ["direct", "dali"], []
+    return ["direct"], ["DALI: not installed (pip install 'hbx_gpu[dali]')"]
+
+
+def combinations(
+    *,
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    orders: Sequence[str],
+    batches: Sequence[int],
+    executors: Sequence[str],
+    residencies: Sequence[str],
+    io: str | None,
+    caches: Sequence[str],
+) -> list[Setting]:
+    """All settings that make sense: CSR has one dtype, and a cold cache nothing resident."""
+    shapes = [
+        (layout, dtype) for layout in layouts for dtype in (dtypes if layout == "dense" else ["float32"])
+    ]
+    return [
+        Setting(layout, dtype, order, batch, executor, residency, io, cache)
+        for cache, residency, executor, (layout, dtype), order, batch in product(
+            caches, residencies, executors, shapes, orders, batches
+        )
+        if cache == "warm" or residency == residencies[0]
+    ]
+
+
+def open_dataset(path: Path, field: str | None = None, layer: str | None = None) -> Any:
+    """A dataset over all cells of what lies at `path`: an atlas, or an SCDL archive.
+
+    Raises
+    ------
+    UnsupportedError
+        Neither of the two, a dense space, or an archive where this installation cannot read them as training
+        data.
+    """
+    if (path / "lance_db").is_dir():
+        from hbx_gpu._datasets.dense import DenseCellDataset
+        from hbx_gpu.atlas import RaggedAtlas
+
+        dataset = RaggedAtlas.checkout_latest(str(path)).query().to_cell_dataset(field, layer)
+        if isinstance(dataset, DenseCellDataset):
+            raise UnsupportedError(
+                f"{dataset.feature_space!r} is a dense space; bench measures sparse ones, chosen with --field"
+            )
+        return dataset
+    if not path.is_dir():
+        raise UnsupportedError(f"{path}: no such folder; give the folder of an atlas or of an SCDL archive")
+    try:
+        from hbx_gpu.scdl._sources.cells import to_cell_dataset
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{path} holds no atlas (there is no lance_db in it), and SCDL archives cannot be loaded by this "
+            "release; ingest its cells into an atlas with `hbx-gpu ingest`"
+        ) from error
+    return to_cell_dataset(path)

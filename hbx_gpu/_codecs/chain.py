@@ -1,0 +1,283 @@
+"""One chunk through its whole codec chain, without zarr's per-chunk machinery.
+
+zarr v3 chains stand in `ArrayLayout.codecs` as in the metadata. A zarr v2 array, whose metadata have no
+chain, stands there as one entry::
+
+    {"name": "zarr.v2", "configuration": {"dtype": ">i4", "order": "C" or "F",
+                                          "filters": [numcodecs configurations] or None,
+                                          "compressor": numcodecs configuration or None}}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._codecs.bitpacking import BytesLike, as_bytes, decode_bitpacking
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._codecs.rowpack import ELEMENT_SIZES, decode_rowpack
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
+
+V2_CHAIN = "zarr.v2"
+BITPACKING = "homeobox.bitpacking"
+ROWPACK = "hbx_gpu.rowpack"
+
+# A list, not whatever numcodecs has registered: its pickle codec would run code from the chunk.
+_CHECKSUMS = {"adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"}
+_COMPRESSORS = {"blosc", "bz2", "gzip", "lz4", "lzma", "shuffle", "zlib", "zstd"} | _CHECKSUMS
+_FILTERS = {"astype", "bitround", "delta", "fixedscaleoffset", "packbits", "quantize"}
+# Their settings matter to encoders only, and zarr v3 spells some of blosc's differently.
+_SETTINGS_FREE = {"blosc", "gzip", "zstd"}
+
+_Step = tuple[str, Callable[[Any], Any]]
+
+
+class ChunkCodec:
+    """Decodes the chunks of one array.
+
+    Parameters
+    ----------
+    layout
+        The array; `codecs`, `dtype`, `chunk_shape` and `name` are used.
+
+    Attributes
+    ----------
+    bitpacking
+        Word size (4 or 8) if the chain is little-endian bytes + homeobox.bitpacking and nothing else,
+        None otherwise. Such a chunk unpacks to words of that size whose bytes are the elements.
+    rowpack
+        The same for little-endian bytes + hbx_gpu.rowpack: word size (1, 2, 4 or 8) or None.
+    is_raw
+        The stored bytes are the elements: C order, machine byte order, nothing else in the chain.
+
+    Raises
+    ------
+    UnsupportedCodecError
+        The chain has a codec or a setting that cannot be decoded here.
+    CorruptDataError
+        The chain is no valid chain: no array-to-bytes step, or a step that does not fit the array.
+    """
+
+    def __init__(self, layout: ArrayLayout) -> None:
+        self._layout = layout
+        self.bitpacking: int | None = None
+        self.rowpack: int | None = None
+        self.is_raw = False
+        if len(layout.codecs) == 1 and layout.codecs[0]["name"] == V2_CHAIN:
+            self._steps = self._v2_steps(layout.codecs[0]["configuration"])
+        else:
+            self._steps = self._v3_steps(layout.codecs)
+
+    def decode(self, data: BytesLike) -> np.ndarray:
+        """Decode one stored chunk.
+
+        Parameters
+        ----------
+        data
+            The whole stored chunk.
+
+        Returns
+        -------
+        ndarray
+            `layout.chunk_shape`, `layout.dtype`, C contiguous; may be read-only and may alias `data`. The
+            last chunk of a plain file is as long as what is left.
+
+        Raises
+        ------
+        CorruptChunkError
+            A checksum differs, a decompressor fails or the decoded length is not that of a chunk.
+        """
+        value: Any = as_bytes(data)
+        for name, step in self._steps:
+            try:
+                value = step(value)
+            except CorruptChunkError as error:
+                raise CorruptChunkError(error.reason, array=self._layout.name) from error
+            except Exception as error:  # decompressors raise anything from zlib.error to MemoryError
+                reason = f"codec {name!r} cannot decode its {np.asarray(value).nbytes} bytes: {error}"
+                raise CorruptChunkError(reason, array=self._layout.name) from error
+        return np.asarray(value, self._layout.dtype, order="C")
+
+    def _v3_steps(self, codecs: tuple[dict[str, Any], ...]) -> list[_Step]:
+        layout = self._layout
+        names = [codec["name"] for codec in codecs]
+        settings = [codec.get("configuration") or {} for codec in codecs]
+        if "bytes" not in names:
+            for name, setting in zip(names, settings, strict=True):
+                self._step_of(name, setting, layout.chunk_shape, layout.dtype)  # name an unknown one first
+            raise CorruptDataError(f"array {layout.name!r}: codec chain {names} has no 'bytes' step")
+        middle = names.index("bytes")
+        shape, dtype = layout.chunk_shape, layout.dtype
+        steps: list[_Step] = []
+        for name, setting in zip(names[:middle], settings[:middle], strict=True):
+            step, shape, dtype = self._step_of(name, setting, shape, dtype)
+            steps.append((name, step))
+        stored_dtype = self._with_endian(dtype, settings[middle].get("endian"))
+        if layout.byte_offset is None:
+            steps.append(("bytes", _from_bytes(shape, stored_dtype, "C")))
+        else:
+            steps.append(("bytes", _from_plain_bytes(shape, stored_dtype)))
+        for name, setting in zip(names[middle + 1 :], settings[middle + 1 :], strict=True):
+            if name == "transpose" or name.removeprefix("numcodecs.") in _FILTERS:
+                raise CorruptDataError(f"array {layout.name!r}: codec {name!r} works on arrays, not on bytes")
+            steps.append((name, self._step_of(name, setting, shape, dtype)[0]))
+        if middle == 0 and stored_dtype == layout.dtype:
+            self.is_raw = len(names) == 1
+            if names[1:] == [BITPACKING]:
+                self.bitpacking = self._element_size(BITPACKING, settings[1])
+            if names[1:] == [ROWPACK]:
+                self.rowpack = self._element_size(ROWPACK, settings[1])
+        return steps[::-1]
+
+    def _v2_steps(self, setting: dict[str, Any]) -> list[_Step]:
+        layout = self._layout
+        filters, compressor = setting["filters"] or [], setting["compressor"]
+        stored_dtype = np.dtype(setting["dtype"])
+        order = setting["order"]
+        steps: list[_Step] = [("bytes", _from_bytes(layout.chunk_shape, stored_dtype, order))]
+        for config in [*filters, *([compressor] if compressor else [])]:
+            name = config["id"]
+            if name not in _COMPRESSORS | _FILTERS:
+                raise self._unsupported(name)
+            steps.append((name, self._numcodec(name, config).decode))
+        c_order = order == "C" or len(layout.chunk_shape) < 2
+        self.is_raw = len(steps) == 1 and c_order and stored_dtype == layout.dtype
+        return steps[::-1]
+
+    def _step_of(
+        self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
+        """Decoder of one codec whose encoder takes (shape, dtype), and the shape and dtype it stores."""
+        if name == BITPACKING:
+            element_size = self._element_size(BITPACKING, setting)
+            return lambda data: decode_bitpacking(data, element_size), shape, dtype
+        if name == ROWPACK:
+            element_size = self._element_size(ROWPACK, setting)
+            return lambda data: decode_rowpack(data, element_size=element_size), shape, dtype
+        if name == "crc32c":
+            return _check_crc32c, shape, dtype
+        if name == "transpose":
+            order = setting.get("order")
+            if not isinstance(order, list | tuple) or sorted(order) != list(range(len(shape))):
+                raise CorruptDataError(
+                    f"array {self._layout.name!r}: transpose order {order!r} is no permutation of "
+                    f"{len(shape)} axes"
+                )
+            inverse = np.argsort(order)
+            return lambda data: data.transpose(inverse), tuple(shape[i] for i in order), dtype
+        codec_id = name.removeprefix("numcodecs.")
+        if codec_id in _COMPRESSORS:
+            if codec_id == "shuffle":
+                setting = {"elementsize": dtype.itemsize, **setting}
+            decode = self._numcodec(name, {"id": codec_id, **setting}).decode
+            if codec_id == "blosc":
+                return lambda data: decode(_check_blosc(data)), shape, dtype
+            return decode, shape, dtype
+        if codec_id in _FILTERS:
+            return self._filter(name, codec_id, setting, shape, dtype)
+        raise self._unsupported(name)
+
+    def _filter(
+        self, name: str, codec_id: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
+        if codec_id in ("fixedscaleoffset", "quantize"):
+            setting = {"dtype": str(dtype), **setting}
+        if codec_id == "astype":
+            setting = {"decode_dtype": str(dtype), **setting}
+        codec = self._numcodec(name, {"id": codec_id, **setting})
+        stored_shape, stored_dtype = shape, dtype
+        if codec_id == "packbits":
+            stored_shape, stored_dtype = (1 + -(-math.prod(shape) // 8),), np.dtype(np.uint8)
+        elif stored := setting.get("encode_dtype" if codec_id == "astype" else "astype"):
+            stored_dtype = np.dtype(stored)
+        return lambda data: codec.decode(data).reshape(shape), stored_shape, stored_dtype
+
+    def _numcodec(self, name: str, config: dict[str, Any]) -> Any:
+        import numcodecs
+
+        if config["id"] in _SETTINGS_FREE:
+            config = {"id": config["id"]}
+        try:
+            return numcodecs.get_codec(config)
+        except (TypeError, ValueError, ImportError) as error:  # UnknownCodecError is a ValueError
+            raise UnsupportedCodecError(
+                f"array {self._layout.name!r}: codec {name!r} with configuration {config} cannot be set up: "
+                f"{error}; is the package installed that numcodecs needs for it?"
+            ) from error
+
+    def _with_endian(self, dtype: np.dtype[Any], endian: str | None) -> np.dtype[Any]:
+        if dtype.itemsize == 1:
+            return dtype
+        if endian not in ("little", "big"):
+            raise CorruptDataError(
+                f"array {self._layout.name!r}: codec 'bytes' of dtype {dtype} needs endian little or big, "
+                f"found {endian!r}"
+            )
+        return dtype.newbyteorder("<" if endian == "little" else ">")
+
+    def _element_size(self, name: str, setting: dict[str, Any]) -> int:
+        element_size = setting.get("element_size", 4)
+        known = (4, 8) if name == BITPACKING else ELEMENT_SIZES
+        if element_size not in known:
+            raise UnsupportedCodecError(
+                f"array {self._layout.name!r}: codec {name!r} with element_size {element_size!r}; "
+                f"words of {', '.join(map(str, known[:-1]))} or {known[-1]} bytes can be decoded"
+            )
+        return int(element_size)
+
+    def _unsupported(self, name: str) -> UnsupportedCodecError:
+        known = sorted({"bytes", "transpose", BITPACKING, ROWPACK} | _COMPRESSORS | _FILTERS)
+        return UnsupportedCodecError(
+            f"array {self._layout.name!r}: codec {name!r} cannot be decoded; known codecs: "
+            f"{', '.join(known)}. Rewrite the array with one of them"
+        )
+
+
+def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Callable[[Any], np.ndarray]:
+    nbytes = math.prod(shape) * dtype.itemsize
+
+    def view(data: Any) -> np.ndarray:
+        raw = as_bytes(data)
+        if len(raw) != nbytes:
+            raise CorruptChunkError(
+                f"chunk decodes to {len(raw)} bytes, {nbytes} expected for shape {shape} of {dtype}"
+            )
+        return raw.view(dtype).reshape(shape, order=order)
+
+    return view
+
+
+def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[Any], np.ndarray]:
+    """A stretch of a plain file, the last of which is shorter than the others."""
+
+    def view(data: Any) -> np.ndarray:
+        raw = as_bytes(data)
+        if len(raw) % dtype.itemsize or len(raw) > math.prod(shape) * dtype.itemsize:
+            raise CorruptChunkError(f"{len(raw)} bytes are no part of a file of {dtype} elements")
+        return raw.view(dtype)
+
+    return view
+
+
+def _check_crc32c(data: Any) -> np.ndarray:
+    raw = as_bytes(data)
+    if len(raw) < 4:
+        raise CorruptChunkError(f"codec 'crc32c' needs 4 bytes of checksum, the chunk has {len(raw)}")
+    found = crc32c(raw[:-4])
+    stored = int.from_bytes(raw[-4:].tobytes(), "little")
+    if found != stored:
+        raise CorruptChunkError(f"CRC32C is {found:#010x}, {stored:#010x} is stored: the bytes were altered")
+    return raw[:-4]
+
+
+def _check_blosc(data: Any) -> np.ndarray:
+    """blosc trusts the length in its header (bytes 12..15) and would read past a truncated chunk."""
+    raw = as_bytes(data)
+    stored = int.from_bytes(raw[12:16].tobytes(), "little") if len(raw) >= 16 else -1
+    if stored != len(raw):
+        raise CorruptChunkError(f"blosc chunk of {len(raw)} bytes, its header says {stored}")
+    return raw

@@ -1,0 +1,149 @@
+"""Straight-line vector code behind the kernels of hbx_gpu.rowpack: unaligned loads, unpacking, running sums.
+
+Nothing here looks at a bound: `rowpack_numba` does before it calls. LLVM is spelled out because numba neither
+turns byte indexing into one load nor unrolls by width. Little-endian hosts only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from hbx_gpu._codecs.rowpack import BLOCK
+
+_I32 = ir.IntType(32)
+_LANES = 4
+_FOUR = ir.VectorType(_I32, _LANES)
+_EIGHT = ir.VectorType(_I32, 2 * _LANES)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, to: Any) -> Any:
+    """Pointer to array[index], taken for one to `to`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
+
+
+def _shifted(pointer: Any, builder: Any, index: int) -> Any:
+    return builder.gep(pointer, [_I32(index)]) if index else pointer
+
+
+def _splat(builder: Any, vector: Any, value: Any) -> Any:
+    undefined = ir.Constant(vector, ir.Undefined)
+    lane0 = builder.insert_element(undefined, value, _I32(0))
+    lanes = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(lane0, undefined, lanes)
+
+
+def _loader(bits: int) -> Any:
+    @intrinsic
+    def load(typingctx: Any, src: Any, at: Any) -> Any:  # noqa: ARG001 - numba's signature
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            src_value, at_value = args
+            place = _pointer(context, builder, sig.args[0], src_value, at_value, ir.IntType(bits))
+            value = builder.load(place)
+            value.align = 1
+            return builder.zext(value, ir.IntType(64)) if bits < 64 else value
+
+        return types.uint64(src, types.int64), codegen
+
+    return load
+
+
+load8, load32, load64 = _loader(8), _loader(32), _loader(64)
+"""``load*(src, at) -> uint64``: the little-endian number of so many bits at byte `at` of a uint8 array."""
+
+
+def _emit_unpack(builder: Any, width: int, source: Any, target: Any, add: Any) -> None:
+    """All 32 rows of one width, every shift a constant. source and target point to vectors of four."""
+    words: dict[int, Any] = {}
+
+    def word(k: int) -> Any:
+        if k not in words:
+            words[k] = builder.load(_shifted(source, builder, k))
+            words[k].align = 1  # a chunk begins anywhere in a file
+        return words[k]
+
+    mask = ir.Constant(_FOUR, [(1 << width) - 1] * _LANES)
+    for row in range(BLOCK // _LANES):
+        if width == 0:
+            value = add
+        else:
+            k, shift = divmod(row * width, 32)
+            value = word(k)
+            if shift:
+                value = builder.lshr(value, ir.Constant(_FOUR, [shift] * _LANES))
+            if shift + width > 32:
+                carried = builder.shl(word(k + 1), ir.Constant(_FOUR, [32 - shift] * _LANES))
+                value = builder.or_(value, carried)
+            if shift + width != 32:
+                value = builder.and_(value, mask)
+            value = builder.add(value, add)
+        builder.store(value, _shifted(target, builder, row)).align = 4
+
+
+@intrinsic
+def unpack_block(typingctx: Any, src: Any, at: Any, width: Any, add: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
+    """out[to:to + 128] = add + 128 values of `width` <= 32 bits from src[at:at + 16 * width].
+
+    uint8 `src`, uint32 `out`; `add` is uint32, sums are modulo 2**32.
+    """
+    signature = types.void(src, types.int64, types.int64, types.uint32, out, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source = _pointer(context, builder, sig.args[0], args[0], args[1], _FOUR)
+        target = _pointer(context, builder, sig.args[4], args[4], args[5], _FOUR)
+        add_row = _splat(builder, _FOUR, args[3])
+        done = builder.append_basic_block("unpacked")
+        cases = [builder.append_basic_block(f"width{width}") for width in range(33)]
+        switch = builder.switch(args[2], done)
+        for width, block in enumerate(cases):
+            switch.add_case(ir.IntType(64)(width), block)
+            builder.position_at_end(block)
+            _emit_unpack(builder, width, source, target, add_row)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa: ARG001 - numba's signature
+    """values[at:at + 128] = base + their running sum, uint32, modulo 2**32."""
+    signature = types.void(values, types.int64, types.uint32)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _EIGHT)
+        zero = ir.Constant(_EIGHT, [0] * 8)
+
+        def pick(row: Any, lanes: list[int]) -> Any:  # lane 8 is a zero
+            return builder.shuffle_vector(row, zero, ir.Constant(_EIGHT, lanes))
+
+        carry = _splat(builder, _EIGHT, args[2])
+        for eight in range(BLOCK // 8):
+            place = _shifted(pointer, builder, eight)
+            row = builder.load(place)
+            row.align = 4
+            # Sums within each half, then the lower half's total goes to the upper: shuffles across halves
+            # are slow. The carry takes one addition per row, so rows overlap.
+            row = builder.add(row, pick(row, [8, 0, 1, 2, 8, 4, 5, 6]))
+            row = builder.add(row, pick(row, [8, 8, 0, 1, 8, 8, 4, 5]))
+            row = builder.add(row, pick(row, [8, 8, 8, 8, 3, 3, 3, 3]))
+            builder.store(builder.add(row, carry), place).align = 4
+            carry = builder.add(carry, pick(row, [7] * 8))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def leading_zeros(typingctx: Any, value: Any) -> Any:  # noqa: ARG001 - numba's signature
+    """Leading zero bits of a uint64; 64 for 0."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.ctlz(args[0], ir.IntType(1)(0))
+
+    return types.uint64(types.uint64), codegen

@@ -1,0 +1,443 @@
+"""Batches to tensors: what a training loop receives. torch is imported by the calls, not by the module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hbx_gpu._buffers import POOL
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
+from hbx_gpu.transforms import Transform
+
+if TYPE_CHECKING:
+    from hbx_gpu.images import TileCollate
+
+
+@dataclass(frozen=True, slots=True)
+class DenseCollate:
+    """Sparse batches to dense tensors of any float dtype, counts transformed on the way.
+
+    Attributes
+    ----------
+    dtype
+        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+    transform
+        Steps from :mod:`hbx_gpu.transforms`, done in float32 before rounding to `dtype`.
+    """
+
+    dtype: str = "float32"
+    transform: Transform | None = None
+
+    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
+        """See :func:`sparse_to_dense_collate`."""
+        import torch
+
+        from hbx_gpu._engine.host.dense import densify
+
+        x = torch.from_numpy(densify(batch, dtype=self.dtype, transform=self.transform, pool=POOL))
+        if self.dtype == "bfloat16":  # NumPy has no such type: the bits came as uint16
+            x = x.view(torch.bfloat16)
+        return {"X": x, **metadata_tensors(batch.metadata)}
+
+    def nbytes(self, n_rows: int, n_features: int) -> int:
+        """Bytes of `X` for a batch of n_rows."""
+        return n_rows * n_features * (2 if self.dtype.endswith("16") else int(self.dtype[-2:]) // 8)
+
+
+def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
+    """A sparse batch as a dense tensor.
+
+    Parameters
+    ----------
+    batch
+        Rows of a sparse feature space. Columns that repeat within a row are summed.
+
+    Returns
+    -------
+    dict
+        ``X``: float32 CPU tensor (n_rows, n_features); counts above 2**24 lose precision. Beside it one
+        entry per metadata column: a tensor for numeric columns and codes, else the NumPy array.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    return DenseCollate()(batch)
+
+
+def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
+    """A sparse batch as a ``torch.sparse_csr_tensor``.
+
+    Returns
+    -------
+    dict
+        ``X``: float32 sparse CSR tensor (n_rows, n_features), int64 indices, ascending and unique within
+        each row (repeated columns are summed), as torch requires. Metadata as in
+        :func:`sparse_to_dense_collate`.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    import torch
+
+    from hbx_gpu._engine.host.kernels import to_wide_columns
+
+    pointers, columns, ascending = batch.offsets, batch.indices, batch.ascending
+    if ascending is None:
+        columns = POOL.empty(len(batch.indices), np.int64)
+        ascending = to_wide_columns(batch.offsets, batch.indices, columns)
+    if ascending:
+        values = _float32(batch.values)
+    else:
+        pointers, columns, values = _canonical(batch)
+    _hear_torch_out()
+    tensor = torch.sparse_csr_tensor(
+        torch.from_numpy(pointers),
+        torch.from_numpy(columns),
+        torch.from_numpy(values),
+        size=(len(batch), batch.n_features),
+        check_invariants=False,  # canonical by construction
+    )
+    return {"X": tensor, **metadata_tensors(batch.metadata)}
+
+
+@cache
+def _hear_torch_out() -> None:
+    """torch announces once per process that CSR is in beta; every user of the collate knows.
+
+    Filters are those of the whole process: changing them for every batch, on several threads, is neither
+    cheap nor safe.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        torch.sparse_csr_tensor([0], [], [], size=(0, 0), check_invariants=False)
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.float32:
+        return values
+    out = POOL.empty(len(values), np.float32)
+    np.copyto(out, values, casting="unsafe")
+    return out
+
+
+def _canonical(batch: SparseBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row pointers, columns and values with columns ascending and unique within rows."""
+    from scipy.sparse import csr_matrix
+
+    # A copy: canonical form is made in place, and the batch may share its arrays.
+    matrix = csr_matrix(
+        (batch.values.astype(np.float32), batch.indices.astype(np.int64), batch.offsets),
+        shape=(len(batch), batch.n_features),
+    )
+    matrix.sum_duplicates()
+    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
+
+
+def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> dict[str, Any]:
+    """A dense batch as a tensor of its own dtype, a ragged one as a list of tensors, without a copy.
+
+    Returns
+    -------
+    dict
+        ``X``: tensor (n_rows, n_features) or (n_rows, *per_cell_shape), or n_rows tensors. Metadata as in
+        :func:`sparse_to_dense_collate`.
+
+    Raises
+    ------
+    ValueError
+        A metadata column is called ``X``.
+    """
+    import torch
+
+    data: Any = batch.data
+    ragged = isinstance(batch, RaggedBatch)
+    x = [torch.from_numpy(array) for array in data] if ragged else torch.from_numpy(data)
+    return {"X": x, **metadata_tensors(batch.metadata)}
+
+
+@dataclass(frozen=True, slots=True)
+class MultimodalCollate:
+    """Multimodal batches to tensors, space by space.
+
+    Attributes
+    ----------
+    layout
+        Of sparse spaces: ``"dense"`` or ``"csr"``, one for all or by space (default: dense).
+    dtype
+        Of matrices, one for all or by space (default: float32); sparse tensors are float32. Tiles, boxes and
+        bytes keep theirs.
+    transform
+        By space: steps from :mod:`hbx_gpu.transforms`, for sparse spaces made dense.
+    images
+        By space: what is done to its tiles or encoded images.
+    """
+
+    layout: str | Mapping[str, str] = "dense"
+    dtype: str | Mapping[str, str] = "float32"
+    transform: Mapping[str, Transform] | None = None
+    images: Mapping[str, TileCollate] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """What is drawn for tiles follows from seed, epoch and cell."""
+        for tiles in (self.images or {}).values():
+            tiles.set_epoch(epoch)
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """``layout``, ``dtype`` and ``transform`` of one sparse space."""
+        transform = (self.transform or {}).get(name, Transform())
+        layout = self._of(self.layout, name, "dense")
+        return {"layout": layout, "dtype": self.dtype_of(name), "transform": transform}
+
+    def dtype_of(self, name: str) -> str:
+        """Of one sparse space; one dtype for all is for those that become dense."""
+        if self._of(self.layout, name, "dense") == "csr" and isinstance(self.dtype, str):
+            return "float32"
+        return self._of(self.dtype, name, "float32")
+
+    def collate_of(
+        self, name: str, kind: Kind, *, present: np.ndarray | None = None
+    ) -> LayersCollate | ImagesCollate:
+        """What makes tensors of one space; `present` by row number, for images."""
+        if name in (self.images or {}):
+            assert self.images is not None
+            return ImagesCollate(self.images[name], present)
+        if kind == "arrays":
+            return LayersCollate(dense_to_tensor_collate)
+        if kind == "matrix":
+            return LayersCollate(MatrixCollate(self._of(self.dtype, name, "float32")))
+        options = self.options_of(name)
+        return LayersCollate(
+            sparse_to_csr_collate
+            if options["layout"] == "csr"
+            else DenseCollate(options["dtype"], options["transform"])
+        )
+
+    @staticmethod
+    def _of(setting: str | Mapping[str, str], name: str, default: str) -> str:
+        return setting if isinstance(setting, str) else setting.get(name, default)
+
+    def __call__(self, batch: MultimodalBatch) -> dict[str, Any]:
+        """See :func:`multimodal_to_dense_collate`."""
+        import torch
+
+        check_spaces(batch.modalities)
+        result: dict[str, Any] = {
+            "present": {name: torch.from_numpy(mask) for name, mask in batch.present.items()},
+            "measured": MeasuredTensors(batch.measured),
+        }
+        metadata = dict(batch.metadata or {})
+        if "index" in metadata:
+            result["index"] = torch.from_numpy(metadata.pop("index"))
+        if metadata:
+            result["metadata"] = metadata_tensors(metadata)
+        for name, part in batch.modalities.items():
+            if name in (self.images or {}) and not isinstance(part, SparseBatch):
+                assert self.images is not None
+                tiles = replace(part, metadata={"index": (batch.metadata or {})["index"]})
+                result[name] = {"X": self.images[name](tiles, present=batch.present[name])["X"]}
+            else:
+                collate: Callable[[Any], Any] = self.collate_of(name, kind_of(part))
+                result[name] = collate(part)
+        return result
+
+    def nbytes(self, n_rows: int, n_features: Mapping[str, int]) -> int:
+        """Bytes of the dense matrices of a batch of n_rows, dense spaces included."""
+        sizes = [
+            DenseCollate(options["dtype"]).nbytes(n_rows, width)
+            for name, width in n_features.items()
+            if (options := self.options_of(name))["layout"] == "dense"
+        ]
+        return sum(sizes)
+
+
+Kind = Literal["sparse", "matrix", "arrays"]
+
+
+def kind_of(batch: SparseBatch | DenseBatch | RaggedBatch) -> Kind:
+    """What rows of a batch are: sparse, rows of a dense matrix, or arrays without columns."""
+    if isinstance(batch, SparseBatch):
+        return "sparse"
+    return "matrix" if isinstance(batch, DenseBatch) and batch.per_cell_shape is None else "arrays"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixCollate:
+    """Rows of dense spaces to tensors of a float dtype.
+
+    Attributes
+    ----------
+    dtype
+        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+    """
+
+    dtype: str = "float32"
+
+    def __call__(self, batch: DenseBatch) -> dict[str, Any]:
+        """See :class:`MatrixCollate`; metadata as in :func:`sparse_to_dense_collate`."""
+        import torch
+
+        name = "float32" if self.dtype == "bfloat16" else self.dtype  # which NumPy lacks
+        data = batch.data
+        if data.dtype != name:
+            data = POOL.empty(batch.data.shape, name)
+            np.copyto(data, batch.data, casting="unsafe")
+        x = torch.from_numpy(data).to(getattr(torch, self.dtype))
+        return {"X": x, **metadata_tensors(batch.metadata)}
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesCollate:
+    """Tiles of a dataset in which cells may lack them.
+
+    Attributes
+    ----------
+    tiles
+        What is done to them.
+    present
+        bool, by row number: which cells have one; None: all.
+    """
+
+    tiles: TileCollate
+    present: np.ndarray | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its tensors are made on a GPU."""
+        return self.tiles.pipeline.device_id is not None
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :meth:`MultimodalCollate.set_epoch`."""
+        self.tiles.set_epoch(epoch)
+
+    def __call__(self, batch: DenseBatch | RaggedBatch) -> dict[str, Any]:
+        """See :class:`~hbx_gpu.images.TileCollate`."""
+        rows = (batch.metadata or {}).get("index")
+        return self.tiles(batch, present=None if self.present is None else self.present[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class LayersCollate:
+    """What `collate` makes of a batch, and where several layers were read ``layers`` by name, like ``X``."""
+
+    collate: Callable[[Any], dict[str, Any]]
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        """See :class:`LayersCollate`."""
+        made = self.collate(batch)
+        if batch.layers:
+            field = "values" if isinstance(batch, SparseBatch) else "data"
+            bare = replace(batch, metadata=None)
+            layers = {
+                name: self.collate(replace(bare, **{field: values}))["X"]
+                for name, values in list(batch.layers.items())[1:]
+            }
+            made["layers"] = {next(iter(batch.layers)): made["X"], **layers}
+        return made
+
+    def nbytes(self, n_rows: int, n_features: int) -> int:
+        """Bytes of ``X``, as far as the collate can tell."""
+        inner = getattr(self.collate, "nbytes", None)
+        return int(inner(n_rows, n_features)) if inner else 0
+
+
+class MeasuredTensors(Mapping[str, Any]):
+    """Masks of a batch as bool tensors (n_cells, n_features), each made when it is asked for.
+
+    Parameters
+    ----------
+    measured
+        Space -> bool array.
+    device
+        Where the tensors are; None: the CPU.
+    """
+
+    def __init__(self, measured: Mapping[str, np.ndarray], device: Any = None) -> None:
+        self._measured, self._device = measured, device
+
+    def __getitem__(self, name: str) -> Any:
+        import torch
+
+        distinct = getattr(self._measured, "distinct", None)
+        if self._device is None or distinct is None:
+            return torch.from_numpy(self._measured[name])
+        # Only the masks that occur cross to the device; there are as many as datasets in the batch.
+        masks, number = distinct(name)
+        masks, number = (torch.from_numpy(array).to(self._device) for array in (masks, number))
+        return masks[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._measured)
+
+    def __len__(self) -> int:
+        return len(self._measured)
+
+
+def multimodal_to_dense_collate(batch: MultimodalBatch) -> dict[str, Any]:
+    """A multimodal batch as dense tensors and presence masks; :class:`MultimodalCollate` can be told more.
+
+    Returns
+    -------
+    dict
+        ``batch[space]["X"]``: float32 tensor (n_cells, n_features); (n_cells, *per_cell_shape) in the
+        stored dtype for tiles; a list of tensors where shapes differ. Where several layers were read,
+        ``batch[space]["layers"][name]`` beside it.
+        ``batch["present"][space]``: bool tensor (n_cells,).
+        ``batch["measured"][space]``: bool tensor (n_cells, n_features), made when asked for.
+        ``batch["metadata"][column]`` if metadata was requested.
+
+    Raises
+    ------
+    ValueError
+        A feature space has the name of another entry of the batch.
+    """
+    return MultimodalCollate()(batch)
+
+
+def check_spaces(names: Iterable[str]) -> None:
+    """Refuse fields whose names a multimodal batch has another meaning for.
+
+    Raises
+    ------
+    ValueError
+        Names the field.
+    """
+    for name in names:
+        if name in ("present", "measured", "metadata", "index"):
+            raise ValueError(f"a field called {name!r} would overwrite the batch's own entry of that name")
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """Refuse metadata columns that a batch has another meaning for.
+
+    Raises
+    ------
+    ValueError
+        One is called ``X``, or two have the same name.
+    """
+    for name in names:
+        if name == "X" or names.count(name) > 1:
+            raise ValueError(
+                f"the metadata column {name!r} would overwrite the batch's own entry of that name; "
+                "leave it out of metadata_columns, or write a collate of your own"
+            )
+
+
+def metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    import torch
+
+    check_columns(list(metadata or {}))
+    return {
+        name: torch.from_numpy(column) if column.dtype.kind in "iuf" else column
+        for name, column in (metadata or {}).items()
+    }

@@ -1,0 +1,1 @@
+"""The subcommands of `hbx-gpu`: each module adds its parser and runs one command."""

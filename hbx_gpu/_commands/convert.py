@@ -1,0 +1,160 @@
+"""`hbx-gpu convert`: archive to atlas, atlas or .h5ad to archive, told apart by what the source is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._progress import Progress, bar
+from hbx_gpu.errors import InvalidDataError
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand to those of `hbx-gpu`."""
+    parser = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="turn an SCDL archive into an atlas, an atlas or a .h5ad file into an archive",
+        description="Turn an SCDL archive into an atlas, or an atlas or a .h5ad file into an archive. "
+        "Nothing is lost on the way: columns in their order, repeats, explicit zeros and dtypes come back.",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="an SCDL archive, an atlas, or a .h5ad file"
+    )
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the atlas or archive to make")
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="to an atlas: where values go (by default counts, if they are whole numbers, else "
+        "log_normalized); from one: which layer is written; from a file: X, raw or a layer",
+    )
+    parser.add_argument(
+        "--feature-id",
+        metavar="NAME",
+        help="column of var that identifies a gene across the files of an archive; by default the usual ones",
+    )
+    parser.add_argument(
+        "--codec", metavar="NAME", help="compression of a new atlas; hbx_gpu.rowpack by default"
+    )
+    parser.add_argument(
+        "--data-dtype",
+        metavar="NAME",
+        help="dtype of the archive's values, uint8 to uint64, float16 to float64, or auto for the smallest "
+        "exact one; by default that of the archive an atlas was made of, else auto",
+    )
+    parser.add_argument("--union", action="store_true", help="from an atlas: one block with all genes")
+    parser.add_argument("--keep-uids", action="store_true", help="from an atlas: write uids as obs columns")
+    parser.add_argument(
+        "--allow-loss", action="store_true", help="accept values that the dtype does not hold"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an archive at TARGET")
+    parser.set_defaults(
+        command=_convert,
+        if_interrupted="an archive is as it was before; an atlas has the finished blocks, run it again",
+    )
+
+
+def kind_of(path: Path) -> str:
+    """``atlas``, ``archive`` or ``file``.
+
+    Raises
+    ------
+    InvalidDataError
+        None of them is there.
+    """
+    if (path / "lance_db").is_dir():
+        return "atlas"
+    if path.is_dir() and ((path / "row_ptr.npy").exists() or (path / "header.sch").exists()):
+        return "archive"
+    if path.is_file() and path.suffix == ".h5ad":
+        return "file"
+    there = "nothing is there" if not path.exists() else "it is neither"
+    raise InvalidDataError(
+        f"expected an SCDL archive (a folder with row_ptr.npy), an atlas (a folder with lance_db) or a .h5ad "
+        f"file at {path}; {there}"
+    )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    kind = kind_of(args.source)
+    _refuse_unused(args, kind)
+    begin = time.perf_counter()
+    convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]
+    with warnings.catch_warnings(), bar(" cells", args.source.name) as progress:
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _say
+        n = convert(args, progress)
+    took = time.perf_counter() - begin
+    print(
+        f"{args.target}: {n:,} cells of {args.source} in {took:.1f} s" if n else f"{args.target}: was there"
+    )
+    return 0
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"hbx-gpu: warning: {message}", file=sys.stderr)
+
+
+_USED = {
+    "archive": {"layer", "feature_id", "codec", "allow_loss"},
+    "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "overwrite"},
+    "file": {"layer", "data_dtype", "allow_loss", "overwrite"},
+}
+
+
+def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
+    options = ("layer", "feature_id", "codec", "data_dtype", "union", "keep_uids", "allow_loss", "overwrite")
+    unused = [name for name in options if getattr(args, name) and name not in _USED[kind]]
+    if unused:
+        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise InvalidDataError(f"{args.source} is taken as {kind}: {flags} says nothing about its conversion")
+
+
+def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:
+    from hbx_gpu.scdl._atlases.to_atlas import archive_to_atlas
+
+    return archive_to_atlas(
+        args.source,
+        args.target,
+        layer=args.layer or "auto",
+        feature_id=args.feature_id,
+        codec=args.codec,
+        allow_loss=args.allow_loss,
+        progress=progress,
+    )
+
+
+def _from_atlas(args: argparse.Namespace, progress: Progress) -> int:
+    from hbx_gpu.scdl._atlases.from_atlas import atlas_to_archive
+
+    return atlas_to_archive(
+        args.source,
+        args.target,
+        layer=args.layer,
+        data_dtype=args.data_dtype,
+        union=args.union,
+        keep_uids=args.keep_uids,
+        allow_loss=args.allow_loss,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+
+
+def _from_file(args: argparse.Namespace, progress: Progress) -> int:
+    from hbx_gpu.scdl._format.values import Tolerance
+    from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+
+    done = convert_h5ad(
+        args.source,
+        args.target,
+        options=ConvertOptions(matrix=args.layer),
+        data_dtype=args.data_dtype or "auto",
+        tolerance=Tolerance(allow_loss=args.allow_loss),
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    return done.n_rows

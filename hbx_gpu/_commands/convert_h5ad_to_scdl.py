@@ -1,0 +1,180 @@
+"""The command `convert_h5ad_to_scdl`: .h5ad files become one archive."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu import __version__
+from hbx_gpu._progress import bar
+
+# Heavy imports happen in the functions, so that --help and --version answer at once.
+_PROGRAM = "convert_h5ad_to_scdl"
+_DTYPES = "uint8, uint16, uint32, uint64, float16, float32, float64, or auto for the smallest exact one"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0 for success, 1 for an error, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        format=f"{_PROGRAM}: %(message)s", level=logging.INFO if args.debug else logging.WARNING
+    )
+    try:
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.showwarning = _show_warning
+            return _convert(args)
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted; {args.save_path} is as it was", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        from hbx_gpu.errors import HbxError
+
+        known = isinstance(error, HbxError | OSError | ValueError | RuntimeError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Convert .h5ad files into one SCDL archive, in the order of their paths.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} (hbx_gpu {__version__})")
+
+    def add(name: str, **kwargs: Any) -> None:
+        # SCDL's documents write some flags with underscores, its program all with hyphens.
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+        parser.add_argument(*spellings, **kwargs)
+
+    add(
+        "data-path",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder that is searched for .h5ad files, subfolders included; or one file",
+    )
+    add("save-path", required=True, type=Path, metavar="DIR", help="the archive to make")
+    add(
+        "num-workers",
+        type=int,
+        default=4,
+        metavar="N",
+        help="processes of --use-mp [4]; without it, files come one after the other: HDF5 lets one thread in",
+    )
+    add(
+        "use-mp",
+        action="store_true",
+        help="convert several files at once, in processes, and join the results",
+    )
+    add("data-dtype", metavar="DTYPE", help=f"dtype of the values: {_DTYPES} [float32]")
+    add(
+        "data-dtype-tolerance",
+        type=float,
+        default=1e-08,
+        metavar="X",
+        help="largest change of a value that counts as none [1e-08]",
+    )
+    add("allow-loss", action="store_true", help="store values that the dtype does not hold, with a warning")
+    add(
+        "paginated-load-cutoff",
+        type=int,
+        default=10_000,
+        metavar="MIB",
+        help="files from this size on are read in blocks of at most --load-block-row-size rows [10000]",
+    )
+    add("load-block-row-size", type=int, default=1_000_000, metavar="N", help="see above [1000000]")
+    add("use-X-not-raw", action="store_true", help="take X; by default raw.X where a file has it, else X")
+    add("matrix", metavar="NAME", help="matrix to take: X, raw, or a layer; instead of --use-X-not-raw")
+    add("load-neighbors", action="store_true", help="take the neighbours of the cells too")
+    add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")
+    add("overwrite", action="store_true", help="replace an archive at the save path; by default refused")
+    add("debug", action="store_true", help="show tracebacks and details")
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from hbx_gpu.scdl._api.collection import find_h5ad
+    from hbx_gpu.scdl._writing.writer import check_target
+
+    begin = time.perf_counter()
+    check_target(args.save_path, overwrite=args.overwrite)
+    files = find_h5ad(args.data_path)
+    parallel = args.use_mp and min(args.num_workers, len(files)) > 1
+    n_rows = (_convert_in_processes if parallel else _convert_in_turn)(files, args)
+    seconds = time.perf_counter() - begin
+    print(f"{args.save_path}: {n_rows:,} cells from {len(files)} file(s) in {seconds:.1f} s")
+    return 0
+
+
+def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
+    from hbx_gpu.scdl._format.values import Tolerance
+    from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad_files
+
+    options = ConvertOptions(
+        matrix=args.matrix,
+        use_X_not_raw=args.use_X_not_raw,
+        paginated_load_cutoff=args.paginated_load_cutoff,
+        load_block_row_size=args.load_block_row_size,
+        neighbor_key=args.neighbor_key if args.load_neighbors else None,
+    )
+    with bar(" cells") as show:
+        added = convert_h5ad_files(
+            files,
+            args.save_path,
+            options=options,
+            data_dtype=args.data_dtype,
+            tolerance=Tolerance(args.data_dtype_tolerance, args.allow_loss),
+            overwrite=args.overwrite,
+            progress=show,
+        )
+    return sum(conversion.n_rows for conversion in added)
+
+
+def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
+    from hbx_gpu.scdl._api.collection import SingleCellCollection
+    from hbx_gpu.scdl._writing.staging import Staging
+
+    # Beside the archive, where there is room for it, and swept away by the next run if this one is killed.
+    place = Staging(args.save_path)
+    try:
+        collection = SingleCellCollection(place.folder)
+        with bar(" files") as show:
+            collection.load_h5ad_multi(
+                args.data_path,
+                max_workers=args.num_workers,
+                use_processes=True,
+                data_dtype=args.data_dtype,
+                paginated_load_cutoff=args.paginated_load_cutoff,
+                load_block_row_size=args.load_block_row_size,
+                use_X_not_raw=args.use_X_not_raw,
+                data_dtype_tolerance=args.data_dtype_tolerance,
+                allow_loss=args.allow_loss,
+                matrix=args.matrix,
+                load_neighbors=args.load_neighbors,
+                neighbor_key=args.neighbor_key,
+                progress=show,
+            )
+        dtype = "auto" if args.data_dtype == "auto" else None
+        collection.flatten(args.save_path, overwrite=args.overwrite, data_dtype=dtype)
+        return collection.number_of_rows()
+    finally:
+        place.discard()
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"{_PROGRAM}: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""The subcommand `hbx-gpu ingest`: files one by one, or several modalities of the same cells together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbx_gpu.atlas import RaggedAtlas
+    from hbx_gpu.atlas._ingest.commit import IngestReport
+
+# Heavy imports happen in the functions, so that --help answers at once.
+_EXAMPLES = """\
+examples:
+  hbx-gpu ingest a.h5ad b.h5ad --atlas A
+  hbx-gpu ingest cite.h5mu --atlas A
+  hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
+  hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
+"""
+# Options that mean one matrix, and what says the same of several.
+_SINGLE = {"layer": "--layer-of", "target_layer": "--layer-of", "field": "the names of the modalities"}
+_SEVERAL = ("join", "obs_from", "layer_of", "tiles_table", "barcodes")
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> None:
+    """Add the subcommand to a parser's; `codecs` lists the codecs for the help."""
+    parser = commands.add_parser(
+        "ingest",
+        parents=[common],
+        help="add .h5ad and .h5mu files, images and fragments to an atlas",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help=".h5ad and .h5mu files, one dataset each"
+    )
+    parser.add_argument(
+        "--atlas", required=True, type=Path, metavar="PATH", help="the atlas; made if it is not there"
+    )
+    parser.add_argument("--layer", metavar="NAME", help="matrix to read: X (default), raw, or a layer")
+    parser.add_argument(
+        "--target-layer",
+        metavar="NAME",
+        help="layer to write: counts (default), log_normalized, tpm, or another one of the feature space",
+    )
+    parser.add_argument(
+        "--feature-id-column",
+        action="append",
+        default=[],
+        metavar="[NAME=]COLUMN",
+        help="column of var with the feature ids (of one modality), 'index' for the names; by default the "
+        "names if they are unique, else gene_ids or the like",
+    )
+    parser.add_argument(
+        "--codec",
+        metavar="NAME",
+        help=f"compression: {codecs}; by default as in the atlas before, hbx_gpu.rowpack in a new one",
+    )
+    parser.add_argument("--field", metavar="NAME", help="pointer column to fill, gene_expression by default")
+    parser.add_argument("--table", metavar="NAME", help="obs table to add to; needed if there are several")
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="values per compressed chunk")
+    parser.add_argument("--shard-size", type=int, metavar="N", help="values per stored object")
+    parser.add_argument(
+        "--allow-rounding", action="store_true", help="let float layers lose precision to float32"
+    )
+    parser.add_argument(
+        "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
+    )
+    several = parser.add_argument_group("several modalities of the same cells, joined by cell id")
+    several.add_argument(
+        "--modality",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="repeat for each: rna, protein, image_features, atac, tiles, images, encoded, a feature space "
+        "or a pointer column; PATH is an .h5ad file, FILE.h5mu:MODALITY, a fragments file, or images (with "
+        "--tiles-table). Beside one .h5mu FILE it adds to its modalities or replaces them",
+    )
+    several.add_argument(
+        "--join",
+        choices=("inner", "outer", "exact"),
+        help="cells to keep: of any matrix (outer, default), of all modalities, or of all, which must agree",
+    )
+    several.add_argument(
+        "--obs-from", metavar="NAME", help="modality whose obs columns count where others differ"
+    )
+    several.add_argument(
+        "--layer-of",
+        action="append",
+        default=[],
+        metavar="NAME:LAYER=MATRIX",
+        help="layer to write and matrix to read, repeat for more: protein:dsb_normalized=layers/dsb",
+    )
+    several.add_argument(
+        "--tiles-table",
+        action="append",
+        default=[],
+        metavar="[NAME=]TABLE",
+        help="table of cells and images: cell_id, and tile, or file, or y0, y1, x0, x1",
+    )
+    several.add_argument(
+        "--barcodes", metavar="FILE", help="barcodes of the fragments file that are cells, one per line"
+    )
+    parser.set_defaults(command=_ingest, parser=parser, if_interrupted="the file in work was not added")
+
+
+def _ingest(args: argparse.Namespace) -> int:
+    jobs = _jobs(args)
+    atlas = _open(args, [path for job in jobs for path in job.paths])
+    added, failure = 0, None
+    for job in jobs:
+        try:
+            added += _run(atlas, job, args)
+        except Exception as error:
+            if args.debug:
+                raise
+            said = job.several or job.label in str(error)
+            failure = error if said else _FileError(f"{job.label}: {error_text(error)}")
+            break
+    if not args.no_snapshot and (added or _has_news(atlas)):
+        atlas.optimize()
+        version = atlas.snapshot()
+        rows = int(atlas.list_versions(atlas.path)["total_rows"].iloc[-1])
+        print(f"snapshot {version}: {rows:,} cells in {atlas.path}")
+    if failure is not None:
+        raise failure
+    return 0
+
+
+class _FileError(Exception):
+    """An error whose message did not name the file."""
+
+
+def error_text(error: Exception) -> str:
+    """What to tell the user of an error."""
+    from hbx_gpu.errors import HbxError
+
+    known = isinstance(error, HbxError | OSError | ValueError | _FileError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+# What there is to do
+
+
+class _Job:
+    """One dataset: a file, or modalities by name."""
+
+    def __init__(self, label: str, paths: Sequence[Path], file: Path | None, given: dict[str, str]) -> None:
+        self.label, self.paths, self.file, self.given = label, paths, file, given
+        self.several = bool(given) or (file is not None and file.suffix == ".h5mu")
+
+
+def _jobs(args: argparse.Namespace) -> list[_Job]:
+    given = dict(_pairs(args, "--modality", args.modality))
+    mu = [file for file in args.files if file.suffix == ".h5mu"]
+    if not args.files and not given:
+        args.parser.error("name files, or modalities with --modality NAME=PATH")
+    if given and args.files and (len(args.files) > 1 or not mu):
+        args.parser.error("--modality goes with at most one FILE, an .h5mu file; name others as modalities")
+    unfit = [f"--{name.replace('_', '-')}" for name in _SEVERAL if getattr(args, name)]
+    if unfit and not (given or mu):
+        args.parser.error(f"{', '.join(unfit)}: for modalities only (--modality, or an .h5mu file)")
+    if given or mu:
+        for name, instead in _SINGLE.items():
+            if getattr(args, name):
+                option = f"--{name.replace('_', '-')}"
+                args.parser.error(f"{option} is for one matrix; with modalities use {instead}")
+    if given:
+        file = args.files[0] if args.files else None
+        label = str(file) if file else ", ".join(f"{name}={path}" for name, path in given.items())
+        paths = [_existing(path) for path in given.values()]
+        return [_Job(label, paths + ([file] if file else []), file, given)]
+    return [_Job(str(file), [file], file, {}) for file in args.files]
+
+
+def _existing(path: str) -> Path:
+    """The file meant by ``FILE.h5mu:MODALITY``, or the path itself."""
+    name, _, modality = path.rpartition(":")
+    return Path(name if modality and name.endswith(".h5mu") else path)
+
+
+def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            args.parser.error(f"{option} {value}: expected NAME=VALUE")
+        if name in dict(pairs):
+            args.parser.error(f"{option}: {name} is given twice")
+        pairs.append((name, rest))
+    return pairs
+
+
+def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
+    from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+    from hbx_gpu.atlas._ingest.multimodal import resolve_modality
+    from hbx_gpu.errors import InvalidDataError
+
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        # Before anything is made: a misspelt name should not leave an empty atlas behind.
+        raise InvalidDataError(f"no such file: {', '.join(missing)}")
+    if (args.atlas / "lance_db").is_dir():
+        return RaggedAtlas.open(args.atlas)
+    table = args.table or "cells"
+    names = [name for name, _ in _pairs(args, "--modality", args.modality)]
+    for file in args.files:
+        names += _modalities_of(file, names) if file.suffix == ".h5mu" else ["gene_expression"]
+    fields: dict[str, str] = {}
+    for name in names:
+        field_name, space = resolve_modality(name, fields, table)
+        fields[field_name] = space.name
+    return create_or_open_atlas(args.atlas, cell_table_name=table, codec=args.codec, pointer_fields=fields)
+
+
+def _modalities_of(file: Path, given: Sequence[str]) -> list[str]:
+    """Modalities of an .h5mu file, without those that are given otherwise."""
+    from hbx_gpu._h5ad.files import H5muFile
+    from hbx_gpu.atlas._ingest.multimodal import SHORT_NAMES
+
+    named = {SHORT_NAMES.get(name.lower(), name) for name in given}
+    with H5muFile(file) as opened:
+        return [name for name in opened.modalities() if SHORT_NAMES.get(name.lower(), name) not in named]
+
+
+def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    begin = time.perf_counter()
+    title = job.file.name if job.file else "modalities"
+    with tqdm(desc=title, unit=" cells", unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        add = _add_several if job.several else _add_one
+        report = add(atlas, job, args, show)
+    if not report.n_cells:
+        print(f"{job.label}: already ingested, skipped")
+        return 0
+    print(f"{job.label}: {report.n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
+    if job.several:
+        _print_modalities(report)
+    return report.n_cells
+
+
+def _print_modalities(report: IngestReport) -> None:
+    print(f"  {report.n_complete:,} cells have all modalities")
+    for name, n in report.n_measured.items():
+        lacking = report.n_cells - n
+        left_out = report.n_left_out[name]
+        more = [f"{lacking:,} cells lack it"] if lacking else []
+        more += [f"{left_out:,} ids left out"] if left_out else []
+        print(f"  {name}: {n:,} cells{', ' if more else ''}{', '.join(more)}")
+
+
+def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dict[str, Any]:
+    return {
+        "codec": args.codec,
+        "obs_table": args.table,
+        "chunk_shape": args.chunk_size,
+        "shard_shape": args.shard_size,
+        "allow_rounding": args.allow_rounding,
+        "exist_ok": True,
+        "progress": show,
+    }
+
+
+def _add_one(
+    atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, show: Callable[[int, int], object]
+) -> IngestReport:
+    from hbx_gpu.atlas._ingest.commit import IngestReport
+
+    column = args.feature_id_column
+    n = atlas.add_from_h5ad(
+        job.file,
+        layer=args.layer,
+        zarr_layer=args.target_layer,
+        feature_id_column=column[-1] if column else None,
+        field_name=args.field,
+        **_common(args, show),
+    )
+    return IngestReport("", n)
+
+
+def _add_several(
+    atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, show: Callable[[int, int], object]
+) -> IngestReport:
+    return atlas.add_multimodal(
+        _modalities(atlas, job, args),
+        join=args.join or "outer",
+        obs_from=args.obs_from,
+        layers=_layers(args),
+        feature_id_column=_id_columns(args),
+        **_common(args, show),
+    )
+
+
+def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> Any:
+    from hbx_gpu.atlas import FragmentsInput, ImageInput
+    from hbx_gpu.atlas._ingest.multimodal import resolve_modality
+
+    if not job.given:
+        return job.file
+    found: dict[str, Any] = {}
+    if job.file is not None:
+        found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, list(job.given))}
+    table = args.table or atlas.obs_tables[0]
+    fields = atlas.catalogue.pointer_spaces(table)
+    spaces = {name: resolve_modality(name, fields, table)[1] for name in job.given}
+    images = [name for name, space in spaces.items() if not space.has_features]
+    tables = _tables(args, images)
+    for name, path in job.given.items():
+        if name in images:
+            if name not in tables:
+                args.parser.error(f"--modality {name}: images need --tiles-table {name}=TABLE")
+            found[name] = ImageInput(path, tables[name])
+        elif spaces[name].repeats:
+            found[name] = FragmentsInput(path, args.barcodes)
+        else:
+            found[name] = path
+    return found
+
+
+def _tables(args: argparse.Namespace, images: Sequence[str]) -> dict[str, str]:
+    tables = {}
+    for value in args.tiles_table:
+        name, equals, path = value.partition("=")
+        if not equals or name not in images:
+            if len(images) != 1:
+                args.parser.error(f"--tiles-table {value}: expected NAME=TABLE, NAME one of {list(images)}")
+            name, path = images[0], value
+        tables[name] = path
+    return tables
+
+
+def _layers(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    layers: dict[str, dict[str, str]] = {}
+    for target, matrix in _pairs(args, "--layer-of", args.layer_of):
+        name, colon, layer = target.partition(":")
+        if not (name and colon and layer):
+            args.parser.error(f"--layer-of {target}={matrix}: expected NAME:LAYER=MATRIX")
+        layers.setdefault(name, {})[layer] = matrix
+    return layers
+
+
+def _id_columns(args: argparse.Namespace) -> str | dict[str, str] | None:
+    values = args.feature_id_column
+    named = dict(value.split("=", 1) for value in values if "=" in value)
+    if named and len(named) < len(values):
+        args.parser.error("--feature-id-column: either one COLUMN for all modalities or NAME=COLUMN for each")
+    return named or (values[-1] if values else None)
+
+
+def _has_news(atlas: RaggedAtlas) -> bool:
+    """Whether an earlier run left cells that no snapshot has."""
+    versions = atlas.list_versions(atlas.path)
+    stored = sum(atlas.catalogue.obs(table).count_rows() for table in atlas.obs_tables)
+    return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))

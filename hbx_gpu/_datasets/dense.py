@@ -1,0 +1,260 @@
+"""`DenseCellDataset`: cells whose data are rows of a matrix, image tiles, boxes of an image, or bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
+
+from hbx_gpu._buffers import POOL
+from hbx_gpu._datasets.cells import CellDataset, Recipe, common_dtype
+from hbx_gpu._plan.boxes import BoxPlan, box_table, full_boxes, needed_chunks, plan_boxes
+from hbx_gpu._source import BoxIndex, ObsColumns, Source, rows_by_source
+from hbx_gpu.batch import DenseBatch, RaggedBatch
+from hbx_gpu.errors import CorruptDataError, UnsupportedError
+from hbx_gpu.stats import stage
+
+if TYPE_CHECKING:
+    from hbx_gpu._storage.readers import Slab
+
+
+class DenseCellDataset(CellDataset):
+    """Map-style dataset over the cells of a feature space whose data are arrays.
+
+    Three shapes of batches, the same throughout a dataset: a matrix where the space has features, an array of
+    tiles where all tiles have one shape, and lists of arrays elsewhere.
+
+    Parameters
+    ----------
+    sources, obs, recipe, feature_space, reader
+        As for :class:`CellDataset`.
+    rows
+        Where each row lies.
+    positions
+        Whether a row is one position on the first axis, which its array then lacks.
+    layer
+        Layer, or layers, to read; the layers of a group are cut by the same boxes.
+    n_features
+        Width of a matrix; 0 for spaces without features.
+    feature_uids
+        (n_features,) uid of every column.
+    dtypes
+        Layer name -> dtype of its batches; by default one that holds all stored ones, as NumPy promotes. In
+        lists every array then keeps its own.
+
+    Attributes
+    ----------
+    per_cell_shape
+        Shape of every tile, None for matrices and where shapes differ.
+    n_features
+        Columns; of tiles of one shape their elements, as in Homeobox; 0 where shapes differ.
+
+    Raises
+    ------
+    CorruptDataError
+        A box reaches outside its array; layers of a group whose leading axes differ; a matrix that is not as
+        wide as its group has features.
+    ValueError
+        A dtype that cannot hold what is stored without rounding it to integers.
+    """
+
+    _index_type = BoxIndex
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rows: BoxIndex,
+        *,
+        positions: bool,
+        layer: str | Sequence[str],
+        n_features: int,
+        feature_uids: np.ndarray,
+        obs: ObsColumns | None = None,
+        recipe: Recipe | None = None,
+        feature_space: str = "",
+        reader: str = "mmap",
+        dtypes: dict[str, Any] | None = None,
+    ) -> None:
+        self._positions = positions
+        self._matrix = len(feature_uids) > 0 or n_features > 0
+        layers = (layer,) if isinstance(layer, str) else tuple(layer)
+        self._asked = {name: np.dtype(dtype) for name, dtype in (dtypes or {}).items()}
+        if not self._matrix:
+            shape = _one_shape(sources, rows, layers, positions)
+            self.per_cell_shape = shape
+            n_features = math.prod(shape) if shape is not None else 0
+        super().__init__(
+            sources,
+            rows,  # type: ignore[arg-type]
+            layer=layers,
+            n_features=n_features,
+            feature_uids=feature_uids,
+            obs=obs,
+            recipe=recipe,
+            feature_space=feature_space,
+            reader=reader,
+        )
+
+    def _open(self) -> None:
+        from hbx_gpu._engine.host.boxes import BoxEngine
+        from hbx_gpu._storage.chunks import ChunkDirectory
+        from hbx_gpu._storage.readers import open_reader
+
+        self.dtypes = {name: self._dtype(name) for name in self.layers}
+        self._boxes = box_table(self._sources, self.layers)
+        self._directory = ChunkDirectory(self._boxes.layouts)
+        self._reader = open_reader(self._reader_kind, self._directory)
+        self._arrays = BoxEngine(self._boxes, self._directory, list(self.dtypes.values()), POOL)
+        self._remaps = [source.remap for source in self._sources]
+
+    def _dtype(self, layer: str) -> np.dtype[Any]:
+        stored = common_dtype(self._sources, layer)
+        wanted = self._asked.get(layer, stored)
+        if not np.can_cast(stored, wanted, "same_kind"):
+            raise ValueError(
+                f"layer {layer!r} of {self.feature_space!r} is stored as {stored}, which {wanted} cannot "
+                "hold; ask for a dtype of the same kind or a float"
+            )
+        return wanted
+
+    def _check(self, sources: Sequence[Source], rows: Any) -> None:
+        _check_boxes(sources, rows, self.layers)
+
+    def __repr__(self) -> str:
+        shape = (
+            f"{self.n_features:,} features" if self._matrix else f"arrays of {self.per_cell_shape or 'any'}"
+        )
+        return (
+            f"DenseCellDataset({self.n_cells:,} cells x {shape} of {self.feature_space or 'one space'}, "
+            f"layer {self.layer!r} ({self.dtype}), {len(self._sources)} groups)"
+        )
+
+    @property
+    def kind(self) -> Literal["matrix", "arrays"]:
+        """What rows are; see :func:`hbx_gpu._collates.kind_of`."""
+        return "matrix" if self._matrix else "arrays"
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether columns are features."""
+        return self._matrix
+
+    @property
+    def positions(self) -> bool:
+        """Whether a row is one position on the first axis, which its array then lacks."""
+        return self._positions
+
+    def plan(self, selection: np.ndarray) -> BoxPlan:  # type: ignore[override]
+        """See :meth:`CellDataset.plan`."""
+        return plan_boxes(self._boxes, self._rows, selection)  # type: ignore[arg-type]
+
+    def needed_chunks(self) -> np.ndarray:
+        """See :meth:`CellDataset.needed_chunks`."""
+        return needed_chunks(self._boxes, self._rows)  # type: ignore[arg-type]
+
+    def decode(  # type: ignore[override]
+        self, plan: BoxPlan, slab: Slab, selections: Sequence[np.ndarray]
+    ) -> list[DenseBatch] | list[RaggedBatch]:
+        """See :meth:`CellDataset.decode`."""
+        found: Any
+        with stage("decode") as decoding:
+            if self._matrix:
+                found = self._arrays.matrix(plan, slab, self.n_features, self._remaps)
+            elif self.per_cell_shape is not None:
+                found = self._arrays.tiles(plan, slab, self.per_cell_shape)
+            else:
+                native = [name not in self._asked for name in self.layers]
+                found = self._arrays.boxes(plan, slab, positions=self._positions, native=native)
+            decoding.nbytes = sum(x.nbytes for layer in found for x in _arrays(layer))
+        result: list[Any] = []
+        start = 0
+        for part in selections:
+            stop = start + len(part)
+            cut: dict[str, Any] = {
+                name: layer[start:stop] for name, layer in zip(self.layers, found, strict=True)
+            }
+            metadata = {name: column[part] for name, column in self._obs.columns.items()} or None
+            several = cut if len(cut) > 1 else {}
+            first = cut[self.layer]
+            if isinstance(first, list):
+                result.append(RaggedBatch(first, metadata=metadata, layers=several))
+            else:
+                shape = self.per_cell_shape
+                result.append(DenseBatch(first, self.n_features, shape, metadata, several))
+            start = stop
+        return result
+
+    def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
+        """See :meth:`CellDataset.batches_nbytes`."""
+        return [self.batch_nbytes(rows) for rows in batches]
+
+    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Bytes of one batch of `rows`, metadata aside."""
+        selection = self.row_numbers(rows)
+        if self._matrix or self.per_cell_shape is not None:
+            return len(selection) * self.n_features * sum(dtype.itemsize for dtype in self.dtypes.values())
+        index: Any = self._rows
+        source, size = index.source[selection], index.size[selection]
+        total = 0
+        for one in np.unique(source[source >= 0]).tolist():
+            for name, dtype in self.dtypes.items():
+                mine = size[source == one]
+                shape = self._sources[one].layers[name].shape
+                count = full_boxes(shape, np.zeros_like(mine), mine)[1]
+                total += int(count.prod(axis=1).sum()) * dtype.itemsize
+        return total
+
+    def device_engine(self, backend: Any, *, decode: str = "auto") -> NoReturn:  # noqa: ARG002
+        """Refuses: it depends on the arrays; see :class:`hbx_gpu._engine.device.rows.DenseRows`."""
+        raise UnsupportedError(
+            "arrays of several axes have no device engine of their own; make_loader decides where their "
+            "chunks are decoded"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        own = ("_positions", "_matrix", "_asked", "per_cell_shape")
+        return super()._state() | {name: getattr(self, name) for name in own}
+
+
+def _arrays(layer: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
+    return layer if isinstance(layer, list) else [layer]
+
+
+def _one_shape(
+    sources: Sequence[Source], rows: BoxIndex, layers: Sequence[str], positions: bool
+) -> tuple[int, ...] | None:
+    """The shape that all boxes have, in all layers; None where they differ or there are none."""
+    shapes: set[tuple[int, ...]] = set()
+    for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
+        if not len(mine):
+            continue
+        sizes = np.unique(rows.size[mine], axis=0)
+        for name in layers:
+            shape = source.layers[name].shape
+            count = full_boxes(shape, np.zeros_like(sizes), sizes)[1]
+            shapes |= {tuple(one[1:] if positions else one) for one in count.tolist()}
+        if len(shapes) > 1:
+            return None
+    return shapes.pop() if shapes else None
+
+
+def _check_boxes(sources: Sequence[Source], rows: BoxIndex, layers: Sequence[str]) -> None:
+    """Every box lies inside its Source's arrays."""
+    for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
+        if source.index is not None:
+            raise UnsupportedError(f"group {source.name!r} is a sparse matrix; open it as a CellDataset")
+        for name in layers:
+            layout = source.layers[name]
+            lower, count = full_boxes(layout.shape, rows.lower[mine], rows.size[mine])
+            upper = lower + count
+            bad = ((lower < 0) | (count < 0) | (upper > np.array(layout.shape, np.int64))).any(axis=1)
+            if bad.any():
+                row = int(np.flatnonzero(bad)[0])
+                raise CorruptDataError(
+                    f"row {mine[row]} points at elements {lower[row].tolist()} to {upper[row].tolist()} of "
+                    f"array {layout.name!r}, whose shape is {list(layout.shape)}"
+                )
+    if len(rows) and (rows.source.min() < -1 or rows.source.max() >= len(sources)):
+        raise ValueError(f"row sources must lie in [-1, {len(sources)})")

@@ -1,0 +1,292 @@
+"""`MultimodalCellDataset`: several feature spaces of the same cells, read under one plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._datasets.cells import several_rows
+from hbx_gpu._storage.chunks import ChunkDirectory, Extents
+from hbx_gpu._storage.readers import Slab, open_reader
+from hbx_gpu.batch import MultimodalBatch
+from hbx_gpu.stats import stage
+
+if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._storage.readers import Reader
+
+
+_SIDE_BY_SIDE = 128  # rows; smaller batches are done before other threads have begun
+
+
+class MultimodalCellDataset:
+    """Several feature spaces of the same cells; every modality has a row for every cell.
+
+    The chunks that a batch needs of all spaces are looked up and read in one go, and each space is then
+    decoded by its own engine.
+
+    Parameters
+    ----------
+    datasets
+        One dataset per field over the same rows, absent ones included (their source is -1). Metadata is
+        taken from the first.
+
+    Attributes
+    ----------
+    n_cells
+        Rows of the query, whatever they have measured.
+    n_features
+        Width per field.
+    groups_np
+        int32, (n_cells,). Stored matrix of every row in the first field; rows that lack it form one group
+        more.
+    feature_uids
+        Per field: which column is which.
+    categories, columns
+        Metadata, as in :class:`CellDataset`.
+
+    Raises
+    ------
+    ValueError
+        No field, or fields over different rows.
+    """
+
+    def __init__(self, datasets: Mapping[str, CellDataset], *, reader: str | None = None) -> None:
+        if not datasets:
+            raise ValueError("a multimodal dataset needs at least one feature space")
+        sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"all fields must number the same rows, got {sizes}")
+        first, *others = datasets
+        self.datasets = {
+            first: datasets[first],
+            **{name: datasets[name].without_metadata() for name in others},
+        }
+        self._first = datasets[first]
+        self._reader_kind = reader or self._first.reader_kind
+        self._open()
+
+    def _open(self) -> None:
+        directories = [dataset.directory for dataset in self.datasets.values()]
+        self._directory = ChunkDirectory([layout for d in directories for layout in d.layouts])
+        self._base = np.cumsum([0, *(int(d.base[-1]) for d in directories)])
+        self._reader: Reader = open_reader(self._reader_kind, self._directory)
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def n_cells(self) -> int:
+        return len(self._first)
+
+    @property
+    def n_features(self) -> dict[str, int]:
+        return {name: dataset.n_features for name, dataset in self.datasets.items()}
+
+    @property
+    def feature_uids(self) -> dict[str, np.ndarray]:
+        return {name: dataset.feature_uids for name, dataset in self.datasets.items()}
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        groups = self._first.groups_np
+        return np.where(groups < 0, self._first.n_groups, groups).astype(np.int32)
+
+    @property
+    def present(self) -> dict[str, np.ndarray]:
+        """bool, (n_cells,) per field. Which cells have the modality."""
+        return {name: dataset.present for name, dataset in self.datasets.items()}
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        return self._first.categories
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return self._first.columns
+
+    @property
+    def reader_kind(self) -> str:
+        """``"mmap"`` or ``"preadv"``: how compressed bytes are read."""
+        return self._reader_kind
+
+    @property
+    def directory(self) -> ChunkDirectory:
+        """Where the chunks of all fields lie."""
+        return self._directory
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __repr__(self) -> str:
+        spaces = ", ".join(f"{name} ({dataset.n_features:,})" for name, dataset in self.datasets.items())
+        return f"MultimodalCellDataset({self.n_cells:,} cells: {spaces})"
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> MultimodalBatch:
+        """A batch of the rows asked for; one row number gives a batch of one row."""
+        return self.__getitems__(several_rows(self.n_cells, rows))
+
+    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> MultimodalBatch:
+        """One batch of `rows`, in the order asked; the spaces of a large one are decoded side by side.
+
+        Raises
+        ------
+        IndexError
+            A row number is outside ``[-n_cells, n_cells)``.
+        CorruptChunkError
+            A chunk that holds one of the rows cannot be decoded.
+        """
+        if len(rows) < _SIDE_BY_SIDE:
+            return self._read([rows], map)[0]
+        if self._pool is None:
+            threads = min(len(self.datasets), os.cpu_count() or 1)
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-multimodal")
+        return self._read([rows], self._pool.map)[0]
+
+    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[MultimodalBatch]:
+        """Several batches under one plan, on the calling thread; see :meth:`CellDataset.read_batches`."""
+        return self._read(batches, map)
+
+    def _read(
+        self, batches: Sequence[Sequence[int] | np.ndarray], apply: Callable[..., Iterator[Any]]
+    ) -> list[MultimodalBatch]:
+        selections = [self.row_numbers(rows) for rows in batches]
+        selection = np.concatenate([*selections, np.empty(0, np.int64)])
+        plans, slabs = self.read(selection)
+        parts = list(self.datasets.values())
+        decoded = list(
+            apply(lambda part, plan, slab: part.decode(plan, slab, selections), parts, plans, slabs)
+        )
+        return [
+            self._batch(rows, dict(zip(self.datasets, batch, strict=True)))
+            for rows, batch in zip(selections, zip(*decoded, strict=True), strict=True)
+        ]
+
+    def _batch(self, rows: np.ndarray, modalities: dict[str, Any]) -> MultimodalBatch:
+        metadata = next(iter(modalities.values())).metadata
+        for part in modalities.values():
+            part.metadata = None
+        return MultimodalBatch(
+            modalities=modalities,
+            present={name: part.groups_np[rows] >= 0 for name, part in self.datasets.items()},
+            metadata=metadata,
+            n_cells=len(rows),
+            measured=self.measured(rows),
+        )
+
+    def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[list[Any], list[Slab]]:
+        """Plan of each field for the rows `selection`, and the stored bytes of the chunks each needs."""
+        with stage("plan"):
+            plans: list[Any] = [part.plan(selection) for part in self.datasets.values()]
+            ends = np.cumsum([0, *(len(plan.chunks) for plan in plans)])
+            chunks = [plan.chunks + base for plan, base in zip(plans, self._base, strict=False)]
+            extents: Extents = self._directory.extents(np.concatenate(chunks))
+        with stage("read") as reading:
+            slab = (reader or self._reader).read(extents)
+            reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())
+        cuts = [slice(a, b) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        slabs = [Slab(slab.address[cut], slab.nbytes[cut], slab, slab.copy) for cut in cuts]
+        return plans, slabs
+
+    def needed_chunks(self) -> np.ndarray:
+        """See :meth:`CellDataset.needed_chunks`."""
+        parts = zip(self.datasets.values(), self._base, strict=False)
+        return np.concatenate([part.needed_chunks() + base for part, base in parts])
+
+    def measured(self, rows: np.ndarray) -> Measured:
+        """Which features the datasets of these cells have, per field with features."""
+        return Measured(
+            {
+                name: (part.groups_np[rows], part.measured_masks)
+                for name, part in self.datasets.items()
+                if getattr(part, "kind", "sparse") != "arrays"
+            }
+        )
+
+    def with_wide_columns(self, names: Iterable[str]) -> MultimodalCellDataset:
+        """This dataset with :meth:`CellDataset.with_wide_columns` for the fields `names`."""
+        other: MultimodalCellDataset = object.__new__(type(self))
+        wide = {name: self.datasets[name].with_wide_columns() for name in names}
+        datasets = {name: wide.get(name, part) for name, part in self.datasets.items()}
+        first = next(iter(datasets.values()))
+        other.__dict__.update(self.__dict__, datasets=datasets, _first=first, _pool=None)
+        return other
+
+    def reading_with(self, reader: Reader) -> MultimodalCellDataset:
+        """This dataset with another reader of its chunks; everything else is shared."""
+        other: MultimodalCellDataset = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _reader=reader, _pool=None)
+        return other
+
+    def open_reader(self, kind: str) -> Reader:
+        """A reader of the chunks of all fields; see :meth:`CellDataset.open_reader`."""
+        return open_reader(kind, self._directory)
+
+    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Bytes of one batch of `rows`, metadata and masks aside."""
+        return sum(part.batch_nbytes(rows) for part in self.datasets.values())
+
+    def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
+        """:meth:`batch_nbytes` of each of several batches."""
+        parts = [part.batches_nbytes(batches) for part in self.datasets.values()]
+        return [sum(sizes) for sizes in zip(*parts, strict=True)]
+
+    def row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Row numbers as int64 in ``[0, n_cells)``."""
+        return self._first.row_numbers(rows)
+
+    def close(self) -> None:
+        """Close the files; the dataset opens them again when it is read again."""
+        self._reader.close()
+        for part in self.datasets.values():
+            part.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"datasets": self.datasets, "reader": self._reader_kind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.datasets = state["datasets"]
+        self._first = next(iter(self.datasets.values()))
+        self._reader_kind = state["reader"]
+        self._open()
+
+
+class Measured(Mapping[str, np.ndarray]):
+    """Field -> bool, (n_cells, n_features): which features each cell's dataset has.
+
+    Made when asked for: whole masks are as large as dense batches.
+
+    Parameters
+    ----------
+    parts
+        Per field the group of every cell, and what gives the masks of groups.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]) -> None:
+        self._parts = dict(parts)
+
+    def distinct(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The masks that occur, bool (n_masks, n_features), and the number of each cell's mask, int64."""
+        groups, masks = self._parts[name]
+        found, number = np.unique(groups, return_inverse=True)
+        return masks(found), number
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        masks, number = self.distinct(name)
+        return masks[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To another process go the masks that occur, not the dataset.
+        return _restored, ({name: self.distinct(name) for name in self},)
+
+
+def _restored(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> Measured:
+    return Measured({name: (number, masks.__getitem__) for name, (masks, number) in parts.items()})

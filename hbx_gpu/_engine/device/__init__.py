@@ -1,0 +1,290 @@
+"""The device engine: plan and bytes in, CSR or dense rows in device memory out.
+
+The host finds and packs the bytes that cross; kernels decode, remap and scatter. The caller owns the slots
+that batches in flight are staged in; nothing here waits for the device but `Pending.check`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._engine.device import status
+from hbx_gpu._engine.device.backend import Backend, Slot
+from hbx_gpu._engine.device.general import chosen
+from hbx_gpu._engine.device.launches import DENSE_KERNELS, Launches, Pending
+from hbx_gpu._engine.device.records import SOURCE, element_type
+from hbx_gpu._engine.device.staged import ANY, PARTS, Layout, Resident, Staging
+from hbx_gpu._engine.device.staging import Stager
+from hbx_gpu._plan.rows import BatchPlan, SourceTable
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.readers import Slab
+from hbx_gpu.transforms import Transform, not_counts
+
+__all__ = ["DENSE_KERNELS", "DeviceEngine", "Pending", "Staging"]
+
+
+class DeviceEngine:
+    """Decode, remap and densify on a device. Safe to use from many threads.
+
+    `measure`, `pack` and a `submit` make one batch; a slot carries it from `pack` to `Pending.check`.
+    `csr` and `dense` do all of it at once.
+
+    Parameters
+    ----------
+    table
+        Vectors of the dataset's Sources.
+    directory
+        Their chunks; its arrays are numbered as in `table`.
+    dtypes
+        Output dtype of each layer.
+    backend
+        The device.
+    decode
+        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: one of
+        :data:`hbx_gpu._engine.device.general.DECODE`. ``"device"`` trusts chunks without a CRC32C: damaged
+        ones may then do anything, as nvCOMP says of itself.
+
+    Raises
+    ------
+    UnsupportedError
+        A stored or wanted dtype that no kernel takes.
+    DeviceUnavailableError
+        ``decode="device"``, and nothing here that decompresses on the device.
+    """
+
+    def __init__(
+        self,
+        table: SourceTable,
+        directory: ChunkDirectory,
+        dtypes: Sequence[np.dtype],
+        backend: Backend,
+        *,
+        decode: str = "auto",
+    ) -> None:
+        self.table, self.directory, self.dtypes, self.backend = table, directory, list(dtypes), backend
+        self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
+        self.stager = Stager(table, directory, dtypes, chosen(directory.layouts, decode, backend))
+        self._slots = threading.local()
+        self._upload_constants()
+
+    @property
+    def drops(self) -> bool:
+        """Whether the number of a plan's elements is known only when they were decoded."""
+        return self.table.drops
+
+    def measure(
+        self,
+        plan: BatchPlan,
+        slab: Slab,
+        *,
+        layout: Layout | None = None,
+        resident: Resident | None = None,
+    ) -> Staging:
+        """Decide what crosses for a plan and how much room it takes; see :meth:`Stager.measure`."""
+        return self.stager.measure(plan, slab, layout=layout, resident=resident)
+
+    def pack(self, staging: Staging, slot: Slot) -> None:
+        """Copy what crosses to the slot's page-locked buffer; the slab is not needed afterwards.
+
+        Raises
+        ------
+        CorruptChunkError
+            A chunk that is decoded on the host does not decode.
+        NoRoom
+            What is staged or decoded beside resident chunks finds no place in their arena.
+        """
+        slot.reserve(staging.host_bytes, staging.arena_bytes, area_bytes=staging.area_bytes)
+        area = None
+        if staging.resident is not None and staging.area_bytes:
+            area = slot.area.address - staging.resident.arena.address
+        self.stager.pack(staging, slot.host, area)
+
+    def submit_csr(
+        self, staging: Staging, slot: Slot, *, value_dtypes: Sequence[str] | None = None
+    ) -> Pending:
+        """Order upload and kernels that make the rows of a packed plan in CSR form.
+
+        Parameters
+        ----------
+        value_dtypes
+            dtype of each layer's values, where it is not to be the engine's.
+
+        Returns
+        -------
+        Pending
+            Of ``(indices, [values per layer], offsets)``: int32 (nnz,), (nnz,) each, int64 (n_rows + 1,).
+        """
+        plan, backend = staging.plan, self.backend
+        dtypes = list(value_dtypes or (dtype.name for dtype in self.dtypes))
+        types = [element_type(np.dtype(dtype), f"layer {k}") for k, dtype in enumerate(dtypes)]
+        n = plan.n_elements
+        indices, offsets = backend.empty(n, "int32"), backend.empty(plan.n_rows + 1, "int64")
+        values = [backend.empty(n, dtype) for dtype in dtypes]
+        batch = self._launches(staging, slot, types, flat=self.table.drops)
+        batch.decode([indices, *values])
+        if self.table.drops:
+            batch.compact(indices, values, offsets)
+        else:
+            batch.send_offsets(offsets)
+        batch.see_order(indices, offsets)
+        return batch.finish([indices, *values, offsets])
+
+    def submit_dense(
+        self,
+        staging: Staging,
+        slot: Slot,
+        dtype: str = "float32",
+        transform: Transform | None = None,
+        layer: int = 0,
+    ) -> Pending:
+        """Order upload and kernels that make dense rows of one layer of a packed plan.
+
+        Parameters
+        ----------
+        dtype
+            A key of `DENSE_KERNELS`.
+        transform
+            Done to the sums of repeated columns, before rounding to `dtype`.
+        layer
+            Which one.
+
+        Returns
+        -------
+        Pending
+            Of one tensor, (n_rows, n_features).
+
+        Raises
+        ------
+        ValueError
+            Unknown dtype, or the plan was measured for CSR only.
+        """
+        if dtype not in DENSE_KERNELS:
+            raise ValueError(f"dense batches come as {', '.join(DENSE_KERNELS)}; got {dtype!r}")
+        if not staging.fused:
+            raise ValueError("the plan was measured for CSR; measure it with layout=None or 'dense'")
+        transform = transform or Transform()
+        out = self.backend.empty((staging.plan.n_rows, self.table.n_features), dtype)
+        fused = staging.fused[layer] and dtype != "float64"
+        batch = self._launches(staging, slot, self._types, flat=not fused)
+        if fused:
+            batch.rowpack_dense(out, dtype, transform, layer)
+        else:
+            batch.decode([])
+            batch.densify(out, dtype, transform, layer)
+        return batch.finish([out])
+
+    def submit_rows(self, staging: Staging, slot: Slot, shape: tuple[int, ...], *, placed: bool) -> Pending:
+        """Order upload and kernels that bring the values of a packed plan without column indices to rows.
+
+        Parameters
+        ----------
+        shape
+            Of the result. Elements that no piece of the plan brings are 0.
+        placed
+            Whether rows are brought to their columns by way of the table's remaps (output column -> column of
+            the row); else the plan says where every element goes.
+
+        Returns
+        -------
+        Pending
+            Of one tensor of the first layer's dtype.
+        """
+        import torch
+
+        out = self.backend.empty(shape, self.dtypes[0].name)
+        batch = self._launches(staging, slot, self._types, flat=placed)
+        if placed:
+            batch.decode([])
+            batch.place_columns(out)
+            return batch.finish([out])
+        if staging.plan.piece_count.sum() < staging.plan.n_elements:
+            with self.backend.on_decode_stream():
+                out.view(-1).view(torch.uint8).zero_()  # of all dtypes: torch fills few unsigned ones
+        batch.decode([out])
+        return batch.finish([out])
+
+    def csr(self, plan: BatchPlan, slab: Slab) -> tuple[Any, list[Any], Any]:
+        """Rows of `plan` in CSR form, as tensors; otherwise as the host engine's `csr`."""
+        staging, slot = self._packed(plan, slab, "csr")
+        indices, values, offsets = self._received(self.submit_csr(staging, slot))
+        return indices, values, offsets
+
+    def dense(
+        self,
+        plan: BatchPlan,
+        slab: Slab,
+        dtype: str = "float32",
+        transform: Transform | None = None,
+        layer: int = 0,
+    ) -> Any:
+        """Dense rows of `plan`, as a tensor (n_rows, n_features); otherwise as `densify` on the host."""
+        staging, slot = self._packed(plan, slab, "dense")
+        return self._received(self.submit_dense(staging, slot, dtype, transform, layer))
+
+    def _packed(self, plan: BatchPlan, slab: Slab, layout: Layout) -> tuple[Staging, Slot]:
+        slot: Slot | None = getattr(self._slots, "slot", None)
+        if slot is None:
+            slot = self._slots.slot = Slot(self.backend)
+        staging = self.measure(plan, slab, layout=layout)
+        self.pack(staging, slot)
+        return staging, slot
+
+    def _received(self, pending: Pending) -> Any:
+        """The result, for the caller's current stream."""
+        result = pending.result()
+        self.backend.hand_over(pending.event, pending.tensors)
+        return result
+
+    def _launches(self, staging: Staging, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
+        return Launches(
+            self.backend, self._columns, types, self._raise_for, staging, slot,
+            flat=flat, first_role=self.table.first_role,
+        )  # fmt: skip
+
+    def _upload_constants(self) -> None:
+        """Sources and remaps: the same for all batches, so they cross once."""
+        table = self.table
+        sources = np.zeros(len(table.remap_start), SOURCE)
+        sources["remap_start"], sources["remap_length"] = table.remap_start, table.remap_length
+        sources["identity"] = table.identity
+        self._host_constants = self.backend.host_buffer(max(16, sources.nbytes + table.remap.nbytes))
+        self._host_constants[: sources.nbytes] = sources.view(np.uint8)
+        self._host_constants[sources.nbytes :][: table.remap.nbytes] = table.remap.view(np.uint8)
+        self._constants = self.backend.device_buffer(len(self._host_constants))
+        self.backend.upload(self._host_constants, self._constants)
+        # Arguments of every kernel that looks columns up.
+        self._columns = (
+            np.uint64(self._constants.address),
+            np.uint32(len(sources)),
+            np.uint64(self._constants.address + sources.nbytes),
+            np.uint64(len(table.remap)),
+        )
+
+    def _raise_for(self, staging: Staging, words: np.ndarray) -> None:
+        """Raise what the status words of a batch say, if they say anything."""
+        if not words[ANY]:
+            return
+        for part in PARTS:
+            begin = staging.first_word(part)
+            found = np.flatnonzero(words[begin : begin + staging.counts[part]])
+            if not len(found):
+                continue
+            bits = int(words[begin + found[0]])
+            c = staging.chunk_of(part, int(found[0]))
+            if bits & status.BAD_PLACE:
+                break
+            if bits & ~status.BAD_COLUMN:
+                reason = status.describe_status(bits)
+                raise self.directory.error(int(staging.plan.chunks[c]), reason)
+            raise self.stager.checks.column_error(staging.plan, c)
+        begin = staging.first_word("rows")
+        if (words[begin : begin + staging.counts["rows"]] & status.NOT_COUNTS).any():
+            raise not_counts("the dataset's layer")
+        raise RuntimeError(
+            f"a kernel refused what the host told it to do (status {words[ANY]:#x}); this is a bug of "
+            "hbx_gpu, please report it"
+        )

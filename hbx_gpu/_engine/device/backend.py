@@ -1,0 +1,241 @@
+"""What the device engine asks of a device. CUDA answers in `cuda`; the tests answer on the CPU.
+
+Work goes through two queues. The *copy* stream moves staged bytes to an arena, the *decode* stream runs
+kernels and writes outputs; a kernel waits for the uploads that were ordered before it, nothing else orders
+the two. A consumer has a third stream of its own and is told when to go on by :meth:`Backend.hand_over`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Memory(Protocol):
+    """Memory that kernels reach."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of memory that somebody else owns."""
+
+    address: int
+    nbytes: int
+
+
+class DeviceBuffer(Memory, Protocol):
+    """Device memory that one slot or store owns for its life."""
+
+    def array(self, begin: int, nbytes: int) -> Any:
+        """Bytes [begin, begin + nbytes) as libraries take device memory (``__cuda_array_interface__``)."""
+
+
+class NoRoom(Exception):
+    """The areas beside the resident chunks are all in use."""
+
+
+class Areas(Protocol):
+    """Parts of an arena, for what is staged beside resident chunks."""
+
+    def take(self, nbytes: int) -> Part:
+        """256-byte aligned; raises NoRoom."""
+
+    def give(self, part: Part) -> None:
+        """Take back what `take` gave."""
+
+
+class Event(Protocol):
+    """A point on the decode stream."""
+
+    def wait(self) -> None:
+        """Block the calling thread until the decode stream has passed the point."""
+
+
+STREAM_ALIGNMENT = 16
+"""Of compressed streams in bytes; what they become may lie anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Streams of one compressor, described by arrays in device memory.
+
+    Attributes
+    ----------
+    sources, source_bytes, targets, target_bytes
+        Addresses of arrays of uint64: where each stream lies, its bytes, where its content goes, and how
+        long that must be.
+    actual, states
+        Addresses of arrays that are written: uint64, bytes found; int32, 0 where all went well.
+    sizes
+        int64, (n,). What `target_bytes` holds, for the host.
+    """
+
+    sources: int
+    source_bytes: int
+    targets: int
+    target_bytes: int
+    actual: int
+    states: int
+    sizes: np.ndarray
+
+
+class Decompressor(Protocol):
+    """Decompresses many streams at once, on the decode stream."""
+
+    def decompress(self, algorithm: str, streams: Streams) -> None:
+        """Order the work; `algorithm` is one of :data:`hbx_gpu._codecs.containers.ALGORITHMS`.
+
+        Bytes of a stream that are damaged may make it do anything: whoever calls has verified them, or was
+        told to do without.
+        """
+
+
+class Backend(Protocol):
+    """Memory, copies, launches and ordering on one device.
+
+    Attributes
+    ----------
+    max_shared
+        Bytes of dynamic shared memory that a block may ask for.
+    """
+
+    max_shared: int
+
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        """uint8, (nbytes,): host memory that the device copies from, page-locked where that matters."""
+
+    def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
+        """uint8, (nbytes,): page-locked memory that kernels may read in place, and its address for them."""
+
+    def device_buffer(self, nbytes: int) -> DeviceBuffer:
+        """Device memory, 256-byte aligned."""
+
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody has taken."""
+
+    def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
+        """An output: an uninitialised torch tensor, allocated on the decode stream."""
+
+    def upload(self, host: np.ndarray, target: Memory) -> None:
+        """Copy to the start of `target` on the copy stream; later launches wait for it."""
+
+    def send(self, host: np.ndarray, target: Any) -> None:
+        """Copy page-locked host memory to an output tensor of as many bytes, on the decode stream."""
+
+    def download(self, address: int, target: np.ndarray) -> None:
+        """Copy from device memory to page-locked host memory, on the decode stream."""
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        """Copy between two places of device memory, on the decode stream."""
+
+    def launch(
+        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
+    ) -> None:
+        """Run a kernel of ``kernels/*.cu`` on the decode stream.
+
+        `args` are NumPy scalars of the kernel's types (addresses as uint64) and tensors.
+        """
+
+    def decompressor(self) -> Decompressor:
+        """For general codecs. Raises DeviceUnavailableError where there is none; says what is missing."""
+
+    def on_decode_stream(self) -> AbstractContextManager[Any]:
+        """torch operations inside run on the decode stream."""
+
+    def event(self) -> Event:
+        """A point behind everything ordered on the decode stream so far."""
+
+    def hand_over(self, event: Event, tensors: Sequence[Any]) -> None:
+        """Let the caller's current stream use `tensors` from now on.
+
+        It waits for `event` before its next operation, and memory of the tensors is not given away before
+        what that stream did with them is done.
+        """
+
+
+@dataclass
+class Slot:
+    """Staging memory of one batch in flight: a page-locked buffer, its arena, and when both are free again.
+
+    Attributes
+    ----------
+    host, device
+        What is staged, and where it is copied to. They grow, never shrink.
+    side
+        Page-locked memory for what goes straight to an output (metadata), and for what comes back (status).
+    busy
+        Behind the last use; None: free.
+    areas
+        Where room in the arena of resident chunks comes from; None: there are none.
+    area
+        That room: chunk bytes that cross to resident ones, and what is decoded of either.
+    borrowed
+        Parts of the arena that hold whole chunks for this batch only; given back with its end.
+    """
+
+    backend: Backend
+    host: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    side: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    device: DeviceBuffer | None = None
+    busy: Event | None = None
+    areas: Areas | None = None
+    area: Part = Part(0, 0)
+    borrowed: list[Part] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Block until nothing on the device refers to the slot."""
+        if self.busy is not None:
+            self.busy.wait()
+            self.busy = None
+
+    def release(self) -> None:
+        """Give back what was borrowed for the batch before."""
+        self.wait()
+        while self.borrowed:
+            assert self.areas is not None
+            self.areas.give(self.borrowed.pop())
+
+    def reserve(self, host_bytes: int, device_bytes: int, side_bytes: int = 0, area_bytes: int = 0) -> None:
+        """Make room; sizes are powers of two, so that batches of nearly equal size never allocate.
+
+        Raises
+        ------
+        NoRoom
+            There is no area of that size.
+        """
+        self.wait()
+        if self.area.nbytes < area_bytes:
+            self._grow_area(area_bytes)
+        if len(self.host) < host_bytes:
+            self.host = self.backend.host_buffer(_rounded(host_bytes))
+        if len(self.side) < side_bytes:
+            self.side = self.backend.host_buffer(_rounded(side_bytes))
+        if device_bytes and (self.device is None or self.device.nbytes < device_bytes):
+            self.device = self.backend.device_buffer(_rounded(device_bytes))
+
+    def _grow_area(self, nbytes: int) -> None:
+        if self.areas is None:
+            raise NoRoom
+        if self.area.nbytes:
+            self.areas.give(self.area)
+            self.area = Part(0, 0)
+        self.area = self.areas.take(_rounded(nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Host and device memory held."""
+        return len(self.host) + len(self.side) + (self.device.nbytes if self.device else 0)
+
+
+def _rounded(nbytes: int) -> int:
+    return max(1 << 16, 1 << (nbytes - 1).bit_length())

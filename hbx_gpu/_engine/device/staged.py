@@ -1,0 +1,149 @@
+"""One plan as it is staged: what crosses, what is resident, what lies where. Sizes and places only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from hbx_gpu._engine.device.backend import Memory
+from hbx_gpu._plan.rows import BatchPlan
+from hbx_gpu._storage.readers import Slab
+
+if TYPE_CHECKING:
+    from hbx_gpu._engine.device.general import Opened
+
+Layout: TypeAlias = Literal["csr", "dense"]
+
+ROWPACK, PACKED_32, PACKED_64, STREAMS, RAW, DECODED, ABSENT, ELEMENTS = range(8)
+"""What happens to a chunk: blocks of it cross; it crosses whole, words of 4 or 8 bytes; its compressed
+streams cross; stored elements cross; elements decoded on the host cross; nothing is stored, copies of its
+fill value cross; its elements are resident."""
+PARTS = ("packed32", "packed64", "streams", "copies", "shuffles", "pieces", "plains")
+"""Parts of the status words that are about chunks, causes before what follows from them."""
+
+ANY, UNSORTED = 0, 1
+"""The first status words: what all others have in common; whether columns of a row do not ascend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Chunks of a plan that lie whole in memory that kernels reach.
+
+    Attributes
+    ----------
+    arena
+        That memory; a run's number counts HbxRun from its start.
+    at
+        int64, (n_chunks,). Place of each chunk of the plan in the arena; -1: not there.
+    run
+        int64, (n_chunks,). Number of its run, where it is a rowpack chunk.
+    nbytes
+        int64, (n_chunks,). Bytes there: as stored, or of the decoded elements of a general codec.
+    """
+
+    arena: Memory
+    at: np.ndarray
+    run: np.ndarray
+    nbytes: np.ndarray
+
+
+@dataclass(slots=True)
+class Staging:
+    """One plan, measured: how much room it takes, and all that `pack` puts there.
+
+    Attributes
+    ----------
+    plan, slab
+        What was measured. The slab's memory must stay until `pack` has returned.
+    host_bytes, arena_bytes
+        Room needed in the page-locked buffer and in the arena.
+    status_bytes
+        Of the status words.
+    tables
+        Record arrays by name, `at` says where each lies. Those of kernels' records, and ``offsets``: int64,
+        (n_rows + 1,), and, where there are no column indices, ``sources``: int32, (n_rows,), the plan's.
+    at
+        Offset of every table, of ``outputs`` and ``total`` (left to the engine), ``status``, and of the
+        scratch ``flat<role>`` (a flat CSR of all elements, values of 8 bytes at most) and ``kept``.
+    counts
+        Status words of each part, in their order: `PARTS` and ``rows``, behind `ANY` and `UNSORTED`.
+    jobs
+        For each of `PARTS`: chunks of the plan, and the number of status words of each.
+    flat_bytes
+        Arena that it takes to hold the flat CSR as well.
+    fused
+        Per layer: whether its dense rows can be made without a flat CSR.
+    resident
+        Chunks that are in device memory already; None: everything is staged.
+    staged_bytes
+        Of the front of the buffer, chunk bytes and their runs, which must lie in the arena of resident chunks
+        where there are any.
+    area_bytes
+        Room needed in that arena: the staged bytes and what is decoded there.
+    opened
+        Chunks whose compressed streams cross; None: there are none.
+    staged
+        bool, (pieces,). Which of the pieces' runs are among the staged ones; None without resident chunks.
+    """
+
+    plan: BatchPlan
+    slab: Slab
+    host_bytes: int = 0
+    arena_bytes: int = 0
+    status_bytes: int = 0
+    flat_bytes: int = 0
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    at: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    jobs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    fused: list[bool] = field(default_factory=list)
+    piece_row: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    ranges: list[np.ndarray] = field(default_factory=list)
+    decode: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    fills: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    resident: Resident | None = None
+    staged_bytes: int = 0
+    area_bytes: int = 0
+    opened: Opened | None = None
+    staged: np.ndarray | None = None
+
+    def there(self, jobs: np.ndarray) -> np.ndarray:
+        """Which chunks of the plan are resident."""
+        if self.resident is None:
+            return np.zeros(len(jobs), bool)
+        there: np.ndarray = self.resident.at[jobs] >= 0
+        return there
+
+    def first_word(self, part: str) -> int:
+        """Number of the first status word of a part."""
+        names = list(self.counts)
+        return 2 + sum(self.counts[name] for name in names[: names.index(part)])
+
+    def chunk_of(self, part: str, number: int) -> int:
+        """Chunk of the plan that a status word of a part is about."""
+        jobs, words = self.jobs[part]
+        return int(jobs[np.searchsorted(np.cumsum(words), number, side="right")])
+
+
+class Cursor:
+    """Hands out places one behind the other."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def take(self, nbytes: int, align: int = 16) -> int:
+        begin = round_up(self.at, align)
+        self.at = begin + nbytes
+        return begin
+
+    def take_each(self, nbytes: np.ndarray, align: int) -> np.ndarray:
+        sizes = -(-nbytes // align) * align
+        begin = self.take(int(sizes.sum()), align)
+        return begin + np.cumsum(sizes) - sizes
+
+
+def round_up(x: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-x // step) * step

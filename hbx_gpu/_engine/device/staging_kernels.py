@@ -1,0 +1,250 @@
+"""Numba kernels of staging: which bytes of rowpack chunks cross, the copy itself, rows cut into segments.
+
+They run without the GIL and raise nothing: sizes are checked once, in `size_runs`, and what it wrote is
+what `copy_ranges` believes.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hbx_gpu._codecs.rowpack import BLOCK, HEADER
+from hbx_gpu._codecs.rowpack_numba import BAD_REQUEST, OK, block_range, parse_header
+from hbx_gpu._engine.host.kernels import _bytes_at
+
+MAX_GAP = 4
+"""Blocks nobody asked for that are copied along rather than beginning another run."""
+RANGE = np.dtype([("source", "<u8"), ("target", "<u8"), ("nbytes", "<u8")])
+"""One copy: address, place in the staged bytes, length."""
+SLACK = 8
+"""Bytes behind the patches of a run: decoders load eight from any byte of them."""
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+_HEADER_BYTES = HEADER.size
+
+
+@intrinsic
+def _copy(typingctx, target, source, nbytes):  # noqa: ARG001 - numba's signature
+    """memcpy between two addresses."""
+
+    def codegen(context, builder, signature, args):  # noqa: ARG001
+        target, source = (builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2])
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64), codegen
+
+
+@_jit
+def _up(x, step):
+    return (x + step - 1) & ~np.int64(step - 1)
+
+
+@_jit
+def _end_run(src, address, geometry, first_block, end_block, n, at, run, ranges):
+    """Describe the run of blocks [first_block, end_block) staged at `at`; returns (status, bytes)."""
+    _, gaps, base_bytes, minimum, payload_start, patch_start, _, element_size = geometry
+    status, payload, payload_end, patch, patch_end = block_range(src, first_block, end_block, geometry)
+    if status != OK:
+        return status, 0
+    record_bytes = 32 + 8 * base_bytes if gaps else 24
+    first_record = first_block >> 3
+    n_records = ((end_block + 7) >> 3) - first_record
+
+    begin = (_HEADER_BYTES + first_record * record_bytes, payload, patch)
+    nbytes = (n_records * record_bytes, payload_end - payload, patch_end - patch)
+    target = (at, _up(at + nbytes[0], 16), _up(at + nbytes[0], 16) + nbytes[1])
+    for k in range(3):
+        ranges[k].source = address + np.uint64(begin[k])
+        ranges[k].target = target[k]
+        ranges[k].nbytes = nbytes[k]
+
+    run.records, run.payload, run.patches = target[0], target[1], target[2]
+    run.minimum = minimum
+    run.first_record, run.n_records = first_record, n_records
+    run.payload_begin, run.payload_units = (payload - payload_start) >> 4, nbytes[1] >> 4
+    run.patch_begin, run.patch_bytes = patch - patch_start, nbytes[2]
+    run.n = n
+    run.element_size, run.transform, run.base_bytes = element_size, gaps, base_bytes
+    run.unused = 0
+    return OK, _up(target[2] + nbytes[2] + SLACK, 16) - at
+
+
+@_jit
+def size_runs(
+    jobs, address, nbytes, elements, element_size, source, role, resident, piece_ptr, skip, count, out, row,
+    runs, ranges, pieces, piece_row, status,
+):  # fmt: skip
+    """Cut what the pieces of rowpack chunks need into runs of blocks, one behind the other from byte 0.
+
+    Parameters
+    ----------
+    jobs
+        int64, (k,). Chunks of the plan.
+    address, nbytes
+        Of every chunk of the plan, as in a Slab.
+    elements, element_size, source, role
+        int64, (k,). Of each job: values of a chunk, bytes per value, its HbxSource and HbxOutput.
+    resident
+        int64, (k,). The run of a job whose chunk is in device memory, of which nothing is staged; else -1.
+    piece_ptr, skip, count, out, row
+        As in a BatchPlan.
+    runs, ranges, pieces, piece_row
+        Filled: HbxRun (as many as pieces at most), three copies per run, HbxPiece and output row of each
+        piece of the jobs in order.
+    status
+        int64, (k,). Filled: OK, or why a job does not work (`rowpack_numba.describe_status`).
+
+    Returns
+    -------
+    tuple
+        (runs, bytes staged). Good for nothing unless every status is OK.
+    """
+    n_runs, n_pieces, at = 0, 0, np.int64(0)
+    for j in range(len(jobs)):
+        c = jobs[j]
+        staged = resident[j] < 0
+        src = _bytes_at(address[c], nbytes[c] if staged else 0)
+        geometry = parse_header(src, element_size[j], elements[j])
+        status[j] = geometry[0] if staged else OK
+        begin, end = np.int64(-1), np.int64(0)  # blocks of the run that is open
+        for p in range(piece_ptr[c], piece_ptr[c + 1]):
+            if count[p] < 1 or skip[p] < 0 or skip[p] + count[p] > elements[j]:
+                status[j] = BAD_REQUEST
+            if status[j] != OK:
+                return n_runs, at
+            piece = pieces[n_pieces]
+            piece.out, piece.run, piece.skip, piece.count = out[p], resident[j], skip[p], count[p]
+            piece.source, piece.role, piece.unused = source[j], role[j], 0
+            piece_row[n_pieces] = row[p]
+            n_pieces += 1
+            if not staged:
+                continue
+            first, last = skip[p] // BLOCK, (skip[p] + count[p] + BLOCK - 1) // BLOCK
+            if begin >= 0 and first > end + MAX_GAP:
+                status[j], nbytes_run = _end_run(
+                    src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
+                )
+                n_runs, at, begin = n_runs + 1, at + nbytes_run, -1
+            if begin < 0:
+                begin = first
+                end = first
+            end = max(end, last)
+            piece.run = n_runs
+        if begin >= 0 and status[j] == OK:
+            status[j], nbytes_run = _end_run(
+                src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
+            )
+            n_runs, at = n_runs + 1, at + nbytes_run
+        if status[j] != OK:
+            return n_runs, at
+    return n_runs, at
+
+
+@_jit
+def whole_runs(address, nbytes, elements, element_size, place, runs, status):
+    """Describe whole rowpack chunks as runs.
+
+    Parameters
+    ----------
+    address, nbytes, elements, element_size
+        Of each chunk, as in `size_runs`.
+    place
+        int64, (k,). Where the chunk lies in the arena.
+    runs, status
+        Filled: HbxRun; OK, or why it does not work.
+    """
+    for j in range(len(address)):
+        geometry = parse_header(_bytes_at(address[j], nbytes[j]), element_size[j], elements[j])
+        status[j], gaps, base_bytes, minimum, payload_start, patch_start, patch_end, _ = geometry
+        run = runs[j]
+        run.records, run.payload, run.patches = (
+            place[j] + _HEADER_BYTES, place[j] + payload_start, place[j] + patch_start
+        )  # fmt: skip
+        run.minimum = minimum
+        run.first_record, run.n_records = 0, (elements[j] + 8 * BLOCK - 1) // (8 * BLOCK)
+        run.payload_begin, run.payload_units = 0, (patch_start - payload_start) >> 4
+        run.patch_begin, run.patch_bytes = 0, patch_end - patch_start
+        run.n = elements[j]
+        run.element_size, run.transform, run.base_bytes = element_size[j], gaps, base_bytes
+        run.unused = 0
+
+
+@_jit
+def copy_ranges(ranges, base, target):
+    """Carry out copies: `base` is added to their sources, `target` is the address that places count from."""
+    for k in range(len(ranges)):
+        _copy(target + ranges[k].target, base + ranges[k].source, ranges[k].nbytes)
+
+
+@_jit
+def _by_row(pieces, piece_row, role, n_rows, ptr, order):
+    """Numbers of the pieces of one role, row after row; within a row in the order they come."""
+    ptr[:] = 0
+    for i in range(len(pieces)):
+        if pieces[i].role == role:
+            ptr[piece_row[i] + 1] += 1
+    for r in range(n_rows):
+        ptr[r + 1] += ptr[r]
+    for i in range(len(pieces)):
+        if pieces[i].role == role:
+            order[ptr[piece_row[i]]] = i
+            ptr[piece_row[i]] += 1
+    for r in range(n_rows, 0, -1):
+        ptr[r] = ptr[r - 1]
+    ptr[0] = 0
+
+
+@_jit
+def cut_segments(pieces, piece_row, role, n_rows, segments, row_ptr):
+    """Pair the pieces of column indices (role 0) with those of a layer, row by row.
+
+    Parameters
+    ----------
+    pieces, piece_row
+        From `size_runs`; the pieces of a row and role come in ascending order.
+    role
+        Role of the layer.
+    segments
+        Filled: HbxSegment, as many as pieces at most.
+    row_ptr
+        uint32, (n_rows + 1,). Filled: row r has segments row_ptr[r]:row_ptr[r + 1].
+
+    Returns
+    -------
+    int
+        Number of segments; -1 where the two arrays do not have their blocks at the same places.
+    """
+    index_ptr, value_ptr = np.empty(n_rows + 1, np.int64), np.empty(n_rows + 1, np.int64)
+    index_order, value_order = np.empty(len(pieces), np.int64), np.empty(len(pieces), np.int64)
+    _by_row(pieces, piece_row, 0, n_rows, index_ptr, index_order)
+    _by_row(pieces, piece_row, role, n_rows, value_ptr, value_order)
+    n = 0
+    row_ptr[0] = 0
+    for r in range(n_rows):
+        i, v, i_used, v_used = index_ptr[r], value_ptr[r], np.int64(0), np.int64(0)
+        while i < index_ptr[r + 1] and v < value_ptr[r + 1]:
+            index, value = pieces[index_order[i]], pieces[value_order[v]]
+            index_skip, value_skip = np.int64(index.skip) + i_used, np.int64(value.skip) + v_used
+            if (index_skip - value_skip) % BLOCK != 0:
+                return -1
+            count = min(np.int64(index.count) - i_used, np.int64(value.count) - v_used)
+            segment = segments[n]
+            segment.index_piece, segment.value_piece = index_order[i], value_order[v]
+            segment.index_skip, segment.value_skip = index_skip, value_skip
+            segment.count, segment.unused = count, 0
+            n += 1
+            i_used += count
+            v_used += count
+            if i_used == index.count:
+                i, i_used = i + 1, 0
+            if v_used == value.count:
+                v, v_used = v + 1, 0
+        if i < index_ptr[r + 1] or v < value_ptr[r + 1]:
+            return -1
+        row_ptr[r + 1] = n
+    return n

@@ -1,0 +1,280 @@
+"""The host engine: plan and bytes in, CSR or dense rows in ordinary memory out.
+
+One call uses one thread and holds the GIL only between kernels, so that several batches decode side
+by side on the loader's threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._codecs import bitpacking_numba, rowpack_numba
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._codecs.rowpack import BLOCK
+from hbx_gpu._engine.host import kernels
+from hbx_gpu._engine.verify import ChunkChecks
+from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.readers import Slab
+from hbx_gpu.errors import CorruptChunkError
+
+RAW = "raw"
+# Codec -> what decodes and hands out index chunks, value chunks, and says what went wrong.
+_KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
+    "bitpacking": (
+        kernels.bitpacked_columns,
+        kernels.bitpacked_values,
+        bitpacking_numba.describe_status,
+    ),
+    "rowpack": (kernels.rowpack_columns, kernels.rowpack_values, rowpack_numba.describe_status),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What arrays must have in common to go through one kernel call; codec "" = none of the kernels'.
+
+    Chunks that are stored as they are (`RAW`) may differ in their number of elements.
+    """
+
+    role: int
+    dtype: np.dtype
+    codec: str
+    word_size: int
+    elements: int
+
+
+def _kind(role: int, layout: ArrayLayout, codec: ChunkCodec, out: np.dtype) -> _Kind:
+    elements, dtype = layout.chunk_shape[0], layout.dtype
+    # numba can copy float16 as bit patterns and do nothing else with it.
+    half = np.float16 in (dtype, out)
+    if codec.is_raw and dtype.kind in "iuf" and (dtype == out or not half):
+        return _Kind(role, dtype, RAW, dtype.itemsize, 0)
+    if half:
+        return _Kind(role, dtype, "", 0, elements)
+    if codec.rowpack == dtype.itemsize and dtype.kind == "u":
+        return _Kind(role, dtype, "rowpack", codec.rowpack, elements)
+    if codec.bitpacking and elements * dtype.itemsize % codec.bitpacking == 0:
+        return _Kind(role, dtype, "bitpacking", codec.bitpacking, elements)
+    return _Kind(role, dtype, "", 0, elements)
+
+
+class HostEngine:
+    """Decode and gather with numba.
+
+    Parameters
+    ----------
+    table
+        Vectors of the dataset's Sources.
+    directory
+        Their chunks; its arrays are numbered as in `table`.
+    dtypes
+        Output dtype of each layer.
+    pool
+        Where the memory of outputs comes from; None: fresh memory.
+    """
+
+    def __init__(
+        self,
+        table: SourceTable,
+        directory: ChunkDirectory,
+        dtypes: Sequence[np.dtype],
+        pool: BufferPool | None = None,
+    ) -> None:
+        self.table, self.directory, self.dtypes = table, directory, list(dtypes)
+        self._empty = pool.empty if pool else np.empty
+        self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
+        # Arrays of one kind share a kernel call.
+        kinds: dict[_Kind, int] = {}
+        kind_of = [
+            kinds.setdefault(_kind(role, layout, codec, out), len(kinds))
+            for (role, out), layout, codec in zip(
+                itertools.cycle(enumerate([np.dtype(np.int32), *self.dtypes])),
+                directory.layouts,
+                self._codecs,
+                strict=False,
+            )
+        ]
+        self._kind_of = np.array(kind_of, dtype=np.int64)
+        self._kinds = list(kinds)
+        self._checks = ChunkChecks(table, directory)
+        self._scratch = threading.local()
+
+    def csr(
+        self, plan: BatchPlan, slab: Slab, *, falling: np.ndarray | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Rows of `plan` in CSR form.
+
+        Parameters
+        ----------
+        plan, slab
+            What to decode, and the stored bytes of its chunks.
+        falling
+            bool, (n_rows,), all False. Makes `indices` int64, and is set for rows whose columns do not
+            ascend, each once: what sparse tensors are made of. Not where columns are dropped.
+
+        Returns
+        -------
+        indices
+            int32 (int64 with `falling`), (nnz,). Output columns in stored order.
+        values
+            One array (nnz,) per layer, of the engine's dtypes.
+        offsets
+            int64, (n_rows + 1,).
+
+        Raises
+        ------
+        CorruptChunkError
+            A chunk does not decode, or holds a column number its Source does not have.
+        """
+        indices: np.ndarray = self._empty(plan.n_elements, np.int32 if falling is None else np.int64)
+        falls = np.zeros(0 if falling is None else len(plan.piece_row), np.uint8)
+        values = [self._empty(plan.n_elements, dtype) for dtype in self.dtypes]
+        outputs = [indices, *values]
+        absent = slab.address == 0
+        self._fill_absent(plan, np.flatnonzero(absent), outputs, falls)
+        kind = self._kind_of[plan.chunk_array]
+        for k in np.unique(kind):
+            jobs = np.flatnonzero((kind == k) & ~absent)
+            if not len(jobs):
+                continue
+            one = self._kinds[k]
+            if one.codec == RAW:
+                self._raw(plan, slab, jobs, one, outputs[one.role], falls)
+            elif one.codec:
+                self._packed(plan, slab, jobs, one, outputs[one.role], falls)
+            else:
+                self._general(plan, slab, jobs, one.role, outputs[one.role], falls)
+        if falling is not None:
+            kernels.mark_falling_rows(plan.piece_row, plan.piece_out, plan.offsets, indices, falls, falling)
+        if not self.table.drops:
+            return indices, values, plan.offsets
+        keep = indices >= 0
+        kept = np.zeros(len(indices) + 1, dtype=np.int64)
+        np.cumsum(keep, out=kept[1:])
+        return indices[keep], [v[keep] for v in values], kept[plan.offsets]
+
+    def _packed(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+    ) -> None:
+        """Chunks that a kernel decodes and hands out, all in one call."""
+        word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
+        columns, values, describe = _KERNELS[kind.codec]
+        buffers: tuple[Any, ...]
+        if kind.codec == "rowpack":
+            self._checks.rowpack_checksums(plan, slab, jobs)
+            # One value per word, whatever the array's dtype; whole words of values go straight out.
+            scratch = self._scratch_bytes((BLOCK + kind.elements) * word.itemsize).view(word)
+            edge, words = scratch[:BLOCK], scratch[BLOCK:]
+            buffers = (kind.word_size, kind.elements, words, edge)
+            if kind.role != INDEX_ROLE:
+                direct = out.dtype == word
+                buffers = (kind.word_size, kind.elements, out if direct else words, edge, direct)
+        else:
+            scratch = self._scratch_bytes(kind.elements * kind.dtype.itemsize)
+            buffers = (kind.word_size, scratch.view(word), scratch.view(kind.dtype))
+        pieces = (plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out)
+        status = np.zeros(len(plan.chunks), dtype=np.int64)
+        if kind.role == INDEX_ROLE:
+            table = self.table
+            source = plan.chunk_array[jobs] // table.n_roles
+            remap = (table.remap, table.remap_start, table.remap_length, table.identity)
+            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, falls, status)
+        else:
+            values(jobs, slab.address, slab.nbytes, *buffers, *pieces, out, status)
+        if status.any():
+            c = int(np.flatnonzero(status)[0])
+            raise self._error(plan, c, int(status[c]), describe)
+
+    def _raw(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+    ) -> None:
+        """Chunks that are stored as they are: only what the pieces need is touched."""
+        self._checks.raw_sizes(plan, slab, jobs)
+        like = np.empty(0, kind.dtype)
+        if kind.dtype == np.float16:
+            like, out = like.view(np.uint16), out.view(np.uint16)
+        pieces = (plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out)
+        if kind.role != INDEX_ROLE:
+            kernels.raw_values(jobs, slab.address, slab.nbytes, like, *pieces, out)
+            return
+        table = self.table
+        status = np.zeros(len(plan.chunks), dtype=np.int64)
+        remap = (table.remap, table.remap_start, table.remap_length, table.identity)
+        source = plan.chunk_array[jobs] // table.n_roles
+        kernels.raw_columns(
+            jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, falls, status
+        )
+        if status.any():
+            raise self._error(plan, int(np.flatnonzero(status)[0]), kernels.COLUMN_OUT_OF_RANGE)
+
+    def _general(
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray, falls: np.ndarray
+    ) -> None:
+        """Chunks of any other codec: one library call each, then the same hand-out."""
+        table = self.table
+        pieces = (plan.piece_skip, plan.piece_count, plan.piece_out)
+        for c in jobs:
+            array = int(plan.chunk_array[c])
+            try:
+                decoded = self._codecs[array].decode(slab.view(int(c)))
+            except ValueError as error:
+                raise self.directory.error(
+                    int(plan.chunks[c]), getattr(error, "reason", str(error))
+                ) from error
+            decoded = np.ascontiguousarray(decoded)
+            p0, p1 = plan.piece_ptr[c], plan.piece_ptr[c + 1]
+            if role == INDEX_ROLE:
+                source = array // table.n_roles
+                first = table.remap_start[source]
+                remap = table.remap[first : first + table.remap_length[source]]
+                if not kernels.scatter_columns(
+                    decoded, p0, p1, *pieces, remap, table.identity[source], out, falls
+                ):
+                    raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
+            elif np.float16 in (decoded.dtype, out.dtype):
+                for skip, count, at in zip(*(numbers[p0:p1].tolist() for numbers in pieces), strict=True):
+                    out[at : at + count] = decoded[skip : skip + count]
+            else:
+                kernels.scatter_values(decoded, p0, p1, *pieces, out)
+
+    def _fill_absent(
+        self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray], falls: np.ndarray
+    ) -> None:
+        table = self.table
+        for c in absent:
+            array = int(plan.chunk_array[c])
+            source, role = divmod(array, table.n_roles)
+            p0, p1 = int(plan.piece_ptr[c]), int(plan.piece_ptr[c + 1])
+            value = self._checks.fill_value(plan, int(c))
+            if role == INDEX_ROLE:
+                value = table.remap[table.remap_start[source] + int(value)]
+                falls[p0:p1] = plan.piece_count[p0:p1] > 1 if len(falls) else 0
+            out = outputs[role]
+            filling = np.array(value, out.dtype)
+            if out.dtype == np.float16:
+                out, filling = out.view(np.uint16), filling.view(np.uint16)
+            kernels.fill_pieces(p0, p1, plan.piece_count, plan.piece_out, filling[()], out)
+
+    def _error(
+        self, plan: BatchPlan, c: int, status: int, describe: Callable[[int], str] = str
+    ) -> CorruptChunkError:
+        if status == kernels.COLUMN_OUT_OF_RANGE:
+            return self._checks.column_error(plan, c)
+        return self.directory.error(int(plan.chunks[c]), describe(status))
+
+    def _scratch_bytes(self, nbytes: int) -> np.ndarray:
+        """Scratch of this thread, kept between calls: fresh pages cost more than decoding into them."""
+        buffer = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            # uint64 backing keeps every view aligned.
+            buffer = self._scratch.buffer = np.empty(-(-nbytes // 8), dtype=np.uint64).view(np.uint8)
+        return buffer[:nbytes]

@@ -1,0 +1,87 @@
+"""CSR rows to dense rows on the host: written once, in any float width, counts transformed on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hbx_gpu._buffers import BufferPool
+from hbx_gpu._engine.host.dense_kernels import BFLOAT16, FLOAT16, NATIVE, add_rows, convert_rows
+from hbx_gpu.batch import SparseBatch
+from hbx_gpu.transforms import Transform, not_counts
+
+FORMATS = {"float32": NATIVE, "float64": NATIVE, "bfloat16": BFLOAT16, "float16": FLOAT16}
+"""Dense dtypes; the 16-bit ones are made as bit patterns in uint16, which NumPy lacks or numba cannot add."""
+
+
+def _are_counts(values: np.ndarray) -> bool:
+    """Whether all values are whole numbers of at least 0."""
+    if values.dtype.kind == "u" or not len(values):
+        return True
+    if values.dtype.kind != "f":
+        return bool(values.min() >= 0)
+    return bool(np.isfinite(values).all() and values.min() >= 0 and (np.floor(values) == values).all())
+
+
+def densify(
+    batch: SparseBatch,
+    *,
+    dtype: str = "float32",
+    transform: Transform | None = None,
+    pool: BufferPool | None = None,
+) -> np.ndarray:
+    """A sparse batch as a dense matrix; columns that repeat within a row are summed.
+
+    Parameters
+    ----------
+    batch
+        Rows of a sparse feature space.
+    dtype
+        A key of `FORMATS`.
+    transform
+        Done to the sums, before rounding to `dtype`.
+    pool
+        Where the output's memory comes from.
+
+    Returns
+    -------
+    ndarray
+        (n_rows, n_features), C order. float32 or float64; float16 as such; bfloat16 as uint16 bit patterns.
+
+    Raises
+    ------
+    ValueError
+        Unknown dtype, or a column outside the matrix.
+    InvalidDataError
+        A transform, and values that are no counts.
+    """
+    if dtype not in FORMATS:
+        raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
+    transform = transform or Transform()
+    kind = FORMATS[dtype]
+    stored = np.dtype(np.uint16) if kind != NATIVE else np.dtype(dtype)
+    shape = (len(batch), batch.n_features)
+    out = (pool.empty if pool else np.empty)(shape, stored)
+    target_sum = transform.target_sum or 0.0
+    # numba cannot add float16.
+    values = batch.values if batch.values.dtype != np.float16 else batch.values.astype(np.float32)
+    if transform != Transform() and not _are_counts(batch.values):
+        raise not_counts("the batch's layer")
+    if kind == NATIVE and not transform.log1p:
+        bad = add_rows(batch.offsets, batch.indices, values, target_sum, out)
+    else:
+        tile = np.zeros(batch.n_features, np.float32)
+        sums = np.empty(int(np.diff(batch.offsets).max(initial=0)), np.float32)
+        bad = convert_rows(
+            batch.offsets,
+            batch.indices,
+            values,
+            target_sum,
+            transform.log1p,
+            kind,
+            tile,
+            sums,
+            out,
+        )
+    if bad >= 0:
+        raise ValueError(f"row {bad} of the batch has a column outside [0, {batch.n_features})")
+    return out.view(np.float16) if kind == FLOAT16 else out

@@ -1,0 +1,1 @@
+"""Reading AnnData .h5ad files: encodings, matrices and columns, without loading them whole."""

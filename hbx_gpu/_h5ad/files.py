@@ -1,0 +1,250 @@
+"""Reading .h5ad and .h5mu files piece by piece: which matrices they hold, rows as a stream, obs and var."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
+from hbx_gpu.errors import InvalidDataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class AnnDataGroup:
+    """An AnnData inside an open HDF5 file.
+
+    Parameters
+    ----------
+    group
+        The file itself, or a group of it.
+    path
+        The file.
+    modality
+        Name of the group in a MuData file, ``""`` for a file that is one AnnData.
+    """
+
+    def __init__(self, group: h5py.Group, path: Path, modality: str = "") -> None:
+        self.path, self.modality, self._file = path, modality, group
+        self.source = f"{path}:{modality}" if modality else str(path)
+
+    def matrices(self) -> list[str]:
+        """Names of the matrices: ``X``, ``raw`` and the layers, as far as they exist."""
+        names = ["X"] if _is_matrix(self._file.get("X")) else []
+        names += ["raw"] if _is_matrix(self._file.get("raw/X")) else []
+        return names + sorted(self._layers())
+
+    def matrix(self, name: str = "X") -> Matrix:
+        """One of :meth:`matrices`; its shape agrees with obs and its var.
+
+        Raises
+        ------
+        InvalidDataError
+            No such matrix, no rows or columns, a contradiction in its metadata.
+        """
+        if name not in self.matrices():
+            raise InvalidDataError(
+                f"{self.source} has no matrix {name!r}; it holds {self.matrices()} "
+                "(X, raw, or the name of a layer)"
+            )
+        key = {"X": "X", "raw": "raw/X"}.get(name, f"layers/{name}")
+        return open_matrix(self._file[key], f"{self.source}, matrix {name!r}")
+
+    def obs(self) -> pd.DataFrame:
+        """Table of the cells, their names as index."""
+        return self._frame("obs")
+
+    def var(self, matrix: str = "X") -> pd.DataFrame:
+        """Table of the features of a matrix, their names as index: of ``raw/var`` for ``raw``."""
+        return self._frame("raw/var" if matrix == "raw" else "var")
+
+    def _layers(self) -> list[str]:
+        layers = self._file.get("layers")
+        if not isinstance(layers, h5py.Group):
+            return []
+        # A layer may not hide X or raw; nobody names one so.
+        return [name for name in layers if _is_matrix(layers[name]) and name not in ("X", "raw")]
+
+    def _frame(self, key: str) -> pd.DataFrame:
+        return read_frame(self._file, key, self.source)
+
+
+class _File:
+    """An open HDF5 file; a context manager."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, needs: set[str], what: str) -> None:
+        self.path = Path(path)
+        self._file = _open_hdf5(self.path, kind)
+        if not needs <= set(self._file):
+            found = sorted(self._file) or "nothing"
+            self._file.close()
+            raise InvalidDataError(
+                f"{self.path} is HDF5 but no {what} file: expected {' and '.join(sorted(needs))}, "
+                f"found {found}"
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class H5adFile(_File, AnnDataGroup):
+    """An open .h5ad file; a context manager.
+
+    Parameters
+    ----------
+    path
+        The file. Written by anndata of any release, the oldest ones included.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    InvalidDataError
+        Not HDF5, damaged, or no AnnData.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        _File.__init__(self, path, ".h5ad", {"obs", "var"}, "AnnData")
+        AnnDataGroup.__init__(self, self._file, self.path)
+
+    def __enter__(self) -> H5adFile:
+        return self
+
+
+class H5muFile(_File):
+    """An open .h5mu file, which holds one AnnData per modality; a context manager.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    InvalidDataError
+        Not HDF5, damaged, no MuData, or modalities that do not share their cells.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, ".h5mu", {"mod", "obs"}, "MuData")
+        axis = int(self._file.attrs.get("axis", 0))
+        if axis == 1:
+            self._file.close()
+            raise InvalidDataError(
+                f"{self.path}: its parts share features, not cells (axis=1), so they are datasets and no "
+                "modalities; write each to an .h5ad file and ingest them one by one"
+            )
+
+    def __enter__(self) -> H5muFile:
+        return self
+
+    def modalities(self) -> list[str]:
+        """Names of the modalities, in the order of the file."""
+        there = [str(name) for name in self._file["mod"]]
+        order = [str(name) for name in self._file["mod"].attrs.get("mod-order", ())]
+        return [name for name in order if name in there] + [name for name in there if name not in order]
+
+    def modality(self, name: str) -> AnnDataGroup:
+        """One of :meth:`modalities`.
+
+        Raises
+        ------
+        InvalidDataError
+            No such modality, or it is no AnnData.
+        """
+        if name not in self.modalities():
+            raise InvalidDataError(f"{self.path} has no modality {name!r}; it has {self.modalities()}")
+        group = self._file["mod"][name]
+        if not {"obs", "var"} <= set(group):
+            raise InvalidDataError(
+                f"{self.path}: modality {name!r} is no AnnData: expected obs and var, found {sorted(group)}"
+            )
+        return AnnDataGroup(group, self.path, name)
+
+    def obs(self) -> pd.DataFrame:
+        """Table of all cells, without the copies of the modalities' columns that MuData keeps."""
+        frame = read_frame(self._file, "obs", str(self.path))
+        return without_copies(frame, {name: self.modality(name).obs().columns for name in self.modalities()})
+
+
+def without_copies(obs: pd.DataFrame, columns: Mapping[str, Iterable[str]]) -> pd.DataFrame:
+    """The common obs of a MuData without the columns ``<modality>:<column>`` of its modalities."""
+    copies = {f"{name}:{column}" for name, own in columns.items() for column in own}
+    return obs.drop(columns=[column for column in obs.columns if column in copies])
+
+
+def _open_hdf5(path: Path, kind: str) -> h5py.File:
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "missing"
+        raise FileNotFoundError(f"expected an {kind} file at {path}; it is {what}")
+    if not h5py.is_hdf5(path):
+        size = path.stat().st_size
+        why = "it is empty" if not size else f"its {size} bytes do not begin with the HDF5 signature"
+        raise InvalidDataError(f"{path} is no HDF5 file, so no {kind}: {why}")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InvalidDataError(f"{path} cannot be opened: {error}; it is truncated or damaged") from error
+
+
+def read_frame(file: h5py.Group, key: str, source: str) -> pd.DataFrame:
+    """A table of an AnnData file, its index as strings.
+
+    Raises
+    ------
+    InvalidDataError
+        It cannot be read.
+    """
+    from anndata.io import read_elem
+
+    try:
+        node = file[key]
+        frame = _legacy_frame(file, key) if isinstance(node, h5py.Dataset) else read_elem(node)
+    except Exception as error:  # anndata raises whatever it meets in a damaged file
+        raise InvalidDataError(f"{source}: cannot read {key}: {error}") from error
+    frame.index = frame.index.astype(str)
+    return frame
+
+
+def _is_matrix(node: Any) -> bool:
+    if isinstance(node, h5py.Group):
+        return {"data", "indices", "indptr"} <= set(node)
+    return isinstance(node, h5py.Dataset) and node.ndim == 2
+
+
+def open_matrix(node: Any, name: str) -> Matrix:
+    if isinstance(node, h5py.Dataset):
+        return DenseMatrix(name, (int(node.shape[0]), int(node.shape[1])), node)
+    layout = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+    kind: Any = {"csr_matrix": CsrMatrix, "csr": CsrMatrix, "csc_matrix": CscMatrix, "csc": CscMatrix}.get(
+        layout
+    )
+    if kind is None or shape is None or len(shape) != 2:
+        raise InvalidDataError(
+            f"{name}: expected a CSR, CSC or dense matrix with its shape, found encoding {layout!r} "
+            f"and shape {shape}"
+        )
+    opened: Matrix = kind(name, (int(shape[0]), int(shape[1])), node["indptr"], node["indices"], node["data"])
+    return opened
+
+
+def _legacy_frame(file: h5py.Group, key: str) -> pd.DataFrame:
+    """A table stored as one compound dataset (anndata before 0.7), categories kept in uns."""
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(file[key][:])
+    for column in frame.columns:
+        if frame[column].dtype == object:
+            frame[column] = frame[column].map(lambda v: v.decode() if isinstance(v, bytes) else v)
+        labels = file.get(f"uns/{column}_categories")
+        if isinstance(labels, h5py.Dataset) and frame[column].dtype.kind in "iu":
+            names = [v.decode() if isinstance(v, bytes) else v for v in np.atleast_1d(labels[()])]
+            frame[column] = pd.Categorical.from_codes(frame[column].to_numpy(), names)
+    return frame.set_index("index" if "index" in frame.columns else frame.columns[0])

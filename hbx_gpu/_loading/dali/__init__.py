@@ -1,0 +1,1 @@
+"""Batches handed over through an NVIDIA DALI pipeline."""

@@ -1,0 +1,442 @@
+"""How a window of batches is made: on the host, or staged there and decoded on a GPU.
+
+A feed's `make` runs on the loader's threads, several at a time; `deliver` on the consumer's thread, batch by
+batch in order. What a feed delivers belongs to the consumer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from hbx_gpu._collates import (
+    DenseCollate,
+    MultimodalCollate,
+    check_columns,
+    multimodal_to_dense_collate,
+    sparse_to_dense_collate,
+)
+from hbx_gpu.stats import stage
+from hbx_gpu.transforms import Transform
+
+if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._engine.device import DeviceEngine, Pending, Staging
+    from hbx_gpu._engine.device.backend import Backend, Event, Slot
+    from hbx_gpu._plan.rows import BatchPlan
+    from hbx_gpu._source import RowIndex
+
+# Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
+# compressed bytes in page-locked and device memory.
+_CSR_BYTES = 16
+_STAGED_BYTES = 4
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Feed(Protocol):
+    """Makes batches of row numbers."""
+
+    def make(self, selections: list[np.ndarray]) -> list[Any]:
+        """One entry per batch of a window; any thread."""
+
+    def deliver(self, made: Any) -> Any:
+        """What the consumer receives for an entry; the consumer's thread."""
+
+    def nbytes(self, rows: np.ndarray) -> int:
+        """Bytes that the batch of `rows` takes up, as far as that can be told."""
+
+
+def tell_epoch(collate: Any, epoch: int) -> None:
+    """Tell a feed or a collate which epoch comes, if it wants to know."""
+    set_epoch = getattr(collate, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
+
+
+class HostFeed:
+    """Batches of a dataset, collated on the thread that read them.
+
+    Parameters
+    ----------
+    dataset, collate
+        What is read, and what becomes of each batch.
+    io
+        How stored bytes are read: ``"mmap"``, ``"pinned"`` (``preadv`` here), ``"auto"``, which measures
+        both; None: as the dataset was opened.
+    residency, residency_budget
+        ``"none"`` and ``"auto"``: the page cache keeps chunks. ``"host"`` and ``"device"``: a copy on the
+        heap, of so many bytes at most.
+    threads
+        That copy and measure; None: as many as cores.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any],
+        *,
+        io: str | None = None,
+        residency: str = "none",
+        residency_budget: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._collate = collate
+        if io is not None or residency != "none":
+            from hbx_gpu._loading.residency.host import hold_on_host
+
+            dataset = hold_on_host(
+                dataset, residency, io=io, budget=residency_budget, threads=threads or cores()
+            )
+        self._dataset = dataset
+
+    def make(self, selections: list[np.ndarray]) -> list[Any]:
+        """See :class:`Feed`."""
+        read_batches = getattr(self._dataset, "read_batches", None)
+        if read_batches is None:
+            return [self._collate(self._dataset.__getitems__(rows)) for rows in selections]
+        batches = read_batches(selections)
+        with stage("decode") as collating:
+            collating.nbytes = sum(self._collated_nbytes(len(rows)) for rows in selections)
+            return [self._collate(batch) for batch in batches]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the collate, if what it makes depends on the epoch."""
+        tell_epoch(self._collate, epoch)
+
+    def deliver(self, made: Any) -> Any:
+        """See :class:`Feed`."""
+        return made
+
+    def nbytes(self, rows: np.ndarray) -> int:
+        """See :class:`Feed`."""
+        batch_nbytes = getattr(self._dataset, "batch_nbytes", None)
+        return (int(batch_nbytes(rows)) if batch_nbytes else 0) + self._collated_nbytes(len(rows))
+
+    def nbytes_of(self, batches: list[np.ndarray]) -> list[int]:
+        """:meth:`nbytes` of each of several batches."""
+        batches_nbytes = getattr(self._dataset, "batches_nbytes", None)
+        if batches_nbytes is None:
+            return [self.nbytes(rows) for rows in batches]
+        found = zip(batches_nbytes(batches), batches, strict=True)
+        return [nbytes + self._collated_nbytes(len(rows)) for nbytes, rows in found]
+
+    def _collated_nbytes(self, n_rows: int) -> int:
+        collate_nbytes = getattr(self._collate, "nbytes", None)
+        if self._collate is sparse_to_dense_collate:
+            collate_nbytes = DenseCollate().nbytes
+        if self._collate is multimodal_to_dense_collate:
+            collate_nbytes = MultimodalCollate().nbytes
+        return int(collate_nbytes(n_rows, self._dataset.n_features)) if collate_nbytes else 0
+
+
+class StagedFeed:
+    """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
+
+    What they become is said by `_stage` and `_submit`.
+
+    Parameters
+    ----------
+    dataset, backend
+        What is read, and the device.
+    """
+
+    one_batch_per_window = False
+
+    def __init__(self, dataset: CellDataset, backend: Backend) -> None:
+        from torch.utils.data import get_worker_info
+
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "a loader on a GPU runs on threads: make it in the training process, not in a worker"
+            )
+        check_columns([*dataset.columns, "index"])
+        self._dataset, self._backend = dataset, backend
+        # Staging memory that no window uses now. Windows in flight bound its number, the loader bounds those.
+        self._free: deque[Slot] = deque()
+        self._submitting = threading.Lock()
+
+    def make(self, selections: list[np.ndarray]) -> list[_Made]:
+        """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
+        rows = [self._dataset.row_numbers(selection) for selection in selections]
+        selection = np.concatenate([*rows, np.empty(0, np.int64)])
+        columns = _Columns({**self._dataset.columns, "index": None}, selection)
+        slot = self._slot()
+        staging = self._stage(selection, slot)
+        with stage("copy"):
+            columns.pack(slot)
+        with stage("decode") as ordering, self._submitting:
+            try:
+                pending, tensors, cut = self._submit(staging, slot)
+                tensors = [*tensors, *columns.send(slot, self._backend)]
+                window = _Window(pending, self._backend.event(), slot, tensors, cut, columns)
+                ordering.nbytes = sum(x.numel() * x.element_size() for x in window.tensors)
+            finally:
+                slot.busy = self._backend.event()  # whatever was ordered before an error
+        last = np.cumsum([len(part) for part in rows]).tolist()
+        return [_Made(window, stop - len(part), stop) for part, stop in zip(rows, last, strict=True)]
+
+    def deliver(self, made: _Made) -> dict[str, Any]:
+        """Tensors that the caller's current stream may use; raises what the kernels found."""
+        window = made.window
+        if window.slot is not None:
+            window.event.wait()
+            slot, window.slot = window.slot, None
+            try:
+                window.pending.check()
+            finally:
+                self._free.append(slot)
+        self._backend.hand_over(window.event, window.tensors)
+        return {"X": window.x(made.first, made.last), **window.columns.batch(made.first, made.last)}
+
+    def _slot(self) -> Slot:
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return self._new_slot()
+
+    def _new_slot(self) -> Slot:
+        from hbx_gpu._engine.device.backend import Slot
+
+        return Slot(self._backend)
+
+    def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+        """Plan rows, bring what they need, and pack what of it crosses."""
+        raise NotImplementedError
+
+    def _submit(self, staging: Staging, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+        """Order what makes the rows: it, the tensors they lie in, and what cuts a batch out of these."""
+        raise NotImplementedError
+
+
+class DeviceFeed(StagedFeed):
+    """Batches of sparse rows, decoded on a device.
+
+    Parameters
+    ----------
+    dataset
+        A sparse dataset.
+    backend
+        The device.
+    layout, dtype, transform
+        As for :func:`hbx_gpu.dataloader.make_loader`.
+    reader
+        How stored bytes reach page-locked memory: ``"mmap"`` copies them out of the page cache, ``"pinned"``
+        reads them with ``preadv``. `io` goes before it.
+    io
+        As `reader`; also ``"kvikio"``, which brings whole chunks to device memory, and ``"auto"``, which
+        measures.
+    residency, residency_budget, residency_load
+        Which chunks stay in memory, how many bytes of them, and when they come; see docs/residency.md.
+    decode
+        Where chunks of general codecs are decoded; see :class:`~hbx_gpu._engine.device.DeviceEngine`.
+    threads
+        Of the loader: they load chunks now, and a measurement assumes them; None: as many as cores.
+    """
+
+    def __init__(
+        self,
+        dataset: CellDataset,
+        backend: Backend,
+        *,
+        layout: str,
+        dtype: str,
+        transform: Transform,
+        reader: str = "mmap",
+        io: str | None = None,
+        residency: str = "none",
+        residency_budget: int | None = None,
+        residency_load: str = "start",
+        decode: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        from hbx_gpu._loading.residency.device import DeviceChunks
+
+        super().__init__(dataset, backend)
+        self._engine = dataset.device_engine(backend, decode=decode)
+        self._layout, self._dtype, self._transform = layout, dtype, transform
+        self.chunks = DeviceChunks(
+            dataset,
+            self._engine,
+            layout="csr" if layout == "csr" else "dense",
+            io=io or reader,
+            residency=residency,
+            budget=residency_budget,
+            load=residency_load,
+            threads=threads or cores(),
+        )
+        self._decoded = DecodedBytes(self._engine)
+        # Whether batches of a window could not be told apart before the device has counted.
+        self.one_batch_per_window = layout == "csr" and self._engine.drops
+
+    def nbytes(self, rows: np.ndarray) -> int:
+        """See :class:`Feed`."""
+        rows = self._dataset.row_numbers(rows)
+        elements = int(self._dataset.row_index.length[rows].sum(dtype=np.int64))
+        if self._layout == "dense":
+            out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)
+        else:
+            out = elements * _CSR_BYTES
+        return out + elements * _STAGED_BYTES + self._decoded.of(self._dataset.row_index, rows)
+
+    def _new_slot(self) -> Slot:
+        return self.chunks.slot()
+
+    def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+        return self.chunks.stage(selection, slot)
+
+    def _submit(self, staging: Staging, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+        if self._layout == "dense":
+            pending = self._engine.submit_dense(staging, slot, self._dtype, self._transform)
+            (x,) = pending.tensors
+
+            def dense(first: int, last: int) -> Any:
+                return x[first:last]
+
+            return pending, [x], dense
+        pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"])
+        return pending, *self._csr(pending, staging.plan, self._dataset.n_features)
+
+    def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Any], Callable[..., Any]]:
+        """What sparse tensors are cut from, ordered on the decode stream."""
+        import torch
+
+        with self._backend.on_decode_stream():
+            indices, values, offsets = pending.tensors
+            indices = indices.to(torch.int64)  # torch wants one type for both index arrays
+
+        def cut(first: int, last: int) -> Any:
+            # Without drops the plan knows the bounds; with them a window is one batch, counted by now.
+            a, b = (0, pending.nnz) if self._engine.drops else map(int, plan.offsets[[first, last]])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+                x = torch.sparse_csr_tensor(
+                    offsets[first : last + 1] - a,
+                    indices[a:b],
+                    values[a:b],
+                    size=(last - first, width),
+                    check_invariants=False,  # checked by the kernels
+                )
+            return x if pending.ascending else _canonical(x)
+
+        return [indices, values, offsets], cut
+
+
+class DecodedBytes:
+    """Device memory that chunks take which are decoded whole there (homeobox.bitpacking, general codecs)."""
+
+    def __init__(self, engine: DeviceEngine) -> None:
+        from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64
+
+        stager, self._table = engine.stager, engine.table
+        whole = np.isin(stager.kinds, (PACKED_32, PACKED_64)) | stager.decompresses
+        nbytes = np.where(whole, stager.elements * stager.itemsize, 0)
+        self._of_source = nbytes.reshape(-1, self._table.n_roles).sum(axis=1)
+        self._any = bool(whole.any())
+
+    def of(self, rows: RowIndex, selection: np.ndarray) -> int:
+        """Bytes for the rows `selection`: the chunks of their first and last elements."""
+        if not self._any:
+            return 0
+        source, start, length = rows.source[selection], rows.start[selection], rows.length[selection]
+        filled = (source >= 0) & (length > 0)
+        source, start, length = source[filled].astype(np.int64), start[filled], length[filled]
+        array = source * self._table.n_roles
+        first, elements = self._table.chunk_base[array], self._table.chunk_elements[array]
+        touched = np.concatenate([first + start // elements, first + (start + length - 1) // elements])
+        array = np.searchsorted(self._table.chunk_base, np.unique(touched), "right") - 1
+        return int(self._of_source[array // self._table.n_roles].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Rows [first, last) of a window: one batch."""
+
+    window: _Window
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """Batches decoded under one plan: what the device was told to do and what it writes.
+
+    Attributes
+    ----------
+    pending, event
+        What the engine ordered, and the point behind all of it.
+    slot
+        Staging memory; given up when the first batch is delivered.
+    tensors
+        What the device writes, as allocated.
+    x
+        Cuts the batch of rows [first, last) out of them.
+    columns
+        Metadata.
+    """
+
+    pending: Pending
+    event: Event
+    slot: Slot | None
+    tensors: list[Any]
+    x: Callable[[int, int], Any]
+    columns: _Columns
+
+
+class _Columns:
+    """Metadata of a window's rows: numbers go to the device in one piece, anything else stays NumPy."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray | None], selection: np.ndarray) -> None:
+        self._names = list(columns)
+        found = {name: selection if column is None else column[selection] for name, column in columns.items()}
+        self._kept = {name: column for name, column in found.items() if column.dtype.kind not in "iuf"}
+        self._sent = {name: np.ascontiguousarray(c) for name, c in found.items() if c.dtype.kind in "iuf"}
+        sizes = [-(-column.nbytes // 8) * 8 for column in self._sent.values()]
+        self._places = [0, *np.cumsum(sizes).tolist()]
+        self._tensors: dict[str, Any] = {}
+
+    def pack(self, slot: Slot) -> None:
+        """Copy to page-locked memory."""
+        slot.reserve(0, 0, self._places[-1])
+        for column, at in zip(self._sent.values(), self._places, strict=False):
+            slot.side[at : at + column.nbytes] = column.view(np.uint8)
+
+    def send(self, slot: Slot, backend: Backend) -> list[Any]:
+        """Order the copy; the tensor it goes to."""
+        import torch
+
+        buffer = backend.empty(self._places[-1], "uint8")
+        backend.send(slot.side[: self._places[-1]], buffer)
+        for (name, column), at in zip(self._sent.items(), self._places, strict=False):
+            self._tensors[name] = buffer[at : at + column.nbytes].view(getattr(torch, column.dtype.name))
+        return [buffer]
+
+    def batch(self, first: int, last: int) -> dict[str, Any]:
+        """The columns of rows [first, last)."""
+        found = self._kept | self._tensors
+        return {name: found[name][first:last] for name in self._names}
+
+
+def _canonical(x: Any) -> Any:
+    """Columns ascending and unique within rows; rare, and waits for the device."""
+    import torch
+
+    columns, counts = x.col_indices(), x.crow_indices().diff()
+    rows = torch.arange(len(counts), device=columns.device)
+    rows = torch.repeat_interleave(rows, counts, output_size=len(columns))
+    places = torch.stack((rows, columns))
+    # Said to be unsorted: a CSR tensor converted as it stands would count as sorted.
+    coo = torch.sparse_coo_tensor(places, x.values(), x.shape, check_invariants=False, is_coalesced=False)
+    return coo.coalesce().to_sparse_csr()

@@ -1,0 +1,1 @@
+"""Which chunks stay in memory between batches: on the heap, page-locked, or on the device."""

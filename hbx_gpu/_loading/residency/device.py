@@ -1,0 +1,285 @@
+"""The chunks of a loader on a device: which stay there, which come with a batch, and by which way.
+
+One object per loader. Its `bring` runs on the loader's threads and knows nothing of batches or streams.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hbx_gpu._engine.device.backend import NoRoom, Slot
+from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64, Resident, Staging
+from hbx_gpu._engine.device.staging_kernels import copy_ranges
+from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, resident_sizes, with_slack
+from hbx_gpu._loading.residency.host import LOADS, SHARE, decide, fitting, free_host_memory, load_all, tell
+from hbx_gpu._plan.rows import BatchPlan, needed_chunks, plan_rows
+from hbx_gpu._storage import kvikio
+from hbx_gpu._storage.choice import check_io, choose
+from hbx_gpu._storage.readers import Reader, Slab
+from hbx_gpu.stats import stage
+
+if TYPE_CHECKING:
+    from hbx_gpu._engine.device import DeviceEngine
+    from hbx_gpu.dataloader import CellDataset
+
+AREA_BYTES = 256 << 20
+"""At least, beside resident chunks where not all are, for what crosses and what is decoded."""
+_AREA_SHARE = 8  # or this part of the resident bytes, if that is more
+_TRIAL_ROWS = 256
+
+
+class DeviceChunks:
+    """Brings the chunks of plans: resident ones by their place, others as bytes.
+
+    Parameters
+    ----------
+    dataset, engine
+        Whose chunks.
+    layout
+        What the engine makes of them.
+    io
+        ``"mmap"``, ``"pinned"``, ``"kvikio"``, or ``"auto"``, which measures them; ``"preadv"`` too.
+    residency
+        ``"none"``, ``"host"``, ``"device"`` or ``"auto"``; see docs/residency.md.
+    budget
+        Bytes for resident chunks; None: as much as there is, within reason.
+    load
+        ``"start"``: now. ``"touch"``: each chunk when a batch first needs it; in device memory only.
+    threads
+        That load now, and that a measurement assumes.
+
+    Attributes
+    ----------
+    residency, io
+        What was chosen.
+    store
+        Resident chunks; None where nothing stays.
+    in_place
+        Whether kernels read page-locked memory over the bus, instead of getting blocks of it packed.
+    """
+
+    def __init__(
+        self,
+        dataset: CellDataset,
+        engine: DeviceEngine,
+        *,
+        layout: Literal["csr", "dense"],
+        io: str = "mmap",
+        residency: str = "none",
+        budget: int | None = None,
+        load: str = "start",
+        threads: int = 1,
+    ) -> None:
+        if load not in LOADS:
+            raise ValueError(f"residency_load must be one of {', '.join(map(repr, LOADS))}, got {load!r}")
+        self._dataset, self._engine, self._layout, self._threads = dataset, engine, layout, threads
+        self.io = self._choose(check_io(io) if io != "preadv" else io)
+        self._direct = kvikio.KvikioReader(engine.directory) if self.io == "kvikio" else None
+        self._reader: Reader = dataset.open_reader("mmap" if self.io == "kvikio" else self.io)
+        self.in_place = False
+        self.store: ChunkStore | None = None
+        self._touch = False
+        self.residency, reason = self._decide(residency, budget)
+        if self.residency != "none":
+            self._hold(budget, load, reason)
+        elif self._direct is not None:
+            # Whole chunks go straight to the device, for one batch each.
+            area = min(4 * AREA_BYTES, int(SHARE * engine.backend.free_memory()))
+            self.store = self._new_store(0, area, "device")
+
+    def slot(self) -> Slot:
+        """Staging memory for one batch in flight."""
+        return Slot(self._engine.backend, areas=self.store.areas if self.store is not None else None)
+
+    def stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+        """Plan rows, bring what they need, and pack what of it crosses.
+
+        Parameters
+        ----------
+        selection
+            int64, (n,). Row numbers.
+        slot
+            From `slot`, free.
+        """
+        slot.release()
+        if self.store is not None and (self.in_place or self.residency != "host"):
+            with stage("plan"):
+                plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
+            try:
+                return self._pack(plan, *self._bring(plan, slot), slot)
+            except NoRoom:  # as if nothing were resident
+                slot.release()
+        elif self.store is None:
+            return self._pack(*self._dataset.read(selection, self._reader), None, slot)
+        plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
+        return self._pack(plan, self._stream(plan), None, slot)
+
+    def _pack(self, plan: BatchPlan, slab: Slab, resident: Resident | None, slot: Slot) -> Staging:
+        with stage("plan"):
+            staging = self._engine.measure(plan, slab, layout=self._layout, resident=resident)
+        with stage("copy") as copying:
+            self._engine.pack(staging, slot)
+            copying.nbytes = staging.host_bytes
+        return staging
+
+    def _bring(self, plan: BatchPlan, slot: Slot) -> tuple[Slab, Resident]:
+        """What of a plan is resident, and stored bytes of the rest."""
+        assert self.store is not None
+        resident = self.store.lookup(plan)
+        missing = resident.at < 0
+        if self._touch and not self.store.full and missing.any():
+            with stage("read") as reading:
+                reading.nbytes = self.store.load(plan.chunks[missing])
+            resident = self.store.lookup(plan)
+        elif self.residency == "none" and missing.any():
+            with stage("read"):
+                resident = self.store.borrow(plan, resident, slot)
+        none = np.zeros(len(plan.chunks), np.uint64)
+        return self._completed(plan, Slab(none, none.astype(np.int64), self), resident.at < 0), resident
+
+    def _stream(self, plan: BatchPlan) -> Slab:
+        """Stored bytes of all of a plan, of resident chunks those in host memory."""
+        assert self.store is not None
+        slab = self.store.slab(plan)
+        return self._completed(plan, slab, slab.address == 0)
+
+    def _completed(self, plan: BatchPlan, slab: Slab, missing: np.ndarray) -> Slab:
+        """A slab with what is missing read from files."""
+        if not missing.any():
+            return slab
+        with stage("read") as reading:
+            found = self._reader.read(self._engine.directory.extents(plan.chunks[missing]))
+            reading.nbytes = int(found.nbytes[found.nbytes > 0].sum())
+        address, nbytes = slab.address.copy(), slab.nbytes.copy()
+        address[missing], nbytes[missing] = found.address, found.nbytes
+        copy = None
+        if found.copy is not None:
+            assert self.store is not None
+            copy = partial(_copy_both, self.store.host_range, found.copy)
+        return Slab(address, nbytes, (slab, found.owner), copy)
+
+    # -- at the start --------------------------------------------------------------------------------
+
+    def _decide(self, residency: str, budget: int | None) -> tuple[str, str]:
+        free_device, free_host = self._engine.backend.free_memory(), free_host_memory()
+        sizes = {"device": 0, "host": 0}
+        if residency not in ("none",):
+            self._chunks = needed_chunks(self._engine.table, self._dataset.row_index)
+            for memory in sizes:
+                sizes[memory] = int(self._sizes(memory).sum())
+        return decide(
+            residency,
+            device_bytes=sizes["device"],
+            host_bytes=sizes["host"],
+            free_device=min(free_device, MAX_ARENA),
+            free_host=free_host,
+            budget=budget,
+        )
+
+    def _sizes(self, memory: str) -> np.ndarray:
+        return resident_sizes(self._engine.stager, self._chunks, decoded=memory == "device")
+
+    def _hold(self, budget: int | None, load: str, reason: str) -> None:
+        """Make the store, and fill it."""
+        on_device = self.residency == "device"
+        sizes = self._sizes(self.residency)
+        if budget is None:
+            budget = int(SHARE * (self._engine.backend.free_memory() if on_device else free_host_memory()))
+        n = fitting(sizes, budget)
+        capacity = int(sizes[:n].sum())
+        area = max(AREA_BYTES, capacity // _AREA_SHARE) if self._needs_area(load, sizes, n) else 0
+        if on_device and with_slack(capacity) + area > MAX_ARENA:
+            area = MAX_ARENA // _AREA_SHARE
+            n = fitting(sizes, int(0.97 * (MAX_ARENA - area)))
+            capacity = int(sizes[:n].sum())
+        self.store = self._new_store(capacity, area, "device" if on_device else "host")
+        self._touch = on_device and load == "touch"
+        left = "" if n == len(sizes) else f", {int(sizes[n:].sum()) >> 20} MiB stream"
+        tell(
+            f"residency={self.residency!r} ({reason}): {int(sizes[:n].sum()) >> 20} MiB of chunks stay{left}"
+            f"; they come {'when first needed' if self._touch else 'now'}"
+        )
+        if not self._touch:
+            where = "device memory" if on_device else "page-locked memory"
+            load_all(self.store.load, self._chunks[:n], sizes[:n], threads=self._threads, where=where)
+        if not on_device:
+            self.in_place = self._in_place_is_faster()
+
+    def _needs_area(self, load: str, sizes: np.ndarray, n: int) -> bool:
+        """Whether anything will ever be staged or decoded beside resident chunks."""
+        decoded = np.isin(self._engine.stager.kinds, (PACKED_32, PACKED_64)).any()
+        return load == "touch" or n < len(sizes) or bool(decoded or (sizes == 0).any())
+
+    def _new_store(self, capacity: int, area: int, memory: Literal["device", "host"]) -> ChunkStore:
+        return ChunkStore(
+            self._engine,
+            self._reader,
+            capacity=capacity,
+            area_bytes=area,
+            memory=memory,
+            direct=self._direct if memory == "device" else None,
+        )
+
+    def _in_place_is_faster(self) -> bool:
+        """Make some rows both ways: kernels read page-locked memory, or get packed blocks of it."""
+        n = len(self._dataset)
+        rows = np.random.default_rng(0).integers(0, n, min(n, _TRIAL_ROWS))
+        cost: dict[bool, float] = {}
+        for in_place in (False, True, False, True):  # the first time compiles
+            self.in_place = in_place
+            slot, begin = self.slot(), time.perf_counter()
+            staging = self.stage(rows, slot)
+            if in_place and staging.resident is None:
+                tell("residency='host': blocks are packed, since not all chunks can be read in place")
+                return False
+            packed = time.perf_counter()
+            dense = self._layout == "dense"
+            submit = self._engine.submit_dense if dense else self._engine.submit_csr
+            submit(staging, slot).check()
+            # Threads pack side by side, the device makes one batch after the other.
+            cost[in_place] = max((packed - begin) / self._threads, time.perf_counter() - packed)
+        faster = cost[True] < cost[False]
+        ways = f"{1e3 * cost[True]:.2f} ms in place, {1e3 * cost[False]:.2f} ms packed"
+        how = "kernels read page-locked memory in place" if faster else "blocks are packed"
+        tell(f"residency='host': {how} ({len(rows)} rows: {ways})")
+        return faster
+
+    def _choose(self, io: str) -> str:
+        """What ``"auto"`` stands for: measured on rows of this dataset."""
+        if io != "auto":
+            return io
+        candidates: dict[str, Callable[[np.ndarray], object]] = {
+            name: partial(self._read_and_pack, self._dataset.open_reader(name)) for name in ("mmap", "pinned")
+        }
+        if kvikio.missing() is None:
+            direct = kvikio.KvikioReader(self._engine.directory)
+            candidates["kvikio"] = partial(self._read_directly, direct)
+        return choose(candidates, len(self._dataset), threads=self._threads)
+
+    def _read_and_pack(self, reader: Reader, rows: np.ndarray) -> None:
+        plan, slab = self._dataset.read(rows, reader)
+        staging = self._engine.measure(plan, slab, layout=self._layout)
+        self._engine.stager.pack(staging, np.empty(staging.host_bytes, np.uint8))
+
+    def _read_directly(self, direct: kvikio.KvikioReader, rows: np.ndarray) -> None:
+        plan = plan_rows(self._engine.table, self._dataset.row_index, rows)
+        placed = direct.place(self._engine.directory.extents(plan.chunks))
+        buffer = self._engine.backend.device_buffer(placed.size + kvikio.PAGE)
+        direct.read_into(placed, buffer.array(-buffer.address % kvikio.PAGE, placed.size))
+
+
+def _copy_both(
+    held: tuple[int, int],
+    copy: Callable[[np.ndarray, np.ndarray], None],
+    ranges: np.ndarray,
+    target: np.ndarray,
+) -> None:
+    """Copy ranges: from memory where their addresses lie in `held`, the others as `copy` does."""
+    own = (ranges["source"] >= held[0]) & (ranges["source"] < held[1])
+    copy_ranges(ranges[own], np.uint64(0), np.uint64(target.ctypes.data))
+    copy(ranges[~own], target)

@@ -1,0 +1,280 @@
+"""Which chunks of a dataset stay in memory, in whose, and how they get there.
+
+The order of rows is nobody's business here: what stays is decided from the query, within a budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._storage.choice import check_io, choose
+from hbx_gpu._storage.chunks import Extents
+from hbx_gpu._storage.readers import Reader, Slab
+
+RESIDENCIES = ("none", "host", "device", "auto")
+"""What `residency` may be."""
+LOADS = ("start", "touch")
+"""When chunks come: all of them before the first batch, or each when a batch first needs it."""
+LOAD_BYTES = 32 << 20
+"""Loaded at a time, per thread."""
+SHARE = 0.8
+"""Of free memory that chunks may take without being told a budget."""
+_LOG = logging.getLogger(__name__)
+
+
+def fitting(sizes: np.ndarray, budget: int) -> int:
+    """How many chunks of a list, from its beginning, fit a budget in bytes."""
+    return int(np.searchsorted(np.cumsum(sizes), budget, "right"))
+
+
+def decide(
+    residency: str,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    free_device: int,
+    free_host: int,
+    budget: int | None,
+) -> tuple[str, str]:
+    """What ``"auto"`` stands for, and why.
+
+    Parameters
+    ----------
+    residency
+        One of `RESIDENCIES`; others than ``"auto"`` stay what they are.
+    device_bytes, host_bytes
+        That all chunks of the query take there.
+    free_device, free_host
+        Memory there is.
+    budget
+        Bytes that chunks may take; None: `SHARE` of the free memory.
+    """
+    if residency not in RESIDENCIES:
+        raise ValueError(f"residency must be one of {', '.join(map(repr, RESIDENCIES))}, got {residency!r}")
+    if residency != "auto":
+        return residency, "asked for"
+    on_device = int(SHARE * free_device) if budget is None else min(budget, free_device)
+    # Page-locked memory is taken from everybody: half as much.
+    on_host = int(SHARE / 2 * free_host) if budget is None else min(budget, free_host)
+    if device_bytes <= on_device:
+        return "device", f"{_size(device_bytes)} of chunks fit {_size(on_device)} of device memory"
+    if host_bytes <= on_host:
+        return "host", (
+            f"{_size(device_bytes)} of chunks exceed {_size(on_device)} of device memory and fit "
+            f"{_size(on_host)} of page-locked memory"
+        )
+    return "none", (
+        f"{_size(host_bytes)} of chunks exceed {_size(on_device)} of device and {_size(on_host)} of "
+        "page-locked memory; they come through the page cache"
+    )
+
+
+def load_all(
+    load: Callable[[np.ndarray], int], chunks: np.ndarray, sizes: np.ndarray, *, threads: int, where: str
+) -> None:
+    """Bring chunks in parts, on several threads, with a progress bar where there is a terminal.
+
+    Parameters
+    ----------
+    load
+        Brings chunks; bytes brought.
+    chunks, sizes
+        Which, and the bytes of each.
+    where
+        For the bar: where they go.
+    """
+    from tqdm import tqdm
+
+    cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // LOAD_BYTES)) + 1
+    parts = [part for part in np.split(chunks, cuts) if len(part)]
+    with (
+        tqdm(
+            total=int(sizes.sum()), unit="B", unit_scale=True, desc=f"chunks to {where}", file=sys.stderr,
+            disable=None,
+        ) as bar,
+        ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-residency") as pool,
+    ):  # fmt: skip
+        futures = [pool.submit(load, part) for part in parts]
+        try:
+            for future in futures:
+                bar.update(future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+class HeapReader(Reader):
+    """Keeps stored chunks in ordinary memory, copied once; asks another reader for the rest.
+
+    Parameters
+    ----------
+    reader
+        That other one.
+    chunks
+        int64, (k,). Global numbers of chunks to keep, in order of preference.
+    budget
+        Bytes for them.
+    threads
+        That copy.
+    """
+
+    def __init__(self, reader: Reader, chunks: np.ndarray, *, budget: int, threads: int) -> None:
+        super().__init__(reader.directory)
+        self._reader = reader
+        extents = self.directory.extents(chunks)
+        sizes = -(-np.maximum(extents.nbytes, 0) // 16) * 16
+        kept = fitting(sizes, budget)
+        chunks, sizes = chunks[:kept], sizes[:kept]
+        self._memory = np.empty(int(sizes.sum()) + 16, np.uint8)
+        place = np.cumsum(sizes) - sizes + -self._memory.ctypes.data % 16
+        extents = self.directory.extents(chunks)
+        # Where an extent lies identifies it: one number that sorts like (file, offset).
+        self._stride = int(extents.offset.max(initial=0)) + 1
+        keys = self._keys(extents)
+        order = np.argsort(keys, kind="stable")
+        self._kept, self._place = keys[order], place[order]
+        at = dict(zip(chunks.tolist(), place.tolist(), strict=True))
+
+        def copy(part: np.ndarray) -> int:
+            slab = reader.read(self.directory.extents(part))
+            for i, chunk in enumerate(part.tolist()):
+                if slab.nbytes[i] > 0:
+                    self._memory[at[chunk] : at[chunk] + int(slab.nbytes[i])] = slab.view(i)
+            return int(np.maximum(slab.nbytes, 0).sum())
+
+        load_all(copy, chunks, sizes, threads=threads, where="memory")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("chunks in memory do not travel to other processes: leave num_workers at 0")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return len(self._memory)
+
+    def read(self, extents: Extents) -> Slab:
+        """See :class:`Reader`."""
+        keys = self._keys(extents)
+        found = np.minimum(np.searchsorted(self._kept, keys), max(0, len(self._kept) - 1))
+        here = (extents.nbytes > 0) & (extents.offset < self._stride)
+        if len(self._kept):
+            here &= self._kept[found] == keys
+        else:
+            here[:] = False
+        address = np.zeros(len(extents), np.uint64)
+        base = np.uint64(self._memory.ctypes.data)
+        address[here] = base + self._place[found[here]].astype(np.uint64)
+        rest = ~here
+        if not rest.any():
+            return Slab(address, extents.nbytes, self._memory)
+        slab = self._reader.read(Extents(extents.file[rest], extents.offset[rest], extents.nbytes[rest]))
+        address[rest] = slab.address
+        return Slab(address, extents.nbytes, (self._memory, slab.owner))
+
+    def close(self) -> None:
+        """See :class:`Reader`."""
+        self._reader.close()
+
+    def _keys(self, extents: Extents) -> np.ndarray:
+        return extents.file.astype(np.int64) * self._stride + extents.offset
+
+
+def hold_on_host(dataset: Any, residency: str, *, io: str | None, budget: int | None, threads: int) -> Any:
+    """A dataset for the CPU whose chunks stay as `residency` says: page cache, or a copy on the heap.
+
+    Parameters
+    ----------
+    dataset
+        A CellDataset, or what holds some.
+    residency
+        ``"none"`` and ``"auto"``: the page cache. ``"host"`` and ``"device"``: a copy.
+    io
+        How files are read; None: as the dataset was opened.
+    budget
+        Bytes for the copy; None: `SHARE` of the free memory.
+    threads
+        That copy.
+    """
+    if residency not in RESIDENCIES:
+        raise ValueError(f"residency must be one of {', '.join(map(repr, RESIDENCIES))}, got {residency!r}")
+    if residency in ("none", "auto"):
+        if residency == "auto":
+            tell(
+                "residency='auto' on the CPU: 'none', the page cache keeps chunks and all processes share it"
+            )
+        return _reading_with(dataset, partial(_open, io=io, threads=threads))
+    left = int(SHARE * free_host_memory()) if budget is None else budget
+
+    def hold(cells: Any) -> Reader:
+        nonlocal left
+        chunks = cells.needed_chunks()
+        kept = HeapReader(_open(cells, io, threads), chunks, budget=left, threads=threads)
+        left -= kept.nbytes
+        tell(f"residency={residency!r} on the CPU: {_size(kept.nbytes)} of chunks copied to memory")
+        return kept
+
+    return _reading_with(dataset, hold)
+
+
+def _open(cells: Any, io: str | None, threads: int) -> Reader:
+    """The reader that `io` stands for on the CPU."""
+    if io is None:
+        reader: Reader = cells.open_reader(cells.reader_kind)
+        return reader
+    if check_io(io) == "kvikio":
+        raise ValueError("io='kvikio' brings chunks to a GPU; on the CPU say 'mmap', 'pinned' or 'auto'")
+    readers = {"mmap": cells.open_reader("mmap"), "pinned": cells.open_reader("preadv")}
+    if io == "auto":
+
+        def reads(reader: Reader) -> Callable[[np.ndarray], object]:
+            other = cells.reading_with(reader)
+            return lambda rows: other.read_batches([rows])
+
+        candidates = {name: reads(reader) for name, reader in readers.items()}
+        io = choose(candidates, len(cells), threads=threads)
+    return readers[io]
+
+
+def _reading_with(dataset: Any, open_reader: Callable[[Any], Reader]) -> Any:
+    """The dataset, or what it is made of, with other readers."""
+    from hbx_gpu._loading.make import IndexedDataset
+    from hbx_gpu.errors import UnsupportedError
+
+    if isinstance(dataset, IndexedDataset):
+        return IndexedDataset(_reading_with(dataset.dataset, open_reader))
+    if hasattr(type(dataset), "reading_with"):  # its own, not one that it passes on
+        return dataset.reading_with(open_reader(dataset))
+    raise UnsupportedError(
+        f"io and residency are about the chunks of a CellDataset; a {type(dataset).__name__} has none that "
+        "could be found. Leave io and residency out"
+    )
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that can be taken without swapping, as far as the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def tell(message: str) -> None:
+    """Say in the log what was decided."""
+    _LOG.info("%s", message)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"

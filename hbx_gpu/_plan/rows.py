@@ -1,0 +1,284 @@
+"""Which chunks a set of rows needs and where every piece of them goes: integers only, no I/O.
+
+A plan covers the rows of one batch, or of several batches laid end to end (a window): a chunk that
+several of them need stands in it once. The unit of work is the *piece*: the part of one row that
+lies in one chunk of one array. Pieces are sorted by chunk, so an engine decodes a chunk, hands out
+its pieces and forgets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hbx_gpu._source import RowIndex, Source
+
+_ROWS = 1 << 20  # of a dataset that are looked at together
+INDEX_ROLE = 0
+"""Role of the column-index array; role ``k + 1`` is the k-th layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTable:
+    """The Sources of a dataset as vectors, so that planning and decoding need no Python per Source.
+
+    Attributes
+    ----------
+    n_roles
+        Arrays per Source: column indices (role 0), where there are any, and the layers. Array
+        ``source * n_roles + role - first_role`` of the dataset's ChunkDirectory.
+    chunk_base
+        int64, (n_sources * n_roles + 1,). First global chunk number of each array.
+    chunk_elements
+        int64, (n_sources * n_roles,). Elements per chunk of each array.
+    element_base
+        int64, (n_sources * n_roles,). Elements of all chunks of the arrays before each one.
+    remap
+        int32. The distinct remaps of all Sources, end to end.
+    remap_start, remap_length
+        int64, (n_sources,). Each Source's part of `remap`.
+    n_features
+        Width of the output.
+    drops
+        True if any remap drops a column.
+    repeats
+        bool, (n_sources,). See :class:`~hbx_gpu._source.Source`.
+    identity
+        bool, (n_sources,). Whether the Source's remap changes nothing.
+    first_role
+        Role of a Source's first array: `INDEX_ROLE`, or 1 where there are no column indices.
+    """
+
+    n_roles: int
+    chunk_base: np.ndarray
+    chunk_elements: np.ndarray
+    element_base: np.ndarray
+    remap: np.ndarray
+    remap_start: np.ndarray
+    remap_length: np.ndarray
+    n_features: int
+    drops: bool
+    repeats: np.ndarray
+    identity: np.ndarray
+    first_role: int = 0
+
+    def roles(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and role of arrays."""
+        source, number = np.divmod(array, self.n_roles)
+        return source, number + self.first_role
+
+
+def element_base(chunks: Sequence[int], elements: Sequence[int]) -> np.ndarray:
+    """Elements before each array, from its number of chunks and elements per chunk."""
+    sizes = np.array(chunks, dtype=np.int64) * np.array(elements, dtype=np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: int) -> SourceTable:
+    """Vectors of `sources`; their arrays are numbered as :func:`array_order` lists them.
+
+    Raises
+    ------
+    ValueError
+        A remap is not int32 or points outside ``[-1, n_features)``.
+    """
+    n_roles = 1 + len(layers)
+    elements, chunks = [], []
+    for source in sources:
+        if source.index is None:
+            raise ValueError(f"source {source.name!r} is dense: it has no column indices to plan over")
+        for layout in (source.index, *(source.layers[name] for name in layers)):
+            elements.append(layout.chunk_shape[0])
+            chunks.append(-(-layout.shape[0] // layout.chunk_shape[0]))
+
+    # Sources that share a layout share the remap object: keep one copy of each.
+    distinct: dict[int, np.ndarray] = {id(s.remap): s.remap for s in sources}
+    begin, same, at = {}, {}, 0
+    for key, remap in distinct.items():
+        if remap.dtype != np.int32:
+            raise ValueError(f"a remap must be int32, got {remap.dtype}")
+        if remap.size and (remap.min() < -1 or remap.max() >= n_features):
+            raise ValueError(
+                f"a remap must lie in [-1, {n_features}), got values {remap.min()} .. {remap.max()}"
+            )
+        begin[key] = at
+        same[key] = bool((remap == np.arange(remap.size)).all())
+        at += remap.size
+    remap = np.concatenate([*distinct.values(), np.empty(0, np.int32)])
+    return SourceTable(
+        n_roles=n_roles,
+        chunk_base=np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64),
+        chunk_elements=np.array(elements, dtype=np.int64),
+        element_base=element_base(chunks, elements),
+        remap=remap,
+        remap_start=np.array([begin[id(s.remap)] for s in sources], dtype=np.int64),
+        remap_length=np.array([s.remap.size for s in sources], dtype=np.int64),
+        n_features=n_features,
+        drops=bool((remap < 0).any()),
+        repeats=np.array([s.repeats for s in sources], dtype=bool),
+        identity=np.array([same[id(s.remap)] for s in sources], dtype=bool),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What to read, and where each piece of it goes.
+
+    Attributes
+    ----------
+    source
+        int32, (n_rows,). Source of every output row; -1 = the row lacks this modality (it is empty).
+    offsets
+        int64, (n_rows + 1,). Where each row's elements begin in the output, before columns are dropped.
+    chunks
+        int64, (n_chunks,), ascending. Global numbers of the chunks to read, each once.
+    chunk_array
+        int64, (n_chunks,). Array of each chunk: ``source * n_roles + role``.
+    piece_ptr
+        int64, (n_chunks + 1,). Chunk ``c`` serves pieces ``piece_ptr[c]:piece_ptr[c + 1]``.
+    piece_row, piece_skip, piece_count, piece_out
+        int64, (n_pieces,). Output row; first element inside the chunk, ascending within a chunk; number of
+        elements; place of the first one in the output.
+    """
+
+    source: np.ndarray
+    offsets: np.ndarray
+    chunks: np.ndarray
+    chunk_array: np.ndarray
+    piece_ptr: np.ndarray
+    piece_row: np.ndarray
+    piece_skip: np.ndarray
+    piece_count: np.ndarray
+    piece_out: np.ndarray
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.source)
+
+    @property
+    def n_elements(self) -> int:
+        return int(self.offsets[-1])
+
+
+def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> BatchPlan:
+    """Plan the rows `selection` of `rows`, in the order given; repeats are fine.
+
+    Parameters
+    ----------
+    table
+        Vectors of the dataset's Sources.
+    rows
+        All rows of the dataset; its segments lie inside their arrays (checked when it was made).
+    selection
+        int64, (n,), each in ``[0, len(rows))``.
+    """
+    source = rows.source[selection]
+    start = rows.start[selection]
+    length = np.where(source >= 0, rows.length[selection], 0).astype(np.int64)
+    offsets = np.zeros(len(selection) + 1, dtype=np.int64)
+    np.cumsum(length, out=offsets[1:])
+
+    filled = np.flatnonzero(length)  # empty rows have no pieces
+    group = source[filled].astype(np.int64)
+    # Rows by place in storage: so are their pieces then, with rare exceptions.
+    by_place = np.argsort(table.element_base[group * table.n_roles] + start[filled])
+    filled, group = filled[by_place], group[by_place]
+    begin = start[filled]
+    end = begin + length[filled]
+    cuts: dict[bytes, tuple[np.ndarray, ...]] = {}
+    arrays, chunks, pieces = [], [], []
+    for role in range(table.n_roles):
+        elements = table.chunk_elements[role :: table.n_roles]
+        if (key := elements.tobytes()) not in cuts:  # most arrays are chunked alike
+            cuts[key] = _cut(elements, group, begin, end)
+        entry, first, skip, count, behind = cuts[key]
+        arrays.append(group[entry] * table.n_roles + role)
+        chunks.append(table.chunk_base[arrays[-1]] + first)
+        row = filled[entry]
+        pieces.append((row, skip, count, offsets[row] + behind))
+    array, chunk = np.concatenate(arrays), np.concatenate(chunks)
+    row, skip, count, out = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    if len(group) and group[0] != group[-1]:  # array after array
+        order = np.argsort(array, kind="stable")
+        array, chunk = array[order], chunk[order]
+        row, skip, count, out = row[order], skip[order], count[order], out[order]
+    head = np.flatnonzero(np.diff(chunk, prepend=-1))
+    return BatchPlan(
+        source=source,
+        offsets=offsets,
+        chunks=chunk[head],
+        chunk_array=array[head],
+        piece_ptr=np.append(head, len(chunk)),
+        piece_row=row,
+        piece_skip=skip,
+        piece_count=count,
+        piece_out=out,
+    )
+
+
+def _cut(
+    elements: np.ndarray, group: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Cut segments at the borders of chunks.
+
+    Parameters
+    ----------
+    elements
+        Per Source: elements per chunk.
+    group, begin, end
+        Source and elements of each segment; by place in storage.
+
+    Returns
+    -------
+    entry, first, skip, count, behind
+        Per piece, by place in storage: its segment, number of its chunk in the array, first element in the
+        chunk, number of elements, elements of the segment before it.
+    """
+    size = elements[group]
+    first = begin // size
+    n_pieces = (end - 1) // size - first + 1
+    entry = np.repeat(np.arange(len(group)), n_pieces)
+    if len(entry) > len(group):
+        step = np.arange(len(entry)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        group, begin, end, size = group[entry], begin[entry], end[entry], size[entry]
+        first = first[entry] + step
+    chunk_begin = first * size
+    piece_begin = np.maximum(begin, chunk_begin)
+    count = np.minimum(end, chunk_begin + size) - piece_begin
+    parts: tuple[np.ndarray, ...] = (entry, first, piece_begin - chunk_begin, count, piece_begin - begin)
+    # Segments that overlap have pieces out of order.
+    moved = (np.diff(group) == 0) & (np.diff(piece_begin) < 0)
+    if moved.any():
+        order = np.lexsort((piece_begin, group))
+        parts = tuple(part[order] for part in parts)
+    return parts
+
+
+def needed_chunks(table: SourceTable, rows: RowIndex) -> np.ndarray:
+    """Chunks that any row needs.
+
+    Returns
+    -------
+    ndarray
+        int64, (k,). Global numbers; chunks of column indices beside the chunks of their values, so that any
+        beginning of the list serves whole rows.
+    """
+    n_chunks = int(table.chunk_base[-1])
+    change = np.zeros(n_chunks + 1, np.int64)
+    for begin in range(0, len(rows), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        filled = (rows.source[part] >= 0) & (rows.length[part] > 0)
+        source = rows.source[part][filled].astype(np.int64)
+        start, length = rows.start[part][filled], rows.length[part][filled]
+        for role in range(table.n_roles):
+            array = source * table.n_roles + role
+            first = table.chunk_base[array] + start // table.chunk_elements[array]
+            last = table.chunk_base[array] + (start + length - 1) // table.chunk_elements[array]
+            change += np.bincount(first, minlength=n_chunks + 1)
+            change -= np.bincount(last + 1, minlength=n_chunks + 1)
+    chunks = np.flatnonzero(np.cumsum(change[:-1]))
+    array = np.searchsorted(table.chunk_base, chunks, "right") - 1
+    element = (chunks - table.chunk_base[array]) * table.chunk_elements[array]
+    return chunks[np.lexsort((array, element, array // table.n_roles))]

@@ -1,0 +1,405 @@
+"""The chunk table: every chunk of many arrays under one number, and where each lies on disk.
+
+Knows shard indexes and object sizes, loaded when first touched; reads no chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.metadata import is_current
+from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
+
+_ABSENT = np.uint64(2**64 - 1)
+# nbytes are kept plus 2, so that the zero pages of a fresh allocation mean "not looked up yet": a table of
+# 10^7 chunks then occupies only the memory of those that were touched.
+_BIAS = 2
+REPLACED = (
+    "the array was replaced by another one after this dataset was opened, for example by hbx-gpu repack; "
+    "open the dataset again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Where k chunks lie.
+
+    Attributes
+    ----------
+    file
+        int32, (k,). Position in the directory's `paths`; -1 for an absent chunk.
+    offset
+        int64, (k,). First byte inside the file.
+    nbytes
+        int64, (k,). Stored size; -1 for an absent chunk, which is all fill value.
+    """
+
+    file: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+
+class ChunkDirectory:
+    """All chunks of many arrays under one global numbering, be they objects by key or parts of plain files.
+
+    Chunk ``base[a] + i`` is chunk i of array a, counted in C order over the array's grid of (inner)
+    chunks, ``ceil(shape / chunk_shape)`` per axis. Safe to use from many threads. Pickles as its layouts;
+    what was looked up is looked up again.
+
+    Parameters
+    ----------
+    layouts
+        The arrays.
+
+    Attributes
+    ----------
+    layouts
+        tuple of ArrayLayout.
+    base
+        int64, (n_arrays + 1,). First chunk number of each array; the last entry is the number of chunks.
+    paths
+        Files seen so far; grows, entries never change.
+    identities
+        (device, inode) of each file when its chunks were looked up.
+
+    Raises
+    ------
+    UnsupportedCodecError
+        A shard index that is encoded as anything but bytes, or bytes and crc32c.
+    """
+
+    def __init__(self, layouts: Sequence[ArrayLayout]) -> None:
+        self.layouts = tuple(layouts)
+        self._index_formats = [_index_format(layout) if layout.sharded else None for layout in layouts]
+        self._grids = [chunk_grid(layout) for layout in layouts]
+        self.base = np.zeros(len(self.layouts) + 1, np.int64)
+        np.cumsum([math.prod(grid) for grid in self._grids], out=self.base[1:])
+        self.paths: list[str] = []
+        self.identities: list[tuple[int, int]] = []
+        self._objects: list[tuple[int, tuple[int, ...]]] = []  # (array, grid coordinates) per file
+        self._file = np.zeros(self.base[-1], np.int32)
+        self._offset = np.zeros(self.base[-1], np.int64)
+        self._nbytes = np.zeros(self.base[-1], np.int64)
+        self._lock = threading.Lock()
+        # Chunks of plain files follow from their number: no table, only the file of each array.
+        self._is_plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
+        self._plain_file = np.full(len(self.layouts), -1, np.int32)
+        self._begin = np.array([layout.byte_offset or 0 for layout in layouts], np.int64)
+        self._stored = np.array([math.prod(la.chunk_shape) * la.dtype.itemsize for la in layouts], np.int64)
+        sizes = [math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts]
+        self._end = self._begin + np.array(sizes, np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ChunkDirectory, (self.layouts,))
+
+    def extents(self, chunk_ids: np.ndarray) -> Extents:
+        """Look up where chunks lie.
+
+        Parameters
+        ----------
+        chunk_ids
+            int64, (k,). Any order, repeats allowed.
+
+        Raises
+        ------
+        CorruptChunkError
+            A shard index that is cut short, fails its checksum or points outside its file; an absent
+            object of an array whose `absent_is_fill` is False; an array that was replaced by another one
+            since its layout was read.
+        IndexError
+            A number that is no chunk of the directory.
+        """
+        ids = np.asarray(chunk_ids, np.int64)
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.base[-1]):
+            raise IndexError(
+                f"chunk numbers must be in 0..{self.base[-1] - 1}, found {ids.min()}..{ids.max()}"
+            )
+        if not self._is_plain.any():
+            return self._looked_up(ids)
+        array = np.searchsorted(self.base, ids, "right") - 1
+        plain = self._is_plain[array]
+        if plain.all():
+            return self._computed(ids, array)
+        file, offset = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
+        nbytes = np.empty(len(ids), np.int64)
+        for part, found in (
+            (plain, self._computed(ids[plain], array[plain])),
+            (~plain, self._looked_up(ids[~plain])),
+        ):
+            file[part], offset[part], nbytes[part] = found.file, found.offset, found.nbytes
+        return Extents(file, offset, nbytes)
+
+    def _looked_up(self, ids: np.ndarray) -> Extents:
+        """Extents of chunks stored as objects, from the table."""
+        nbytes = self._nbytes[ids]
+        if not nbytes.all():
+            with self._lock:
+                self._load(ids[self._nbytes[ids] == 0])
+            nbytes = self._nbytes[ids]
+        return Extents(self._file[ids], self._offset[ids], nbytes - _BIAS)
+
+    def _computed(self, ids: np.ndarray, array: np.ndarray) -> Extents:
+        """Extents of chunks of plain files; `array` is the array of each."""
+        file = self._plain_file[array]
+        if len(file) and file.min() < 0:
+            with self._lock:
+                for a in np.unique(array[file < 0]).tolist():
+                    self._open_plain(a)
+            file = self._plain_file[array]
+        stored = self._stored[array]
+        offset = self._begin[array] + (ids - self.base[array]) * stored
+        return Extents(file, offset, np.minimum(stored, self._end[array] - offset))
+
+    def locate(self, chunk_id: int) -> tuple[str, str, int]:
+        """(path of the object, name of the array, chunk number inside it) of a chunk."""
+        array, number = self._split(chunk_id)
+        layout = self.layouts[array]
+        return _object_path(layout, self._object_of(array, number)), layout.name, number
+
+    def error(self, chunk_id: int, reason: str) -> CorruptChunkError:
+        """The error to raise for a chunk."""
+        file, array, number = self.locate(chunk_id)
+        return CorruptChunkError(reason, file=file, array=array, chunk=number)
+
+    def error_at(self, file: int, offset: int, nbytes: int, reason: str) -> CorruptChunkError:
+        """The error to raise for an extent."""
+        array, where = self._objects[file]
+        if self._is_plain[array]:
+            number = int(offset - self._begin[array]) // int(self._stored[array])
+            return self.error(int(self.base[array]) + number, reason)
+        ids, _ = self._chunks_of_object(array, where)
+        hits = np.flatnonzero(
+            (self._file[ids] == file) & (self._offset[ids] == offset) & (self._nbytes[ids] == nbytes + _BIAS)
+        )
+        if len(hits):
+            return self.error(int(ids[hits[0]]), reason)
+        return CorruptChunkError(reason, file=self.paths[file], array=self.layouts[array].name)
+
+    def _split(self, chunk_id: int) -> tuple[int, int]:
+        if not 0 <= chunk_id < self.base[-1]:
+            raise IndexError(f"chunk numbers must be in 0..{self.base[-1] - 1}, found {chunk_id}")
+        array = int(np.searchsorted(self.base, chunk_id, "right")) - 1
+        return array, int(chunk_id - self.base[array])
+
+    def _object_of(self, array: int, number: int) -> tuple[int, ...]:
+        """Grid coordinates of the stored object that holds a chunk."""
+        per_object = _chunks_per_object(self.layouts[array])
+        coordinates = np.unravel_index(number, self._grids[array]) if self._grids[array] else ()
+        return tuple(int(c) // n for c, n in zip(coordinates, per_object, strict=True))
+
+    def _chunks_of_object(
+        self, array: int, where: tuple[int, ...]
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Global numbers of the chunks inside an object, and which entries of its index they are.
+
+        A shard reaches beyond the array's edge; entries there are not chunks of the array.
+        """
+        grid = self._grids[array]
+        if not grid:
+            return self.base[array : array + 1], ()
+        per_object = _chunks_per_object(self.layouts[array])
+        inside = [np.arange(min(n, size - n * c)) for n, size, c in zip(per_object, grid, where, strict=True)]
+        mesh = np.ix_(*inside)
+        coordinates = [axis + n * c for axis, n, c in zip(mesh, per_object, where, strict=True)]
+        number = sum(axis * stride for axis, stride in zip(coordinates, _c_strides(grid), strict=True))
+        return self.base[array] + np.ravel(number), mesh
+
+    def _load(self, ids: np.ndarray) -> None:
+        """Fill the table for the objects that hold these chunks. The lock is held."""
+        arrays = np.searchsorted(self.base, ids, "right") - 1
+        for array in np.unique(arrays).tolist():
+            numbers = np.unique(ids[arrays == array] - self.base[array])
+            per_object = np.array(_chunks_per_object(self.layouts[array]), np.int64)
+            grid = self._grids[array]
+            coordinates = np.stack(np.unravel_index(numbers, grid), axis=1) if grid else np.zeros((1, 0))
+            if self.layouts[array].sharded:
+                for where in sorted(set(map(tuple, (coordinates // per_object).tolist()))):
+                    self._load_shard(array, where)
+            else:
+                self._load_plain(array, numbers.tolist(), list(map(tuple, coordinates.tolist())))
+
+    def _load_shard(self, array: int, where: tuple[int, ...]) -> None:
+        layout = self.layouts[array]
+        path = _object_path(layout, where)
+        ids, entries = self._chunks_of_object(array, where)
+        try:
+            identity, offset, nbytes = self._read_index(array, path, where)
+        except (FileNotFoundError, NotADirectoryError):
+            self.check_current(array)
+            self._absent(array, path, where, ids)
+            return
+        self.check_current(array)
+        offset, nbytes = offset[entries].ravel(), nbytes[entries].ravel()
+        self._file[ids] = np.where(nbytes >= 0, len(self.paths), -1)
+        self._offset[ids] = offset
+        self._enter(array, path, where, identity, ids, nbytes)
+
+    def _load_plain(self, array: int, numbers: list[int], places: list[tuple[int, ...]]) -> None:
+        paths = [_object_path(self.layouts[array], where) for where in places]
+        found = [_stat(path) for path in paths]
+        self.check_current(array)
+        for number, where, path, stat in zip(numbers, places, paths, found, strict=True):
+            chunk_id = self.base[array] + number
+            if stat is None:
+                self._absent(array, path, where, chunk_id)
+                continue
+            self._file[chunk_id] = len(self.paths)
+            self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
+
+    def _open_plain(self, array: int) -> None:
+        """Enter the file of an array that lies in a plain one. The lock is held."""
+        layout = self.layouts[array]
+        if self._plain_file[array] >= 0:
+            return
+        stat = _stat(layout.path)
+        if stat is None:
+            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
+        self.check_current(array)
+        self.paths.append(layout.path)
+        self.identities.append((stat.st_dev, stat.st_ino))
+        self._objects.append((array, ()))
+        self._plain_file[array] = len(self.paths) - 1
+
+    @property
+    def has_plain_files(self) -> bool:
+        """Whether any array lies uncompressed in a plain file."""
+        return bool(self._is_plain.any())
+
+    def check_current(self, array: int) -> None:
+        """Refuse an array that is not the one any more which its layout describes.
+
+        To be called after a file of it was opened, and before anything in it is believed: whole groups are
+        replaced at once, so that unchanged metadata then mean that the file is of the old array.
+
+        Raises
+        ------
+        CorruptChunkError
+            It was replaced.
+        """
+        layout = self.layouts[array]
+        if not is_current(layout):
+            raise CorruptChunkError(REPLACED, file=layout.path, array=layout.name)
+
+    def array_of(self, file: int) -> int:
+        """The array that a file belongs to."""
+        return self._objects[file][0]
+
+    def _enter(
+        self,
+        array: int,
+        path: str,
+        where: tuple[int, ...],
+        identity: tuple[int, int],
+        ids: Any,
+        nbytes: Any,
+    ) -> None:
+        self.paths.append(path)
+        self.identities.append(identity)
+        self._objects.append((array, where))
+        # Sizes last: other threads take a non-zero one as "looked up" without the lock.
+        self._nbytes[ids] = nbytes + _BIAS
+
+    def _absent(self, array: int, path: str, where: tuple[int, ...], ids: Any) -> None:
+        if not self.layouts[array].absent_is_fill:
+            raise self._object_error(array, path, where, "the object is missing")
+        self._file[ids] = -1
+        self._nbytes[ids] = _BIAS - 1
+
+    def _read_index(
+        self, array: int, path: str, where: tuple[int, ...]
+    ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """Identity of a shard; (offset, nbytes) of its inner chunks, int64 in the shape of its grid.
+
+        An absent chunk has 0 and -1.
+        """
+        layout = self.layouts[array]
+        per_object = _chunks_per_object(layout)
+        dtype, checked = self._index_formats[array] or ("<u8", False)
+        size = 16 * math.prod(per_object) + 4 * checked
+        with open(path, "rb", buffering=0) as shard:
+            stat = os.fstat(shard.fileno())
+            file_size = stat.st_size
+            raw = os.pread(shard.fileno(), size, max(file_size - size, 0) if layout.index_at_end else 0)
+        if len(raw) < size:
+            reason = f"the file holds {file_size} bytes, its shard index alone takes {size}"
+            raise self._object_error(array, path, where, reason)
+        if checked:
+            raw, stored = raw[:-4], int.from_bytes(raw[-4:], "little")
+            if crc32c(raw) != stored:
+                reason = f"the shard index fails its CRC32C (stored {stored:#010x})"
+                raise self._object_error(array, path, where, reason)
+        index = np.frombuffer(raw, dtype).astype(np.uint64).reshape(*per_object, 2)
+        offset, nbytes = index[..., 0], index[..., 1]
+        absent = (offset == _ABSENT) & (nbytes == _ABSENT)
+        limit = np.uint64(file_size)
+        outside = ~absent & ((offset > limit) | (nbytes > limit - np.minimum(offset, limit)))
+        if outside.any():
+            entry = int(np.flatnonzero(outside)[0])
+            reason = (
+                f"entry {entry} of the shard index points to bytes {offset.flat[entry]} + "
+                f"{nbytes.flat[entry]}, the file holds {file_size}"
+            )
+            raise self._object_error(array, path, where, reason)
+        return (
+            (stat.st_dev, stat.st_ino),
+            np.where(absent, 0, offset).astype(np.int64),
+            np.where(absent, -1, nbytes.astype(np.int64)),
+        )
+
+    def _object_error(self, array: int, path: str, where: tuple[int, ...], reason: str) -> CorruptChunkError:
+        what = "shard" if self.layouts[array].sharded else "chunk"
+        return CorruptChunkError(
+            f"{what} {'.'.join(map(str, where)) or '0'}: {reason}", file=path, array=self.layouts[array].name
+        )
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def chunk_grid(layout: ArrayLayout) -> tuple[int, ...]:
+    """Number of (inner) chunks per axis."""
+    return tuple(-(-n // chunk) for n, chunk in zip(layout.shape, layout.chunk_shape, strict=True))
+
+
+def _chunks_per_object(layout: ArrayLayout) -> tuple[int, ...]:
+    return tuple(shard // chunk for shard, chunk in zip(layout.shard_shape, layout.chunk_shape, strict=True))
+
+
+def _c_strides(grid: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(grid[:0:-1], lambda a, b: a * b, initial=1))[::-1]
+
+
+def _object_path(layout: ArrayLayout, where: tuple[int, ...]) -> str:
+    if layout.byte_offset is not None:
+        return layout.path
+    key = layout.key_prefix + layout.key_separator.join(map(str, where))
+    return os.path.join(layout.path, key)
+
+
+def _index_format(layout: ArrayLayout) -> tuple[str, bool]:
+    """(dtype of the entries, whether a CRC32C follows) of a shard index."""
+    names = [codec["name"] for codec in layout.index_codecs]
+    endian = (layout.index_codecs[0].get("configuration") or {}).get("endian") if names else None
+    if names in (["bytes"], ["bytes", "crc32c"]) and endian in ("little", "big"):
+        return ("<u8" if endian == "little" else ">u8"), len(names) == 2
+    raise UnsupportedCodecError(
+        f"array {layout.name!r}: shard index codecs {list(layout.index_codecs)}; bytes (little or big), with "
+        "or without crc32c, can be read"
+    )

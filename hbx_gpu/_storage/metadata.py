@@ -1,0 +1,288 @@
+"""zarr metadata on disk -> ArrayLayout: plain JSON parsing, cheap enough for thousands of groups."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from typing import Any, NoReturn
+
+import numpy as np
+
+from hbx_gpu._codecs.chain import V2_CHAIN
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.plain import file_fingerprint
+from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
+
+_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+_DTYPES |= {"float16", "float32", "float64"}
+_FLOAT_BITS = {4: ">e", 8: ">f", 16: ">d"}
+_NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+
+def read_layout(
+    path: str | os.PathLike[str], name: str | None = None, *, absent_is_fill: bool = True
+) -> ArrayLayout:
+    """Read where and how a zarr array (v3 or v2) is stored.
+
+    Parameters
+    ----------
+    path
+        Directory of the array, holding ``zarr.json`` or ``.zarray``.
+    name
+        Path of the array inside its store, for messages; by default the directory's name.
+    absent_is_fill
+        Whether a missing object means fill value (zarr's rule) or a lost file.
+
+    Returns
+    -------
+    ArrayLayout
+        With an absolute path. A v2 array's codecs are described in `hbx_gpu._codecs.chain`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No array metadata there; the message lists what is there.
+    CorruptDataError
+        Metadata that are no JSON, describe a group, or contradict themselves.
+    UnsupportedCodecError
+        A data type, chunk grid, storage transformer or place of the sharding codec that is not read here.
+    """
+    directory = os.path.abspath(path)
+    name = os.path.basename(directory) if name is None else name
+    found = _load(directory)
+    if found is None:
+        raise FileNotFoundError(_nothing_there(directory, name))
+    path, text = found
+    metadata = _Metadata(_parse(path, text), path, name, _fingerprint(text))
+    read = metadata.v2 if os.path.basename(path) == ".zarray" else metadata.v3
+    return read(directory, absent_is_fill)
+
+
+def is_current(layout: ArrayLayout) -> bool:
+    """Whether the metadata of an array, or its plain file, are still those that `layout` was made from."""
+    if not layout.fingerprint:
+        return True
+    if layout.byte_offset is not None:
+        return file_fingerprint(layout.path) == layout.fingerprint
+    found = _load(layout.path)
+    return found is not None and _fingerprint(found[1]) == layout.fingerprint
+
+
+def _load(directory: str) -> tuple[str, bytes] | None:
+    """Path and content of the metadata document, if there is one."""
+    for name in ("zarr.json", ".zarray"):
+        path = os.path.join(directory, name)
+        try:
+            with open(path, "rb") as handle:
+                return path, handle.read()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return None
+
+
+def _fingerprint(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def _parse(path: str, text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise CorruptDataError(f"zarr metadata {path} are no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CorruptDataError(f"zarr metadata {path} hold a {type(found).__name__}, an object is expected")
+    return found
+
+
+def _nothing_there(directory: str, name: str) -> str:
+    if not os.path.isdir(directory):
+        there = "that path is a file" if os.path.exists(directory) else "that directory does not exist"
+    else:
+        entries = sorted(os.listdir(directory))
+        there = f"the directory holds {', '.join(entries[:8]) or 'nothing'}{' ...' if entries[8:] else ''}"
+    return f"no zarr array {name!r} at {directory}: neither zarr.json nor .zarray; {there}"
+
+
+class _Metadata:
+    """One metadata document; every complaint names its file."""
+
+    def __init__(self, document: dict[str, Any], file: str, name: str, fingerprint: str) -> None:
+        self._document, self._file, self._name = document, file, name
+        self._fingerprint = fingerprint
+
+    def v3(self, directory: str, absent_is_fill: bool) -> ArrayLayout:
+        if self._get("zarr_format") != 3:
+            self._corrupt(f"zarr_format is {self._get('zarr_format')!r}, 3 is expected")
+        if self._get("node_type") != "array":
+            self._corrupt(f"node_type is {self._get('node_type')!r}, an array is expected")
+        if self._document.get("storage_transformers"):
+            self._unsupported(f"storage_transformers {self._document['storage_transformers']}")
+        shape = self._integers("shape", self._get("shape"), least=0)
+        grid, setting = self._named("chunk_grid", self._get("chunk_grid"))
+        if grid != "regular":
+            self._unsupported(f"chunk grid {grid!r} (regular is read)")
+        outer = self._integers("chunk_shape", setting.get("chunk_shape"), least=1, ndim=len(shape))
+        dtype_name = self._get("data_type")
+        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+            self._unsupported(f"data_type {dtype_name!r} ({', '.join(sorted(_DTYPES))} are read)")
+        dtype = np.dtype(dtype_name)
+        prefix, separator = self._chunk_keys(len(shape))
+        return ArrayLayout(
+            path=directory,
+            name=self._name,
+            shape=shape,
+            dtype=dtype,
+            shard_shape=outer,
+            fill_value=self._fill_value(dtype, self._get("fill_value")),
+            key_prefix=prefix,
+            key_separator=separator,
+            absent_is_fill=absent_is_fill,
+            fingerprint=self._fingerprint,
+            **self._codecs(outer),
+        )
+
+    def v2(self, directory: str, absent_is_fill: bool) -> ArrayLayout:
+        if self._get("zarr_format") != 2:
+            self._corrupt(f"zarr_format is {self._get('zarr_format')!r}, 2 is expected")
+        shape = self._integers("shape", self._get("shape"), least=0)
+        chunks = self._integers("chunks", self._get("chunks"), least=1, ndim=len(shape))
+        stored_dtype = self._v2_dtype(self._get("dtype"))
+        dtype = stored_dtype.newbyteorder("=")
+        separator = self._separator(self._document.get("dimension_separator", "."))
+        order = self._get("order")
+        if order not in ("C", "F"):
+            self._corrupt(f"order is {order!r}, C or F is expected")
+        filters, compressor = self._document.get("filters"), self._document.get("compressor")
+        for codec in [*(filters or []), *([compressor] if compressor else [])]:
+            if not isinstance(codec, dict) or not isinstance(codec.get("id"), str):
+                self._corrupt(f"filter or compressor {codec!r} has no id")
+        fill_value = self._document.get("fill_value")
+        chain = {"dtype": stored_dtype.str, "order": order, "filters": filters, "compressor": compressor}
+        return ArrayLayout(
+            path=directory,
+            name=self._name,
+            shape=shape,
+            dtype=dtype,
+            chunk_shape=chunks,
+            shard_shape=chunks,
+            codecs=({"name": V2_CHAIN, "configuration": chain},),
+            # null promises nothing about absent chunks; zero is what zarr-python reads.
+            fill_value=dtype.type(0) if fill_value is None else self._fill_value(dtype, fill_value),
+            key_prefix="" if shape else "0",
+            key_separator=separator,
+            absent_is_fill=absent_is_fill,
+            fingerprint=self._fingerprint,
+        )
+
+    def _codecs(self, outer: tuple[int, ...]) -> dict[str, Any]:
+        chain = self._chain("codecs", self._get("codecs"))
+        names = [codec["name"] for codec in chain]
+        if "sharding_indexed" not in names:
+            return {"chunk_shape": outer, "codecs": chain}
+        if len(chain) > 1:
+            self._unsupported(f"sharding_indexed among other codecs ({', '.join(names)})")
+        setting = chain[0].get("configuration") or {}
+        inner = self._integers("inner chunk_shape", setting.get("chunk_shape"), least=1, ndim=len(outer))
+        if any(shard % chunk for shard, chunk in zip(outer, inner, strict=True)):
+            self._corrupt(f"inner chunk_shape {inner} does not divide the shard shape {outer}")
+        codecs = self._chain("inner codecs", setting.get("codecs"))
+        if any(codec["name"] == "sharding_indexed" for codec in codecs):
+            self._unsupported("sharding_indexed inside sharding_indexed")
+        location = setting.get("index_location", "end")
+        if location not in ("start", "end"):
+            self._corrupt(f"index_location is {location!r}, start or end is expected")
+        return {
+            "chunk_shape": inner,
+            "codecs": codecs,
+            "sharded": True,
+            "index_at_end": location == "end",
+            "index_codecs": self._chain("index_codecs", setting.get("index_codecs")),
+        }
+
+    def _chunk_keys(self, ndim: int) -> tuple[str, str]:
+        encoding, setting = self._named("chunk_key_encoding", self._get("chunk_key_encoding"))
+        if encoding == "default":
+            separator = self._separator(setting.get("separator", "/"))
+            return "c" + separator if ndim else "c", separator
+        if encoding == "v2":
+            return "" if ndim else "0", self._separator(setting.get("separator", "."))
+        self._unsupported(f"chunk_key_encoding {encoding!r} (default and v2 are read)")
+
+    def _separator(self, separator: Any) -> str:
+        if separator not in (".", "/"):
+            self._corrupt(f"chunk key separator is {separator!r}, '.' or '/' is expected")
+        return str(separator)
+
+    def _chain(self, what: str, codecs: Any) -> tuple[dict[str, Any], ...]:
+        if not isinstance(codecs, list) or not codecs:
+            self._corrupt(f"{what} is {codecs!r}, a list of codecs is expected")
+        named = (self._named(what, codec) for codec in codecs)
+        return tuple({"name": name, "configuration": setting} for name, setting in named)
+
+    def _named(self, what: str, value: Any) -> tuple[str, dict[str, Any]]:
+        """Name and configuration of an extension point, which may be a bare name."""
+        if isinstance(value, str):
+            return value, {}
+        setting = value.get("configuration", {}) if isinstance(value, dict) else None
+        if not isinstance(setting, dict) or not isinstance(value.get("name"), str):
+            self._corrupt(f"{what} holds {value!r}, an object with name and configuration is expected")
+        return value["name"], setting
+
+    def _integers(self, what: str, value: Any, *, least: int, ndim: int | None = None) -> tuple[int, ...]:
+        fits = isinstance(value, list) and all(type(n) is int and n >= least for n in value)
+        if not fits or (ndim is not None and len(value) != ndim):
+            length = "" if ndim is None else f"{ndim} "
+            self._corrupt(f"{what} is {value!r}, {length}integers >= {least} are expected")
+        return tuple(value)
+
+    def _v2_dtype(self, value: Any) -> np.dtype[Any]:
+        try:
+            dtype = np.dtype(value) if isinstance(value, str) else None
+        except TypeError:
+            dtype = None
+        if dtype is None or dtype.newbyteorder("=").name not in _DTYPES:
+            self._unsupported(f"dtype {value!r} ({', '.join(sorted(_DTYPES))} are read)")
+        return dtype
+
+    def _fill_value(self, dtype: np.dtype[Any], value: Any) -> Any:
+        """The fill value as a scalar of dtype."""
+        if dtype.kind == "f" and isinstance(value, str):
+            number = _NAMED_FLOATS.get(value)
+            if number is None:
+                number = self._float_of_bits(value)
+            return dtype.type(number)
+        if dtype.kind == "b" and isinstance(value, bool):
+            return dtype.type(value)
+        if dtype.kind == "f" and isinstance(value, int | float):
+            return dtype.type(value)
+        if dtype.kind in "iu" and (
+            isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        ):
+            limits = np.iinfo(dtype)
+            if limits.min <= value <= limits.max:
+                return dtype.type(value)
+        self._corrupt(f"fill_value {value!r} is no {dtype}")
+
+    def _float_of_bits(self, text: str) -> float:
+        try:
+            digits = text.removeprefix("0x")
+            return float(struct.unpack(_FLOAT_BITS[len(digits)], bytes.fromhex(digits))[0])
+        except (KeyError, ValueError):
+            self._corrupt(
+                f"fill_value {text!r} is neither NaN, Infinity, -Infinity nor 0x and 4, 8 or 16 digits"
+            )
+
+    def _get(self, key: str) -> Any:
+        if key not in self._document:
+            self._corrupt(f"key {key!r} is missing; it has {', '.join(sorted(self._document))}")
+        return self._document[key]
+
+    def _corrupt(self, what: str) -> NoReturn:
+        raise CorruptDataError(f"metadata of array {self._name!r} ({self._file}): {what}")
+
+    def _unsupported(self, what: str) -> NoReturn:
+        raise UnsupportedCodecError(
+            f"array {self._name!r} ({self._file}) uses {what}; rewrite the array to read it here"
+        )

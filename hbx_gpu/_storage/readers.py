@@ -1,0 +1,499 @@
+"""Readers: extents in, host addresses out. They move bytes and judge none, beyond being there at all."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
+from hbx_gpu.errors import CorruptChunkError
+
+MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
+_MAX_SIZE = 8 << 20
+_ALIGNMENT = 8
+_MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
+_MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
+_RESIDENT_BYTES = 256 << 20  # of mapped files, before their pages are handed back
+# Of plain files, several times larger: touching a row's pages again costs as much as copying the row.
+_RESIDENT_PLAIN_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Byte ranges to read, and which of them holds each extent.
+
+    Attributes
+    ----------
+    file, offset, nbytes
+        int32, int64, int64, (n_runs,). In ascending (file, offset); ranges of one file do not overlap.
+    run
+        int64, (k,). Run of each extent; -1 where there is nothing to read.
+    """
+
+    file: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+    run: np.ndarray
+
+
+def coalesce(
+    file: np.ndarray, offset: np.ndarray, nbytes: np.ndarray, *, max_gap: int, max_size: int
+) -> Runs:
+    """Merge extents into runs that are read at once; every byte wanted lies in exactly one run.
+
+    Parameters
+    ----------
+    file, offset, nbytes
+        Integers, (k,). Any order, repeats and overlaps allowed; nbytes <= 0 reads nothing.
+    max_gap
+        Neighbours at most this many unwanted bytes apart are merged.
+    max_size
+        Merging stops at runs of this size. An extent larger than it is one run, and so are extents that
+        overlap each other, whatever their size: no byte is read twice.
+    """
+    run = np.full(len(file), -1, np.int64)
+    wanted = np.flatnonzero(np.asarray(nbytes) > 0)
+    order = wanted[np.lexsort((offset[wanted], file[wanted]))]
+    files, starts = file[order].astype(np.int64), offset[order].astype(np.int64)
+    ends = starts + nbytes[order]
+    if not len(order):
+        empty = np.zeros(0, np.int64)
+        return Runs(empty.astype(np.int32), empty, empty, run)
+    # Lay the files one behind the other on one line, so that one running maximum serves them all.
+    new_file = np.flatnonzero(np.diff(files, prepend=files[0] - 1))
+    lengths = np.maximum.reduceat(ends, new_file)
+    shift = np.repeat(np.cumsum(lengths) - lengths, np.diff(new_file, append=len(files)))
+    reach = np.maximum.accumulate(ends + shift) - shift  # furthest byte wanted so far in this file
+    gap = np.full(len(order), np.iinfo(np.int64).max)
+    gap[1:] = starts[1:] - reach[:-1]
+    gap[new_file] = np.iinfo(np.int64).max
+    first = np.array(_run_starts(starts.tolist(), reach.tolist(), gap, max_gap, max_size))
+    run[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(order)))
+    last = np.append(first[1:], len(order)) - 1
+    return Runs(files[first].astype(np.int32), starts[first], reach[last] - starts[first], run)
+
+
+def _run_starts(
+    starts: list[int], reach: list[int], gap: np.ndarray, max_gap: int, max_size: int
+) -> list[int]:
+    """Positions of the extents that begin a run, greedily from the left."""
+    breaks = np.flatnonzero(gap > max_gap).tolist()
+    may_split = np.flatnonzero(gap >= 0).tolist()  # not inside an overlap
+    first: list[int] = []
+    for begin, end in zip(breaks, [*breaks[1:], len(starts)], strict=True):
+        while begin < end:
+            first.append(begin)
+            # First extent that does not fit any more; then back to where splitting is allowed, or on to it.
+            over = bisect.bisect_right(reach, starts[begin] + max_size, begin, end)
+            if over >= end:
+                break
+            place = bisect.bisect_right(may_split, over) - 1
+            if may_split[place] <= begin:
+                place += 1
+            begin = may_split[place] if place < len(may_split) else end
+    return first
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Stored chunks in host memory.
+
+    Attributes
+    ----------
+    address
+        uint64, (k,). Absolute address of each extent's first byte; 0 where it has no bytes.
+    nbytes
+        int64, (k,). As in the extents: -1 for an absent chunk.
+    owner
+        Keeps the memory alive. Addresses are valid while the slab, or its owner, is referenced.
+    copy
+        Brings parts of the slab to other memory without touching it here: called with records of ``source``
+        (address), ``target`` (offset) and ``nbytes``, and a uint8 array. None: copy from the addresses.
+    """
+
+    address: np.ndarray
+    nbytes: np.ndarray
+    owner: object
+    copy: Callable[[np.ndarray, np.ndarray], None] | None = None
+
+    def view(self, i: int) -> np.ndarray:
+        """uint8, (nbytes[i],), read-only: the stored bytes of extent i, without a copy."""
+        nbytes = int(self.nbytes[i])
+        if nbytes < 0:
+            raise ValueError(f"extent {i} is absent: its chunk is all fill value, there are no bytes to view")
+        if nbytes == 0:
+            return np.frombuffer(b"", np.uint8)
+        return np.asarray(_Memory(int(self.address[i]), nbytes, self.owner))
+
+
+class _Memory:
+    """Foreign memory as NumPy sees it; arrays made from it keep `owner` alive through it."""
+
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+
+
+_T = TypeVar("_T")
+
+
+class _Cache(Generic[_T]):
+    """Opened files, least recently used out first.
+
+    Nothing is closed here: an entry closes itself when its last user lets go of it, so no thread can see
+    its descriptor closed, or reused for another file, in mid-read.
+    """
+
+    def __init__(self, open_file: Callable[[str], _T], bound: int) -> None:
+        self._open_file, self._bound = open_file, bound
+        self._entries: OrderedDict[str, _T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def peek(self, path: str, usable: Callable[[_T], bool]) -> _T | None:
+        """The opened file, if there is one that is usable."""
+        with self._lock:
+            entry = self._entries.get(path)
+            if entry is None or not usable(entry):
+                return None
+            self._entries.move_to_end(path)
+            return entry
+
+    def open(self, path: str, check: Callable[[_T], None]) -> _T:
+        """Open a file; kept if `check` raises nothing."""
+        entry = self._open_file(path)
+        check(entry)
+        with self._lock:
+            self._entries[path] = entry
+            self._entries.move_to_end(path)
+            while len(self._entries) > self._bound:
+                self._entries.popitem(last=False)
+        return entry
+
+    def values(self) -> list[_T]:
+        with self._lock:
+            return list(self._entries.values())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+class Reader(ABC):
+    """Brings the stored chunks of a `ChunkDirectory` into host memory.
+
+    Safe to use from many threads. Pickles as its directory; opened files stay behind. A context manager.
+    """
+
+    def __init__(self, directory: ChunkDirectory) -> None:
+        self.directory = directory
+
+    @abstractmethod
+    def read(self, extents: Extents) -> Slab:
+        """Bring extents into memory.
+
+        Parameters
+        ----------
+        extents
+            As from `ChunkDirectory.extents` of this reader's directory.
+
+        Raises
+        ------
+        CorruptChunkError
+            A file that is gone, shorter now than an extent reaches, or another one now than the one whose
+            chunks were looked up. A file that is open already is read on, whatever its path leads to by then.
+        OSError
+            The file cannot be opened or read for any other reason.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of opened files. Slabs stay valid; a later read opens them again."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.directory,))
+
+    def _too_short(self, extents: Extents, file: int, size: int) -> CorruptChunkError:
+        """The error for the first extent of a file that reaches beyond size bytes."""
+        beyond = (extents.file == file) & (extents.offset + extents.nbytes > size)
+        if not beyond.any():
+            return self._error_in(
+                extents,
+                file,
+                f"a read came to the end of the file before its {size} bytes were read; the storage lost "
+                "sight of them, or the file is being rewritten: try again when nothing writes to it",
+            )
+        i = int(np.flatnonzero(beyond)[0])
+        offset, nbytes = int(extents.offset[i]), int(extents.nbytes[i])
+        reason = (
+            f"bytes {offset} + {nbytes} are beyond the end of the file, which has {size} now; it was cut "
+            "short after it was written, copy it again from its origin"
+        )
+        return self.directory.error_at(file, offset, nbytes, reason)
+
+    def _gone(self, extents: Extents, file: int) -> CorruptChunkError:
+        reason = "the file was there when its chunks were looked up, and is missing now"
+        return self._error_in(extents, file, reason)
+
+    def _error_in(self, extents: Extents, file: int, reason: str) -> CorruptChunkError:
+        i = int(np.flatnonzero(extents.file == file)[0])
+        return self.directory.error_at(file, int(extents.offset[i]), int(extents.nbytes[i]), reason)
+
+    def _check_opened(self, extents: Extents, file: int, identity: tuple[int, int]) -> None:
+        """Refuse a file that was just opened and is not the one whose chunks were looked up."""
+        if identity != self.directory.identities[file]:
+            raise self._error_in(extents, file, REPLACED)
+        # An inode is used again once its file is gone; the metadata tell.
+        self.directory.check_current(self.directory.array_of(file))
+
+
+class PreadReader(Reader):
+    """Reads into one contiguous buffer: neighbouring extents at once, each byte once.
+
+    Parameters
+    ----------
+    directory
+        Where the chunks lie.
+    max_gap, max_size
+        As in `coalesce`, in bytes.
+    """
+
+    def __init__(
+        self, directory: ChunkDirectory, *, max_gap: int = MAX_GAP, max_size: int = _MAX_SIZE
+    ) -> None:
+        super().__init__(directory)
+        self._max_gap, self._max_size = max_gap, max_size
+        self._files = _Cache(_Descriptor, _MAX_OPEN)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_pread_reader, (self.directory, self._max_gap, self._max_size))
+
+    def read(self, extents: Extents) -> Slab:
+        runs = coalesce(
+            extents.file, extents.offset, extents.nbytes, max_gap=self._max_gap, max_size=self._max_size
+        )
+        # As far from a multiple of 8 as in the file: elements of plain files keep their alignment.
+        shift = runs.offset % _ALIGNMENT
+        room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        place = np.cumsum(room) - room + shift
+        buffer = np.empty(int(room.sum()), np.uint8)
+        # Runs ascend and do not overlap: the last of a file reaches furthest, and is the one that stays.
+        reach = dict(zip(runs.file.tolist(), (runs.offset + runs.nbytes).tolist(), strict=True))
+        current, descriptor = -1, None
+        for file, offset, nbytes, at in zip(
+            runs.file.tolist(), runs.offset.tolist(), runs.nbytes.tolist(), place.tolist(), strict=True
+        ):
+            if file != current or descriptor is None:
+                current, descriptor = file, self._open(extents, file, reach[file])
+            if not descriptor.read([buffer[at : at + nbytes].data], offset):
+                raise self._too_short(extents, file, descriptor.size())
+        base = np.uint64(buffer.ctypes.data)
+        stored = runs.run >= 0
+        address = np.zeros(len(extents), np.uint64)
+        run = runs.run[stored]
+        inside = extents.offset[stored] - runs.offset[run] + place[run]
+        address[stored] = base + inside.astype(np.uint64)
+        return Slab(address, extents.nbytes, buffer)
+
+    def close(self) -> None:
+        self._files.clear()
+
+    def _open(self, extents: Extents, file: int, reach: int) -> _Descriptor:
+        path, identity = self.directory.paths[file], self.directory.identities[file]
+        descriptor = self._files.peek(path, lambda entry: entry.identity == identity)
+        try:
+            if descriptor is None:
+                descriptor = self._files.open(
+                    path, lambda entry: self._check_opened(extents, file, entry.identity)
+                )
+        except FileNotFoundError:
+            raise self._gone(extents, file) from None
+        if reach > (size := descriptor.size()):
+            raise self._too_short(extents, file, size)
+        return descriptor
+
+
+def _pread_reader(directory: ChunkDirectory, max_gap: int, max_size: int) -> PreadReader:
+    return PreadReader(directory, max_gap=max_gap, max_size=max_size)
+
+
+class _Descriptor:
+    """A file descriptor that closes with its last reference."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self._fd)
+        self.identity = (found.st_dev, found.st_ino)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def read(self, targets: list[memoryview], offset: int) -> bool:
+        """Fill the targets one after the other from offset on; False if the file ends before."""
+        try:
+            while targets:
+                count = os.preadv(self._fd, targets, offset)
+                if count == 0:
+                    return False
+                offset += count
+                while targets and count >= len(targets[0]):
+                    count -= len(targets.pop(0))
+                if count:
+                    targets[0] = targets[0][count:]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from error
+        return True
+
+
+class MmapReader(Reader):
+    """Maps files and points into the maps: no copy, no buffer, pages shared with every other process.
+
+    A file that is cut short while a slab points into it makes the kernel kill the process (SIGBUS), as with
+    any map; a file that was short before the read is refused. Use `preadv` on storage that may shrink.
+
+    Pages that were looked at count as this process's memory. After `resident_bytes` of reads they are handed
+    back: they stay in the page cache, and touching one again costs a minor fault. Files that together are
+    smaller than that stay.
+    """
+
+    def __init__(self, directory: ChunkDirectory, *, resident_bytes: int | None = None) -> None:
+        super().__init__(directory)
+        if resident_bytes is None:
+            resident_bytes = _RESIDENT_PLAIN_BYTES if directory.has_plain_files else _RESIDENT_BYTES
+        self._maps = _Cache(_Map, _MAX_MAPS)
+        self._resident_bytes = resident_bytes
+        self._read_bytes = 0
+
+    def read(self, extents: Extents) -> Slab:
+        stored = np.flatnonzero(extents.nbytes > 0)
+        files, inverse = np.unique(extents.file[stored], return_inverse=True)
+        needed = np.zeros(len(files), np.int64)
+        np.maximum.at(needed, inverse, extents.offset[stored] + extents.nbytes[stored])
+        maps = [
+            self._map(extents, file, size) for file, size in zip(files.tolist(), needed.tolist(), strict=True)
+        ]
+        base = np.array([entry.address for entry in maps], np.uint64)
+        address = np.zeros(len(extents), np.uint64)
+        address[stored] = base[inverse] + extents.offset[stored].astype(np.uint64)
+        # Unlocked: threads that race hand back a little early or late, and neither matters.
+        self._read_bytes += int(extents.nbytes[stored].sum())
+        if self._read_bytes > self._resident_bytes:
+            self._read_bytes = 0
+            maps_now = self._maps.values()
+            if sum(entry.nbytes for entry in maps_now) > self._resident_bytes:
+                for entry in maps_now:
+                    entry.hand_back()
+        return Slab(address, extents.nbytes, maps)
+
+    def close(self) -> None:
+        self._maps.clear()
+
+    def _map(self, extents: Extents, file: int, needed: int) -> _Map:
+        path, identity = self.directory.paths[file], self.directory.identities[file]
+        entry = self._maps.peek(path, lambda entry: entry.identity == identity and entry.nbytes >= needed)
+        try:
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) != identity:
+                # What is mapped stays whole although its path leads elsewhere.
+                if entry is None:
+                    raise self._error_in(extents, file, REPLACED)
+                return entry
+            if needed > found.st_size:
+                raise self._too_short(extents, file, found.st_size)
+            if entry is None:
+                entry = self._maps.open(path, lambda new: self._check_opened(extents, file, new.identity))
+        except FileNotFoundError:
+            if entry is None:
+                raise self._gone(extents, file) from None
+            return entry
+        if needed > entry.nbytes:
+            raise self._too_short(extents, file, entry.nbytes)
+        return entry
+
+
+class _Map:
+    """A whole file mapped read-only, unmapped with the last reference.
+
+    Through libc, because Python's mmap keeps a descriptor per map and one batch may touch more files than
+    a process may hold open.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.nbytes, self.address = 0, 0
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            self.identity = (found.st_dev, found.st_ino)
+            if found.st_size:
+                address = _libc.mmap(None, found.st_size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+                if address == _MAP_FAILED:
+                    code = ctypes.get_errno()
+                    raise OSError(code, f"mmap of {found.st_size} bytes: {os.strerror(code)}", path)
+                self.nbytes, self.address = found.st_size, address
+        finally:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if self.nbytes:
+            _libc.munmap(self.address, self.nbytes)
+
+    def hand_back(self) -> None:
+        """Drop the pages from this process; the map stays valid and the file stays in the page cache."""
+        if self.nbytes:
+            _libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.madvise.restype = ctypes.c_int
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.restype = ctypes.c_int
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
+    """A reader of the kind asked for.
+
+    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a
+    device reads explicitly into its page-locked memory.
+    """
+    from hbx_gpu._storage.pinned import PinnedReader
+
+    readers: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader, "pinned": PinnedReader}
+    if kind not in readers:
+        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(readers)}")
+    return readers[kind](directory)

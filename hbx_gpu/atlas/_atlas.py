@@ -1,0 +1,574 @@
+"""The atlas as users hold it: made or opened for writing, or checked out at a snapshot for reading."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names
+from hbx_gpu.atlas._catalogue.journal import WriteLock
+from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions, local_path
+from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._model import columns
+from hbx_gpu.atlas._model.schema import (
+    AtlasVersion,
+    Cell,
+    DatasetSchema,
+    FeatureBaseSchema,
+    FeatureLayout,
+    Gene,
+    HoxBaseSchema,
+    PointerField,
+    cells_class,
+    check_schema,
+    default_registry,
+    registry_table_name,
+)
+from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.atlas._query.query import AtlasQuery
+from hbx_gpu.atlas._upkeep import snapshots as maintenance
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, check_codec, make_group
+from hbx_gpu.errors import AtlasError, AtlasLockedError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from hbx_gpu.atlas._ingest.commit import IngestReport
+    from hbx_gpu.atlas._ingest.inputs import Input
+
+ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
+_READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
+_UNKNOWN = (
+    "the atlas at {} has no snapshot and was not made by hbx_gpu, so nothing says which of its tables {} "
+    "is which; take a snapshot with the program that made it"
+)
+
+
+class RaggedAtlas:
+    """Datasets with different features in one catalogue.
+
+    Made by :func:`create_or_open_atlas`, :meth:`create` or :meth:`open` (writable, no queries), or by
+    :meth:`checkout` and :meth:`checkout_latest` (one snapshot, read-only).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        catalogue: Catalogue | None = None,
+        schemas: ObsSchemas | None = None,
+        registries: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        snapshot: Snapshot | None = None,
+        pointer_fields: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = path
+        self._catalogue = catalogue
+        self._schemas = dict(schemas or {})
+        self._registry_schemas = dict(registries or {})
+        self._snapshot = snapshot
+        # What obs tables without a class begin with, where they are made.
+        self._declared = Cell if pointer_fields is None else cells_class(pointer_fields)
+        self._lock = WriteLock(path)
+
+    def __repr__(self) -> str:
+        state = "writable" if self._snapshot is None else f"snapshot {self.version}"
+        return f"RaggedAtlas({str(self._path)!r}, {state}, obs_tables={self.obs_tables})"
+
+    # Opening
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        obs_schemas: ObsSchemas | None = None,
+        dataset_table_name: str = "datasets",
+        dataset_schema: type[DatasetSchema] = DatasetSchema,
+        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        codec: str = DEFAULT_CODEC,
+        version_table_name: str = VERSION_TABLE,
+        pointer_fields: Mapping[str, str] | None = None,
+    ) -> RaggedAtlas:
+        """Make a new atlas; parameters as in :func:`create_or_open_atlas`.
+
+        Raises
+        ------
+        FileExistsError
+            There is one already.
+        """
+        root = _root(path)
+        if Names.load(root, version_table=version_table_name) is not None:
+            raise FileExistsError(f"there is an atlas at {root} already; open it with RaggedAtlas.open")
+        if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
+            raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
+        schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
+        registries = dict(registry_schemas or {})
+        names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
+        atlas = cls(
+            root,
+            catalogue=Catalogue(root, root / "zarr_store", names),
+            schemas=schemas,
+            registries=registries,
+            pointer_fields=pointer_fields,
+        )
+        root.mkdir(parents=True, exist_ok=True)
+        with atlas._lock.hold():
+            (root / "zarr_store").mkdir(exist_ok=True)
+            make_group(root / "zarr_store")
+            tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())
+            tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())
+            tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())
+            # Last, because these make the names known: a creation that was interrupted is simply repeated.
+            atlas._ensure_tables()
+        return atlas
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        obs_schemas: ObsSchemas | None = None,
+        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        store: Any = None,
+        codec: str | None = None,
+        version_table_name: str = VERSION_TABLE,
+    ) -> RaggedAtlas:
+        """Open an atlas for writing; parameters as in :func:`create_or_open_atlas`.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        AtlasError
+            Its tables cannot be told apart, or a schema class disagrees with them.
+        """
+        root = _root(path)
+        if not (root / "lance_db").is_dir():
+            raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
+        names = Names.load(root, version_table=version_table_name)
+        if names is None:
+            raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
+        if codec is not None:
+            names = replace(names, codec=check_codec(codec))
+        where = local_path(store) if store is not None else root / "zarr_store"
+        if not where.is_dir():
+            raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
+        atlas = cls(
+            root, catalogue=Catalogue(root, where, names), schemas=obs_schemas, registries=registry_schemas
+        )
+        atlas._check_schemas()
+        try:
+            with atlas._writing():
+                atlas._ensure_tables()
+        except AtlasLockedError:
+            # Somebody writes just now. That matters only if something has to be made before this can be used.
+            if set(atlas._schemas) - set(names.obs_tables) or set(atlas._registry_schemas) - set(
+                names.registries
+            ):
+                raise
+        return atlas
+
+    @classmethod
+    def checkout(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        version: int | None = None,
+        schema: type[HoxBaseSchema] | ObsSchemas | None = None,
+        store: Any = None,
+        *,
+        cell_schema: type[HoxBaseSchema] | None = None,
+        obs_schemas: ObsSchemas | None = None,
+        db_uri: str | os.PathLike[str] | None = None,
+        store_kwargs: Any = None,
+        version_table_name: str = VERSION_TABLE,
+    ) -> RaggedAtlas:
+        """Open one snapshot, read-only.
+
+        Parameters
+        ----------
+        path
+            Directory of the atlas, or its ``lance_db``; `db_uri` means the same.
+        version
+            Number of the snapshot; None for the latest.
+        schema
+            Class of the obs table, or ``{table: class or None}``, checked against the atlas. Not
+            needed. `cell_schema` and `obs_schemas` mean the same.
+        store
+            The zarr store where it is not the sibling of ``lance_db``.
+        store_kwargs
+            Accepted and not used: local stores have no options.
+        version_table_name
+            Table that records the snapshots.
+
+        Raises
+        ------
+        FileNotFoundError
+            No atlas, or no zarr store.
+        ValueError
+            No snapshots, or none of that number.
+        AtlasError
+            A schema class declares columns that the snapshot lacks, or as another type.
+        """
+        del store_kwargs
+        where = path if path is not None else db_uri
+        if where is None:
+            raise TypeError("pass the path of the atlas")
+        snapshot = Snapshot.open(where, version, store=store, version_table_name=version_table_name)
+        given = schema or cell_schema or obs_schemas or {}
+        schemas = dict(given) if isinstance(given, Mapping) else {snapshot.obs_table_name(): given}
+        for table, declared in schemas.items():
+            if declared is not None:
+                check_schema(declared, snapshot.obs_schema(table), table)
+        return cls(snapshot.path, schemas=schemas, snapshot=snapshot)
+
+    @classmethod
+    def checkout_latest(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        schema: type[HoxBaseSchema] | ObsSchemas | None = None,
+        store: Any = None,
+        **kwargs: Any,
+    ) -> RaggedAtlas:
+        """Open the newest snapshot, read-only; see :meth:`checkout`."""
+        return cls.checkout(path, None, schema, store, **kwargs)
+
+    @staticmethod
+    def list_versions(
+        path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE
+    ) -> pd.DataFrame:
+        """The snapshots of an atlas, one row each: ``version``, ``created_at``, ``total_rows``, ..."""
+        return list_versions(path, version_table_name=version_table_name)
+
+    # What it is
+
+    @property
+    def path(self) -> Path:
+        """Directory of the atlas."""
+        return self._path
+
+    @property
+    def db_uri(self) -> str:
+        """Directory of its LanceDB database."""
+        return str(self._path / "lance_db")
+
+    @property
+    def version(self) -> int | None:
+        """Number of the snapshot that is checked out, None when the atlas is open for writing."""
+        return None if self._snapshot is None else self._snapshot.version
+
+    @property
+    def obs_tables(self) -> list[str]:
+        """Names of the obs tables, sorted."""
+        return self._snapshot.obs_tables if self._snapshot else sorted(self.catalogue.names.obs_tables)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Its tables, for writing.
+
+        Raises
+        ------
+        AtlasError
+            The atlas is checked out.
+        """
+        if self._catalogue is None:
+            raise AtlasError(_READ_ONLY.format(self.version, str(self._path)))
+        return self._catalogue
+
+    @property
+    def pointer_fields(self) -> dict[str, PointerField]:
+        """Pointer columns by name, over all obs tables."""
+        if self._snapshot is not None:
+            fields = [p for t in self.obs_tables for p in self._snapshot.pointer_fields(t).values()]
+            return {p.name: PointerField(p.name, p.feature_space) for p in fields}
+        spaces = [item for t in self.obs_tables for item in self.catalogue.pointer_spaces(t).items()]
+        return {name: PointerField(name, space) for name, space in spaces}
+
+    def query(self, obs_table_name: str | None = None) -> AtlasQuery:
+        """Ask for cells of the snapshot that is checked out.
+
+        Parameters
+        ----------
+        obs_table_name
+            Required where there are several obs tables.
+
+        Raises
+        ------
+        RuntimeError
+            The atlas is open for writing.
+        ValueError
+            No table is named and there are several.
+        """
+        if self._snapshot is None:
+            raise RuntimeError(
+                "queries need a snapshot, so that their answers stay the same: call snapshot(), then "
+                f"RaggedAtlas.checkout_latest({str(self._path)!r}).query()"
+            )
+        return AtlasQuery(self._snapshot, obs_table_name)
+
+    def list_datasets(self) -> pd.DataFrame:
+        """One row per group: ``dataset_uid``, ``zarr_group``, ``feature_space``, ``layout_uid``, ..."""
+        return self._snapshot.datasets() if self._snapshot else self.catalogue.datasets().to_pandas()
+
+    def feature_registry(self, feature_space: str) -> pd.DataFrame:
+        """The features of a space, ascending ``global_index``, ``uid`` and all other columns.
+
+        Raises
+        ------
+        UnknownNameError
+            The space has no registry.
+        """
+        if self._snapshot is not None:
+            return self._snapshot.registry(feature_space).table.to_pandas()
+        return self.catalogue.registry(feature_space).to_arrow().sort_by("global_index").to_pandas()
+
+    def obs_schema(self, table: str) -> type[HoxBaseSchema] | None:
+        """The class given for an obs table, if any."""
+        return self._schemas.get(table)
+
+    def registry_schema(self, feature_space: str) -> type[FeatureBaseSchema] | None:
+        """The class given for a registry, if any."""
+        return self._registry_schemas.get(feature_space)
+
+    # Writing
+
+    def register_features(
+        self, feature_space: str, features: Sequence[FeatureBaseSchema] | pd.DataFrame | pa.Table
+    ) -> int:
+        """Add features to the registry of a space; those already there are left as they are.
+
+        Parameters
+        ----------
+        feature_space
+            Their space.
+        features
+            Records, or a table (pandas, Arrow, polars) with a column ``uid`` and the registry's others.
+
+        Returns
+        -------
+        int
+            Number of new features. They get their global index in :meth:`optimize`.
+
+        Raises
+        ------
+        InvalidDataError
+            A column is missing, has missing values or another type.
+        """
+        source = f"features for {feature_space!r}"
+        data = columns.features_table(features, source)
+        with self._writing() as catalogue:
+            new = set(catalogue.unregistered(feature_space, data.column("uid").to_pylist()))
+            keep = []
+            for i, uid in enumerate(data.column("uid").to_pylist()):
+                if uid in new:
+                    new.remove(uid)
+                    keep.append(i)
+            if keep:
+                tables.prepare(
+                    catalogue.registry(feature_space),
+                    data.take(pa.array(keep)),
+                    allow_new=self.registry_schema(feature_space) is None,
+                    source=source,
+                ).commit()
+            return len(keep)
+
+    def optimize(self) -> None:
+        """Give new features their global index and merge small files. No snapshot loses anything."""
+        with self._writing() as catalogue:
+            maintenance.optimize(catalogue)
+
+    def validate(self) -> list[str]:
+        """What keeps the atlas from being snapshotted, in words; empty if nothing does."""
+        return maintenance.validate(self.catalogue)
+
+    def snapshot(self) -> int:
+        """Record the present state; returns its number: 0, 1, 2, ...
+
+        Raises
+        ------
+        AtlasError
+            The atlas is not fit for reading; says what is missing, for example a call of :meth:`optimize`.
+        """
+        with self._writing() as catalogue:
+            return maintenance.snapshot(catalogue)
+
+    def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
+        """Add a pointer column to an obs table: cells that are there lack that modality. May be repeated.
+
+        Parameters
+        ----------
+        name
+            Of the column.
+        feature_space
+            A registered feature space. Its registry is made where there is none.
+        obs_table
+            Needed where there are several.
+
+        Raises
+        ------
+        AtlasError
+            There is another column of that name.
+        UnknownNameError
+            No such table or feature space.
+        """
+        get_space(feature_space)
+        if columns.stored_names([name], ()) != {name: name}:
+            raise AtlasError(f"pointer column {name!r}: the name must be free of dots and backticks")
+        with self._writing() as catalogue:
+            catalogue.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
+
+    def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
+        """See :func:`hbx_gpu.atlas.add_multimodal`."""
+        from hbx_gpu.atlas._ingest.multimodal import add_multimodal
+
+        return add_multimodal(self, modalities, **kwargs)
+
+    def add_from_anndata(self, adata: AnnData | str | os.PathLike[str] | Input, **kwargs: Any) -> int:
+        """See :func:`hbx_gpu.atlas.add_from_anndata`."""
+        from hbx_gpu.atlas._ingest.anndata import add_from_anndata
+
+        return add_from_anndata(self, adata, **kwargs)
+
+    def add_from_h5ad(self, path: str | os.PathLike[str], **kwargs: Any) -> int:
+        """See :func:`hbx_gpu.atlas.add_from_h5ad`."""
+        from hbx_gpu.atlas._ingest.anndata import add_from_h5ad
+
+        return add_from_h5ad(self, path, **kwargs)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Catalogue]:
+        """Hold the write lock; undo what a killed writer left before anything else is done."""
+        catalogue = self.catalogue
+        with self._lock.hold() as taken:
+            if taken:
+                catalogue.recover()
+            yield catalogue
+
+    def _ensure_tables(self) -> None:
+        """Create the obs tables and registries that were asked for and do not exist."""
+        catalogue = self.catalogue
+        names = catalogue.names
+        registries = dict(names.registries)
+        for space, schema in self._registry_schemas.items():
+            registries.setdefault(space, registry_table_name(schema))
+            tables.ensure_table(self._path, registries[space], schema.to_arrow_schema())
+        for table, given in self._schemas.items():
+            declared = given or self._declared
+            tables.ensure_table(self._path, table, declared.to_arrow_schema())
+            for pointer in declared.pointer_fields().values():
+                space = pointer.feature_space
+                if get_space(space).has_features and space not in registries:
+                    registries[space] = default_registry(space)
+                    tables.ensure_table(self._path, registries[space], Gene.to_arrow_schema())
+        obs = tuple(sorted({*names.obs_tables, *self._schemas}))
+        changed = replace(names, obs_tables=obs, registries=registries)
+        if changed != names:
+            catalogue.names = changed
+            changed.save(self._path)
+
+    def _check_schemas(self) -> None:
+        names = self.catalogue.names
+        for table, declared in self._schemas.items():
+            if declared is not None and table in names.obs_tables:
+                check_schema(declared, self.catalogue.obs(table).schema, table)
+        for space, schema in self._registry_schemas.items():
+            if space in names.registries:
+                name = names.registries[space]
+                check_schema(schema, self.catalogue.registry(space).schema, name)
+
+
+def create_or_open_atlas(
+    atlas_path: str | os.PathLike[str],
+    obs_schemas: ObsSchemas | None = None,
+    dataset_table_name: str = "datasets",
+    dataset_schema: type[DatasetSchema] = DatasetSchema,
+    registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+    *,
+    cell_table_name: str = "cells",
+    cell_schema: type[HoxBaseSchema] | None = None,
+    codec: str | None = None,
+    store: Any = None,
+    version_table_name: str = VERSION_TABLE,
+    pointer_fields: Mapping[str, str] | None = None,
+) -> RaggedAtlas:
+    """Open the atlas at a path for writing, made first if there is none.
+
+    Parameters
+    ----------
+    atlas_path
+        Directory of the atlas.
+    obs_schemas
+        Obs table -> its class, or None to take further columns from the data and merge them. Without it, the
+        table `cell_table_name` with `cell_schema`. Tables that do not exist yet are made.
+    dataset_table_name, dataset_schema
+        The table of groups; used when the atlas is made.
+    registry_schemas
+        Feature space -> class of its features. Spaces without one take their columns from the data.
+    cell_table_name, cell_schema
+        The only obs table, in the older way of calling.
+    codec
+        How new arrays are compressed, see `codec_names`; by default as before, ``hbx_gpu.rowpack``
+        in a new atlas and ``homeobox.bitpacking`` in one that Homeobox made.
+    store
+        The zarr store where it is not the sibling of ``lance_db``; only for atlases that exist.
+    version_table_name
+        Table that records the snapshots.
+    pointer_fields
+        Pointer column -> feature space, for obs tables without a class in a new atlas; by default
+        ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
+
+    Raises
+    ------
+    AtlasError
+        A class disagrees with the tables of the existing atlas.
+    """
+    schemas = dict(obs_schemas) if obs_schemas else None
+    if schemas is None and cell_schema is not None:
+        schemas = {cell_table_name: cell_schema}
+    root = _root(atlas_path)
+    if Names.load(root, version_table=version_table_name) is None:
+        return RaggedAtlas.create(
+            root,
+            obs_schemas=schemas or {cell_table_name: None},
+            dataset_table_name=dataset_table_name,
+            dataset_schema=dataset_schema,
+            registry_schemas=registry_schemas,
+            codec=codec or DEFAULT_CODEC,
+            version_table_name=version_table_name,
+            pointer_fields=pointer_fields,
+        )
+    return RaggedAtlas.open(
+        root,
+        obs_schemas=schemas,
+        registry_schemas=registry_schemas,
+        store=store,
+        codec=codec,
+        version_table_name=version_table_name,
+    )
+
+
+def only_table(names: Sequence[str]) -> str:
+    """The obs table meant where none was named.
+
+    Raises
+    ------
+    ValueError
+        There are several.
+    """
+    if len(names) != 1:
+        raise ValueError(
+            f"the atlas has several obs tables ({list(names)}); pass obs_table= (--table) to select one"
+        )
+    return names[0]
+
+
+def _root(path: str | os.PathLike[str]) -> Path:
+    root = local_path(path)
+    return root.parent if root.name == "lance_db" else root

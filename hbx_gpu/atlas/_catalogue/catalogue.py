@@ -1,0 +1,350 @@
+"""The tables of an atlas as the writer sees them: which there are, and the rows an ingest adds to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from lancedb.table import Table
+
+from hbx_gpu.atlas._catalogue import swap, tables
+from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal, sync
+from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, read_records
+from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
+from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, make_group
+from hbx_gpu.errors import AtlasError, UnknownNameError
+
+_CONFIG = "hbx_gpu.json"
+# Uids per SQL condition when rows are removed.
+_SQL_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names that nothing on disk holds before the first snapshot; kept in a small file beside the tables.
+
+    Attributes
+    ----------
+    obs_tables, dataset_table, version_table
+        Tables.
+    registries
+        Feature space -> registry table.
+    codec
+        Codec of new arrays unless another one is asked for.
+    """
+
+    obs_tables: tuple[str, ...]
+    dataset_table: str
+    registries: Mapping[str, str]
+    version_table: str = VERSION_TABLE
+    codec: str = DEFAULT_CODEC
+
+    def save(self, root: Path) -> None:
+        """Write them durably."""
+        _save(root, asdict(self))
+
+    @classmethod
+    def load(cls, root: Path, *, version_table: str = VERSION_TABLE) -> Names | None:
+        """Names of an atlas: from its last snapshot and our own file; None where neither exists.
+
+        Raises
+        ------
+        AtlasError
+            Written by a release whose tables we read but do not write.
+        """
+        path = root / _CONFIG
+        own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        version_table = own.get("version_table", version_table)
+        records = read_records(root, version_table_name=version_table) if (root / "lance_db").is_dir() else []
+        if not own and not records:
+            return None
+        if records:
+            last = records[-1]
+            _check_generation(root, version_table)
+            own.setdefault("dataset_table", last.dataset_table[0])
+            own["registries"] = {s: name for s, (name, _) in last.registries.items()} | own.get(
+                "registries", {}
+            )
+            own["obs_tables"] = sorted({*last.obs_tables, *own.get("obs_tables", ())})
+        return cls(
+            tuple(own["obs_tables"]),
+            own["dataset_table"],
+            own["registries"],
+            version_table,
+            # What Homeobox wrote continues as Homeobox would, so that Homeobox can go on reading it.
+            own.get("codec", HOMEOBOX_CODEC),
+        )
+
+
+def set_default_codec(root: Path, codec: str) -> None:
+    """Make `codec` the one of new arrays, in an atlas that hbx_gpu made; others have no place to say so."""
+    path = root / _CONFIG
+    if path.is_file():
+        own = json.loads(path.read_text(encoding="utf-8"))
+        if own.get("codec") != codec:
+            _save(root, own | {"codec": codec})
+
+
+def _save(root: Path, config: dict[str, Any]) -> None:
+    new = root / f"{_CONFIG}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, root / _CONFIG)
+    sync(root)
+
+
+def _check_generation(root: Path, version_table: str) -> None:
+    if "obs_table_versions" not in tables.open_table(root, version_table).schema.names:
+        raise AtlasError(
+            f"the atlas at {root} was written by a Homeobox release before 0.2.4: it can be read "
+            "(RaggedAtlas.checkout_latest) but not added to; create a new atlas and ingest there"
+        )
+
+
+class Catalogue:
+    """Tables and groups of one atlas, opened for writing. Callers hold the write lock.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    store
+        Directory of its zarr store.
+    names
+        Its tables.
+    """
+
+    def __init__(self, root: Path, store: Path, names: Names) -> None:
+        self.root, self.store, self.names = root, store, names
+        self.journal = Journal(root)
+
+    # Tables, always in their newest state
+
+    def obs(self, name: str) -> Table:
+        """An obs table."""
+        if name not in self.names.obs_tables:
+            raise UnknownNameError(
+                f"no obs table {name!r} in the atlas at {self.root}; available: {list(self.names.obs_tables)}"
+            )
+        return tables.open_table(self.root, name)
+
+    def datasets(self) -> Table:
+        """The table of groups."""
+        return tables.open_table(self.root, self.names.dataset_table)
+
+    def layouts(self) -> Table:
+        """The table of feature lists."""
+        return tables.open_table(self.root, LAYOUT_TABLE)
+
+    def versions(self) -> Table:
+        """The table of snapshots."""
+        return tables.open_table(self.root, self.names.version_table)
+
+    def registry(self, feature_space: str) -> Table:
+        """The features of a space."""
+        if feature_space not in self.names.registries:
+            raise UnknownNameError(
+                f"feature space {feature_space!r} has no registry in the atlas at {self.root}; spaces with "
+                f"one: {sorted(self.names.registries)}. Pass registry_schemas={{{feature_space!r}: ...}} to "
+                "create_or_open_atlas"
+            )
+        return tables.open_table(self.root, self.names.registries[feature_space])
+
+    def pointer_spaces(self, obs_table: str) -> dict[str, str]:
+        """Pointer column -> feature space of an obs table."""
+        return {
+            field.name: (field.metadata or {})[FEATURE_SPACE_KEY].decode()
+            for field in self.obs(obs_table).schema
+            if FEATURE_SPACE_KEY in (field.metadata or {})
+        }
+
+    def dataset_rows(self, where: str | None = None) -> list[dict[str, Any]]:
+        """Rows of the table of groups."""
+        table = self.datasets()
+        return list(tables.read(table, table.schema.names, where).to_pylist())
+
+    # New modalities
+
+    def extension(self, obs_table: str, fields: Mapping[str, str]) -> tuple[str, ...]:
+        """Registry tables that :meth:`extend` would make.
+
+        Raises
+        ------
+        AtlasError
+            A column of that name exists and is no pointer column, or points elsewhere.
+        """
+        schema, there = self.obs(obs_table).schema, self.pointer_spaces(obs_table)
+        for name, space in fields.items():
+            if name in schema.names and there.get(name) != space:
+                what = f"points into {there[name]!r}" if name in there else f"is {schema.field(name).type}"
+                raise AtlasError(
+                    f"obs table {obs_table!r} has a column {name!r} which {what}: a pointer column "
+                    f"into {space!r} needs another name: RaggedAtlas.add_pointer_field(name, {space!r})"
+                )
+        stored = tables.table_names(self.root)
+        return tuple(t for t in self._registries(fields).values() if t not in stored)
+
+    def _registries(self, fields: Mapping[str, str]) -> dict[str, str]:
+        spaces = [s for s in fields.values() if get_space(s).has_features and s not in self.names.registries]
+        return {space: default_registry(space) for space in spaces}
+
+    def extend(self, obs_table: str, fields: Mapping[str, str]) -> None:
+        """Add pointer columns (name -> feature space) to an obs table, and the registries they need.
+
+        May be repeated after an interruption. Raises as :meth:`extension`.
+        """
+        self.extension(obs_table, fields)
+        if new := self._registries(fields):
+            for name in new.values():
+                tables.ensure_table(self.root, name, Gene.to_arrow_schema())
+            self.names = replace(self.names, registries={**self.names.registries, **new})
+            self.names.save(self.root)
+        obs = self.obs(obs_table)
+        columns = [pointer_column(name, s) for name, s in fields.items() if name not in obs.schema.names]
+        if columns:
+            obs.add_columns(columns)
+
+    # Features
+
+    def unregistered(self, feature_space: str, uids: Iterable[str]) -> list[str]:
+        """Those of `uids` that the registry of a space lacks, in order."""
+        known = set(tables.read(self.registry(feature_space), ["uid"]).column("uid").to_pylist())
+        return [uid for uid in uids if uid not in known]
+
+    def layout_exists(self, uid: str) -> bool:
+        """Whether a feature list is stored."""
+        return self.layouts().count_rows(f"layout_uid = {tables.quoted(uid)}") > 0
+
+    def add_layout(self, feature_uids: list[str]) -> None:
+        """Store an ordered feature list; its global indices follow in ``optimize()``."""
+        n = len(feature_uids)
+        self.layouts().add(
+            pa.table(
+                {
+                    "layout_uid": pa.array([layout_uid(feature_uids)] * n, pa.string()),
+                    "feature_uid": pa.array(feature_uids, pa.string()),
+                    "local_index": pa.array(np.arange(n), pa.int64()),
+                    "global_index": pa.nulls(n, pa.int64()),
+                },
+                schema=self.layouts().schema,
+            )
+        )
+
+    # Groups
+
+    def staging(self, name: str) -> Path:
+        """Folder for the unfinished files of one ingest: in the store, so that moving out is a rename."""
+        return swap.staging(self.store, name)
+
+    def group_path(self, zarr_group: str) -> Path:
+        """Directory of a group.
+
+        Raises
+        ------
+        AtlasError
+            The name leaves the store.
+        """
+        path = self.store / zarr_group
+        parts = zarr_group.split("/")
+        if path == self.store or any(part in ("", ".", "..") for part in parts) or parts[0] == swap.STAGING:
+            raise AtlasError(f"zarr_group {zarr_group!r} must be a relative path below {self.store}")
+        return path
+
+    def publish(self, staged: Path, zarr_group: str) -> None:
+        """Move a finished group to its place."""
+        target = self.group_path(zarr_group)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = target.parent
+        while folder != self.store:
+            make_group(folder)
+            folder = folder.parent
+        os.rename(staged, target)
+        sync(target.parent)
+
+    # Undoing
+
+    def is_complete(self, note: IngestNote) -> bool:
+        """Whether an ingest reached its last commit: the cells of all its groups, which come at once."""
+        obs = self.obs(note.obs_table)
+        # Columns that were to be added may not be there yet.
+        members = [g for g in note.groups if g.field_name in obs.schema.names]
+        reached = " OR ".join(f"`{g.field_name}`.zarr_group = {tables.quoted(g.zarr_group)}" for g in members)
+        if not reached:
+            return False
+        return obs.count_rows(f"dataset_uid = {tables.quoted(note.dataset_uid)} AND ({reached})") > 0
+
+    def recover(self) -> None:
+        """Undo or finish whatever killed ingests and repacks left; every step may be repeated."""
+        self.journal.sweep()
+        swap.recover(self.journal, self.store)
+        for note in self.journal.notes():
+            self.undo(note)
+
+    def undo(self, note: IngestNote) -> None:
+        """Remove every trace of an ingest that did not complete; of one that did, only temporary files."""
+        swap.discard(self.store, note.staging)
+        tables.finish_promotions(self.obs(note.obs_table))
+        for space in {group.feature_space for group in note.groups} & set(self.names.registries):
+            tables.finish_promotions(self.registry(space))
+        if not self.is_complete(note):
+            for group in note.groups:
+                self.datasets().delete(
+                    f"dataset_uid = {tables.quoted(note.dataset_uid)} "
+                    f"AND zarr_group = {tables.quoted(group.zarr_group)}"
+                )
+                self._remove_group(group.zarr_group)
+            for group in note.groups:
+                self._remove_layout(group.layout_uid)
+                self._remove_features(group)
+            self._remove_extension(note)
+        self.journal.remove(note)
+
+    def _remove_group(self, zarr_group: str) -> None:
+        path = self.group_path(zarr_group)
+        shutil.rmtree(path, ignore_errors=True)
+        folder = path.parent
+        # Groups made on the way to it hold nothing but their own metadata.
+        while (
+            folder != self.store and folder.is_dir() and {p.name for p in folder.iterdir()} <= {"zarr.json"}
+        ):
+            shutil.rmtree(folder)
+            folder = folder.parent
+
+    def _remove_layout(self, uid: str) -> None:
+        if uid and not self.dataset_rows(f"layout_uid = {tables.quoted(uid)}"):
+            self.layouts().delete(f"layout_uid = {tables.quoted(uid)}")
+
+    def _remove_features(self, group: GroupNote) -> None:
+        if not group.new_features or group.feature_space not in self.names.registries:
+            return
+        registry = self.registry(group.feature_space)
+        if not registry.count_rows("global_index IS NULL"):
+            return
+        for i in range(0, len(group.new_features), _SQL_BATCH):
+            chosen = tables.one_of("uid", group.new_features[i : i + _SQL_BATCH])
+            registry.delete(f"global_index IS NULL AND {chosen}")
+
+    def _remove_extension(self, note: IngestNote) -> None:
+        for table, names in note.new_columns.items():
+            if table in note.new_registries:
+                continue  # goes as a whole, or went when this was interrupted
+            opened = tables.open_table(self.root, table)
+            # No row has a value there: those of this ingest are gone or never came.
+            if added := [name for name in names if name in opened.schema.names]:
+                opened.drop_columns(added)
+        registries = {s: t for s, t in self.names.registries.items() if t not in note.new_registries}
+        if registries != self.names.registries:
+            self.names = replace(self.names, registries=registries)
+            self.names.save(self.root)
+        for name in note.new_registries:
+            tables.drop_table(self.root, name)

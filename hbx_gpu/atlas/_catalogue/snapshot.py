@@ -1,0 +1,403 @@
+"""One snapshot of an atlas, read-only: its tables at their recorded versions, its features, its groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hbx_gpu.atlas._catalogue.records import (
+    LAYOUT_TABLE,
+    VERSION_TABLE,
+    SnapshotRecord,
+    atlas_root,
+    list_versions,
+    read_records,
+    resolve_store,
+)
+from hbx_gpu.atlas._catalogue.registry import Registry
+from hbx_gpu.atlas._model.spaces import FeatureSpace, PointerKind, get_space, guess_space, known_spaces
+from hbx_gpu.errors import AtlasError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lancedb.table import Table
+
+__all__ = ["Group", "PointerField", "Snapshot", "list_versions"]
+
+_log = logging.getLogger(__name__)
+
+_SUBFIELDS: dict[PointerKind, frozenset[str]] = {
+    "sparse": frozenset({"zarr_group", "start", "end"}),
+    "dense": frozenset({"zarr_group", "position"}),
+    "discrete_spatial": frozenset({"zarr_group", "min_corner", "max_corner"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PointerField:
+    """A column of an obs table that says where each row's data of one modality lie.
+
+    Attributes
+    ----------
+    name
+        Name of the column.
+    feature_space
+        The modality.
+    kind
+        How it addresses data.
+    """
+
+    name: str
+    feature_space: str
+    kind: PointerKind
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Record of one zarr group.
+
+    Attributes
+    ----------
+    name
+        Path of the group in the zarr store.
+    feature_space
+        Its modality.
+    layout_uid
+        Its ordered list of features; empty where the space has none.
+    software
+        Who wrote it, ``""`` when not recorded.
+    """
+
+    name: str
+    feature_space: str
+    layout_uid: str
+    software: str
+
+
+class Snapshot:
+    """A snapshot, pinned: the same answers however the atlas grows. Nothing here writes.
+
+    Use :meth:`open`.
+
+    Attributes
+    ----------
+    path
+        Directory of the atlas.
+    version
+        Number of the snapshot.
+    store_path
+        Directory of the zarr store.
+    record
+        The snapshot's record.
+    version_table_name
+        Table the record is kept in.
+    """
+
+    def __init__(self, path: Path, record: SnapshotRecord, store_path: Path, version_table_name: str) -> None:
+        self.path = path
+        self.version = record.version
+        self.store_path = store_path
+        self.record = record
+        self.version_table_name = version_table_name
+        self._tables: dict[tuple[str, int], Table] = {}
+        self._registries: dict[str, Registry] = {}
+        self._groups: dict[tuple[str, str], Group] | None = None
+        self._remaps: dict[tuple[str, str], np.ndarray] = {}
+        # Vocabularies of obs columns, filled by atlas.obs.
+        self.vocabularies: dict[tuple[str, str], pa.Array] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        version: int | None = None,
+        *,
+        store: Any = None,
+        version_table_name: str = VERSION_TABLE,
+    ) -> Snapshot:
+        """Open a snapshot of an atlas of any generation.
+
+        Parameters
+        ----------
+        path
+            Directory of the atlas, or its ``lance_db``.
+        version
+            Number of the snapshot; the latest by default.
+        store
+            The zarr store where it is not the sibling of ``lance_db``: a path or a local store object.
+        version_table_name
+            Table that records the snapshots.
+
+        Raises
+        ------
+        FileNotFoundError
+            No atlas, or no zarr store.
+        ValueError
+            No snapshots, or none of that number.
+        AtlasError
+            A remote address; a table whose recorded version no longer exists.
+        """
+        root = atlas_root(path)
+        records = {r.version: r for r in read_records(root, version_table_name=version_table_name)}
+        if not records:
+            raise ValueError(
+                f"No snapshots found in the atlas at {root}; its writer must call snapshot() first"
+            )
+        wanted = max(records) if version is None else version
+        if wanted not in records:
+            raise ValueError(
+                f"version {version} not found in the atlas at {root}; available: {sorted(records)}"
+            )
+        record = records[wanted]
+        snapshot = cls(root, record, resolve_store(root, record, store), version_table_name)
+        for table, versions in record.pinned.items():
+            for pinned in versions:
+                snapshot._open_table(table, pinned)
+        return snapshot
+
+    def __repr__(self) -> str:
+        return f"Snapshot({str(self.path)!r}, version={self.version}, obs_tables={self.obs_tables})"
+
+    def _open_table(self, name: str, version: int) -> Table:
+        key = (name, version)
+        if key not in self._tables:
+            import lancedb
+
+            try:
+                table = lancedb.connect(str(self.path / "lance_db")).open_table(name)
+                table.checkout(version)
+            except (ValueError, RuntimeError, OSError) as error:
+                raise AtlasError(
+                    f"snapshot {self.version} of the atlas at {self.path} needs version {version} of table "
+                    f"{name!r}, which cannot be opened: {error}. It may have been cleaned up; other "
+                    "snapshots may still open, see list_versions()"
+                ) from error
+            self._tables[key] = table
+        return self._tables[key]
+
+    # Obs tables
+
+    @property
+    def obs_tables(self) -> list[str]:
+        """Names of the obs tables, sorted."""
+        return sorted(self.record.obs_tables)
+
+    def obs_table_name(self, table: str | None = None) -> str:
+        """The obs table meant by `table`; None means the only one.
+
+        Raises
+        ------
+        ValueError
+            None, and there are several.
+        UnknownNameError
+            No such obs table.
+        """
+        names = self.obs_tables
+        if table is None:
+            if len(names) != 1:
+                raise ValueError(
+                    f"Atlas has multiple obs tables ({names}); pass obs_table_name= to select one."
+                )
+            return names[0]
+        if table not in names:
+            raise UnknownNameError(f"no obs table {table!r} in snapshot {self.version}; available: {names}")
+        return table
+
+    def obs_table(self, table: str | None = None) -> Table:
+        """The LanceDB table at its pinned version."""
+        name = self.obs_table_name(table)
+        return self._open_table(name, self.record.obs_tables[name])
+
+    def obs_schema(self, table: str | None = None) -> pa.Schema:
+        """Arrow schema of an obs table."""
+        return self.obs_table(table).schema
+
+    def pointer_fields(self, table: str | None = None) -> dict[str, PointerField]:
+        """Pointer columns of an obs table by name, in column order."""
+        found = (self._pointer_field(column) for column in self.obs_schema(table))
+        return {pointer.name: pointer for pointer in found if pointer is not None}
+
+    def _pointer_field(self, column: pa.Field) -> PointerField | None:
+        if not pa.types.is_struct(column.type):
+            return None
+        members = {column.type.field(i).name for i in range(column.type.num_fields)}
+        kind = next((kind for kind, needs in _SUBFIELDS.items() if needs <= members), None)
+        space = (column.metadata or {}).get(b"homeobox.feature_space", b"").decode()
+        # The oldest generation has no metadata: there the column bears the name of its space.
+        if not space and column.name in self._spaces_in_use():
+            space = column.name
+        return PointerField(column.name, space, kind) if kind and space else None
+
+    def _spaces_in_use(self) -> set[str]:
+        groups = {space for _, space in self._group_records()}
+        return groups | set(self.record.registries) | set(known_spaces())
+
+    # Groups and features
+
+    def datasets(self) -> pd.DataFrame:
+        """One row per zarr group: ``dataset_uid``, ``zarr_group``, ``feature_space``, ``layout_uid``, ...
+
+        Earlier generations called the first column ``uid`` and the row count ``n_cells``; here it is
+        ``n_rows`` for all that have it.
+        """
+        table = self._datasets_table()
+        return table.to_pandas()
+
+    def _datasets_table(self) -> pa.Table:
+        table = self._open_table(*self.record.dataset_table).to_arrow()
+        renames = {"n_cells": "n_rows"}
+        if "dataset_uid" not in table.schema.names:
+            renames["uid"] = "dataset_uid"
+        names = [
+            renames[n] if n in renames and renames[n] not in table.schema.names else n
+            for n in table.schema.names
+        ]
+        return table.rename_columns(names)
+
+    def _group_records(self) -> dict[tuple[str, str], Group]:
+        if self._groups is None:
+            table = self._datasets_table()
+            keys = [
+                n
+                for n in ("zarr_group", "feature_space", "layout_uid", "software")
+                if n in table.schema.names
+            ]
+            self._groups = {
+                (row["zarr_group"], row["feature_space"]): Group(
+                    row["zarr_group"],
+                    row["feature_space"],
+                    row["layout_uid"] or "",
+                    str(row.get("software") or ""),
+                )
+                for row in table.select(keys).to_pylist()
+            }
+        return self._groups
+
+    def group(self, zarr_group: str, feature_space: str) -> Group:
+        """Record of a zarr group.
+
+        Raises
+        ------
+        AtlasError
+            Obs rows point to a group that the dataset table does not list for that space.
+        """
+        try:
+            return self._group_records()[zarr_group, feature_space]
+        except KeyError:
+            raise AtlasError(
+                f"table {self.record.dataset_table[0]!r} lists no group {zarr_group!r} of feature space "
+                f"{feature_space!r} in snapshot {self.version} of the atlas at {self.path}"
+            ) from None
+
+    def space(self, group: Group) -> FeatureSpace:
+        """The feature space of a group: registered, or guessed from what the group holds."""
+        if group.feature_space in known_spaces():
+            return get_space(group.feature_space)
+        return guess_space(
+            group.feature_space, self.store_path / group.name, has_features=bool(group.layout_uid)
+        )
+
+    def registry(self, feature_space: str) -> Registry:
+        """The features of a space at the pinned version of its registry.
+
+        Raises
+        ------
+        UnknownNameError
+            The space has no registry in this snapshot.
+        AtlasError
+            The registry contradicts itself.
+        """
+        if feature_space not in self._registries:
+            if feature_space not in self.record.registries:
+                raise UnknownNameError(
+                    f"feature space {feature_space!r} has no registry in snapshot {self.version}; "
+                    f"spaces with one: {sorted(self.record.registries)}"
+                )
+            name, version = self.record.registries[feature_space]
+            table = self._open_table(name, version).to_arrow()
+            self._registries[feature_space] = Registry.from_table(feature_space, table, name=name)
+        return self._registries[feature_space]
+
+    def remap(self, zarr_group: str, feature_space: str) -> np.ndarray:
+        """int32, (n_local_features,), read-only. Local column of a group -> global index of its feature.
+
+        A feature that is no longer registered gives -1. Groups that share a layout share the array.
+
+        Raises
+        ------
+        AtlasError
+            The group or its layout is not recorded, or the layout is incomplete.
+        """
+        group = self.group(zarr_group, feature_space)
+        self.load_remaps([group])
+        return self._remaps[group.layout_uid, feature_space]
+
+    def load_remaps(self, groups: Iterable[Group]) -> None:
+        """Read the layouts of several groups in one scan, where :meth:`remap` would scan for each."""
+        wanted: dict[tuple[str, str], Group] = {}
+        for group in groups:
+            key = (group.layout_uid, group.feature_space)
+            if not group.layout_uid:
+                self._remaps.setdefault(key, _frozen(np.empty(0, dtype=np.int32)))
+            if key not in self._remaps:
+                wanted.setdefault(key, group)
+        if not wanted:
+            return
+        uids = sorted({layout for layout, _ in wanted})
+        clause = "layout_uid IN ({})".format(", ".join("'" + uid.replace("'", "''") + "'" for uid in uids))
+        table = self._open_table(LAYOUT_TABLE, self.record.layouts_version)
+        rows = (
+            table.search()
+            .where(clause)
+            .to_arrow()
+            .sort_by([("layout_uid", "ascending"), ("local_index", "ascending")])
+        )
+        counts = pc.value_counts(rows.column("layout_uid")).to_pylist()
+        begin = np.cumsum([0] + [entry["counts"] for entry in counts]).tolist()
+        parts = {
+            entry["values"]: rows.slice(at, entry["counts"]) for entry, at in zip(counts, begin, strict=False)
+        }
+        for key, group in wanted.items():
+            self._remaps[key] = self._resolve_layout(parts.get(group.layout_uid, rows.slice(0, 0)), group)
+
+    def _resolve_layout(self, layout: pa.Table, group: Group) -> np.ndarray:
+        """Global indices of one layout's rows, sorted by local index: by uid, stored copies may be wrong."""
+        where = f"layout {group.layout_uid!r} of group {group.name!r}"
+        local = layout.column("local_index").to_numpy()
+        if not len(local) or not np.array_equal(local, np.arange(len(local))):
+            raise AtlasError(
+                f"{where}: expected local indices 0 .. m-1, each once, in table {LAYOUT_TABLE!r}, "
+                f"found {len(local)} rows" + (f" from {local[0]} to {local[-1]}" if len(local) else "")
+            )
+        remap = self.registry(group.feature_space).find(layout.column("feature_uid"))
+        if (gone := np.flatnonzero(remap < 0)).size:
+            some = layout.column("feature_uid").take(pa.array(gone[:5])).to_pylist()
+            _log.warning(
+                "%s: %d feature(s) are not in the registry of %r and are left out, first: %s",
+                where,
+                gone.size,
+                group.feature_space,
+                some,
+            )
+        copies = layout.column("global_index")
+        if copies.null_count or not np.array_equal(copies.to_numpy(), remap):
+            _log.warning(
+                "%s: the global indices stored in %r differ from the registry of %r; the registry is used",
+                where,
+                LAYOUT_TABLE,
+                group.feature_space,
+            )
+        return _frozen(remap)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,183 @@
+"""Small steps on LanceDB tables, each one commit or safe to repeat; nothing here ever removes a version."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from lancedb.table import Table
+
+from hbx_gpu.atlas._model import columns
+from hbx_gpu.atlas._model.columns import Merge
+from hbx_gpu.errors import AtlasError
+
+# LanceDB removes versions older than seven days when it optimises, unless told otherwise; snapshots name
+# versions, so none may go.
+_KEEP = timedelta(days=36_500)
+# Values per SQL condition.
+_SQL_BATCH = 1000
+_PROMOTED = "__hbx_gpu_as_double"
+
+
+def connect(root: Path) -> lancedb.DBConnection:
+    """The database of the atlas at `root`."""
+    return lancedb.connect(str(root / "lance_db"))
+
+
+def table_names(root: Path) -> list[str]:
+    """Names of all tables of the atlas at `root`, sorted."""
+    return sorted(path.stem for path in (root / "lance_db").glob("*.lance"))
+
+
+def open_table(root: Path, name: str) -> Table:
+    """The newest state of a table.
+
+    Raises
+    ------
+    AtlasError
+        There is no such table.
+    """
+    if not (root / "lance_db" / f"{name}.lance").is_dir():
+        raise AtlasError(f"the atlas at {root} has no table {name!r}; its tables: {table_names(root)}")
+    return connect(root).open_table(name)
+
+
+def ensure_table(root: Path, name: str, schema: pa.Schema) -> Table:
+    """The table `name`, created empty where it does not exist."""
+    if (root / "lance_db" / f"{name}.lance").is_dir():
+        return open_table(root, name)
+    return connect(root).create_table(name, schema=schema)
+
+
+def drop_table(root: Path, name: str) -> None:
+    """Remove a table with all its versions; nothing happens where there is none."""
+    if (root / "lance_db" / f"{name}.lance").is_dir():
+        connect(root).drop_table(name)
+
+
+def quoted(value: str) -> str:
+    """A string as SQL."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def one_of(column: str, values: Iterable[str]) -> str:
+    """SQL: the column has one of these values."""
+    listed = ", ".join(map(quoted, values))
+    return f"`{column}` IN ({listed})" if listed else "false"
+
+
+def read(table: Table, columns: Sequence[str], where: str | None = None) -> pa.Table:
+    """Columns of the rows for which a SQL expression holds, in no particular order."""
+    query = table.search() if where is None else table.search().where(where)
+    return query.select(list(columns)).to_arrow().select(list(columns))
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Rows that are known to fit a table; see :func:`prepare`."""
+
+    table: Table
+    name: str
+    data: pa.Table
+    merge: Merge
+    defaults: Mapping[str, Any]
+    source: str
+
+    def commit(self, extra: Mapping[str, pa.Array] | None = None) -> None:
+        """Change the table's columns as needed, then append all rows in one commit, in order.
+
+        Parameters
+        ----------
+        extra
+            Columns that were not known when the rows were prepared.
+        """
+        for name in self.merge.to_double:
+            self.table.add_columns({name + _PROMOTED: f"CAST(`{name}` AS DOUBLE)"})
+            finish_promotions(self.table)
+        if self.merge.new:
+            self.table.add_columns(list(self.merge.new))
+        data = self.data
+        for name, array in (extra or {}).items():
+            data = data.append_column(name, array)
+        schema = self.table.schema
+        rows = columns.fit(data, schema, defaults=self.defaults, source=self.source, table=self.name)
+        # A stream, because a table may be written by several tasks at once, in any order of rows.
+        self.table.add(rows.to_reader())
+
+
+def prepare(
+    table: Table,
+    data: pa.Table,
+    *,
+    allow_new: bool,
+    defaults: Mapping[str, Any] | None = None,
+    later: Collection[str] = (),
+    source: str,
+) -> Addition:
+    """Check that rows fit a table, if need be after merging columns. Nothing is written.
+
+    Parameters
+    ----------
+    table, data
+        The rows and where they go.
+    allow_new
+        Add columns that the table lacks; otherwise they are left out.
+    defaults
+        Values for columns that the data lack.
+    later
+        Columns that come with the commit.
+    source
+        For messages.
+
+    Raises
+    ------
+    InvalidDataError
+        Types are incompatible, a value cannot be stored exactly, a required column is missing.
+    """
+    merge = columns.plan_merge(table.schema, data, allow_new=allow_new, source=source)
+    for name in merge.to_double:
+        columns.check_exact(read(table, [name]).column(name), f"{source}, column {name!r}")
+    schema = columns.merged_schema(table.schema, merge)
+    for name in later:
+        schema = schema.remove(schema.get_field_index(name))
+    columns.fit(data, schema, defaults=defaults, source=source, table=table.name)
+    return Addition(table, table.name, data, merge, defaults or {}, source)
+
+
+def finish_promotions(table: Table) -> None:
+    """Complete columns that were about to become double; safe to repeat after a crash."""
+    for name in [name for name in table.schema.names if name.endswith(_PROMOTED)]:
+        final = name.removesuffix(_PROMOTED)
+        if final in table.schema.names:
+            table.drop_columns([final])
+        # Typed as an iterable of changes, but it takes each change as an argument.
+        rename: Any = {"path": name, "rename": final}
+        table.alter_columns(rename)
+
+
+def drop_repeats(table: Table, key: Sequence[str], *, keep_first_by: str, where: str | None = None) -> None:
+    """Of rows with equal `key` keep the one with the smallest `keep_first_by`, nulls last; in one commit."""
+    query = table.search() if where is None else table.search().where(where)
+    rows = query.select([*key, keep_first_by]).with_row_id(True).to_arrow()
+    rows = rows.sort_by([*((name, "ascending") for name in (*key, keep_first_by)), ("_rowid", "ascending")])
+    if len(rows) < 2:
+        return
+    same = np.ones(len(rows) - 1, bool)
+    for name in key:
+        column = rows.column(name).combine_chunks()
+        same &= pc.equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
+    repeats = rows.column("_rowid").to_numpy()[1:][same]
+    for i in range(0, len(repeats), _SQL_BATCH):
+        table.delete(f"_rowid IN ({', '.join(map(str, repeats[i : i + _SQL_BATCH]))})")
+
+
+def compact(table: Table) -> None:
+    """Merge small fragments; every version stays readable."""
+    table.optimize(cleanup_older_than=_KEEP)

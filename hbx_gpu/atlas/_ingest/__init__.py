@@ -1,0 +1,1 @@
+"""From files and objects in memory to datasets of an atlas."""

@@ -1,0 +1,246 @@
+"""Adding one matrix of an AnnData or .h5ad file as a dataset; and the options that all ingests share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._h5ad.files import H5adFile
+from hbx_gpu.atlas._atlas import only_table
+from hbx_gpu.atlas._ingest.commit import Dataset, Progress, Settings, ingest
+from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, pick_feature_ids
+from hbx_gpu.atlas._ingest.joining import Joined
+from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage
+from hbx_gpu.atlas._model.schema import DatasetSchema
+from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CHUNK, DEFAULT_SHARD, check_codec, flat_shape
+from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from hbx_gpu.atlas._atlas import RaggedAtlas
+
+
+def add_from_anndata(
+    atlas: RaggedAtlas,
+    adata: AnnData | str | os.PathLike[str] | Input,
+    *,
+    field_name: str | None = None,
+    feature_space: str | None = None,
+    zarr_layer: str | None = None,
+    dataset_record: DatasetSchema | None = None,
+    feature_id_column: str | None = None,
+    layer: str | None = None,
+    obs_table: str | None = None,
+    obs_table_name: str | None = None,
+    chunk_shape: int | tuple[int, ...] | None = None,
+    shard_shape: int | tuple[int, ...] | None = None,
+    codec: str | None = None,
+    allow_rounding: bool = False,
+    exist_ok: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Add the cells of an AnnData to an atlas, or nothing at all.
+
+    Parameters
+    ----------
+    atlas
+        Open for writing.
+    adata
+        In memory, backed by a file and unchanged, or the path of an .h5ad file; or what another format made
+        of its data.
+    field_name
+        Pointer column that the cells get, ``gene_expression`` by default; `feature_space` names
+        it by its space.
+    zarr_layer
+        Layer to write: ``counts`` takes whole numbers, ``log_normalized`` and ``tpm`` take float32. By
+        default what the feature space requires: ``counts``, of image features ``ctrl_standardized``.
+    dataset_record
+        The dataset's row. Its ``dataset_uid`` and ``zarr_group`` then identify it; by default they follow
+        from the content, so that ingesting the same data twice is noticed.
+    feature_id_column
+        Column of var with the durable feature ids, ``index`` for the names; see `pick_feature_ids`.
+    layer
+        Matrix to read: ``X`` (default), ``raw``, or a layer of the AnnData.
+    obs_table
+        Where the cells go; needed where there are several obs tables. `obs_table_name` means the same.
+    chunk_shape, shard_shape
+        Values per inner chunk (40,960) and per shard (41,943,040); dense spaces fit whole rows into them.
+    codec
+        How arrays are compressed; by default as the atlas was made with.
+    allow_rounding
+        Let float layers take values that float32 does not hold exactly.
+    exist_ok
+        Return 0 if the same data were ingested in the same way before.
+    progress
+        Called with the number of cells done and of all cells.
+
+    Returns
+    -------
+    int
+        Number of cells added.
+
+    Raises
+    ------
+    InvalidDataError
+        The data break a rule of the layer, ids are not unique, columns disagree with the atlas, ...
+    AlreadyIngestedError
+        The same data are in the atlas.
+    UnknownNameError
+        No such table, pointer column or layer.
+    AtlasLockedError
+        Somebody else is writing.
+    """
+    atlas.catalogue  # noqa: B018 - refuses here if the atlas is read-only
+    table = obs_table or obs_table_name or only_table(atlas.obs_tables)
+    name = _field_name(atlas.catalogue.pointer_spaces(table), table, field_name, feature_space)
+    space = get_space(atlas.catalogue.pointer_spaces(table)[name])
+    check_matrix_space(name, space)
+    if dataset_record is not None and dataset_record.feature_space != space.name:
+        raise AtlasError(
+            f"dataset_record is for feature space {dataset_record.feature_space!r}, but pointer "
+            f"column {name!r} is of {space.name!r}"
+        )
+    target = first_layer(space) if zarr_layer is None else zarr_layer
+    check_layer(space, target)
+    settings = Settings(
+        table,
+        storage_of(atlas, codec, chunk_shape, shard_shape),
+        codec is not None,
+        record=dataset_record,
+        exist_ok=exist_ok,
+        progress=progress,
+    )
+    with contextlib.ExitStack() as stack:
+        catalogue = stack.enter_context(atlas._writing())
+        if isinstance(adata, Input):
+            data = adata
+        elif isinstance(adata, str | os.PathLike) or adata.isbacked:
+            path = adata if isinstance(adata, str | os.PathLike) else backing_file(adata)
+            data = from_h5ad(stack.enter_context(H5adFile(path)), layer or "X")
+        else:
+            data = from_anndata(adata, layer or "X")
+        id_column, ids = pick_feature_ids(data.var, feature_id_column, source=data.source)
+        part = MatrixPart(
+            name,
+            name,
+            space,
+            data,
+            {target: data.matrix},
+            [data.matrix_name],
+            id_column,
+            ids,
+            allow_rounding,
+        )
+        joined = Joined(part.ids, (np.arange(len(part.ids)),))
+        return ingest(atlas, catalogue, Dataset([part], joined, data.source), settings).n_cells
+
+
+def add_from_h5ad(atlas: RaggedAtlas, path: str | os.PathLike[str], **kwargs: Any) -> int:
+    """Add the cells of an .h5ad file to an atlas, reading it in pieces: memory does not grow with the matrix.
+
+    Parameters as in :func:`add_from_anndata`.
+    """
+    return add_from_anndata(atlas, os.fspath(path), **kwargs)
+
+
+def backing_file(adata: AnnData) -> str:
+    if adata.is_view:
+        raise InvalidDataError(
+            f"a part of an AnnData backed by {adata.filename} cannot be ingested from the file; "
+            "pass adata.to_memory()"
+        )
+    return str(adata.filename)
+
+
+def check_matrix_space(field_name: str, space: FeatureSpace) -> None:
+    """Refuse a matrix for a space that holds something else.
+
+    Raises
+    ------
+    AtlasError
+        Says what the space holds.
+    """
+    if space.has_features and not space.repeats and space.pointer != "discrete_spatial":
+        return
+    what = "fragments" if space.repeats else "images"
+    raise AtlasError(
+        f"pointer column {field_name!r} is of feature space {space.name!r}, which holds {what}, no cells x "
+        f"features matrix: add {what} with add_multimodal (--modality)"
+    )
+
+
+def first_layer(space: FeatureSpace) -> str:
+    """The layer a matrix goes to unless another one is named."""
+    return next(iter(space.required_layers))
+
+
+def check_layer(space: FeatureSpace, layer: str) -> None:
+    """Refuse a layer that a space does not have.
+
+    Raises
+    ------
+    UnknownNameError
+        Lists those it has.
+    """
+    layers = {**space.required_layers, **space.optional_layers}
+    if layer not in layers:
+        raise UnknownNameError(
+            f"feature space {space.name!r} has no layer {layer!r}; it has {sorted(layers)}"
+        )
+
+
+def storage_of(
+    atlas: RaggedAtlas,
+    codec: str | None,
+    chunk_shape: int | tuple[int, ...] | None,
+    shard_shape: int | tuple[int, ...] | None,
+) -> Storage:
+    """How arrays are stored, by default as the atlas was made.
+
+    Raises
+    ------
+    ValueError
+        No such codec, or no such shape.
+    """
+    chunk = flat_shape(chunk_shape, DEFAULT_CHUNK, name="chunk_shape")
+    default_shard = max(1, DEFAULT_SHARD // chunk) * chunk
+    shard = flat_shape(shard_shape, default_shard, name="shard_shape")
+    return Storage(check_codec(codec or atlas.catalogue.names.codec), chunk, shard)
+
+
+def _field_name(
+    fields: Mapping[str, str], table: str, field_name: str | None, feature_space: str | None
+) -> str:
+    name = field_name or field_of(feature_space or "gene_expression", fields, table)
+    if name not in fields:
+        raise UnknownNameError(f"obs table {table!r} has no pointer column {name!r}; it has {sorted(fields)}")
+    if feature_space not in (None, name, fields[name]):
+        raise UnknownNameError(
+            f"pointer column {name!r} is of feature space {fields[name]!r}, not {feature_space!r}"
+        )
+    return name
+
+
+def field_of(wanted: str, fields: Mapping[str, str], table: str) -> str:
+    """The pointer column meant by its own name or by that of its space.
+
+    Raises
+    ------
+    UnknownNameError
+        There is none, or there are several of that space.
+    """
+    if wanted in fields:
+        return wanted
+    found = [name for name, space in fields.items() if space == wanted]
+    if len(found) != 1:
+        raise UnknownNameError(
+            f"obs table {table!r} has {len(found)} pointer columns of feature space {wanted!r} ({found}); "
+            f"name one of {sorted(fields)} with field_name= (--field)"
+        )
+    return found[0]

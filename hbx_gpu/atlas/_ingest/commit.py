@@ -1,0 +1,474 @@
+"""Adding one dataset to an atlas: checked while it streams, committed at the end, undone if it fails."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic_core import PydanticUndefined
+
+from hbx_gpu import __version__
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote
+from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
+from hbx_gpu.atlas._ingest.joining import Joined, join_obs
+from hbx_gpu.atlas._ingest.parts import Part, Storage
+from hbx_gpu.atlas._model.schema import DatasetSchema, layout_uid, make_uid
+from hbx_gpu.atlas._upkeep.repack import codec_of
+from hbx_gpu.atlas._writing.arrays import dense_codec
+from hbx_gpu.errors import AlreadyIngestedError, AtlasError, InvalidDataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hbx_gpu.atlas._atlas import RaggedAtlas
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a dataset is added, whatever it consists of.
+
+    Attributes
+    ----------
+    obs_table
+        Where the cells go.
+    storage, codec_asked
+        Of the arrays, and whether the codec was asked for.
+    record
+        The row of a dataset that is one group; None to make rows.
+    dataset_uid
+        None lets it follow from the content.
+    choices
+        Further columns of the dataset's rows: options that decide what is stored.
+    obs_from
+        Modality whose obs columns count where others differ.
+    exist_ok
+        Skip what was ingested before.
+    progress
+        Called with the number of cells done and of all cells, over all modalities.
+    """
+
+    obs_table: str
+    storage: Storage
+    codec_asked: bool
+    record: DatasetSchema | None = None
+    dataset_uid: str | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
+    obs_from: str | None = None
+    exist_ok: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is added in one go.
+
+    Attributes
+    ----------
+    parts
+        Its modalities.
+    joined
+        Its cells.
+    source
+        For messages.
+    common
+        Tables of obs that belong to no modality: name, table, and per cell the row of the table.
+    """
+
+    parts: Sequence[Part]
+    joined: Joined
+    source: str
+    common: Sequence[tuple[str, pd.DataFrame, np.ndarray]] = ()
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What became of a dataset.
+
+    Attributes
+    ----------
+    dataset_uid
+        ``""`` where nothing was added.
+    n_cells
+        Rows added; 0 where the same data were ingested before.
+    n_complete
+        Of these, cells that have every modality.
+    n_measured
+        Pointer column -> cells that have it.
+    n_left_out
+        Pointer column -> ids of its file that became no cell.
+    """
+
+    dataset_uid: str
+    n_cells: int
+    n_complete: int = 0
+    n_measured: Mapping[str, int] = field(default_factory=dict)
+    n_left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be committed, known to fit; and the note by which it can be undone."""
+
+    note: IngestNote
+    features: Sequence[tables.Addition]
+    layouts: Sequence[Sequence[str]]
+    datasets: tables.Addition
+    cells: tables.Addition
+
+
+def ingest(atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings) -> IngestReport:
+    """Add a dataset, or nothing at all; callers hold the write lock.
+
+    Raises
+    ------
+    InvalidDataError, AlreadyIngestedError, AtlasError
+        See :func:`add_from_anndata`.
+    """
+    if _ingested_before(catalogue, dataset, settings):
+        return IngestReport("", 0)
+    fields = {part.field_name: part.space.name for part in dataset.parts}
+    new = {name: s for name, s in fields.items() if name not in catalogue.pointer_spaces(settings.obs_table)}
+    note = IngestNote(make_uid(), settings.obs_table)
+    written = False
+    try:
+        if new:
+            _check_extensible(atlas, settings.obs_table, new)
+            note = IngestNote(
+                note.staging,
+                note.obs_table,
+                new_columns={note.obs_table: tuple(new)},
+                new_registries=catalogue.extension(settings.obs_table, new),
+            )
+            catalogue.journal.write(note)
+            written = True
+            catalogue.extend(settings.obs_table, new)
+        plan = _make_plan(atlas, catalogue, dataset, settings, note)
+        note, written = plan.note, True
+        catalogue.journal.write(note)
+        pointers = _write_arrays(catalogue, dataset, settings, note)
+        _commit_features(catalogue, plan)
+        _commit_dataset(plan)
+        _commit_cells(plan, pointers)
+    except BaseException:
+        if written:
+            try:
+                catalogue.undo(note)
+            except Exception:
+                # The note stays, so the next writer tries again; what went wrong first is what matters.
+                _log.warning("%s: the failed ingest could not be undone yet", dataset.source, exc_info=True)
+        raise
+    # Complete now: this removes nothing but temporary files.
+    catalogue.undo(note)
+    return _report(note, dataset)
+
+
+def _report(note: IngestNote, dataset: Dataset) -> IngestReport:
+    joined, names = dataset.joined, [part.field_name for part in dataset.parts]
+    there = [rows >= 0 for rows in joined.rows]
+    measured = {name: int(np.count_nonzero(has)) for name, has in zip(names, there, strict=True)}
+    left_out = {part.field_name: len(part.ids) - measured[part.field_name] for part in dataset.parts}
+    complete = int(np.count_nonzero(np.all(there, axis=0)))
+    return IngestReport(note.dataset_uid, len(joined.ids), complete, measured, left_out)
+
+
+def _check_extensible(atlas: RaggedAtlas, table: str, new: Mapping[str, str]) -> None:
+    schema = atlas.obs_schema(table)
+    if schema is not None:
+        raise AtlasError(
+            f"{schema.__name__}, the class of obs table {table!r}, declares no pointer columns "
+            f"{sorted(new)} (into {sorted(set(new.values()))}); declare them in the class of a new atlas, or "
+            "open this one without a class and the columns are added"
+        )
+
+
+def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings) -> bool:
+    """Whether there is nothing left to do; raises where the same data are there in another form."""
+    rows = [_stored_row(catalogue, part, settings.record) for part in dataset.parts]
+    stored = {part.name: row for part, row in zip(dataset.parts, rows, strict=True) if row is not None}
+    if not stored:
+        return False
+    changed = []
+    for part in dataset.parts:
+        row = stored.get(part.name)
+        prefix = f"{part.name}: " if len(dataset.parts) > 1 else ""
+        if row is None:
+            changed.append(f"{prefix}it was added without this one")
+            continue
+        asked = {**part.identity, **settings.choices}
+        changed += [
+            f"{prefix}{key} was {row.get(key)!r}, is {value!r}"
+            for key, value in asked.items()
+            if (row.get(key) or "") != value
+        ]
+        if settings.codec_asked and part.space.index_array is not None:
+            # As it is stored now, which repack() may have changed; the row says how it was ingested.
+            codec = codec_of(catalogue.group_path(row["zarr_group"]), part.space)
+            if codec != settings.storage.codec:
+                changed.append(
+                    f"{prefix}codec was {codec!r}, is {settings.storage.codec!r} (hbx-gpu repack changes it)"
+                )
+    first = next(iter(stored.values()))
+    uid = first["dataset_uid"]
+    if any(row["dataset_uid"] != uid for row in stored.values()):
+        changed.append("its modalities were added as several datasets")
+    if not catalogue.obs(settings.obs_table).count_rows(f"dataset_uid = {tables.quoted(uid)}"):
+        changed.append(f"its cells are in another obs table than {settings.obs_table!r}")
+    another = ", or a dataset_record with another zarr_group" if len(dataset.parts) == 1 else ""
+    there = f"dataset {uid!r} (group {first['zarr_group']!r}, from {first.get('source_name')!r})"
+    if changed:
+        raise AlreadyIngestedError(
+            f"{dataset.source}: {there} is in the atlas already, ingested differently: {'; '.join(changed)}. "
+            f"Adding it again would store its cells twice; use a new atlas{another}"
+        )
+    if not settings.exist_ok:
+        raise AlreadyIngestedError(f"{dataset.source} is in the atlas already as {there}; nothing was added")
+    _log.info("%s is in the atlas already as %s; skipped", dataset.source, there)
+    return True
+
+
+def _stored_row(catalogue: Catalogue, part: Part, record: DatasetSchema | None) -> dict[str, Any] | None:
+    """The dataset's row of a group made of the same data, best of one made in the same way."""
+    if record is not None:
+        where = f"zarr_group = {tables.quoted(record.zarr_group)}"
+    elif "source_sha256" in catalogue.datasets().schema.names:
+        space, sha256 = tables.quoted(part.space.name), tables.quoted(part.identity["source_sha256"])
+        where = f"source_sha256 = {sha256} AND feature_space = {space}"
+    else:
+        return None
+    rows = catalogue.dataset_rows(where)
+    same = [row for row in rows if all(row.get(key) == value for key, value in part.identity.items())]
+    return next(iter([*same, *rows]), None)
+
+
+def _make_plan(
+    atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings, note: IngestNote
+) -> _Plan:
+    """Everything that can be refused is refused here, before anything is written."""
+    records = _records(dataset.parts, settings)
+    for record in records:
+        if catalogue.group_path(record.zarr_group).exists():
+            raise AtlasError(
+                f"group {record.zarr_group!r} exists in {catalogue.store}, though no dataset refers to it; "
+                "remove it or choose another zarr_group"
+            )
+    features, new = _plan_features(atlas, catalogue, dataset.parts)
+    uids = [layout_uid(part.features.ids) if part.features else "" for part in dataset.parts]
+    layouts: dict[str, Sequence[str]] = {
+        uid: part.features.ids
+        for uid, part in zip(uids, dataset.parts, strict=True)
+        if part.features and not catalogue.layout_exists(uid)
+    }
+    cells = _plan_cells(atlas, catalogue, dataset, settings, records[0].dataset_uid)
+    rows = [
+        record.model_dump() | {"layout_uid": uid} | _origin(part, kept, settings)
+        for record, uid, part, kept in zip(records, uids, dataset.parts, dataset.joined.rows, strict=True)
+    ]
+    datasets = tables.prepare(
+        catalogue.datasets(),
+        pa.Table.from_pylist(rows),
+        allow_new=True,
+        source=f"{dataset.source}, dataset record",
+    )
+    groups = tuple(
+        GroupNote(
+            record.zarr_group,
+            part.space.name,
+            part.field_name,
+            uid if uid in layouts else "",
+            tuple(new[i]),
+        )
+        for i, (record, uid, part) in enumerate(zip(records, uids, dataset.parts, strict=True))
+    )
+    note = IngestNote(
+        note.staging,
+        note.obs_table,
+        records[0].dataset_uid,
+        groups,
+        _new_columns([*features, datasets, cells], note),
+        note.new_registries,
+    )
+    return _Plan(note, features, list(layouts.values()), datasets, cells)
+
+
+def _new_columns(additions: Sequence[tables.Addition], note: IngestNote) -> dict[str, tuple[str, ...]]:
+    """Table -> columns that it gets, those of `note` included."""
+    out = dict(note.new_columns)
+    for addition in additions:
+        if addition.merge.new:
+            out[addition.name] = (*out.get(addition.name, ()), *(f.name for f in addition.merge.new))
+    return out
+
+
+def _records(parts: Sequence[Part], settings: Settings) -> list[DatasetSchema]:
+    """A row per group: the one given, or ones that follow from the content."""
+    if settings.record is not None:
+        return [settings.record]
+    uid = settings.dataset_uid
+    if uid is None:
+        keys = [
+            f"{part.identity['source_sha256']}\0{part.identity['source_matrix']}\0{part.field_name}"
+            for part in parts
+        ]
+        uid = hashlib.sha256("\0\0".join(sorted(keys)).encode()).hexdigest()[:16]
+    return [
+        DatasetSchema(dataset_uid=uid, zarr_group=f"{uid}/{part.field_name}", feature_space=part.space.name)
+        for part in parts
+    ]
+
+
+def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, Any]:
+    """Columns of the dataset's row that say where a group comes from."""
+    codec = settings.storage.codec
+    return {
+        "n_rows": int(np.count_nonzero(rows >= 0)),
+        "source_name": part.source_name,
+        **part.identity,
+        "codec": dense_codec(codec) if part.space.index_array is None else codec,
+        "software": f"hbx_gpu {__version__}",
+        **settings.choices,
+    }
+
+
+def _plan_features(
+    atlas: RaggedAtlas, catalogue: Catalogue, parts: Sequence[Part]
+) -> tuple[list[tables.Addition], list[list[str]]]:
+    """Rows for the registries, one addition per registry; and per part the features it brings."""
+    unseen: dict[str, set[str]] = {}
+    found: dict[str, list[tuple[Part, pa.Table]]] = {}
+    new: list[list[str]] = []
+    for part in parts:
+        if part.features is None:
+            new.append([])
+            continue
+        registry = catalogue.names.registries.get(part.space.name, "")
+        # A set: numpy.isin compares every pair of objects, which takes seconds for 20,000 features.
+        known = unseen.setdefault(registry, set())
+        own = set(catalogue.unregistered(part.space.name, part.features.ids)) - known
+        known |= own
+        new.append([uid for uid in part.features.ids if uid in own])
+        chosen = part.features.table.filter(pa.array([uid in own for uid in part.features.ids], pa.bool_()))
+        found.setdefault(registry, []).append((part, chosen))
+    additions = []
+    for members in found.values():
+        space = members[0][0].space.name
+        source = ", ".join(f"{part.source}, var" for part, _ in members)
+        try:
+            rows = pa.concat_tables([table for _, table in members], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InvalidDataError(f"{source}: columns of var disagree: {error}; rename them") from error
+        additions.append(
+            tables.prepare(
+                catalogue.registry(space),
+                rows,
+                allow_new=atlas.registry_schema(space) is None,
+                source=source,
+            )
+        )
+    return additions, new
+
+
+def _plan_cells(
+    atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings, dataset_uid: str
+) -> tables.Addition:
+    schema = atlas.obs_schema(settings.obs_table)
+    pointers = catalogue.pointer_spaces(settings.obs_table)
+    own = OWN_COLUMNS if schema is None else tuple(name for name in OWN_COLUMNS if name != "uid")
+    frames = [(name, f"{dataset.source}, obs", frame, rows) for name, frame, rows in dataset.common] + [
+        (part.name, f"{part.source}, obs", part.obs, rows)
+        for part, rows in zip(dataset.parts, dataset.joined.rows, strict=True)
+        if part.obs is not None
+    ]
+    found = join_obs(dataset.joined, frames, reserved={*own, *pointers}, winner=settings.obs_from)
+    source = f"{dataset.source}, obs"
+    cells = tables.prepare(
+        catalogue.obs(settings.obs_table),
+        obs_columns(dataset.joined.ids, found, dataset_uid, source=source),
+        allow_new=schema is None,
+        defaults={}
+        if schema is None
+        else {
+            name: info.default
+            for name, info in schema.model_fields.items()
+            if info.default not in (None, PydanticUndefined)
+        },
+        later=[part.field_name for part in dataset.parts],
+        source=source,
+    )
+    _check_uids(cells)
+    return cells
+
+
+def _check_uids(cells: tables.Addition) -> None:
+    """Cells are told apart by uid, also across datasets."""
+    stored = tables.read(cells.table, ["uid"]).column("uid")
+    if len(stored):
+        known = pc.is_in(cells.data.column("uid"), value_set=stored.combine_chunks())
+        if twice := cells.data.column("uid").filter(known).to_pylist():
+            raise InvalidDataError(
+                f"{cells.source}: {len(twice)} cell uid(s) are in table {cells.name!r} already, for example "
+                f"{twice[:3]}; the cells were added before, or the dataset_uid is in use"
+            )
+
+
+def _write_arrays(
+    catalogue: Catalogue, dataset: Dataset, settings: Settings, note: IngestNote
+) -> dict[str, pa.Array]:
+    """Stream every modality into its group; pointer column -> pointers, one per cell of the dataset."""
+    staging = catalogue.staging(note.staging)
+    total = sum(len(part.ids) for part in dataset.parts)
+    done, out = 0, {}
+    for i, (part, rows, group) in enumerate(
+        zip(dataset.parts, dataset.joined.rows, note.groups, strict=True)
+    ):
+        scratch = staging / f"scratch{i}"
+        scratch.mkdir(parents=True)
+        keep = np.zeros(len(part.ids), bool)
+        keep[rows[rows >= 0]] = True
+
+        def tick(n: int, before: int = done) -> None:
+            if settings.progress is not None:
+                settings.progress(before + n, total)
+
+        pointers = part.write(staging / f"group{i}", scratch, keep, settings.storage, tick)
+        out[part.field_name] = _pointer_column(pointers, group.zarr_group, rows)
+        done += len(part.ids)
+    for i, group in enumerate(note.groups):
+        catalogue.publish(staging / f"group{i}", group.zarr_group)
+    return out
+
+
+def _pointer_column(pointers: pa.StructArray, zarr_group: str, rows: np.ndarray) -> pa.Array:
+    """Pointers of the cells of the dataset: null where a cell lacks the modality."""
+    names = [pointers.type.field(i).name for i in range(pointers.type.num_fields)]
+    group = pa.array(np.full(len(pointers), zarr_group, object), pa.string())
+    whole = pa.StructArray.from_arrays([group, *pointers.flatten()], names=["zarr_group", *names])
+    return whole.take(pa.array(rows, mask=rows < 0))
+
+
+def _commit_features(catalogue: Catalogue, plan: _Plan) -> None:
+    for addition in plan.features:
+        if len(addition.data):
+            addition.commit()
+    for feature_uids in plan.layouts:
+        catalogue.add_layout(list(feature_uids))
+
+
+def _commit_dataset(plan: _Plan) -> None:
+    plan.datasets.commit()
+
+
+def _commit_cells(plan: _Plan, pointers: Mapping[str, pa.Array]) -> None:
+    """The cells come last and at once: with them the dataset exists."""
+    plan.cells.commit(pointers)

@@ -1,0 +1,380 @@
+"""Several modalities of the same cells as one dataset: files by name, an .h5mu file, objects in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile, without_copies
+from hbx_gpu._h5ad.matrix import Matrix
+from hbx_gpu.atlas._atlas import only_table
+from hbx_gpu.atlas._ingest.anndata import (
+    backing_file,
+    check_layer,
+    check_matrix_space,
+    field_of,
+    first_layer,
+    storage_of,
+)
+from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Progress, Settings, ingest
+from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
+from hbx_gpu.atlas._ingest.images import ImageInput, image_part
+from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, hash_file, pick_feature_ids
+from hbx_gpu.atlas._ingest.joining import CellIds, Join, check_join, join_cells
+from hbx_gpu.atlas._ingest.parts import MatrixPart, Part
+from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, known_spaces
+from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hbx_gpu.atlas._atlas import RaggedAtlas
+
+_ALIASES = {
+    "gene_expression": ("rna", "gex", "gene", "genes"),
+    "protein_abundance": ("protein", "proteins", "prot", "adt", "antibody", "antibody_capture"),
+    "image_features": ("morphology",),
+    "chromatin_accessibility": ("atac", "chromatin", "fragments"),
+    "image_tiles": ("tiles",),
+    "discrete_image": ("images", "image"),
+    "encoded_images": ("encoded",),
+}
+SHORT_NAMES = {alias: space for space, aliases in _ALIASES.items() for alias in aliases}
+"""Usual names of modalities -> feature space."""
+
+Layers = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments that several modalities share."""
+
+    layers: Layers
+    feature_id_column: str | Mapping[str, str] | None
+    allow_rounding: bool
+    stack: contextlib.ExitStack
+
+    def layers_of(self, name: str, space: FeatureSpace) -> dict[str, str]:
+        """Layer to write -> matrix to read."""
+        given = self.layers.get(name)
+        if not given:
+            return {first_layer(space): "X"}
+        for layer in given:
+            check_layer(space, layer)
+        return {layer: matrix.removeprefix("layers/") for layer, matrix in given.items()}
+
+    def id_column_of(self, name: str) -> str | None:
+        """Column of var with the feature ids."""
+        given = self.feature_id_column
+        return given.get(name) if isinstance(given, Mapping) else given
+
+
+def add_multimodal(
+    atlas: RaggedAtlas,
+    modalities: Any,
+    *,
+    join: Join = "outer",
+    obs_from: str | None = None,
+    layers: Layers | None = None,
+    feature_id_column: str | Mapping[str, str] | None = None,
+    dataset_uid: str | None = None,
+    obs_table: str | None = None,
+    chunk_shape: int | tuple[int, ...] | None = None,
+    shard_shape: int | tuple[int, ...] | None = None,
+    codec: str | None = None,
+    allow_rounding: bool = False,
+    exist_ok: bool = False,
+    progress: Progress | None = None,
+) -> IngestReport:
+    """Add several modalities of the same cells as one dataset, or nothing at all.
+
+    Files are joined by cell id, the names in obs: one row per cell with a pointer per modality, null where
+    the cell lacks it. Matrices are read in pieces, so memory does not grow with them.
+
+    Parameters
+    ----------
+    atlas
+        Open for writing.
+    modalities
+        Name -> data, or a MuData object or the path of an .h5mu file with all its modalities. A name is a
+        pointer column, a feature space, or a usual short name (``rna``, ``protein``, ``atac``, ``tiles``,
+        ...); the pointer column is added where the obs table has none of that space. Data are an AnnData,
+        the path of an .h5ad file, ``"file.h5mu:modality"``, an :class:`ImageInput`, or a fragments file by
+        its path or as :class:`FragmentsInput`.
+    join
+        ``outer``: a cell that any matrix has is kept, its other modalities absent. ``inner``: cells of all
+        modalities. ``exact``: ids without a partner are an error. A table of images must name cells of the
+        matrices, and barcodes of fragments that are no such cells are left out, whatever the join.
+    obs_from
+        Modality whose obs columns count. Otherwise a column that several modalities have must hold the same
+        values in all, where it holds any.
+    layers
+        Modality -> {layer to write: matrix to read}: ``{"protein": {"counts": "X", "dsb_normalized":
+        "dsb"}}``. By default ``X`` goes to the layer that the space requires.
+    feature_id_column
+        Column of var with the durable feature ids, for all modalities or by modality; see `pick_feature_ids`.
+    dataset_uid
+        By default it follows from the content.
+    obs_table
+        Where the cells go; needed where there are several.
+    chunk_shape, shard_shape
+        Values per inner chunk (40,960) and per shard (41,943,040); dense arrays fit whole rows into them.
+    codec
+        How arrays are compressed, by default as the atlas was made with. ``hbx_gpu.rowpack`` and
+        ``homeobox.bitpacking`` are for sparse matrices: dense arrays and images then use zstd.
+    allow_rounding
+        Let float layers take values that float32 does not hold exactly.
+    exist_ok
+        Report 0 cells if the same data were ingested in the same way before.
+    progress
+        Called with the number of cells done and of all cells, added up over the modalities.
+
+    Returns
+    -------
+    IngestReport
+        How many cells there are now, by modality, and how many ids were left out.
+
+    Raises
+    ------
+    InvalidDataError
+        Ids are missing, repeated or without a partner; obs columns differ; values break a rule of their
+        layer; a table names tiles or boxes that its image does not have.
+    UnknownNameError
+        A modality, layer, table or feature space that does not exist.
+    AlreadyIngestedError
+        The same data, or some of them, are in the atlas.
+    AtlasError, AtlasLockedError
+        The obs table has a class without such a column; somebody else is writing.
+    """
+    atlas.catalogue  # noqa: B018 - refuses here if the atlas is read-only
+    check_join(join)
+    table = obs_table or only_table(atlas.obs_tables)
+    storage = storage_of(atlas, codec, chunk_shape, shard_shape)
+    with contextlib.ExitStack() as stack:
+        catalogue = stack.enter_context(atlas._writing())
+        opened, common, source = _open_all(modalities, stack)
+        _check_names(opened, layers or {}, feature_id_column, obs_from)
+        fields = catalogue.pointer_spaces(table)
+        targets = {name: resolve_modality(name, fields, table) for name in opened}
+        _check_targets(targets)
+        options = _Options(layers or {}, feature_id_column, allow_rounding, stack)
+        parts = [_part(name, *targets[name], data, options) for name, data in opened.items()]
+        joined = join_cells([CellIds(p.name, p.source, p.ids, p.role) for p in parts], join)
+        choices: dict[str, str] = {"modality_join": join} if len(parts) > 1 else {}
+        if len(parts) > 1 and obs_from is not None:
+            choices["obs_from"] = obs_from
+        settings = Settings(
+            table,
+            storage,
+            codec is not None,
+            dataset_uid=dataset_uid,
+            choices=choices,
+            obs_from=obs_from,
+            exist_ok=exist_ok,
+            progress=progress,
+        )
+        shared = [(name, frame, _rows_of(frame, joined.ids, name)) for name, frame in common]
+        return ingest(atlas, catalogue, Dataset(parts, joined, source, shared), settings)
+
+
+# Names
+
+
+def resolve_modality(name: str, fields: Mapping[str, str], table: str) -> tuple[str, FeatureSpace]:
+    """Pointer column and feature space that a modality is meant for.
+
+    Parameters
+    ----------
+    name
+        A pointer column, a feature space, or one of :data:`SHORT_NAMES`.
+    fields
+        Pointer columns of the obs table -> feature space. Where none is of the space, the column is named
+        after it.
+    table
+        The obs table, for messages.
+
+    Raises
+    ------
+    UnknownNameError
+        It is none of these, or several columns are of that space.
+    """
+    if name in fields:
+        return name, get_space(fields[name])
+    space = SHORT_NAMES.get(name.lower(), name.lower())
+    if space not in known_spaces():
+        raise UnknownNameError(
+            f"unknown modality {name!r}; name it by a pointer column ({sorted(fields)}), a feature space "
+            f"({known_spaces()}) or a short name ({sorted(SHORT_NAMES)}). A modality of another name "
+            "in an .h5mu file is taken with --modality NAME=FILE.h5mu:MODALITY, in Python "
+            "{name: 'file.h5mu:modality'}"
+        )
+    if space not in fields.values():
+        return space, get_space(space)
+    return field_of(space, fields, table), get_space(space)
+
+
+def _check_targets(targets: Mapping[str, tuple[str, FeatureSpace]]) -> None:
+    seen: dict[str, str] = {}
+    for name, (field_name, space) in targets.items():
+        if field_name in seen:
+            raise AtlasError(
+                f"modalities {seen[field_name]!r} and {name!r} both mean pointer column {field_name!r}; add "
+                f"another one with RaggedAtlas.add_pointer_field(name, {space.name!r}) and use its name"
+            )
+        seen[field_name] = name
+
+
+def _check_names(opened: Mapping[str, Any], layers: Layers, id_column: Any, obs_from: str | None) -> None:
+    """Options that name a modality must name one that is there."""
+    named = {"layers= (--layer-of)": list(layers), "obs_from= (--obs-from)": [obs_from] if obs_from else []}
+    if isinstance(id_column, Mapping):
+        named["feature_id_column= (--feature-id-column)"] = list(id_column)
+    for option, names in named.items():
+        if unknown := [name for name in names if name not in opened]:
+            raise UnknownNameError(f"{option} names {unknown}, but the modalities are {list(opened)}")
+
+
+# Data
+
+
+def _open_all(
+    modalities: Any, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[tuple[str, pd.DataFrame]], str]:
+    """Modality -> its data, opened; tables of obs that belong to none; and what to call the whole."""
+    if isinstance(modalities, str | os.PathLike):
+        file = stack.enter_context(H5muFile(modalities))
+        found: dict[str, Any] = {name: file.modality(name) for name in file.modalities()}
+        if not found:
+            raise InvalidDataError(f"{file.path} has no modalities: nothing to ingest")
+        return found, [(str(file.path), file.obs())], str(file.path)
+    if hasattr(modalities, "mod") and hasattr(modalities, "obs"):
+        if getattr(modalities, "axis", 0) == 1:
+            raise InvalidDataError(
+                "the parts of this MuData share features, not cells (axis=1), so they are datasets and no "
+                "modalities; add them one by one with add_from_anndata"
+            )
+        mods = dict(modalities.mod)
+        obs = without_copies(modalities.obs, {name: adata.obs.columns for name, adata in mods.items()})
+        return mods, [("MuData object", obs)], "MuData object"
+    if not isinstance(modalities, Mapping) or not modalities:
+        raise TypeError(
+            "expected {modality: data}, a MuData object or the path of an .h5mu file, got "
+            f"{type(modalities).__name__}"
+        )
+    files: dict[str, H5muFile] = {}
+    opened = {name: _open_one(data, stack, files) for name, data in modalities.items()}
+    named = [f"{name}={_name_of(data)}" for name, data in modalities.items()]
+    return opened, [(str(file.path), file.obs()) for file in files.values()], ", ".join(named)
+
+
+def _name_of(data: Any) -> str:
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    return str(getattr(data, "source", "") or getattr(data, "path", "")) or type(data).__name__
+
+
+def _open_one(data: Any, stack: contextlib.ExitStack, files: dict[str, H5muFile]) -> Any:
+    if not isinstance(data, str | os.PathLike):
+        if getattr(data, "isbacked", False):
+            return stack.enter_context(H5adFile(backing_file(data)))
+        return data
+    path = os.fspath(data)
+    name, _, modality = path.rpartition(":")
+    if name.endswith(".h5mu") and not Path(path).exists():
+        if name not in files:
+            files[name] = stack.enter_context(H5muFile(name))
+        return files[name].modality(modality)
+    if path.endswith(".h5mu"):
+        with H5muFile(path) as file:
+            raise InvalidDataError(
+                f"{path} holds several modalities, {file.modalities()}; name one as {path}:MODALITY, or "
+                "ingest the file as a whole"
+            )
+    # What is in it follows from the feature space.
+    return Path(path)
+
+
+def _part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _Options) -> Part:
+    if space.repeats:
+        given = data if isinstance(data, FragmentsInput) else None
+        if given is None and isinstance(data, Path) and data.suffix != ".h5ad":
+            given = FragmentsInput(data)
+        if given is None:
+            raise InvalidDataError(
+                f"modality {name!r}: feature space {space.name!r} holds fragments (chromosome, start, end, "
+                f"barcode), no cells x features matrix such as {_name_of(data)}; give a "
+                "fragments file instead, or leave the modality out by naming the others "
+                "(--modality NAME=FILE.h5mu:MODALITY)"
+            )
+        return FragmentsPart(name, field_name, space, given)
+    if not space.has_features:
+        if not isinstance(data, ImageInput):
+            raise InvalidDataError(
+                f"modality {name!r}: images of feature space {space.name!r} need a table that maps cells "
+                "to them: ImageInput(image, table), --tiles-table TABLE"
+            )
+        return image_part(name, field_name, space, data)
+    check_matrix_space(field_name, space)
+    if isinstance(data, Path):
+        data = options.stack.enter_context(H5adFile(data))
+    return _matrix_part(name, field_name, space, data, options)
+
+
+def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _Options) -> MatrixPart:
+    wanted = options.layers_of(name, space)
+    inputs = _read_layers(data, name, list(wanted.values()))
+    first = inputs[0]
+    for layer, other in zip(wanted, inputs, strict=True):
+        if list(other.var.index) != list(first.var.index):
+            raise InvalidDataError(
+                f"{first.source}: matrices {first.matrix_name!r} and {other.matrix_name!r} have different "
+                f"features, so layer {layer!r} cannot lie beside {next(iter(wanted))!r}; ingest one of them"
+            )
+    matrices: dict[str, Matrix] = {layer: found.matrix for layer, found in zip(wanted, inputs, strict=True)}
+    id_column, ids = pick_feature_ids(first.var, options.id_column_of(name), source=first.source)
+    return MatrixPart(
+        name,
+        field_name,
+        space,
+        first,
+        matrices,
+        [found.matrix_name for found in inputs],
+        id_column,
+        ids,
+        options.allow_rounding,
+    )
+
+
+def _read_layers(data: Any, name: str, wanted: Sequence[str]) -> list[Input]:
+    """One input per matrix; the first identifies them all."""
+    if isinstance(data, Input):
+        if list(wanted) != ["X"]:
+            raise InvalidDataError(f"modality {name!r}: this input is one matrix, not {list(wanted)}")
+        return [data]
+    if isinstance(data, AnnDataGroup):
+        sha256 = hash_file(data.path)
+        return [from_h5ad(data, matrix, sha256=sha256) for matrix in wanted]
+    if not hasattr(data, "obs_names"):
+        raise InvalidDataError(
+            f"modality {name!r}: expected an AnnData or the path of an .h5ad file, got {type(data).__name__}"
+        )
+    inputs = [from_anndata(data, matrix, source=f"AnnData object {name!r}") for matrix in wanted]
+    if len(inputs) > 1:
+        together = hashlib.sha256("".join(found.sha256 for found in inputs).encode()).hexdigest()
+        inputs[0] = Input(**vars(inputs[0]) | {"sha256": together})
+    return inputs
+
+
+def _rows_of(frame: pd.DataFrame, ids: Sequence[str], source: str) -> np.ndarray:
+    """Per cell the row of a common table, -1 where it has none."""
+    if not frame.index.is_unique:
+        twice = frame.index[frame.index.duplicated()].unique()[:5].tolist()
+        raise InvalidDataError(f"{source}: cell ids occur more than once in obs, for example {twice}")
+    return frame.index.astype(str).get_indexer(list(ids)).astype(np.int64)

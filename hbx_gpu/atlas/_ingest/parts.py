@@ -1,0 +1,292 @@
+"""One modality of a dataset on its way into an atlas: what is known beforehand, how its group is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from hbx_gpu._h5ad.matrix import CsrBlock, Matrix, aligned, aligned_dense
+from hbx_gpu.atlas._ingest.inputs import Input, feature_columns
+from hbx_gpu.atlas._ingest.joining import Role
+from hbx_gpu.atlas._ingest.values import LayerCast
+from hbx_gpu.atlas._model.spaces import FeatureSpace
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CHUNK, DEFAULT_SHARD, DenseGroupWriter, SparseGroupWriter
+from hbx_gpu.errors import InvalidDataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tick = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the arrays of a group are stored.
+
+    Attributes
+    ----------
+    codec
+        One of `hbx_gpu.atlas._writing.arrays.codec_names`.
+    chunk, shard
+        Values per inner chunk and per shard.
+    """
+
+    codec: str
+    chunk: int = DEFAULT_CHUNK
+    shard: int = DEFAULT_SHARD
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a group.
+
+    Attributes
+    ----------
+    id_column
+        Where the ids come from, for the record.
+    ids
+        In the order of the group's columns.
+    table
+        Rows for the registry, one per id.
+    """
+
+    id_column: str
+    ids: Sequence[str]
+    table: pa.Table
+
+
+class Part(ABC):
+    """One modality, checked as far as that is possible without reading its values.
+
+    Attributes
+    ----------
+    name
+        As the user calls it.
+    field_name, space
+        Pointer column, and the space it points into.
+    source
+        For messages.
+    ids
+        Per cell of the part its id.
+    role
+        What the ids say, see `joining`.
+    obs
+        Columns of obs, a row per id; None where there are none.
+    features
+        None for spaces without.
+    identity
+        Columns of the dataset's row by which the same data are recognised: ``source_sha256``,
+        ``source_matrix``, ``zarr_layer``, ``feature_id_column``.
+    source_name
+        As recorded with the dataset.
+    """
+
+    name: str
+    field_name: str
+    space: FeatureSpace
+    source: str
+    source_name: str
+    ids: Sequence[str]
+    role: Role
+    obs: pd.DataFrame | None
+    features: Features | None
+    identity: Mapping[str, str]
+
+    @abstractmethod
+    def write(self, group: Path, scratch: Path, keep: np.ndarray, storage: Storage, tick: Tick) -> pa.Array:
+        """Write the group.
+
+        Parameters
+        ----------
+        group
+            Its folder, to be made.
+        scratch
+            Existing folder for temporary files.
+        keep
+            bool, one per id: cells that are to be stored.
+        storage
+            How.
+        tick
+            Called with the number of cells done so far.
+
+        Returns
+        -------
+        pyarrow.StructArray
+            The pointers of all cells without ``zarr_group``; those of cells not kept mean nothing.
+
+        Raises
+        ------
+        InvalidDataError
+            A value breaks a rule of the layer.
+        """
+
+
+@dataclass
+class MatrixPart(Part):
+    """A cells x features matrix with one or several layers, for a sparse or a dense space.
+
+    Parameters
+    ----------
+    name, field_name, space
+        As in :class:`Part`.
+    data
+        The first layer with its cells and features.
+    matrices
+        Layer to write -> matrix, all of one shape; the first one is that of `data`.
+    matrix_names
+        Their names in the source, for the record.
+    feature_ids
+        Ids of the columns, and where they come from.
+    allow_rounding
+        Let float layers take values that float32 does not hold exactly.
+    """
+
+    name: str
+    field_name: str
+    space: FeatureSpace
+    data: Input
+    matrices: Mapping[str, Matrix]
+    matrix_names: Sequence[str]
+    id_column: str
+    feature_ids: Sequence[str]
+    allow_rounding: bool = False
+    role: Role = field(default="cells", init=False)
+
+    def __post_init__(self) -> None:
+        self.source, self.source_name, self.obs = self.data.source, self.data.source_name, self.data.obs
+        self.ids = [str(name) for name in self.data.obs.index]
+        self.features = Features(
+            self.id_column, self.feature_ids, feature_columns(self.data, self.id_column, self.feature_ids)
+        )
+        self.identity = {
+            "source_sha256": self.data.sha256,
+            "source_matrix": ",".join(self.matrix_names),
+            "zarr_layer": ",".join(self.matrices),
+            "feature_id_column": self.id_column,
+        }
+
+    def write(self, group: Path, scratch: Path, keep: np.ndarray, storage: Storage, tick: Tick) -> pa.Array:
+        """See :class:`Part`."""
+        dtypes = self._dtypes()
+        casts = {name: self._cast(matrix, dtypes[name]) for name, matrix in self.matrices.items()}
+        write = self._write_sparse if self.space.pointer == "sparse" else self._write_dense
+        return write(group, scratch, keep, storage, tick, dtypes, casts)
+
+    def _dtypes(self) -> dict[str, str]:
+        known = {**self.space.required_layers, **self.space.optional_layers}
+        return {name: known[name][0] for name in self.matrices}
+
+    def _cast(self, matrix: Matrix, dtype: str) -> LayerCast:
+        advice = (
+            f"The source holds the matrices {list(self.data.available)}, choose with layer= (--layer); "
+            f"normalised values go to {sorted(self.space.optional_layers)} with zarr_layer= (--target-layer)."
+        )
+        cast = LayerCast(
+            dtype,
+            matrix.name,
+            advice,
+            lambda row: self.ids[row],
+            lambda column: self.feature_ids[column],
+            self.allow_rounding,
+        )
+        cast.check_dtype(matrix.dtype)
+        return cast
+
+    def _write_sparse(
+        self,
+        group: Path,
+        scratch: Path,
+        keep: np.ndarray,
+        storage: Storage,
+        tick: Tick,
+        dtypes: Mapping[str, str],
+        casts: Mapping[str, LayerCast],
+    ) -> pa.Array:
+        lengths = np.zeros(len(keep), np.int64)
+        writer = SparseGroupWriter(group, self.space, layers=dtypes, **vars(storage))
+        try:
+            for blocks in aligned(list(self.matrices.values()), scratch):
+                first = blocks[0]
+                self._check_structure(blocks)
+                values = {
+                    name: cast(block) for (name, cast), block in zip(casts.items(), blocks, strict=True)
+                }
+                indices = first.indices.astype(np.uint32, copy=False)
+                per_row = np.diff(first.indptr)
+                kept = keep[first.first_row : first.last_row]
+                if not kept.all():
+                    chosen = np.repeat(kept, per_row)
+                    indices = indices[chosen]
+                    values = {name: array[chosen] for name, array in values.items()}
+                lengths[first.first_row : first.last_row] = per_row * kept
+                writer.append(indices, values)
+                tick(first.last_row)
+            writer.close()
+        finally:
+            writer.abort()
+        return sparse_pointers(lengths, np.cumsum(keep) - 1)
+
+    def _check_structure(self, blocks: Sequence[CsrBlock]) -> None:
+        """Element k of every layer belongs to element k of the index array: all store the same ones."""
+        first, layers = blocks[0], list(self.matrices)
+        for layer, block in zip(layers[1:], blocks[1:], strict=True):
+            if np.array_equal(block.indptr, first.indptr) and np.array_equal(block.indices, first.indices):
+                continue
+            at = next(
+                row
+                for row in range(first.first_row, first.last_row)
+                if not np.array_equal(first.rows(row, row + 1).indices, block.rows(row, row + 1).indices)
+            )
+            n, m = (len(part.rows(at, at + 1).indices) for part in (first, block))
+            raise InvalidDataError(
+                f"{self.source}: layers {layers[0]!r} and {layer!r} must store the same elements, but cell "
+                f"{self.ids[at]!r} (row {at}) has {n} in one and {m} in the other"
+                f"{', of other features or in another order' if n == m else ''}; make them alike "
+                "(same nonzeros, same order), or ingest one layer"
+            )
+
+    def _write_dense(
+        self,
+        group: Path,
+        scratch: Path,
+        keep: np.ndarray,
+        storage: Storage,
+        tick: Tick,
+        dtypes: Mapping[str, str],
+        casts: Mapping[str, LayerCast],
+    ) -> pa.Array:
+        width = (len(self.feature_ids),)
+        writer = DenseGroupWriter(group, self.space, layers=dtypes, row_shape=width, **vars(storage))
+        try:
+            for blocks in aligned_dense(list(self.matrices.values()), scratch):
+                first = blocks[0]
+                kept = keep[first.first_row : first.last_row]
+                pairs = zip(casts.items(), blocks, strict=True)
+                writer.append({name: cast(block)[kept] for (name, cast), block in pairs})
+                tick(first.last_row)
+            writer.close()
+        finally:
+            writer.abort()
+        return dense_pointers(np.cumsum(keep) - 1)
+
+
+def sparse_pointers(lengths: np.ndarray, zarr_row: np.ndarray) -> pa.Array:
+    """Pointers to consecutive stretches of flat arrays, from their lengths."""
+    ends = np.cumsum(lengths)
+    return struct(start=pa.array(ends - lengths), end=pa.array(ends), zarr_row=pa.array(zarr_row))
+
+
+def dense_pointers(positions: np.ndarray) -> pa.Array:
+    """Pointers to positions on the first axis."""
+    return struct(position=pa.array(positions, pa.int64()))
+
+
+def struct(**members: pa.Array) -> pa.Array:
+    """A struct array of these members."""
+    return pa.StructArray.from_arrays(list(members.values()), names=list(members))

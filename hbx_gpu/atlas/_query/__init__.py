@@ -1,0 +1,1 @@
+"""From conditions on obs to rows, sources and results."""

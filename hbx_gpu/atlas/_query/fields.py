@@ -1,0 +1,134 @@
+"""Which pointer fields of an obs table a query means: by name, by feature space, or as the only one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hbx_gpu.atlas._model.spaces import get_space, known_spaces
+from hbx_gpu.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from hbx_gpu.atlas._catalogue.snapshot import PointerField
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The pointer fields of a table.
+
+    Attributes
+    ----------
+    table
+        Name of the table, for messages.
+    pointers
+        By name.
+    spaces, fields
+        Feature spaces and fields that the query was restricted to; None: all.
+    """
+
+    table: str
+    pointers: Mapping[str, PointerField]
+    spaces: Sequence[str] | None = None
+    fields: Sequence[str] | None = None
+
+    def space_named(self, name: str) -> str:
+        spaces = {pointer.feature_space for pointer in self.pointers.values()}
+        if name in spaces:
+            return name
+        if name in self.pointers:
+            return self.pointers[name].feature_space
+        raise UnknownNameError(
+            f"no feature space {name!r} in table {self.table!r}; available: {sorted(spaces)}"
+        )
+
+    def active(self) -> list[PointerField]:
+        """Those that the query considers."""
+        return [
+            pointer
+            for pointer in self.pointers.values()
+            if (self.spaces is None or pointer.feature_space in self.spaces)
+            and (self.fields is None or pointer.name in self.fields)
+        ]
+
+    def one(self, feature_space: str | None, field_name: str | None) -> PointerField:
+        if field_name is not None:
+            if field_name not in self.pointers:
+                raise UnknownNameError(
+                    f"no pointer field {field_name!r} in table {self.table!r}; available: {self._described()}"
+                )
+            pointer = self.pointers[field_name]
+            if feature_space not in (None, pointer.feature_space, pointer.name):
+                raise ValueError(
+                    f"field {field_name!r} holds {pointer.feature_space!r}, not {feature_space!r}"
+                )
+            return pointer
+        if feature_space is None:
+            active = self.active()
+            sparse = [pointer for pointer in active if pointer.kind == "sparse"]
+            return self._only(sparse or active, "the table")
+        matches = [p for p in self.active() if p.feature_space == feature_space]
+        matches = matches or [p for p in self.pointers.values() if p.feature_space == feature_space]
+        if matches:
+            return self._only(matches, f"feature space {feature_space!r}")
+        if feature_space in self.pointers:
+            return self.pointers[feature_space]
+        raise UnknownNameError(
+            f"no feature space or field {feature_space!r} in table {self.table!r}; "
+            f"available: {self._described()}"
+        )
+
+    def _only(self, pointers: list[PointerField], what: str) -> PointerField:
+        if len(pointers) == 1:
+            return pointers[0]
+        if not pointers:
+            raise ValueError(f"{what} has no data to read; available: {self._described()}")
+        names = [pointer.name for pointer in pointers]
+        raise ValueError(f"{what} has several pointer fields: {names}; choose one with field_name=")
+
+    def matrix(self) -> PointerField:
+        active = self.active()
+        matrices = [pointer for pointer in active if is_matrix(pointer.feature_space)]
+        if active and not matrices:
+            raise TypeError(
+                f"{[p.name for p in active]} hold images or fragments, not rows of a matrix; "
+                "read them with to_cell_dataset(field_name=...)"
+            )
+        if len(matrices) > 1:
+            raise ValueError(
+                f"to_anndata() needs exactly one AnnData-capable pointer field, table {self.table!r} has "
+                f"{[p.name for p in matrices]}; choose one with feature_spaces(...) or select_fields(...)"
+            )
+        return self._only(matrices, "the table")
+
+    def _described(self) -> dict[str, str]:
+        return {pointer.name: pointer.feature_space for pointer in self.pointers.values()}
+
+    def several(
+        self, feature_spaces: Sequence[str] | None, field_names: Sequence[str] | None
+    ) -> dict[str, PointerField]:
+        """The fields of a multimodal dataset, by the name that batches give them."""
+        if feature_spaces is not None and field_names is not None:
+            raise ValueError("feature_spaces and field_names both say what to read; give one of them")
+        for what, names in (("feature_spaces", feature_spaces), ("field_names", field_names)):
+            if isinstance(names, str):
+                raise ValueError(f"{what} must be a list, got {names!r}")
+        if field_names is not None:
+            pointers = {name: self.one(None, name) for name in field_names}
+        elif feature_spaces is not None:
+            pointers = {name: self.one(name, None) for name in feature_spaces}
+        else:
+            pointers = {pointer.name: pointer for pointer in self.active()}
+        asked = field_names if field_names is not None else feature_spaces
+        if asked is not None and len(asked) > len(pointers):
+            raise ValueError(f"every modality may be asked for once, got {list(asked)}")
+        if not pointers:
+            raise ValueError(f"choose at least one modality; available: {self._described()}")
+        return pointers
+
+
+def is_matrix(feature_space: str) -> bool:
+    if feature_space not in known_spaces():
+        return True
+    space = get_space(feature_space)
+    return space.has_features and not space.repeats

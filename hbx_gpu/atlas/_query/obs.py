@@ -1,0 +1,499 @@
+"""Reads obs tables at their pinned versions into NumPy, batch by batch: no Python object per row.
+
+Row order is ascending ``_rowid`` and is made here; the order in which a scan delivers is never relied on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex
+from hbx_gpu.errors import CorruptDataError, UnknownNameError
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+    from hbx_gpu.atlas._catalogue.snapshot import PointerField, Snapshot
+
+ROWID = "_rowid"
+_BATCH_ROWS = 65_536
+_TAKE_AT_MOST = 4_096
+"""Up to so many rows are fetched by id; more by a scan that keeps those asked for."""
+
+
+def column_expression(*path: str) -> str:
+    """SQL for a column, or a member of a struct column, whatever characters its name holds."""
+    return ".".join(f"`{name}`" for name in path)
+
+
+def check_columns(schema: pa.Schema, names: Sequence[str]) -> None:
+    """Complain about columns that `schema` lacks.
+
+    Raises
+    ------
+    UnknownNameError
+        Lists the columns that exist.
+    """
+    if missing := [name for name in names if name not in schema.names]:
+        raise UnknownNameError(f"unknown obs column(s) {missing}; the table has {schema.names}")
+
+
+@contextmanager
+def explain_filter(where: str | None) -> Iterator[None]:
+    """Turn what the database says about a malformed filter into a ValueError that shows the filter."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        # Some filters fail only when they meet the values.
+        if where is None or (isinstance(error, RuntimeError) and "filter" not in str(error)):
+            raise
+        reason = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error))
+        raise ValueError(f"where({where!r}) is no valid filter: {reason}") from error
+
+
+def scan(
+    table: Table,
+    columns: Sequence[str] | Mapping[str, str],
+    *,
+    where: str | None = None,
+    rowids: np.ndarray | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Stream the rows of a table, in no promised order.
+
+    Parameters
+    ----------
+    table
+        Checked out at its pinned version.
+    columns
+        Names, or output name -> SQL expression.
+    where
+        SQL filter.
+    rowids
+        uint64, ascending, distinct: return only these of the matching rows.
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        The columns, then ``_rowid``.
+
+    Raises
+    ------
+    ValueError
+        Malformed filter.
+    """
+    if rowids is not None and not len(rowids):
+        return
+    wanted: Any = dict(columns) if isinstance(columns, Mapping) else list(columns)
+    if rowids is not None and len(rowids) <= _TAKE_AT_MOST:
+        # The ids came from this filter, so it need not run again.
+        taken = table.take_row_ids(rowids.tolist()).select(wanted).with_row_id().to_arrow()
+        if len(taken) != len(rowids):
+            raise CorruptDataError(f"asked the obs table for {len(rowids)} rows by id and got {len(taken)}")
+        yield from taken.to_batches()
+        return
+    query = table.search() if where is None else table.search().where(where)
+    with explain_filter(where):
+        for batch in query.select(wanted).with_row_id(True).to_batches(_BATCH_ROWS):
+            if rowids is not None:
+                ids = batch.column(ROWID).to_numpy()
+                at = np.minimum(np.searchsorted(rowids, ids), len(rowids) - 1)
+                batch = batch.filter(pa.array(rowids[at] == ids))
+            if batch.num_rows:
+                yield batch
+
+
+def read_table(
+    table: Table, names: Sequence[str], *, where: str | None = None, rowids: np.ndarray | None = None
+) -> pa.Table:
+    """Columns of the matching rows by ascending row id, with the table's own types."""
+    schema = pa.schema([table.schema.field(name) for name in names])
+    batches = list(scan(table, names, where=where, rowids=rowids))
+    if not batches:
+        return schema.empty_table()
+    found = pa.Table.from_batches(batches)
+    for name in names:
+        if pa.types.is_dictionary(schema.field(name).type):
+            at = found.schema.get_field_index(name)
+            found = found.set_column(at, name, _recoded(found.column(name), schema.field(name).type))
+    order = _ascending(found.column(ROWID).to_numpy())
+    if order is not None:
+        found = found.take(pa.array(order))
+    columns = [found.column(name).cast(schema.field(name).type) for name in names]
+    return pa.Table.from_arrays(columns, schema=schema) if names else found.select([])
+
+
+def _recoded(column: pa.ChunkedArray, kind: pa.DictionaryType) -> pa.DictionaryArray:
+    """One dictionary of sorted distinct values: what scans deliver differs by batch and repeats values."""
+    values = column.cast(kind.value_type)
+    distinct = pc.drop_null(values.unique())
+    distinct = distinct.take(pc.sort_indices(distinct))
+    codes = pc.index_in(values, value_set=distinct).cast(kind.index_type).combine_chunks()
+    return pa.DictionaryArray.from_arrays(codes, distinct, ordered=kind.ordered)
+
+
+def _ascending(ids: np.ndarray) -> np.ndarray | None:
+    """Permutation that sorts `ids`, None where they are sorted already."""
+    if (ids[1:] > ids[:-1]).all():
+        return None
+    return np.argsort(ids, kind="stable")
+
+
+# Vocabularies and columns
+
+
+def is_categorical(kind: pa.DataType) -> bool:
+    """Whether a column of this type becomes integer codes over a vocabulary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def categories(snapshot: Snapshot, table: str, column: str) -> np.ndarray | None:
+    """Vocabulary of a column over all rows of the table at this snapshot, whatever a query selects.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        object (strings, sorted, no missing) or bool (``[False, True]``); None for other types.
+
+    Raises
+    ------
+    UnknownNameError
+        No such column.
+    """
+    schema = snapshot.obs_schema(table)
+    check_columns(schema, [column])
+    kind = schema.field(column).type
+    if not is_categorical(kind):
+        return None
+    if _is_bool(kind):
+        return np.array([False, True])
+    return _vocabulary(snapshot, table, column).to_numpy(zero_copy_only=False).astype(object)
+
+
+def _is_bool(kind: pa.DataType) -> bool:
+    return pa.types.is_boolean(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _vocabulary(snapshot: Snapshot, table: str, column: str) -> pa.Array:
+    key = (table, column)
+    if key not in snapshot.vocabularies:
+        pieces = [
+            pc.drop_null(plain(batch.column(0)).cast(pa.string()).unique())
+            for batch in scan(snapshot.obs_table(table), [column])
+        ]
+        distinct = pa.chunked_array(pieces, type=pa.string()).unique()
+        snapshot.vocabularies[key] = distinct.take(pc.sort_indices(distinct))
+    return snapshot.vocabularies[key]
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """The values of a dictionary-encoded array, any other array as it is."""
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+Encoder = Callable[[pa.Array], np.ndarray]
+
+
+def _encoder(kind: pa.DataType, vocabulary: pa.Array | None) -> Encoder:
+    """How a column of this type becomes NumPy."""
+    if pa.types.is_dictionary(kind) and not is_categorical(kind):
+        inner = _encoder(kind.value_type, None)
+        return lambda array: inner(plain(array))
+    if _is_bool(kind):
+        return lambda array: pc.fill_null(plain(array).cast(pa.int64()), -1).to_numpy()
+    if vocabulary is not None:
+        return lambda array: _codes(array, vocabulary)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return _numbers
+    if pa.types.is_decimal(kind):
+        return lambda array: _numbers(array.cast(pa.float64()))
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return lambda array: array.cast(pa.timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
+    if pa.types.is_duration(kind):
+        return lambda array: array.cast(pa.duration("us"), safe=False).to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_list(kind) and (
+        pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
+    ):
+        return _vectors
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        plain_numbers = pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
+        dtype = np.dtype(kind.value_type.to_pandas_dtype() if plain_numbers else object)
+        return lambda array: _objects(array, dtype)
+    return _objects
+
+
+def _codes(array: pa.Array, vocabulary: pa.Array) -> np.ndarray:
+    encoded = array if pa.types.is_dictionary(array.type) else array.cast(pa.string()).dictionary_encode()
+    place = pc.fill_null(pc.index_in(encoded.dictionary.cast(pa.string()), value_set=vocabulary), -1)
+    codes = pc.fill_null(place.cast(pa.int64()).take(encoded.indices), -1)
+    return cast(np.ndarray, codes.to_numpy())
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    if array.null_count and pa.types.is_integer(array.type):
+        array = array.cast(pa.float64(), safe=False)
+    return cast(np.ndarray, array.to_numpy(zero_copy_only=False))
+
+
+def _vectors(array: pa.Array) -> np.ndarray:
+    width = array.type.list_size
+    values = _numbers(pc.drop_null(array).flatten()).reshape(-1, width)
+    if not array.null_count:
+        return values
+    out = np.full((len(array), width), np.nan, dtype=np.result_type(values.dtype, np.float32))
+    out[array.is_valid().to_numpy(zero_copy_only=False)] = values
+    return out
+
+
+def _objects(array: pa.Array, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+    """Python values; lists as arrays of `dtype`, of objects where elements are missing."""
+    out = np.empty(len(array), dtype=object)
+    for i, value in enumerate(array.to_pylist()):
+        if isinstance(value, list):
+            value = np.array(value, dtype=object if None in value else dtype)
+        out[i] = value
+    return out
+
+
+# Rows of a modality
+
+
+@dataclass(frozen=True, slots=True)
+class ModalityRows:
+    """Rows of a modality, by ascending row id.
+
+    Attributes
+    ----------
+    rowids
+        uint64, (n,).
+    groups
+        Sorted names of the zarr groups that occur; `rows.source` counts in this list.
+    rows
+        Where each row lies in its group; source -1 where it lacks the modality.
+    obs
+        Columns asked for.
+    """
+
+    rowids: np.ndarray
+    groups: list[str]
+    rows: RowIndex | BoxIndex
+    obs: ObsColumns
+
+
+def some_rows(found: ModalityRows, keep: np.ndarray) -> ModalityRows:
+    """The rows for which the mask `keep` is True."""
+    if keep.all():
+        return found
+    rows = type(found.rows)(*(getattr(found.rows, name)[keep] for name in type(found.rows).__slots__))
+    columns = {name: column[keep] for name, column in found.obs.columns.items()}
+    return ModalityRows(found.rowids[keep], found.groups, rows, ObsColumns(columns, found.obs.categories))
+
+
+def present(groups: pa.Array) -> np.ndarray:
+    """bool, (n,). Rows that have the modality: neither null (struct or member) nor an empty string."""
+    return cast(np.ndarray, pc.fill_null(pc.not_equal(groups, ""), False).to_numpy(zero_copy_only=False))
+
+
+def read_modality(
+    snapshot: Snapshot,
+    table: str,
+    pointer: PointerField,
+    columns: Sequence[str] = (),
+    *,
+    where: str | None = None,
+    rowids: np.ndarray | None = None,
+    absent: bool = False,
+) -> ModalityRows:
+    """Pointers and columns of the matching rows that have a modality, in one scan.
+
+    Parameters
+    ----------
+    snapshot, table, pointer
+        What to read.
+    columns
+        Obs columns to return.
+    where, rowids
+        As in :func:`scan`.
+    absent
+        Whether to return rows without the modality too.
+
+    Raises
+    ------
+    UnknownNameError
+        No such column.
+    CorruptDataError
+        A pointer that is incomplete, negative, ends before it starts or spans more than 2^31 - 1 elements.
+    """
+    schema = snapshot.obs_schema(table)
+    check_columns(schema, columns)
+    encoders, vocabularies = _encoders(snapshot, table, columns)
+    # Aliases, because a user's column may well be called "start".
+    alias = {name: f"column {name}" for name in columns}
+    lower, upper = _BOUNDS[pointer.kind]
+    wanted = {
+        "group": column_expression(pointer.name, "zarr_group"),
+        "lower": column_expression(pointer.name, lower),
+        "upper": column_expression(pointer.name, upper),
+        **{alias[name]: column_expression(name) for name in columns},
+    }
+    spatial = pointer.kind == "discrete_spatial"
+    names: dict[str, int] = {}
+    pieces: dict[str, list[np.ndarray]] = {
+        ROWID: [np.empty(0, np.uint64)],
+        "group": [np.empty(0, np.int32)],
+        "start": [np.empty((0, 0) if spatial else 0, np.int64)],
+        "length": [np.empty((0, 0) if spatial else 0, np.int64 if spatial else np.int32)],
+        **{name: [] for name in alias.values()},
+    }
+    for batch in scan(snapshot.obs_table(table), wanted, where=where, rowids=rowids):
+        there = present(batch.column("group"))
+        if not absent and not there.all():
+            batch = batch.filter(pa.array(there))
+            there = there[there]
+        start, length = (_boxes if spatial else _extents)(snapshot, table, pointer, batch, there)
+        # Copies, because views would keep the whole batch.
+        pieces[ROWID].append(batch.column(ROWID).to_numpy().copy())
+        pieces["group"].append(_group_codes(batch.column("group"), there, names))
+        pieces["start"].append(start)
+        pieces["length"].append(length)
+        for name, shown in alias.items():
+            pieces[shown].append(encoders[name](batch.column(shown)).copy())
+    for name, shown in alias.items():
+        pieces[shown] = pieces[shown] or [encoders[name](pa.array([], type=schema.field(name).type))]
+    if spatial:
+        n_axes = max(part.shape[1] for part in pieces["start"])
+        for key, filling in (("start", 0), ("length", -1)):
+            pieces[key] = [_wider(part, n_axes, filling) for part in pieces[key]]
+
+    ids = np.concatenate(pieces.pop(ROWID))
+    order = _ascending(ids)
+
+    def joined(key: str) -> np.ndarray:
+        # Where some pieces of an integer column have missing values those are floats, and so is the whole.
+        whole = np.concatenate(pieces.pop(key))
+        return whole if order is None else whole[order]
+
+    groups = sorted(names)
+    rank = np.empty(len(groups) + 1, dtype=np.int32)
+    rank[[names[group] for group in groups]] = np.arange(len(groups), dtype=np.int32)
+    rank[-1] = -1  # rows without the modality
+    index: RowIndex | BoxIndex = (BoxIndex if spatial else RowIndex)(
+        rank[joined("group")], joined("start"), joined("length")
+    )
+    return ModalityRows(
+        ids if order is None else ids[order],
+        groups,
+        index,
+        ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies),
+    )
+
+
+_BOUNDS = {
+    "sparse": ("start", "end"),
+    "dense": ("position", "position"),
+    "discrete_spatial": ("min_corner", "max_corner"),
+}
+
+
+def _wider(part: np.ndarray, n_axes: int, filling: int) -> np.ndarray:
+    """Corners with as many axes as the longest of the table."""
+    return np.pad(part, ((0, 0), (0, n_axes - part.shape[1])), constant_values=filling)
+
+
+def _encoders(
+    snapshot: Snapshot, table: str, columns: Sequence[str]
+) -> tuple[dict[str, Encoder], dict[str, np.ndarray]]:
+    """How each column becomes NumPy, and the vocabularies of those that become codes."""
+    encoders: dict[str, Encoder] = {}
+    vocabularies: dict[str, np.ndarray] = {}
+    for name in columns:
+        kind = snapshot.obs_schema(table).field(name).type
+        words = None
+        if (coded := categories(snapshot, table, name)) is not None:
+            vocabularies[name] = coded
+            words = None if _is_bool(kind) else _vocabulary(snapshot, table, name)
+        encoders[name] = _encoder(kind, words)
+    return encoders, vocabularies
+
+
+def _extents(
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First element and number of elements of rows; 0 and 0 of rows without the modality."""
+    # A missing number cannot be a place; -1 fails the check.
+    start = pc.fill_null(batch.column("lower"), -1).to_numpy().copy()
+    end = pc.fill_null(batch.column("upper"), -1).to_numpy() + (pointer.kind == "dense")
+    start[~there] = 0
+    length = np.where(there, end - start, 0)
+    bad = np.flatnonzero((start < 0) | (length < 0) | (length > np.iinfo(np.int32).max))
+    if bad.size:
+        row = int(bad[0])
+        raise _bad_pointer(snapshot, table, pointer, batch, row, f"[{start[row]}, {end[row]})")
+    return start, length.astype(np.int32)
+
+
+def _boxes(
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First element and number of elements per axis, int64 (n, n_axes), of boxes.
+
+    Boxes with fewer axes than others have 0 and -1 (in full) on the rest; rows without the modality 0 and 0.
+    """
+    lower, upper = (pc.list_value_length(batch.column(name)) for name in ("lower", "upper"))
+    axes = pc.fill_null(lower, -1).to_numpy().astype(np.int64)
+    agree = axes == pc.fill_null(upper, -1).to_numpy()
+    n_axes = int(axes[there].max(initial=0))
+    start = np.zeros((len(batch), n_axes), np.int64)
+    length = np.full((len(batch), n_axes), -1, np.int64)
+    length[~there] = 0
+    good = there & agree & (axes > 0)
+    inside = (np.arange(n_axes) < axes[:, None]) & good[:, None]
+    kept = batch.filter(pa.array(good))
+    corners = [pc.fill_null(pc.list_flatten(kept.column(name)), -1).to_numpy() for name in ("lower", "upper")]
+    start[inside] = corners[0]
+    length[inside] = corners[1] - corners[0]
+    bad = np.flatnonzero(there & (~good | (inside & ((start < 0) | (length < 0))).any(axis=1)))
+    if bad.size:
+        row = int(bad[0])
+        found = f"{batch.column('lower')[row].as_py()} to {batch.column('upper')[row].as_py()}"
+        raise _bad_pointer(snapshot, table, pointer, batch, row, found)
+    return start, length
+
+
+def _bad_pointer(
+    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, row: int, found: str
+) -> CorruptDataError:
+    return CorruptDataError(
+        f"pointer {pointer.name!r} of row {row_uid(snapshot, table, batch.column(ROWID)[row].as_py())!r} "
+        f"into group {batch.column('group')[row].as_py()!r} is no valid range: {found}"
+    )
+
+
+def _group_codes(groups: pa.Array, there: np.ndarray, names: dict[str, int]) -> np.ndarray:
+    """Number of each row's group, -1 where there is none; `names` is extended by groups not seen before."""
+    encoded = groups.filter(pa.array(there)).dictionary_encode()
+    codes = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
+    numbers = np.full(len(groups), -1, np.int32)
+    numbers[there] = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+    return numbers
+
+
+def row_uid(snapshot: Snapshot, table: str, rowid: int) -> str:
+    """Uid of a row, for messages."""
+    rows = read_table(snapshot.obs_table(table), ["uid"], rowids=np.array([rowid], dtype=np.uint64))
+    return str(rows.column("uid")[0].as_py())

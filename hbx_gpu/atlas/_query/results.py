@@ -1,0 +1,187 @@
+"""Query results that are more than one matrix: fragments, arrays, several modalities at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu.atlas._model.spaces import get_space, known_spaces
+from hbx_gpu.atlas._query.fields import is_matrix
+from hbx_gpu.batch import DenseBatch, RaggedBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    from hbx_gpu.atlas._catalogue.snapshot import PointerField
+    from hbx_gpu.atlas._query.opening import Matrices
+    from hbx_gpu.chromatin import Fragments
+
+FRAGMENT_LAYERS = ("starts", "lengths")
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """The rows of a query in one modality, and what reads them.
+
+    Attributes
+    ----------
+    pointer
+        The field.
+    present
+        bool, (n_rows,). Which rows have it.
+    obs
+        All rows, uid as index.
+    open
+        Layers (None: the default) -> a dataset over the rows that have it, and the registry of its columns.
+    matrices
+        Those rows as AnnData.
+    """
+
+    pointer: PointerField
+    present: np.ndarray
+    obs: pd.DataFrame
+    open: Callable[[Sequence[str] | None], tuple[Any, pd.DataFrame | None]]
+    matrices: Callable[[], Matrices]
+
+
+@dataclass(slots=True)
+class MultimodalResult:
+    """Several modalities of the same rows in memory.
+
+    Attributes
+    ----------
+    obs
+        All rows, uid as index.
+    mod
+        Field -> the rows that have it: AnnData for matrices, :class:`~hbx_gpu.chromatin.Fragments`, or a
+        batch of arrays for images. Fields that no row has are left out.
+    present
+        Field -> bool, (n_rows,). Which rows have it.
+    """
+
+    obs: pd.DataFrame
+    mod: dict[str, AnnData | Fragments | DenseBatch | RaggedBatch] = field(default_factory=dict)
+    present: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.obs)
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.mod[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.mod
+
+    def __repr__(self) -> str:
+        parts = [
+            f"  {name}: {type(data).__name__}, {int(self.present[name].sum()):,} rows"
+            for name, data in self.mod.items()
+        ]
+        return "\n".join([f"MultimodalResult of {self.n_rows:,} rows", *parts])
+
+    def to_mudata(self) -> MuData:
+        """The matrices as MuData; other modalities are left out, with a warning.
+
+        Raises
+        ------
+        ImportError
+            mudata is not installed.
+        """
+        try:
+            from mudata import MuData
+        except ImportError as error:
+            raise ImportError(
+                "to_mudata() needs mudata: pip install 'hbx_gpu[multimodal]', or use to_multimodal()"
+            ) from error
+        from anndata import AnnData
+
+        matrices = {name: data for name, data in self.mod.items() if isinstance(data, AnnData)}
+        if others := sorted(set(self.mod) - set(matrices)):
+            warnings.warn(
+                f"{others} hold no matrices and are not part of the MuData; to_multimodal() has them",
+                stacklevel=3,
+            )
+        return MuData(matrices)
+
+
+def read_multimodal(modalities: Iterable[Modality]) -> MultimodalResult:
+    """Read modalities over the same rows.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    result: MultimodalResult | None = None
+    for modality in modalities:
+        result = result or MultimodalResult(modality.obs)
+        if not modality.present.any():
+            continue
+        name = modality.pointer.name
+        result.present[name] = modality.present
+        result.mod[name] = _read(modality)
+    if result is None:
+        raise ValueError("the query considers no modality; feature_spaces() or select_fields() left none")
+    return result
+
+
+def _read(modality: Modality) -> Any:
+    pointer = modality.pointer
+    if _is_fragments(pointer):
+        return read_fragments(modality)
+    if is_matrix(pointer.feature_space):
+        matrices = modality.matrices()
+        return matrices.cut(0, len(matrices))
+    dataset, _ = modality.open(None)
+    return dataset[:]
+
+
+def read_fragments(modality: Modality) -> Fragments:
+    """Read the fragments of the rows that have them.
+
+    Raises
+    ------
+    TypeError
+        A modality without fragments.
+    """
+    from hbx_gpu import chromatin
+    from hbx_gpu.chromatin._chromosomes import registered
+
+    dataset, registry = modality.open(fragment_layers(modality.pointer))
+    names, _ = registered(registry, dataset.feature_uids)
+    return chromatin.read_fragments(dataset, modality.obs[modality.present], names)
+
+
+def fragment_layers(pointer: PointerField, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Layers that fragments are made of.
+
+    Raises
+    ------
+    TypeError
+        A modality without fragments.
+    ValueError
+        Others were asked for.
+    """
+    if not _is_fragments(pointer):
+        raise TypeError(
+            f"field {pointer.name!r} ({pointer.feature_space!r}) holds no fragments; to_anndata() reads "
+            "matrices, to_array() images and dense rows"
+        )
+    if asked is not None and tuple(asked) != FRAGMENT_LAYERS:
+        raise ValueError(f"a matrix of fragments is made of {FRAGMENT_LAYERS}; leave layer out")
+    return FRAGMENT_LAYERS
+
+
+def _is_fragments(pointer: PointerField) -> bool:
+    space = pointer.feature_space
+    return space in known_spaces() and set(FRAGMENT_LAYERS) <= set(get_space(space).required_layers)

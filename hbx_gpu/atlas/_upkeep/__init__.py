@@ -1,0 +1,1 @@
+"""What an atlas needs between ingests: repacking, snapshots, a summary."""

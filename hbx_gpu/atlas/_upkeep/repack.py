@@ -1,0 +1,458 @@
+"""Rewriting the sparse groups of an atlas in another codec, in place, one whole group after the other."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._storage.readers import open_reader
+from hbx_gpu.atlas._catalogue import swap, tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, set_default_codec
+from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock, sync
+from hbx_gpu.atlas._catalogue.records import SnapshotRecord, atlas_root, read_records, resolve_store
+from hbx_gpu.atlas._model.schema import make_uid
+from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, guess_space, known_spaces
+from hbx_gpu.atlas._writing.arrays import (
+    ChunkEncoder,
+    ObjectWriter,
+    Role,
+    check_codec,
+    codec_names,
+    compressor_for,
+)
+from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsupportedCodecError
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]
+Outcome = Literal["repacked", "unchanged", "left alone"]
+# What a file system says that cannot link, or not this file; then the file is copied.
+_CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of one group.
+
+    Attributes
+    ----------
+    zarr_group, feature_space
+        The group.
+    outcome
+        ``repacked``, ``unchanged`` (it had the codec), or ``left alone`` for the `reason` given.
+    n_values
+        Elements of its index array; 0 where it has none.
+    bytes_before, bytes_after
+        On disk, of its index and its layers.
+    seconds
+        Wall time.
+    """
+
+    zarr_group: str
+    feature_space: str
+    outcome: Outcome
+    reason: str
+    n_values: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RepackReport:
+    """What became of all groups of an atlas, in the order of their names."""
+
+    codec: str
+    groups: tuple[GroupReport, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Of index and layers of all groups."""
+        return sum(group.bytes_before for group in self.groups)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of index and layers of all groups."""
+        return sum(group.bytes_after for group in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, over all groups."""
+        return sum(group.seconds for group in self.groups)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array to be rewritten, and what is to compress it."""
+
+    relative: str
+    layout: ArrayLayout
+    compressor: Any
+
+    def encoder(self) -> ChunkEncoder:
+        """A fresh one: it keeps what it encoded last, which thousands of groups must not add up."""
+        chunk = self.layout.chunk_shape[0]
+        return ChunkEncoder(self.layout.dtype.name, self.compressor, chunk, most=_n_chunks(self.layout))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What there is to do for one group."""
+
+    zarr_group: str
+    feature_space: str
+    arrays: tuple[str, ...] = ()
+    rewrite: tuple[_Array, ...] = ()
+    n_values: int = 0
+    left_alone: str = ""
+
+
+def repack(
+    atlas_path: str | os.PathLike[str], codec: str, *, progress: Progress | None = None
+) -> RepackReport:
+    """Rewrite index and layers of every sparse group in another codec, in place.
+
+    A group is built beside the one in use, compared with it value by value, and put in its place in one
+    step; nothing but bytes on disk changes, so pointers and snapshots stay what they are. Groups that have
+    the codec are skipped. An interruption leaves each group whole in one codec or the other: run it again.
+    While it runs, the largest group takes its space twice.
+
+    A dataset that was opened before goes on with the files that it has mapped or open; anything else raises
+    `CorruptChunkError` with the advice to open the dataset anew.
+
+    Parameters
+    ----------
+    atlas_path
+        Directory of an atlas, written by hbx_gpu or by any release of Homeobox.
+    codec
+        One of `codec_names`. Layers of floats take the general codec that belongs to it.
+        It also becomes the codec of later ingests, in an atlas that hbx_gpu made.
+    progress
+        Called with the number of values done and of all values; each counts twice, written and compared.
+
+    Returns
+    -------
+    RepackReport
+        What became of each group, dense ones included, which are left alone.
+
+    Raises
+    ------
+    ValueError
+        No such codec.
+    FileNotFoundError
+        No atlas, or no zarr store.
+    AtlasError
+        Nothing says what the atlas holds, or its folders cannot be written.
+    AtlasLockedError
+        Somebody else is writing.
+    CorruptChunkError
+        A chunk cannot be decoded; its group is as it was.
+    """
+    check_codec(codec)
+    root = atlas_root(atlas_path)
+    records = read_records(root)
+    store = resolve_store(root, records[-1]) if records else root / "zarr_store"
+    _check_writable(root, store)
+    with WriteLock(root).hold():
+        datasets = _recover(root, store, records)
+        plans = [
+            _plan(store, name, space, has_features, codec)
+            for (name, space), has_features in sorted(_groups(root, records, datasets).items())
+        ]
+        for plan in plans:
+            if plan.rewrite:
+                _check_writable(store / plan.zarr_group, (store / plan.zarr_group).parent)
+        tick = _Ticks(sum(2 * a.layout.shape[0] for plan in plans for a in plan.rewrite), progress)
+        groups = tuple(_repack_group(Journal(root), store, plan, tick) for plan in plans)
+        set_default_codec(root, codec)
+    return RepackReport(codec, groups)
+
+
+def codec_of(group: Path, space: FeatureSpace) -> str:
+    """The codec name under which a sparse group's arrays are stored, or ``mixed``."""
+    for name in codec_names():
+        if not _plan_arrays(group, group.name, space, name)[1]:
+            return name
+    return "mixed"
+
+
+# What there is to do
+
+
+def _check_writable(*folders: Path) -> None:
+    for folder in folders:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise AtlasError(
+                f"cannot repack: {folder} is read-only for this user; repack a copy of the atlas, or ask who "
+                "owns it"
+            )
+
+
+def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
+    """Put in order what killed writers left; returns the name of the table of groups."""
+    try:
+        names = Names.load(root)
+    except AtlasError:
+        # An older generation: nothing is ingested into it, so only a repack can have been interrupted.
+        swap.recover(Journal(root), store)
+        return records[-1].dataset_table[0]
+    if names is None:
+        raise AtlasError(
+            f"the atlas at {root} has no snapshot and was not made by hbx_gpu, so nothing says what it "
+            "holds; take a snapshot with the program that made it"
+        )
+    Catalogue(root, store, names).recover()
+    return names.dataset_table
+
+
+def _groups(root: Path, records: Sequence[SnapshotRecord], datasets: str) -> dict[tuple[str, str], bool]:
+    """(group, feature space) of every snapshot and of the present -> whether it has a feature layout."""
+    found: dict[tuple[str, str], bool] = {}
+    versions: set[tuple[str, int | None]] = {record.dataset_table for record in records}
+    for name, version in [*sorted(versions, key=str), (datasets, None)]:
+        table = tables.open_table(root, name)
+        try:
+            if version is not None:
+                table.checkout(version)
+            rows = tables.read(table, ["zarr_group", "feature_space", "layout_uid"]).to_pylist()
+        except (ValueError, RuntimeError, OSError) as error:
+            _log.warning("version %s of table %r cannot be read, left out: %s", version, name, error)
+            continue
+        found.update({(r["zarr_group"], r["feature_space"]): bool(r["layout_uid"]) for r in rows})
+    return found
+
+
+def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: str) -> _Plan:
+    path = store / name
+    try:
+        if path.is_symlink() or not path.is_dir():
+            raise AtlasError(f"{path} is no directory")
+        known = space_name in known_spaces()
+        space = get_space(space_name) if known else guess_space(space_name, path, has_features=has_features)
+        if space.index_array is None:
+            return _Plan(name, space_name, left_alone=space.pointer.replace("_", " "))
+        arrays, rewrite, n_values = _plan_arrays(path, name, space, codec)
+    except (AtlasError, FileNotFoundError, UnsupportedCodecError) as error:
+        return _Plan(name, space_name, left_alone=str(error))
+    return _Plan(name, space_name, arrays, rewrite, n_values)
+
+
+def _plan_arrays(
+    path: Path, name: str, space: FeatureSpace, codec: str
+) -> tuple[tuple[str, ...], tuple[_Array, ...], int]:
+    """Index and layers of a group, those of them that would change, and the number of values."""
+    assert space.index_array is not None
+    roles: dict[str, Role] = {space.index_array: "index"}
+    for layer, relative in find_layers(path, space).items():
+        roles[relative] = "index" if layer in space.ascending_layers else "values"
+    rewrite, n_values = [], 0
+    for relative, role in roles.items():
+        layout = read_layout(path / relative, f"{name}/{relative}")
+        if len(layout.shape) != 1 or not (path / relative / "zarr.json").is_file():
+            raise AtlasError(f"array {relative} is no one-dimensional array of zarr 3")
+        n_values = n_values or layout.shape[0]
+        compressor = compressor_for(codec, role, layout.dtype, layout.chunk_shape[0])
+        array = _Array(relative, layout, compressor)
+        if _chain(array.encoder().codecs) != _chain(layout.codecs):
+            ChunkCodec(layout)  # refuses here what cannot be decoded
+            rewrite.append(array)
+    return tuple(roles), tuple(rewrite), n_values
+
+
+def _n_chunks(layout: ArrayLayout) -> int:
+    return -(-layout.shape[0] // layout.chunk_shape[0])
+
+
+def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
+
+
+class _Ticks:
+    """Adds up what is done for the progress callback."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, n: int) -> None:
+        self._done += n
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+# Doing it
+
+
+def _repack_group(journal: Journal, store: Path, plan: _Plan, tick: _Ticks) -> GroupReport:
+    begin = time.perf_counter()
+    path = store / plan.zarr_group
+    before = _n_bytes(path, plan.arrays)
+    if plan.rewrite:
+        note = RepackNote(plan.zarr_group, make_uid())
+        journal.write(note)
+        try:
+            new = swap.staging(store, note.staging) / swap.NEW
+            _build(path, new, plan.rewrite, tick)
+            swap.replace_group(store, note)
+        except BaseException:
+            try:
+                swap.settle(journal, store, note)
+            except Exception:
+                # The note stays, so the next writer tries again; what went wrong first is what matters.
+                _log.warning("%s: cannot clean up yet", plan.zarr_group, exc_info=True)
+            raise
+        swap.settle(journal, store, note)
+    outcome: Outcome = "left alone" if plan.left_alone else "repacked" if plan.rewrite else "unchanged"
+    return GroupReport(
+        plan.zarr_group,
+        plan.feature_space,
+        outcome,
+        plan.left_alone,
+        plan.n_values,
+        before,
+        _n_bytes(path, plan.arrays),
+        time.perf_counter() - begin,
+    )
+
+
+def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
+    files = (file for relative in arrays for file in (group / relative).rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _build(path: Path, new: Path, rewrite: Sequence[_Array], tick: _Ticks) -> None:
+    """The group as it will be, complete, compared with the old one and on disk."""
+    _take_over(path, new, {path / array.relative for array in rewrite})
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for array in rewrite:
+            _rewrite(array, new / array.relative, pool, tick)
+            _compare(array, new / array.relative, pool, tick)
+    for folder, _, _ in os.walk(new):
+        sync(Path(folder))
+
+
+def _take_over(path: Path, new: Path, rewritten: set[Path]) -> None:
+    """Everything that stays as it is, without using space where the file system can link."""
+    for name, folders, files in os.walk(path):
+        folder = Path(name)
+        target = new / folder.relative_to(path)
+        target.mkdir(parents=True)
+        shutil.copymode(folder, target)
+        links = [
+            entry for entry in folders if (folder / entry).is_symlink() and folder / entry not in rewritten
+        ]
+        folders[:] = [entry for entry in folders if folder / entry not in rewritten]
+        for entry in (*files, *links):
+            _link_or_copy(folder / entry, target / entry)
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        shutil.copy2(file, target, follow_symlinks=False)
+        if not target.is_symlink():
+            sync(target)
+
+
+def _rewrite(array: _Array, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+    """Decode and encode chunk by chunk. An absent chunk stays absent: it may be fill value, or lost."""
+    layout, encoder = array.layout, array.encoder()
+    chunk = layout.chunk_shape[0]
+    objects = ObjectWriter(target, layout.shard_shape[0] // chunk if layout.sharded else 0)
+    try:
+        for chunks in _decoded(layout, encoder.batch, pool):
+            present = [values for values in chunks if values is not None]
+            encoded = iter(encoder.encode(np.concatenate(present)) if present else ())
+            for values in chunks:
+                objects.put(None if values is None else next(encoded))
+            tick(min(len(chunks) * chunk, layout.shape[0]))
+        objects.close()
+    finally:
+        objects.abort()
+    _write_metadata(Path(layout.path) / "zarr.json", target / "zarr.json", layout, encoder.codecs)
+    shutil.copymode(layout.path, target)
+    for file in (target / "c").iterdir():
+        shutil.copymode(Path(layout.path) / "zarr.json", file)
+
+
+def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict[str, Any]]) -> None:
+    """The array's own metadata, attributes and all, with another codec chain."""
+    document = json.loads(old.read_text(encoding="utf-8"))
+    if layout.sharded:
+        sharding = document["codecs"][0]
+        sharding["configuration"] |= {
+            "codecs": codecs,
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+    else:
+        document["codecs"] = codecs
+    document["chunk_key_encoding"] = {"name": "default", "configuration": {"separator": "/"}}
+    new.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    shutil.copymode(old, new)
+    sync(new)
+
+
+def _compare(array: _Array, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+    """Read both back and compare to the bit.
+
+    Raises
+    ------
+    CorruptChunkError
+        They differ.
+    """
+    old, new = array.layout, read_layout(target, array.layout.name)
+    kept = ("shape", "dtype", "chunk_shape", "shard_shape", "fill_value", "sharded")
+    changed = [name for name in kept if getattr(old, name) != getattr(new, name)]
+    if changed:
+        raise CorruptChunkError(f"rewritten with another {', '.join(changed)}", array=old.name)
+    batch, first = array.encoder().batch, 0
+    pairs = zip(_decoded(old, batch, pool), _decoded(new, batch, pool), strict=True)
+    for before, after in pairs:
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            same = a is b if a is None or b is None else np.array_equal(a.view(np.uint8), b.view(np.uint8))
+            if not same:
+                raise CorruptChunkError(
+                    "rewritten, it decodes to other values than before; the group was left as it was",
+                    array=old.name,
+                    chunk=first + i,
+                )
+        first += len(before)
+        tick(min(len(before) * old.chunk_shape[0], old.shape[0]))
+
+
+def _decoded(layout: ArrayLayout, batch: int, pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | None]]:
+    """The chunks of an array, `batch` at a time; None for an absent one."""
+    directory, codec = ChunkDirectory([layout]), ChunkCodec(layout)
+    with open_reader("preadv", directory) as reader:
+        for first in range(0, _n_chunks(layout), batch):
+            ids = np.arange(first, min(first + batch, _n_chunks(layout)))
+            slab = reader.read(directory.extents(ids))
+
+            def decode(i: int, slab: Any = slab, ids: np.ndarray = ids) -> np.ndarray | None:
+                if slab.nbytes[i] < 0:
+                    return None
+                try:
+                    return codec.decode(slab.view(i))
+                except CorruptChunkError as error:
+                    raise directory.error(int(ids[i]), error.reason) from error
+
+            yield list(pool.map(decode, range(len(ids))))

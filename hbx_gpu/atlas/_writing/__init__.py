@@ -1,0 +1,1 @@
+"""Writing zarr arrays of an atlas."""

@@ -1,0 +1,201 @@
+"""The order that visits every cell once per epoch: by group, by block, or uniformly at random."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hbx_gpu.sampler._epoch import EpochSampler, at_least, batch_sizes, digest
+from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
+
+LOCALITIES = ("group", "block", "none")
+
+
+class CellSampler(EpochSampler):
+    """Every cell exactly once per epoch, in full batches but for at most one.
+
+    Parameters
+    ----------
+    groups_np
+        Integer (n_cells,): the group (stored matrix) of each cell, ``dataset.groups_np``.
+    batch_size
+        Cells per batch.
+    shuffle
+        False: stored order, cut into batches of the same shapes.
+    seed
+        Non-negative. The order of an epoch comes from ``numpy.random.SeedSequence([seed, epoch])``. None
+        draws a new seed for every iteration (on one rank only).
+    drop_last
+        Leave out the partial batch and, on several ranks, the batches of an incomplete last round;
+        `n_dropped` counts the cells, and a warning says so once.
+    num_workers
+        Workers among which a rank's batches go round; decides when a batch comes, never what is in it.
+    locality
+        ``"group"``: each batch comes from one group, and the batches a worker gets in a row come from the
+        same group as long as it lasts; what groups hold beyond their full batches is pooled into mixed ones.
+        ``"none"``: a uniform permutation. ``"block"``: between the two, see `block_size`.
+    block_size, blocks_per_window
+        For ``locality="block"``: each group is cut into blocks of block_size cells that lie side by side, the
+        blocks of all groups are shuffled, and the cells of blocks_per_window blocks at a time are shuffled
+        among themselves.
+    rank, world_size
+        By default those of torch.distributed if it is initialised by now, else 0 and 1. All ranks get the
+        same number of batches: the batches of an incomplete last round are cut smaller (or dropped, see
+        `drop_last`).
+
+    Raises
+    ------
+    ValueError
+        For groups that are not one-dimensional, sizes below 1, an unknown locality, a rank outside the world,
+        fewer cells than ranks, and several ranks without a seed.
+    """
+
+    def __init__(
+        self,
+        groups_np: ArrayLike,
+        batch_size: int = 1024,
+        shuffle: bool = True,
+        seed: int | None = None,
+        drop_last: bool = False,
+        num_workers: int = 1,
+        *,
+        locality: str = "group",
+        block_size: int = 64,
+        blocks_per_window: int = 256,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if locality not in LOCALITIES:
+            raise ValueError(
+                f"unknown locality {locality!r}; choose one of {', '.join(map(repr, LOCALITIES))}"
+            )
+        self.shuffle = bool(shuffle)
+        self.locality = locality
+        self.block_size = at_least("block_size", block_size, 1)
+        self.blocks_per_window = at_least("blocks_per_window", blocks_per_window, 1)
+        codes, self._group_sizes = number(integers("groups_np", groups_np))
+        self._n_epoch = len(codes)
+        # Kept as long as the sampler lives, so at half the width wherever 32 bits suffice.
+        self._by_group = rows_by_code(codes).astype(np.int32 if len(codes) < 2**31 else np.int64)
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            rank=rank,
+            world_size=world_size,
+            random=self.shuffle,
+        )
+
+    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
+        return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
+
+    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
+        if self.locality == "group":
+            return self._grouped(rng, lanes)
+        if self.locality == "block":
+            return self._blocked(rng)
+        n = self._n_epoch
+        return rng.permutation(n) if self.shuffle else np.arange(n)
+
+    def _grouped(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
+        size, ends = self.batch_size, np.cumsum(self._group_sizes)
+        rows = self._by_group.astype(np.int64)
+        if self.shuffle:
+            shuffle_runs(rows, ends, rng)
+        tails = self._group_sizes % size
+        is_tail = np.zeros(len(rows), bool)
+        is_tail[ranges(ends - tails, tails)] = True
+        pool = rows[is_tail]
+        if self.shuffle:
+            rng.shuffle(pool)
+        cells = np.empty_like(rows)
+        n_whole = len(rows) - len(pool)
+        np.compress(~is_tail, rows, out=cells[:n_whole])
+        cells[n_whole:] = pool
+
+        # The pool is packed like one more group; its partial batch stays behind all the full ones.
+        n_batches = np.append(self._group_sizes, len(pool)) // size
+        ranks = rng.permutation(len(n_batches)) if self.shuffle else np.arange(len(n_batches))
+        order = pack_lanes(n_batches, lanes, queue_ranks=ranks)
+        n_full = len(order) * size
+        rows[n_full:] = cells[n_full:]
+        full = cells[:n_full].reshape(-1, size)
+        np.take(full, order, axis=0, out=rows[:n_full].reshape(-1, size), mode="clip")
+        return rows
+
+    def _blocked(self, rng: np.random.Generator) -> np.ndarray:
+        if not self.shuffle:
+            return self._by_group.astype(np.int64)
+        ends = np.cumsum(self._group_sizes)
+        per_group = -(-self._group_sizes // self.block_size)
+        within = ranges(np.zeros_like(per_group), per_group) * self.block_size
+        starts = np.repeat(ends - self._group_sizes, per_group) + within
+        lengths = np.minimum(self.block_size, np.repeat(ends, per_group) - starts)
+        order = rng.permutation(len(starts))
+        starts, lengths = starts[order], lengths[order]
+        cells = self._by_group[ranges(starts, lengths)].astype(np.int64)
+        window_ends = np.cumsum(lengths)[self.blocks_per_window - 1 :: self.blocks_per_window]
+        shuffle_runs(cells, np.append(window_ends, len(cells)), rng)
+        return cells
+
+    def _identity(self) -> dict[str, Any]:
+        blocks = {"block_size": self.block_size, "blocks_per_window": self.blocks_per_window}
+        return {
+            "shuffle": self.shuffle,
+            "locality": self.locality,
+            **(blocks if self.locality == "block" else {}),
+            "n_cells": self._n_epoch,
+            "groups": digest(self._by_group, self._group_sizes),
+        }
+
+
+def pack_lanes(n_batches: np.ndarray, lanes: int, *, queue_ranks: np.ndarray) -> np.ndarray:
+    """Order batches in time so that every lane (worker of a rank) stays with a group as long as it can.
+
+    Groups go to lanes greedily, the largest first, each to the lane with the fewest batches so far (the
+    lowest on ties); a lane's queue is group after group. Position p of the result is lane ``p % lanes``'s
+    turn. Lanes have equally many turns, so what a queue holds beyond its turns, taken from its end, goes to
+    lanes that would run dry, the longest queue first: a single huge group ends up on all lanes.
+
+    Parameters
+    ----------
+    n_batches
+        Integer (n_groups,), full batches of each group; a group's batches are numbered consecutively.
+    queue_ranks
+        Integer (n_groups,): groups of a lowest rank come first in their lane's queue.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 (n_batches.sum(),), numbers of batches in the order of time.
+    """
+    total = int(n_batches.sum())
+    lane_of = np.zeros(len(n_batches), np.int64)
+    loads = [(0, lane) for lane in range(lanes)]
+    for group in np.argsort(-n_batches, kind="stable").tolist():
+        load, emptiest = loads[0]
+        lane_of[group] = emptiest
+        heapq.heapreplace(loads, (load + int(n_batches[group]), emptiest))
+
+    queue = np.lexsort((queue_ranks, lane_of))
+    batches = ranges((np.cumsum(n_batches) - n_batches)[queue], n_batches[queue])
+    queued = np.bincount(lane_of, weights=n_batches, minlength=lanes).astype(np.int64)
+    turns = total // lanes + (np.arange(lanes) < total % lanes)
+    lane = np.repeat(np.arange(lanes), queued)
+    turn = ranges(np.zeros_like(queued), queued)
+
+    over = np.maximum(queued - turns, 0)
+    longest_first = np.argsort(-over, kind="stable")
+    ends = np.cumsum(queued)
+    moved = ranges((ends - over)[longest_first], over[longest_first])
+    lacking = np.maximum(turns - queued, 0)
+    lane[moved] = np.repeat(np.arange(lanes), lacking)
+    turn[moved] = ranges(queued, lacking)
+
+    order = np.empty(total, np.int64)
+    order[turn * lanes + lane] = batches
+    return order

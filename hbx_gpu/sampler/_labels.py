@@ -1,0 +1,389 @@
+"""Orders made from label codes: weighted draws, balanced batches, label-pure batches with controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hbx_gpu.sampler._epoch import EpochSampler, at_least, batch_sizes, digest
+from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
+
+Codes: TypeAlias = ArrayLike | Sequence[ArrayLike]
+
+
+class WeightedCellSampler(EpochSampler):
+    """Independent draws in proportion to weights.
+
+    Parameters
+    ----------
+    weights
+        Float (n_cells,), finite, not negative, in any scale. A cell of weight 0 is never drawn.
+    batch_size, seed, drop_last, num_workers, rank, world_size
+        As in :class:`CellSampler`.
+    n_samples
+        Draws per epoch; by default as many as there are cells of positive weight.
+    replacement
+        False: no cell twice in an epoch; the earlier of two draws still favours the heavier cell.
+    """
+
+    def __init__(
+        self,
+        weights: ArrayLike,
+        batch_size: int = 1024,
+        n_samples: int | None = None,
+        replacement: bool = True,
+        *,
+        seed: int | None = None,
+        drop_last: bool = False,
+        num_workers: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        every = np.asarray(weights, np.float64)
+        if every.ndim != 1:
+            raise ValueError(f"weights must be one-dimensional, got shape {every.shape}")
+        bad = np.flatnonzero(~(np.isfinite(every) & (every >= 0)))
+        if len(bad):
+            raise ValueError(
+                f"weights must be finite and not negative; {len(bad)} of {len(every)} are not, "
+                f"the first is {every[bad[0]]} at position {bad[0]}"
+            )
+        self.replacement = bool(replacement)
+        self._drawable = np.flatnonzero(every)
+        self._weights = every[self._drawable]
+        if len(every) and not len(self._drawable):
+            raise ValueError(f"all {len(every)} weights are 0: there is nothing to draw")
+        most = len(self._drawable)
+        self._n_epoch = most if n_samples is None else at_least("n_samples", n_samples, 0)
+        if self._n_epoch > most and (not replacement or most == 0):
+            raise ValueError(
+                f"n_samples={self._n_epoch} without replacement, but {most} cells have a positive weight; "
+                "lower n_samples or pass replacement=True"
+            )
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @classmethod
+    def balanced(cls, labels: ArrayLike, batch_size: int = 1024, **options: Any) -> WeightedCellSampler:
+        """Every label equally likely in every draw.
+
+        Parameters
+        ----------
+        labels
+            Integer (n_cells,), label codes as in ``dataset.columns``. Cells of code -1 (missing) are never
+            drawn.
+        batch_size, options
+            As in the constructor.
+        """
+        codes, counts, known = _known_codes("labels", labels)
+        weights = np.zeros(len(known))
+        weights[known] = (1.0 / counts)[codes] if len(codes) else 0.0
+        return cls(weights, batch_size, **options)
+
+    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
+        return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
+
+    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - draws have no locality
+        n = self._n_epoch
+        if n == 0:
+            return np.empty(0, np.int64)
+        if not self.replacement:
+            # Exponential races: the n smallest arrival times, in their order, are n successive draws.
+            arrival = rng.standard_exponential(len(self._weights)) / self._weights
+            first = np.argpartition(arrival, n - 1)[:n] if n < len(arrival) else np.arange(n)
+            return self._drawable[first[np.argsort(arrival[first])]]
+        # Sorted uniforms (sums of exponentials) keep searchsorted in cache; the shuffle undoes the sorting.
+        cumulated = np.cumsum(self._weights)
+        spacings = np.cumsum(rng.standard_exponential(n + 1))
+        drawn = np.searchsorted(cumulated, spacings[:-1] * (cumulated[-1] / spacings[-1]), side="right")
+        np.minimum(drawn, len(cumulated) - 1, out=drawn)  # rounding may reach the total itself
+        rng.shuffle(drawn)
+        return self._drawable[drawn]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "n_samples": self._n_epoch,
+            "replacement": self.replacement,
+            "weights": digest(self._drawable, self._weights),
+        }
+
+
+class BalancedCellSampler(EpochSampler):
+    """Batches with equal numbers of cells of each category, none twice in an epoch.
+
+    A batch holds ``max(1, batch_size // n_categories)`` cells of each category, so it may be a little smaller
+    than asked for (larger with more categories than batch_size). An epoch ends with the smallest category;
+    larger ones leave out a surplus, another one in each epoch, which `n_dropped` counts.
+
+    Parameters
+    ----------
+    balance_values
+        Integer (n_cells,), category codes. Cells of code -1 (missing) are never drawn.
+    batch_size, shuffle, seed, drop_last, num_workers, rank, world_size
+        As in :class:`CellSampler`.
+    """
+
+    def __init__(
+        self,
+        balance_values: ArrayLike,
+        batch_size: int = 1024,
+        shuffle: bool = True,
+        seed: int | None = None,
+        drop_last: bool = False,
+        num_workers: int = 1,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.shuffle = bool(shuffle)
+        codes, self._counts, known = _known_codes("balance_values", balance_values)
+        self._by_code = np.flatnonzero(known)[rows_by_code(codes)]
+        self._n_epoch = len(codes)
+        self._n_each = int(self._counts.min(initial=len(codes)))
+        self._per = max(1, at_least("batch_size", batch_size, 1) // max(1, len(self._counts)))
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            rank=rank,
+            world_size=world_size,
+            random=self.shuffle,
+        )
+
+    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
+        return len(self._counts) * batch_sizes(self._n_each, self._per, drop_last=self.drop_last)
+
+    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - batches are all alike
+        rows, ends = self._by_code.copy(), np.cumsum(self._counts)
+        if self.shuffle:
+            shuffle_runs(rows, ends, rng)
+        # One cell of each category in turn: any cut of the result is balanced to within one cell.
+        return rows[np.arange(self._n_each)[:, None] + (ends - self._counts)].ravel()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"shuffle": self.shuffle, "balance_values": digest(self._by_code, self._counts)}
+
+
+class GroupedCellSampler(EpochSampler):
+    """Batches of one label combination each, completed with matched controls.
+
+    Every cell that is labelled and no control comes exactly once per epoch. The cells of a combination are
+    cut into as few batches as they need, of nearly equal size; each gets controls in proportion.
+
+    Parameters
+    ----------
+    labels
+        Integer codes: (n_cells,), (n_cells, n_labels), or a list of arrays (n_cells,). A cell with a missing
+        label (-1) is in no batch, unless it is a control.
+    batch_size
+        Largest number of cells in a batch, controls included.
+    controls
+        Boolean (n_cells,), cells to complete batches with. They get no batches of their own.
+    match
+        Codes like `labels`, for instance the donor: each control stands for one cell of its batch and shares
+        this code with it. A cell whose code is missing cannot be matched: it is in no batch.
+    control_fraction
+        Share of controls in a batch, between 0 and 1; rounded to whole cells, at least one of each kind.
+    drop_last
+        Keep only batches of the full size; what a combination has beyond is left out, other cells of it in
+        each epoch.
+    shuffle, seed, num_workers, rank, world_size
+        As in :class:`CellSampler`. The last round of several ranks cuts single batches smaller, so that no
+        batch mixes two combinations; a cut may part one control from the cell it stands for.
+
+    Notes
+    -----
+    The controls of one match code are gone through in a shuffled order, again and again: no batch holds a
+    control twice unless it needs more than there are, and none is used twice before all were used once.
+    """
+
+    _cut_inside_batches: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        labels: Codes,
+        batch_size: int = 1024,
+        *,
+        controls: ArrayLike | None = None,
+        match: Codes | None = None,
+        control_fraction: float = 0.5,
+        shuffle: bool = True,
+        seed: int | None = None,
+        drop_last: bool = False,
+        num_workers: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.shuffle = bool(shuffle)
+        combination = _combine("labels", labels)
+        n_cells = len(combination)
+        is_control = np.zeros(n_cells, bool) if controls is None else np.asarray(controls)
+        if is_control.dtype != bool or is_control.shape != (n_cells,):
+            raise ValueError(
+                f"controls must be a boolean mask of {n_cells} cells like labels, "
+                f"got {is_control.dtype} of shape {is_control.shape}"
+            )
+        if match is not None and controls is None:
+            raise ValueError("match says what controls must share, but there are no controls; pass controls=")
+        stratum = np.zeros(n_cells, np.int64) if match is None else _combine("match", match)
+        if len(stratum) != n_cells:
+            raise ValueError(f"match holds {len(stratum)} cells, labels {n_cells}")
+
+        targets = np.flatnonzero((combination >= 0) & ~is_control & (stratum >= 0))
+        codes, self._counts = number(combination[targets])
+        self._targets = targets[rows_by_code(codes)]
+        self._n_controls = 0
+        if controls is not None:
+            self._n_controls = _controls_per_batch(batch_size, control_fraction)
+            self._set_pools(stratum, np.flatnonzero(is_control & (stratum >= 0)))
+        self._n_targets = at_least("batch_size", batch_size, 1) - self._n_controls
+        self._full_only = bool(drop_last)
+        _, _, n_controls = self._cut()
+        self._n_epoch = len(targets) + int(n_controls.sum())
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            rank=rank,
+            world_size=world_size,
+            random=self.shuffle,
+        )
+
+    def _set_pools(self, stratum: np.ndarray, controls: np.ndarray) -> None:
+        """Sort the controls by match code, and find for each target the pool its controls come from."""
+        values = np.unique(stratum[controls])
+        wanted = stratum[self._targets]
+        served = np.isin(wanted, values)
+        if not served.all():
+            lacking = np.unique(wanted[~served])
+            raise ValueError(
+                f"{np.count_nonzero(~served)} labelled cells have no control to go with them: "
+                f"{len(lacking)} of the match combinations hold no control cell; "
+                "give these cells the label -1, or match on something coarser"
+            )
+        self._pool_of = np.searchsorted(values, wanted)
+        pools = np.searchsorted(values, stratum[controls])
+        self._pool_sizes = np.bincount(pools, minlength=len(values))
+        self._pools = controls[rows_by_code(pools)]
+
+    def _cut(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First target, number of targets and number of controls of each batch, label after label."""
+        most, counts = self._n_targets, self._counts
+        used = counts - counts % most if self._full_only else counts
+        parts = -(-used // most)
+        each, extra = np.divmod(used, np.maximum(parts, 1))
+        n_targets = np.repeat(each, parts) + (ranges(np.zeros_like(parts), parts) < np.repeat(extra, parts))
+        left_out_before = np.cumsum(counts - used) - (counts - used)
+        starts = np.cumsum(n_targets) - n_targets + np.repeat(left_out_before, parts)
+        if self._n_controls == 0:
+            return starts, n_targets, np.zeros_like(n_targets)
+        n_controls = np.rint(n_targets * (self._n_controls / most)).astype(np.int64)
+        return starts, n_targets, np.maximum(n_controls, 1)
+
+    def _time_order(self, rng: np.random.Generator, n_batches: int) -> np.ndarray:
+        return rng.permutation(n_batches) if self.shuffle else np.arange(n_batches)
+
+    def _sizes(self, rng: np.random.Generator) -> np.ndarray:
+        _, n_targets, n_controls = self._cut()
+        return (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
+
+    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels are no places
+        starts, n_targets, n_controls = self._cut()
+        order = self._time_order(rng, len(starts))
+        starts, n_targets, n_controls = starts[order], n_targets[order], n_controls[order]
+        positions = np.arange(len(self._targets))
+        if self.shuffle:
+            shuffle_runs(positions, np.cumsum(self._counts), rng)
+        positions = positions[ranges(starts, n_targets)]
+        targets = self._targets[positions]
+        if self._n_controls == 0:
+            return targets
+        controls = self._draw_controls(self._pool_of[positions], n_targets, n_controls, rng)
+        # Controls are spread evenly, each behind its target: a batch cut smaller keeps their share and match.
+        sizes = n_targets + n_controls
+        place = ranges(np.zeros_like(sizes), sizes)
+        of, among = np.repeat(n_controls, sizes), np.repeat(sizes, sizes)
+        is_control = (place + 1) * of // among > place * of // among
+        cells = np.empty(len(place), np.int64)
+        cells[is_control] = controls
+        cells[~is_control] = targets
+        return cells
+
+    def _draw_controls(
+        self, pool_of: np.ndarray, n_targets: np.ndarray, n_controls: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Controls of all batches; each stands for the target that it will follow in its batch."""
+        pools, ends = self._pools.copy(), np.cumsum(self._pool_sizes)
+        if self.shuffle:
+            shuffle_runs(pools, ends, rng)
+        j = ranges(np.zeros_like(n_controls), n_controls)
+        target = -(-(j + 1) * np.repeat(n_targets, n_controls) // np.repeat(n_controls, n_controls)) - 1
+        pool = pool_of[target + np.repeat(np.cumsum(n_targets) - n_targets, n_controls)]
+        # The k-th time a pool is asked, it gives its k-th control, beginning anew when it is exhausted.
+        asked = np.bincount(pool, minlength=len(ends))
+        times = np.empty(len(pool), np.int64)
+        times[rows_by_code(pool)] = ranges(np.zeros_like(asked), asked)
+        return pools[(ends - self._pool_sizes)[pool] + times % self._pool_sizes[pool]]
+
+    def _identity(self) -> dict[str, Any]:
+        pools = (self._pool_of, self._pools, self._pool_sizes) if self._n_controls else ()
+        return {
+            "shuffle": self.shuffle,
+            "labels": digest(self._targets, self._counts),
+            "controls_per_batch": self._n_controls,
+            "controls": digest(*pools),
+        }
+
+
+def _known_codes(name: str, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes 0..k-1 of the cells that have one, cells per code, and the mask of those cells."""
+    every = _codes(name, labels)
+    known = every >= 0
+    codes, counts = number(every[known])
+    return codes, counts, known
+
+
+def _codes(name: str, labels: ArrayLike) -> np.ndarray:
+    codes = integers(name, labels)
+    if codes.min(initial=0) < -1:
+        raise ValueError(f"{name} must be codes, -1 (missing) or above; found {codes.min()}")
+    return codes
+
+
+def _combine(name: str, labels: Codes) -> np.ndarray:
+    """One code per combination, -1 where any part is missing."""
+    if isinstance(labels, list | tuple) and any(np.ndim(part) == 1 for part in labels):
+        columns = [_codes(f"{name}[{i}]", part) for i, part in enumerate(labels)]
+    else:
+        table = np.asarray(labels)
+        columns = [_codes(name, c) for c in table.T] if table.ndim == 2 else [_codes(name, table)]
+    if not columns or len({len(column) for column in columns}) != 1:
+        raise ValueError(f"{name} must hold one or more code arrays of equal length")
+    combined = columns[0].astype(np.int64)
+    for column in columns[1:]:
+        missing = (combined < 0) | (column < 0)
+        # Renumbered at each step, so that the product stays far from overflow.
+        _, combined = np.unique(combined * (int(column.max(initial=0)) + 1) + column, return_inverse=True)
+        combined[missing] = -1
+    return combined
+
+
+def _controls_per_batch(batch_size: int, fraction: float) -> int:
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"control_fraction must lie between 0 and 1, got {fraction}; without controls pass controls=None"
+        )
+    if at_least("batch_size", batch_size, 1) < 2:
+        raise ValueError("batch_size must be at least 2 to hold a labelled cell and a control, got 1")
+    return min(max(1, round(batch_size * fraction)), batch_size - 1)

@@ -1,0 +1,1 @@
+"""The documented API of BioNeMo-SCDL over archives opened in place."""

@@ -1,0 +1,347 @@
+"""Several archives in one folder, made of .h5ad files and flattened into one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._progress import Progress, silent
+from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
+from hbx_gpu.scdl._format.features import VariableFeatureIndex
+from hbx_gpu.scdl._format.layout import LAYOUT_VERSION, METADATA, VERSION
+from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, Tolerance, check_dtype
+from hbx_gpu.scdl._writing.concat import concat_archives
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+from hbx_gpu.scdl._writing.writer import check_target
+
+if TYPE_CHECKING:
+    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.scdl._sources.pairs import PairedDataset
+
+
+class SingleCellCollection:
+    """Archives below one folder, one per .h5ad file.
+
+    Parameters
+    ----------
+    data_path
+        The folder; made if it is not there. Archives that are in it are not taken in: see :meth:`open`.
+
+    Attributes
+    ----------
+    data_path
+        As given.
+    fname_to_mmap
+        Path of every archive -> dataset, in the order of their rows.
+    """
+
+    def __init__(self, data_path: str | os.PathLike[str]) -> None:
+        self.data_path = data_path
+        self.fname_to_mmap: dict[Path, SingleCellMemMapDataset] = {}
+        folder = Path(data_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / VERSION).exists():
+            (folder / VERSION).write_text(json.dumps(LAYOUT_VERSION))
+
+    @classmethod
+    def open(cls, data_path: str | os.PathLike[str], **options: Any) -> SingleCellCollection:
+        """A collection of the archives that are in a folder, in the order of their names.
+
+        Parameters
+        ----------
+        data_path
+            The folder. Nothing is written to it.
+        **options
+            For every :class:`SingleCellMemMapDataset` (``load_neighbors=True``, for example).
+
+        Raises
+        ------
+        FileNotFoundError
+            No such folder, or no archive in it.
+        """
+        folder = Path(data_path)
+        archives = sorted(path.parent for path in folder.glob(f"*/{METADATA}"))
+        if not archives:
+            raise FileNotFoundError(f"expected a folder with SCDL archives at {folder}, found none")
+        collection = cls.__new__(cls)
+        collection.data_path = data_path
+        collection.fname_to_mmap = {path: SingleCellMemMapDataset(path, **options) for path in archives}
+        return collection
+
+    def load_h5ad(
+        self,
+        h5ad_path: str | os.PathLike[str],
+        paginated_load_cutoff: float = 10_000,
+        load_block_row_size: int = 1_000_000,
+        use_X_not_raw: bool = False,
+        *,
+        data_dtype: str | None = None,
+        data_dtype_tolerance: float = DEFAULT_TOLERANCE,
+        allow_loss: bool = False,
+        matrix: str | None = None,
+        load_neighbors: bool = False,
+        neighbor_key: str = "next_cell_ids",
+    ) -> None:
+        """Convert one file and add it; its archive is named after the file.
+
+        Parameters are those of :class:`SingleCellMemMapDataset`.
+        """
+        options = ConvertOptions(
+            matrix=matrix,
+            use_X_not_raw=use_X_not_raw,
+            paginated_load_cutoff=paginated_load_cutoff,
+            load_block_row_size=load_block_row_size,
+            neighbor_key=neighbor_key if load_neighbors else None,
+        )
+        path = Path(self.data_path) / Path(h5ad_path).stem
+        tolerance = Tolerance(data_dtype_tolerance, allow_loss)
+        convert_h5ad(h5ad_path, path, options=options, data_dtype=data_dtype, tolerance=tolerance)
+        self.fname_to_mmap[path] = _open(path, options)
+
+    def load_h5ad_multi(
+        self,
+        directory_path: str | os.PathLike[str],
+        max_workers: int = 5,
+        use_processes: bool = False,
+        data_dtype: str | None = None,
+        paginated_load_cutoff: float = 10_000,
+        load_block_row_size: int = 1_000_000,
+        use_X_not_raw: bool = False,
+        *,
+        data_dtype_tolerance: float = DEFAULT_TOLERANCE,
+        allow_loss: bool = False,
+        matrix: str | None = None,
+        load_neighbors: bool = False,
+        neighbor_key: str = "next_cell_ids",
+        progress: Progress = silent,
+    ) -> None:
+        """Convert all .h5ad files below a folder and add them in the order of their paths.
+
+        Archives are named after their files; files of one name get that of their folders before it.
+
+        Parameters
+        ----------
+        directory_path
+            The folder, searched with all its subfolders; or one file.
+        max_workers
+            Most files that are converted at once.
+        use_processes
+            Convert in processes of their own instead of threads.
+        progress
+            Called with the files done and their total.
+
+        The others are those of :class:`SingleCellMemMapDataset`.
+
+        Raises
+        ------
+        FileNotFoundError
+            No .h5ad file there.
+        RuntimeError
+            A file could not be converted: then none is added and none left behind.
+        """
+        check_dtype(data_dtype)
+        options = ConvertOptions(
+            matrix=matrix,
+            use_X_not_raw=use_X_not_raw,
+            paginated_load_cutoff=paginated_load_cutoff,
+            load_block_row_size=load_block_row_size,
+            neighbor_key=neighbor_key if load_neighbors else None,
+        )
+        files = find_h5ad(directory_path)
+        paths = [Path(self.data_path) / name for name in _archive_names(files, Path(directory_path))]
+        for path in paths:
+            check_target(path, overwrite=False)
+        tolerance = Tolerance(data_dtype_tolerance, allow_loss)
+        jobs = [(file, path, options, data_dtype, tolerance) for file, path in zip(files, paths, strict=True)]
+        results = _run(jobs, max_workers, use_processes, progress)
+        failed = [(file, error) for file, error in zip(files, results, strict=True) if error is not None]
+        if failed:
+            for path, error in zip(paths, results, strict=True):
+                if error is None:
+                    shutil.rmtree(path)
+            file, error = failed[0]
+            more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+            raise RuntimeError(f"Error in processing file {file}: {error}{more}") from error
+        self.fname_to_mmap.update({path: _open(path, options) for path in paths})
+
+    def flatten(
+        self,
+        output_path: str | os.PathLike[str],
+        destroy_on_copy: bool = False,
+        extend_copy_size: int = 10 * 1_024 * 1_024,
+        *,
+        overwrite: bool = False,
+        data_dtype: str | None = None,
+    ) -> None:
+        """Write all rows into one archive, in the order of the datasets.
+
+        Parameters
+        ----------
+        output_path
+            Folder of the new archive.
+        destroy_on_copy
+            Remove the folder of the collection when the new archive is in its place; the collection is
+            empty then.
+        extend_copy_size
+            Values copied at once.
+        overwrite
+            Whether an archive at the output may be replaced.
+        data_dtype
+            Of the values: by default the widest of all, which must be all integers or all floats; see
+            :func:`hbx_gpu.scdl._writing.concat.concat_archives`.
+
+        Raises
+        ------
+        FileExistsError
+            The output exists and may not be replaced.
+        ValueError
+            The collection is empty, or mixes integers and floats.
+        """
+        if not self.fname_to_mmap:
+            raise ValueError(
+                f"the collection at {self.data_path} is empty: load .h5ad files before flattening"
+            )
+        concat_archives(
+            list(self.fname_to_mmap),
+            output_path,
+            data_dtype=data_dtype,
+            overwrite=overwrite,
+            copy_size=extend_copy_size,
+        )
+        if destroy_on_copy:
+            self.fname_to_mmap.clear()
+            shutil.rmtree(self.data_path)
+
+    def number_of_rows(self) -> int:
+        """Rows of all datasets."""
+        return sum(dataset.number_of_rows() for dataset in self.fname_to_mmap.values())
+
+    def number_of_variables(self) -> list[int]:
+        """Genes per gene block of the flattened archive; ``[0]`` if there is none."""
+        return self._var_features().column_dims() or [0]
+
+    def number_of_values(self) -> int:
+        """Rows times genes, summed over the datasets."""
+        return sum(int(dataset.number_of_values()) for dataset in self.fname_to_mmap.values())
+
+    def number_nonzero_values(self) -> int:
+        """Stored values of all datasets."""
+        return sum(dataset.number_nonzero_values() for dataset in self.fname_to_mmap.values())
+
+    def shape(self) -> tuple[int, list[int]]:
+        """Rows, and genes per gene block."""
+        return self.number_of_rows(), self.number_of_variables()
+
+    def sparsity(self) -> float:
+        """Share of values that are not stored; 0 without values."""
+        total = self.number_of_values()
+        return (total - self.number_nonzero_values()) / total if total else 0.0
+
+    def version(self) -> str:
+        """Release of SCDL whose layout the archives have."""
+        return LAYOUT_VERSION
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        """int32, (n_rows,). Gene block of every row, counted through all archives."""
+        from hbx_gpu.scdl._sources.cells import groups_of
+
+        return groups_of([dataset.archive for dataset in self.fname_to_mmap.values()])
+
+    def to_cell_dataset(
+        self, metadata_columns: Sequence[str] | None = None, **options: Any
+    ) -> CellDataset | PairedDataset:
+        """All cells on one feature axis, archive after archive, as `make_loader` takes them.
+
+        Parameters
+        ----------
+        metadata_columns, **options
+            As :func:`hbx_gpu.scdl._sources.cells.dataset_of`.
+        """
+        from hbx_gpu.scdl._sources.cells import dataset_of
+
+        datasets = list(self.fname_to_mmap.values())
+        if first := next((dataset for dataset in datasets if dataset.load_neighbors), None):
+            options = {
+                "neighbors": first.neighbor_sampling_strategy,
+                "seed": first.neighbor_seed or 0,
+            } | options
+        archives = [dataset.archive for dataset in datasets]
+        return dataset_of(archives, metadata_columns=metadata_columns, **options)
+
+    def _var_features(self) -> VariableFeatureIndex:
+        whole = VariableFeatureIndex()
+        for dataset in self.fname_to_mmap.values():
+            whole.concat(dataset.var_features())
+        return whole
+
+
+def find_h5ad(path: str | os.PathLike[str]) -> list[Path]:
+    """All .h5ad files below a folder in the order of their paths; or the one file that is named.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    """
+    folder = Path(path)
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*.h5ad"))
+    if not files:
+        raise FileNotFoundError(f"There a no h5ad files in {path}.")
+    return files
+
+
+def _archive_names(files: Sequence[Path], root: Path) -> list[str]:
+    stems = [file.stem for file in files]
+    named = [
+        stem if stems.count(stem) == 1 else "__".join(file.relative_to(root).with_suffix("").parts)
+        for stem, file in zip(stems, files, strict=True)
+    ]
+    return named
+
+
+_Job = tuple[Path, Path, ConvertOptions, str | None, Tolerance]
+
+
+def _convert(job: _Job) -> None:
+    file, path, options, data_dtype, tolerance = job
+    convert_h5ad(file, path, options=options, data_dtype=data_dtype, tolerance=tolerance)
+
+
+def _run(
+    jobs: Sequence[_Job], max_workers: int, use_processes: bool, progress: Progress
+) -> list[BaseException | None]:
+    """Convert all; one error or None each."""
+    n = max(1, min(max_workers, len(jobs)))
+    done = 0
+
+    def count(_: Future[None]) -> None:
+        nonlocal done
+        done += 1
+        progress(done, len(jobs))
+
+    executor: ProcessPoolExecutor | ThreadPoolExecutor
+    if use_processes:
+        # Spawned: HDF5 and Arrow have threads and locks that do not survive a fork.
+        executor = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))
+    else:
+        executor = ThreadPoolExecutor(n)
+    with executor:
+        futures = [executor.submit(_convert, job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(count)
+        return [future.exception() for future in futures]
+
+
+def _open(path: Path, options: ConvertOptions) -> SingleCellMemMapDataset:
+    if options.neighbor_key is None:
+        return SingleCellMemMapDataset(path)
+    return SingleCellMemMapDataset(path, load_neighbors=True, neighbor_key=options.neighbor_key)

@@ -1,0 +1,387 @@
+"""`SingleCellMemMapDataset`: the API of SCDL over an opened archive; what writes is done in other modules."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu.scdl._api.neighbors import NeighborReader
+from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborsUnusableError
+from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, check_dtype
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hbx_gpu.dataloader import CellDataset
+    from hbx_gpu.scdl._sources.pairs import PairedDataset
+
+_NEVER = float("inf")
+
+
+class Mode(StrEnum):
+    """How a dataset is opened. Only ``w+`` changes anything: the folder must not exist then."""
+
+    CREATE_APPEND = "w+"
+    READ_APPEND = "r+"
+    READ = "r"
+    CREATE = "w"
+
+
+class SingleCellMemMapDataset(NeighborReader):
+    """Cells of an SCDL archive: a map-style dataset for PyTorch, and SCDL's API.
+
+    An archive that exists is opened in place, for reading only: nothing is written, and the cost does not
+    depend on the number of cells. Row numbers below 0 count from the end.
+
+    Parameters
+    ----------
+    data_path
+        Folder of the archive. Opened if it exists, created otherwise.
+    h5ad_path
+        Source of a new archive.
+    num_elements, num_rows
+        Room of a new, empty archive (both are needed). Its arrays can be written until it is opened again.
+    mode
+        As :class:`Mode`.
+    paginated_load_cutoff, load_block_row_size, var_feature_index_name, obs_feature_index_name
+        As :class:`hbx_gpu.scdl._writing.convert.ConvertOptions`.
+    load_neighbors
+        Use the neighbours of the archive; store those of the source when one is created.
+    neighbor_key
+        Name in `.obsp` of the source.
+    neighbor_sampling_strategy, fallback_to_identity
+        How :meth:`sample_neighbor_index` draws; without fallback it warns of cells without neighbours.
+    data_dtype
+        Creating: dtype of the stored values, float32 if None, ``auto`` for the smallest exact one.
+        Opening: the dtype that the values have, where header and values do not tell.
+    data_dtype_tolerance
+        Largest difference between source and stored values that is none.
+    use_X_not_raw
+        Store `.X` even if the source has `.raw.X`.
+    matrix
+        Creating: ``X``, ``raw`` or a layer, instead of `use_X_not_raw`.
+    allow_loss
+        Creating: store values that `data_dtype` does not hold nevertheless, with a warning.
+    overwrite
+        Creating: replace an archive that exists.
+    neighbor_seed
+        Seed of the generator that draws neighbours. Workers of a DataLoader draw differently, by their
+        number; without a seed, by torch's seed of the worker.
+
+    Raises
+    ------
+    ValueError
+        Nothing to open or to create from; a bad dtype or strategy.
+    FileExistsError
+        A source, or mode ``w+``, and a folder that exists, without `overwrite`.
+    FileNotFoundError, CorruptDataError
+        As :func:`hbx_gpu.scdl.open_archive`.
+
+    Attributes
+    ----------
+    archive
+        The opened archive.
+    data, col_index, row_index
+        Its memory maps.
+    dtypes
+        File name -> name of the dtype.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str],
+        h5ad_path: str | os.PathLike[str] | None = None,
+        num_elements: int | None = None,
+        num_rows: int | None = None,
+        mode: Mode | str = Mode.READ_APPEND,
+        paginated_load_cutoff: float = 10_000,
+        load_block_row_size: int = 1_000_000,
+        var_feature_index_name: str = "var_feature_id",
+        obs_feature_index_name: str = "obs_feature_id",
+        load_neighbors: bool = False,
+        neighbor_key: str = "next_cell_ids",
+        neighbor_sampling_strategy: NeighborSamplingStrategy | str = NeighborSamplingStrategy.RANDOM,
+        fallback_to_identity: bool = True,
+        data_dtype: str | None = None,
+        data_dtype_tolerance: float = DEFAULT_TOLERANCE,
+        use_X_not_raw: bool = False,
+        *,
+        matrix: str | None = None,
+        allow_loss: bool = False,
+        overwrite: bool = False,
+        neighbor_seed: int | None = None,
+    ) -> None:
+        check_dtype(data_dtype)
+        self.data_path = data_path
+        self.mode = Mode(mode)
+        self.paginated_load_cutoff = paginated_load_cutoff
+        self.load_block_row_size = load_block_row_size
+        self.var_feature_index_name = var_feature_index_name
+        self.obs_feature_index_name = obs_feature_index_name
+        self.use_X_not_raw, self.matrix, self.allow_loss = use_X_not_raw, matrix, allow_loss
+        self.data_dtype_tolerance = data_dtype_tolerance
+        self.load_neighbors = load_neighbors
+        if load_neighbors:
+            self.neighbor_key = neighbor_key
+            self.neighbor_sampling_strategy = NeighborSamplingStrategy.parse(neighbor_sampling_strategy)
+            self.fallback_to_identity = fallback_to_identity
+        self.neighbor_seed = neighbor_seed
+        self._create_or_open(h5ad_path, num_elements, num_rows, data_dtype, overwrite=overwrite)
+
+    def _create_or_open(
+        self,
+        h5ad_path: str | os.PathLike[str] | None,
+        num_elements: int | None,
+        num_rows: int | None,
+        data_dtype: str | None,
+        *,
+        overwrite: bool,
+    ) -> None:
+        from hbx_gpu.scdl._writing import staging as swap
+        from hbx_gpu.scdl._writing import writer
+
+        exists = os.path.exists(self.data_path) or swap.recover(self.data_path)
+        creating = h5ad_path is not None or self.mode is Mode.CREATE_APPEND
+        if exists and creating and not overwrite:
+            raise FileExistsError(
+                f"Output directory already exists: {self.data_path}. Open it without a source and mode, "
+                "choose another path, or replace it with overwrite=True"
+            )
+        if h5ad_path is not None:
+            self._convert(h5ad_path, data_dtype, self.paginated_load_cutoff, overwrite=overwrite)
+        elif exists and not creating:
+            self._open(self.data_path, data_dtype=None if data_dtype == "auto" else data_dtype)
+        elif isinstance(num_rows, int) and isinstance(num_elements, int):
+            if num_rows < 1 or num_elements < 1:
+                raise ValueError(
+                    f"expected num_rows and num_elements above 0, found {num_rows}, {num_elements}"
+                )
+            writer.allocate(self.data_path, n_rows=num_rows, n_elements=num_elements)
+            self._open(self.data_path, writable=True)
+        else:
+            raise ValueError(
+                "An np.memmap path, an h5ad path, or the number of elements and rows is required: there is "
+                f"no archive at {self.data_path}, and neither h5ad_path nor num_elements and num_rows"
+            )
+
+    def _open(
+        self, path: str | os.PathLike[str], *, data_dtype: str | None = None, writable: bool = False
+    ) -> None:
+        self.archive = open_archive(path, data_dtype=data_dtype, writable=writable)
+        self.data_path = path
+        self._neighbors, self._no_neighbors = None, ""
+        if self.load_neighbors:
+            try:
+                self._neighbors = self.archive.neighbors
+                if self._neighbors is None:
+                    self._no_neighbors = f"neighbor files are missing at {path}"
+            except NeighborsUnusableError as error:
+                self._no_neighbors = str(error)
+            if self._no_neighbors:
+                warnings.warn(f"{self._no_neighbors}: there is no neighbor data", UserWarning, stacklevel=4)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A path and what was asked for, never arrays: a worker maps the files itself.
+        dropped = ("_neighbors", "_generator", "_generator_process")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.load_neighbors and not self._no_neighbors:
+            self._neighbors = self.archive.neighbors
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        """int32, (n_rows,). Gene block of every row: what samplers keep together."""
+        from hbx_gpu.scdl._sources.cells import groups_of
+
+        return groups_of([self.archive])
+
+    def to_cell_dataset(
+        self, metadata_columns: Sequence[str] | None = None, **options: Any
+    ) -> CellDataset | PairedDataset:
+        """The cells as the loaders of hbx_gpu take them; `make_loader` calls this.
+
+        Parameters
+        ----------
+        metadata_columns, **options
+            As :func:`dataset_of`; `neighbors` and `seed` by default as this dataset
+            draws neighbours, if it was opened with `load_neighbors`.
+        """
+        from hbx_gpu.scdl._sources.cells import dataset_of
+
+        if self.load_neighbors:
+            options = {
+                "neighbors": self.neighbor_sampling_strategy,
+                "seed": self.neighbor_seed or 0,
+            } | options
+        return dataset_of([self.archive], metadata_columns=metadata_columns, **options)
+
+    def load(self, stored_path: str | os.PathLike[str]) -> None:
+        """Open another archive in place of this one."""
+        self._open(stored_path)
+
+    def _convert(
+        self, h5ad_path: str | os.PathLike[str], data_dtype: str | None, cutoff: float, *, overwrite: bool
+    ) -> Any:
+        from hbx_gpu.scdl._format.values import Tolerance
+        from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+
+        done = convert_h5ad(
+            h5ad_path,
+            self.data_path,
+            options=ConvertOptions(
+                matrix=self.matrix,
+                use_X_not_raw=self.use_X_not_raw,
+                paginated_load_cutoff=cutoff,
+                load_block_row_size=self.load_block_row_size,
+                var_feature_index_name=self.var_feature_index_name,
+                obs_feature_index_name=self.obs_feature_index_name,
+                neighbor_key=self.neighbor_key if self.load_neighbors else None,
+            ),
+            data_dtype=data_dtype,
+            tolerance=Tolerance(self.data_dtype_tolerance, self.allow_loss),
+            overwrite=overwrite,
+        )
+        self._open(self.data_path)
+        return done
+
+    def load_h5ad(self, anndata_path: str | os.PathLike[str]) -> None:
+        """Fill an empty archive from an .h5ad file.
+
+        Raises
+        ------
+        FileExistsError
+            The archive has rows; :meth:`concat` appends.
+        """
+        self._fill(anndata_path, self.paginated_load_cutoff)
+
+    def regular_load_h5ad(
+        self, anndata_path: str | os.PathLike[str]
+    ) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+        """As :meth:`load_h5ad`, in few large blocks; returns genes, cells and the number of cells."""
+        return self._fill(anndata_path, _NEVER)
+
+    def paginated_load_h5ad(
+        self, anndata_path: str | os.PathLike[str]
+    ) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+        """As :meth:`load_h5ad`, in blocks of `load_block_row_size` rows; returns as `regular_load_h5ad`."""
+        return self._fill(anndata_path, 0)
+
+    def _fill(self, path: str | os.PathLike[str], cutoff: float) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+        if self.number_of_rows():
+            raise FileExistsError(
+                f"{self.data_path} has {self.number_of_rows()} rows; convert the file to an archive of its "
+                "own and append that with concat(), or create with overwrite=True"
+            )
+        done = self._convert(path, self.data.dtype.name, cutoff, overwrite=True)
+        return done.var, done.obs, done.n_rows
+
+    def save(self, output_path: str | os.PathLike[str] | None = None) -> bool:
+        """Return True: archives are complete on disk from the moment they exist.
+
+        Only what was written to the arrays of a new, empty archive (`num_rows`, `num_elements`) is flushed.
+
+        Parameters
+        ----------
+        output_path
+            Where a copy of the archive goes too; this dataset stays where it is.
+
+        Raises
+        ------
+        FileExistsError
+            There is something at the output.
+        """
+        for array in (self.data, self.col_index, self.row_index):
+            if isinstance(array, np.memmap) and array.flags.writeable:
+                array.flush()
+        if output_path is not None:
+            from hbx_gpu.scdl._writing.writer import copy_archive
+
+            copy_archive(self.data_path, output_path)
+        return True
+
+    def cast_data_to_dtype(self, dtype: str, *, allow_loss: bool = False) -> None:
+        """Change the dtype of the stored values, on disk and here.
+
+        Parameters
+        ----------
+        dtype
+            One of the seven names, or ``auto``.
+        allow_loss
+            Store values that it does not hold nevertheless, with a warning.
+
+        Raises
+        ------
+        ValueError
+            No such dtype.
+        InvalidDataError
+            A value would change by more than `data_dtype_tolerance`; the archive is as before.
+        """
+        from hbx_gpu.scdl._format.values import Tolerance
+        from hbx_gpu.scdl._writing.cast import cast_archive
+
+        if dtype is None:
+            raise ValueError(f"Invalid data_dtype {dtype!r}. Name one")
+        check_dtype(dtype)
+        cast_archive(self.archive, dtype, tolerance=Tolerance(self.data_dtype_tolerance, allow_loss))
+        self._open(self.data_path)
+
+    def concat(
+        self,
+        other_dataset: SingleCellMemMapDataset | list[SingleCellMemMapDataset],
+        extend_copy_size: int = 10 * 1024 * 1024,
+        output_path: str | os.PathLike[str] | None = None,
+        destroy_on_copy: bool = False,
+        *,
+        data_dtype: str | None = None,
+    ) -> None:
+        """Append the cells of other archives, in their order; this dataset is then the result.
+
+        Parameters
+        ----------
+        other_dataset
+            One dataset, or a list.
+        extend_copy_size
+            Values that are copied at once.
+        output_path
+            Where the result goes; None for in place of this archive. This one stays as it is then.
+        destroy_on_copy
+            Remove the archives that were appended, and this one if there is an `output_path`.
+        data_dtype
+            Dtype of the values of the result; None for the widest.
+
+        Raises
+        ------
+        ValueError
+            Not datasets; integers and floats, without `data_dtype`.
+        InvalidDataError
+            Cell columns that cannot be joined. Nothing was changed.
+        """
+        from hbx_gpu.scdl._writing.concat import concat_archives
+
+        others = [other_dataset] if isinstance(other_dataset, SingleCellMemMapDataset) else other_dataset
+        if not isinstance(others, list) or not all(isinstance(o, SingleCellMemMapDataset) for o in others):
+            raise ValueError(
+                "Expecting either a SingleCellMemMapDataset or a list thereof. Actually got: "
+                f"{type(other_dataset).__name__}"
+            )
+        if not others and output_path is None:
+            return
+        target = self.data_path if output_path is None else output_path
+        concat_archives(
+            [self.archive, *(other.archive for other in others)],
+            target,
+            overwrite=output_path is None,
+            data_dtype=data_dtype,
+            destroy=destroy_on_copy,
+            copy_size=extend_copy_size,
+        )
+        self._open(Path(target) if isinstance(self.data_path, Path) else os.fspath(target))

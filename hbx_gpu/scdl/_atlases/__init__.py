@@ -1,0 +1,1 @@
+"""Conversion between SCDL archives and atlases."""

@@ -1,0 +1,122 @@
+"""What tables of an atlas cannot hold of an archive, kept beside them: so that the way back is exact.
+
+``scdl_origin/`` in an atlas holds the archive's feature folders, names and neighbours as they were, and
+``origin.json``: the snapshot that was taken right after the conversion, and the archive's dtypes. It speaks
+for that snapshot only; whatever is added to the atlas later comes from its own tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu.errors import CorruptDataError
+from hbx_gpu.scdl._format import names
+from hbx_gpu.scdl._format.archive import Archive
+from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
+from hbx_gpu.scdl._format.layout import METADATA, NEIGHBOR_FILES, OBS_FEATURES, OLD_FEATURES, VAR_FEATURES
+from hbx_gpu.scdl._format.neighbors import NeighborTable, open_neighbors
+from hbx_gpu.scdl._writing.writer import read_metadata
+
+FOLDER = "scdl_origin"
+_RECORD = "origin.json"
+_KEPT = (VAR_FEATURES, OLD_FEATURES, OBS_FEATURES, names.FOLDER, METADATA, *NEIGHBOR_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    snapshot: int
+    n_rows: int
+    layer: str
+    data_dtype: str
+    n_columns: int
+
+
+class Origin:
+    """The archive that an atlas was made of, without its matrix; in the shape of an `Archive`.
+
+    Attributes
+    ----------
+    path
+        Folder of what was kept.
+    n_rows, data_dtype, n_columns
+        Of the archive: rows, dtype of its values, and what its columns are below.
+    layer
+        Where the atlas has its values.
+    """
+
+    def __init__(self, path: Path, record: _Record) -> None:
+        self.path, self.n_rows, self.layer = path, record.n_rows, record.layer
+        self.data_dtype, self.n_columns = record.data_dtype, record.n_columns
+
+    @cached_property
+    def var(self) -> VariableFeatureIndex:
+        """Gene columns."""
+        return VariableFeatureIndex.load(var_folder(self.path))
+
+    @cached_property
+    def obs(self) -> ObservedFeatureIndex | None:
+        """Cell columns."""
+        folder = self.path / OBS_FEATURES
+        return ObservedFeatureIndex.load(folder) if folder.is_dir() else None
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Row bounds of the gene blocks."""
+        return self.var.bounds
+
+    @cached_property
+    def neighbors(self) -> NeighborTable | None:
+        """Stored neighbours."""
+        return open_neighbors(self.path, self.n_rows)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Content of `metadata.json`."""
+        return read_metadata(self.path)
+
+
+def keep(archive: Archive, atlas: Path, snapshot: int, layer: str) -> None:
+    """Keep what the tables of an atlas do not hold of an archive."""
+    folder, temporary = atlas / FOLDER, atlas / f".{FOLDER}.new"
+    for path in (folder, temporary):
+        shutil.rmtree(path, ignore_errors=True)
+    temporary.mkdir()
+    for name in _KEPT:
+        source = archive.path / name
+        if source.is_dir():
+            shutil.copytree(source, temporary / name)
+        elif source.is_file():
+            shutil.copyfile(source, temporary / name)
+    n_columns = int(np.iinfo(archive.indices.dtype).max) + 1
+    record = _Record(snapshot, archive.n_rows, layer, archive.data.dtype.name, n_columns)
+    (temporary / _RECORD).write_text(json.dumps(asdict(record)) + "\n")
+    os.rename(temporary, folder)
+
+
+def find(atlas: Path, snapshot: int) -> Origin | None:
+    """What was kept of the archive that a snapshot is an image of; None if it is not one.
+
+    Raises
+    ------
+    CorruptDataError
+        The record cannot be read.
+    """
+    file = atlas / FOLDER / _RECORD
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            record = _Record(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise CorruptDataError(
+                f"{file} is damaged: {error}. Remove the folder {FOLDER}: the atlas is complete without it"
+            ) from None
+        return Origin(file.parent, record) if record.snapshot == snapshot else None
+    return None

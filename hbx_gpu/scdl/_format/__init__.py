@@ -1,0 +1,1 @@
+"""The files of an SCDL archive: layout, header, labels, features, pointers."""

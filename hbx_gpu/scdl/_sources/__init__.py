@@ -1,0 +1,1 @@
+"""SCDL archives as sources that the loader reads."""

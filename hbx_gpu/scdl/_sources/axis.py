@@ -1,0 +1,193 @@
+"""One global feature axis for blocks of different genes: which column tells genes apart, and the remaps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from hbx_gpu.errors import InvalidDataError, UnknownNameError
+
+if TYPE_CHECKING:
+    from hbx_gpu.scdl._format.frames import Frame
+
+POSITION, NAMES = "position", "names"
+# Columns that usually hold the durable ids, the best first.
+_USUAL = (
+    "global_feature_uid",
+    "uid",
+    "feature_id",
+    "var_feature_id",
+    "gene_ids",
+    "gene_id",
+    "ensembl_id",
+    "ensembl_ids",
+    "ensembl",
+    "feature_ids",
+    "id",
+)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class GeneBlock:
+    """Genes that columns of some rows count in.
+
+    Attributes
+    ----------
+    where
+        Archive and block, for messages.
+    n_genes
+        As recorded.
+    width
+        Columns that rows use; more than `n_genes` where the archive records the genes of another matrix.
+    frame
+        Columns of var.
+    names
+        object, (n_genes,). Names of the genes, None where the archive does not know them.
+    """
+
+    where: str
+    n_genes: int
+    width: int
+    frame: Frame
+    names: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class GeneAxis:
+    """The axis that all blocks share.
+
+    Attributes
+    ----------
+    column
+        Where the ids come from: a column of var, `NAMES` or `POSITION`.
+    uids
+        object, (n,). Id of every output column, in order of first appearance.
+    remaps
+        int32, (width of the block,) per block: column -> output column. Blocks with the same genes share
+        the array.
+    """
+
+    column: str
+    uids: np.ndarray
+    remaps: list[np.ndarray]
+
+
+def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> GeneAxis:
+    """Lay the genes of several blocks onto one axis.
+
+    Parameters
+    ----------
+    blocks
+        All blocks of the dataset.
+    feature_id
+        Column of var that identifies a gene; ``names`` for their names, where the archive has them;
+        ``position`` for the number of the column, which takes the genes of all blocks to be the same ones.
+        By default what identifies genes in all blocks: their names, else one of the usual columns, else the
+        only column of text without repeats. A single block needs no ids.
+
+    Raises
+    ------
+    UnknownNameError
+        A block lacks the column.
+    InvalidDataError
+        Genes cannot be told apart: ids repeat within a block or are missing, or no column qualifies.
+    """
+    wide = [block for block in blocks if block.width > block.n_genes]
+    if feature_id is None and wide and len(blocks) == 1:
+        # Raw's matrix beside the genes of X: the recorded ids belong to other columns.
+        feature_id = POSITION
+    column = feature_id or _choose(blocks)
+    if column == POSITION:
+        width = max((block.width for block in blocks), default=0)
+        remaps = {block.width: np.arange(block.width, dtype=np.int32) for block in blocks}
+        return GeneAxis(column, _texts(range(width)), [remaps[block.width] for block in blocks])
+    if wide:
+        raise InvalidDataError(
+            f"{wide[0].where}: rows use {wide[0].width} columns, but {wide[0].n_genes} genes are recorded: "
+            "the real package stores raw.X beside the genes of X. Which gene a column is cannot be known; "
+            f"feature_id={POSITION!r} numbers them instead"
+        )
+    place: dict[Any, int] = {}
+    known: dict[bytes, np.ndarray] = {}
+    remaps_of: list[np.ndarray] = []
+    for block in blocks:
+        ids = _ids(block, column, unique=len(blocks) > 1)
+        digest = hashlib.blake2b("\0".join(ids).encode(), digest_size=16).digest()
+        if digest not in known:
+            if len(blocks) == 1:
+                place = dict.fromkeys(ids, 0)
+                known[digest] = np.arange(len(ids), dtype=np.int32)
+            else:
+                known[digest] = np.array([place.setdefault(uid, len(place)) for uid in ids], np.int32)
+        remaps_of.append(known[digest])
+    uids = _texts(ids if len(blocks) == 1 else place)
+    return GeneAxis(column, uids, remaps_of)
+
+
+def _texts(values: Any) -> np.ndarray:
+    texts = [str(value) for value in values]
+    out = np.empty(len(texts), object)
+    out[:] = texts
+    return out
+
+
+def _choose(blocks: Sequence[GeneBlock]) -> str:
+    """What identifies the genes of all blocks."""
+    if not blocks:
+        return POSITION
+    if all(_identifies(block, NAMES) for block in blocks):
+        return NAMES
+    shared = [name for name in blocks[0].frame.names if all(name in b.frame.names for b in blocks)]
+    good = [name for name in shared if all(_identifies(block, name) for block in blocks)]
+    if usual := [name for name in _USUAL if name in good]:
+        return usual[0]
+    if len(blocks) == 1:
+        return good[0] if good else POSITION
+    if len(good) == 1:
+        return good[0]
+    found = f"several columns would do: {good}" if good else f"none of the columns they share, {shared}, does"
+    raise InvalidDataError(
+        f"{blocks[0].where} to {blocks[-1].where}: {len(blocks)} blocks with genes of their own need an id "
+        f"that identifies a gene in all of them; {found}. Name a column of var with feature_id=, or "
+        f"feature_id={POSITION!r} if column k is the same gene in all blocks"
+    )
+
+
+def _identifies(block: GeneBlock, column: str) -> bool:
+    try:
+        _ids(block, column, unique=True, text_only=True)
+    except (InvalidDataError, UnknownNameError):
+        return False
+    return True
+
+
+def _ids(block: GeneBlock, column: str, *, unique: bool, text_only: bool = False) -> list[str]:
+    if column in block.frame.names:
+        values = block.frame.arrow(column)
+    elif column == NAMES and block.names is not None:
+        values = pa.chunked_array([pa.array(block.names, pa.string())])
+    else:
+        has = [*block.frame.names, *([NAMES] if block.names is not None else []), POSITION]
+        raise UnknownNameError(f"{block.where}: var has no column {column!r}; it has {has}")
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if values.null_count or not (is_text or (pa.types.is_integer(kind) and not text_only)):
+        raise InvalidDataError(
+            f"{block.where}: column {column!r} of var holds {values.null_count} missing values and is of "
+            f"type {kind}; ids must be texts or whole numbers, one for every gene"
+        )
+    ids = [str(value) for value in values.to_pylist()]
+    if unique and len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = list(dict.fromkeys(uid for uid in ids if uid in seen or seen.add(uid)))  # type: ignore[func-returns-value]
+        raise InvalidDataError(
+            f"{block.where}: column {column!r} of var names {len(twice)} genes more than once, for example "
+            f"{twice[:_SHOWN]}; choose another with feature_id="
+        )
+    return ids

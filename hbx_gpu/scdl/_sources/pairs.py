@@ -1,0 +1,269 @@
+"""Cells with a neighbour beside each: the second batch of contrastive training, on the host or a device."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._datasets.cells import several_rows
+from hbx_gpu.batch import SparseBatch
+from hbx_gpu.dataloader import CellDataset
+from hbx_gpu.errors import InvalidDataError, UnsupportedError
+from hbx_gpu.scdl._format.features import VariableFeatureIndex, var_folder
+from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborTable, open_neighbors
+
+KEYS = ("neighbor_X", "neighbor_index", "neighbor_weight")
+"""What a batch dict holds of the neighbours."""
+
+
+@dataclass(slots=True)
+class PairBatch:
+    """Rows, and of each of them one neighbour.
+
+    Attributes
+    ----------
+    cells, neighbors
+        Batches of n rows; row i of `neighbors` is the neighbour drawn for row i of `cells`.
+    neighbor_index
+        int64, (n,). Row number of each neighbour; that of the cell itself where it has none.
+    neighbor_weight
+        float32, (n,). Stored weights of the links; 0 where a cell stands in for its neighbour.
+    """
+
+    cells: SparseBatch
+    neighbors: SparseBatch
+    neighbor_index: np.ndarray
+    neighbor_weight: np.ndarray
+
+    @property
+    def metadata(self) -> dict[str, np.ndarray] | None:
+        """That of the cells."""
+        return self.cells.metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, np.ndarray] | None) -> None:
+        self.cells.metadata = metadata
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+
+class PairedDataset:
+    """The cells of a dataset, a drawn neighbour beside each.
+
+    Which neighbours a batch has follows from the seed and from the batch's rows alone: not from workers,
+    read-ahead or what was drawn before, so a resumed epoch draws the same ones.
+
+    Parameters
+    ----------
+    cells
+        Rows of archives, in their order.
+    archives
+        The archives, for their stored neighbours.
+    strategy
+        ``random``, ``first`` or ``weighted``; see
+        :class:`~hbx_gpu.scdl._format.neighbors.NeighborSamplingStrategy`.
+    seed
+        Of the draws.
+
+    Raises
+    ------
+    InvalidDataError
+        None of the archives stores neighbours.
+    ValueError
+        Unknown strategy.
+    """
+
+    def __init__(
+        self,
+        cells: CellDataset,
+        archives: Sequence[str | os.PathLike[str]],
+        *,
+        strategy: str = NeighborSamplingStrategy.RANDOM,
+        seed: int = 0,
+    ) -> None:
+        self.cells, self.seed = cells, seed
+        self.strategy = NeighborSamplingStrategy.parse(strategy)
+        self._archives = [Path(path) for path in archives]
+        self._open()
+
+    def _open(self) -> None:
+        groups = self.cells.groups_np
+        self._tables: list[NeighborTable | None] = []
+        first = [0]
+        for path in self._archives:
+            n = VariableFeatureIndex.load(var_folder(path)).number_of_rows()
+            first.append(first[-1] + n)
+            self._tables.append(open_neighbors(path, n))
+        self._first = np.array(first, np.int64)
+        if first[-1] != len(groups):
+            raise InvalidDataError(
+                f"the archives have {first[-1]} rows, the dataset {len(groups)}: neighbours need all of them"
+            )
+        if not any(table is not None for table in self._tables):
+            raise InvalidDataError(
+                f"no neighbours are stored in {', '.join(map(str, self._archives))}; convert the source "
+                "again with load_neighbors=True and its neighbor_key"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        # Everything else is the cells' own: groups_np, n_features, categories, ...
+        if name == "cells" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.cells, name)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("cells", "seed", "strategy", "_archives")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def draw(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The neighbours of a batch.
+
+        Returns
+        -------
+        neighbor_index, neighbor_weight
+            As in :class:`PairBatch`.
+
+        Raises
+        ------
+        NeighborsUnusableError, InvalidDataError
+            As :meth:`NeighborTable.links`.
+        """
+        rows = self.cells.row_numbers(rows)
+        rng = np.random.default_rng([self.seed, zlib.crc32(rows.tobytes())])
+        uniform = rng.random(len(rows))
+        index, weight = rows.copy(), np.zeros(len(rows), np.float32)
+        archive = np.searchsorted(self._first, rows, "right") - 1
+        for k in np.unique(archive):
+            table = self._tables[k]
+            if table is None:
+                continue
+            mine = np.flatnonzero(archive == k)
+            links = table.links(rows[mine] - self._first[k], uniform[mine], self.strategy)
+            mine, links = mine[links >= 0], links[links >= 0]
+            index[mine] = table.indices[links].astype(np.int64) + self._first[k]
+            weight[mine] = table.weights[links]
+        return index, weight
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> PairBatch:
+        """A batch of the rows asked for, as :meth:`CellDataset.__getitem__`."""
+        return self.__getitems__(several_rows(len(self), rows))
+
+    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> PairBatch:
+        """A batch of rows and their neighbours."""
+        return self.read_batches([rows])[0]
+
+    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[PairBatch]:
+        """Several batches under one plan, as :meth:`CellDataset.read_batches`."""
+        drawn = [self.draw(rows) for rows in batches]
+        both = [part for rows, (index, _) in zip(batches, drawn, strict=True) for part in (rows, index)]
+        read = self.cells.read_batches(both)
+        for batch in read[1::2]:
+            batch.metadata = None
+        return [
+            PairBatch(cells, neighbors, *found)
+            for cells, neighbors, found in zip(read[::2], read[1::2], drawn, strict=True)
+        ]
+
+    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Bytes of one batch; neighbours are taken to be as large as their cells."""
+        return 2 * self.cells.batch_nbytes(rows)
+
+    def with_wide_columns(self) -> PairedDataset:
+        """As :meth:`CellDataset.with_wide_columns`."""
+        other: PairedDataset = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, cells=self.cells.with_wide_columns())
+        return other
+
+    def collate_with(self, collate: Callable[[Any], Any]) -> PairCollate:
+        """A collate for batches of pairs from one for batches of cells; what `make_loader` uses."""
+        return PairCollate(collate)
+
+    def feed_with(self, make_feed: Callable[[CellDataset], Any]) -> PairFeed:
+        """A feed of pairs from one of cells; what `make_loader` uses on a device."""
+        return PairFeed(make_feed(self.cells), self)
+
+
+@dataclass(frozen=True, slots=True)
+class PairCollate:
+    """Batches of pairs to dicts: what `collate` makes of the cells, and beside it `KEYS`."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, batch: PairBatch) -> dict[str, Any]:
+        """See :class:`PairCollate`.
+
+        Raises
+        ------
+        ValueError
+            A metadata column has the name of one of `KEYS`.
+        """
+        import torch
+
+        _check_names(batch.metadata or ())
+        return {
+            **self.collate(batch.cells),
+            "neighbor_X": self.collate(batch.neighbors)["X"],
+            "neighbor_index": torch.from_numpy(batch.neighbor_index),
+            "neighbor_weight": torch.from_numpy(batch.neighbor_weight),
+        }
+
+    def nbytes(self, n_rows: int, n_features: int) -> int:
+        """Bytes of both matrices, as far as the inner collate can tell."""
+        inner = getattr(self.collate, "nbytes", None)
+        return 2 * int(inner(n_rows, n_features)) if inner else 0
+
+
+class PairFeed:
+    """A device feed of pairs: a batch and its neighbours are two batches of one window of the inner feed."""
+
+    def __init__(self, feed: Any, dataset: PairedDataset) -> None:
+        if feed.one_batch_per_window:
+            raise UnsupportedError(
+                "neighbours on a device need batches whose columns are all kept; use layout='dense', or all "
+                "features"
+            )
+        _check_names(dataset.cells.columns)
+        self._feed, self._dataset = feed, dataset
+        self.one_batch_per_window = False
+
+    def make(self, selections: list[np.ndarray]) -> list[Any]:
+        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        drawn = [self._dataset.draw(rows) for rows in selections]
+        both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
+        made = self._feed.make(both)
+        return list(zip(made[::2], made[1::2], [weight for _, weight in drawn], strict=True))
+
+    def deliver(self, made: Any) -> dict[str, Any]:
+        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        import torch
+
+        cells, neighbors, weight = made
+        batch, others = self._feed.deliver(cells), self._feed.deliver(neighbors)
+        weights = torch.from_numpy(weight).to(batch["X"].device)
+        return batch | dict(zip(KEYS, (others["X"], others["index"], weights), strict=True))
+
+    def nbytes(self, rows: np.ndarray) -> int:
+        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        return 2 * int(self._feed.nbytes(rows))
+
+
+def _check_names(columns: Any) -> None:
+    if taken := sorted(set(columns) & set(KEYS)):
+        raise ValueError(
+            f"metadata column {taken[0]!r} would be overwritten by what batches hold of the neighbours; "
+            "leave it out of metadata_columns"
+        )

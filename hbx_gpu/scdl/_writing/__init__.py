@@ -1,0 +1,1 @@
+"""Writing, concatenating and converting SCDL archives atomically."""

@@ -1,0 +1,319 @@
+"""An .h5ad file becomes an archive, block of rows after block of rows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+import pyarrow as pa
+
+from hbx_gpu._h5ad.files import H5adFile, open_matrix
+from hbx_gpu._h5ad.matrix import CsrBlock, DenseMatrix, Matrix
+from hbx_gpu._progress import Progress, silent
+from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.scdl._format.index_writer import to_table
+from hbx_gpu.scdl._format.values import Tolerance, check_dtype
+from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How an .h5ad file is read.
+
+    Attributes
+    ----------
+    matrix
+        ``X``, ``raw`` or the name of a layer. None: as `use_X_not_raw` says.
+    use_X_not_raw
+        True: ``X``. False: ``raw.X`` where the file has one, else ``X``. Either comes with its own genes:
+        those of ``raw.var`` or of ``var``.
+    paginated_load_cutoff
+        Size in MiB from which on a file is read at most `load_block_row_size` rows at a time.
+    load_block_row_size
+        See above. Blocks are never larger than some million values, whatever the two say.
+    var_feature_index_name, obs_feature_index_name
+        Columns for the names of genes and cells where var or obs has no column.
+    neighbor_key
+        Matrix of ``obsp`` that holds the neighbours; None for none.
+    """
+
+    matrix: str | None = None
+    use_X_not_raw: bool = False
+    paginated_load_cutoff: float = 10_000
+    load_block_row_size: int = 1_000_000
+    var_feature_index_name: str = "var_feature_id"
+    obs_feature_index_name: str = "obs_feature_id"
+    neighbor_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.load_block_row_size < 1 or self.paginated_load_cutoff < 0:
+            raise ValueError(
+                "expected load_block_row_size of at least 1 and paginated_load_cutoff of at least 0, found "
+                f"{self.load_block_row_size} and {self.paginated_load_cutoff}"
+            )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted of one file.
+
+    Attributes
+    ----------
+    file
+        The file.
+    n_rows, n_vars
+        Number of cells and genes.
+    matrix
+        The matrix that was taken: ``X``, ``raw`` or a layer.
+    has_neighbors
+        Whether neighbours were stored.
+    """
+
+    file: str | os.PathLike[str]
+    n_rows: int
+    n_vars: int
+    matrix: str
+    has_neighbors: bool
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """Table of the genes as the file has it, read again; names as index."""
+        with H5adFile(self.file) as file:
+            return file.var(self.matrix)
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Table of the cells as the file has it, read again; names as index."""
+        with H5adFile(self.file) as file:
+            return file.obs()
+
+
+def convert_h5ad(
+    h5ad: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    options: ConvertOptions | None = None,
+    data_dtype: str | None = None,
+    tolerance: Tolerance | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Make an archive of an .h5ad file: CSR, CSC or dense.
+
+    The archive appears at once and whole; an error or a kill leaves what was there before.
+
+    Parameters
+    ----------
+    h5ad
+        The file.
+    target
+        Folder of the archive.
+    options
+        How the file is read.
+    data_dtype
+        Dtype of the values in the archive; float32 by default, ``auto`` for the smallest exact one.
+    tolerance
+        What happens to values that the dtype does not hold.
+    overwrite
+        Whether an archive at the target may be replaced.
+    progress
+        Called with the rows done and their total.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    FileExistsError
+        The target exists and may not be replaced.
+    InvalidDataError
+        A damaged file; a matrix that it does not have; values that the dtype does not hold.
+    """
+    (conversion,) = convert_h5ad_files(
+        [h5ad],
+        target,
+        options=options,
+        data_dtype=data_dtype,
+        tolerance=tolerance,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return conversion
+
+
+def convert_h5ad_files(
+    files: Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    *,
+    options: ConvertOptions | None = None,
+    data_dtype: str | None = None,
+    tolerance: Tolerance | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> list[Conversion]:
+    """Make one archive of several files, one after the other in a single pass.
+
+    Parameters and errors are those of :func:`convert_h5ad`. What a file lacks is found before anything is
+    written.
+
+    Returns
+    -------
+    list of Conversion
+        One per file.
+    """
+    options = options or ConvertOptions()
+    check_dtype(data_dtype)
+    for file in files:
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"Error: could not find h5ad path {file}")
+    check_target(target, overwrite=overwrite)
+    shapes = [_shape(file, options) for file in files]
+    total = sum(n for n, _ in shapes)
+    with ArchiveWriter(
+        target,
+        n_columns=max(n for _, n in shapes),
+        data_dtype=data_dtype,
+        tolerance=tolerance,
+        overwrite=overwrite,
+    ) as writer:
+        added = []
+        for file in files:
+            added.append(_add_file(writer, file, options, _shifted(progress, writer.n_rows, total)))
+    return added
+
+
+def _shape(h5ad: str | os.PathLike[str], options: ConvertOptions) -> tuple[int, int]:
+    with H5adFile(h5ad) as file:
+        return file.matrix(_choose_matrix(file, options)).shape
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
+    def show(rows: int) -> None:
+        progress(before + rows, total)
+
+    return show
+
+
+def _add_file(
+    writer: ArchiveWriter,
+    h5ad: str | os.PathLike[str],
+    options: ConvertOptions,
+    progress: Callable[[int], None],
+) -> Conversion:
+    with H5adFile(h5ad) as file:
+        name = _choose_matrix(file, options)
+        matrix, obs, var = file.matrix(name), file.obs(), file.var(name)
+        _check_shape(matrix, obs, var)
+        first_row = writer.n_rows
+        _write_frames(writer, file, obs, var, options)
+        writer.add_source(str(h5ad), len(obs), name)
+        _write_rows(writer, matrix, _block_rows(h5ad, options), progress)
+        neighbors = options.neighbor_key is not None and _write_neighbors(
+            writer, h5ad, first_row, len(obs), options.neighbor_key
+        )
+    return Conversion(h5ad, len(obs), len(var), name, neighbors)
+
+
+def _choose_matrix(file: H5adFile, options: ConvertOptions) -> str:
+    if options.matrix is not None:
+        return options.matrix
+    available = file.matrices()
+    if options.use_X_not_raw:
+        if "X" not in available:
+            raise InvalidDataError(
+                f"{file.path} does not have count data in X, it holds {available}; set use_X_not_raw=False"
+            )
+        return "X"
+    if "raw" in available:
+        return "raw"
+    if "X" not in available:
+        raise InvalidDataError(f"{file.path} has neither raw.X nor X; it holds {available or 'no matrix'}")
+    _log.info("%s has no raw.X; X is taken", file.path)
+    return "X"
+
+
+def _check_shape(matrix: Matrix, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    if matrix.shape != (len(obs), len(var)):
+        raise InvalidDataError(
+            f"{matrix.name} is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(obs)} rows in obs "
+            f"and {len(var)} in var; the file is damaged, write it anew"
+        )
+
+
+def _write_frames(
+    writer: ArchiveWriter, file: H5adFile, obs: pd.DataFrame, var: pd.DataFrame, options: ConvertOptions
+) -> None:
+    label = str(file.path)
+    genes = to_table(var, index_name=options.var_feature_index_name, source=f"{label}, var")
+    writer.append_var(genes, len(obs), label=label, gene_names=[str(name) for name in var.index])
+    cells = to_table(obs, index_name=options.obs_feature_index_name, source=f"{label}, obs")
+    cell_names = pa.array([str(name) for name in obs.index], pa.string())
+    writer.append_obs(iter([cells]), len(obs), label=label, cell_names=cell_names)
+
+
+def _block_rows(h5ad: str | os.PathLike[str], options: ConvertOptions) -> int | None:
+    """Most rows of a block; None if only its values count."""
+    if os.path.getsize(h5ad) >= options.paginated_load_cutoff * _MIB:
+        return options.load_block_row_size
+    return None
+
+
+def _write_rows(
+    writer: ArchiveWriter, matrix: Matrix, most: int | None, progress: Callable[[int], None]
+) -> None:
+    for block in matrix.blocks(writer.scratch):
+        for part in _split(block, most):
+            last = part.first_row + len(part.indptr) - 1
+            where = f"{matrix.name}, rows {part.first_row} to {last - 1}"
+            writer.append_rows(part.indptr, part.indices, part.values, where=where)
+            progress(last)
+
+
+def _split(block: CsrBlock, most: int | None) -> Iterator[CsrBlock]:
+    n_rows = len(block.indptr) - 1
+    step = n_rows if most is None else most
+    for first in range(0, n_rows, step):
+        indptr = block.indptr[first : first + step + 1]
+        part = slice(int(indptr[0]), int(indptr[-1]))
+        yield CsrBlock(block.first_row + first, indptr - indptr[0], block.indices[part], block.values[part])
+
+
+def _write_neighbors(
+    writer: ArchiveWriter, h5ad: str | os.PathLike[str], first_row: int, n_rows: int, key: str
+) -> bool:
+    with h5py.File(h5ad, "r") as file:
+        node = file.get(f"obsp/{key}")
+        if node is None:
+            found = sorted(file["obsp"]) if "obsp" in file else []
+            warnings.warn(
+                f"Neighbor key '{key}' not found in AnnData.obsp of {h5ad}, which holds {found}. Neighbor "
+                "loading skipped.",
+                UserWarning,
+                stacklevel=5,
+            )
+            return False
+        matrix = open_matrix(node, f"{h5ad}, obsp[{key!r}]")
+        if isinstance(matrix, DenseMatrix):
+            raise InvalidDataError(
+                f"Neighbor matrix for key '{key}' of {h5ad} is not a sparse matrix. Store it as one: "
+                f"adata.obsp[{key!r}] = scipy.sparse.csr_matrix(adata.obsp[{key!r}])"
+            )
+        if matrix.shape != (n_rows, n_rows):
+            raise InvalidDataError(f"{matrix.name} is {matrix.shape}, expected {n_rows} x {n_rows}")
+        for block in matrix.blocks(writer.scratch):
+            at = first_row + block.first_row
+            others = block.indices.astype(np.int64) + first_row
+            writer.append_neighbors(block.indptr, others, block.values, first_row=at)
+    return True

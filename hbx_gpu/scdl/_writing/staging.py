@@ -1,0 +1,170 @@
+"""A folder is built beside its place and put there in one step; what a kill left behind is put in order."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hbx_gpu.atlas._catalogue.journal import sync
+from hbx_gpu.atlas._catalogue.swap import exchange
+
+# `.NAME.scdl-TOKEN/` beside NAME: the folder in work, the lock of its writer, temporary files.
+_MARK = ".scdl-"
+_NEW = "archive"
+_OLD = "replaced"
+_LOCK = "lock"
+
+
+class Staging:
+    """A place to build a folder in, beside the one where it will be.
+
+    Parameters
+    ----------
+    target
+        Where the folder goes. A symbolic link is followed: what it points to is replaced.
+
+    Attributes
+    ----------
+    target
+        The same, resolved.
+    folder
+        The folder in work; exists and is empty.
+    scratch
+        For temporary files; exists, and goes with the staging place.
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        self.target = Path(target).resolve()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        recover(self.target)
+        self._place = self.target.with_name(f".{self.target.name}{_MARK}{secrets.token_hex(6)}")
+        with _parent_locked(self.target):
+            self._place.mkdir()
+            # Held as long as the process lives, so that others can tell work from leftovers.
+            self._lock = os.open(self._place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.folder, self.scratch = self._place / _NEW, self._place / "scratch"
+        self.folder.mkdir()
+        self.scratch.mkdir()
+
+    def publish(self, *, replace: bool) -> None:
+        """Put the folder in its place, durably; everything else of the staging place goes.
+
+        Parameters
+        ----------
+        replace
+            Whether a folder that is there may be replaced. Readers that have it open keep what they have.
+
+        Raises
+        ------
+        FileExistsError
+            The target exists and `replace` is false.
+        """
+        _sync_tree(self.folder)
+        if not os.path.lexists(self.target):
+            os.rename(self.folder, self.target)
+        elif not replace:
+            raise FileExistsError(f"{self.target} came into being while its replacement was built")
+        elif not exchange(self.folder, self.target):
+            # Absent between two renames; `recover` puts the old one back if we die there.
+            os.rename(self.target, self._place / _OLD)
+            try:
+                os.rename(self.folder, self.target)
+            except OSError:
+                os.rename(self._place / _OLD, self.target)
+                raise
+            # Under another name before its files go: half an archive must never be put back.
+            os.rename(self._place / _OLD, self.scratch / _OLD)
+        sync(self.target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the staging place and what is in it; may be repeated."""
+        if self._lock >= 0:
+            shutil.rmtree(self._place, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def recover(target: str | os.PathLike[str]) -> bool:
+    """Put back a folder that a killed writer had moved aside, and remove what killed writers left.
+
+    Parameters
+    ----------
+    target
+        Where the folder should be.
+
+    Returns
+    -------
+    bool
+        Whether a folder was put back.
+    """
+    target = Path(target).resolve()
+    restored = False
+    if not _leftovers(target):
+        return restored
+    with _parent_locked(target) as exclusive:
+        for place in _leftovers(target):
+            with _held(place, or_without_lock=exclusive) as abandoned:
+                if not abandoned:
+                    continue
+                if (place / _OLD).is_dir() and not os.path.lexists(target):
+                    os.rename(place / _OLD, target)
+                    sync(target.parent)
+                    restored = True
+                shutil.rmtree(place, ignore_errors=True)
+    return restored
+
+
+def _leftovers(target: Path) -> list[Path]:
+    prefix = f".{target.name}{_MARK}"
+    with contextlib.suppress(OSError):
+        return sorted(path for path in target.parent.iterdir() if path.name.startswith(prefix))
+    return []
+
+
+@contextlib.contextmanager
+def _parent_locked(target: Path) -> Iterator[bool]:
+    """Hold other makers and removers of staging places off; False where folders cannot be locked."""
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:  # network file systems
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _held(place: Path, *, or_without_lock: bool) -> Iterator[bool]:
+    """Whether no living writer has the place, which is ours meanwhile."""
+    try:
+        lock = os.open(place / _LOCK, os.O_RDWR)
+    except OSError:
+        # Its maker died before it had a lock, or is about to make it if we do not hold makers off.
+        yield or_without_lock
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(parent) / name)
+        sync(Path(parent))
