@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hbx_gpu._buffers import POOL
+from hbx_gpu._tensors import metadata_tensors
 from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
 from hbx_gpu.transforms import Transform
 
@@ -415,29 +416,3 @@ def check_spaces(names: Iterable[str]) -> None:
     for name in names:
         if name in ("present", "measured", "metadata", "index"):
             raise ValueError(f"a field called {name!r} would overwrite the batch's own entry of that name")
-
-
-def check_columns(names: Sequence[str]) -> None:
-    """Refuse metadata columns that a batch has another meaning for.
-
-    Raises
-    ------
-    ValueError
-        One is called ``X``, or two have the same name.
-    """
-    for name in names:
-        if name == "X" or names.count(name) > 1:
-            raise ValueError(
-                f"the metadata column {name!r} would overwrite the batch's own entry of that name; "
-                "leave it out of metadata_columns, or write a collate of your own"
-            )
-
-
-def metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
-    import torch
-
-    check_columns(list(metadata or {}))
-    return {
-        name: torch.from_numpy(column) if column.dtype.kind in "iuf" else column
-        for name, column in (metadata or {}).items()
-    }

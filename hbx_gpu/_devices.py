@@ -1,15 +1,16 @@
-"""Which device a loader hands its batches out on, and why not the one that was asked for."""
+"""What this machine has for a loader: devices, DALI, cores; and why not what was asked for."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+import os
 from typing import Any
 
 from hbx_gpu.errors import DeviceUnavailableError
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()
 
 
 def resolve(device: Any) -> int | None:
@@ -34,9 +35,7 @@ def resolve(device: Any) -> int | None:
         reason = _missing(None)
         if reason is None:
             return _index(None)
-        if reason not in _told:
-            _told.add(reason)
-            _LOG.warning("hbx_gpu loads on the CPU: %s", reason)
+        say_once(_LOG, logging.WARNING, f"hbx_gpu loads on the CPU: {reason}")
         return None
     kind, _, number = str(device).partition(":")
     if kind != "cuda" or (number and not number.isdigit()):
@@ -72,3 +71,46 @@ def _missing(index: int | None) -> str | None:
     if importlib.util.find_spec("cupy") is None:
         return "cupy, which compiles and launches the kernels, is not installed: pip install 'hbx_gpu[gpu]'"
     return None
+
+
+@functools.cache
+def dali_missing() -> str | None:
+    """What keeps DALI from being used; None if nothing does. Imports it."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali"):
+            return "nvidia.dali is not installed: pip install 'hbx_gpu[dali]'"
+        return f"nvidia.dali cannot be imported ({error}): install it anew with pip install 'hbx_gpu[dali]'"
+    return None
+
+
+def require_dali(wish: str = "batches were to go through DALI", instead: str = "") -> None:
+    """Import DALI.
+
+    Parameters
+    ----------
+    wish, instead
+        How the error message begins: what DALI was wanted for; and how it ends: what does without.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        DALI cannot be imported; names the extra to install.
+    """
+    reason = dali_missing()
+    if reason is not None:
+        raise DeviceUnavailableError(f"{wish}, but {reason}{instead and '. '}{instead}")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # where the system has no affinity
+
+
+@functools.cache
+def say_once(log: logging.Logger, level: int, message: str) -> None:
+    """Log a message the first time that this process has it to say."""
+    log.log(level, "%s", message)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from hbx_gpu.pipeline import missing
+from hbx_gpu._devices import dali_missing
 
 
 def need_dali() -> None:
     """Skip where DALI is not installed; in CI it must be."""
-    reason = missing()
+    reason = dali_missing()
     if reason and os.environ.get("CI"):
         pytest.fail(reason)
     if reason:

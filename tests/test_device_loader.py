@@ -296,9 +296,9 @@ def test_without_a_gpu_cuda_names_what_is_missing(dataset: CellDataset) -> None:
 
 @no_gpu_here
 def test_without_a_gpu_auto_is_the_cpu_and_says_so_once(
-    dataset: CellDataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    dataset: CellDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(devices, "_told", set())
+    devices.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="hbx_gpu"):
         loaders = [
             make_loader(dataset, sampler_for(dataset), device="auto", layout="dense") for _ in range(2)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import executors
 from hbx_gpu import pipeline
-from hbx_gpu._loading import make as loading
+from hbx_gpu._devices import dali_missing, say_once
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
 from hbx_gpu._source import ObsColumns
@@ -196,17 +196,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
 
 
 @pytest.fixture
-def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_told", set())
+def fresh_log() -> None:
+    say_once.cache_clear()
 
 
 @pytest.fixture
 def no_dali(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An interpreter in which DALI is not installed."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    pipeline.missing.cache_clear()
+    dali_missing.cache_clear()
     yield
-    pipeline.missing.cache_clear()
+    dali_missing.cache_clear()
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu._loading.loader import CellLoader, _ReadAhead
+from hbx_gpu._loading.ahead import ReadAhead
+from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
@@ -218,15 +219,15 @@ def test_the_memory_budget_holds(
             held.append(sum(sizes[i] for i in made))
         return make(selections)
 
-    release = _ReadAhead._release
+    release = ReadAhead._release
 
-    def handed_over(ahead: _ReadAhead, nbytes: int) -> None:
+    def handed_over(ahead: ReadAhead, nbytes: int) -> None:
         with lock:
             made.remove(min(made))  # they go in order
         release(ahead, nbytes)
 
     loader._feed.make = watched  # type: ignore[method-assign]
-    monkeypatch.setattr(_ReadAhead, "_release", handed_over)
+    monkeypatch.setattr(ReadAhead, "_release", handed_over)
     for i, batch in enumerate(loader):
         assert np.array_equal(batch["X"].numpy(), expected[list(order[i])])
         time.sleep(0.005)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._loading.loader import CellLoader, _ReadAhead
+from hbx_gpu._loading.ahead import ReadAhead
+from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu.sampler import CellSampler
 
@@ -115,15 +116,15 @@ class SlowFeed:
 def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600, **kwargs: Any) -> CellLoader:
     sampler = CellSampler(np.zeros(cells, np.int32), batch_size=2, seed=1, num_workers=0, locality="none")
     loader = CellLoader(range(cells), sampler, feed=feed, num_workers=0, **kwargs)
-    release = _ReadAhead._release
+    release = ReadAhead._release
 
-    def counted(ahead: _ReadAhead, nbytes: int) -> None:
+    def counted(ahead: ReadAhead, nbytes: int) -> None:
         with feed.lock:
             feed.held -= nbytes
         release(ahead, nbytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ReadAhead, "_release", counted)
+        patch.setattr(ReadAhead, "_release", counted)
         patch.setattr("hbx_gpu._loading.loader.ROWS_PER_WINDOW", 4)  # two batches
         loader._window = 2 if kwargs.get("window") is None else loader._window
         for epoch in range(epochs):

@@ -17,7 +17,7 @@ from hbx_gpu._bench import cache, floors
 from hbx_gpu._bench.check import Checker
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
 from hbx_gpu._bench.training import Trained, train
-from hbx_gpu._devices import resolve
+from hbx_gpu._devices import cores, resolve
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import LoaderStats
 
@@ -186,7 +186,6 @@ class _Bench:
     def __init__(
         self, options: Options, dataset: Any, gpu: int | None, make: Callable[..., Any] | None
     ) -> None:
-        from hbx_gpu._loading.loader import default_threads
         from hbx_gpu._loading.make import make_loader
 
         self._options, self._dataset, self._gpu = options, dataset, gpu
@@ -194,7 +193,7 @@ class _Bench:
         self._device = "cpu" if gpu is None else f"cuda:{gpu}"
         self._checker = Checker(dataset, options.seed)
         self.files = cache.files_below(options.path) if options.path.is_dir() else []
-        self.bandwidth = floors.bandwidth(gpu, options.threads or default_threads())
+        self.bandwidth = floors.bandwidth(gpu, options.threads or cores())
         self.sizes = floors.bytes_per_cell(dataset)
 
     def loader(self, setting: Setting) -> Any:
@@ -287,7 +286,7 @@ def conditions(gpu: int | None) -> dict[str, Any]:
     """What a figure needs beside it: machine and versions."""
     found: dict[str, Any] = {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._datasets.cells import several_rows
+from hbx_gpu._devices import cores
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Slab, open_reader
 from hbx_gpu.batch import MultimodalBatch
@@ -141,7 +141,7 @@ class MultimodalCellDataset:
         if len(rows) < _SIDE_BY_SIDE:
             return self._read([rows], map)[0]
         if self._pool is None:
-            threads = min(len(self.datasets), os.cpu_count() or 1)
+            threads = min(len(self.datasets), cores())
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-multimodal")
         return self._read([rows], self._pool.map)[0]
 

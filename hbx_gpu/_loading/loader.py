@@ -5,38 +5,25 @@ Owns threads, queues and the position within an epoch; knows nothing of how a ba
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader
 
-from hbx_gpu._loading.feeds.device import Feed, HostFeed, tell_epoch
-from hbx_gpu._loading.sizing import Made, Sizing
+from hbx_gpu._devices import cores
+from hbx_gpu._loading.ahead import Ahead, ReadAhead
+from hbx_gpu._loading.feeds.host import Feed, HostFeed, tell_epoch
+from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
-# Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched, as
-# long as measurements do not say otherwise.
-BYTES_PER_WINDOW = 64 << 20
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def default_threads() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def default_window(sampler: Any) -> int:
@@ -88,7 +75,7 @@ class CellLoader(DataLoader):
         self._feed = feed or HostFeed(dataset, self.collate_fn)
         self._memory_budget = memory_budget
         self._progress = progress
-        self._threads = threads or default_threads()
+        self._threads = threads or cores()
         single = getattr(self._feed, "one_batch_per_window", False)
         self._window = window or (1 if single else default_window(sampler))
         given = window is not None or threads is not None or single
@@ -144,7 +131,7 @@ class CellLoader(DataLoader):
         sampler: Any = self.batch_sampler
         tell_epoch(self._feed, int(getattr(sampler, "epoch", self._epoch)))
         order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
-        return _ReadAhead(
+        return ReadAhead(
             self._feed,
             islice(order, skip, None),
             threads=self._threads,
@@ -218,182 +205,3 @@ class CellLoader(DataLoader):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def sizes_of(feed: Feed, batches: list[np.ndarray]) -> list[int]:
-    """Bytes of each batch, asked for together where a feed can tell them together."""
-    together = getattr(feed, "nbytes_of", None)
-    return together(batches) if together is not None else [feed.nbytes(rows) for rows in batches]
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """A window in the making: its entries and the seconds they took, and of each batch bytes and cells."""
-
-    made: Future[tuple[list[Any], float]]
-    nbytes: list[int]
-    cells: list[int]
-    factor: int
-
-
-class Ahead:
-    """Batches of one iteration, made ahead of whoever calls ``next()``.
-
-    Attributes
-    ----------
-    recorder
-        Adds up where the time goes.
-    cells
-        In the batch handed over last.
-    """
-
-    recorder: Recorder
-    cells: int = 0
-
-    def __iter__(self) -> Ahead:
-        return self
-
-    def __next__(self) -> Any:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End the threads; no batch comes any more."""
-        raise NotImplementedError
-
-
-class _ReadAhead(Ahead):
-    """Makes windows of batches on threads, a bounded number of bytes ahead, and hands them over in order."""
-
-    def __init__(
-        self,
-        feed: Feed,
-        order: Iterator[np.ndarray],
-        *,
-        threads: int,
-        window: int,
-        memory_budget: int,
-        sizing: Sizing,
-        recorder: Recorder,
-        timeout: float = 0,
-    ) -> None:
-        self._feed, self._order = feed, order
-        self._window, self._budget = window, memory_budget
-        self._sizing, self.recorder = sizing, recorder
-        self._timeout = timeout or None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-loader")
-        self._pending: deque[_Window] = deque()
-        self._ready: deque[tuple[Any, int, int]] = deque()
-        self._held = 0  # bytes of windows made or in the making, until their batches are handed over
-        self._upcoming: deque[tuple[np.ndarray, int]] = deque()  # batches and their bytes, looked at together
-        self._closed = False
-        # Where the clocks stood when the window before was taken; None before the first.
-        self._taken: tuple[float, float] | None = None
-
-    def __next__(self) -> Any:
-        try:
-            if not self._ready:
-                self._refill()
-                if not self._pending:
-                    raise StopIteration
-                self._take(self._pending.popleft())
-            made, size, self.cells = self._ready.popleft()
-            batch = self._feed.deliver(made)
-            self._release(size)
-            if len(self._pending) < self._sizing.depth:
-                self._refill()
-        except BaseException:
-            self.close()
-            raise
-        return batch
-
-    def _take(self, window: _Window) -> None:
-        """Wait for a window; its batches are next."""
-        begin = time.perf_counter()
-        try:
-            made, seconds = window.made.result(self._timeout)
-        except TimeoutError as error:
-            if window.made.done():  # the feed's own
-                raise
-            self._abandon()
-            raise TimeoutError(
-                f"no batch was ready within timeout={self._timeout:g} s: reading or decoding stalls. "
-                "Look at the storage, or allow more time; the thread that stalls ends when storage answers"
-            ) from error
-        end, idle = time.perf_counter(), self.recorder.idle
-        self._ready.extend(zip(made, window.nbytes, window.cells, strict=True))
-        if self._taken is not None:
-            self._sizing.observe(
-                Made(window.factor, sum(window.cells), sum(window.nbytes), seconds),
-                elapsed=end - self._taken[0],
-                waited=end - begin,
-                idle=idle - self._taken[1],
-                budget=self._budget,
-            )
-        self._taken = end, idle
-
-    def _release(self, nbytes: int) -> None:
-        """The consumer has the batch: its bytes count no longer."""
-        self._held -= nbytes
-
-    def _refill(self) -> None:
-        while not self._closed and len(self._pending) < self._sizing.depth:
-            rows, sizes = self._take_window()
-            if not rows:
-                return
-            cells = [len(part) for part in rows]
-            made = self._pool.submit(self._make, rows, sum(cells))
-            self._pending.append(_Window(made, sizes, cells, self._sizing.factor))
-        self.recorder.windows_ahead = self._sizing.depth
-
-    def _make(self, rows: list[np.ndarray], cells: int) -> tuple[list[Any], float]:
-        with self.recorder.window(cells) as window:
-            made = self._feed.make(rows)
-        return made, window.seconds
-
-    def _take_window(self) -> tuple[list[np.ndarray], list[int]]:
-        """The next batches, as many as make a window and as fit the budget beside what is held."""
-        rows: list[np.ndarray] = []
-        sizes: list[int] = []
-        most = self._window * self._sizing.factor
-        # Windows small enough that every thread has one, however wide the batches.
-        most_bytes = min(self._budget // (self._sizing.depth + 1), BYTES_PER_WINDOW * self._sizing.factor)
-        taken = 0
-        while len(rows) < most and (self._upcoming or self._look_ahead(most - len(rows))):
-            batch, nbytes = self._upcoming[0]
-            if self._held and self._held + nbytes > self._budget:
-                break  # what is held is handed over first
-            if rows and taken + nbytes > most_bytes:
-                break
-            self._upcoming.popleft()
-            rows.append(batch)
-            sizes.append(nbytes)
-            taken += nbytes
-            self._held += nbytes
-        if len(rows) == most or self._upcoming:  # not the rest of an epoch
-            self.recorder.batches_per_window = max(1, len(rows))
-        return rows, sizes
-
-    def _look_ahead(self, n: int) -> bool:
-        """Ask for at most `n` batches of the order; whether there is one."""
-        batches = list(islice(self._order, n))
-        self._upcoming.extend(zip(batches, sizes_of(self._feed, batches), strict=True))
-        return bool(batches)
-
-    def close(self) -> None:
-        """End the threads; returns when the last running window is done."""
-        if not self._closed:
-            self._closed = True
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pending.clear()
-            self._ready.clear()
-
-    def _abandon(self) -> None:
-        """As `close`, without waiting for a window that may never be done."""
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pending.clear()
-        self._ready.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_closed"):
-            self.close()

@@ -16,28 +16,27 @@ from hbx_gpu._collates import (
     LayersCollate,
     MatrixCollate,
     MultimodalCollate,
-    check_columns,
     dense_to_tensor_collate,
     sparse_to_csr_collate,
 )
-from hbx_gpu._devices import resolve
+from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
+from hbx_gpu._tensors import check_columns
 from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import DenseCellDataset
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
     from hbx_gpu._engine.device.backend import Backend
-    from hbx_gpu._loading.feeds.device import Feed
+    from hbx_gpu._loading.dali.options import DaliOptions
+    from hbx_gpu._loading.feeds.host import Feed
     from hbx_gpu._loading.loader import CellLoader
     from hbx_gpu.images import ImageTransform, TileCollate
-    from hbx_gpu.pipeline import DaliOptions
 
 Steps: TypeAlias = Transform | Sequence[Transform]
 Images: TypeAlias = "ImageTransform | TileCollate"
 EXECUTORS = ("auto", "dali", "direct")
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()
 _HOST_BUDGET = 512 << 20
 _DEVICE_BUDGET = 4 << 30
 
@@ -134,7 +133,7 @@ def make_loader(
     options |= {"memory_budget": memory_budget, "io": io, "residency": residency, **kwargs}
     options |= {"images": images, "image_seed": image_seed}
     if _through_dali(executor, sampler, **options):
-        from hbx_gpu.pipeline import DaliOptions
+        from hbx_gpu._loading.dali.options import DaliOptions
 
         return build_loader(dataset, sampler, collate_fn, dali=DaliOptions(), **options)
     return build_loader(dataset, sampler, collate_fn, **options)
@@ -149,13 +148,11 @@ def _through_dali(
     if executor == "direct":
         return False
     if executor == "dali":
-        from hbx_gpu.pipeline import require
-
         if layout is None:
             raise ValueError(
                 'DALI carries tensors: say layout="dense" or layout="csr" instead of a collate_fn'
             )
-        require()
+        require_dali(instead='executor="auto" hands them over directly where there is no DALI')
         return True
     if layout is None:
         return False
@@ -163,13 +160,9 @@ def _through_dali(
         num_workers = int(getattr(sampler, "num_workers", 0))
     if num_workers:
         return False
-    from hbx_gpu.pipeline import missing
-
-    reason = missing()
+    reason = dali_missing()
     said = f"directly: {reason}" if reason else 'through DALI; executor="direct" does without it'
-    if said not in _told:
-        _told.add(said)
-        _LOG.info("hbx_gpu hands batches over %s", said)
+    say_once(_LOG, logging.INFO, f"hbx_gpu hands batches over {said}")
     return reason is None
 
 
@@ -195,7 +188,7 @@ def build_loader(
 ) -> CellLoader:
     """:func:`make_loader` once it is known who hands batches over: DALI, or nobody else."""
     from hbx_gpu._engine.device.general import check_decode
-    from hbx_gpu._loading.feeds.device import HostFeed
+    from hbx_gpu._loading.feeds.host import HostFeed
 
     check_decode(decode)  # on the CPU it says nothing else
     dataset = cells_of(dataset)
@@ -286,7 +279,7 @@ def _loader(
 
     if dali is None:
         return CellLoader(*args, num_workers=num_workers, **kwargs)
-    from hbx_gpu.pipeline import CellPipeline
+    from hbx_gpu._loading.dali.loader import CellPipeline
 
     if num_workers:
         raise ValueError(

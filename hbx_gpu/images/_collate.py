@@ -84,7 +84,7 @@ class TileCollate:
             No metadata column ``index``, or one called ``X``; otherwise as for
             :class:`~hbx_gpu.images._dali.ImagePipeline`.
         """
-        from hbx_gpu._collates import metadata_tensors
+        from hbx_gpu._tensors import metadata_tensors
 
         metadata = batch.metadata or {}
         if "index" not in metadata:

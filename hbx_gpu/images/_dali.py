@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu.images._decode import Decoder, Pipelines, require_dali, threads
+from hbx_gpu._devices import require_dali
+from hbx_gpu.images._decode import Decoder, Pipelines, threads
 from hbx_gpu.images._draws import draw
 from hbx_gpu.images._recipe import ImageTransform
 from hbx_gpu.images._tiles import Tiles, check_sizes, collect
@@ -66,7 +67,7 @@ class ImagePipeline:
         decode: str = "rgb",
         tile_shape: Sequence[int] | None = None,
     ) -> None:
-        require_dali()
+        require_dali("image tiles go through DALI")
         if device_id is not None:
             from hbx_gpu._devices import resolve
 

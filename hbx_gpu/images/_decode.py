@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu.errors import CorruptDataError, DeviceUnavailableError, HbxError, UnsupportedError
+from hbx_gpu._devices import cores, require_dali
+from hbx_gpu.errors import CorruptDataError, HbxError, UnsupportedError
 from hbx_gpu.images._encoded import Header, read_header
 from hbx_gpu.images._tiles import collect
 
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
 COLORS = ("rgb", "gray", "any")
 # Samples that every pipeline has room for.
 _FEW = 1024
-
-
-def require_dali() -> None:
-    """Import DALI.
-
-    Raises
-    ------
-    DeviceUnavailableError
-        It cannot be; says what to install.
-    """
-    from hbx_gpu.pipeline import missing
-
-    reason = missing()
-    if reason is not None:
-        raise DeviceUnavailableError(f"image tiles go through DALI, but {reason}")
 
 
 class Pipelines:
@@ -79,7 +65,7 @@ class Decoder:
     def __init__(self, colors: str, num_threads: int) -> None:
         if colors not in COLORS:
             raise ValueError(f"channels must be one of {', '.join(map(repr, COLORS))}, got {colors!r}")
-        require_dali()
+        require_dali("image tiles go through DALI")
         self.colors = colors
         self._pipelines = Pipelines(None, num_threads)
 
@@ -273,8 +259,6 @@ def decode_images(
 
 def threads(wanted: int | None) -> int:
     """DALI's threads: as many as wanted, or the cores that this process may use."""
-    from hbx_gpu._loading.loader import default_threads
-
     if wanted is not None and wanted < 1:
         raise ValueError(f"num_threads must be at least 1, got {wanted}")
-    return wanted or default_threads()
+    return wanted or cores()

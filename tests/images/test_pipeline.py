@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hbx_gpu._devices import dali_missing
 from hbx_gpu.errors import DeviceUnavailableError, InvalidDataError
 from hbx_gpu.images import ImagePipeline, ImageTransform
 from hbx_gpu.images._draws import Step, uniform
@@ -420,16 +421,14 @@ class TestBadInput:
 
 
 def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbx_gpu import pipeline
-
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    pipeline.missing.cache_clear()
+    dali_missing.cache_clear()
     try:
         with pytest.raises(DeviceUnavailableError, match=r"image tiles go through DALI, but .*pip install"):
             ImagePipeline(AUGMENT)
     finally:
         monkeypatch.undo()
-        pipeline.missing.cache_clear()
+        dali_missing.cache_clear()
 
 
 def test_tiles_of_a_real_atlas(homeobox_fixtures: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hbx_gpu import pipeline
+from hbx_gpu._devices import dali_missing
 from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import InvalidDataError
@@ -61,7 +61,7 @@ def check(batches: list[dict[str, Any]], truth: np.ndarray, name: str) -> None:
 @pytest.mark.parametrize("executor", ["direct", "dali"])
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_every_archive_through_the_loader(scdl_cases: dict[str, Case], layout: str, executor: str) -> None:
-    if executor == "dali" and (reason := pipeline.missing()):
+    if executor == "dali" and (reason := dali_missing()):
         pytest.skip(reason)
     for name, case in readable(scdl_cases):
         dataset = SingleCellMemMapDataset(case.archive)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from hbx_gpu._codecs.containers import ALGORITHMS, NO_SHUFFLE, STREAM, Compression, Contents, compression_of
+from hbx_gpu._devices import say_once
 from hbx_gpu._engine.device.backend import STREAM_ALIGNMENT, Backend
 from hbx_gpu._engine.device.records import BLOCK
-from hbx_gpu._engine.device.staged import Cursor, round_up
+from hbx_gpu._engine.device.staged import Cursor, Opened, round_up
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import DeviceUnavailableError
 
@@ -27,59 +27,6 @@ bytes is stored and there is a decompressor, else on the host. ``"device"``: the
 _NOT_WRITTEN = -1  # what a state holds until a decompressor writes it
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """Chunks taken apart, and where their parts lie and go.
-
-    Attributes
-    ----------
-    tables
-        ``streams``, ``stream_targets``: uint64, places of compressed streams and of what they hold;
-        ``stream_bytes``, ``stream_sizes``: uint64, bytes of both; ``stream_actual``, ``stream_states``: to
-        be written. ``copies``, ``shuffles``: HbxBlock. Places in scratch count from its start.
-    jobs
-        Chunks, in the order of the tables, and per chunk the number of entries in each of ``streams``,
-        ``copies`` and ``shuffles``.
-    calls
-        (algorithm, first stream, streams).
-    out
-        int64, (n_chunks,). Where each decoded chunk begins in scratch.
-    scratch
-        Bytes of it.
-    begin, nbytes, place
-        int64. Of every stream, stored ones too: address relative to its chunk, bytes, staged place;
-        `owner` is its chunk's number in `jobs`.
-    """
-
-    tables: dict[str, np.ndarray]
-    jobs: np.ndarray
-    counts: dict[str, np.ndarray]
-    calls: list[tuple[str, int, int]]
-    out: np.ndarray
-    scratch: int
-    begin: np.ndarray
-    nbytes: np.ndarray
-    place: np.ndarray
-    owner: np.ndarray
-
-    def shift_scratch(self, base: int) -> None:
-        """Add where scratch begins to all places in it."""
-        self._shift(("to",), ("from", "to"), base)
-        self.tables["stream_targets"] += np.uint64(base)
-
-    def shift_all(self, base: int) -> None:
-        """Add where the arena's area begins to all places."""
-        self._shift(("from", "to"), ("from", "to"), base)
-        self.tables["streams"] += np.uint64(base)
-        self.tables["stream_targets"] += np.uint64(base)
-
-    def _shift(self, copies: Sequence[str], shuffles: Sequence[str], base: int) -> None:
-        for name, fields in (("copies", copies), ("shuffles", shuffles)):
-            for field in fields:
-                self.tables[name][field] += np.uint64(base)
 
 
 def check_decode(decode: str) -> None:
@@ -113,9 +60,7 @@ def chosen(layouts: Sequence[ArrayLayout], decode: str, backend: Backend) -> lis
                 f"decode='device' was asked for and array {name!r} would be decompressed there, but "
                 f"{missing}. decode='auto' decodes on the host where there is no decompressor"
             ) from missing
-        if (reason := str(missing)) not in _told:
-            _told.add(reason)
-            _LOG.info("hbx_gpu decodes chunks of general codecs on the host: %s", reason)
+        say_once(_LOG, logging.INFO, f"hbx_gpu decodes chunks of general codecs on the host: {missing}")
         return [None] * len(found)
     return found
 

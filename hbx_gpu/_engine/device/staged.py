@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from hbx_gpu._engine.device.backend import Memory
 from hbx_gpu._plan.rows import BatchPlan
 from hbx_gpu._storage.readers import Slab
-
-if TYPE_CHECKING:
-    from hbx_gpu._engine.device.general import Opened
 
 Layout: TypeAlias = Literal["csr", "dense"]
 
@@ -147,3 +145,55 @@ class Cursor:
 def round_up(x: int, step: int) -> int:
     """The next multiple of `step`."""
     return -(-x // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Chunks taken apart, and where their parts lie and go.
+
+    Attributes
+    ----------
+    tables
+        ``streams``, ``stream_targets``: uint64, places of compressed streams and of what they hold;
+        ``stream_bytes``, ``stream_sizes``: uint64, bytes of both; ``stream_actual``, ``stream_states``: to
+        be written. ``copies``, ``shuffles``: HbxBlock. Places in scratch count from its start.
+    jobs
+        Chunks, in the order of the tables, and per chunk the number of entries in each of ``streams``,
+        ``copies`` and ``shuffles``.
+    calls
+        (algorithm, first stream, streams).
+    out
+        int64, (n_chunks,). Where each decoded chunk begins in scratch.
+    scratch
+        Bytes of it.
+    begin, nbytes, place
+        int64. Of every stream, stored ones too: address relative to its chunk, bytes, staged place;
+        `owner` is its chunk's number in `jobs`.
+    """
+
+    tables: dict[str, np.ndarray]
+    jobs: np.ndarray
+    counts: dict[str, np.ndarray]
+    calls: list[tuple[str, int, int]]
+    out: np.ndarray
+    scratch: int
+    begin: np.ndarray
+    nbytes: np.ndarray
+    place: np.ndarray
+    owner: np.ndarray
+
+    def shift_scratch(self, base: int) -> None:
+        """Add where scratch begins to all places in it."""
+        self._shift(("to",), ("from", "to"), base)
+        self.tables["stream_targets"] += np.uint64(base)
+
+    def shift_all(self, base: int) -> None:
+        """Add where the arena's area begins to all places."""
+        self._shift(("from", "to"), ("from", "to"), base)
+        self.tables["streams"] += np.uint64(base)
+        self.tables["stream_targets"] += np.uint64(base)
+
+    def _shift(self, copies: Sequence[str], shuffles: Sequence[str], base: int) -> None:
+        for name, places in (("copies", copies), ("shuffles", shuffles)):
+            for place in places:
+                self.tables[name][place] += np.uint64(base)

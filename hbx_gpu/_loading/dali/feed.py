@@ -9,12 +9,9 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hbx_gpu._loading.loader import Ahead
-
-if TYPE_CHECKING:
-    from hbx_gpu._loading.dali.graph import Built
+from hbx_gpu._loading.ahead import Ahead
 
 SPARSE_PARTS = ("indices", "values", "offsets")
 
@@ -276,3 +273,31 @@ class Feeder:
 def run_on(first: Packed, rest: Iterator[Packed]) -> Iterator[Packed]:
     """`first`, then the others."""
     return itertools.chain(iter([first]), rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A pipeline and what its inputs and outputs mean.
+
+    Attributes
+    ----------
+    inputs
+        Operator that each field is fed to; fields that no output needs are left out.
+    names
+        Of the outputs.
+    named
+        Whether batches are dicts.
+    """
+
+    pipe: Any
+    inputs: dict[str, str]
+    names: tuple[str, ...]
+    named: bool
+
+    def feed(self, packed: Packed) -> None:
+        """Hand a batch to the inputs, one sample per field. It is not copied: keep it until it came out."""
+        from torch.utils.dlpack import to_dlpack
+
+        for name, operator in self.inputs.items():
+            # DLPack says which device it is on, and has every type that fields have.
+            self.pipe.feed_input(operator, to_dlpack(packed.tensors[name][None]))

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.data_node import DataNode
-from torch.utils.dlpack import to_dlpack
 
-from hbx_gpu._loading.dali.feed import Feeder, Packed, finished, run_on
-from hbx_gpu._loading.loader import Ahead, default_threads
+from hbx_gpu._devices import cores
+from hbx_gpu._loading.ahead import Ahead
+from hbx_gpu._loading.dali.feed import Built, Feeder, Packed, finished, run_on
+from hbx_gpu._loading.dali.options import DaliOptions
 
 if TYPE_CHECKING:
-    from hbx_gpu.pipeline import CellPipeline, DaliOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """A pipeline and what its inputs and outputs mean.
-
-    Attributes
-    ----------
-    inputs
-        Operator that each field is fed to; fields that no output needs are left out.
-    names
-        Of the outputs.
-    named
-        Whether batches are dicts.
-    """
-
-    pipe: Any
-    inputs: dict[str, str]
-    names: tuple[str, ...]
-    named: bool
-
-    def feed(self, packed: Packed) -> None:
-        """Hand a batch to the inputs, one sample per field. It is not copied: keep it until it came out."""
-        for name, operator in self.inputs.items():
-            # DLPack says which device it is on, and has every type that fields have.
-            self.pipe.feed_input(operator, to_dlpack(packed.tensors[name][None]))
+    from collections.abc import Callable
 
 
 def build(
@@ -61,7 +35,7 @@ def build(
     """
     pipe = kind(
         batch_size=1,
-        num_threads=options.num_threads or default_threads(),
+        num_threads=options.num_threads or cores(),
         device_id=options.device_id,
         prefetch_queue_depth=depth,
         seed=seed,
@@ -116,6 +90,18 @@ def _is_used(pipe: Pipeline, operator: str) -> bool:
     return True
 
 
+class Epochs(Protocol):
+    """What a pipeline asks of the loader that it belongs to."""
+
+    dali: DaliOptions
+
+    def noise_seed(self) -> int:
+        """Seed of DALI's random operators in the epoch that begins."""
+
+    def begin_epoch(self, feed: Callable[[Ahead], Feeder]) -> Feeder:
+        """Begin an epoch, with what `feed` makes of its batches."""
+
+
 class FedPipeline(Pipeline):
     """A pipeline that takes what its feeder has fed whenever a run is started, whoever starts it.
 
@@ -127,13 +113,13 @@ class FedPipeline(Pipeline):
 
     names: tuple[str, ...] = ()
     _inputs: dict[str, str]
-    _loader: CellPipeline
+    _loader: Epochs
     _feeder: Feeder
     _over: bool
     _in_use: deque[Packed]
 
     @classmethod
-    def begin(cls, loader: CellPipeline) -> FedPipeline:
+    def begin(cls, loader: Epochs) -> FedPipeline:
         """A pipeline over the loader's coming epoch."""
         options = loader.dali
 

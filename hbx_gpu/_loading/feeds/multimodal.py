@@ -16,13 +16,14 @@ from hbx_gpu._collates import (
     MatrixCollate,
     MeasuredTensors,
     MultimodalCollate,
-    check_columns,
     check_spaces,
     dense_to_tensor_collate,
 )
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
-from hbx_gpu._loading.feeds.device import DecodedBytes, DeviceFeed, StagedFeed, tell_epoch
+from hbx_gpu._loading.feeds.device import DecodedBytes, DeviceFeed, StagedFeed
+from hbx_gpu._loading.feeds.host import tell_epoch
+from hbx_gpu._tensors import check_columns
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import stage
 
@@ -59,7 +60,7 @@ class CopiedFeed:
         self._free: deque[Slot] = deque()
 
     def make(self, selections: list[np.ndarray]) -> list[_Copied]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         import torch
 
         from hbx_gpu._engine.device.backend import Slot
@@ -95,17 +96,17 @@ class CopiedFeed:
         return [_Copied(event, buffer, _replaced(batch, sent)) for batch in made]
 
     def deliver(self, made: _Copied) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         there = [value for value in made.batch.values() if getattr(value, "is_cuda", False)]
         self._backend.hand_over(made.event, [made.buffer, *there])
         return made.batch
 
     def set_epoch(self, epoch: int) -> None:
-        """See :class:`hbx_gpu._loading.feeds.device.HostFeed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.HostFeed`."""
         tell_epoch(self._collate, epoch)
 
     def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`: on the host, and as much on the device."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`: on the host, and as much on the device."""
         return 2 * int(self._dataset.batch_nbytes(rows))
 
 
@@ -277,17 +278,17 @@ class LayersFeed:
         self.one_batch_per_window = any(feed.one_batch_per_window for feed in feeds.values())
 
     def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         return list(zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True))
 
     def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         found = [feed.deliver(entry) for feed, entry in zip(self._feeds.values(), made, strict=True)]
         layers = {name: batch["X"] for name, batch in zip(self._feeds, found, strict=True)}
         return {**found[0], "layers": layers}
 
     def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         return sum(feed.nbytes(rows) for feed in self._feeds.values())
 
 
@@ -387,17 +388,17 @@ class MultimodalFeed:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """See :class:`hbx_gpu._loading.feeds.device.HostFeed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.HostFeed`."""
         for feed in self._feeds.values():
             tell_epoch(feed, epoch)
 
     def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         made = zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True)
         return list(zip(selections, made, strict=True))
 
     def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         import torch
 
         selection, entries = made
@@ -420,5 +421,5 @@ class MultimodalFeed:
         return result
 
     def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         return sum(int(feed.nbytes(rows)) for feed in self._feeds.values())

@@ -24,8 +24,8 @@ from hbx_gpu._storage.readers import Reader, Slab
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._engine.device import DeviceEngine
-    from hbx_gpu.dataloader import CellDataset
 
 AREA_BYTES = 256 << 20
 """At least, beside resident chunks where not all are, for what crosses and what is decoded."""

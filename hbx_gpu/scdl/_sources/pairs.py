@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._datasets.cells import several_rows
+from hbx_gpu._datasets.cells import CellDataset, several_rows
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 from hbx_gpu.scdl._format.features import VariableFeatureIndex, var_folder
 from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborTable, open_neighbors
@@ -241,14 +240,14 @@ class PairFeed:
         self.one_batch_per_window = False
 
     def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         drawn = [self._dataset.draw(rows) for rows in selections]
         both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
         made = self._feed.make(both)
         return list(zip(made[::2], made[1::2], [weight for _, weight in drawn], strict=True))
 
     def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         import torch
 
         cells, neighbors, weight = made
@@ -257,7 +256,7 @@ class PairFeed:
         return batch | dict(zip(KEYS, (others["X"], others["index"], weights), strict=True))
 
     def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.device.Feed`."""
+        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
         return 2 * int(self._feed.nbytes(rows))
 
 
