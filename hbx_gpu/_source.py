@@ -44,6 +44,9 @@ class ArrayLayout:
     byte_offset
         Where in a plain file the elements begin: `path` is then a file of uncompressed elements, and chunks
         are stretches of it, the last one as long as what is left. None for arrays stored as objects by key.
+    within
+        Folder that no link on the way to the array's files may lead out of; empty where links may lead
+        anywhere.
     """
 
     path: str
@@ -62,6 +65,7 @@ class ArrayLayout:
     absent_is_fill: bool = True
     fingerprint: str = field(default="", compare=False)
     byte_offset: int | None = None
+    within: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,10 @@ def _rebuild_chunk_error(reason: str, file: str, array: str, chunk: int | None) 
     return CorruptChunkError(reason, file=file, array=array, chunk=chunk)
 
 
+class UnsafePathError(CorruptDataError):
+    """A path inside an atlas or an archive leads out of it, or to a FIFO or a device instead of a file."""
+
+
 class UnsupportedCodecError(HbxError, ValueError):
     """An array uses a codec that no installed package decodes."""
 

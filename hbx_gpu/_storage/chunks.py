@@ -17,8 +17,9 @@ import numpy as np
 
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.metadata import is_current
-from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
+from hbx_gpu._storage.files import Within, check_regular, open_regular
+from hbx_gpu._storage.metadata import is_current, object_path
+from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _ABSENT = np.uint64(2**64 - 1)
 # nbytes are kept plus 2, so that the zero pages of a fresh allocation mean "not looked up yet": a table of
@@ -85,14 +86,18 @@ class ChunkDirectory:
         self.layouts = tuple(layouts)
         self._index_formats = [_index_format(layout) if layout.sharded else None for layout in layouts]
         self._grids = [chunk_grid(layout) for layout in layouts]
+        self._within = {layout.within: Within(layout.within) for layout in layouts}
         self.base = np.zeros(len(self.layouts) + 1, np.int64)
         np.cumsum([math.prod(grid) for grid in self._grids], out=self.base[1:])
         self.paths: list[str] = []
         self.identities: list[tuple[int, int]] = []
         self._objects: list[tuple[int, tuple[int, ...]]] = []  # (array, grid coordinates) per file
-        self._file = np.zeros(self.base[-1], np.int32)
-        self._offset = np.zeros(self.base[-1], np.int64)
-        self._nbytes = np.zeros(self.base[-1], np.int64)
+        try:
+            self._file = np.zeros(self.base[-1], np.int32)
+            self._offset = np.zeros(self.base[-1], np.int64)
+            self._nbytes = np.zeros(self.base[-1], np.int64)
+        except MemoryError:
+            raise self._too_many() from None
         self._lock = threading.Lock()
         # Chunks of plain files follow from their number: no table, only the file of each array.
         self._is_plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
@@ -104,6 +109,15 @@ class ChunkDirectory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ChunkDirectory, (self.layouts,))
+
+    def _too_many(self) -> CorruptDataError:
+        largest = int(np.diff(self.base).argmax())
+        layout = self.layouts[largest]
+        return CorruptDataError(
+            f"there is no memory for a table of {int(self.base[-1]):,} chunks. Most are of array "
+            f"{layout.name!r} (shape {list(layout.shape)}, chunks of {list(layout.chunk_shape)}, in "
+            f"{layout.path}): its metadata are damaged, or it has to be stored in larger chunks"
+        )
 
     def extents(self, chunk_ids: np.ndarray) -> Extents:
         """Look up where chunks lie.
@@ -167,7 +181,7 @@ class ChunkDirectory:
         """(path of the object, name of the array, chunk number inside it) of a chunk."""
         array, number = self._split(chunk_id)
         layout = self.layouts[array]
-        return _object_path(layout, self._object_of(array, number)), layout.name, number
+        return object_path(layout, self._object_of(array, number)), layout.name, number
 
     def error(self, chunk_id: int, reason: str) -> CorruptChunkError:
         """The error to raise for a chunk."""
@@ -233,7 +247,7 @@ class ChunkDirectory:
 
     def _load_shard(self, array: int, where: tuple[int, ...]) -> None:
         layout = self.layouts[array]
-        path = _object_path(layout, where)
+        path = object_path(layout, where)
         ids, entries = self._chunks_of_object(array, where)
         try:
             identity, offset, nbytes = self._read_index(array, path, where)
@@ -248,7 +262,7 @@ class ChunkDirectory:
         self._enter(array, path, where, identity, ids, nbytes)
 
     def _load_plain(self, array: int, numbers: list[int], places: list[tuple[int, ...]]) -> None:
-        paths = [_object_path(self.layouts[array], where) for where in places]
+        paths = [object_path(self.layouts[array], where) for where in places]
         found = [_stat(path) for path in paths]
         self.check_current(array)
         for number, where, path, stat in zip(numbers, places, paths, found, strict=True):
@@ -256,6 +270,8 @@ class ChunkDirectory:
             if stat is None:
                 self._absent(array, path, where, chunk_id)
                 continue
+            check_regular(path, stat)
+            self._within[self.layouts[array].within].check(path)
             self._file[chunk_id] = len(self.paths)
             self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
 
@@ -267,6 +283,7 @@ class ChunkDirectory:
         stat = _stat(layout.path)
         if stat is None:
             raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
+        check_regular(layout.path, stat)
         self.check_current(array)
         self.paths.append(layout.path)
         self.identities.append((stat.st_dev, stat.st_ino))
@@ -329,10 +346,17 @@ class ChunkDirectory:
         per_object = _chunks_per_object(layout)
         dtype, checked = self._index_formats[array] or ("<u8", False)
         size = 16 * math.prod(per_object) + 4 * checked
-        with open(path, "rb", buffering=0) as shard:
+        self._within[layout.within].check(path)
+        with open(open_regular(path), "rb", buffering=0) as shard:
             stat = os.fstat(shard.fileno())
             file_size = stat.st_size
-            raw = os.pread(shard.fileno(), size, max(file_size - size, 0) if layout.index_at_end else 0)
+            # What the metadata ask for is believed only as far as the file reaches.
+            enough = size <= file_size
+            raw = (
+                os.pread(shard.fileno(), size, file_size - size if layout.index_at_end else 0)
+                if enough
+                else b""
+            )
         if len(raw) < size:
             reason = f"the file holds {file_size} bytes, its shard index alone takes {size}"
             raise self._object_error(array, path, where, reason)
@@ -384,13 +408,6 @@ def _chunks_per_object(layout: ArrayLayout) -> tuple[int, ...]:
 
 def _c_strides(grid: tuple[int, ...]) -> list[int]:
     return list(itertools.accumulate(grid[:0:-1], lambda a, b: a * b, initial=1))[::-1]
-
-
-def _object_path(layout: ArrayLayout, where: tuple[int, ...]) -> str:
-    if layout.byte_offset is not None:
-        return layout.path
-    key = layout.key_prefix + layout.key_separator.join(map(str, where))
-    return os.path.join(layout.path, key)
 
 
 def _index_format(layout: ArrayLayout) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
+from hbx_gpu._storage.files import check_regular
 from hbx_gpu._storage.readers import Reader, Slab, _Cache, coalesce
 from hbx_gpu.errors import DeviceUnavailableError
 
@@ -253,6 +254,7 @@ class _File:
     def __init__(self, path: str, open_file: Callable[[str], File]) -> None:
         self.path = path
         found = os.stat(path)
+        check_regular(path, found)
         self.handle = open_file(path)
         self.identity, self.size = (found.st_dev, found.st_ino), found.st_size
 

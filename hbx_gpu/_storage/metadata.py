@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from hbx_gpu._codecs.chain import V2_CHAIN
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.files import Within, parse_json, read_small
 from hbx_gpu._storage.plain import file_fingerprint
-from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
+from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 _DTYPES |= {"float16", "float32", "float64"}
 _FLOAT_BITS = {4: ">e", 8: ">f", 16: ">d"}
+MAX_CHUNK_BYTES = (1 << 31) - 1
+"""Of a decoded chunk: what blosc can hold, and what kernels count in 31 bits."""
+_MAX_AXES = 32
+_MAX_BYTES = 1 << 60
+_MAX_CHUNKS = 1 << 30
+_MAX_CHUNKS_PER_SHARD = 1 << 26  # whose index takes a gigabyte
 _NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 def read_layout(
-    path: str | os.PathLike[str], name: str | None = None, *, absent_is_fill: bool = True
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    absent_is_fill: bool = True,
+    within: str | os.PathLike[str] = "",
 ) -> ArrayLayout:
     """Read where and how a zarr array (v3 or v2) is stored.
 
@@ -34,6 +47,8 @@ def read_layout(
         Path of the array inside its store, for messages; by default the directory's name.
     absent_is_fill
         Whether a missing object means fill value (zarr's rule) or a lost file.
+    within
+        Folder that links must not lead out of, as in `ArrayLayout`; empty: they may lead anywhere.
 
     Returns
     -------
@@ -45,19 +60,23 @@ def read_layout(
     FileNotFoundError
         No array metadata there; the message lists what is there.
     CorruptDataError
-        Metadata that are no JSON, describe a group, or contradict themselves.
+        Metadata that are not JSON, describe a group, or contradict themselves; an array larger than any disk
+        holds. `UnsafePathError`: what is there is not a regular file, or lies outside of `within`.
     UnsupportedCodecError
         A data type, chunk grid, storage transformer or place of the sharding codec that is not read here.
     """
     directory = os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
-    found = _load(directory)
+    within = os.fspath(within)
+    found = _load(directory, Within(within))
     if found is None:
         raise FileNotFoundError(_nothing_there(directory, name))
     path, text = found
     metadata = _Metadata(_parse(path, text), path, name, _fingerprint(text))
     read = metadata.v2 if os.path.basename(path) == ".zarray" else metadata.v3
-    return read(directory, absent_is_fill)
+    layout = replace(read(directory, absent_is_fill), within=within)
+    metadata.check_extent(layout)
+    return layout
 
 
 def is_current(layout: ArrayLayout) -> bool:
@@ -66,17 +85,46 @@ def is_current(layout: ArrayLayout) -> bool:
         return True
     if layout.byte_offset is not None:
         return file_fingerprint(layout.path) == layout.fingerprint
-    found = _load(layout.path)
+    found = _load(layout.path, Within(layout.within))
     return found is not None and _fingerprint(found[1]) == layout.fingerprint
 
 
-def _load(directory: str) -> tuple[str, bytes] | None:
+def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
+    """Path of the stored object at these grid coordinates; of a plain file, that file."""
+    if layout.byte_offset is not None:
+        return layout.path
+    key = layout.key_prefix + layout.key_separator.join(map(str, where))
+    return os.path.join(layout.path, key)
+
+
+def check_last_object(layout: ArrayLayout) -> None:
+    """Where every object must exist, the last one tells whether the shape is true.
+
+    Raises
+    ------
+    CorruptChunkError
+        It is missing.
+    """
+    if layout.absent_is_fill or not all(layout.shape):
+        return
+    last = [(n - 1) // shard for n, shard in zip(layout.shape, layout.shard_shape, strict=True)]
+    path = object_path(layout, last)
+    if not os.path.lexists(path):
+        raise CorruptChunkError(
+            f"the object is missing, the last one of shape {list(layout.shape)}: the metadata are damaged, "
+            "or it was not copied; restore it",
+            file=path,
+            array=layout.name,
+        )
+
+
+def _load(directory: str, within: Within) -> tuple[str, bytes] | None:
     """Path and content of the metadata document, if there is one."""
     for name in ("zarr.json", ".zarray"):
         path = os.path.join(directory, name)
         try:
-            with open(path, "rb") as handle:
-                return path, handle.read()
+            within.check(path)
+            return path, read_small(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
     return None
@@ -87,10 +135,7 @@ def _fingerprint(text: bytes) -> str:
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise CorruptDataError(f"zarr metadata {path} are no JSON: {error}") from error
+    found = parse_json(text, f"zarr metadata {path}")
     if not isinstance(found, dict):
         raise CorruptDataError(f"zarr metadata {path} hold a {type(found).__name__}, an object is expected")
     return found
@@ -103,6 +148,11 @@ def _nothing_there(directory: str, name: str) -> str:
         entries = sorted(os.listdir(directory))
         there = f"the directory holds {', '.join(entries[:8]) or 'nothing'}{' ...' if entries[8:] else ''}"
     return f"no zarr array {name!r} at {directory}: neither zarr.json nor .zarray; {there}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 class _Metadata:
@@ -142,6 +192,27 @@ class _Metadata:
             fingerprint=self._fingerprint,
             **self._codecs(outer),
         )
+
+    def check_extent(self, layout: ArrayLayout) -> None:
+        """Refuse sizes that no store holds, before anything is allocated for them."""
+        nbytes = math.prod(layout.shape) * layout.dtype.itemsize
+        if nbytes > _MAX_BYTES:
+            self._corrupt(f"shape {list(layout.shape)} of {layout.dtype} takes {nbytes:,} bytes")
+        chunk_bytes = math.prod(layout.chunk_shape) * layout.dtype.itemsize
+        if chunk_bytes > MAX_CHUNK_BYTES:
+            self._unsupported(
+                f"chunks of {chunk_bytes:,} bytes (shape {list(layout.chunk_shape)}); chunks of up to "
+                f"{MAX_CHUNK_BYTES:,} bytes are read"
+            )
+        grid = math.prod(-(-n // chunk) for n, chunk in zip(layout.shape, layout.chunk_shape, strict=True))
+        inner = math.prod(
+            shard // chunk for shard, chunk in zip(layout.shard_shape, layout.chunk_shape, strict=True)
+        )
+        if grid > _MAX_CHUNKS or inner > _MAX_CHUNKS_PER_SHARD:
+            self._unsupported(
+                f"{grid:,} chunks, {inner:,} of them per stored object; up to {_MAX_CHUNKS:,} and "
+                f"{_MAX_CHUNKS_PER_SHARD:,} are read"
+            )
 
     def v2(self, directory: str, absent_is_fill: bool) -> ArrayLayout:
         if self._get("zarr_format") != 2:
@@ -231,10 +302,12 @@ class _Metadata:
         return value["name"], setting
 
     def _integers(self, what: str, value: Any, *, least: int, ndim: int | None = None) -> tuple[int, ...]:
-        fits = isinstance(value, list) and all(type(n) is int and n >= least for n in value)
+        if isinstance(value, list) and len(value) > _MAX_AXES:
+            self._unsupported(f"{len(value)} axes in {what}; up to {_MAX_AXES} are read")
+        fits = isinstance(value, list) and all(type(n) is int and least <= n < 1 << 63 for n in value)
         if not fits or (ndim is not None and len(value) != ndim):
             length = "" if ndim is None else f"{ndim} "
-            self._corrupt(f"{what} is {value!r}, {length}integers >= {least} are expected")
+            self._corrupt(f"{what} is {_short(value)}, {length}integers >= {least} are expected")
         return tuple(value)
 
     def _v2_dtype(self, value: Any) -> np.dtype[Any]:

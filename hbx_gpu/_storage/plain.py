@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.files import check_regular, open_regular
 from hbx_gpu.errors import CorruptDataError
 
 CHUNK_ELEMENTS = 4096
@@ -50,7 +51,9 @@ def plain_layout(
     path = os.path.abspath(path)
     name = os.path.basename(path) if name is None else name
     stored = np.dtype(dtype)
-    found, end = os.stat(path).st_size, byte_offset + n * stored.itemsize
+    status = os.stat(path)
+    check_regular(path, status)
+    found, end = status.st_size, byte_offset + n * stored.itemsize
     if found < end:
         raise CorruptDataError(
             f"{path} holds {found} bytes; array {name!r}, {n} elements of {stored} from byte {byte_offset} "
@@ -79,16 +82,18 @@ def npy_layout(
     Raises
     ------
     CorruptDataError
-        No .npy file, objects in it, or several dimensions.
+        Not an .npy file, objects in it, or several dimensions.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0
             shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
             begin = file.tell()
-    except ValueError as error:
-        raise CorruptDataError(f"{path} is no .npy file that can be read: {error}") from error
+    except (OSError, CorruptDataError):
+        raise
+    except Exception as error:  # NumPy parses the header as Python, and fails in as many ways
+        raise CorruptDataError(f"{path} is not an .npy file that can be read: {error}") from error
     if len(shape) != 1 or dtype.hasobject:
         raise CorruptDataError(
             f"{path}: expected numbers in one dimension, found {dtype} in shape {shape}; "

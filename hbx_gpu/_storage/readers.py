@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
+from hbx_gpu._storage.files import open_regular
 from hbx_gpu.errors import CorruptChunkError
 
 MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
@@ -342,7 +343,7 @@ class _Descriptor:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
         found = os.fstat(self._fd)
         self.identity = (found.st_dev, found.st_ino)
 
@@ -373,8 +374,9 @@ class _Descriptor:
 class MmapReader(Reader):
     """Maps files and points into the maps: no copy, no buffer, pages shared with every other process.
 
-    A file that is cut short while a slab points into it makes the kernel kill the process (SIGBUS), as with
-    any map; a file that was short before the read is refused. Use `preadv` on storage that may shrink.
+    A file that is cut short while a slab points into it makes the kernel end the process (SIGBUS), as with
+    any map. The size of every file is looked at before each read, so that only a file that shrinks within one
+    window of batches does that. Where files may shrink, use `preadv` (``io="pinned"`` in `make_loader`).
 
     Pages that were looked at count as this process's memory. After `resident_bytes` of reads they are handed
     back: they stay in the page cache, and touching one again costs a minor fault. Files that together are
@@ -445,7 +447,7 @@ class _Map:
 
     def __init__(self, path: str) -> None:
         self.nbytes, self.address = 0, 0
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             found = os.fstat(fd)
             self.identity = (found.st_dev, found.st_ino)

@@ -167,13 +167,13 @@ def test_v2_fill_value_null_is_what_zarr_reads(tmp_path: Path) -> None:
 
 def test_broken_json_names_file_and_place(tmp_path: Path) -> None:
     put(tmp_path, '{"shape": [1,')
-    with pytest.raises(CorruptDataError, match=r"zarr\.json are no JSON: .*line 1 column"):
+    with pytest.raises(CorruptDataError, match=r"zarr\.json is not JSON: .*line 1 column"):
         read_layout(tmp_path)
     put(tmp_path, "[1]")
     with pytest.raises(CorruptDataError, match="hold a list"):
         read_layout(tmp_path)
     (tmp_path / "zarr.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(CorruptDataError, match="no JSON"):
+    with pytest.raises(CorruptDataError, match="not JSON"):
         read_layout(tmp_path)
 
 

@@ -1,0 +1,225 @@
+"""Files that anybody may have made: regular ones only, opened without waiting, inside their folder.
+
+A path inside an atlas or an archive may be a FIFO, a device or a link that leads anywhere. Opening the first
+would wait for ever, reading the second would never end, following the third would read, or replace, what is
+not part of the atlas.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu.errors import CorruptDataError, UnsafePathError
+
+METADATA_BYTES = 16 << 20
+"""Largest file of metadata that is read: zarr.json, hbx_gpu.json, the header of an archive, labels, ..."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link",
+}
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a regular file; never waits.
+
+    Parameters
+    ----------
+    path
+        The file.
+    flags, mode
+        As for `os.open`.
+
+    Returns
+    -------
+    int
+        A descriptor, which the caller closes.
+
+    Raises
+    ------
+    UnsafePathError
+        There is something else than a regular file.
+    OSError
+        As `os.open`.
+    """
+    # Looked at first, because opening some devices does something.
+    try:
+        _check_kind(path, os.stat(path).st_mode)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    # A FIFO that was put there meanwhile is opened at once, and found out.
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
+    try:
+        _check_kind(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
+    """Refuse what is not a regular file.
+
+    Raises
+    ------
+    UnsafePathError
+        `found`, the status of `path`, is that of something else.
+    """
+    _check_kind(path, found.st_mode)
+
+
+def _check_kind(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise UnsafePathError(
+            f"{os.fspath(path)} is {kind}, a regular file is expected; remove it, and copy the data again "
+            "from their origin"
+        )
+
+
+def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> bytes:
+    """The content of a small regular file.
+
+    Raises
+    ------
+    UnsafePathError
+        There is something else than a regular file.
+    CorruptDataError
+        It has more than `limit` bytes.
+    OSError
+        It cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # Not to the end: files of the kernel say 0 bytes and may go on for ever.
+        content = file.read(size) if size <= limit else b""
+    if size > limit:
+        raise CorruptDataError(
+            f"{os.fspath(path)} has {size:,} bytes; such a file has {limit:,} at most. It is damaged: "
+            "copy it again from its origin"
+        )
+    return content
+
+
+def parse_json(content: bytes, where: str | os.PathLike[str]) -> Any:
+    """JSON as Python values.
+
+    Raises
+    ------
+    CorruptDataError
+        It is not JSON, or nested so deeply that nobody wrote it in earnest.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise CorruptDataError(f"{os.fspath(where)} is nested too deeply to be read; it is damaged") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, numbers of thousands of digits
+        raise CorruptDataError(f"{os.fspath(where)} is not JSON: {error}") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Put a small file in place, in one step and on disk; a link that lies in the way is replaced.
+
+    Nothing is written through links, so a planted one changes no other file.
+    """
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Within:
+    """Refuses paths that links lead out of a folder. Remembers the folders it has looked at.
+
+    Parameters
+    ----------
+    root
+        The folder; it may be reached through links itself. An empty text allows everything.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = os.path.realpath(root) if root else ""
+        self._seen: dict[str, bool] = {}
+
+    def check(self, path: str) -> None:
+        """Refuse a path that leads out.
+
+        Raises
+        ------
+        UnsafePathError
+            Says where it leads.
+        """
+        if not self._root:
+            return
+        folder = os.path.dirname(path)
+        if folder not in self._seen:
+            self._seen[folder] = self._holds(os.path.realpath(folder))
+        if not self._seen[folder] or (os.path.islink(path) and not self._holds(os.path.realpath(path))):
+            raise leads_out(path, self._root)
+
+    def _holds(self, real: str) -> bool:
+        return real == self._root or real.startswith(self._root.rstrip("/") + "/")
+
+
+def leads_out(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> UnsafePathError:
+    """The error for a path that links lead out of a folder."""
+    return UnsafePathError(
+        f"{os.fspath(path)} is reached through a link that leads out of {os.fspath(root)}, to "
+        f"{os.path.realpath(path)}; if you made that link, pass allow_links=True (--allow-links)"
+    )
+
+
+def check_tree(folder: Path, *, links: bool) -> None:
+    """Refuse a folder that holds anything but regular files and folders.
+
+    Parameters
+    ----------
+    folder
+        Looked through with all folders in it.
+    links
+        Allow links, to regular files and to folders, which are not looked through.
+
+    Raises
+    ------
+    UnsafePathError
+        Names the entry.
+    """
+    within = Within(str(folder))
+    pending = [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not links:
+                    within.check(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif not entry.is_file() and not entry.is_dir():
+                    mode = (
+                        entry.stat().st_mode
+                        if entry.is_symlink()
+                        else entry.stat(follow_symlinks=False).st_mode
+                    )
+                    _check_kind(entry.path, mode)
