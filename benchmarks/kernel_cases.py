@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hbx_gpu._codecs.bitpacking import encode_bitpacking
-from hbx_gpu._codecs.rowpack import RECORD_BLOCKS, encode_rowpack, read_header
+from hbx_gpu._codecs.rowpack import encode_rowpack
+from hbx_gpu._codecs.rowpack_format import RECORD_BLOCKS, read_header
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PIECE, PLAIN, RUN, SEGMENT, SOURCE
 from hbx_gpu.synthetic import Block, GammaPoisson, Uniform, expression_profiles
 

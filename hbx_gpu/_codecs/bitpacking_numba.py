@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from hbx_gpu._codecs.bitpacking import (
+from hbx_gpu._codecs.bitpacking_format import (
     BAD_REQUEST,
     BLOCK,
     HEADER_BYTES,

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking import BytesLike, as_bytes, decode_bitpacking
+from hbx_gpu._codecs.bitpacking import decode_bitpacking
+from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
 from hbx_gpu._codecs.checksum import crc32c
-from hbx_gpu._codecs.rowpack import ELEMENT_SIZES, decode_rowpack
+from hbx_gpu._codecs.rowpack import decode_rowpack
+from hbx_gpu._codecs.rowpack_format import ELEMENT_SIZES
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 

@@ -9,148 +9,30 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking import BytesLike, as_bytes
+from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
 from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._codecs.rowpack_format import (
+    BLOCK,
+    ELEMENT_SIZES,
+    HEADER,
+    MAGIC,
+    MAX_EXCEPTIONS,
+    MAX_VALUES,
+    PATCH_BITS,
+    RECORD_BLOCKS,
+    TAIL_BYTES,
+    TRANSFORMS,
+    VERSION,
+    Block,
+    ChunkHeader,
+    read_header,
+    record_bytes,
+    transform_code,
+)
 from hbx_gpu.errors import CorruptChunkError
-
-BLOCK = 128
-"""Values per block."""
-RECORD_BLOCKS = 8
-"""Blocks per directory record."""
-MAGIC = b"HBRP"
-VERSION = 1
-HEADER = struct.Struct("<4sBBBBIIQII")
-TAIL_BYTES = 8
-"""Four zeros and the CRC32C: 8 bytes may be loaded from any byte of a patch without leaving the chunk."""
-PATCH_BITS = (1, 2, 3, 4, 6, 8, 16, 32)
-"""Widths an exception's high part may have; the directory stores the position in this list."""
-MAX_EXCEPTIONS = 31
-MAX_VALUES = 1 << 28
-"""Values per chunk: with so many, no offset exceeds 32 bits whatever the values."""
-TRANSFORMS = {"none": 0, "gaps": 1}
-ELEMENT_SIZES = (1, 2, 4, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first 32 bytes of a chunk, and the geometry that follows from them."""
-
-    element_size: int
-    transform: int
-    base_bytes: int
-    n: int
-    patch_start: int
-    minimum: int
-    nbytes: int
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks of the chunk, a partial one included."""
-        return -(-self.n // BLOCK)
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one directory record."""
-        return record_bytes(self.transform, self.base_bytes)
-
-    @property
-    def directory_end(self) -> int:
-        """Offset behind the last record."""
-        return HEADER.size + -(-self.n_blocks // RECORD_BLOCKS) * self.record_bytes
-
-    @property
-    def payload_start(self) -> int:
-        """Offset of the payload area: behind the directory, rounded up to 16."""
-        return -(-self.directory_end // 16) * 16
-
-    @property
-    def patch_end(self) -> int:
-        """Offset behind the patches."""
-        return self.nbytes - TAIL_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What the directory says of one block."""
-
-    payload_at: int
-    patch_at: int
-    width: int
-    exceptions: int
-    high_bits: int
-    resets: int
-    base: int
-
-    @property
-    def patch_bytes(self) -> int:
-        """Positions of exceptions and resets, a byte each, then the packed high parts."""
-        return self.exceptions + self.resets + -(-self.exceptions * self.high_bits // 8)
-
-
-def record_bytes(transform: int, base_bytes: int) -> int:
-    """Bytes of one directory record: two offsets, then 8 widths, 8 infos and, for gaps, 8 resets, 8 bases."""
-    return 24 if transform == TRANSFORMS["none"] else 32 + RECORD_BLOCKS * base_bytes
-
-
-def read_header(chunk: BytesLike, *, check: bool = True) -> Header:
-    """Parse and check the header.
-
-    Parameters
-    ----------
-    chunk
-        The whole chunk.
-    check
-        Verify the checksum over it.
-
-    Raises
-    ------
-    CorruptChunkError
-        A header that no encoder writes, or bytes that do not match their checksum.
-    """
-    data = as_bytes(chunk)
-    if len(data) < HEADER.size + TAIL_BYTES:
-        raise CorruptChunkError(
-            f"{len(data)} bytes are no rowpack chunk, which takes {HEADER.size + TAIL_BYTES} or more"
-        )
-    magic, version, size, transform, base_bytes, n, patch_start, minimum, nbytes, reserved = HEADER.unpack(
-        data[: HEADER.size].tobytes()
-    )
-    if magic != MAGIC:
-        raise CorruptChunkError(f"bytes 0..3 are {magic!r}, a rowpack chunk begins with {MAGIC!r}")
-    if version != VERSION:
-        raise CorruptChunkError(f"rowpack version {version}; this release reads version {VERSION}")
-    if nbytes != len(data):
-        raise CorruptChunkError(f"the header says {nbytes} bytes, the chunk has {len(data)}")
-    if check:
-        stored, found = int.from_bytes(data[-4:].tobytes(), "little"), crc32c(data[:-4])
-        if stored != found:
-            raise CorruptChunkError(f"CRC32C is {found:#010x}, {stored:#010x} is stored")
-    header = Header(size, transform, base_bytes, n, patch_start, minimum, nbytes)
-    _check_header(header, reserved)
-    return header
-
-
-def _check_header(header: Header, reserved: int) -> None:
-    gaps = header.transform == TRANSFORMS["gaps"]
-    if header.element_size not in ELEMENT_SIZES or header.transform not in TRANSFORMS.values():
-        raise CorruptChunkError(f"element size {header.element_size}, transform {header.transform}")
-    if header.base_bytes not in ([s for s in ELEMENT_SIZES if s <= header.element_size] if gaps else [0]):
-        raise CorruptChunkError(f"{header.base_bytes} bytes per base")
-    if header.n > MAX_VALUES:
-        raise CorruptChunkError(f"{header.n} values; a chunk holds {MAX_VALUES} at most")
-    if header.minimum >= (1 if gaps else 1 << 8 * header.element_size):
-        raise CorruptChunkError(f"minimum {header.minimum} with elements of {header.element_size} bytes")
-    if reserved:
-        raise CorruptChunkError("reserved bytes 28..31 are not zero")
-    if not header.payload_start <= header.patch_start <= header.patch_end:
-        raise CorruptChunkError(
-            f"{header.n} values have a directory up to {header.payload_start}, but the patches start at "
-            f"{header.patch_start} of {header.nbytes}"
-        )
 
 
 def bit_length(values: np.ndarray) -> np.ndarray:
@@ -267,10 +149,10 @@ def decode_rowpack_reference(chunk: BytesLike, *, check: bool = True) -> np.ndar
     out = np.empty((header.n_blocks, BLOCK), dtype=np.uint64)
     payload_at, patch_at = header.payload_start, header.patch_start
     for b in range(header.n_blocks):
-        block = _look_up(data, header, b)
+        block = look_up(data, header, b)
         if (block.payload_at, block.patch_at) != (payload_at, patch_at):
             raise CorruptChunkError(f"block {b} does not begin where the one before it ends")
-        out[b] = _decode_block(data, header, b, block)
+        out[b] = decode_block(data, header, b, block)
         payload_at += 16 * block.width
         patch_at += block.patch_bytes
     if (payload_at, patch_at) != (header.patch_start, header.patch_end):
@@ -278,7 +160,7 @@ def decode_rowpack_reference(chunk: BytesLike, *, check: bool = True) -> np.ndar
     return out.reshape(-1)[: header.n].astype(f"u{header.element_size}")  # modulo 2**bits
 
 
-def _check_reserved(data: np.ndarray, header: Header) -> None:
+def _check_reserved(data: np.ndarray, header: ChunkHeader) -> None:
     """Padding, unused places of the last record and the four bytes before the checksum are zero."""
     areas = [data[header.directory_end : header.payload_start], data[-TAIL_BYTES:-4]]
     used = header.n_blocks % RECORD_BLOCKS
@@ -290,13 +172,13 @@ def _check_reserved(data: np.ndarray, header: Header) -> None:
         raise CorruptChunkError("reserved bytes are not zero")
 
 
-def _look_up(data: np.ndarray, header: Header, b: int) -> Block:
+def look_up(data: np.ndarray, header: ChunkHeader, b: int) -> Block:
     """The directory's entry of block b; what the block takes is checked against the chunk's areas."""
     k = b % RECORD_BLOCKS
     record = data[HEADER.size + b // RECORD_BLOCKS * header.record_bytes :][: header.record_bytes]
     payload_at = header.payload_start + 16 * int.from_bytes(record[:4].tobytes(), "little")
     patch_at = header.patch_start + int.from_bytes(record[4:8].tobytes(), "little")
-    block = list(_entries(record, header, payload_at, patch_at, k + 1))[-1]
+    block = list(directory_entries(record, header, payload_at, patch_at, k + 1))[-1]
     bits = 8 * header.element_size
     if block.width > bits or (block.width == bits and block.exceptions):
         raise CorruptChunkError(f"block {b}: {block.width} bits and {block.exceptions} exceptions")
@@ -307,7 +189,9 @@ def _look_up(data: np.ndarray, header: Header, b: int) -> Block:
     return block
 
 
-def _entries(record: np.ndarray, header: Header, payload_at: int, patch_at: int, n: int) -> Iterator[Block]:
+def directory_entries(
+    record: np.ndarray, header: ChunkHeader, payload_at: int, patch_at: int, n: int
+) -> Iterator[Block]:
     """The first n entries of a record, each beginning where the one before it ends."""
     gaps = header.transform == TRANSFORMS["gaps"]
     for k in range(n):
@@ -327,7 +211,7 @@ def _entries(record: np.ndarray, header: Header, payload_at: int, patch_at: int,
         patch_at += block.patch_bytes
 
 
-def _decode_block(data: np.ndarray, header: Header, b: int, block: Block) -> np.ndarray:
+def decode_block(data: np.ndarray, header: ChunkHeader, b: int, block: Block) -> np.ndarray:
     """The 128 values of block b, uint64, correct modulo 2**(8 * element_size)."""
     stored = _unpack_wide(data[block.payload_at :], block.width)
     patch = data[block.patch_at : block.patch_at + block.patch_bytes]
@@ -433,13 +317,6 @@ def decode_rowpack(
     if status != rowpack_numba.OK:
         raise CorruptChunkError(rowpack_numba.describe_status(status))
     return out[: header.n].astype(f"u{header.element_size}", copy=False)
-
-
-def transform_code(transform: str) -> int:
-    """The transform byte of a transform's name."""
-    if not isinstance(transform, str) or transform not in TRANSFORMS:
-        raise ValueError(f"unknown rowpack transform {transform!r}; known: {', '.join(TRANSFORMS)}")
-    return TRANSFORMS[transform]
 
 
 def _prepare(values: np.ndarray, transform: str) -> tuple[np.ndarray, int, int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from hbx_gpu._codecs import rowpack_vector as vector
-from hbx_gpu._codecs.rowpack import BLOCK, MAX_EXCEPTIONS, PATCH_BITS, RECORD_BLOCKS
+from hbx_gpu._codecs.rowpack_format import BLOCK, MAX_EXCEPTIONS, PATCH_BITS, RECORD_BLOCKS
 
 _jit: Any = njit(nogil=True, cache=True, boundscheck=False)
 _PATCH_BITS = np.array(PATCH_BITS, dtype=np.int64)

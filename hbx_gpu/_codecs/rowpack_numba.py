@@ -15,7 +15,7 @@ from numba import config, njit, types
 from numba.extending import overload
 
 from hbx_gpu._codecs import rowpack_vector as vector
-from hbx_gpu._codecs.rowpack import (
+from hbx_gpu._codecs.rowpack_format import (
     BLOCK,
     HEADER,
     MAGIC,

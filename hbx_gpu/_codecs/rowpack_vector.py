@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hbx_gpu._codecs.rowpack import BLOCK
+from hbx_gpu._codecs.rowpack_format import BLOCK
 
 _I32 = ir.IntType(32)
 _LANES = 4

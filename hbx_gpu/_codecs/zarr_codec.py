@@ -11,7 +11,7 @@ import numpy as np
 from zarr.abc.codec import BytesBytesCodec
 from zarr.core.common import JSON, parse_named_configuration
 
-from hbx_gpu._codecs import bitpacking, rowpack
+from hbx_gpu._codecs import bitpacking, bitpacking_format, rowpack, rowpack_format
 
 if TYPE_CHECKING:
     from typing import Self
@@ -98,7 +98,7 @@ class BitpackingCodec(_PackingCodec):
     element_sizes = (4, 8)
 
     def __post_init__(self) -> None:
-        bitpacking.transform_code(self.transform)
+        bitpacking_format.transform_code(self.transform)
         super().__post_init__()
 
     def _unpack(self, chunk: np.ndarray, spec: ArraySpec) -> np.ndarray:  # noqa: ARG002
@@ -124,10 +124,10 @@ class RowpackCodec(_PackingCodec):
     """
 
     codec_name = "hbx_gpu.rowpack"
-    element_sizes = rowpack.ELEMENT_SIZES
+    element_sizes = rowpack_format.ELEMENT_SIZES
 
     def __post_init__(self) -> None:
-        rowpack.transform_code(self.transform)
+        rowpack_format.transform_code(self.transform)
         super().__post_init__()
 
     def _n_words(self, spec: ArraySpec) -> int:

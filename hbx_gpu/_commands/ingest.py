@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hbx_gpu._progress import bar
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
@@ -228,16 +229,9 @@ def _modalities_of(file: Path, given: Sequence[str]) -> list[str]:
 
 
 def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     begin = time.perf_counter()
     title = job.file.name if job.file else "modalities"
-    with tqdm(desc=title, unit=" cells", unit_scale=True, file=sys.stderr, mininterval=0.2) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with bar(" cells", title) as show:
         add = _add_several if job.several else _add_one
         report = add(atlas, job, args, show)
     if not report.n_cells:

@@ -112,8 +112,8 @@ class CellDataset:
     def _open(self) -> None:
         """Open what does not travel: chunk tables, files and the engine."""
         from hbx_gpu._engine.host import HostEngine
+        from hbx_gpu._storage.choice import open_reader
         from hbx_gpu._storage.chunks import ChunkDirectory
-        from hbx_gpu._storage.readers import open_reader
 
         table = source_table(self._sources, self.layers, self.n_features)
         layouts = [
@@ -350,7 +350,7 @@ class CellDataset:
 
     def open_reader(self, kind: str) -> Reader:
         """A reader of this dataset's chunks: ``"mmap"``, ``"preadv"`` or ``"pinned"``."""
-        from hbx_gpu._storage.readers import open_reader
+        from hbx_gpu._storage.choice import open_reader
 
         return open_reader(kind, self._directory)
 

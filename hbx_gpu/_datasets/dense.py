@@ -99,8 +99,8 @@ class DenseCellDataset(CellDataset):
 
     def _open(self) -> None:
         from hbx_gpu._engine.host.boxes import BoxEngine
+        from hbx_gpu._storage.choice import open_reader
         from hbx_gpu._storage.chunks import ChunkDirectory
-        from hbx_gpu._storage.readers import open_reader
 
         self.dtypes = {name: self._dtype(name) for name in self.layers}
         self._boxes = box_table(self._sources, self.layers)

@@ -10,8 +10,9 @@ import numpy as np
 
 from hbx_gpu._datasets.cells import several_rows
 from hbx_gpu._devices import cores
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
-from hbx_gpu._storage.readers import Slab, open_reader
+from hbx_gpu._storage.readers import Slab
 from hbx_gpu.batch import MultimodalBatch
 from hbx_gpu.stats import stage
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._codecs.rowpack import read_header
+from hbx_gpu._codecs.rowpack_format import read_header
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab

@@ -1,9 +1,10 @@
 """From array metadata to bytes in memory: layouts, chunk tables and readers. No zarr-python inside."""
 
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._storage.plain import npy_layout, plain_layout
-from hbx_gpu._storage.readers import Reader, Slab, open_reader
+from hbx_gpu._storage.readers import Reader, Slab
 
 __all__ = [
     "ChunkDirectory",

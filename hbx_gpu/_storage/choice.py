@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.readers import MmapReader, PreadReader, Reader
+
 IO = ("auto", "mmap", "pinned", "kvikio")
 """What `io` may be."""
 _ROWS = 256
@@ -93,3 +96,17 @@ def choose(candidates: Mapping[str, Callable[[np.ndarray], object]], n_rows: int
         "io='auto': %s %s on these files (microseconds per row, %d threads: %s)", name, why, threads, figures
     )
     return name
+
+
+def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
+    """A reader of the kind asked for.
+
+    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a
+    device reads explicitly into its page-locked memory.
+    """
+    from hbx_gpu._storage.pinned import PinnedReader
+
+    readers: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader, "pinned": PinnedReader}
+    if kind not in readers:
+        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(readers)}")
+    return readers[kind](directory)

@@ -485,17 +485,3 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
-
-def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
-    """A reader of the kind asked for.
-
-    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a
-    device reads explicitly into its page-locked memory.
-    """
-    from hbx_gpu._storage.pinned import PinnedReader
-
-    readers: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader, "pinned": PinnedReader}
-    if kind not in readers:
-        raise ValueError(f"unknown reader {kind!r}; there are {', '.join(readers)}")
-    return readers[kind](directory)

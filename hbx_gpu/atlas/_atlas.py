@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +11,19 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names
-from hbx_gpu.atlas._catalogue.journal import WriteLock
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, only_table
 from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions, local_path
+from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import (
     AtlasVersion,
-    Cell,
     DatasetSchema,
     FeatureBaseSchema,
     FeatureLayout,
-    Gene,
     HoxBaseSchema,
     PointerField,
-    cells_class,
     check_schema,
-    default_registry,
-    registry_table_name,
 )
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._query.query import AtlasQuery
@@ -44,7 +38,6 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.inputs import Input
 
-ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
 _UNKNOWN = (
     "the atlas at {} has no snapshot and was not made by hbx_gpu, so nothing says which of its tables {} "
@@ -63,20 +56,14 @@ class RaggedAtlas:
         self,
         path: Path,
         *,
-        catalogue: Catalogue | None = None,
-        schemas: ObsSchemas | None = None,
-        registries: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        session: WriteSession | None = None,
         snapshot: Snapshot | None = None,
-        pointer_fields: Mapping[str, str] | None = None,
+        schemas: ObsSchemas | None = None,
     ) -> None:
         self._path = path
-        self._catalogue = catalogue
-        self._schemas = dict(schemas or {})
-        self._registry_schemas = dict(registries or {})
+        self._session = session
         self._snapshot = snapshot
-        # What obs tables without a class begin with, where they are made.
-        self._declared = Cell if pointer_fields is None else cells_class(pointer_fields)
-        self._lock = WriteLock(path)
+        self._schemas = dict(schemas or {})
 
     def __repr__(self) -> str:
         state = "writable" if self._snapshot is None else f"snapshot {self.version}"
@@ -110,25 +97,23 @@ class RaggedAtlas:
         if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
             raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
         schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
-        registries = dict(registry_schemas or {})
         names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
-        atlas = cls(
-            root,
-            catalogue=Catalogue(root, root / "zarr_store", names),
-            schemas=schemas,
-            registries=registries,
+        session = WriteSession(
+            Catalogue(root, root / "zarr_store", names),
+            obs_schemas=schemas,
+            registry_schemas=registry_schemas,
             pointer_fields=pointer_fields,
         )
         root.mkdir(parents=True, exist_ok=True)
-        with atlas._lock.hold():
+        with session.lock.hold():
             (root / "zarr_store").mkdir(exist_ok=True)
             make_group(root / "zarr_store")
             tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())
             tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())
             # Last, because these make the names known: a creation that was interrupted is simply repeated.
-            atlas._ensure_tables()
-        return atlas
+            session.ensure_tables()
+        return cls(root, session=session, schemas=schemas)
 
     @classmethod
     def open(
@@ -161,20 +146,18 @@ class RaggedAtlas:
         where = local_path(store) if store is not None else root / "zarr_store"
         if not where.is_dir():
             raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
-        atlas = cls(
-            root, catalogue=Catalogue(root, where, names), schemas=obs_schemas, registries=registry_schemas
+        session = WriteSession(
+            Catalogue(root, where, names), obs_schemas=obs_schemas, registry_schemas=registry_schemas
         )
-        atlas._check_schemas()
+        session.check_schemas()
         try:
-            with atlas._writing():
-                atlas._ensure_tables()
+            with session.writing():
+                session.ensure_tables()
         except AtlasLockedError:
             # Somebody writes just now. That matters only if something has to be made before this can be used.
-            if set(atlas._schemas) - set(names.obs_tables) or set(atlas._registry_schemas) - set(
-                names.registries
-            ):
+            if not session.complete:
                 raise
-        return atlas
+        return cls(root, session=session, schemas=obs_schemas)
 
     @classmethod
     def checkout(
@@ -267,7 +250,20 @@ class RaggedAtlas:
     @property
     def obs_tables(self) -> list[str]:
         """Names of the obs tables, sorted."""
-        return self._snapshot.obs_tables if self._snapshot else sorted(self.catalogue.names.obs_tables)
+        return self._snapshot.obs_tables if self._snapshot else self.session.obs_tables
+
+    @property
+    def session(self) -> WriteSession:
+        """Its tables, declared classes and write lock.
+
+        Raises
+        ------
+        AtlasError
+            The atlas is checked out, thus read-only.
+        """
+        if self._session is None:
+            raise AtlasError(_READ_ONLY.format(self.version, str(self._path)))
+        return self._session
 
     @property
     def catalogue(self) -> Catalogue:
@@ -276,11 +272,9 @@ class RaggedAtlas:
         Raises
         ------
         AtlasError
-            The atlas is checked out.
+            The atlas is checked out, thus read-only.
         """
-        if self._catalogue is None:
-            raise AtlasError(_READ_ONLY.format(self.version, str(self._path)))
-        return self._catalogue
+        return self.session.catalogue
 
     @property
     def pointer_fields(self) -> dict[str, PointerField]:
@@ -333,10 +327,6 @@ class RaggedAtlas:
         """The class given for an obs table, if any."""
         return self._schemas.get(table)
 
-    def registry_schema(self, feature_space: str) -> type[FeatureBaseSchema] | None:
-        """The class given for a registry, if any."""
-        return self._registry_schemas.get(feature_space)
-
     # Writing
 
     def register_features(
@@ -363,7 +353,7 @@ class RaggedAtlas:
         """
         source = f"features for {feature_space!r}"
         data = columns.features_table(features, source)
-        with self._writing() as catalogue:
+        with self.session.writing() as catalogue:
             new = set(catalogue.unregistered(feature_space, data.column("uid").to_pylist()))
             keep = []
             for i, uid in enumerate(data.column("uid").to_pylist()):
@@ -374,14 +364,14 @@ class RaggedAtlas:
                 tables.prepare(
                     catalogue.registry(feature_space),
                     data.take(pa.array(keep)),
-                    allow_new=self.registry_schema(feature_space) is None,
+                    allow_new=self.session.registry_schema(feature_space) is None,
                     source=source,
                 ).commit()
             return len(keep)
 
     def optimize(self) -> None:
         """Give new features their global index and merge small files. No snapshot loses anything."""
-        with self._writing() as catalogue:
+        with self.session.writing() as catalogue:
             maintenance.optimize(catalogue)
 
     def validate(self) -> list[str]:
@@ -396,7 +386,7 @@ class RaggedAtlas:
         AtlasError
             The atlas is not fit for reading; says what is missing, for example a call of :meth:`optimize`.
         """
-        with self._writing() as catalogue:
+        with self.session.writing() as catalogue:
             return maintenance.snapshot(catalogue)
 
     def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
@@ -421,7 +411,7 @@ class RaggedAtlas:
         get_space(feature_space)
         if columns.stored_names([name], ()) != {name: name}:
             raise AtlasError(f"pointer column {name!r}: the name must be free of dots and backticks")
-        with self._writing() as catalogue:
+        with self.session.writing() as catalogue:
             catalogue.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
 
     def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
@@ -441,47 +431,6 @@ class RaggedAtlas:
         from hbx_gpu.atlas._ingest.anndata import add_from_h5ad
 
         return add_from_h5ad(self, path, **kwargs)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Catalogue]:
-        """Hold the write lock; undo what a killed writer left before anything else is done."""
-        catalogue = self.catalogue
-        with self._lock.hold() as taken:
-            if taken:
-                catalogue.recover()
-            yield catalogue
-
-    def _ensure_tables(self) -> None:
-        """Create the obs tables and registries that were asked for and do not exist."""
-        catalogue = self.catalogue
-        names = catalogue.names
-        registries = dict(names.registries)
-        for space, schema in self._registry_schemas.items():
-            registries.setdefault(space, registry_table_name(schema))
-            tables.ensure_table(self._path, registries[space], schema.to_arrow_schema())
-        for table, given in self._schemas.items():
-            declared = given or self._declared
-            tables.ensure_table(self._path, table, declared.to_arrow_schema())
-            for pointer in declared.pointer_fields().values():
-                space = pointer.feature_space
-                if get_space(space).has_features and space not in registries:
-                    registries[space] = default_registry(space)
-                    tables.ensure_table(self._path, registries[space], Gene.to_arrow_schema())
-        obs = tuple(sorted({*names.obs_tables, *self._schemas}))
-        changed = replace(names, obs_tables=obs, registries=registries)
-        if changed != names:
-            catalogue.names = changed
-            changed.save(self._path)
-
-    def _check_schemas(self) -> None:
-        names = self.catalogue.names
-        for table, declared in self._schemas.items():
-            if declared is not None and table in names.obs_tables:
-                check_schema(declared, self.catalogue.obs(table).schema, table)
-        for space, schema in self._registry_schemas.items():
-            if space in names.registries:
-                name = names.registries[space]
-                check_schema(schema, self.catalogue.registry(space).schema, name)
 
 
 def create_or_open_atlas(
@@ -552,21 +501,6 @@ def create_or_open_atlas(
         codec=codec,
         version_table_name=version_table_name,
     )
-
-
-def only_table(names: Sequence[str]) -> str:
-    """The obs table meant where none was named.
-
-    Raises
-    ------
-    ValueError
-        There are several.
-    """
-    if len(names) != 1:
-        raise ValueError(
-            f"the atlas has several obs tables ({list(names)}); pass obs_table= (--table) to select one"
-        )
-    return names[0]
 
 
 def _root(path: str | os.PathLike[str]) -> Path:

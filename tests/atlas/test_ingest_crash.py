@@ -26,7 +26,9 @@ from tests.atlas.dying import DYING
 
 _KILL = f"""
 import os, signal, sys
-from hbx_gpu.atlas import RaggedAtlas, arrays, catalogue, ingest, journal, tables
+from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.atlas._catalogue import catalogue, journal, tables
+from hbx_gpu.atlas._writing import arrays
 path, file, where, when, n = sys.argv[1:]
 {DYING}
 atlas = RaggedAtlas.open(path)
@@ -38,7 +40,7 @@ atlas.snapshot()
 
 _SLOW_INGEST = """
 import sys
-from hbx_gpu.atlas import RaggedAtlas, ingest
+from hbx_gpu.atlas import RaggedAtlas
 atlas = RaggedAtlas.open(sys.argv[1])
 print(flush=True)
 atlas.add_from_h5ad(sys.argv[2], chunk_shape=1, shard_shape=2)

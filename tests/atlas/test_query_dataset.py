@@ -355,7 +355,7 @@ def test_batches_are_slices_of_the_whole(ragged: AtlasQuery, monkeypatch: pytest
     assert together.obs_names.tolist() == whole.obs_names.tolist()
     assert np.array_equal(together.X.toarray(), whole.X.toarray())
     # Reading in small blocks changes nothing.
-    monkeypatch.setattr("hbx_gpu.atlas._query.opening._BLOCK_ELEMENTS", 3 * whole.n_vars)
+    monkeypatch.setattr("hbx_gpu.atlas._query.matrices._BLOCK_ELEMENTS", 3 * whole.n_vars)
     assert (ragged.to_anndata().X != whole.X).nnz == 0
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu import _files
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
 from hbx_gpu.atlas._catalogue import journal, swap
 from hbx_gpu.atlas._catalogue.catalogue import set_default_codec
@@ -29,18 +30,22 @@ ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"
 
 _KILL = f"""
 import os, signal, sys
-from hbx_gpu.atlas import arrays, journal, repack, repacking, swap
+from hbx_gpu import _files
+from hbx_gpu.atlas import repack
+from hbx_gpu.atlas._catalogue import swap
+from hbx_gpu.atlas._writing import arrays
 path, where, when, n, exchange = sys.argv[1:]
 {DYING}
 if exchange == "no":
-    swap.exchange = lambda *_: False
+    _files.exchange = lambda *_: False
 setattr(target, name, dying)
 repack(path, "hbx_gpu.rowpack")
 """
 
 _SLOW_REPACK = """
 import sys, time
-from hbx_gpu.atlas import arrays, repack
+from hbx_gpu.atlas import repack
+from hbx_gpu.atlas._writing import arrays
 real = arrays.ObjectWriter.put
 
 def put(self, encoded):
@@ -65,7 +70,7 @@ _STEPS: list[tuple[Any, str, str, int, bool]] = [
     (repacking, "_compare", "after", 1, True),
     (repacking, "_rewrite", "after", 2, True),
     (swap, "replace_group", "before", 1, True),
-    (swap, "exchange", "after", 1, True),
+    (_files, "exchange", "after", 1, True),
     (swap, "replace_group", "after", 1, True),
     (swap, "discard", "before", 1, True),
     (swap, "discard", "after", 1, True),
@@ -193,7 +198,7 @@ def test_dying_at_any_step(
 
     with monkeypatch.context() as patch:
         if not exchange:
-            patch.setattr(swap, "exchange", lambda *_: False)
+            patch.setattr(_files, "exchange", lambda *_: False)
         patch.setattr(swap, "settle", settle_if_alive)
         patch.setattr(owner, name, dying)
         with pytest.raises(Died):
@@ -239,7 +244,7 @@ def test_killed_while_being_put_in_order(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(swap, "exchange", lambda *_: False)
+        patch.setattr(_files, "exchange", lambda *_: False)
         patch.setattr(
             swap,
             "replace_group",

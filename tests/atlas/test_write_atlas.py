@@ -385,7 +385,7 @@ _HOLD = """
 import sys, time
 from hbx_gpu.atlas import RaggedAtlas
 atlas = RaggedAtlas.open(sys.argv[1])
-with atlas._writing():
+with atlas.session.writing():
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -424,7 +424,7 @@ def test_second_handle_and_second_thread_are_refused(tmp_path: Path) -> None:
         except AtlasLockedError as error:
             seen.append(error)
 
-    with atlas._writing():
+    with atlas.session.writing():
         with pytest.raises(AtlasLockedError):
             RaggedAtlas.open(tmp_path / "a").optimize()
         thread = threading.Thread(target=write)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from hbx_gpu._codecs import bitpacking as bp
+from hbx_gpu._codecs import bitpacking_format as fmt
 from hbx_gpu._codecs import (
     decode_bitpacking,
     decode_bitpacking_reference,
@@ -157,7 +157,7 @@ def check_range(values: np.ndarray, transform: str, first: int, last: int) -> No
     n, size = len(values), values.itemsize
     src = np.frombuffer(encode_bitpacking(values, transform, size), np.uint8)
     out = np.full(n + 7, 0xA5, values.dtype)
-    assert decode_into(src, size, n, first, last, out) == bp.OK
+    assert decode_into(src, size, n, first, last, out) == fmt.OK
     np.testing.assert_array_equal(out[first:last], values[first:last])
     assert (out[:first] == 0xA5).all()
     assert (out[last:] == 0xA5).all()
@@ -213,21 +213,25 @@ def test_never_reads_behind_its_source() -> None:
     out = np.zeros(1000, np.uint32)
     for end in range(len(encoded)):
         status = decode_into(slab[:end], 4, 1000, 0, 1000, out)
-        assert status & 0xFF in (bp.SHORT_HEADER, bp.MISSING_WIDTH, bp.TRUNCATED_BLOCK), end
-    assert decode_into(slab[: len(encoded)], 4, 1000, 0, 1000, out) == bp.OK
+        assert status & 0xFF in (
+            fmt.SHORT_HEADER,
+            fmt.MISSING_WIDTH,
+            fmt.TRUNCATED_BLOCK,
+        ), end
+    assert decode_into(slab[: len(encoded)], 4, 1000, 0, 1000, out) == fmt.OK
 
 
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
-        ((4, 100, 0, 100), bp.OK),
-        ((4, 101, 0, 101), bp.WRONG_COUNT),
-        ((4, 99, 0, 99), bp.WRONG_COUNT),
-        ((8, 100, 0, 100), bp.BAD_REQUEST),
-        ((4, 100, -1, 100), bp.BAD_REQUEST),
-        ((4, 100, 60, 50), bp.BAD_REQUEST),
-        ((4, 100, 0, 101), bp.BAD_REQUEST),
-        ((4, 1000, 0, 100), bp.BAD_REQUEST),
+        ((4, 100, 0, 100), fmt.OK),
+        ((4, 101, 0, 101), fmt.WRONG_COUNT),
+        ((4, 99, 0, 99), fmt.WRONG_COUNT),
+        ((8, 100, 0, 100), fmt.BAD_REQUEST),
+        ((4, 100, -1, 100), fmt.BAD_REQUEST),
+        ((4, 100, 60, 50), fmt.BAD_REQUEST),
+        ((4, 100, 0, 101), fmt.BAD_REQUEST),
+        ((4, 1000, 0, 100), fmt.BAD_REQUEST),
     ],
 )
 def test_requests_are_checked(request_: tuple[int, int, int, int], code: int) -> None:
@@ -235,7 +239,7 @@ def test_requests_are_checked(request_: tuple[int, int, int, int], code: int) ->
     status = decode_into(src, *request_, np.zeros(200, np.uint32))
     assert status & 0xFF == code
     assert describe_status(status)
-    if code == bp.WRONG_COUNT:
+    if code == fmt.WRONG_COUNT:
         assert "promises 100 words" in describe_status(status)
 
 

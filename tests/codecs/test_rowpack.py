@@ -21,6 +21,7 @@ from hbx_gpu._codecs import (
     encode_rowpack,
     encode_rowpack_reference,
     rowpack,
+    rowpack_format,
 )
 from hbx_gpu._codecs import rowpack_numba as kernels
 from hbx_gpu.errors import CorruptChunkError
@@ -90,7 +91,7 @@ def test_exceptions_of_every_width(dtype: str, extra: int, transform: str) -> No
             assert exceptions <= n
             if n == 1 and width == 3 and 2 <= extra <= 32 and transform == "none":
                 assert (chunk[40], exceptions) == (3, 1)
-                assert rowpack.PATCH_BITS[chunk[48] >> 5] >= extra
+                assert rowpack_format.PATCH_BITS[chunk[48] >> 5] >= extra
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,8 +105,8 @@ def test_largest_values(dtype: str, transform: str) -> None:
 def test_all_values_equal_cost_a_directory_and_no_payload() -> None:
     for transform in TRANSFORMS:
         chunk = check_round_trip(np.full(40_960, 123_456, np.uint32), transform)
-        assert len(chunk) == 40 + 40 * rowpack.record_bytes(
-            rowpack.TRANSFORMS[transform], 4 * (transform == "gaps")
+        assert len(chunk) == 40 + 40 * rowpack_format.record_bytes(
+            rowpack_format.TRANSFORMS[transform], 4 * (transform == "gaps")
         )
 
 
@@ -116,7 +117,7 @@ def test_a_reset_at_every_value() -> None:
 def test_layout_is_aligned_and_any_byte_form_decodes() -> None:
     values = np.arange(5_000, dtype=np.uint32) * 7
     chunk = encode_rowpack(values, "gaps")
-    assert rowpack.read_header(chunk).payload_start % 16 == 0
+    assert rowpack_format.read_header(chunk).payload_start % 16 == 0
     for shift in range(4):
         moved = np.frombuffer(bytes(shift) + chunk, np.uint8)[shift:]
         for form in (moved, moved.tobytes(), bytearray(moved), memoryview(moved.tobytes())):
@@ -150,8 +151,8 @@ def test_blocks_decode_without_their_neighbours() -> None:
     """Whatever other blocks hold, a block comes out right: nothing is carried from one to the next."""
     values = np.cumsum(np.random.default_rng(1).integers(0, 50, 4_000)).astype(np.uint32)
     chunk = np.frombuffer(encode_rowpack(values, "gaps"), np.uint8)
-    header = rowpack.read_header(chunk)
-    entry = rowpack._look_up(chunk, header, 13)
+    header = rowpack_format.read_header(chunk)
+    entry = rowpack.look_up(chunk, header, 13)
     alone = chunk.copy()
     alone[header.payload_start : header.patch_end] = 0xFF
     for at, size in ((entry.payload_at, 16 * entry.width), (entry.patch_at, entry.patch_bytes)):
@@ -338,7 +339,7 @@ def test_a_promise_of_many_values_allocates_nothing() -> None:
     import tracemalloc
 
     chunk = bytearray(encode_rowpack(np.zeros(128, np.uint32)))
-    chunk[8:12] = (rowpack.MAX_VALUES).to_bytes(4, "little")
+    chunk[8:12] = (rowpack_format.MAX_VALUES).to_bytes(4, "little")
     tracemalloc.start()
     for decode in DECODERS:
         with pytest.raises(CorruptChunkError, match="268435456 values have a directory up to"):
@@ -396,15 +397,15 @@ def test_encoder_input_is_checked(encode) -> None:
     for values in (np.zeros(3, np.int32), np.zeros(3, np.float32), np.zeros((2, 2), np.uint8)):
         with pytest.raises(TypeError, match="one-dimensional unsigned integers"):
             encode(values)
-    huge = np.broadcast_to(np.uint8(0), rowpack.MAX_VALUES + 1)
+    huge = np.broadcast_to(np.uint8(0), rowpack_format.MAX_VALUES + 1)
     with pytest.raises(ValueError, match=r"a rowpack chunk holds 268435456\. Choose smaller chunks"):
         encode(huge)
 
 
 def test_offsets_fit_32_bits_at_the_largest_chunk() -> None:
     """The worst block times the most blocks: no offset of such a chunk overflows its field."""
-    blocks = rowpack.MAX_VALUES // 128
-    directory = 40 + blocks // 8 * rowpack.record_bytes(1, 8)
+    blocks = rowpack_format.MAX_VALUES // 128
+    directory = 40 + blocks // 8 * rowpack_format.record_bytes(1, 8)
     assert directory + blocks * (128 * 8 + 31 + 127 + 31 * 4) < 2**32
 
 

@@ -21,16 +21,17 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
 
 from hbx_gpu._codecs.checksum import crc32c
-from hbx_gpu._codecs.rowpack import read_header
+from hbx_gpu._codecs.rowpack_format import read_header
 from hbx_gpu._engine.device import DeviceEngine
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._engine.host import HostEngine
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu._plan.rows import BatchPlan, plan_rows, source_table
 from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._storage.readers import Slab, open_reader
+from hbx_gpu._storage.readers import Slab
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.transforms import Transform

@@ -22,9 +22,9 @@ from hbx_gpu._engine.host import HostEngine
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import ArrayLayout, RowIndex, Source
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
 from tests.emulation.backend import EmulatedBackend

@@ -17,8 +17,8 @@ from hbx_gpu._engine.host.dense import densify
 from hbx_gpu._engine.reference import ReferenceEngine
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
-from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError
 from tests.matrices import CODECS, Group, expected_dense, ragged_groups, write_sources

@@ -18,8 +18,8 @@ from hbx_gpu._buffers import BufferPool
 from hbx_gpu._engine.host import HostEngine
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu._plan.rows import plan_rows, source_table
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
-from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.batch import SparseBatch
 from tests.matrices import Group, write_sources
 

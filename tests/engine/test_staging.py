@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu._codecs import rowpack
+from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._engine.device import records, status
 from hbx_gpu._engine.device.staging import Stager, Staging
@@ -89,14 +89,16 @@ def table(staging: Staging, host: np.ndarray, name: str) -> np.ndarray:
 def run_block(host: np.ndarray, run: np.void, b: int) -> np.ndarray:
     """Values of block b of a run: the reference's decoder, looking at nothing but the run's bytes."""
     r = {name: int(run[name]) for name in run.dtype.names}
-    header = rowpack.Header(r["element_size"], r["transform"], r["base_bytes"], r["n"], 0, r["minimum"], 0)
+    header = rowpack_format.ChunkHeader(
+        r["element_size"], r["transform"], r["base_bytes"], r["n"], 0, r["minimum"], 0
+    )
     assert r["records"] % 8 == 0
     assert r["payload"] % 16 == 0
     place = b // 8 - r["first_record"]
     assert 0 <= place < r["n_records"]
     record = host[r["records"] + place * header.record_bytes :][: header.record_bytes]
     payload_begin, patch_begin = (int(x) for x in record[:8].view("<u4"))
-    entries = rowpack._entries(
+    entries = rowpack.directory_entries(
         record,
         header,
         r["payload"] + 16 * (payload_begin - r["payload_begin"]),
@@ -108,7 +110,7 @@ def run_block(host: np.ndarray, run: np.void, b: int) -> np.ndarray:
     assert block.payload_at + 16 * block.width <= r["payload"] + 16 * r["payload_units"]
     assert r["patches"] <= block.patch_at
     assert block.patch_at + block.patch_bytes <= r["patches"] + r["patch_bytes"]
-    return rowpack._decode_block(host, header, b, block)
+    return rowpack.decode_block(host, header, b, block)
 
 
 def staged_elements(rows: Rows, staging: Staging, host: np.ndarray) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking import BLOCK
+from hbx_gpu._codecs.bitpacking_format import BLOCK
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PLAIN, SOURCE
 
 BAD_RECORD, BAD_WIDTH, TRUNCATED, BAD_PATCH, BAD_COLUMN, BAD_HEADER, BAD_PLACE = (1 << k for k in range(7))

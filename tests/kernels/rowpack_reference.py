@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._codecs import rowpack
-from hbx_gpu._codecs.rowpack import BLOCK, RECORD_BLOCKS, Block, Header
+from hbx_gpu._codecs import rowpack, rowpack_format
+from hbx_gpu._codecs.rowpack_format import BLOCK, RECORD_BLOCKS, Block, ChunkHeader
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN, SEGMENT, SOURCE
 from hbx_gpu.errors import CorruptChunkError
 
@@ -50,7 +50,7 @@ class Stage:
 
     def add(self, chunk: bytes, first: int = 0, last: int | None = None) -> int:
         """Stage blocks [first, last) of a chunk, all of them by default; returns the number of the run."""
-        data, head = np.frombuffer(chunk, np.uint8), rowpack.read_header(chunk, check=False)
+        data, head = np.frombuffer(chunk, np.uint8), rowpack_format.read_header(chunk, check=False)
         whole = last is None
         last = head.n_blocks if last is None else last
         run = np.zeros((), RUN)
@@ -60,10 +60,10 @@ class Stage:
         payload, payload_end = head.payload_start, head.patch_start
         patch, patch_end = head.patch_start, head.patch_end
         if not whole:
-            begin, end = rowpack._look_up(data, head, first), rowpack._look_up(data, head, last - 1)
+            begin, end = rowpack.look_up(data, head, first), rowpack.look_up(data, head, last - 1)
             payload, patch = begin.payload_at, begin.patch_at
             payload_end, patch_end = end.payload_at + 16 * end.width, end.patch_at + end.patch_bytes
-        records = rowpack.HEADER.size + np.array([r0, r1]) * head.record_bytes
+        records = rowpack_format.HEADER.size + np.array([r0, r1]) * head.record_bytes
         run["first_record"], run["n_records"] = r0, r1 - r0
         run["payload_begin"], run["payload_units"] = (
             (payload - head.payload_start) // 16,
@@ -189,11 +189,11 @@ def check_run(batch: Batch, number: int, skip: int, count: int) -> np.void:
         raise BadBlock(BAD_RECORD)
     run, room = batch.runs[number], batch.arena.nbytes
     size, base, gaps = int(run["element_size"]), int(run["base_bytes"]), int(run["transform"])
-    sizes = rowpack.ELEMENT_SIZES
+    sizes = rowpack_format.ELEMENT_SIZES
     good = size in sizes and gaps in (0, 1) and (base in sizes and base <= size if gaps else base == 0)
     good = good and run["records"] % 8 == 0 and run["payload"] % 16 == 0
     for name, length in (
-        ("records", int(run["n_records"]) * rowpack.record_bytes(gaps, base)),
+        ("records", int(run["n_records"]) * rowpack_format.record_bytes(gaps, base)),
         ("payload", 16 * int(run["payload_units"])),
         ("patches", int(run["patch_bytes"])),
     ):
@@ -209,13 +209,13 @@ def check_run(batch: Batch, number: int, skip: int, count: int) -> np.void:
 def decode_block(batch: Batch, run: np.void, b: int) -> np.ndarray:
     """The 128 values of block b, uint64, as its run and the arena have them."""
     size, base_bytes, gaps = int(run["element_size"]), int(run["base_bytes"]), int(run["transform"])
-    length = rowpack.record_bytes(gaps, base_bytes)
+    length = rowpack_format.record_bytes(gaps, base_bytes)
     at = int(run["records"]) + (b // RECORD_BLOCKS - int(run["first_record"])) * length
     record = batch.arena[at : at + length]
     # Only element_size, transform, base_bytes and minimum are read.
-    head = Header(size, gaps, base_bytes, int(run["n"]), 0, int(run["minimum"]), 0)
+    head = ChunkHeader(size, gaps, base_bytes, int(run["n"]), 0, int(run["minimum"]), 0)
     payload, patch = (int.from_bytes(record[4 * k : 4 * k + 4].tobytes(), "little") for k in (0, 1))
-    block = list(rowpack._entries(record, head, 16 * payload, patch, b % RECORD_BLOCKS + 1))[-1]
+    block = list(rowpack.directory_entries(record, head, 16 * payload, patch, b % RECORD_BLOCKS + 1))[-1]
     payload_begin, patch_begin = 16 * int(run["payload_begin"]), int(run["patch_begin"])
     payload_end = payload_begin + 16 * int(run["payload_units"])
     bits = 0
@@ -235,10 +235,10 @@ def decode_block(batch: Batch, run: np.void, b: int) -> np.ndarray:
     return _decode_placed(batch.arena, head, b, placed) & np.uint64(2 ** (8 * size) - 1)
 
 
-def _decode_placed(arena: np.ndarray, head: Header, b: int, block: Block) -> np.ndarray:
+def _decode_placed(arena: np.ndarray, head: ChunkHeader, b: int, block: Block) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
-            return rowpack._decode_block(arena, head, b, block)
+            return rowpack.decode_block(arena, head, b, block)
     except CorruptChunkError as error:
         raise BadBlock(BAD_PATCH) from error
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._codecs.bitpacking import TRANSFORMS, decode_bitpacking_reference, encode_bitpacking_reference
+from hbx_gpu._codecs.bitpacking import decode_bitpacking_reference, encode_bitpacking_reference
+from hbx_gpu._codecs.bitpacking_format import TRANSFORMS
 from tests.kernels import plain_reference as ref
 
 SIZES = (4, 8)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hbx_gpu._codecs.bitpacking import TRANSFORMS, decode_bitpacking_reference, encode_bitpacking_reference
+from hbx_gpu._codecs.bitpacking import decode_bitpacking_reference, encode_bitpacking_reference
+from hbx_gpu._codecs.bitpacking_format import TRANSFORMS
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, PACKED, PLAIN
 from hbx_gpu._engine.host import dense_kernels
 from hbx_gpu.errors import CorruptChunkError

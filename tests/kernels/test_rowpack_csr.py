@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._codecs import rowpack
+from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN
 from hbx_gpu.errors import CorruptChunkError
 from tests.kernels import rowpack_reference as reference
@@ -220,12 +220,12 @@ def test_vectors(launcher: Any) -> None:
         round_trip(launcher, group, transform)
 
 
-def blocks_refuse(chunk: bytes, head: rowpack.Header) -> bool:
+def blocks_refuse(chunk: bytes, head: rowpack_format.ChunkHeader) -> bool:
     """Whether the codec's reference refuses a block of a chunk, read alone."""
     data = np.frombuffer(chunk, np.uint8)
     try:
         for b in range(head.n_blocks):
-            rowpack._decode_block(data, head, b, rowpack._look_up(data, head, b))
+            rowpack.decode_block(data, head, b, rowpack.look_up(data, head, b))
     except CorruptChunkError:
         return True
     return False
@@ -237,7 +237,7 @@ def test_malformed_vectors(launcher: Any) -> None:
     for case in json.loads(VECTORS.read_text())["malformed"]:
         chunk = bytes.fromhex(case["chunk"])
         try:
-            head = rowpack.read_header(chunk, check=False)
+            head = rowpack_format.read_header(chunk, check=False)
         except CorruptChunkError:
             continue
         stage = Stage()
@@ -267,7 +267,7 @@ def test_malformed_vectors(launcher: Any) -> None:
 def test_resets_ascend_over_all_of_a_block(launcher: Any, place: int, position: int | None) -> None:
     """More resets than a warp has lanes; one of them is moved, or (None) repeats the one before it."""
     good = stored_chunk(np.arange(128, 0, -1).astype(np.uint16), "gaps")
-    head = rowpack.read_header(good)
+    head = rowpack_format.read_header(good)
     assert (good[48] & 31, good[56]) == (0, 127)
     chunk = bytearray(good)
     chunk[head.patch_start + place] = place if position is None else position

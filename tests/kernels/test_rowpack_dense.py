@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._codecs import rowpack
+from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._engine.device.records import PIECE, RUN, SEGMENT
 from tests.kernels import rowpack_reference as reference
 from tests.kernels.rowpack_reference import BAD_COLUMN, BAD_PATCH, BAD_PLACE, BAD_RECORD, Batch, Stage, piece
@@ -288,7 +288,7 @@ def test_each_bad_piece_is_named_and_the_other_rows_are_right(launcher: Any) -> 
         counts[[3, 90]] = 2**20
         chunk = bytearray(rowpack.encode_rowpack(counts))
         if row in (1, 4):
-            patch = rowpack.read_header(chunk).patch_start
+            patch = rowpack_format.read_header(chunk).patch_start
             chunk[patch], chunk[patch + 1] = chunk[patch + 1], chunk[patch]
         pieces.append(
             piece(stage.add(rowpack.encode_rowpack(np.arange(128, dtype=np.uint16), "gaps")), 0, 128)

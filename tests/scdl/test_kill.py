@@ -18,11 +18,12 @@ CHILD = '''
 import os, shutil, signal, sys, warnings
 from pathlib import Path
 
-from hbx_gpu.scdl import swap
+from hbx_gpu import _files
 from hbx_gpu.scdl._writing.cast import cast_archive
 from hbx_gpu.scdl._api.collection import SingleCellCollection
 from hbx_gpu.scdl._writing.concat import concat_archives
 from hbx_gpu.scdl._writing.convert import convert_h5ad
+from hbx_gpu.scdl._writing.staging import recover
 from tests.scdl.files import content, leftovers
 
 warnings.simplefilter("ignore")
@@ -30,7 +31,7 @@ root, operation, exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "exch
 # A kill leaves the system's cache alone; only a power cut needs what this waits for.
 os.fsync = lambda _: None
 if not exchange:
-    swap.exchange = lambda a, b: False
+    _files.exchange = lambda a, b: False
 work = root / "work"
 target = work / "archive"
 
@@ -87,7 +88,7 @@ def killed_at(step):
     run()
 
 def state():
-    swap.recover(target)
+    recover(target)
     return content(target) if target.exists() else None
 
 def remember(name):

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hbx_gpu._codecs.rowpack import BLOCK, HEADER
+from hbx_gpu._codecs.rowpack_format import BLOCK, HEADER
 from hbx_gpu._codecs.rowpack_numba import BAD_REQUEST, OK, block_range, parse_header
 from hbx_gpu._engine.host.kernels import _bytes_at
 

@@ -17,7 +17,7 @@ import numpy as np
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._codecs import bitpacking_numba, rowpack_numba
 from hbx_gpu._codecs.chain import ChunkCodec
-from hbx_gpu._codecs.rowpack import BLOCK
+from hbx_gpu._codecs.rowpack_format import BLOCK
 from hbx_gpu._engine.host import kernels
 from hbx_gpu._engine.verify import ChunkChecks
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from hbx_gpu._codecs.bitpacking_numba import decode_into
-from hbx_gpu._codecs.rowpack import BLOCK
+from hbx_gpu._codecs.rowpack_format import BLOCK
 from hbx_gpu._codecs.rowpack_numba import decode_blocks_at, parse_header
 
 COLUMN_OUT_OF_RANGE = -1

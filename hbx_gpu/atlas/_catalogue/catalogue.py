@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from lancedb.table import Table
 
+from hbx_gpu._files import sync, write_durably
 from hbx_gpu.atlas._catalogue import swap, tables
-from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal, sync
+from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal
 from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, read_records
 from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
 from hbx_gpu.atlas._model.spaces import get_space
@@ -94,13 +95,7 @@ def set_default_codec(root: Path, codec: str) -> None:
 
 
 def _save(root: Path, config: dict[str, Any]) -> None:
-    new = root / f"{_CONFIG}.new"
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, root / _CONFIG)
-    sync(root)
+    write_durably(root / _CONFIG, json.dumps(config, indent=2))
 
 
 def _check_generation(root: Path, version_table: str) -> None:
@@ -348,3 +343,18 @@ class Catalogue:
             self.names.save(self.root)
         for name in note.new_registries:
             tables.drop_table(self.root, name)
+
+
+def only_table(names: Sequence[str]) -> str:
+    """The obs table meant where none was named.
+
+    Raises
+    ------
+    ValueError
+        There are several.
+    """
+    if len(names) != 1:
+        raise ValueError(
+            f"the atlas has several obs tables ({list(names)}); pass obs_table= (--table) to select one"
+        )
+    return names[0]

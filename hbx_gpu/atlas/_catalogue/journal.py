@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._files import lock, sync, write_durably
 from hbx_gpu.errors import AtlasLockedError
 
 _FOLDER = ".hbx_gpu"
@@ -111,14 +111,7 @@ class Journal:
     def write(self, note: Note) -> None:
         """Record a note durably, in place of an earlier one of the same work."""
         self._folder.mkdir(exist_ok=True)
-        path = self._path(note)
-        new = path.with_suffix(".new")
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(asdict(note), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        sync(self._folder)
+        write_durably(self._path(note), json.dumps(asdict(note)))
 
     def sweep(self) -> None:
         """Remove notes that a killed writer had not finished; nothing was changed under them."""
@@ -198,26 +191,17 @@ class WriteLock:
         folder.mkdir(exist_ok=True)
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"
+            free = lock(file)
+            holder = "" if free else os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"
+        except BaseException:
+            os.close(file)
+            raise
+        if not free:
             os.close(file)
             raise AtlasLockedError(
                 f"another writer holds the atlas at {self._root} ({holder}); wait until it has "
                 "finished and try again"
-            ) from None
-        except OSError:
-            os.close(file)
-            raise
+            )
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return file
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
 import shutil
 from pathlib import Path
 
-from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, sync
+from hbx_gpu._files import replace_folder, sync
+from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote
 
 STAGING = ".staging"
 NEW = "group"
 OLD = "replaced"
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-# What the system says where it, or the file system, cannot exchange two names.
-_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def staging(store: Path, name: str) -> Path:
@@ -39,13 +34,7 @@ def replace_group(store: Path, note: RepackNote) -> None:
     absent for the moment between two renames; the note, which must be in the journal, covers that.
     """
     live, folder = store / note.zarr_group, staging(store, note.staging)
-    if not exchange(folder / NEW, live):
-        os.rename(live, folder / OLD)
-        try:
-            os.rename(folder / NEW, live)
-        except OSError:
-            os.rename(folder / OLD, live)
-            raise
+    replace_folder(folder / NEW, live, folder / OLD)
     sync(live.parent)
     sync(folder)
 
@@ -69,17 +58,3 @@ def settle(journal: Journal, store: Path, note: RepackNote) -> None:
         sync(live.parent)
     discard(store, note.staging)
     journal.remove(note)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; False where that is not possible."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    if not renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)):
-        return True
-    code = ctypes.get_errno()
-    if code in _CANNOT:
-        return False
-    raise OSError(code, os.strerror(code), str(b))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._h5ad.files import H5adFile
-from hbx_gpu.atlas._atlas import only_table
-from hbx_gpu.atlas._ingest.commit import Dataset, Progress, Settings, ingest
+from hbx_gpu._progress import Progress
+from hbx_gpu.atlas._catalogue.catalogue import only_table
+from hbx_gpu.atlas._catalogue.session import Writable, WriteSession
+from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
 from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, pick_feature_ids
 from hbx_gpu.atlas._ingest.joining import Joined
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage
@@ -23,11 +25,9 @@ from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from hbx_gpu.atlas._atlas import RaggedAtlas
-
 
 def add_from_anndata(
-    atlas: RaggedAtlas,
+    atlas: Writable,
     adata: AnnData | str | os.PathLike[str] | Input,
     *,
     field_name: str | None = None,
@@ -96,10 +96,10 @@ def add_from_anndata(
     AtlasLockedError
         Somebody else is writing.
     """
-    atlas.catalogue  # noqa: B018 - refuses here if the atlas is read-only
-    table = obs_table or obs_table_name or only_table(atlas.obs_tables)
-    name = _field_name(atlas.catalogue.pointer_spaces(table), table, field_name, feature_space)
-    space = get_space(atlas.catalogue.pointer_spaces(table)[name])
+    session = atlas.session
+    table = obs_table or obs_table_name or only_table(session.obs_tables)
+    name = _field_name(session.catalogue.pointer_spaces(table), table, field_name, feature_space)
+    space = get_space(session.catalogue.pointer_spaces(table)[name])
     check_matrix_space(name, space)
     if dataset_record is not None and dataset_record.feature_space != space.name:
         raise AtlasError(
@@ -110,14 +110,14 @@ def add_from_anndata(
     check_layer(space, target)
     settings = Settings(
         table,
-        storage_of(atlas, codec, chunk_shape, shard_shape),
+        storage_of(session, codec, chunk_shape, shard_shape),
         codec is not None,
         record=dataset_record,
         exist_ok=exist_ok,
         progress=progress,
     )
     with contextlib.ExitStack() as stack:
-        catalogue = stack.enter_context(atlas._writing())
+        stack.enter_context(session.writing())
         if isinstance(adata, Input):
             data = adata
         elif isinstance(adata, str | os.PathLike) or adata.isbacked:
@@ -138,10 +138,10 @@ def add_from_anndata(
             allow_rounding,
         )
         joined = Joined(part.ids, (np.arange(len(part.ids)),))
-        return ingest(atlas, catalogue, Dataset([part], joined, data.source), settings).n_cells
+        return ingest(session, Dataset([part], joined, data.source), settings).n_cells
 
 
-def add_from_h5ad(atlas: RaggedAtlas, path: str | os.PathLike[str], **kwargs: Any) -> int:
+def add_from_h5ad(atlas: Writable, path: str | os.PathLike[str], **kwargs: Any) -> int:
     """Add the cells of an .h5ad file to an atlas, reading it in pieces: memory does not grow with the matrix.
 
     Parameters as in :func:`add_from_anndata`.
@@ -196,7 +196,7 @@ def check_layer(space: FeatureSpace, layer: str) -> None:
 
 
 def storage_of(
-    atlas: RaggedAtlas,
+    session: WriteSession,
     codec: str | None,
     chunk_shape: int | tuple[int, ...] | None,
     shard_shape: int | tuple[int, ...] | None,
@@ -211,7 +211,7 @@ def storage_of(
     chunk = flat_shape(chunk_shape, DEFAULT_CHUNK, name="chunk_shape")
     default_shard = max(1, DEFAULT_SHARD // chunk) * chunk
     shard = flat_shape(shard_shape, default_shard, name="shard_shape")
-    return Storage(check_codec(codec or atlas.catalogue.names.codec), chunk, shard)
+    return Storage(check_codec(codec or session.catalogue.names.codec), chunk, shard)
 
 
 def _field_name(

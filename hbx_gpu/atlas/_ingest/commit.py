@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +14,23 @@ import pyarrow.compute as pc
 from pydantic_core import PydanticUndefined
 
 from hbx_gpu import __version__
+from hbx_gpu._progress import Progress
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote
+from hbx_gpu.atlas._catalogue.session import WriteSession
 from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
 from hbx_gpu.atlas._ingest.joining import Joined, join_obs
 from hbx_gpu.atlas._ingest.parts import Part, Storage
 from hbx_gpu.atlas._model.schema import DatasetSchema, layout_uid, make_uid
-from hbx_gpu.atlas._upkeep.repack import codec_of
 from hbx_gpu.atlas._writing.arrays import dense_codec
+from hbx_gpu.atlas._writing.recoding import codec_of
 from hbx_gpu.errors import AlreadyIngestedError, AtlasError, InvalidDataError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hbx_gpu.atlas._atlas import RaggedAtlas
-
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class _Plan:
     cells: tables.Addition
 
 
-def ingest(atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings) -> IngestReport:
+def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> IngestReport:
     """Add a dataset, or nothing at all; callers hold the write lock.
 
     Raises
@@ -136,6 +134,7 @@ def ingest(atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings:
     InvalidDataError, AlreadyIngestedError, AtlasError
         See :func:`add_from_anndata`.
     """
+    catalogue = session.catalogue
     if _ingested_before(catalogue, dataset, settings):
         return IngestReport("", 0)
     fields = {part.field_name: part.space.name for part in dataset.parts}
@@ -144,7 +143,7 @@ def ingest(atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings:
     written = False
     try:
         if new:
-            _check_extensible(atlas, settings.obs_table, new)
+            _check_extensible(session, settings.obs_table, new)
             note = IngestNote(
                 note.staging,
                 note.obs_table,
@@ -154,7 +153,7 @@ def ingest(atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings:
             catalogue.journal.write(note)
             written = True
             catalogue.extend(settings.obs_table, new)
-        plan = _make_plan(atlas, catalogue, dataset, settings, note)
+        plan = _make_plan(session, dataset, settings, note)
         note, written = plan.note, True
         catalogue.journal.write(note)
         pointers = _write_arrays(catalogue, dataset, settings, note)
@@ -183,8 +182,8 @@ def _report(note: IngestNote, dataset: Dataset) -> IngestReport:
     return IngestReport(note.dataset_uid, len(joined.ids), complete, measured, left_out)
 
 
-def _check_extensible(atlas: RaggedAtlas, table: str, new: Mapping[str, str]) -> None:
-    schema = atlas.obs_schema(table)
+def _check_extensible(session: WriteSession, table: str, new: Mapping[str, str]) -> None:
+    schema = session.obs_schema(table)
     if schema is not None:
         raise AtlasError(
             f"{schema.__name__}, the class of obs table {table!r}, declares no pointer columns "
@@ -252,10 +251,9 @@ def _stored_row(catalogue: Catalogue, part: Part, record: DatasetSchema | None) 
     return next(iter([*same, *rows]), None)
 
 
-def _make_plan(
-    atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings, note: IngestNote
-) -> _Plan:
+def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note: IngestNote) -> _Plan:
     """Everything that can be refused is refused here, before anything is written."""
+    catalogue = session.catalogue
     records = _records(dataset.parts, settings)
     for record in records:
         if catalogue.group_path(record.zarr_group).exists():
@@ -263,14 +261,14 @@ def _make_plan(
                 f"group {record.zarr_group!r} exists in {catalogue.store}, though no dataset refers to it; "
                 "remove it or choose another zarr_group"
             )
-    features, new = _plan_features(atlas, catalogue, dataset.parts)
+    features, new = _plan_features(session, dataset.parts)
     uids = [layout_uid(part.features.ids) if part.features else "" for part in dataset.parts]
     layouts: dict[str, Sequence[str]] = {
         uid: part.features.ids
         for uid, part in zip(uids, dataset.parts, strict=True)
         if part.features and not catalogue.layout_exists(uid)
     }
-    cells = _plan_cells(atlas, catalogue, dataset, settings, records[0].dataset_uid)
+    cells = _plan_cells(session, dataset, settings, records[0].dataset_uid)
     rows = [
         record.model_dump() | {"layout_uid": uid} | _origin(part, kept, settings)
         for record, uid, part, kept in zip(records, uids, dataset.parts, dataset.joined.rows, strict=True)
@@ -342,9 +340,10 @@ def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, Any]:
 
 
 def _plan_features(
-    atlas: RaggedAtlas, catalogue: Catalogue, parts: Sequence[Part]
+    session: WriteSession, parts: Sequence[Part]
 ) -> tuple[list[tables.Addition], list[list[str]]]:
     """Rows for the registries, one addition per registry; and per part the features it brings."""
+    catalogue = session.catalogue
     unseen: dict[str, set[str]] = {}
     found: dict[str, list[tuple[Part, pa.Table]]] = {}
     new: list[list[str]] = []
@@ -372,7 +371,7 @@ def _plan_features(
             tables.prepare(
                 catalogue.registry(space),
                 rows,
-                allow_new=atlas.registry_schema(space) is None,
+                allow_new=session.registry_schema(space) is None,
                 source=source,
             )
         )
@@ -380,9 +379,10 @@ def _plan_features(
 
 
 def _plan_cells(
-    atlas: RaggedAtlas, catalogue: Catalogue, dataset: Dataset, settings: Settings, dataset_uid: str
+    session: WriteSession, dataset: Dataset, settings: Settings, dataset_uid: str
 ) -> tables.Addition:
-    schema = atlas.obs_schema(settings.obs_table)
+    catalogue = session.catalogue
+    schema = session.obs_schema(settings.obs_table)
     pointers = catalogue.pointer_spaces(settings.obs_table)
     own = OWN_COLUMNS if schema is None else tuple(name for name in OWN_COLUMNS if name != "uid")
     frames = [(name, f"{dataset.source}, obs", frame, rows) for name, frame, rows in dataset.common] + [

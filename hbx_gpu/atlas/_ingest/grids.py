@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from hbx_gpu.atlas._catalogue.journal import sync
+from hbx_gpu._files import sync
 from hbx_gpu.atlas._ingest.image_files import StoredImage
 from hbx_gpu.atlas._writing.arrays import ChunkEncoder, ObjectWriter, compressor_for, layout_of
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
-from hbx_gpu.atlas._atlas import only_table
+from hbx_gpu._progress import Progress
+from hbx_gpu.atlas._catalogue.catalogue import only_table
+from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import (
     backing_file,
     check_layer,
@@ -23,7 +25,7 @@ from hbx_gpu.atlas._ingest.anndata import (
     first_layer,
     storage_of,
 )
-from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Progress, Settings, ingest
+from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Settings, ingest
 from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
 from hbx_gpu.atlas._ingest.images import ImageInput, image_part
 from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, hash_file, pick_feature_ids
@@ -35,7 +37,6 @@ from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hbx_gpu.atlas._atlas import RaggedAtlas
 
 _ALIASES = {
     "gene_expression": ("rna", "gex", "gene", "genes"),
@@ -77,7 +78,7 @@ class _Options:
 
 
 def add_multimodal(
-    atlas: RaggedAtlas,
+    atlas: Writable,
     modalities: Any,
     *,
     join: Join = "outer",
@@ -153,15 +154,15 @@ def add_multimodal(
     AtlasError, AtlasLockedError
         The obs table has a class without such a column; somebody else is writing.
     """
-    atlas.catalogue  # noqa: B018 - refuses here if the atlas is read-only
+    session = atlas.session
     check_join(join)
-    table = obs_table or only_table(atlas.obs_tables)
-    storage = storage_of(atlas, codec, chunk_shape, shard_shape)
+    table = obs_table or only_table(session.obs_tables)
+    storage = storage_of(session, codec, chunk_shape, shard_shape)
     with contextlib.ExitStack() as stack:
-        catalogue = stack.enter_context(atlas._writing())
+        stack.enter_context(session.writing())
         opened, common, source = _open_all(modalities, stack)
         _check_names(opened, layers or {}, feature_id_column, obs_from)
-        fields = catalogue.pointer_spaces(table)
+        fields = session.catalogue.pointer_spaces(table)
         targets = {name: resolve_modality(name, fields, table) for name in opened}
         _check_targets(targets)
         options = _Options(layers or {}, feature_id_column, allow_rounding, stack)
@@ -181,7 +182,7 @@ def add_multimodal(
             progress=progress,
         )
         shared = [(name, frame, _rows_of(frame, joined.ids, name)) for name, frame in common]
-        return ingest(atlas, catalogue, Dataset(parts, joined, source, shared), settings)
+        return ingest(session, Dataset(parts, joined, source, shared), settings)
 
 
 # Names

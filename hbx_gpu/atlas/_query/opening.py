@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query import obs as obs_room
-from hbx_gpu.atlas._query.recipe import FeatureJoin, QueryRecipe
-from hbx_gpu.batch import DenseBatch
+from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu.atlas._catalogue.snapshot import Group, PointerField, Snapshot
-
-_BLOCK_ELEMENTS = 1 << 27
-"""Matrix entries, zeros counted, read at once when a matrix is put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,97 +235,3 @@ def has_index(snapshot: Snapshot, pointer: PointerField, sources: Sequence[Sourc
 
 
 # AnnData
-
-
-def measured(snapshot: Snapshot, feature_space: str, groups: Sequence[str], join: FeatureJoin) -> np.ndarray:
-    """Ascending global indices of the features that any (union) or all (intersection) groups measured."""
-    counts = np.zeros(snapshot.registry(feature_space).n_features, dtype=np.int64)
-    for group in group_records(snapshot, groups, feature_space):
-        remap = snapshot.remap(group.name, feature_space)
-        counts[np.unique(remap[remap >= 0])] += 1
-    return np.flatnonzero(counts == len(groups) if join == "intersection" and groups else counts > 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Matrices:
-    """The layers of a query's rows, with names for both axes, from which AnnData is cut.
-
-    Attributes
-    ----------
-    layers
-        Layer name -> dataset; all over the same rows and columns. The first becomes ``X``.
-    obs
-        One row per dataset row; the uid among its columns.
-    obs_names
-        Columns of `obs` that AnnData shall show.
-    var
-        One row per column, indexed by uid.
-    """
-
-    layers: dict[str, CellDataset]
-    obs: pa.Table
-    obs_names: list[str]
-    var: pd.DataFrame
-
-    def __len__(self) -> int:
-        return len(self.obs)
-
-    def cut(self, start: int, stop: int) -> AnnData:
-        """Rows ``[start, stop)`` as AnnData: CSR of the stored dtype, rows in query order."""
-        from anndata import AnnData
-
-        frame = obs_frame(self.obs.slice(start, stop - start), self.obs_names)
-        matrices = {name: _read(dataset, start, stop) for name, dataset in self.layers.items()}
-        first = next(iter(matrices))
-        x = matrices.pop(first)
-        return AnnData(x, obs=frame, var=self.var.copy(), layers=matrices)
-
-    def pieces(self, batch_size: int) -> Iterator[AnnData]:
-        """All rows, `batch_size` at a time."""
-        for start in range(0, len(self), batch_size):
-            yield self.cut(start, min(start + batch_size, len(self)))
-
-
-def _read(dataset: CellDataset, start: int, stop: int) -> object:
-    from scipy.sparse import csr_matrix
-
-    blocks = [dataset.__getitems__(block) for block in _blocks(dataset, start, stop)]
-    if isinstance(blocks[0], DenseBatch):
-        return np.concatenate([block.data for block in blocks])
-    lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
-    matrix = csr_matrix(
-        (
-            np.concatenate([block.values for block in blocks]),
-            np.concatenate([block.indices for block in blocks]),
-            np.concatenate([[0], np.cumsum(lengths)]),
-        ),
-        shape=(stop - start, dataset.n_features),
-    )
-    matrix.sort_indices()
-    return matrix
-
-
-def _blocks(dataset: CellDataset, start: int, stop: int) -> list[np.ndarray]:
-    """Row numbers cut into at least one piece of at most `_BLOCK_ELEMENTS` matrix entries each."""
-    rows = max(1, _BLOCK_ELEMENTS // max(1, dataset.n_features))
-    edges = [*range(start, stop, rows), stop] if stop > start else [start, stop]
-    return [np.arange(a, b) for a, b in pairwise(edges)]
-
-
-def obs_frame(obs: pa.Table, names: Sequence[str]) -> pd.DataFrame:
-    """Obs columns with the uid as index."""
-    frame = to_pandas(obs.select(names))
-    frame.index = obs.column("uid").to_numpy().astype(str).astype(object)
-    frame.index.name = "uid"
-    return frame
-
-
-def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A pandas frame in which missing bools stay missing bools (pandas' own default makes them objects)."""
-    import pandas as pd
-
-    return table.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get if _null_bools(table) else None)
-
-
-def _null_bools(table: pa.Table) -> bool:
-    return any(pa.types.is_boolean(c.type) and c.null_count for c in table.columns)

@@ -11,7 +11,9 @@ import pyarrow as pa
 from hbx_gpu.atlas._query import obs as obs_room
 from hbx_gpu.atlas._query import opening as reading
 from hbx_gpu.atlas._query import results
-from hbx_gpu.atlas._query.recipe import QueryRecipe, QueryState
+from hbx_gpu.atlas._query.matrices import Matrices, measured, obs_frame, to_pandas
+from hbx_gpu.atlas._query.recipe import QueryRecipe
+from hbx_gpu.atlas._query.state import QueryState
 from hbx_gpu.atlas._query.steps import QuerySteps, whole
 from hbx_gpu.errors import UnknownNameError
 
@@ -62,7 +64,7 @@ class AtlasQuery(QuerySteps):
             return empty.append_column("count", pa.array([], pa.int64())).to_pandas()
         total = pa.concat_tables(partial).group_by(columns).aggregate([("count_all", "sum")])
         total = total.select([*columns, "count_all_sum"]).rename_columns([*columns, "count"])
-        return reading.to_pandas(total.sort_by([(name, "ascending") for name in columns]))
+        return to_pandas(total.sort_by([(name, "ascending") for name in columns]))
 
     def to_arrow(self) -> pa.Table:
         """Obs rows as an Arrow table: the selected columns, or all of them, pointers included."""
@@ -71,7 +73,7 @@ class AtlasQuery(QuerySteps):
 
     def to_pandas(self) -> pd.DataFrame:
         """Obs rows as a pandas frame, without pointer columns."""
-        return reading.to_pandas(self._plain_arrow())
+        return to_pandas(self._plain_arrow())
 
     def to_polars(self) -> Any:
         """Obs rows as a polars frame, without pointer columns.
@@ -356,7 +358,7 @@ class AtlasQuery(QuerySteps):
         return results.Modality(
             pointer=pointer,
             present=there,
-            obs=reading.obs_frame(rows, names),
+            obs=obs_frame(rows, names),
             open=lambda layers: self._opened(pointer, kept, layers),
             matrices=lambda: self._matrices(pointer, kept),
         )
@@ -375,15 +377,13 @@ class AtlasQuery(QuerySteps):
             return dataset, None
         return dataset, self._snapshot.registry(space).frame.reindex(list(columns.uids))
 
-    def _matrices(
-        self, pointer: PointerField, found: obs_room.ModalityRows | None = None
-    ) -> reading.Matrices:
+    def _matrices(self, pointer: PointerField, found: obs_room.ModalityRows | None = None) -> Matrices:
         space = pointer.feature_space
         found = self._read_rows(pointer, []) if found is None else found
         panel = dict(self._state.panels).get(space)
         registry = self._snapshot.registry(space)
         if panel is None:
-            index = reading.measured(self._snapshot, space, found.groups, self._state.join)
+            index = measured(self._snapshot, space, found.groups, self._state.join)
         else:
             index = registry.resolve(panel)
         columns = reading.chosen_columns(self._snapshot, space, index)
@@ -396,7 +396,7 @@ class AtlasQuery(QuerySteps):
         }
         names = [name for name in self._plain_columns() if name != "uid"]
         obs = obs_room.read_table(self._table, ["uid", *names], rowids=found.rowids)
-        return reading.Matrices(datasets, obs, names, registry.frame.reindex(list(columns.uids)))
+        return Matrices(datasets, obs, names, registry.frame.reindex(list(columns.uids)))
 
 
 def _layer_names(layer: str | Sequence[str] | None) -> tuple[str, ...] | None:

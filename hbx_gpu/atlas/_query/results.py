@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from hbx_gpu.atlas._catalogue.snapshot import PointerField
-    from hbx_gpu.atlas._query.opening import Matrices
+    from hbx_gpu.atlas._query.matrices import Matrices
     from hbx_gpu.chromatin import Fragments
 
 FRAGMENT_LAYERS = ("starts", "lengths")

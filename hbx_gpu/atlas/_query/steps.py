@@ -14,7 +14,7 @@ from hbx_gpu.atlas._query import obs as obs_room
 from hbx_gpu.atlas._query import opening as reading
 from hbx_gpu.atlas._query.balance import balanced_rows, value_codes
 from hbx_gpu.atlas._query.fields import Fields
-from hbx_gpu.atlas._query.recipe import FeatureJoin, QueryState
+from hbx_gpu.atlas._query.state import FeatureJoin, QueryState
 from hbx_gpu.errors import UnknownNameError
 
 if TYPE_CHECKING:

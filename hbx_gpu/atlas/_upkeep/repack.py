@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +17,27 @@ from typing import Any, Literal
 import numpy as np
 
 from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._files import sync
+from hbx_gpu._progress import Progress
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.atlas._catalogue import swap, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, set_default_codec
-from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock, sync
+from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
 from hbx_gpu.atlas._catalogue.records import SnapshotRecord, atlas_root, read_records, resolve_store
 from hbx_gpu.atlas._model.schema import make_uid
-from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, guess_space, known_spaces
+from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
 from hbx_gpu.atlas._writing.arrays import (
-    ChunkEncoder,
     ObjectWriter,
-    Role,
     check_codec,
-    codec_names,
-    compressor_for,
 )
+from hbx_gpu.atlas._writing.recoding import StoredArray, n_chunks, plan_arrays
 from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsupportedCodecError
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]
 Outcome = Literal["repacked", "unchanged", "left alone"]
 # What a file system says that cannot link, or not this file; then the file is copied.
 _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -98,27 +96,13 @@ class RepackReport:
 
 
 @dataclass(frozen=True)
-class _Array:
-    """An array to be rewritten, and what is to compress it."""
-
-    relative: str
-    layout: ArrayLayout
-    compressor: Any
-
-    def encoder(self) -> ChunkEncoder:
-        """A fresh one: it keeps what it encoded last, which thousands of groups must not add up."""
-        chunk = self.layout.chunk_shape[0]
-        return ChunkEncoder(self.layout.dtype.name, self.compressor, chunk, most=_n_chunks(self.layout))
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What there is to do for one group."""
 
     zarr_group: str
     feature_space: str
     arrays: tuple[str, ...] = ()
-    rewrite: tuple[_Array, ...] = ()
+    rewrite: tuple[StoredArray, ...] = ()
     n_values: int = 0
     left_alone: str = ""
 
@@ -184,14 +168,6 @@ def repack(
     return RepackReport(codec, groups)
 
 
-def codec_of(group: Path, space: FeatureSpace) -> str:
-    """The codec name under which a sparse group's arrays are stored, or ``mixed``."""
-    for name in codec_names():
-        if not _plan_arrays(group, group.name, space, name)[1]:
-            return name
-    return "mixed"
-
-
 # What there is to do
 
 
@@ -247,40 +223,10 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
         space = get_space(space_name) if known else guess_space(space_name, path, has_features=has_features)
         if space.index_array is None:
             return _Plan(name, space_name, left_alone=space.pointer.replace("_", " "))
-        arrays, rewrite, n_values = _plan_arrays(path, name, space, codec)
+        arrays, rewrite, n_values = plan_arrays(path, name, space, codec)
     except (AtlasError, FileNotFoundError, UnsupportedCodecError) as error:
         return _Plan(name, space_name, left_alone=str(error))
     return _Plan(name, space_name, arrays, rewrite, n_values)
-
-
-def _plan_arrays(
-    path: Path, name: str, space: FeatureSpace, codec: str
-) -> tuple[tuple[str, ...], tuple[_Array, ...], int]:
-    """Index and layers of a group, those of them that would change, and the number of values."""
-    assert space.index_array is not None
-    roles: dict[str, Role] = {space.index_array: "index"}
-    for layer, relative in find_layers(path, space).items():
-        roles[relative] = "index" if layer in space.ascending_layers else "values"
-    rewrite, n_values = [], 0
-    for relative, role in roles.items():
-        layout = read_layout(path / relative, f"{name}/{relative}")
-        if len(layout.shape) != 1 or not (path / relative / "zarr.json").is_file():
-            raise AtlasError(f"array {relative} is no one-dimensional array of zarr 3")
-        n_values = n_values or layout.shape[0]
-        compressor = compressor_for(codec, role, layout.dtype, layout.chunk_shape[0])
-        array = _Array(relative, layout, compressor)
-        if _chain(array.encoder().codecs) != _chain(layout.codecs):
-            ChunkCodec(layout)  # refuses here what cannot be decoded
-            rewrite.append(array)
-    return tuple(roles), tuple(rewrite), n_values
-
-
-def _n_chunks(layout: ArrayLayout) -> int:
-    return -(-layout.shape[0] // layout.chunk_shape[0])
-
-
-def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
 
 
 class _Ticks:
@@ -335,7 +281,7 @@ def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _build(path: Path, new: Path, rewrite: Sequence[_Array], tick: _Ticks) -> None:
+def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: _Ticks) -> None:
     """The group as it will be, complete, compared with the old one and on disk."""
     _take_over(path, new, {path / array.relative for array in rewrite})
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -372,7 +318,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
             sync(target)
 
 
-def _rewrite(array: _Array, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
     """Decode and encode chunk by chunk. An absent chunk stays absent: it may be fill value, or lost."""
     layout, encoder = array.layout, array.encoder()
     chunk = layout.chunk_shape[0]
@@ -411,7 +357,7 @@ def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict
     sync(new)
 
 
-def _compare(array: _Array, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
     """Read both back and compare to the bit.
 
     Raises
@@ -443,8 +389,8 @@ def _decoded(layout: ArrayLayout, batch: int, pool: ThreadPoolExecutor) -> Itera
     """The chunks of an array, `batch` at a time; None for an absent one."""
     directory, codec = ChunkDirectory([layout]), ChunkCodec(layout)
     with open_reader("preadv", directory) as reader:
-        for first in range(0, _n_chunks(layout), batch):
-            ids = np.arange(first, min(first + batch, _n_chunks(layout)))
+        for first in range(0, n_chunks(layout), batch):
+            ids = np.arange(first, min(first + batch, n_chunks(layout)))
             slab = reader.read(directory.extents(ids))
 
             def decode(i: int, slab: Any = slab, ids: np.ndarray = ids) -> np.ndarray | None:

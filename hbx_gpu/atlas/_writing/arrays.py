@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from hbx_gpu._codecs.checksum import crc32c
-from hbx_gpu.atlas._catalogue.journal import sync
+from hbx_gpu._files import sync
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 
 Role = Literal["index", "values", "dense"]

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +15,43 @@ import pyarrow as pa
 from hbx_gpu._progress import Progress, silent
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.archive import Archive, open_archive
+from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex
 from hbx_gpu.scdl._format.frames import Frame, StoredFrame, iter_parquet
 from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
 from hbx_gpu.scdl._format.neighbors import NeighborsUnusableError, NeighborTable
 from hbx_gpu.scdl._format.values import Tolerance, check_dtype, widest
 from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
 
-if TYPE_CHECKING:
-    from hbx_gpu.scdl._atlases.origin import Origin
-
 # Values that are copied at once.
 COPY_SIZE = 10 * 1024 * 1024
 _MOST_ROWS = 1 << 20
+
+
+class Annotated(Protocol):
+    """What an archive says of its rows and columns: an `Archive`, or what was kept of one in an atlas."""
+
+    path: Path
+    n_rows: int
+
+    @property
+    def var(self) -> VariableFeatureIndex:
+        """Gene columns by row block."""
+        ...
+
+    @property
+    def obs(self) -> ObservedFeatureIndex | None:
+        """Cell columns by row block; None without any."""
+        ...
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Row bounds of the gene blocks, (n_blocks + 1,)."""
+        ...
+
+    @property
+    def neighbors(self) -> NeighborTable | None:
+        """Stored neighbors; None without any."""
+        ...
 
 
 def concat_archives(
@@ -127,7 +152,7 @@ def _runs(indptr: np.ndarray, n_rows: int, size: int) -> Iterator[tuple[int, int
         first = last
 
 
-def append_frames(writer: ArchiveWriter, archive: Archive | Origin, *, any_obs: bool) -> None:
+def append_frames(writer: ArchiveWriter, archive: Annotated, *, any_obs: bool) -> None:
     """Append genes and cells of an archive; without cells, rows without columns where `any_obs`."""
     if archive.var.number_of_rows() != archive.n_rows:
         raise CorruptDataError(
@@ -160,7 +185,7 @@ def append_frames(writer: ArchiveWriter, archive: Archive | Origin, *, any_obs: 
         start += n_rows
 
 
-def _has_obs(archive: Archive | Origin) -> bool:
+def _has_obs(archive: Annotated) -> bool:
     return archive.obs is not None and len(archive.obs) > 0
 
 
@@ -181,7 +206,7 @@ def _rows(sources: list[object]) -> int:
     return sum(int(source.get("rows", 0)) if isinstance(source, dict) else 0 for source in sources)
 
 
-def append_neighbors(writer: ArchiveWriter, archive: Archive | Origin, copy_size: int) -> None:
+def append_neighbors(writer: ArchiveWriter, archive: Annotated, copy_size: int) -> None:
     """Append the neighbours of an archive, if it has any, for the rows that come next."""
     table = _neighbors(archive)
     if table is None:
@@ -194,7 +219,7 @@ def append_neighbors(writer: ArchiveWriter, archive: Archive | Origin, copy_size
         writer.append_neighbors(indptr - indptr[0], others, table.weights[links], first_row=first_row + first)
 
 
-def _neighbors(archive: Archive | Origin) -> NeighborTable | None:
+def _neighbors(archive: Annotated) -> NeighborTable | None:
     try:
         if (table := archive.neighbors) is not None:
             table.check()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hbx_gpu.atlas._catalogue.journal import sync
-from hbx_gpu.atlas._catalogue.swap import exchange
+from hbx_gpu._files import lock, replace_folder, sync, sync_tree
 
 # `.NAME.scdl-TOKEN/` beside NAME: the folder in work, the lock of its writer, temporary files.
 _MARK = ".scdl-"
@@ -47,7 +45,7 @@ class Staging:
             self._place.mkdir()
             # Held as long as the process lives, so that others can tell work from leftovers.
             self._lock = os.open(self._place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         self.folder, self.scratch = self._place / _NEW, self._place / "scratch"
         self.folder.mkdir()
         self.scratch.mkdir()
@@ -65,21 +63,14 @@ class Staging:
         FileExistsError
             The target exists and `replace` is false.
         """
-        _sync_tree(self.folder)
+        sync_tree(self.folder)
         if not os.path.lexists(self.target):
             os.rename(self.folder, self.target)
         elif not replace:
             raise FileExistsError(f"{self.target} came into being while its replacement was built")
-        elif not exchange(self.folder, self.target):
-            # Absent between two renames; `recover` puts the old one back if we die there.
-            os.rename(self.target, self._place / _OLD)
-            try:
-                os.rename(self.folder, self.target)
-            except OSError:
-                os.rename(self._place / _OLD, self.target)
-                raise
-            # Under another name before its files go: half an archive must never be put back.
-            os.rename(self._place / _OLD, self.scratch / _OLD)
+        elif (old := replace_folder(self.folder, self.target, self._place / _OLD)) != self.folder:
+            # Under another name before its files go: half an archive must never be put back by `recover`.
+            os.rename(old, self.scratch / _OLD)
         sync(self.target.parent)
         self.discard()
 
@@ -134,7 +125,7 @@ def _parent_locked(target: Path) -> Iterator[bool]:
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            lock(folder, wait=True)
         except OSError:  # network file systems
             yield False
         else:
@@ -147,24 +138,16 @@ def _parent_locked(target: Path) -> Iterator[bool]:
 def _held(place: Path, *, or_without_lock: bool) -> Iterator[bool]:
     """Whether no living writer has the place, which is ours meanwhile."""
     try:
-        lock = os.open(place / _LOCK, os.O_RDWR)
+        file = os.open(place / _LOCK, os.O_RDWR)
     except OSError:
         # Its maker died before it had a lock, or is about to make it if we do not hold makers off.
         yield or_without_lock
         return
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            abandoned = lock(file)
         except OSError:
-            yield False
-        else:
-            yield True
+            abandoned = False
+        yield abandoned
     finally:
-        os.close(lock)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(parent) / name)
-        sync(Path(parent))
+        os.close(file)

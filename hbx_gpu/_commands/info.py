@@ -1,0 +1,26 @@
+"""The subcommand `hbx-gpu info`: what an atlas holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand to a parser's."""
+    parser = commands.add_parser("info", parents=[common], help="say what an atlas holds")
+    parser.add_argument("path", type=Path, metavar="PATH", help="the atlas")
+    parser.add_argument(
+        "--version", dest="snapshot", type=int, metavar="N", help="snapshot; the newest by default"
+    )
+    parser.set_defaults(command=run, if_interrupted="nothing was changed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary of a snapshot."""
+    from hbx_gpu.atlas import Snapshot
+    from hbx_gpu.atlas._upkeep.summary import describe
+
+    print(describe(Snapshot.open(args.path, args.snapshot)))
+    return 0

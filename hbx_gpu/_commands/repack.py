@@ -1,0 +1,34 @@
+"""The subcommand `hbx-gpu repack`: the arrays of an atlas in another codec."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._progress import bar
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> None:
+    """Add the subcommand to a parser's; `codecs` lists the codecs for the help."""
+    parser = commands.add_parser(
+        "repack",
+        parents=[common],
+        help="rewrite the arrays of an atlas in another codec",
+        description="Rewrite index and layers of all sparse groups in place, one group after the other. "
+        "Cells, genes and snapshots stay as they are. May be interrupted; run it again to go on.",
+    )
+    parser.add_argument("atlas", type=Path, metavar="ATLAS", help="the atlas; also one that Homeobox made")
+    parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
+    parser.set_defaults(command=run, if_interrupted="every group is whole; run the command again to go on")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rewrite the atlas and print what became of its groups."""
+    from hbx_gpu.atlas import repack
+    from hbx_gpu.atlas._upkeep.summary import describe_repack
+
+    with bar(" values", "repack") as show:
+        report = repack(args.atlas, args.codec, progress=show)
+    print(describe_repack(report))
+    return 0

@@ -1,0 +1,142 @@
+"""An atlas that is open for writing: its tables, the classes declared for them, and the write lock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalogue.journal import WriteLock
+from hbx_gpu.atlas._model.schema import (
+    Cell,
+    FeatureBaseSchema,
+    Gene,
+    HoxBaseSchema,
+    cells_class,
+    check_schema,
+    default_registry,
+    registry_table_name,
+)
+from hbx_gpu.atlas._model.spaces import get_space
+
+ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
+"""Obs table -> its class, None for a table that takes its columns from the data."""
+
+
+class WriteSession:
+    """One atlas as its writers see it.
+
+    Parameters
+    ----------
+    catalogue
+        Its tables.
+    obs_schemas, registry_schemas
+        Classes by obs table and by feature space; tables without one take further columns from the data.
+    pointer_fields
+        Pointer column -> feature space, of obs tables that are made without a class.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        obs_schemas: ObsSchemas | None = None,
+        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        pointer_fields: Mapping[str, str] | None = None,
+    ) -> None:
+        self.catalogue = catalogue
+        self._obs_schemas = dict(obs_schemas or {})
+        self._registry_schemas = dict(registry_schemas or {})
+        self._without_class = Cell if pointer_fields is None else cells_class(pointer_fields)
+        self.lock = WriteLock(catalogue.root)
+
+    @property
+    def obs_tables(self) -> list[str]:
+        """Names of the obs tables, sorted."""
+        return sorted(self.catalogue.names.obs_tables)
+
+    def obs_schema(self, table: str) -> type[HoxBaseSchema] | None:
+        """The class declared for an obs table, if any."""
+        return self._obs_schemas.get(table)
+
+    def registry_schema(self, feature_space: str) -> type[FeatureBaseSchema] | None:
+        """The class declared for a registry, if any."""
+        return self._registry_schemas.get(feature_space)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Catalogue]:
+        """Hold the write lock; what a killed writer left is undone before anything else.
+
+        Raises
+        ------
+        AtlasLockedError
+            Somebody else is writing.
+        """
+        with self.lock.hold() as taken:
+            if taken:
+                self.catalogue.recover()
+            yield self.catalogue
+
+    @property
+    def complete(self) -> bool:
+        """Whether every table that a class was declared for exists."""
+        names = self.catalogue.names
+        return set(self._obs_schemas) <= set(names.obs_tables) and set(self._registry_schemas) <= set(
+            names.registries
+        )
+
+    def ensure_tables(self) -> None:
+        """Create the obs tables and registries that were declared and do not exist; needs the write lock."""
+        root, names = self.catalogue.root, self.catalogue.names
+        registries = dict(names.registries)
+        for space, schema in self._registry_schemas.items():
+            registries.setdefault(space, registry_table_name(schema))
+            tables.ensure_table(root, registries[space], schema.to_arrow_schema())
+        for table, given in self._obs_schemas.items():
+            declared = given or self._without_class
+            tables.ensure_table(root, table, declared.to_arrow_schema())
+            for pointer in declared.pointer_fields().values():
+                space = pointer.feature_space
+                if get_space(space).has_features and space not in registries:
+                    registries[space] = default_registry(space)
+                    tables.ensure_table(root, registries[space], Gene.to_arrow_schema())
+        obs = tuple(sorted({*names.obs_tables, *self._obs_schemas}))
+        changed = replace(names, obs_tables=obs, registries=registries)
+        if changed != names:
+            self.catalogue.names = changed
+            changed.save(root)
+
+    def check_schemas(self) -> None:
+        """Compare the declared classes with the tables that exist.
+
+        Raises
+        ------
+        AtlasError
+            A class disagrees with its table.
+        """
+        names = self.catalogue.names
+        for table, declared in self._obs_schemas.items():
+            if declared is not None and table in names.obs_tables:
+                check_schema(declared, self.catalogue.obs(table).schema, table)
+        for space, schema in self._registry_schemas.items():
+            if space in names.registries:
+                name = names.registries[space]
+                check_schema(schema, self.catalogue.registry(space).schema, name)
+
+
+class Writable(Protocol):
+    """What an ingest takes: an atlas that has a session for its writers."""
+
+    @property
+    def session(self) -> WriteSession:
+        """The session.
+
+        Raises
+        ------
+        AtlasError
+            The atlas is checked out, thus read-only.
+        """
+        ...

@@ -1,0 +1,44 @@
+"""What was asked of an obs table, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FeatureJoin = Literal["union", "intersection"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryState:
+    """Everything that was asked of an :class:`~hbx_gpu.atlas._query.query.AtlasQuery`.
+
+    Attributes
+    ----------
+    where
+        SQL clause, or None.
+    columns
+        Obs columns selected, or None for all.
+    panels
+        (feature space, uids) pairs.
+    join
+        Features of matrices put together from several groups.
+    limit, offset
+        Rows to take and to skip after filtering.
+    balanced
+        (number of rows, column), or None.
+    layers
+        (feature space, layer names) pairs, for AnnData.
+    spaces, fields
+        Restrict which pointer fields are read, or None.
+    """
+
+    where: str | None = None
+    columns: tuple[str, ...] | None = None
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    join: FeatureJoin = "union"
+    limit: int | None = None
+    offset: int = 0
+    balanced: tuple[int, str] | None = None
+    layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    spaces: tuple[str, ...] | None = None
+    fields: tuple[str, ...] | None = None

@@ -1,0 +1,67 @@
+"""Which codec a group is stored in, and which of its arrays another one would change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
+from hbx_gpu.atlas._writing.arrays import ChunkEncoder, Role, codec_names, compressor_for
+from hbx_gpu.errors import AtlasError
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array to be rewritten, and what is to compress it."""
+
+    relative: str
+    layout: ArrayLayout
+    compressor: Any
+
+    def encoder(self) -> ChunkEncoder:
+        """A fresh one: it keeps what it encoded last, which thousands of groups must not add up."""
+        chunk = self.layout.chunk_shape[0]
+        return ChunkEncoder(self.layout.dtype.name, self.compressor, chunk, most=n_chunks(self.layout))
+
+
+def codec_of(group: Path, space: FeatureSpace) -> str:
+    """The codec name under which a sparse group's arrays are stored, or ``mixed``."""
+    for name in codec_names():
+        if not plan_arrays(group, group.name, space, name)[1]:
+            return name
+    return "mixed"
+
+
+def plan_arrays(
+    path: Path, name: str, space: FeatureSpace, codec: str
+) -> tuple[tuple[str, ...], tuple[StoredArray, ...], int]:
+    """Index and layers of a group, those of them that would change, and the number of values."""
+    assert space.index_array is not None
+    roles: dict[str, Role] = {space.index_array: "index"}
+    for layer, relative in find_layers(path, space).items():
+        roles[relative] = "index" if layer in space.ascending_layers else "values"
+    rewrite, n_values = [], 0
+    for relative, role in roles.items():
+        layout = read_layout(path / relative, f"{name}/{relative}")
+        if len(layout.shape) != 1 or not (path / relative / "zarr.json").is_file():
+            raise AtlasError(f"array {relative} is no one-dimensional array of zarr 3")
+        n_values = n_values or layout.shape[0]
+        compressor = compressor_for(codec, role, layout.dtype, layout.chunk_shape[0])
+        array = StoredArray(relative, layout, compressor)
+        if _chain(array.encoder().codecs) != _chain(layout.codecs):
+            ChunkCodec(layout)  # refuses here what cannot be decoded
+            rewrite.append(array)
+    return tuple(roles), tuple(rewrite), n_values
+
+
+def n_chunks(layout: ArrayLayout) -> int:
+    return -(-layout.shape[0] // layout.chunk_shape[0])
+
+
+def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
