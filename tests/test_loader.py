@@ -215,7 +215,7 @@ def test_the_memory_budget_holds(
 
     def watched(selections: list[np.ndarray]) -> list[object]:
         with lock:
-            made.update(order.index(tuple(rows.tolist())) for rows in selections)
+            made.update(order.index(rows.tolist()) for rows in selections)
             held.append(sum(sizes[i] for i in made))
         return make(selections)
 

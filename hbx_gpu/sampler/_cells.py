@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hbx_gpu.sampler._epoch import EpochSampler, at_least, batch_sizes, digest
+from hbx_gpu.sampler._epoch import EpochSampler
+from hbx_gpu.sampler._position import at_least, digest
+from hbx_gpu.sampler._rounds import batch_sizes
 from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
 
 LOCALITIES = ("group", "block", "none")
@@ -24,33 +26,40 @@ class CellSampler(EpochSampler):
     batch_size
         Cells per batch.
     shuffle
-        False: stored order, cut into batches of the same shapes.
+        False: the order of the dataset (or of `rows`), whatever the locality.
     seed
         Non-negative. The order of an epoch comes from ``numpy.random.SeedSequence([seed, epoch])``. None
-        draws a new seed for every iteration (on one rank only).
+        draws a new seed for every iteration; several ranks, which must agree, take 0 instead.
     drop_last
         Leave out the partial batch and, on several ranks, the batches of an incomplete last round;
         `n_dropped` counts the cells, and a warning says so once.
     num_workers
-        Workers among which a rank's batches go round; decides when a batch comes, never what is in it.
+        Worker processes among which a rank's batches go round; decides when a batch comes, never what is in
+        it.
     locality
-        ``"group"``: each batch comes from one group, and the batches a worker gets in a row come from the
-        same group as long as it lasts; what groups hold beyond their full batches is pooled into mixed ones.
-        ``"none"``: a uniform permutation. ``"block"``: between the two, see `block_size`.
+        ``"none"``: a uniform permutation. ``"group"``: each batch comes from one group, and the batches a
+        worker gets in a row come from the same group as long as it lasts; what groups hold beyond their full
+        batches is pooled into mixed ones. ``"block"``: between the two, see `block_size`.
     block_size, blocks_per_window
         For ``locality="block"``: each group is cut into blocks of block_size cells that lie side by side, the
         blocks of all groups are shuffled, and the cells of blocks_per_window blocks at a time are shuffled
         among themselves.
+    rows
+        Row numbers to draw from, for instance those of the training split; all rows by default. Batches hold
+        row numbers of the whole dataset.
     rank, world_size
-        By default those of torch.distributed if it is initialised by now, else 0 and 1. All ranks get the
-        same number of batches: the batches of an incomplete last round are cut smaller (or dropped, see
+        By default those of torch.distributed when an iteration begins, else 0 and 1. All ranks get the same
+        number of batches: the batches of the last round are cut smaller if need be, so that their sizes
+        differ by at most one, and none holds a single cell unless batch_size is 1 (or they are dropped, see
         `drop_last`).
 
     Raises
     ------
     ValueError
         For groups that are not one-dimensional, sizes below 1, an unknown locality, a rank outside the world,
-        fewer cells than ranks, and several ranks without a seed.
+        fewer than two cells per rank.
+    IndexError
+        A row number outside the dataset, or one given twice.
     """
 
     def __init__(
@@ -60,11 +69,12 @@ class CellSampler(EpochSampler):
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
-        num_workers: int = 1,
+        num_workers: int = 0,
         *,
-        locality: str = "group",
+        locality: str = "none",
         block_size: int = 64,
         blocks_per_window: int = 256,
+        rows: ArrayLike | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -76,10 +86,13 @@ class CellSampler(EpochSampler):
         self.locality = locality
         self.block_size = at_least("block_size", block_size, 1)
         self.blocks_per_window = at_least("blocks_per_window", blocks_per_window, 1)
-        codes, self._group_sizes = number(integers("groups_np", groups_np))
-        self._n_epoch = len(codes)
+        groups = integers("groups_np", groups_np)
         # Kept as long as the sampler lives, so at half the width wherever 32 bits suffice.
-        self._by_group = rows_by_code(codes).astype(np.int32 if len(codes) < 2**31 else np.int64)
+        width = np.int32 if len(groups) < 2**31 else np.int64
+        self._rows = None if rows is None else _checked_rows(rows, len(groups)).astype(width)
+        codes, self._group_sizes = number(groups if self._rows is None else groups[self._rows])
+        self._n_epoch = len(codes)
+        self._by_group = rows_by_code(codes).astype(width)
         super().__init__(
             batch_size=batch_size,
             seed=seed,
@@ -94,33 +107,33 @@ class CellSampler(EpochSampler):
         return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
 
     def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
-        if self.locality == "group":
-            return self._grouped(rng, lanes)
-        if self.locality == "block":
-            return self._blocked(rng)
-        n = self._n_epoch
-        return rng.permutation(n) if self.shuffle else np.arange(n)
+        if not self.shuffle:
+            cells = np.arange(self._n_epoch)
+        elif self.locality == "group":
+            cells = self._grouped(rng, lanes)
+        elif self.locality == "block":
+            cells = self._blocked(rng)
+        else:
+            cells = rng.permutation(self._n_epoch)
+        return cells if self._rows is None else self._rows[cells].astype(np.int64)
 
     def _grouped(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
         size, ends = self.batch_size, np.cumsum(self._group_sizes)
         rows = self._by_group.astype(np.int64)
-        if self.shuffle:
-            shuffle_runs(rows, ends, rng)
+        shuffle_runs(rows, ends, rng)
         tails = self._group_sizes % size
         is_tail = np.zeros(len(rows), bool)
         is_tail[ranges(ends - tails, tails)] = True
         pool = rows[is_tail]
-        if self.shuffle:
-            rng.shuffle(pool)
+        rng.shuffle(pool)
         cells = np.empty_like(rows)
         n_whole = len(rows) - len(pool)
         np.compress(~is_tail, rows, out=cells[:n_whole])
         cells[n_whole:] = pool
 
-        # The pool is packed like one more group; its partial batch stays behind all the full ones.
+        # The pool is packed like one more group; its partial batch comes after all the full ones.
         n_batches = np.append(self._group_sizes, len(pool)) // size
-        ranks = rng.permutation(len(n_batches)) if self.shuffle else np.arange(len(n_batches))
-        order = pack_lanes(n_batches, lanes, queue_ranks=ranks)
+        order = pack_lanes(n_batches, lanes, queue_ranks=rng.permutation(len(n_batches)))
         n_full = len(order) * size
         rows[n_full:] = cells[n_full:]
         full = cells[:n_full].reshape(-1, size)
@@ -128,8 +141,6 @@ class CellSampler(EpochSampler):
         return rows
 
     def _blocked(self, rng: np.random.Generator) -> np.ndarray:
-        if not self.shuffle:
-            return self._by_group.astype(np.int64)
         ends = np.cumsum(self._group_sizes)
         per_group = -(-self._group_sizes // self.block_size)
         within = ranges(np.zeros_like(per_group), per_group) * self.block_size
@@ -146,11 +157,33 @@ class CellSampler(EpochSampler):
         blocks = {"block_size": self.block_size, "blocks_per_window": self.blocks_per_window}
         return {
             "shuffle": self.shuffle,
-            "locality": self.locality,
-            **(blocks if self.locality == "block" else {}),
+            **({"locality": self.locality} if self.shuffle else {}),
+            **(blocks if self.shuffle and self.locality == "block" else {}),
+            **({} if self._rows is None else {"rows": digest(self._rows)}),
             "n_cells": self._n_epoch,
             "groups": digest(self._by_group, self._group_sizes),
         }
+
+
+def _checked_rows(rows: ArrayLike, n_cells: int) -> np.ndarray:
+    """Row numbers in ``[0, n_cells)``, each once; a boolean mask of all cells is fine too."""
+    chosen = np.asarray(rows)
+    if chosen.dtype == bool and chosen.shape == (n_cells,):
+        return np.flatnonzero(chosen)
+    chosen = integers("rows", chosen).astype(np.int64)
+    low, high = int(chosen.min(initial=0)), int(chosen.max(initial=-1))
+    if low < -n_cells or high >= n_cells:
+        raise IndexError(
+            f"row {low if low < -n_cells else high} is out of range for a dataset of {n_cells} cells"
+        )
+    chosen = np.where(chosen < 0, chosen + n_cells, chosen)
+    times = np.bincount(chosen, minlength=n_cells)
+    if times.max(initial=0) > 1:
+        raise IndexError(
+            f"row {int(times.argmax())} is in rows {times.max()} times; each is drawn once per epoch. "
+            "WeightedCellSampler draws with replacement"
+        )
+    return chosen
 
 
 def pack_lanes(n_batches: np.ndarray, lanes: int, *, queue_ranks: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hbx_gpu.sampler._epoch import EpochSampler, at_least, batch_sizes, digest
+from hbx_gpu.sampler._epoch import EpochSampler
+from hbx_gpu.sampler._position import at_least, digest
+from hbx_gpu.sampler._rounds import batch_sizes
 from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
 
 Codes: TypeAlias = ArrayLike | Sequence[ArrayLike]
@@ -38,7 +40,7 @@ class WeightedCellSampler(EpochSampler):
         *,
         seed: int | None = None,
         drop_last: bool = False,
-        num_workers: int = 1,
+        num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -139,7 +141,7 @@ class BalancedCellSampler(EpochSampler):
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
-        num_workers: int = 1,
+        num_workers: int = 0,
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -220,7 +222,7 @@ class GroupedCellSampler(EpochSampler):
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
-        num_workers: int = 1,
+        num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:

@@ -1,0 +1,89 @@
+"""Where an iteration stands, and among how many ranks its batches are dealt."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Progress:
+    """One iteration: the order it walks, from which cell on, and how many batches it has yielded.
+
+    `start` counts cells of the global order, which does not depend on the number of ranks that walk it;
+    `world_size` and `num_workers` are those the order was made for, `dealt_to` the number of ranks that
+    `edges` are for. `before` counts the batches of a rank before `start`; `loaded` says that a state was the
+    origin.
+    """
+
+    seed: int
+    epoch: int
+    world_size: int
+    num_workers: int
+    start: int = 0
+    before: int = 0
+    loaded: bool = False
+    begun: bool = False
+    yielded: int = 0
+    done: bool = False
+    edges: np.ndarray | None = None
+    dealt_to: int = 0
+    total: int = 0
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
+
+
+def at_least(name: str, value: int, minimum: int) -> int:
+    """`value` as an int, or an error that names it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """A short name for the content of arrays, for comparing states."""
+    state = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        state.update(f"{array.dtype.str}{array.shape}".encode())
+        state.update(np.ascontiguousarray(array).data)
+    return state.hexdigest()
+
+
+def checked_rank(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Rank and number of ranks as given, or an error that says what is wrong; None if neither was given."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(
+            f"pass both rank and world_size, or neither; got rank={rank}, world_size={world_size}"
+        )
+    if rank is None or world_size is None:
+        return None
+    world_size = at_least("world_size", world_size, 1)
+    if not 0 <= operator.index(rank) < world_size:
+        raise ValueError(f"rank must lie in 0 .. {world_size - 1} (world_size={world_size}), got {rank}")
+    return operator.index(rank), world_size
+
+
+def distributed_rank() -> tuple[int, int]:
+    """Rank and number of ranks of torch.distributed, or those of a single process."""
+    # Whoever initialized torch.distributed has imported it.
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def caller_depth() -> int:
+    """How far up the stack, as `warnings.warn` counts, the first frame outside this package lies."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hbx_gpu."):
+        frame, depth = frame.f_back, depth + 1
+    return depth

@@ -1,0 +1,117 @@
+"""Batches cut into rounds, one batch for each rank: the last round evenly, and never into single cells."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+_MOST_ROUNDS_CUT_AGAIN = 3
+
+
+def batch_sizes(n_cells: int, batch_size: int, *, drop_last: bool) -> np.ndarray:
+    """Sizes of the batches that n_cells are cut into, the last one partial or dropped."""
+    full, rest = divmod(n_cells, batch_size)
+    sizes = np.full(full + bool(rest and not drop_last), batch_size, np.int64)
+    if rest and not drop_last:
+        sizes[-1] = rest
+    return sizes
+
+
+def least_per_rank(sizes: np.ndarray, world_size: int) -> int:
+    """Cells that a batch must have at least: two if there are several ranks, so that no rank trains on one
+    cell (where batch normalization fails) while the others do not; one if all batches hold one."""
+    return 1 if world_size == 1 or int(sizes.max(initial=1)) == 1 else 2
+
+
+def cut_rounds(
+    sizes: np.ndarray, *, start: int, world_size: int, drop_last: bool, inside: bool = False
+) -> np.ndarray:
+    """Cut what follows cell `start` into rounds of one batch for each rank.
+
+    Batches stay as they are, except in the last round: if it is incomplete or its batches differ in size,
+    its cells are shared out evenly, or dropped with `drop_last`. If that would leave a rank a single cell,
+    one or two rounds before it are cut again too. Batches of one or two cells leave no room for that; the
+    last ones then hold up to one cell more than a full batch.
+
+    Parameters
+    ----------
+    sizes
+        int64 (n_batches,), cells per batch in the order of time.
+    start
+        Cells of the epoch that are already done.
+    inside
+        Share out by cutting single batches, so that none mixes the cells of two (label-pure batches).
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 (rounds * world_size + 1,), positions in the epoch's cells; ``[start]`` if nothing can be dealt.
+    """
+    every = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    edges = every
+    if start:
+        edges = np.concatenate([[start], every[np.searchsorted(every, start, side="right") :]])
+    full, rest = divmod(len(edges) - 1, world_size)
+    if drop_last:
+        return edges[: full * world_size + 1]
+    if world_size == 1 or len(edges) == 1:
+        return edges
+    least = least_per_rank(sizes, world_size)
+    if inside:
+        return _cut_last_batches(edges, full, rest, world_size, least)
+    # The saved run stopped between batches that it had cut anew: no batch of the epoch begins here.
+    amid = start > 0 and start not in every
+    if not amid and rest == 0:
+        last = np.diff(edges[-world_size - 1 :])
+        if np.ptp(last) <= 1 and last.min() >= least:
+            return edges
+    whole = 0 if amid else full - (rest == 0)
+    for again in range(_MOST_ROUNDS_CUT_AGAIN):
+        keep = max(0, whole - again) * world_size
+        n_cells = int(edges[-1] - edges[keep])
+        rounds = -(-n_cells // (world_size * int(sizes.max())))
+        if n_cells >= least * world_size * rounds or keep == 0:
+            break
+    rounds = min(rounds, n_cells // (least * world_size))
+    if rounds == 0:  # only where nothing came before: fewer cells than the ranks need
+        return edges[:1]
+    n_pieces = rounds * world_size
+    pieces = edges[keep] + n_cells * np.arange(n_pieces + 1) // n_pieces
+    return np.concatenate([edges[:keep], pieces])
+
+
+def _cut_last_batches(edges: np.ndarray, full: int, rest: int, world_size: int, least: int) -> np.ndarray:
+    """An incomplete last round, completed by cutting single batches."""
+    if rest == 0:
+        return edges
+    for again in range(_MOST_ROUNDS_CUT_AGAIN):
+        keep = max(0, full - again) * world_size
+        last = edges[keep:]
+        n_pieces = -(-(len(last) - 1) // world_size) * world_size
+        pieces = _cut_each(last, n_pieces)
+        if keep == 0 or np.diff(pieces).min() >= min(least, int(np.diff(last).min())):
+            break
+    if np.diff(pieces).min() < 1:
+        # Fewer cells than batches needed: one round less, of batches that are put together.
+        n_pieces -= world_size
+        if n_pieces == 0:
+            return edges[:1]
+        pieces = last[0] + (last[-1] - last[0]) * np.arange(n_pieces + 1) // n_pieces
+    return np.concatenate([edges[:keep], pieces])
+
+
+def _cut_each(edges: np.ndarray, n_pieces: int) -> np.ndarray:
+    """Refine `edges` to n_pieces intervals, always cutting on where the pieces are largest."""
+    sizes = np.diff(edges).tolist()
+    parts = [1] * len(sizes)
+    heap = [(-size, i) for i, size in enumerate(sizes)]
+    heapq.heapify(heap)
+    for _ in range(n_pieces - len(sizes)):
+        _, i = heap[0]
+        parts[i] += 1
+        heapq.heapreplace(heap, (-sizes[i] / parts[i], i))
+    cuts = [
+        lo + size * np.arange(n) // n for lo, size, n in zip(edges[:-1].tolist(), sizes, parts, strict=True)
+    ]
+    return np.concatenate([*cuts, edges[-1:]])
