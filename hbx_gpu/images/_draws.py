@@ -1,25 +1,15 @@
-"""Random numbers that belong to a cell: a pure function of (seed, epoch, cell, step) and of nothing else.
-
-Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy
-as 1, 2, 3" (SC 2011): the key is the seed, the counter is (cell, epoch, step). No state, so neither batches,
-workers, threads nor order can change what a cell draws.
-"""
+"""What is drawn for each tile: the steps of a transform, as numbers that belong to a cell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from hbx_gpu._draws import uniform
 from hbx_gpu.images._recipe import ImageTransform, Range
-
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 class Step(IntEnum):
@@ -33,71 +23,6 @@ class Step(IntEnum):
     CONTRAST = 5
     SATURATION = 6
     HUE = 7
-
-
-def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds of Philox4x32.
-
-    Parameters
-    ----------
-    counter
-        uint64 (4, ...), 32-bit words.
-    key
-        Two 32-bit words.
-
-    Returns
-    -------
-    np.ndarray
-        uint64 like `counter`, 32-bit words.
-    """
-    a, b, c, d = counter
-    key_0, key_1 = key
-    for _ in range(_ROUNDS):
-        left, right = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, c = (right >> _HALF) ^ b ^ np.uint64(key_0), (left >> _HALF) ^ d ^ np.uint64(key_1)
-        b, d = right & _LOW, left & _LOW
-        key_0, key_1 = (key_0 + _WEYL[0]) & 0xFFFFFFFF, (key_1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack([a, b, c, d])
-
-
-def uniform(seed: int, epoch: int, cells: np.ndarray, steps: Sequence[int]) -> np.ndarray:
-    """Two independent numbers for each cell and step.
-
-    Parameters
-    ----------
-    seed
-        0 .. 2**64 - 1.
-    epoch
-        0 .. 2**32 - 1.
-    cells
-        int64 (n,), row numbers, not negative.
-    steps
-        What they are for, k of them.
-
-    Returns
-    -------
-    np.ndarray
-        float64 (k, 2, n), uniform in [0, 1), multiples of 2**-53.
-
-    Raises
-    ------
-    ValueError
-        A number that is out of bounds.
-    """
-    cells = np.asarray(cells, np.int64)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {seed}")
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be in 0 .. 2**32 - 1, got {epoch}")
-    if len(cells) and cells.min() < 0:
-        raise ValueError(f"cells must be row numbers of the dataset, got {cells.min()}")
-    rows = cells.astype(np.uint64)
-    counter = np.empty((4, len(steps), len(rows)), np.uint64)
-    counter[0], counter[1] = rows & _LOW, rows >> _HALF
-    counter[2], counter[3] = epoch, np.asarray(steps, np.uint64)[:, None]
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).swapaxes(0, 1)
-    high, low = words[:, 0::2] >> np.uint64(5), words[:, 1::2] >> np.uint64(6)  # 27 and 26 bits
-    return (high * 2.0**26 + low) * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +68,7 @@ def draw(
     transform
         The steps.
     seed, epoch, cells
-        As for :func:`uniform`.
+        As for :func:`hbx_gpu._draws.uniform`.
     heights, widths
         int64 (n,), of the tiles, no smaller than the crop.
     """

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.images._draws import Step, color_matrices, draw, philox, uniform
+from hbx_gpu._draws import philox, uniform
+from hbx_gpu.images._draws import Step, color_matrices, draw
 from hbx_gpu.images._recipe import ImageTransform
 
 EVERYTHING = ImageTransform(

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from hbx_gpu._devices import dali_missing
+from hbx_gpu._draws import uniform
 from hbx_gpu.errors import DeviceUnavailableError, InvalidDataError
 from hbx_gpu.images import ImagePipeline, ImageTransform
-from hbx_gpu.images._draws import Step, uniform
+from hbx_gpu.images._draws import Step
 from hbx_gpu.images._reference import resize_matrix, transform_tiles
 from tests.dali import need_dali
 

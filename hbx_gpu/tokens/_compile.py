@@ -1,0 +1,373 @@
+"""A recipe meets the columns of a dataset: tables, a program, and a report of what matched."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.tokens import _program as p
+from hbx_gpu.tokens._draws import MAX_INDEX
+from hbx_gpu.tokens._recipes import (
+    ExpressedGenes,
+    MaskValues,
+    ObsTokens,
+    QuantileBins,
+    RankValue,
+    Recipe,
+    Split,
+)
+
+_VERSION = re.compile(r"^(.+)\.\d+$")
+_RESERVED = 4096  # indices at the end of the range, which special tokens draw with
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a vocabulary meets a dataset.
+
+    Attributes
+    ----------
+    n_features
+        Columns of the dataset.
+    matched
+        Columns that have a token.
+    n_tokens
+        Tokens that these are: fewer where renamed genes are summed.
+    vocabulary
+        Entries of the vocabulary, special tokens included.
+    dropped
+        The first columns without a token, for a look.
+    """
+
+    n_features: int
+    matched: int
+    n_tokens: int
+    vocabulary: int
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.matched:,} of {self.n_features:,} features are in the vocabulary of {self.vocabulary:,} "
+            "entries"
+        )
+        if self.matched != self.n_tokens:
+            text += f", {self.matched - self.n_tokens:,} of them summed with another of the same gene"
+        if self.dropped:
+            text += f"; without a token, among others: {', '.join(self.dropped)}"
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A recipe for one feature space: made once, used for every batch; picklable.
+
+    Attributes
+    ----------
+    recipe, program, tables
+        What was compiled, and what engines carry out.
+    front, back
+        Special tokens before and after the genes: ids, or the obs column that they come from.
+    report
+        What matched.
+    fingerprint
+        Of the feature space.
+    """
+
+    recipe: Recipe
+    program: Any
+    tables: p.Tables
+    front: tuple[int | ObsTokens, ...]
+    back: tuple[int, ...]
+    report: Report
+    fingerprint: str
+
+    @property
+    def n_features(self) -> int:
+        """Columns of the dataset."""
+        return len(self.tables.column)
+
+    def check_features(self, feature_uids: Sequence[str] | np.ndarray) -> None:
+        """Refuse another feature space than the one that this was compiled for.
+
+        Raises
+        ------
+        InvalidDataError
+            Its features are others, or in another order.
+        """
+        if fingerprint_of(feature_uids) != self.fingerprint:
+            raise InvalidDataError(
+                f"the feature space has changed since the recipe was compiled: it had {self.n_features} "
+                "features, "
+                f"and these are {len(feature_uids)}, or in another order. Compile the recipe again: pass the "
+                "recipe itself, which loaders do on their own"
+            )
+
+
+def fingerprint_of(feature_uids: Sequence[str] | np.ndarray) -> str:
+    """A digest of the features and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for uid in feature_uids:
+        digest.update(str(uid).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def compile_recipe(
+    recipe: Recipe, feature_uids: Sequence[str] | np.ndarray, *, columns: np.ndarray | None = None
+) -> Compiled:
+    """Meet a recipe with the columns of a dataset.
+
+    Parameters
+    ----------
+    recipe
+        What a model is fed.
+    feature_uids
+        (n_features,), the uid of each column.
+    columns
+        int (n_features,), the global number of each column where the dataset holds a selection of a wider
+        feature space; it goes into draws. None: columns are numbered as they are.
+
+    Raises
+    ------
+    InvalidDataError
+        No feature is in the vocabulary; genes that need one have no median; too many columns.
+    """
+    uids = [str(uid) for uid in feature_uids]
+    n = len(uids)
+    index = np.arange(n) if columns is None else np.asarray(columns)
+    if len(index) != n:
+        raise ValueError(f"columns must number each of the {n} features, got {len(index)} numbers")
+    if n and (index.min() < 0 or index.max() >= MAX_INDEX - _RESERVED):
+        raise InvalidDataError(
+            f"draws have room for feature numbers below {MAX_INDEX - _RESERVED}, and here is {index.max()}"
+        )
+    names = _names(recipe, uids)
+    vocabulary: dict[str, int] = recipe.vocabulary  # type: ignore[assignment]
+    usable = _usable(recipe)
+    ids = np.array(
+        [vocabulary.get(name, -1) if usable is None or name in usable else -1 for name in names], np.int64
+    ).reshape(n)
+    if not (ids >= 0).any():
+        shown = ", ".join(map(repr, uids[:3])), ", ".join(map(repr, list(vocabulary)[-3:]))
+        raise InvalidDataError(
+            f"none of the {n} features is in the vocabulary: features are such as {shown[0]}, the "
+            "vocabulary holds "
+            f"such as {shown[1]}. Do both hold the same kind of id? For Ensembl ids with a version, pass "
+            "strip_versions=True; for renamed genes, mapping="
+        )
+    scale = _scales(recipe, names, ids)
+    column = np.full(n, -1, np.int32)
+    first: dict[int, int] = {}
+    for c in np.flatnonzero(ids >= 0).tolist():
+        column[c] = first.setdefault(int(ids[c]), c)
+    own = column == np.arange(n)
+    token = np.where(own, ids, -1).astype(np.int32)
+    tables = p.Tables(column, token, scale, index.astype(np.int32), np.flatnonzero(own).astype(np.int32))
+    dropped = tuple(uids[c] for c in np.flatnonzero(ids < 0)[:3])
+    report = Report(n, int((ids >= 0).sum()), int(own.sum()), len(vocabulary), dropped)
+    program, front, back = lower(recipe, names, tables)
+    return Compiled(recipe, program, tables, front, back, report, fingerprint_of(uids))
+
+
+def _names(recipe: Recipe, uids: list[str]) -> list[str]:
+    """Features as the vocabulary may call them."""
+    if recipe.strip_versions:
+        uids = [found.group(1) if (found := _VERSION.match(uid)) else uid for uid in uids]
+    mapping: Mapping[str, str] = recipe.mapping or {}  # type: ignore[assignment]
+    return [mapping.get(uid, uid) for uid in uids]
+
+
+def _usable(recipe: Recipe) -> Mapping[str, Any] | None:
+    """Genes that a recipe has everything for; None: all of its vocabulary."""
+    if isinstance(recipe, RankValue) and recipe.missing_medians == "drop":
+        return recipe.medians  # type: ignore[return-value]
+    tables = [getattr(recipe, name) for name in ("chromosomes", "starts") if hasattr(recipe, name)]
+    return {name: 1 for name in tables[0] if name in tables[1]} if tables else None
+
+
+def _scales(recipe: Recipe, names: list[str], ids: np.ndarray) -> np.ndarray:
+    """What each column's value is divided by or multiplied by; 1 where there is nothing."""
+    scale = np.ones(len(names), np.float64)
+    if not isinstance(recipe, RankValue):
+        return scale
+    medians: Mapping[str, float] = recipe.medians  # type: ignore[assignment]
+    known = np.flatnonzero(ids >= 0).tolist()
+    missing = [names[c] for c in known if names[c] not in medians]
+    if missing:
+        raise InvalidDataError(
+            f"{len(missing)} genes of the dataset have a token but no median, such as "
+            f"{', '.join(missing[:3])}. Were vocabulary and medians published together? "
+            'missing_medians="drop" leaves such genes out'
+        )
+    for c in known:
+        scale[c] = medians[names[c]]
+    if recipe.arithmetic in ("f64_recip", "f32_recip"):
+        scale = 1.0 / scale
+    if recipe.arithmetic == "f32_eps":
+        scale = (scale.astype(np.float32) + np.float32(1e-6)).astype(np.float64)
+    return scale
+
+
+Lowered = tuple[Any, "tuple[int | ObsTokens, ...]", "tuple[int, ...]"]
+
+
+@singledispatch
+def lower(recipe: Any, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
+    """The program of a recipe, and its special tokens before and after the genes."""
+    raise TypeError(
+        f"tokens must be one of the recipes of hbx_gpu.tokens, such as tokens.geneformer_v2(...), got a "
+        f"{type(recipe).__name__}"
+    )
+
+
+_RANK = {
+    "f64_div": p.Norm.F64_DIV,
+    "f64_recip": p.Norm.F64_RECIP,
+    "f32_recip": p.Norm.F32_RECIP,
+    "f32_div": p.Norm.F32_DIV,
+    "f32_eps": p.Norm.F32_EPS,
+    "f32_factor": p.Norm.F32_FACTOR,
+}
+
+
+@lower.register
+def _(recipe: RankValue, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
+    front: tuple[int | ObsTokens, ...] = recipe.context
+    if recipe.cls is not None:
+        front = (recipe.token_id(recipe.cls, "cls"), *front)
+    back = () if recipe.eos is None else (recipe.token_id(recipe.eos, "eos"),)
+    program: dict[str, Any] = {}
+    if mlm := recipe.mlm:
+        assert not isinstance(mlm, float)
+        vocabulary: dict[str, int] = recipe.vocabulary  # type: ignore[assignment]
+        first, stop = mlm.replacement or (0, max(vocabulary.values()) + 1)
+        program = {
+            "mask": p.Mask.TOKENS,
+            "ratios": np.array([mlm.probability]),
+            "mask_id": recipe.token_id(recipe.mask_token, "mask_token"),
+            "masked": mlm.masked,
+            "replaced": mlm.masked + mlm.replaced,
+            "replace_first": first,
+            "replace_span": stop - first,
+            "protect": np.array([recipe.token_id(token, "protect") for token in mlm.protect], np.int64),
+        }
+    norm = _RANK[recipe.arithmetic]
+    return (
+        p.Sequence(
+            length=recipe.length,
+            order=p.Order.VALUE,
+            keep=recipe.length - len(front) - len(back),
+            rank=norm,
+            rank_target=recipe.target_sum,
+            scaled=True,
+            value=p.Value.SCALED if recipe.keep_counts else p.Value.NONE,
+            norm=norm,
+            target=recipe.target_sum,
+            front_values=np.zeros(len(front), np.float32),
+            back_values=np.zeros(len(back), np.float32),
+            pad_id=recipe.token_id(recipe.pad, "pad"),
+            **program,
+        ),
+        front,
+        back,
+    )
+
+
+@lower.register
+def _(recipe: QuantileBins, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
+    front = tuple(
+        token if isinstance(token, ObsTokens) else recipe.token_id(token, "front")
+        for token, _ in recipe.front
+    )
+    mask: dict[str, Any] = {}
+    if isinstance(recipe.mask, Split):
+        mask = {"mask": p.Mask.SPLIT, "ratios": np.array(recipe.mask.ratios)}
+    elif isinstance(recipe.mask, MaskValues):
+        mask = {
+            "mask": p.Mask.EXACT if recipe.mask.exact else p.Mask.BERNOULLI,
+            "ratios": np.array(recipe.mask.probability),
+            "mask_value": recipe.mask.value,
+            "mask_front": not recipe.mask.protect_front,
+            "mask_short": recipe.mask.reference_mask_range,
+        }
+    bins = recipe.values == "bins"
+    keep = recipe.length - len(front)
+    return (
+        p.Sequence(
+            length=recipe.length,
+            keep=keep,
+            cut_random=recipe.sampling,
+            fill=p.Fill.RANDOM if recipe.unexpressed else p.Fill.NONE,
+            fill_to=keep if recipe.unexpressed else 0,
+            zeros=recipe.zeros,
+            value=p.Value.BINS if bins else p.Value.SCALED,
+            norm=p.Norm.COUNT if bins else p.Norm.F32_KNOWN_EPS,
+            target=recipe.target_sum,
+            curve=p.Curve.NONE if bins else p.Curve.LOG1P,
+            bins=recipe.bins,
+            side=p.Side[recipe.side.upper()] if recipe.side else p.Side.ONE,
+            torch_edges=recipe.edges == "torch",
+            counts=recipe.keep_counts,
+            front_values=np.array([value for _, value in recipe.front], np.float32),
+            pad_id=recipe.token_id(recipe.pad, "pad"),
+            pad_value=recipe.pad_value,
+            **mask,
+        ),
+        front,
+        (),
+    )
+
+
+_SCALES = {None: p.Norm.COUNT, "total": p.Norm.F32_TIMES, "known": p.Norm.F64_KNOWN, "kept": p.Norm.F32_KEPT}
+_DEPTHS: dict[str, Callable[[float], tuple[p.Depth, float]]] = {
+    "t": lambda number: (p.Depth.CONSTANT, number),
+    "a": lambda number: (p.Depth.ADDED, number),
+    "f": lambda number: (p.Depth.TIMES, number),
+}
+
+
+@lower.register
+def _(recipe: ExpressedGenes, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
+    depth: dict[str, Any] = {}
+    if recipe.depth is not None:
+        first, second, resolution = recipe.depth
+        kind, number = _DEPTHS[resolution[:1]](float(resolution[1:]))
+        depth = {
+            "depth": kind,
+            "depth_number": number,
+            "depth_ids": (first, second),
+            "depth_drop": recipe.reference_drop,
+        }
+    fill = p.Fill.NONE
+    if recipe.fill_to:
+        fill = p.Fill.RANDOM if recipe.fill_order == "random" else p.Fill.COLUMN
+    most = max(recipe.length, recipe.fill_to) + 2 * (recipe.depth is not None)
+    return (
+        p.Sequence(
+            length=most,
+            order=p.Order[recipe.order.upper()],
+            keep=recipe.length,
+            cut_random=recipe.cut == "random",
+            fill=fill,
+            fill_to=recipe.fill_to,
+            zeros=recipe.zeros,
+            value=p.Value.KEPT_BINS if recipe.bins else p.Value.SCALED,
+            norm=_SCALES[recipe.scale],
+            target=recipe.target_sum,
+            curve=p.Curve[recipe.curve.upper()] if recipe.curve else p.Curve.NONE,
+            clip=recipe.clip if recipe.clip is not None else float("inf"),
+            bins=recipe.bins or 51,
+            pad_id=recipe.token_id(recipe.pad, "pad"),
+            pad_value=recipe.pad_value,
+            **depth,
+        ),
+        (),
+        (),
+    )
