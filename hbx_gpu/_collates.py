@@ -85,20 +85,25 @@ def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        A metadata column is called ``X``.
+        A metadata column is called ``X``, or a column number lies outside the matrix.
     """
     import torch
 
-    from hbx_gpu._engine.host.kernels import to_wide_columns
+    from hbx_gpu._engine.host.canonical import as_float32, sort_rows
 
-    pointers, columns, ascending = batch.offsets, batch.indices, batch.ascending
-    if ascending is None:
+    pointers, columns = batch.offsets, batch.indices
+    values = as_float32(batch.values, POOL.empty)
+    if not batch.ascending:  # a batch that was not made for this: sorted in a copy of it
+        low, high = batch.indices.min(initial=0), batch.indices.max(initial=-1)
+        if low < 0 or high >= batch.n_features:
+            raise ValueError(
+                f"the batch has column {low if low < 0 else high}, outside [0, {batch.n_features})"
+            )
         columns = POOL.empty(len(batch.indices), np.int64)
-        ascending = to_wide_columns(batch.offsets, batch.indices, columns)
-    if ascending:
-        values = _float32(batch.values)
-    else:
-        pointers, columns, values = _canonical(batch)
+        columns[:] = batch.indices
+        values = values.copy() if values is batch.values else values
+        falling = np.ones(len(batch), bool)
+        pointers, columns, (values,) = sort_rows(pointers, columns, [values], batch.n_features, falling)
     _hear_torch_out()
     tensor = torch.sparse_csr_tensor(
         torch.from_numpy(pointers),
@@ -122,27 +127,6 @@ def _hear_torch_out() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         torch.sparse_csr_tensor([0], [], [], size=(0, 0), check_invariants=False)
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.float32:
-        return values
-    out = POOL.empty(len(values), np.float32)
-    np.copyto(out, values, casting="unsafe")
-    return out
-
-
-def _canonical(batch: SparseBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row pointers, columns and values with columns ascending and unique within rows."""
-    from scipy.sparse import csr_matrix
-
-    # A copy: canonical form is made in place, and the batch may share its arrays.
-    matrix = csr_matrix(
-        (batch.values.astype(np.float32), batch.indices.astype(np.int64), batch.offsets),
-        shape=(len(batch), batch.n_features),
-    )
-    matrix.sum_duplicates()
-    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
 
 
 def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class SparseBatch:
     indices
         int32, (nnz,). Output column of each value: the global feature index, or the position in
         the panel asked for. Inside a row in stored order, which need not be ascending. int64 where
-        `ascending` is known.
+        `ascending` is True.
     values
         (nnz,), dtype of the dataset's layer.
     offsets
@@ -30,7 +30,7 @@ class SparseBatch:
         Layer name -> (nnz,) values, every layer that was asked for; `values` is the first of them. Empty
         where only one was.
     ascending
-        Whether columns ascend, each once, in every row; None where nobody looked.
+        Whether columns are known to ascend, each once, in every row: batches made for sparse tensors.
     """
 
     indices: np.ndarray
@@ -39,7 +39,7 @@ class SparseBatch:
     n_features: int
     metadata: dict[str, np.ndarray] | None = None
     layers: dict[str, np.ndarray] = field(default_factory=dict)
-    ascending: bool | None = None
+    ascending: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -122,11 +122,16 @@ class CellDataset:
             if source.index is not None
             for layout in (source.index, *(source.layers[name] for name in self.layers))
         ]
-        self.dtypes = {name: common_dtype(self._sources, name) for name in self.layers}
+        self.dtypes = self._dtypes()
         self._table = table
         self._directory: ChunkDirectory = ChunkDirectory(layouts)
         self._reader: Reader = open_reader(self._reader_kind, self._directory)
         self._engine: HostEngine = HostEngine(table, self._directory, list(self.dtypes.values()), POOL)
+
+    def _dtypes(self) -> dict[str, np.dtype[Any]]:
+        """dtype of each layer in batches: float32 for sparse tensors."""
+        stored = {name: common_dtype(self._sources, name) for name in self.layers}
+        return dict.fromkeys(stored, np.dtype(np.float32)) if self._wide else stored
 
     def _check(self, sources: Sequence[Source], rows: RowIndex) -> None:
         for layer in self.layers:
@@ -240,8 +245,8 @@ class CellDataset:
             int64. Row numbers of each batch, for their metadata.
         """
         with stage("decode") as decoding:
-            falling = np.zeros(plan.n_rows, bool) if self._wide and not self._table.drops else None
-            indices, values, offsets = self._engine.csr(plan, slab, falling=falling)
+            rows = self._engine.canonical if self._wide else self._engine.csr
+            indices, values, offsets = rows(plan, slab)
             decoding.nbytes = indices.nbytes + sum(layer.nbytes for layer in values)
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         metadata = {name: column[selection] for name, column in self._obs.columns.items()}
@@ -258,7 +263,7 @@ class CellDataset:
                     n_features=self.n_features,
                     metadata={k: v[row:stop] for k, v in metadata.items()} or None,
                     layers={k: v[first:last] for k, v in zip(several, values, strict=False)},
-                    ascending=None if falling is None else not falling[row:stop].any(),
+                    ascending=self._wide,
                 )
             )
             row = stop
@@ -326,11 +331,15 @@ class CellDataset:
     def with_wide_columns(self) -> CellDataset:
         """This dataset with batches that sparse tensors are made of without a copy.
 
-        Their columns are int64, and whether these ascend is looked at while they are in cache; not where
-        columns are dropped.
+        Their columns are int64, ascending and each once within a row; their values are float32, those of
+        repeated columns summed.
         """
+        from hbx_gpu._engine.host import HostEngine
+
         other: CellDataset = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _wide=True, _spill=None)
+        other.dtypes = other._dtypes()
+        other._engine = HostEngine(self._table, self._directory, list(other.dtypes.values()), POOL)
         return other
 
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:
@@ -362,7 +371,7 @@ class CellDataset:
         return DeviceEngine(self._table, self._directory, dtypes, backend, decode=decode)
 
     def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Bytes of one batch of `rows`, metadata aside; twice its arrays while columns are dropped."""
+        """Bytes of one batch of `rows`, metadata aside; columns that are dropped count."""
         return self.batches_nbytes([rows])[0]
 
     def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
@@ -370,9 +379,8 @@ class CellDataset:
         selection, selections = row_numbers_of(self, batches)
         elements = np.concatenate([[0], np.cumsum(self._rows.length[selection], dtype=np.int64)])
         ends = list(accumulate(map(len, selections), initial=0))
-        wide = self._wide and not self._table.drops
-        itemsize = (8 if wide else 4) + sum(dtype.itemsize for dtype in self.dtypes.values())
-        found: list[int] = (np.diff(elements[ends]) * itemsize * (2 if self._table.drops else 1)).tolist()
+        itemsize = (8 if self._wide else 4) + sum(dtype.itemsize for dtype in self.dtypes.values())
+        found: list[int] = (np.diff(elements[ends]) * itemsize).tolist()
         return found
 
     def row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

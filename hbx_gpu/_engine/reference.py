@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,3 +52,15 @@ class ReferenceEngine:
         keep = indices >= 0
         offsets = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)[plan.offsets]
         return indices[keep], [v[keep] for v in values], offsets
+
+    def canonical(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Rows as sparse tensors want them; see :meth:`HostEngine.canonical`."""
+        indices, layers, offsets = self.csr(plan, slab)
+        columns = [np.unique(indices[a:b]) for a, b in pairwise(offsets)]
+        ends = np.cumsum([0, *map(len, columns)], dtype=np.int64)
+        sums = [np.zeros(ends[-1], np.float32) for _ in layers]
+        for row, (a, b) in enumerate(pairwise(offsets)):
+            place = ends[row] + np.searchsorted(columns[row], indices[a:b])
+            for total, values in zip(sums, layers, strict=True):
+                np.add.at(total, place, values[a:b].astype(np.float32))
+        return np.concatenate([*columns, np.empty(0)]).astype(np.int64), sums, ends

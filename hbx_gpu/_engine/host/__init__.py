@@ -18,7 +18,8 @@ from hbx_gpu._buffers import BufferPool
 from hbx_gpu._codecs import bitpacking_numba, rowpack_numba
 from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._codecs.rowpack_format import BLOCK
-from hbx_gpu._engine.host import kernels
+from hbx_gpu._engine.host import canonical, kernels
+from hbx_gpu._engine.host.canonical import as_float32
 from hbx_gpu._engine.verify import ChunkChecks
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu._source import ArrayLayout
@@ -108,23 +109,18 @@ class HostEngine:
         self._checks = ChunkChecks(table, directory)
         self._scratch = threading.local()
 
-    def csr(
-        self, plan: BatchPlan, slab: Slab, *, falling: np.ndarray | None = None
-    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """Rows of `plan` in CSR form.
+    def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Rows of `plan` in CSR form, columns in stored order.
 
         Parameters
         ----------
         plan, slab
             What to decode, and the stored bytes of its chunks.
-        falling
-            bool, (n_rows,), all False. Makes `indices` int64, and is set for rows whose columns do not
-            ascend, each once: what sparse tensors are made of. Not where columns are dropped.
 
         Returns
         -------
         indices
-            int32 (int64 with `falling`), (nnz,). Output columns in stored order.
+            int32, (nnz,). Output columns in stored order.
         values
             One array (nnz,) per layer, of the engine's dtypes.
         offsets
@@ -135,10 +131,49 @@ class HostEngine:
         CorruptChunkError
             A chunk does not decode, or holds a column number its Source does not have.
         """
-        indices: np.ndarray = self._empty(plan.n_elements, np.int32 if falling is None else np.int64)
-        falls = np.zeros(0 if falling is None else len(plan.piece_row), np.uint8)
-        values = [self._empty(plan.n_elements, dtype) for dtype in self.dtypes]
-        outputs = [indices, *values]
+        indices, values = self._outputs(plan, np.int32)
+        self._decode(plan, slab, [indices, *values], np.zeros(0, np.uint8))
+        if not self.table.drops:
+            return indices, values, plan.offsets
+        offsets, indices, values = canonical.drop_columns(plan.offsets, indices, values)
+        return indices, values, offsets
+
+    def canonical(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Rows of `plan` as sparse tensors want them; otherwise as :meth:`csr`.
+
+        Returns
+        -------
+        indices
+            int64, (nnz,). Output columns, ascending and each once within a row.
+        values
+            One float32 array (nnz,) per layer. Values of repeated columns are summed in stored order.
+        offsets
+            int64, (n_rows + 1,).
+        """
+        indices, values = self._outputs(plan, np.int64)
+        # Rows are told apart while their columns are in cache; where columns are dropped, that says nothing.
+        falls = np.zeros(len(plan.piece_row), np.uint8)
+        self._decode(plan, slab, [indices, *values], falls)
+        offsets, falling = plan.offsets, np.full(plan.n_rows, self.table.drops)
+        if self.table.drops:
+            offsets, indices, values = canonical.drop_columns(offsets, indices, values)
+        else:
+            kernels.mark_falling_rows(plan.piece_row, plan.piece_out, offsets, indices, falls, falling)
+        values = [as_float32(layer, self._empty) for layer in values]
+        offsets, indices, values = canonical.sort_rows(
+            offsets, indices, values, self.table.n_features, falling
+        )
+        return indices, values, offsets
+
+    def _outputs(self, plan: BatchPlan, columns: type[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+        n = plan.n_elements
+        return self._empty(n, columns), [self._empty(n, dtype) for dtype in self.dtypes]
+
+    def _decode(self, plan: BatchPlan, slab: Slab, outputs: list[np.ndarray], falls: np.ndarray) -> None:
+        """Bring all elements to `outputs`, with column -1 where the remap drops one.
+
+        `falls`, unless it is empty, gets 1 for pieces whose columns do not ascend.
+        """
         absent = slab.address == 0
         self._fill_absent(plan, np.flatnonzero(absent), outputs, falls)
         kind = self._kind_of[plan.chunk_array]
@@ -153,14 +188,6 @@ class HostEngine:
                 self._packed(plan, slab, jobs, one, outputs[one.role], falls)
             else:
                 self._general(plan, slab, jobs, one.role, outputs[one.role], falls)
-        if falling is not None:
-            kernels.mark_falling_rows(plan.piece_row, plan.piece_out, plan.offsets, indices, falls, falling)
-        if not self.table.drops:
-            return indices, values, plan.offsets
-        keep = indices >= 0
-        kept = np.zeros(len(indices) + 1, dtype=np.int64)
-        np.cumsum(keep, out=kept[1:])
-        return indices[keep], [v[keep] for v in values], kept[plan.offsets]
 
     def _packed(
         self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray

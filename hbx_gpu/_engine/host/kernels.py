@@ -165,21 +165,6 @@ def scatter_values(decoded, p0, p1, skip, count, out_at, out):
 
 
 @_jit
-def to_wide_columns(offsets, indices, out):
-    """Copy column numbers to int64; returns whether they ascend, each once, within every row."""
-    for k in range(len(indices)):
-        out[k] = indices[k]
-    for row in range(len(offsets) - 1):
-        line = indices[offsets[row] : offsets[row + 1]]
-        falls = False
-        for k in range(1, len(line)):
-            falls |= line[k] <= line[k - 1]  # no way out: the loop vectorises
-        if falls:
-            return False
-    return True
-
-
-@_jit
 def mark_falling_rows(piece_row, piece_out, offsets, columns, falls, rows):
     """Set `rows` where columns do not ascend, each once: inside a piece or from one to the next."""
     for p in range(len(piece_row)):
