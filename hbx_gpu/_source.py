@@ -12,6 +12,26 @@ from typing import Any
 import numpy as np
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkTable:
+    """Where the chunks of one array lie inside a single file, as an HDF5 file lists them.
+
+    Attributes
+    ----------
+    offset
+        int64, (n_chunks,). First byte of each chunk in the file, chunks in C order over the grid.
+    nbytes
+        int64, (n_chunks,). Stored size of each chunk; -1 for a chunk that was never written.
+    skipped
+        uint32, (n_chunks,). Bit i is set where the i-th filter of the chain was not applied to a chunk;
+        None where every chunk went through every filter.
+    """
+
+    offset: np.ndarray
+    nbytes: np.ndarray
+    skipped: np.ndarray | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
     """Where and how one array is stored: everything needed to find and decode its chunks.
@@ -47,6 +67,11 @@ class ArrayLayout:
     within
         Folder that no link on the way to the array's files may lead out of; empty where links may lead
         anywhere.
+    table
+        Where each chunk lies in the file `path`, for arrays inside an HDF5 file. None for all others.
+    watched
+        True where other programs may rewrite the file `path`: its size and time of change are then compared
+        with `fingerprint` whenever chunks are looked up.
     """
 
     path: str
@@ -66,6 +91,8 @@ class ArrayLayout:
     fingerprint: str = field(default="", compare=False)
     byte_offset: int | None = None
     within: str = field(default="", compare=False)
+    table: ChunkTable | None = field(default=None, compare=False, repr=False)
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)

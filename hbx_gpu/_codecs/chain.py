@@ -1,7 +1,7 @@
 """One chunk through its whole codec chain, without zarr's per-chunk machinery.
 
 zarr v3 chains stand in `ArrayLayout.codecs` as in the metadata. A zarr v2 array, whose metadata have no
-chain, stands there as one entry::
+chain, stands there as one entry (an HDF5 dataset likewise, its filters in the order of its pipeline)::
 
     {"name": "zarr.v2", "configuration": {"dtype": ">i4", "order": "C" or "F",
                                           "filters": [numcodecs configurations] or None,
@@ -31,6 +31,7 @@ ROWPACK = "hbx_gpu.rowpack"
 # A list, not whatever numcodecs has registered: its pickle codec would run code from the chunk.
 _CHECKSUMS = {"adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"}
 _COMPRESSORS = {"blosc", "bz2", "gzip", "lz4", "lzma", "shuffle", "zlib", "zstd"} | _CHECKSUMS
+LZF = "hdf5.lzf"
 _FILTERS = {"astype", "bitround", "delta", "fixedscaleoffset", "packbits", "quantize"}
 # Their settings matter to encoders only, and zarr v3 spells some of blosc's differently.
 _SETTINGS_FREE = {"blosc", "gzip", "zstd"}
@@ -66,6 +67,7 @@ class ChunkCodec:
 
     def __init__(self, layout: ArrayLayout) -> None:
         self._layout = layout
+        self._nbytes = math.prod(layout.chunk_shape) * layout.dtype.itemsize
         self.bitpacking: int | None = None
         self.rowpack: int | None = None
         self.is_raw = False
@@ -74,13 +76,16 @@ class ChunkCodec:
         else:
             self._steps = self._v3_steps(layout.codecs)
 
-    def decode(self, data: BytesLike) -> np.ndarray:
+    def decode(self, data: BytesLike, skipped: int = 0) -> np.ndarray:
         """Decode one stored chunk.
 
         Parameters
         ----------
         data
             The whole stored chunk.
+        skipped
+            Bit i is set where the i-th filter (the compressor last) was not applied to this chunk: an HDF5
+            writer may leave a filter out that gains nothing.
 
         Returns
         -------
@@ -94,7 +99,10 @@ class ChunkCodec:
             A checksum differs, a decompressor fails or the decoded length is not that of a chunk.
         """
         value: Any = as_bytes(data)
-        for name, step in self._steps:
+        last = len(self._steps) - 2  # the filter that was applied last; the final step only views the bytes
+        for k, (name, step) in enumerate(self._steps):
+            if k <= last and skipped >> (last - k) & 1:
+                continue
             try:
                 value = step(value)
             except CorruptChunkError as error:
@@ -143,9 +151,15 @@ class ChunkCodec:
         steps: list[_Step] = [("bytes", _from_bytes(layout.chunk_shape, stored_dtype, order))]
         for config in [*filters, *([compressor] if compressor else [])]:
             name = config["id"]
+            if name == LZF:
+                from hbx_gpu._codecs.lzf import decode_lzf  # compiled code: only where it is needed
+
+                steps.append((name, lambda data: decode_lzf(data, self._nbytes)))
+                continue
             if name not in _COMPRESSORS | _FILTERS:
                 raise self._unsupported(name)
-            steps.append((name, self._numcodec(name, config).decode))
+            decode = self._numcodec(name, config).decode
+            steps.append((name, _checked_blosc(decode) if name == "blosc" else decode))
         c_order = order == "C" or len(layout.chunk_shape) < 2
         self.is_raw = len(steps) == 1 and c_order and stored_dtype == layout.dtype
         return steps[::-1]
@@ -161,7 +175,7 @@ class ChunkCodec:
             element_size = self._element_size(ROWPACK, setting)
             return lambda data: decode_rowpack(data, element_size=element_size), shape, dtype
         if name == "crc32c":
-            return _check_crc32c, shape, dtype
+            return check_crc32c, shape, dtype
         if name == "transpose":
             order = setting.get("order")
             if not isinstance(order, list | tuple) or sorted(order) != list(range(len(shape))):
@@ -176,9 +190,7 @@ class ChunkCodec:
             if codec_id == "shuffle":
                 setting = {"elementsize": dtype.itemsize, **setting}
             decode = self._numcodec(name, {"id": codec_id, **setting}).decode
-            if codec_id == "blosc":
-                return lambda data: decode(_check_blosc(data)), shape, dtype
-            return decode, shape, dtype
+            return (_checked_blosc(decode) if codec_id == "blosc" else decode), shape, dtype
         if codec_id in _FILTERS:
             return self._filter(name, codec_id, setting, shape, dtype)
         raise self._unsupported(name)
@@ -265,7 +277,14 @@ def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[
     return view
 
 
-def _check_crc32c(data: Any) -> np.ndarray:
+def check_crc32c(data: Any) -> np.ndarray:
+    """The bytes of a chunk without the CRC32C at their end.
+
+    Raises
+    ------
+    CorruptChunkError
+        Altered bytes.
+    """
     raw = as_bytes(data)
     if len(raw) < 4:
         raise CorruptChunkError(f"codec 'crc32c' needs 4 bytes of checksum, the chunk has {len(raw)}")
@@ -274,6 +293,10 @@ def _check_crc32c(data: Any) -> np.ndarray:
     if found != stored:
         raise CorruptChunkError(f"CRC32C is {found:#010x}, {stored:#010x} is stored: the bytes were altered")
     return raw[:-4]
+
+
+def _checked_blosc(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda data: decode(_check_blosc(data))
 
 
 def _check_blosc(data: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbx_gpu._codecs.chain import V2_CHAIN, _check_crc32c
+from hbx_gpu._codecs.chain import V2_CHAIN, check_crc32c
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError
 
@@ -95,7 +95,7 @@ class Compression:
             The checksum differs; a header contradicts itself, the chunk's length or the length that the
             metadata demand.
         """
-        raw = _check_crc32c(data) if self.checksummed else data
+        raw = check_crc32c(data) if self.checksummed else data
         if self.container == "blosc":
             return _blosc(raw, self.nbytes)
         found = _stream(self.container, raw, self.nbytes)
@@ -115,6 +115,8 @@ def compression_of(layout: ArrayLayout) -> Compression | None:
     settings = [codec.get("configuration") or {} for codec in layout.codecs]
     if layout.byte_offset is not None or not names or sys.byteorder != "little":
         return None
+    if layout.table is not None and layout.table.skipped is not None:
+        return None  # some chunks are not compressed
     nbytes = math.prod(layout.chunk_shape) * layout.dtype.itemsize
     if names == [V2_CHAIN]:
         chain = settings[0]

@@ -32,7 +32,9 @@ class ReferenceEngine:
                 decoded = np.full(layout.chunk_shape, layout.fill_value, dtype=layout.dtype)
             else:
                 try:
-                    decoded = ChunkCodec(layout).decode(slab.view(c))
+                    decoded = ChunkCodec(layout).decode(
+                        slab.view(c), self.directory.skipped_filters(int(plan.chunks[c]))
+                    )
                 except CorruptChunkError as error:
                     raise self.directory.error(int(plan.chunks[c]), error.reason) from error
             for p in range(plan.piece_ptr[c], plan.piece_ptr[c + 1]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._codecs.chain import check_crc32c
 from hbx_gpu._codecs.rowpack_format import read_header
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu._storage.chunks import ChunkDirectory
@@ -51,6 +52,20 @@ class ChunkChecks:
             except CorruptChunkError as error:
                 raise self._directory.error(int(plan.chunks[c]), error.reason) from error
             self._verified[plan.chunks[c]] = True
+
+    def checked(self, plan: BatchPlan, c: int, raw: np.ndarray) -> np.ndarray:
+        """The bytes of the chunk `c` of a plan without the CRC32C after them, which is verified once.
+
+        Raises
+        ------
+        CorruptChunkError
+            Altered bytes.
+        """
+        chunk = plan.chunks[c]
+        if not self._verified[chunk]:
+            check_crc32c(raw)
+            self._verified[chunk] = True
+        return raw[:-4]
 
     def raw_sizes(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
         """Check that the chunks `jobs` of a plan, stored as they are, have the bytes of their elements.

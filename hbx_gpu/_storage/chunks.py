@@ -25,6 +25,10 @@ _ABSENT = np.uint64(2**64 - 1)
 # nbytes are kept plus 2, so that the zero pages of a fresh allocation mean "not looked up yet": a table of
 # 10^7 chunks then occupies only the memory of those that were touched.
 _BIAS = 2
+CHANGED = (
+    "the file was changed by another program after this dataset was opened; open the dataset again when "
+    "nobody writes to the file"
+)
 REPLACED = (
     "the array was replaced by another one after this dataset was opened, for example by hbx-gpu repack; "
     "open the dataset again"
@@ -106,6 +110,8 @@ class ChunkDirectory:
         self._stored = np.array([math.prod(la.chunk_shape) * la.dtype.itemsize for la in layouts], np.int64)
         sizes = [math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts]
         self._end = self._begin + np.array(sizes, np.int64)
+        self._watched = np.array([layout.watched for layout in layouts], bool)
+        self._has_skips = any(la.table is not None and la.table.skipped is not None for la in layouts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ChunkDirectory, (self.layouts,))
@@ -141,9 +147,11 @@ class ChunkDirectory:
             raise IndexError(
                 f"chunk numbers must be in 0..{self.base[-1] - 1}, found {ids.min()}..{ids.max()}"
             )
-        if not self._is_plain.any():
+        if not self._is_plain.any() and not self._watched.any():
             return self._looked_up(ids)
         array = np.searchsorted(self.base, ids, "right") - 1
+        if self._watched.any():
+            self._check_unchanged(array)
         plain = self._is_plain[array]
         if plain.all():
             return self._computed(ids, array)
@@ -155,6 +163,23 @@ class ChunkDirectory:
         ):
             file[part], offset[part], nbytes[part] = found.file, found.offset, found.nbytes
         return Extents(file, offset, nbytes)
+
+    def skipped_filters(self, chunk_id: int) -> int:
+        """Which filters of its chain a chunk did not go through, as bits; 0 for nearly all chunks."""
+        if not self._has_skips:
+            return 0
+        array, number = self._split(chunk_id)
+        table = self.layouts[array].table
+        return 0 if table is None or table.skipped is None else int(table.skipped[number])
+
+    def _check_unchanged(self, array: np.ndarray) -> None:
+        """Refuse files that changed since they were opened; one look per file and call."""
+        seen = set()
+        for a in np.unique(array[self._watched[array]]).tolist():
+            layout = self.layouts[a]
+            if layout.path not in seen and not is_current(layout):
+                raise CorruptChunkError(CHANGED, file=layout.path, array=layout.name)
+            seen.add(layout.path)
 
     def _looked_up(self, ids: np.ndarray) -> Extents:
         """Extents of chunks stored as objects, from the table."""
@@ -224,6 +249,8 @@ class ChunkDirectory:
         grid = self._grids[array]
         if not grid:
             return self.base[array : array + 1], ()
+        if self.layouts[array].table is not None:
+            return np.arange(self.base[array], self.base[array + 1]), ()
         per_object = _chunks_per_object(self.layouts[array])
         inside = [np.arange(min(n, size - n * c)) for n, size, c in zip(per_object, grid, where, strict=True)]
         mesh = np.ix_(*inside)
@@ -235,6 +262,9 @@ class ChunkDirectory:
         """Fill the table for the objects that hold these chunks. The lock is held."""
         arrays = np.searchsorted(self.base, ids, "right") - 1
         for array in np.unique(arrays).tolist():
+            if self.layouts[array].table is not None:
+                self._load_table(array)
+                continue
             numbers = np.unique(ids[arrays == array] - self.base[array])
             per_object = np.array(_chunks_per_object(self.layouts[array]), np.int64)
             grid = self._grids[array]
@@ -260,6 +290,31 @@ class ChunkDirectory:
         self._file[ids] = np.where(nbytes >= 0, len(self.paths), -1)
         self._offset[ids] = offset
         self._enter(array, path, where, identity, ids, nbytes)
+
+    def _load_table(self, array: int) -> None:
+        """Enter all chunks of an array whose file lists them."""
+        layout, mine = self.layouts[array], slice(self.base[array], self.base[array + 1])
+        assert layout.table is not None
+        stat = _stat(layout.path)
+        if stat is None:
+            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
+        self.check_current(array)
+        offset, nbytes = layout.table.offset, layout.table.nbytes
+        outside = np.flatnonzero((nbytes >= 0) & ((offset < 0) | (offset > stat.st_size - nbytes)))
+        if len(outside):
+            number = int(outside[0])
+            reason = (
+                f"the file lists it at bytes {offset[number]} + {nbytes[number]} and holds {stat.st_size}; "
+                "the file was cut short"
+            )
+            raise CorruptChunkError(reason, file=layout.path, array=layout.name, chunk=number)
+        if (nbytes < 0).any() and not layout.absent_is_fill:
+            number = int(np.flatnonzero(nbytes < 0)[0])
+            reason = "it was never written"
+            raise CorruptChunkError(reason, file=layout.path, array=layout.name, chunk=number)
+        self._file[mine] = np.where(nbytes >= 0, len(self.paths), -1)
+        self._offset[mine] = offset
+        self._enter(array, layout.path, (), (stat.st_dev, stat.st_ino), mine, nbytes)
 
     def _load_plain(self, array: int, numbers: list[int], places: list[tuple[int, ...]]) -> None:
         paths = [object_path(self.layouts[array], where) for where in places]

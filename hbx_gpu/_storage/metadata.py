@@ -83,15 +83,15 @@ def is_current(layout: ArrayLayout) -> bool:
     """Whether the metadata of an array, or its plain file, are still those that `layout` was made from."""
     if not layout.fingerprint:
         return True
-    if layout.byte_offset is not None:
-        return file_fingerprint(layout.path) == layout.fingerprint
+    if layout.byte_offset is not None or layout.table is not None:
+        return file_fingerprint(layout.path, content=layout.watched) == layout.fingerprint
     found = _load(layout.path, Within(layout.within))
     return found is not None and _fingerprint(found[1]) == layout.fingerprint
 
 
 def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
     """Path of the stored object at these grid coordinates; of a plain file, that file."""
-    if layout.byte_offset is not None:
+    if layout.byte_offset is not None or layout.table is not None:
         return layout.path
     key = layout.key_prefix + layout.key_separator.join(map(str, where))
     return os.path.join(layout.path, key)

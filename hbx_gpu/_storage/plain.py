@@ -23,6 +23,7 @@ def plain_layout(
     name: str | None = None,
     byte_offset: int = 0,
     chunk_elements: int = CHUNK_ELEMENTS,
+    watched: bool = False,
 ) -> ArrayLayout:
     """Describe `n` elements that lie uncompressed in a file.
 
@@ -40,6 +41,8 @@ def plain_layout(
         Where the first one begins.
     chunk_elements
         Length of a chunk.
+    watched
+        Whether a change of the file after this call is an error when it is read.
 
     Raises
     ------
@@ -69,8 +72,9 @@ def plain_layout(
         shard_shape=(chunk_elements,),
         codecs=({"name": "bytes", "configuration": {"endian": "big" if big else "little"}},),
         absent_is_fill=False,
-        fingerprint=file_fingerprint(path),
+        fingerprint=file_fingerprint(path, content=watched),
         byte_offset=byte_offset,
+        watched=watched,
     )
 
 
@@ -102,10 +106,19 @@ def npy_layout(
     return plain_layout(path, dtype, shape[0], name=name, byte_offset=begin, chunk_elements=chunk_elements)
 
 
-def file_fingerprint(path: str) -> str:
-    """What tells a file from another one that was put in its place; empty if there is none."""
+def file_fingerprint(path: str, *, content: bool = False) -> str:
+    """What tells a file from another one that was put in its place; empty if there is none.
+
+    Parameters
+    ----------
+    path
+        The file.
+    content
+        Whether size and time of change count too, so that a file rewritten in place differs.
+    """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    return f"{found.st_dev}:{found.st_ino}"
+    identity = f"{found.st_dev}:{found.st_ino}"
+    return f"{identity}:{found.st_size}:{found.st_mtime_ns}" if content else identity

@@ -186,7 +186,8 @@ class Stager:
         for c, ranges in staging.decode:
             array = int(staging.plan.chunk_array[c])
             try:
-                decoded = np.ascontiguousarray(self.codecs[array].decode(staging.slab.view(c)))
+                skipped = self.directory.skipped_filters(int(staging.plan.chunks[c]))
+                decoded = np.ascontiguousarray(self.codecs[array].decode(staging.slab.view(c), skipped))
             except ValueError as error:
                 raise self._error(staging.plan, c, getattr(error, "reason", str(error))) from error
             copy_ranges(ranges, np.uint64(_address(decoded)), target)

@@ -325,7 +325,8 @@ class ChunkStore:
             chunk = int(block.chunks[i])
             array = int(np.searchsorted(self._stager.table.chunk_base, chunk, "right")) - 1
             try:
-                elements = self._stager.codecs[array].decode(slab.view(int(i)))
+                skipped = self._engine.directory.skipped_filters(chunk)
+                elements = self._stager.codecs[array].decode(slab.view(int(i)), skipped)
             except ValueError as error:
                 reason = getattr(error, "reason", str(error))
                 raise self._engine.directory.error(chunk, reason) from error

@@ -16,10 +16,13 @@ import numpy as np
 
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._codecs import bitpacking_numba, rowpack_numba
+from hbx_gpu._codecs.blosc_blocks import BloscBlocks
 from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._codecs.containers import compression_of
 from hbx_gpu._codecs.rowpack_format import BLOCK
 from hbx_gpu._engine.host import canonical, kernels
 from hbx_gpu._engine.host.canonical import as_float32
+from hbx_gpu._engine.host.decoded import DecodedChunks
 from hbx_gpu._engine.verify import ChunkChecks
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu._source import ArrayLayout
@@ -81,6 +84,8 @@ class HostEngine:
         Output dtype of each layer.
     pool
         Where the memory of outputs comes from; None: fresh memory.
+    keep
+        Bytes of decoded chunks of general codecs (blosc, zstd, gzip, ...) that are kept for later batches.
     """
 
     def __init__(
@@ -89,10 +94,15 @@ class HostEngine:
         directory: ChunkDirectory,
         dtypes: Sequence[np.dtype],
         pool: BufferPool | None = None,
+        *,
+        keep: int = 64 << 20,
     ) -> None:
+        self._kept = DecodedChunks(keep)
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         self._empty = pool.empty if pool else np.empty
         self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
+        compressions = [compression_of(layout) for layout in directory.layouts]
+        self._in_blocks = [found is not None and found.container == "blosc" for found in compressions]
         # Arrays of one kind share a kernel call.
         kinds: dict[_Kind, int] = {}
         kind_of = [
@@ -251,13 +261,7 @@ class HostEngine:
         pieces = (plan.piece_skip, plan.piece_count, plan.piece_out)
         for c in jobs:
             array = int(plan.chunk_array[c])
-            try:
-                decoded = self._codecs[array].decode(slab.view(int(c)))
-            except ValueError as error:
-                raise self.directory.error(
-                    int(plan.chunks[c]), getattr(error, "reason", str(error))
-                ) from error
-            decoded = np.ascontiguousarray(decoded)
+            decoded = self._decoded(plan, slab, int(c), array)
             p0, p1 = plan.piece_ptr[c], plan.piece_ptr[c + 1]
             if role == INDEX_ROLE:
                 source = array // table.n_roles
@@ -272,6 +276,49 @@ class HostEngine:
                     out[at : at + count] = decoded[skip : skip + count]
             else:
                 kernels.scatter_values(decoded, p0, p1, *pieces, out)
+
+    def _decoded(self, plan: BatchPlan, slab: Slab, c: int, array: int) -> np.ndarray:
+        """The elements of a chunk, all or at least those that its pieces need."""
+        chunk = int(plan.chunks[c])
+        kept = self._kept.get(chunk)
+        if kept is not None:
+            return kept
+        try:
+            raw = slab.view(c)
+            if self._in_blocks[array]:
+                part = self._needed_blocks(plan, raw, c, array)
+                if part is not None:
+                    return part
+            decoded = self._codecs[array].decode(raw, self.directory.skipped_filters(chunk))
+        except ValueError as error:
+            raise self.directory.error(chunk, getattr(error, "reason", str(error))) from error
+        decoded = np.ascontiguousarray(decoded)
+        self._kept.add(chunk, decoded)
+        return decoded
+
+    def _needed_blocks(self, plan: BatchPlan, raw: np.ndarray, c: int, array: int) -> np.ndarray | None:
+        """A chunk of which only the blocks that pieces touch are decoded; None where that saves little."""
+        layout = self.directory.layouts[array]
+        p0, p1 = int(plan.piece_ptr[c]), int(plan.piece_ptr[c + 1])
+        skip, count = plan.piece_skip[p0:p1], plan.piece_count[p0:p1]
+        size = layout.dtype.itemsize
+        nbytes = layout.chunk_shape[0] * size
+        if 2 * int(count.sum()) * size > nbytes:
+            return None
+        if layout.codecs[-1]["name"] == "crc32c":
+            raw = self._checks.checked(plan, c, raw)
+        blocks = BloscBlocks(raw, nbytes)
+        n = blocks.n_blocks + 1
+        begun = np.bincount(skip * size // blocks.block, minlength=n)
+        ended = np.bincount(((skip + count) * size - 1) // blocks.block + 1, minlength=n)
+        needed = np.cumsum(begun - ended)[:-1] > 0
+        if 2 * int(needed.sum()) > blocks.n_blocks:
+            return None
+        edges = np.flatnonzero(np.diff(needed.astype(np.int8), prepend=0, append=0))
+        scratch = self._scratch_bytes(nbytes)
+        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            blocks.decode(first, last, scratch)
+        return scratch.view(layout.dtype)
 
     def _fill_absent(
         self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray], falls: np.ndarray

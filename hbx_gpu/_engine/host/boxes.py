@@ -8,8 +8,6 @@ is stored as it is only what pieces need is touched.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._engine.host.decoded import DecodedChunks
 from hbx_gpu._plan.boxes import ArrayPieces, BoxPlan, BoxTable, full_boxes
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
@@ -50,7 +49,7 @@ class BoxEngine:
         keep: int = 64 << 20,
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
-        self._kept = _Kept(keep)
+        self._kept = DecodedChunks(keep)
         self._empty = pool.empty if pool else np.empty
         self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
 
@@ -196,7 +195,9 @@ class BoxEngine:
             chunk = self._kept.get(number)
             if chunk is None:
                 try:
-                    chunk = codec.decode(slab.view(c)).reshape(layout.chunk_shape)
+                    chunk = codec.decode(slab.view(c), self.directory.skipped_filters(number)).reshape(
+                        layout.chunk_shape
+                    )
                 except ValueError as error:
                     raise self.directory.error(number, getattr(error, "reason", str(error))) from error
                 if not codec.is_raw:  # those alias the file
@@ -213,33 +214,6 @@ def _are_rows(part: ArrayPieces, shape: tuple[int, ...]) -> bool:
     """Whether pieces are whole rows of this shape, one position on the first axis each."""
     whole = (1, *shape)
     return part.count.shape[1] == len(whole) and bool((part.count == whole).all())
-
-
-class _Kept:
-    """Decoded chunks, the oldest out first. Safe to use from many threads.
-
-    Parameters
-    ----------
-    budget
-        Bytes.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self._budget, self._nbytes = budget, 0
-        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, number: int) -> np.ndarray | None:
-        return self._chunks.get(number)
-
-    def add(self, number: int, chunk: np.ndarray) -> None:
-        with self._lock:
-            if number in self._chunks:  # by another thread
-                return
-            self._chunks[number] = chunk
-            self._nbytes += chunk.nbytes
-            while self._nbytes > self._budget:
-                self._nbytes -= self._chunks.popitem(last=False)[1].nbytes
 
 
 def _slices(begin: np.ndarray, count: np.ndarray) -> tuple[slice, ...]:
