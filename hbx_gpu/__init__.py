@@ -27,6 +27,7 @@ _PUBLIC = {
     "DenseBatch": "hbx_gpu.batch",
     "RaggedBatch": "hbx_gpu.batch",
     "MultimodalBatch": "hbx_gpu.batch",
+    "open": "hbx_gpu._stores.opening",
 }
 
 __all__ = ["__version__", *_PUBLIC]

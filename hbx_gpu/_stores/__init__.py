@@ -1,0 +1,1 @@
+"""Stores of other programs, opened where they lie: AnnData, MuData, annbatch, 10x Genomics, loom, SCDL."""

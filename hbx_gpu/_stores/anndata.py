@@ -1,0 +1,159 @@
+"""AnnData and MuData in zarr or HDF5, of any release, and annbatch collections."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._stores.matrix import Form, StoredMatrix
+from hbx_gpu._stores.store import RAW, Part, Store
+from hbx_gpu._stores.tree import Tree, open_tree
+from hbx_gpu.errors import CorruptDataError, InvalidDataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMS: dict[str, Form] = {"csr_matrix": "csr", "csr": "csr", "csc_matrix": "csc", "csc": "csc"}
+_COLLECTION = re.compile(r"dataset_(\d+)")
+
+
+def open_anndata(tree: Tree, kind: str) -> Store:
+    """A store that is one AnnData."""
+    return Store(tree.path, f"AnnData {kind}", [part_of(tree, "")])
+
+
+def open_collection(tree: Tree) -> Store:
+    """An annbatch collection: groups ``dataset_0``, ``dataset_1``, ..., each one AnnData.
+
+    Raises
+    ------
+    CorruptDataError
+        A number is missing between them.
+    """
+    found = {int(m[1]): name for name in tree.names() if (m := _COLLECTION.fullmatch(name))}
+    if sorted(found) != list(range(len(found))):
+        raise CorruptDataError(
+            f"{tree.path}: expected groups dataset_0 to dataset_{max(found)}, found {len(found)} of them: "
+            f"{sorted(found.values())}"
+        )
+    return Store(tree.path, "annbatch collection", [part_of(tree, found[n]) for n in sorted(found)])
+
+
+def open_mudata(tree: Tree, kind: str) -> Store:
+    """A MuData: modalities that share cells.
+
+    Raises
+    ------
+    InvalidDataError
+        Its parts share features instead of cells.
+    CorruptDataError
+        The table of which cell is which row of a modality contradicts the modality.
+    """
+    if int(tree.attributes().get("axis", 0)) == 1:
+        raise InvalidDataError(
+            f"{tree.path}: its parts share features and not cells (axis=1); write each part to a file of its "
+            "own and open these files together"
+        )
+    there = tree.names("mod")
+    order = [str(name) for name in tree.attributes("mod").get("mod-order", ())]
+    names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
+    modalities = {}
+    n_cells = len(_obs(tree.path, ""))
+    for name in names:
+        part = part_of(tree, f"mod/{name}")
+        rows = (
+            tree.array(f"obsmap/{name}").astype(np.int64).ravel() - 1
+            if name in tree.names("obsmap")
+            else None
+        )
+        if rows is None:
+            rows = np.arange(n_cells)
+        if len(rows) != n_cells or rows.min(initial=-1) < -1 or rows.max(initial=-1) >= part.n_cells:
+            raise CorruptDataError(
+                f"{tree.path}: obsmap/{name} has {len(rows)} entries up to {rows.max(initial=-1) + 1} for "
+                f"{n_cells} cells and {part.n_cells} rows of the modality"
+            )
+        modalities[name] = (part, rows)
+    return Store(tree.path, f"MuData {kind}", [], modalities, lambda: _own_obs(tree.path, names))
+
+
+def part_of(tree: Tree, root: str) -> Part:
+    """The AnnData at `root` of a store.
+
+    Raises
+    ------
+    CorruptDataError
+        Arrays that contradict each other.
+    InvalidDataError
+        No obs, no var or no matrix.
+    """
+    path, prefix = tree.path, f"{root}/" if root else ""
+    name = f"{path}:{root}" if root else str(path)
+    there = tree.names(root)
+    if not {"obs", "var"} <= set(there):
+        raise InvalidDataError(f"{name} is not an AnnData: expected obs and var, found {there or 'nothing'}")
+    keys = {"X": f"{prefix}X", RAW: f"{prefix}raw/X"}
+    keys |= {layer: f"{prefix}layers/{layer}" for layer in tree.names(f"{prefix}layers")}
+    matrices = {}
+    for matrix, key in keys.items():
+        if tree.is_array(key) or tree.names(key):
+            matrices[matrix] = _matrix(tree, key, f"{name}, matrix {matrix!r}")
+    _check_tables(tree, prefix, name, matrices)
+    return Part(
+        name,
+        matrices,
+        lambda: _obs(path, prefix),
+        lambda matrix: _frame(path, f"{prefix}raw/var" if matrix == RAW else f"{prefix}var"),
+    )
+
+
+def _check_tables(tree: Tree, prefix: str, name: str, matrices: dict[str, StoredMatrix]) -> None:
+    """obs and var have a row for each cell and each feature, as far as metadata tell."""
+    for matrix, stored in matrices.items():
+        var = "raw/var" if matrix == RAW else "var"
+        for table, axis in (("obs", 0), (var, 1)):
+            n = tree.n_rows(f"{prefix}{table}")
+            if n is not None and n != stored.shape[axis]:
+                raise CorruptDataError(
+                    f"{name}: {table} has {n} rows, but matrix {matrix!r} has shape {stored.shape}"
+                )
+
+
+def _matrix(tree: Tree, key: str, name: str) -> StoredMatrix:
+    if tree.is_array(key):
+        values = tree.layout(key)
+        if len(values.shape) != 2:
+            raise CorruptDataError(f"{name} has shape {values.shape}; two axes are expected")
+        return StoredMatrix(name, (values.shape[0], values.shape[1]), "dense", values)
+    attributes = tree.attributes(key)
+    encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))
+    shape: Any = attributes.get("shape", attributes.get("h5sparse_shape"))
+    if encoding not in _FORMS or shape is None or len(shape) != 2:
+        raise InvalidDataError(
+            f"{name}: expected a CSR, CSC or dense matrix with its shape, found encoding {encoding!r} and "
+            f"shape {shape}"
+        )
+    missing = {"data", "indices", "indptr"} - set(tree.names(key))
+    if missing:
+        raise CorruptDataError(f"{name}: arrays {sorted(missing)} are missing")
+    values, index, indptr = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
+    return StoredMatrix(name, (int(shape[0]), int(shape[1])), _FORMS[encoding], values, index, indptr)
+
+
+def _frame(path: Path, key: str) -> pd.DataFrame:
+    with open_tree(path) as tree:
+        return tree.frame(key)
+
+
+def _obs(path: Path, prefix: str) -> pd.DataFrame:
+    return _frame(path, f"{prefix}obs")
+
+
+def _own_obs(path: Path, modalities: list[str]) -> pd.DataFrame:
+    """The common table of a MuData without the copies ``modality:column`` that it keeps of its parts."""
+    frame = _obs(path, "")
+    copies = [name for name in frame.columns if name.split(":", 1)[0] in modalities and ":" in name]
+    return frame.drop(columns=copies)

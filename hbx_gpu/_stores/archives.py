@@ -1,0 +1,72 @@
+"""SCDL archives as stores: each block of genes of an archive is a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hbx_gpu._storage.plain import plain_layout
+from hbx_gpu._stores.matrix import StoredMatrix
+from hbx_gpu._stores.store import Part, Store
+from hbx_gpu.scdl._format.archive import Archive, open_archive
+from hbx_gpu.scdl._format.layout import COL_PTR, DATA, ROW_PTR
+from hbx_gpu.scdl._format.names import read_obs_names
+from hbx_gpu.scdl._sources.axis import gene_axis
+from hbx_gpu.scdl._sources.cells import gene_blocks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def open_scdl(path: Path) -> Store:
+    """An SCDL archive.
+
+    Raises
+    ------
+    CorruptDataError
+        Files that contradict each other.
+    """
+    archive = open_archive(path)
+    archive.check_pointers()
+    bounds = archive.bounds if len(archive.bounds) > 1 else np.array([0, archive.n_rows])
+    return Store(path, "SCDL archive", [_part(archive, block, bounds) for block in range(len(bounds) - 1)])
+
+
+def _part(archive: Archive, block: int, bounds: np.ndarray) -> Part:
+    first, last = (int(row) for row in bounds[block : block + 2])
+    begin, end = int(archive.indptr[first]), int(archive.indptr[last])
+    path, name = Path(archive.path), f"{archive.path}, block {block}"
+    where = archive.path.name
+
+    def layout(file: str, array: np.ndarray, at: int, n: int) -> object:
+        size = array.dtype.itemsize
+        return plain_layout(path / file, array.dtype, n, name=f"{where}/{file}", byte_offset=at * size)
+
+    values = layout(DATA, archive.data, begin, end - begin)
+    index = layout(COL_PTR, archive.indices, begin, end - begin)
+    indptr = layout(ROW_PTR, archive.indptr, first, last - first + 1)
+    names = gene_axis([gene_blocks(archive)[block]], None).uids if len(archive.bounds) > 1 else None
+    width = len(names) if names is not None else archive.width(block)
+    matrix = StoredMatrix(name, (last - first, width), "csr", values, index, indptr, begin)  # type: ignore[arg-type]
+
+    def var(_: str) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(index=pd.Index(names if names is not None else np.arange(width).astype(str)))
+
+    return Part(name, {"X": matrix}, lambda: _obs(archive, first, last), var)
+
+
+def _obs(archive: Archive, first: int, last: int) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame(index=np.arange(first, last).astype(str))
+    if archive.obs is not None and archive.obs.names:
+        frame = archive.obs.table().slice(first, last - first).to_pandas()
+        frame.index = np.arange(first, last).astype(str)
+    names = read_obs_names(archive.path, archive.n_rows)
+    if names is not None:
+        frame.index = names.slice(first, last - first).to_pandas().astype(str)
+    return frame

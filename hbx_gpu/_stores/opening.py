@@ -1,0 +1,77 @@
+"""`hbx_gpu.open`: from paths to a query over what lies there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hbx_gpu._stores.cells import Cells
+from hbx_gpu._stores.recognize import expand, is_archive, is_atlas, open_store
+from hbx_gpu.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hbx_gpu._stores.store import Store
+    from hbx_gpu.atlas import AtlasQuery
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def open(*paths: Paths) -> Cells | AtlasQuery:
+    """Open stores where they lie and query their cells; nothing is written beside them.
+
+    What a path holds is recognized by its content: AnnData (.h5ad of any release, zarr v2 and v3), MuData,
+    annbatch collections, 10x Genomics HDF5 (versions 2 and 3), loom, SCDL archives, atlases of hbx_gpu and of
+    Homeobox.
+
+    Parameters
+    ----------
+    *paths
+        Files, directories, globs, folders of stores, or lists of them. Several stores become one query,
+        their cells one after the other.
+
+    Returns
+    -------
+    Cells or AtlasQuery
+        A query with the same steps: ``where``, ``select``, ``features``, ``limit``, ``balanced_limit``,
+        ``count``, ``to_anndata``, ``to_cell_dataset``, ``to_multimodal_dataset``.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path that does not exist, or a glob that matches nothing.
+    InvalidDataError
+        A path that holds no store that is known.
+    UnsupportedError
+        An atlas together with other stores; a URL; an archive that must be unpacked first.
+    CorruptDataError
+        A store whose arrays contradict each other.
+    """
+    found = expand(paths)
+    atlases = [path for path in found if is_atlas(path)]
+    if atlases:
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"{atlases[0]} is an atlas, and an atlas is opened alone; open it apart from the other "
+                f"{len(found) - 1} paths, or ingest these into it"
+            )
+        from hbx_gpu.atlas import RaggedAtlas
+
+        return RaggedAtlas.checkout_latest(atlases[0]).query()
+    return Cells(open_stores(found))
+
+
+def open_stores(paths: Sequence[str | os.PathLike[str]]) -> list[Store]:
+    """Open stores that are not atlases; see :func:`open` for errors."""
+    return [_open(path) for path in expand(paths)]
+
+
+def _open(path: os.PathLike[str]) -> Store:
+    from pathlib import Path
+
+    path = Path(path)
+    if path.is_dir() and is_archive(path):
+        from hbx_gpu._stores.archives import open_scdl
+
+        return open_scdl(path)
+    return open_store(path)

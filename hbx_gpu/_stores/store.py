@@ -1,0 +1,124 @@
+"""What every format is opened as: modalities that share cells, each with matrices, features and a table of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hbx_gpu._stores.matrix import StoredMatrix
+from hbx_gpu.errors import CorruptDataError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RAW = "raw"
+
+
+@dataclass
+class Part:
+    """One AnnData: matrices over the same cells.
+
+    Attributes
+    ----------
+    name
+        Store and place in it, for messages.
+    matrices
+        By name: ``X``, ``raw`` and the layers, as far as they exist.
+    read_obs
+        Reads the table of cells, their names as index.
+    read_var
+        Reads the table of features of a matrix, given its name; feature names are the index.
+    """
+
+    name: str
+    matrices: Mapping[str, StoredMatrix]
+    read_obs: Callable[[], pd.DataFrame]
+    read_var: Callable[[str], pd.DataFrame]
+    _vars: dict[bool, pd.DataFrame] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """Table of the cells.
+
+        Raises
+        ------
+        CorruptDataError
+            It has another number of rows than the matrices.
+        """
+        frame = self.read_obs()
+        for matrix in self.matrices.values():
+            if len(frame) != matrix.shape[0]:
+                raise CorruptDataError(
+                    f"{self.name}: obs has {len(frame)} rows, {matrix.name} has {matrix.shape[0]}"
+                )
+        return frame
+
+    def var(self, matrix: str) -> pd.DataFrame:
+        """Table of the features of one of the matrices.
+
+        Raises
+        ------
+        CorruptDataError
+            It has another number of rows than the matrix has columns.
+        """
+        raw = matrix == RAW
+        if raw not in self._vars:
+            self._vars[raw] = self.read_var(matrix)
+        frame, stored = self._vars[raw], self.matrix(matrix)
+        if len(frame) != stored.shape[1]:
+            raise CorruptDataError(
+                f"{self.name}: var has {len(frame)} rows, {stored.name} has {stored.shape[1]} columns"
+            )
+        return frame
+
+    def matrix(self, name: str) -> StoredMatrix:
+        """One of the matrices.
+
+        Raises
+        ------
+        UnknownNameError
+            There is no such matrix.
+        """
+        if name not in self.matrices:
+            raise UnknownNameError(
+                f"{self.name} has no matrix {name!r}; it holds {sorted(self.matrices)} (X, raw, or the name "
+                "of a layer)"
+            )
+        return self.matrices[name]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        for matrix in self.matrices.values():
+            return matrix.shape[0]
+        return len(self.obs)
+
+
+@dataclass
+class Store:
+    """One store: parts that follow one another, or modalities of the same cells.
+
+    Attributes
+    ----------
+    path
+        Where it lies.
+    format
+        What it is, for people: ``"AnnData zarr"``, ``"10x Genomics HDF5"``, ...
+    parts
+        Parts of one modality, whose cells follow one another; one for all formats but collections.
+    modalities
+        Modality -> (part, row of the part for each cell of the store, -1 where a cell lacks it), for MuData.
+    read_obs
+        Reads the table of all cells of a store with modalities.
+    """
+
+    path: Path
+    format: str
+    parts: list[Part]
+    modalities: dict[str, tuple[Part, np.ndarray]] = field(default_factory=dict)
+    read_obs: Callable[[], pd.DataFrame] | None = None

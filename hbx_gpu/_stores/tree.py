@@ -1,0 +1,286 @@
+"""One view of zarr and HDF5 stores: groups with attributes, arrays as layouts, tables as data frames.
+
+Large arrays are only described here; the loader's own readers fetch them. Small ones and tables are read
+through h5py, zarr-python and anndata, which know every encoding that was ever written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import h5py
+import numpy as np
+
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.hdf5 import hdf5_layout
+from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Tree(Protocol):
+    """An open store. Keys are paths inside it, their parts joined by slashes; "" is the root.
+
+    Attributes
+    ----------
+    path
+        File or directory of the store.
+    """
+
+    path: Path
+
+    def names(self, key: str = "") -> list[str]:
+        """Names inside a group, sorted; none where there is no such group."""
+        ...
+
+    def is_array(self, key: str) -> bool:
+        """Whether an array lies there."""
+        ...
+
+    def attributes(self, key: str = "") -> Mapping[str, Any]:
+        """Attributes of a group or an array."""
+        ...
+
+    def layout(self, key: str) -> ArrayLayout:
+        """Where and how an array is stored."""
+        ...
+
+    def array(self, key: str) -> np.ndarray:
+        """A small array, read whole; text as Python strings."""
+        ...
+
+    def frame(self, key: str) -> pd.DataFrame:
+        """A table, its index as strings."""
+        ...
+
+    def n_rows(self, key: str) -> int | None:
+        """Number of rows of a table, from metadata alone; None where these do not tell."""
+        ...
+
+
+@contextlib.contextmanager
+def open_tree(path: str | os.PathLike[str]) -> Iterator[Tree]:
+    """Open the store at `path`: a directory is zarr, a file is HDF5.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    InvalidDataError
+        Neither zarr nor HDF5, or cut short.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not _is_node(path):
+            raise InvalidDataError(f"{path} is not a zarr store: there is neither zarr.json nor .zgroup")
+        yield ZarrTree(path)
+        return
+    with _open_hdf5(path) as file:
+        yield HdfTree(path, file)
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    if not path.exists():
+        raise FileNotFoundError(f"no store at {path}: the path does not exist")
+    if not path.is_file():
+        raise InvalidDataError(f"{path} is neither a file nor a directory")
+    if not h5py.is_hdf5(path):
+        raise InvalidDataError(f"{path} is not an HDF5 file: its first bytes are not the HDF5 signature")
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401 - registers the filters that h5py itself lacks
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        what = (
+            "another program has it open for writing"
+            if "lock" in str(error)
+            else "it is cut short or damaged"
+        )
+        raise InvalidDataError(f"{path} cannot be opened: {error}; {what}") from error
+
+
+class _Tables:
+    """Reading tables, which is the same for both kinds of store."""
+
+    path: Path
+
+    def _node(self, key: str) -> Any:
+        raise NotImplementedError
+
+    def frame(self, key: str) -> pd.DataFrame:
+        """A table, its index as strings.
+
+        Raises
+        ------
+        CorruptDataError
+            It is missing or cannot be read.
+        """
+        from anndata.io import read_elem
+
+        try:
+            node = self._node(key)
+            frame = self._records(node) if hasattr(node, "dtype") else read_elem(node)
+        except HbxError:
+            raise
+        except Exception as error:  # anndata raises whatever it meets in a damaged store
+            plugin = isinstance(error, OSError) and "plugin" in str(error)
+            advice = "; install hdf5plugin, which reads the filter it is stored with" if plugin else ""
+            raise CorruptDataError(f"table {key!r} of {self.path} cannot be read: {error}{advice}") from error
+        frame.index = frame.index.astype(str)
+        return frame
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of an array."""
+        raise NotImplementedError
+
+    def n_rows(self, key: str) -> int | None:
+        """Number of rows of a table, from metadata alone; None where these do not tell."""
+        tree: Any = self
+        if tree.is_array(key):
+            return self.shape(key)[0]
+        index = str(tree.attributes(key).get("_index", "index"))
+        for array in (f"{key}/{index}", f"{key}/{index}/values", f"{key}/{index}/codes"):
+            if tree.is_array(array):
+                return self.shape(array)[0]
+        return None
+
+    def _records(self, node: Any) -> pd.DataFrame:
+        """A table stored as one array of records, as anndata did before 0.7; categories lie in ``uns``."""
+        import pandas as pd
+
+        records = node[:]
+        frame = pd.DataFrame({name: _texts(records[name]) for name in records.dtype.names or ()})
+        for column in frame.columns:
+            try:
+                names = _texts(np.atleast_1d(self._node(f"uns/{column}_categories")[()]))
+            except KeyError:
+                continue
+            if frame[column].dtype.kind in "iu":
+                frame[column] = pd.Categorical.from_codes(frame[column].to_numpy(), names)
+        return frame.set_index("index" if "index" in frame.columns else frame.columns[0])
+
+
+class HdfTree(_Tables):
+    """An open HDF5 file."""
+
+    def __init__(self, path: Path, file: h5py.File) -> None:
+        self.path, self._file = path, file
+
+    def names(self, key: str = "") -> list[str]:
+        node = self._file.get(key) if key else self._file
+        return sorted(node) if isinstance(node, h5py.Group) else []
+
+    def is_array(self, key: str) -> bool:
+        return isinstance(self._file.get(key), h5py.Dataset)
+
+    def attributes(self, key: str = "") -> dict[str, Any]:
+        return {name: _plain(value) for name, value in self._file[key or "/"].attrs.items()}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(map(int, self._file[key].shape))
+
+    def layout(self, key: str) -> ArrayLayout:
+        return hdf5_layout(self._file[key], self.path, f"{self.path.name}/{key}")
+
+    def array(self, key: str) -> np.ndarray:
+        try:
+            return _texts(np.atleast_1d(self._file[key][()]))
+        except OSError as error:
+            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {error}") from error
+
+    def _node(self, key: str) -> Any:
+        return self._file[key]
+
+
+class ZarrTree(_Tables):
+    """A zarr group on disk, of format 2 or 3. Its metadata are read one node at a time: what is damaged
+    elsewhere in a store, or uses an extension, does not matter until it is needed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self, key: str = "") -> list[str]:
+        folder = self.path / key
+        if not folder.is_dir() or self.is_array(key):
+            return []
+        return sorted(child.name for child in folder.iterdir() if child.is_dir() and _is_node(child))
+
+    def is_array(self, key: str) -> bool:
+        folder = self.path / key
+        if (folder / ".zarray").exists():
+            return True
+        return (folder / "zarr.json").exists() and _document(folder / "zarr.json").get("node_type") == "array"
+
+    def attributes(self, key: str = "") -> Mapping[str, Any]:
+        folder = self.path / key
+        if (folder / "zarr.json").exists():
+            found = _document(folder / "zarr.json").get("attributes", {})
+        else:
+            found = _document(folder / ".zattrs") if (folder / ".zattrs").exists() else {}
+        return found if isinstance(found, dict) else {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        folder = self.path / key
+        document = folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray"
+        shape = _document(document).get("shape")
+        if not isinstance(shape, list) or not shape:
+            raise CorruptDataError(f"the zarr metadata {document} have the shape {shape!r}")
+        return tuple(map(int, shape))
+
+    def layout(self, key: str) -> ArrayLayout:
+        return read_layout(str(self.path / key), f"{self.path.name}/{key}")
+
+    def array(self, key: str) -> np.ndarray:
+        try:
+            return _texts(np.atleast_1d(self._node(key)[()]))
+        except Exception as error:  # zarr raises whatever it meets in a damaged store
+            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {error}") from error
+
+    def _node(self, key: str) -> Any:
+        import zarr
+
+        if not _is_node(self.path / key):
+            raise KeyError(key)
+        return zarr.open(str(self.path / key), mode="r")
+
+
+def _is_node(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"the zarr metadata {path} are not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
+    return found
+
+
+def _texts(values: np.ndarray) -> np.ndarray:
+    """Bytes and NumPy strings as Python strings; numbers as they are."""
+    if values.dtype.kind == "S" or (
+        values.dtype.kind == "O" and len(values) and isinstance(values[0], bytes)
+    ):
+        texts = np.empty(len(values), object)
+        texts[:] = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values.tolist()]
+        return texts
+    return values.astype(object) if values.dtype.kind in "UT" else values
+
+
+def _plain(value: Any) -> Any:
+    """An HDF5 attribute as a Python value: fixed-length strings are text as well."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
+        return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value.tolist()]
+    return value
