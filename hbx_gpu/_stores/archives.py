@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
+from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu._stores.matrix import StoredMatrix
 from hbx_gpu._stores.store import Part, Store
@@ -40,7 +42,7 @@ def _part(archive: Archive, block: int, bounds: np.ndarray) -> Part:
     path, name = Path(archive.path), f"{archive.path}, block {block}"
     where = archive.path.name
 
-    def layout(file: str, array: np.ndarray, at: int, n: int) -> object:
+    def layout(file: str, array: np.ndarray, at: int, n: int) -> ArrayLayout:
         size = array.dtype.itemsize
         return plain_layout(path / file, array.dtype, n, name=f"{where}/{file}", byte_offset=at * size)
 
@@ -49,7 +51,7 @@ def _part(archive: Archive, block: int, bounds: np.ndarray) -> Part:
     indptr = layout(ROW_PTR, archive.indptr, first, last - first + 1)
     names = gene_axis([gene_blocks(archive)[block]], None).uids if len(archive.bounds) > 1 else None
     width = len(names) if names is not None else archive.width(block)
-    matrix = StoredMatrix(name, (last - first, width), "csr", values, index, indptr, begin)  # type: ignore[arg-type]
+    matrix = StoredMatrix(name, (last - first, width), "csr", values, index, indptr, begin)
 
     def var(_: str) -> pd.DataFrame:
         import pandas as pd
@@ -64,7 +66,8 @@ def _obs(archive: Archive, first: int, last: int) -> pd.DataFrame:
 
     frame = pd.DataFrame(index=np.arange(first, last).astype(str))
     if archive.obs is not None and archive.obs.names:
-        frame = archive.obs.table().slice(first, last - first).to_pandas()
+        columns = {name: archive.obs.column(name) for name in archive.obs.names}
+        frame = pa.table(columns).slice(first, last - first).to_pandas()
         frame.index = np.arange(first, last).astype(str)
     names = read_obs_names(archive.path, archive.n_rows)
     if names is not None:

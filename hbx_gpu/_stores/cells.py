@@ -91,8 +91,8 @@ class StoresRecipe:
         cells = Cells(open_stores(self.paths), self.steps)
         if cells.n_cells != self.n_cells:
             raise InvalidDataError(
-                f"the stores held {self.n_cells} cells when the dataset was made and hold {cells.n_cells} now; "
-                "open them again"
+                f"the stores held {self.n_cells} cells when the dataset was made and hold {cells.n_cells} "
+                "now; open them again"
             )
         return cells.to_cell_dataset(**self.arguments)
 
@@ -358,7 +358,7 @@ class Cells:
         if not self._is_multimodal:
             raise UnsupportedError(f"{self!r} holds one modality; use to_cell_dataset()")
         names = list(feature_spaces) if feature_spaces is not None else self.modalities
-        datasets = {}
+        datasets: dict[str, CellDataset] = {}
         for name in names:
             space = self._modality(name)
             columns = list(metadata_columns or ()) if not datasets else []
@@ -454,8 +454,8 @@ class Cells:
         if "csc" in forms:
             name = next(matrix.name for matrix in matrices if matrix.form == "csc")
             raise UnsupportedError(
-                f"{name} is stored as CSC, column by column, so that a row would need all of it; turn it once "
-                "with 'hbx-gpu ingest FILE --atlas ATLAS' and train from the atlas"
+                f"{name} is stored as CSC, column by column, so that a row would need all of it; turn it "
+                "once with 'hbx-gpu ingest FILE --atlas ATLAS' and train from the atlas"
             )
         if len(forms) > 1:
             raise UnsupportedError(

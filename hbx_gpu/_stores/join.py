@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -119,10 +120,9 @@ def joined(
 
 
 def _refuse_repeats(names: np.ndarray, where: str) -> None:
-    seen: set[str] = set()
-    repeated = list(dict.fromkeys(name for name in names.tolist() if name in seen or seen.add(name)))
+    repeated = [name for name, n in Counter(names.tolist()).items() if n > 1]
     if repeated:
         raise InvalidDataError(
-            f"{where}: {len(repeated)} features occur more than once, first {repeated[:3]}, so they cannot be "
-            "joined by name; pass feature_id_column= with a column of var that identifies them"
+            f"{where}: {len(repeated)} features occur more than once, first {repeated[:3]}, so they cannot "
+            "be joined by name; pass feature_id_column= with a column of var that identifies them"
         )

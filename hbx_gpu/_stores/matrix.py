@@ -9,8 +9,8 @@ import numpy as np
 
 from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
-from hbx_gpu._storage.readers import open_reader
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 Form = Literal["csr", "csc", "dense"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def open(*paths: Paths) -> Cells | AtlasQuery:
+def open(*paths: Paths) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of other libraries
     """Open stores where they lie and query their cells; nothing is written beside them.
 
     What a path holds is recognized by its content: AnnData (.h5ad of any release, zarr v2 and v3), MuData,

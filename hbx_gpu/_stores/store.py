@@ -1,4 +1,4 @@
-"""What every format is opened as: modalities that share cells, each with matrices, features and a table of cells."""
+"""What every format is opened as: parts with matrices over the same cells, and tables of both axes."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def _part(tree: Tree, key: str) -> Part:
     shape = tree.array(f"{key}/shape").astype(np.int64).ravel()
     if len(shape) != 2:
         raise CorruptDataError(f"{name}: shape has {len(shape)} entries; features and barcodes are expected")
-    layouts = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
-    matrix = StoredMatrix(name, (int(shape[1]), int(shape[0])), "csr", *layouts)
+    values, index, indptr = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
+    matrix = StoredMatrix(name, (int(shape[1]), int(shape[0])), "csr", values, index, indptr)
     return Part(name, {"X": matrix}, lambda: _obs(path, key), lambda _: _var(path, key))
 
 

@@ -7,7 +7,6 @@ through h5py, zarr-python and anndata, which know every encoding that was ever w
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.files import parse_json, read_small
 from hbx_gpu._storage.hdf5 import hdf5_layout
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
@@ -257,10 +257,7 @@ def _is_node(folder: Path) -> bool:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"the zarr metadata {path} are not valid JSON: {error}") from error
+    found = parse_json(read_small(path), path)
     if not isinstance(found, dict):
         raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
     return found
