@@ -34,9 +34,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old content or the new one, on disk when this returns."""
+    """Write a file so that a crash leaves the old content or the new one, on disk when this returns.
+
+    Nothing is written through links: one that somebody planted at either name is replaced.
+    """
     new = path.with_name(f"{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -150,6 +150,17 @@ def _as_words(data: BytesLike, element_size: int) -> np.ndarray:
     return np.require(src.view(_word_dtype(element_size)), requirements="A")
 
 
+def bitpacking_length(data: BytesLike) -> int:
+    """Words that a chunk's header promises.
+
+    Raises
+    ------
+    CorruptChunkError
+        There is no header, or it names an unknown transform.
+    """
+    return _read_header(as_bytes(data))[0]
+
+
 def _read_header(src: np.ndarray) -> tuple[int, int]:
     if len(src) < HEADER_BYTES:
         raise CorruptChunkError(describe_status(SHORT_HEADER | len(src) << 8))

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking import decode_bitpacking
+from hbx_gpu._codecs.bitpacking import bitpacking_length, decode_bitpacking
 from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
+from hbx_gpu._codecs.bounds import Room, bounded
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._codecs.rowpack import decode_rowpack
-from hbx_gpu._codecs.rowpack_format import ELEMENT_SIZES
+from hbx_gpu._codecs.rowpack_format import ELEMENT_SIZES, read_header
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
@@ -36,6 +38,10 @@ _FILTERS = {"astype", "bitround", "delta", "fixedscaleoffset", "packbits", "quan
 # Their settings matter to encoders only, and zarr v3 spells some of blosc's differently.
 _SETTINGS_FREE = {"blosc", "gzip", "zstd"}
 
+CRC32C_BYTES = 4
+# Bytes of the widest element, and of what a filter may put before them.
+_WIDEST, _SPARE = 16, 64
+
 _Step = tuple[str, Callable[[Any], Any]]
 
 
@@ -50,12 +56,17 @@ class ChunkCodec:
     Attributes
     ----------
     bitpacking
-        Word size (4 or 8) if the chain is little-endian bytes + homeobox.bitpacking and nothing else,
-        None otherwise. Such a chunk unpacks to words of that size whose bytes are the elements.
+        Word size (4 or 8) if the chain is little-endian bytes + homeobox.bitpacking, with or without a
+        checksum, and nothing else; None otherwise. Such a chunk unpacks to words of that size whose bytes are
+        the elements.
     rowpack
         The same for little-endian bytes + hbx_gpu.rowpack: word size (1, 2, 4 or 8) or None.
     is_raw
-        The stored bytes are the elements: C order, machine byte order, nothing else in the chain.
+        The stored bytes are the elements, with or without a checksum: C order, machine byte order, nothing
+        else in the chain.
+    tail
+        Bytes of CRC32C at the end of a chunk, where `bitpacking` or `is_raw` say that the rest can be read as
+        it is; 0 for every other chain.
 
     Raises
     ------
@@ -71,6 +82,7 @@ class ChunkCodec:
         self.bitpacking: int | None = None
         self.rowpack: int | None = None
         self.is_raw = False
+        self.tail = 0
         if len(layout.codecs) == 1 and layout.codecs[0]["name"] == V2_CHAIN:
             self._steps = self._v2_steps(layout.codecs[0]["configuration"])
         else:
@@ -117,30 +129,38 @@ class ChunkCodec:
         names = [codec["name"] for codec in codecs]
         settings = [codec.get("configuration") or {} for codec in codecs]
         if "bytes" not in names:
-            for name, setting in zip(names, settings, strict=True):
-                self._step_of(name, setting, layout.chunk_shape, layout.dtype)  # name an unknown one first
+            for name, setting in zip(names, settings, strict=True):  # name an unknown one first
+                if _works_on_arrays(name):
+                    self._array_step(name, setting, layout.chunk_shape, layout.dtype)
+                else:
+                    self._bytes_step(name, setting, layout.dtype, Room(0))
             raise CorruptDataError(f"array {layout.name!r}: codec chain {names} has no 'bytes' step")
         middle = names.index("bytes")
         shape, dtype = layout.chunk_shape, layout.dtype
         steps: list[_Step] = []
         for name, setting in zip(names[:middle], settings[:middle], strict=True):
-            step, shape, dtype = self._step_of(name, setting, shape, dtype)
+            step, shape, dtype = self._array_step(name, setting, shape, dtype)
             steps.append((name, step))
         stored_dtype = self._with_endian(dtype, settings[middle].get("endian"))
         if layout.byte_offset is None:
             steps.append(("bytes", _from_bytes(shape, stored_dtype, "C")))
         else:
             steps.append(("bytes", _from_plain_bytes(shape, stored_dtype)))
+        room = Room(math.prod(shape) * dtype.itemsize, exact=layout.byte_offset is None)
         for name, setting in zip(names[middle + 1 :], settings[middle + 1 :], strict=True):
-            if name == "transpose" or name.removeprefix("numcodecs.") in _FILTERS:
+            if _works_on_arrays(name):
                 raise CorruptDataError(f"array {layout.name!r}: codec {name!r} works on arrays, not on bytes")
-            steps.append((name, self._step_of(name, setting, shape, dtype)[0]))
+            step, room = self._bytes_step(name, setting, dtype, room)
+            steps.append((name, step))
         if middle == 0 and stored_dtype == layout.dtype:
-            self.is_raw = len(names) == 1
-            if names[1:] == [BITPACKING]:
+            checked = len(names) > 1 and names[-1] == "crc32c" and layout.byte_offset is None
+            packed = names[1:-1] if checked else names[1:]
+            self.is_raw = not packed
+            if packed == [BITPACKING]:
                 self.bitpacking = self._element_size(BITPACKING, settings[1])
             if names[1:] == [ROWPACK]:
                 self.rowpack = self._element_size(ROWPACK, settings[1])
+            self.tail = CRC32C_BYTES if checked and (self.is_raw or self.bitpacking) else 0
         return steps[::-1]
 
     def _v2_steps(self, setting: dict[str, Any]) -> list[_Step]:
@@ -149,51 +169,63 @@ class ChunkCodec:
         stored_dtype = np.dtype(setting["dtype"])
         order = setting["order"]
         steps: list[_Step] = [("bytes", _from_bytes(layout.chunk_shape, stored_dtype, order))]
+        n = math.prod(layout.chunk_shape)
+        room = Room(n * stored_dtype.itemsize, exact=True)
         for config in [*filters, *([compressor] if compressor else [])]:
             name = config["id"]
             if name == LZF:
                 from hbx_gpu._codecs.lzf import decode_lzf  # compiled code: only where it is needed
 
                 steps.append((name, lambda data: decode_lzf(data, self._nbytes)))
+                room = room.compressed()
                 continue
             if name not in _COMPRESSORS | _FILTERS:
                 raise self._unsupported(name)
-            decode = self._numcodec(name, config).decode
-            steps.append((name, _checked_blosc(decode) if name == "blosc" else decode))
+            codec = self._numcodec(name, config)
+            if name in _FILTERS:
+                steps.append((name, codec.decode))
+                room = Room(n * _WIDEST + _SPARE)  # elements of any dtype
+            else:
+                step, room = bounded(name, codec, room)
+                steps.append((name, step))
         c_order = order == "C" or len(layout.chunk_shape) < 2
         self.is_raw = len(steps) == 1 and c_order and stored_dtype == layout.dtype
         return steps[::-1]
 
-    def _step_of(
+    def _array_step(
         self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
-        """Decoder of one codec whose encoder takes (shape, dtype), and the shape and dtype it stores."""
-        if name == BITPACKING:
-            element_size = self._element_size(BITPACKING, setting)
-            return lambda data: decode_bitpacking(data, element_size), shape, dtype
-        if name == ROWPACK:
-            element_size = self._element_size(ROWPACK, setting)
-            return lambda data: decode_rowpack(data, element_size=element_size), shape, dtype
-        if name == "crc32c":
-            return check_crc32c, shape, dtype
+        """Decoder of one codec whose encoder takes an array, and the shape and dtype that it stores."""
         if name == "transpose":
             order = setting.get("order")
             if not isinstance(order, list | tuple) or sorted(order) != list(range(len(shape))):
                 raise CorruptDataError(
-                    f"array {self._layout.name!r}: transpose order {order!r} is no permutation of "
+                    f"array {self._layout.name!r}: transpose order {order!r} is not a permutation of "
                     f"{len(shape)} axes"
                 )
             inverse = np.argsort(order)
             return lambda data: data.transpose(inverse), tuple(shape[i] for i in order), dtype
+        if not _works_on_arrays(name):
+            step, _ = self._bytes_step(name, setting, dtype, Room(math.prod(shape) * dtype.itemsize))
+            return step, shape, dtype
+        return self._filter(name, name.removeprefix("numcodecs."), setting, shape, dtype)
+
+    def _bytes_step(
+        self, name: str, setting: dict[str, Any], dtype: np.dtype[Any], room: Room
+    ) -> tuple[Callable[[Any], Any], Room]:
+        """Decoder of one codec whose encoder takes bytes, `room` of them, and the room of what it stores."""
+        if name in (BITPACKING, ROWPACK):
+            element_size = self._element_size(name, setting)
+            decode = _bitpacking if name == BITPACKING else _rowpack
+            return partial(decode, element_size=element_size, room=room), room.compressed()
+        if name == "crc32c":
+            return check_crc32c, room.plus(CRC32C_BYTES)
         codec_id = name.removeprefix("numcodecs.")
-        if codec_id in _COMPRESSORS:
-            if codec_id == "shuffle":
-                setting = {"elementsize": dtype.itemsize, **setting}
-            decode = self._numcodec(name, {"id": codec_id, **setting}).decode
-            return (_checked_blosc(decode) if codec_id == "blosc" else decode), shape, dtype
-        if codec_id in _FILTERS:
-            return self._filter(name, codec_id, setting, shape, dtype)
-        raise self._unsupported(name)
+        if codec_id not in _COMPRESSORS:
+            raise self._unsupported(name)
+        if codec_id == "shuffle":
+            setting = {"elementsize": dtype.itemsize, **setting}
+        return bounded(codec_id, self._numcodec(name, {"id": codec_id, **setting}), room)
 
     def _filter(
         self, name: str, codec_id: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -278,12 +310,12 @@ def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[
 
 
 def check_crc32c(data: Any) -> np.ndarray:
-    """The bytes of a chunk without the CRC32C at their end.
+    """Verify the CRC32C at the end of bytes; returns those before it.
 
     Raises
     ------
     CorruptChunkError
-        Altered bytes.
+        It differs, or there is none.
     """
     raw = as_bytes(data)
     if len(raw) < 4:
@@ -295,14 +327,18 @@ def check_crc32c(data: Any) -> np.ndarray:
     return raw[:-4]
 
 
-def _checked_blosc(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda data: decode(_check_blosc(data))
+def _works_on_arrays(name: str) -> bool:
+    return name == "transpose" or name.removeprefix("numcodecs.") in _FILTERS
 
 
-def _check_blosc(data: Any) -> np.ndarray:
-    """blosc trusts the length in its header (bytes 12..15) and would read past a truncated chunk."""
+def _bitpacking(data: Any, element_size: int, room: Room) -> np.ndarray:
     raw = as_bytes(data)
-    stored = int.from_bytes(raw[12:16].tobytes(), "little") if len(raw) >= 16 else -1
-    if stored != len(raw):
-        raise CorruptChunkError(f"blosc chunk of {len(raw)} bytes, its header says {stored}")
-    return raw
+    room.check(element_size * bitpacking_length(raw), BITPACKING)
+    return decode_bitpacking(raw, element_size)
+
+
+def _rowpack(data: Any, element_size: int, room: Room) -> np.ndarray:
+    raw = as_bytes(data)
+    header = read_header(raw, check=False)
+    room.check(header.element_size * header.n, ROWPACK)
+    return decode_rowpack(raw, element_size=element_size)

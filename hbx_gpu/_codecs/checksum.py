@@ -18,6 +18,11 @@ def crc32c(data: Any) -> int:
     return int(_value(data)) if _value is not None else _by_table(data)
 
 
+def with_crc32c(data: bytes) -> bytes:
+    """Bytes, and their CRC32C in four more, as zarr's codec ``crc32c`` stores it."""
+    return data + crc32c(data).to_bytes(4, "little")
+
+
 def _by_table(data: Any) -> int:
     crc = 0xFFFFFFFF
     for byte in bytes(data):

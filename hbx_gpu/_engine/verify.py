@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,15 @@ class ChunkChecks:
         Vectors of the dataset's Sources.
     directory
         Their chunks; its arrays are numbered as in `table`.
+    tails
+        Bytes of CRC32C at the end of the chunks of each array, where the engine decodes the rest itself: 4 or
+        0. None: no array has them.
     """
 
-    def __init__(self, table: SourceTable, directory: ChunkDirectory) -> None:
+    def __init__(
+        self, table: SourceTable, directory: ChunkDirectory, tails: Sequence[int] | None = None
+    ) -> None:
+        self._tails = np.array(tails if tails is not None else [0] * len(directory.layouts), np.int64)
         self._table, self._directory = table, directory
         # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
         self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
@@ -59,13 +67,41 @@ class ChunkChecks:
         Raises
         ------
         CorruptChunkError
-            Altered bytes.
+            Altered bytes, or fewer than a checksum has.
         """
         chunk = plan.chunks[c]
         if not self._verified[chunk]:
             check_crc32c(raw)
             self._verified[chunk] = True
         return raw[:-4]
+
+    def without_tails(self, plan: BatchPlan, slab: Slab, resident: np.ndarray | None = None) -> Slab:
+        """A slab whose chunks end before their CRC32C, each verified once.
+
+        Parameters
+        ----------
+        plan, slab
+            Chunks as they are stored.
+        resident
+            bool, (n_chunks,). Chunks of which the slab may say anything.
+
+        Raises
+        ------
+        CorruptChunkError
+            As :meth:`checked`.
+        """
+        tails = self._tails[plan.chunk_array]
+        if not tails.any():
+            return slab
+        here = (tails > 0) & (slab.address != 0)
+        if resident is not None:
+            here &= ~resident
+        for c in np.flatnonzero(here & ~self._verified[plan.chunks]).tolist():
+            try:
+                self.checked(plan, c, slab.view(c))
+            except CorruptChunkError as error:
+                raise self._directory.error(int(plan.chunks[c]), error.reason) from error
+        return replace(slab, nbytes=np.where(here, slab.nbytes - tails, slab.nbytes))
 
     def raw_sizes(self, plan: BatchPlan, slab: Slab, jobs: np.ndarray) -> None:
         """Check that the chunks `jobs` of a plan, stored as they are, have the bytes of their elements.

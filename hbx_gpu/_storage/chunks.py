@@ -17,8 +17,8 @@ import numpy as np
 
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.files import Within, check_regular, open_regular
 from hbx_gpu._storage.metadata import is_current, object_path
+from hbx_gpu._untrusted import Within, check_regular, open_regular
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _ABSENT = np.uint64(2**64 - 1)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
-from hbx_gpu._storage.files import check_regular
 from hbx_gpu._storage.readers import Reader, Slab, _Cache, coalesce
+from hbx_gpu._untrusted import check_regular
 from hbx_gpu.errors import DeviceUnavailableError
 
 PAGE = 4096

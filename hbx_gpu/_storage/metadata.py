@@ -14,8 +14,8 @@ import numpy as np
 
 from hbx_gpu._codecs.chain import V2_CHAIN
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.files import Within, parse_json, read_small
 from hbx_gpu._storage.plain import file_fingerprint
+from hbx_gpu._untrusted import Within, parse_json, read_small
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.files import check_regular, open_regular
+from hbx_gpu._untrusted import check_regular, open_regular
 from hbx_gpu.errors import CorruptDataError
 
 CHUNK_ELEMENTS = 4096

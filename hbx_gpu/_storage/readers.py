@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
-from hbx_gpu._storage.files import open_regular
+from hbx_gpu._untrusted import open_regular
 from hbx_gpu.errors import CorruptChunkError
 
 MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call

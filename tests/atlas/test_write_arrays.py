@@ -52,6 +52,13 @@ def shard_index(path: Path, n_chunks: int) -> np.ndarray:
     return np.frombuffer(path.read_bytes()[-16 * n_chunks - 4 : -4], "<u8").reshape(-1, 2)
 
 
+def without_checksum(metadata: dict) -> dict:
+    """Metadata of an array of ours as Homeobox writes them, which has no checksum of chunks."""
+    if metadata["node_type"] == "array":
+        assert metadata["codecs"][0]["configuration"]["codecs"].pop()["name"] == "crc32c"
+    return metadata
+
+
 @pytest.mark.parametrize("layer", ["counts", "log_normalized"])
 def test_metadata_are_those_of_a_real_atlas(homeobox_fixtures: Path, tmp_path: Path, layer: str) -> None:
     real = homeobox_fixtures / "ragged_rna" / "atlas" / "zarr_store" / "set0" / "gene_expression"
@@ -67,7 +74,7 @@ def test_metadata_are_those_of_a_real_atlas(homeobox_fixtures: Path, tmp_path: P
     )
     for name in ("", "csr", "csr/layers", "csr/indices", f"csr/layers/{layer}"):
         mine = json.loads((tmp_path / "g" / name / "zarr.json").read_text())
-        assert mine == json.loads((real / name / "zarr.json").read_text()), name
+        assert without_checksum(mine) == json.loads((real / name / "zarr.json").read_text()), name
 
 
 def test_our_own_codec_is_the_default(tmp_path: Path) -> None:
@@ -97,7 +104,11 @@ def test_our_own_codec_is_the_default(tmp_path: Path) -> None:
     ],
 )
 def test_codec_of_an_array(codec: str, role: str, dtype: str, chunk: int, expected: tuple) -> None:
-    found = compressor_for(codec, role, dtype, chunk).to_dict()  # type: ignore[arg-type]
+    first, *others = (one.to_dict() for one in compressor_for(codec, role, dtype, chunk))  # type: ignore[arg-type]
+    assert [one["name"] for one in others] == (
+        [] if codec == first["name"] == "hbx_gpu.rowpack" else ["crc32c"]
+    )
+    found = first
     setting = found["configuration"]
     packed = (setting["transform"], setting["element_size"]) if found["name"] != "zstd" else ()
     assert (found["name"], *packed) == expected
@@ -110,7 +121,7 @@ def test_default_shapes_are_those_of_a_real_atlas(homeobox_fixtures: Path, tmp_p
     mine = json.loads((tmp_path / "g" / "csr" / "indices" / "zarr.json").read_text())
     for metadata in (real, mine):
         metadata["shape"] = None
-    assert mine == real
+    assert without_checksum(mine) == real
 
 
 @settings(max_examples=40, deadline=None)

@@ -90,10 +90,12 @@ class Stager:
         compressions: Sequence[Compression | None] | None = None,
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
-        self.checks = ChunkChecks(table, directory)
         layouts = directory.layouts
         self.codecs = [ChunkCodec(layout) for layout in layouts]
         self.kinds = np.array([_kind(la, co) for la, co in zip(layouts, self.codecs, strict=True)], np.int64)
+        taken = np.isin(self.kinds, (RAW, PACKED_32, PACKED_64))
+        self.tails = np.where(taken, [codec.tail for codec in self.codecs], 0).astype(np.int64)
+        self.checks = ChunkChecks(table, directory, self.tails.tolist())
         self._compressions = list(compressions or [None] * len(layouts))
         self.decompresses = np.array([c is not None for c in self._compressions], bool)
         self.leaves_to_host = (self.kinds == DECODED) & ~self.decompresses
@@ -130,6 +132,7 @@ class Stager:
         CorruptChunkError
             A checksum, a header or a directory is wrong, or an object is missing that cannot be.
         """
+        slab = self.checks.without_tails(plan, slab, None if resident is None else resident.at >= 0)
         staging = Staging(plan, slab, resident=resident)
         kind = np.where(slab.address == 0, ABSENT, self.kinds[plan.chunk_array])
         if resident is not None:

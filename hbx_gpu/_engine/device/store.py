@@ -340,6 +340,7 @@ class ChunkStore:
         stager, directory = self._stager, self._engine.directory
         plan = _plan_of(block.chunks, stager.table.chunk_base)
         slab = Slab(np.uint64(host.ctypes.data) + at.astype(np.uint64), block.extents.nbytes, host)
+        slab = stager.checks.without_tails(plan, slab, block.kind == DECODED)
         stager.checks.raw_sizes(plan, slab, np.flatnonzero(block.kind == RAW))
         jobs = np.flatnonzero(block.kind == ROWPACK)
         stager.checks.rowpack_checksums(plan, slab, jobs)
@@ -382,7 +383,7 @@ def _held_bytes(
     array = np.searchsorted(stager.table.chunk_base, chunks, "right") - 1
     kind, held = stager.kinds[array], extents.nbytes.copy()
     packed = (kind == PACKED_32) | (kind == PACKED_64)
-    held[packed] = np.minimum(held, stager.packed_bytes[array])[packed]
+    held[packed] = np.minimum(held, (stager.packed_bytes + stager.tails)[array])[packed]
     held[kind == DECODED] = (stager.elements * stager.itemsize)[array][kind == DECODED] if decoded else -1
     held[extents.nbytes < 0] = -1
     return kind, held

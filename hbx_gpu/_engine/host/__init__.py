@@ -116,7 +116,9 @@ class HostEngine:
         ]
         self._kind_of = np.array(kind_of, dtype=np.int64)
         self._kinds = list(kinds)
-        self._checks = ChunkChecks(table, directory)
+        taken = [one.codec in (RAW, "bitpacking") for one in self._kinds]
+        tails = [co.tail if taken[k] else 0 for co, k in zip(self._codecs, kind_of, strict=True)]
+        self._checks = ChunkChecks(table, directory, tails)
         self._scratch = threading.local()
 
     def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
@@ -184,6 +186,7 @@ class HostEngine:
 
         `falls`, unless it is empty, gets 1 for pieces whose columns do not ascend.
         """
+        slab = self._checks.without_tails(plan, slab)
         absent = slab.address == 0
         self._fill_absent(plan, np.flatnonzero(absent), outputs, falls)
         kind = self._kind_of[plan.chunk_array]

@@ -200,7 +200,9 @@ class BoxEngine:
                     )
                 except ValueError as error:
                     raise self.directory.error(number, getattr(error, "reason", str(error))) from error
-                if not codec.is_raw:  # those alias the file
+                if codec.tail:  # it aliases the file, and its checksum is not to be computed again
+                    chunk = chunk.copy()
+                if codec.tail or not codec.is_raw:
                     self._kept.add(number, chunk)
             yield chunk, pieces
 

@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._codecs.checksum import with_crc32c
 from hbx_gpu._files import sync
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 
@@ -65,11 +65,11 @@ _CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
 }
 
 
-def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> Any:
-    """What compresses an array under a codec name: a zarr bytes-to-bytes codec, several, or None.
+def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> tuple[Any, ...]:
+    """What compresses an array under a codec name: zarr's bytes-to-bytes codecs.
 
-    A CRC32C goes behind what is compressed in dense layers and images, so that damage is found before
-    anything is decompressed, and a GPU may do that. Our codec for sparse matrices has its own.
+    A CRC32C follows what is stored, so that damage is found before anything is decompressed, and a GPU may do
+    that. Our codec for sparse matrices has its own.
 
     Parameters
     ----------
@@ -82,10 +82,13 @@ def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int
     chunk
         Elements per (inner) chunk.
     """
-    if role != "dense":
-        return _CODECS[check_codec(name)](role, np.dtype(dtype), chunk)
-    compressor = _CODECS[dense_codec(check_codec(name))](role, np.dtype(dtype), chunk)
-    return None if compressor is None else (compressor, Crc32cCodec())
+    from hbx_gpu._codecs.zarr_codec import RowpackCodec
+
+    name = check_codec(name) if role != "dense" else dense_codec(check_codec(name))
+    compressor = _CODECS[name](role, np.dtype(dtype), chunk)
+    if isinstance(compressor, RowpackCodec):
+        return (compressor,)
+    return (Crc32cCodec(),) if compressor is None else (compressor, Crc32cCodec())
 
 
 def dense_codec(name: str) -> str:
@@ -135,7 +138,7 @@ class ChunkEncoder:
     dtype
         Of the values.
     compressor
-        A zarr bytes-to-bytes codec, or None.
+        zarr's bytes-to-bytes codecs, or None.
     chunk
         Elements per chunk.
     most
@@ -174,16 +177,17 @@ class ChunkEncoder:
         return [self._encoded[f"c/{i}"].to_bytes() for i in range(n)]
 
 
-def _packer(compressor: Any) -> Callable[[np.ndarray], bytes] | None:
+def _packer(compressors: Any) -> Callable[[np.ndarray], bytes] | None:
     """What encodes one chunk, where that is known here: through zarr it takes several times as long."""
     from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec, RowpackCodec
 
-    if isinstance(compressor, RowpackCodec):
-        word = f"<u{compressor.element_size}"
-        return lambda values: encode_rowpack(values.view(word), compressor.transform)
-    if isinstance(compressor, BitpackingCodec):
-        return lambda values: encode_bitpacking(values, compressor.transform, compressor.element_size)
+    match compressors:
+        case (RowpackCodec() as codec,):
+            word = f"<u{codec.element_size}"
+            return lambda values: encode_rowpack(values.view(word), codec.transform)
+        case (BitpackingCodec() as codec, Crc32cCodec()):
+            return lambda values: with_crc32c(encode_bitpacking(values, codec.transform, codec.element_size))
     return None
 
 
@@ -239,8 +243,7 @@ class ObjectWriter:
                 index = np.full((self._per_shard, 2), _ABSENT, "<u8")
                 index[: len(self._index)] = self._index
                 raw = index.tobytes()
-                self._file.write(raw)
-                self._file.write(crc32c(raw).to_bytes(4, "little"))
+                self._file.write(with_crc32c(raw))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -259,7 +262,7 @@ class ShardedArrayWriter:
     dtype
         Of the stored values.
     compressor
-        A zarr bytes-to-bytes codec, or None.
+        zarr's bytes-to-bytes codecs, or None.
     chunk, shard
         Elements of the first axis per inner chunk and per shard; shard is a multiple of chunk.
     row_shape

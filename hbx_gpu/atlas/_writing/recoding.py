@@ -30,17 +30,24 @@ class StoredArray:
 
 
 def codec_of(group: Path, space: FeatureSpace) -> str:
-    """The codec name under which a sparse group's arrays are stored, or ``mixed``."""
+    """The codec name under which a sparse group's arrays are stored, or ``mixed``.
+
+    Whether a checksum follows each chunk makes no difference: Homeobox writes none, and neither did earlier
+    releases of this package.
+    """
     for name in codec_names():
-        if not plan_arrays(group, group.name, space, name)[1]:
+        if not plan_arrays(group, group.name, space, name, any_checksum=True)[1]:
             return name
     return "mixed"
 
 
 def plan_arrays(
-    path: Path, name: str, space: FeatureSpace, codec: str
+    path: Path, name: str, space: FeatureSpace, codec: str, *, any_checksum: bool = False
 ) -> tuple[tuple[str, ...], tuple[StoredArray, ...], int]:
-    """Index and layers of a group, those of them that would change, and the number of values."""
+    """Index and layers of a group, those of them that would change, and the number of values.
+
+    With `any_checksum`, one that would only gain a checksum counts as unchanged.
+    """
     assert space.index_array is not None
     roles: dict[str, Role] = {space.index_array: "index"}
     for layer, relative in find_layers(path, space).items():
@@ -53,7 +60,10 @@ def plan_arrays(
         n_values = n_values or layout.shape[0]
         compressor = compressor_for(codec, role, layout.dtype, layout.chunk_shape[0])
         array = StoredArray(relative, layout, compressor)
-        if _chain(array.encoder().codecs) != _chain(layout.codecs):
+        wanted, found = _chain(array.encoder().codecs), _chain(layout.codecs)
+        if any_checksum:
+            wanted, found = _unchecked(wanted), _unchecked(found)
+        if wanted != found:
             ChunkCodec(layout)  # refuses here what cannot be decoded
             rewrite.append(array)
     return tuple(roles), tuple(rewrite), n_values
@@ -65,3 +75,7 @@ def n_chunks(layout: ArrayLayout) -> int:
 
 def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
+
+
+def _unchecked(chain: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    return chain[:-1] if chain and chain[-1][0] == "crc32c" else chain

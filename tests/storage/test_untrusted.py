@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import zarr
 
+from hbx_gpu._files import write_durably
 from hbx_gpu._storage import ChunkDirectory, open_reader, plain_layout, read_layout
-from hbx_gpu._storage.files import Within, check_tree, open_regular, parse_json, read_small, write_durably
 from hbx_gpu._storage.metadata import check_last_object
+from hbx_gpu._untrusted import Within, check_tree, open_regular, parse_json, read_small
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, HbxError, UnsafePathError
 
 

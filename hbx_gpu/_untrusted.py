@@ -126,31 +126,6 @@ def parse_json(content: bytes, where: str | os.PathLike[str]) -> Any:
         raise CorruptDataError(f"{os.fspath(where)} is not JSON: {error}") from error
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Put a small file in place, in one step and on disk; a link that lies in the way is replaced.
-
-    Nothing is written through links, so a planted one changes no other file.
-    """
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    sync(path.parent)
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Within:
     """Refuses paths that links lead out of a folder. Remembers the folders it has looked at.
 
