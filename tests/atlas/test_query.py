@@ -84,12 +84,12 @@ def test_same_rows_as_homeobox(
     if "field" in wanted:
         found = (
             query.to_cell_dataset(field_name=wanted["field"], metadata_columns=["uid"])
-            if (query._pointers[wanted["field"]].kind == "sparse")
+            if (query.selection.pointers[wanted["field"]].kind == "sparse")
             else None
         )
         if found is not None:
             assert found.categories["uid"][found.columns["uid"]].tolist() == wanted["uids"]
-        rows = query._read_rows(query._pointers[wanted["field"]], ["uid"]).obs
+        rows = query.selection.read_rows(query.selection.pointers[wanted["field"]], ["uid"]).obs
         assert rows.categories["uid"][rows.columns["uid"]].tolist() == wanted["uids"]
     else:
         assert uids(query) == wanted["uids"]
@@ -112,7 +112,7 @@ def test_steps_return_the_query_and_replace_each_other(ragged: AtlasQuery) -> No
 
 def test_order_of_steps_does_not_matter(ragged: AtlasQuery) -> None:
     a = uids(ragged.limit(7).where("batch = 1").offset(2))
-    b = uids(AtlasQuery(ragged._snapshot).offset(2).where("batch = 1").limit(7))
+    b = uids(AtlasQuery(ragged.selection.snapshot).offset(2).where("batch = 1").limit(7))
     assert a == b
     assert len(a) == 7
 
@@ -130,7 +130,12 @@ def test_modality_counts_before_limit(cite: AtlasQuery) -> None:
     with_protein = uids(cite.where("protein_abundance.zarr_group IS NOT NULL"))
     without = [u for u in uids(cite.where(None)) if u not in with_protein]
     assert without
-    rows = cite.limit(5).offset(19)._read_rows(cite._pointers["protein_abundance"], ["uid"]).obs
+    rows = (
+        cite.limit(5)
+        .offset(19)
+        .selection.read_rows(cite.selection.pointers["protein_abundance"], ["uid"])
+        .obs
+    )
     assert rows.categories["uid"][rows.columns["uid"]].tolist() == with_protein[19:24]
 
 
@@ -222,10 +227,10 @@ def test_balance_over_numbers_and_bools(ragged: AtlasQuery) -> None:
             assert taken.get(value, 0) >= min(available, max(taken.values()) - 1)
 
 
-def test_balance_refusals(ragged: AtlasQuery) -> None:
+def test_balance_refusals(ragged: AtlasQuery, homeobox_fixtures: Path) -> None:
     with pytest.raises(ValueError, match="cannot be combined"):
         ragged.balanced_limit(4, "donor").limit(3)
-    ragged._state = type(ragged._state)()
+    ragged = AtlasQuery(opened(homeobox_fixtures / "ragged_rna" / "atlas"))
     with pytest.raises(ValueError, match="cannot be combined"):
         ragged.limit(3).balanced_limit(4, "donor")
     ragged.limit(None)
@@ -305,9 +310,9 @@ def test_unknown_names_list_what_exists(ragged: AtlasQuery, spaces: AtlasQuery) 
     ):
         ragged.to_cell_dataset(layer="tpm")
     with pytest.raises(UnknownNameError, match="no obs table 'x'"):
-        AtlasQuery(ragged._snapshot, "x")
+        AtlasQuery(ragged.selection.snapshot, "x")
     with pytest.raises(ValueError, match=r"multiple obs tables \(\['cells', 'spots'\]\)"):
-        AtlasQuery(spaces._snapshot)
+        AtlasQuery(spaces.selection.snapshot)
 
 
 def test_unknown_features(ragged: AtlasQuery) -> None:
@@ -348,13 +353,13 @@ def test_fields_of_one_space_are_told_apart(spaces: AtlasQuery) -> None:
         spaces.to_cell_dataset("image_tiles")
     with pytest.raises(ValueError, match=r"several pointer fields: \['rna', 'chromatin_accessibility'\]"):
         spaces.to_cell_dataset()
-    assert spaces._pointer("image_tiles", "tiles_b").name == "tiles_b"
-    assert spaces._pointer("tiles_a", None).name == "tiles_a"
-    assert spaces._pointer("gene_expression", None).name == "rna"
-    assert spaces._pointer("rna", None).name == "rna"
+    assert spaces.selection.fields.one("image_tiles", "tiles_b").name == "tiles_b"
+    assert spaces.selection.fields.one("tiles_a", None).name == "tiles_a"
+    assert spaces.selection.fields.one("gene_expression", None).name == "rna"
+    assert spaces.selection.fields.one("rna", None).name == "rna"
     assert spaces.to_cell_dataset("rna").feature_space == "gene_expression"
-    assert spaces.select_fields("tiles_b")._pointer("image_tiles", None).name == "tiles_b"
-    assert spaces.select_fields("rna")._pointer(None, None).name == "rna"
+    assert spaces.select_fields("tiles_b").selection.fields.one("image_tiles", None).name == "tiles_b"
+    assert spaces.select_fields("rna").selection.fields.one(None, None).name == "rna"
     with pytest.raises(ValueError, match="holds 'image_tiles', not 'gene_expression'"):
         spaces.to_cell_dataset("gene_expression", field_name="tiles_a")
     assert spaces.to_cell_dataset("discrete_image").feature_space == "discrete_image"

@@ -192,7 +192,7 @@ def test_panel_columns_come_in_the_order_asked(ragged: AtlasQuery) -> None:
 
 
 def test_sources_share_what_they_can(ragged: AtlasQuery) -> None:
-    snapshot = ragged._snapshot
+    snapshot = ragged.selection.snapshot
     sources = ragged.to_cell_dataset()._sources
     assert [s.name for s in sources] == [f"set{i}/gene_expression" for i in range(3)]
     for source in sources:
@@ -312,9 +312,10 @@ def test_anndata_equals(case: Case) -> None:
 
 def test_anndata_columns(ragged: AtlasQuery) -> None:
     groups = [
-        set(ragged._snapshot.remap(f"set{i}/gene_expression", "gene_expression").tolist()) for i in range(3)
+        set(ragged.selection.snapshot.remap(f"set{i}/gene_expression", "gene_expression").tolist())
+        for i in range(3)
     ]
-    names = ragged._snapshot.registry("gene_expression").uids
+    names = ragged.selection.snapshot.registry("gene_expression").uids
     union = ragged.to_anndata()
     both = ragged.feature_join("intersection").to_anndata()
     assert union.var_names.tolist() == names[sorted(set.union(*groups))].tolist()

@@ -145,7 +145,7 @@ def stored(expected: dict[str, Any], rows: Any) -> SparseBatch:
 
 def of_atlas(query: AtlasQuery, matrix: Bins | Peaks, **kwargs: Any) -> FragmentMatrixDataset:
     cells = query.to_cell_dataset(FIELD, layer=["starts", "lengths"], **kwargs)
-    return FragmentMatrixDataset.registered(cells, matrix, query._snapshot.registry(FIELD).frame)
+    return FragmentMatrixDataset.registered(cells, matrix, query.selection.snapshot.registry(FIELD).frame)
 
 
 MATRICES = [

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from lancedb.table import Table
 
-__all__ = ["Group", "PointerField", "Snapshot", "list_versions"]
+__all__ = ["Group", "PointerColumn", "Snapshot", "list_versions"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _SUBFIELDS: dict[PointerKind, frozenset[str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PointerField:
+class PointerColumn:
     """A column of an obs table that says where each row's data of one modality lie.
 
     Attributes
@@ -220,12 +220,12 @@ class Snapshot:
         """Arrow schema of an obs table."""
         return self.obs_table(table).schema
 
-    def pointer_fields(self, table: str | None = None) -> dict[str, PointerField]:
+    def pointer_fields(self, table: str | None = None) -> dict[str, PointerColumn]:
         """Pointer columns of an obs table by name, in column order."""
         found = (self._pointer_field(column) for column in self.obs_schema(table))
         return {pointer.name: pointer for pointer in found if pointer is not None}
 
-    def _pointer_field(self, column: pa.Field) -> PointerField | None:
+    def _pointer_field(self, column: pa.Field) -> PointerColumn | None:
         if not pa.types.is_struct(column.type):
             return None
         members = {column.type.field(i).name for i in range(column.type.num_fields)}
@@ -234,7 +234,7 @@ class Snapshot:
         # The oldest generation has no metadata: there the column bears the name of its space.
         if not space and column.name in self._spaces_in_use():
             space = column.name
-        return PointerField(column.name, space, kind) if kind and space else None
+        return PointerColumn(column.name, space, kind) if kind and space else None
 
     def _spaces_in_use(self) -> set[str]:
         groups = {space for _, space in self._group_records()}

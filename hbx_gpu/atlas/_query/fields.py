@@ -10,7 +10,7 @@ from hbx_gpu.atlas._model.spaces import get_space, known_spaces
 from hbx_gpu.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalogue.snapshot import PointerField
+    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Fields:
     """
 
     table: str
-    pointers: Mapping[str, PointerField]
+    pointers: Mapping[str, PointerColumn]
     spaces: Sequence[str] | None = None
     fields: Sequence[str] | None = None
 
@@ -42,7 +42,7 @@ class Fields:
             f"no feature space {name!r} in table {self.table!r}; available: {sorted(spaces)}"
         )
 
-    def active(self) -> list[PointerField]:
+    def active(self) -> list[PointerColumn]:
         """Those that the query considers."""
         return [
             pointer
@@ -51,7 +51,7 @@ class Fields:
             and (self.fields is None or pointer.name in self.fields)
         ]
 
-    def one(self, feature_space: str | None, field_name: str | None) -> PointerField:
+    def one(self, feature_space: str | None, field_name: str | None) -> PointerColumn:
         if field_name is not None:
             if field_name not in self.pointers:
                 raise UnknownNameError(
@@ -78,7 +78,7 @@ class Fields:
             f"available: {self._described()}"
         )
 
-    def _only(self, pointers: list[PointerField], what: str) -> PointerField:
+    def _only(self, pointers: list[PointerColumn], what: str) -> PointerColumn:
         if len(pointers) == 1:
             return pointers[0]
         if not pointers:
@@ -86,7 +86,7 @@ class Fields:
         names = [pointer.name for pointer in pointers]
         raise ValueError(f"{what} has several pointer fields: {names}; choose one with field_name=")
 
-    def matrix(self) -> PointerField:
+    def matrix(self) -> PointerColumn:
         active = self.active()
         matrices = [pointer for pointer in active if is_matrix(pointer.feature_space)]
         if active and not matrices:
@@ -106,7 +106,7 @@ class Fields:
 
     def several(
         self, feature_spaces: Sequence[str] | None, field_names: Sequence[str] | None
-    ) -> dict[str, PointerField]:
+    ) -> dict[str, PointerColumn]:
         """The fields of a multimodal dataset, by the name that batches give them."""
         if feature_spaces is not None and field_names is not None:
             raise ValueError("feature_spaces and field_names both say what to read; give one of them")

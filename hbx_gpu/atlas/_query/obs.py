@@ -21,7 +21,7 @@ from hbx_gpu.errors import CorruptDataError, UnknownNameError
 if TYPE_CHECKING:
     from lancedb.table import Table
 
-    from hbx_gpu.atlas._catalogue.snapshot import PointerField, Snapshot
+    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
 
 ROWID = "_rowid"
 _BATCH_ROWS = 65_536
@@ -312,7 +312,7 @@ def present(groups: pa.Array) -> np.ndarray:
 def read_modality(
     snapshot: Snapshot,
     table: str,
-    pointer: PointerField,
+    pointer: PointerColumn,
     columns: Sequence[str] = (),
     *,
     where: str | None = None,
@@ -432,7 +432,7 @@ def _encoders(
 
 
 def _extents(
-    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
+    snapshot: Snapshot, table: str, pointer: PointerColumn, batch: pa.RecordBatch, there: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """First element and number of elements of rows; 0 and 0 of rows without the modality."""
     # A missing number cannot be a place; -1 fails the check.
@@ -448,7 +448,7 @@ def _extents(
 
 
 def _boxes(
-    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, there: np.ndarray
+    snapshot: Snapshot, table: str, pointer: PointerColumn, batch: pa.RecordBatch, there: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """First element and number of elements per axis, int64 (n, n_axes), of boxes.
 
@@ -476,7 +476,7 @@ def _boxes(
 
 
 def _bad_pointer(
-    snapshot: Snapshot, table: str, pointer: PointerField, batch: pa.RecordBatch, row: int, found: str
+    snapshot: Snapshot, table: str, pointer: PointerColumn, batch: pa.RecordBatch, row: int, found: str
 ) -> CorruptDataError:
     return CorruptDataError(
         f"pointer {pointer.name!r} of row {row_uid(snapshot, table, batch.column(ROWID)[row].as_py())!r} "

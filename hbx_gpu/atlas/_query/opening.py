@@ -1,4 +1,4 @@
-"""From rows of an obs table to Sources, datasets and AnnData: where the catalogue meets the arrays."""
+"""From rows of an obs table to Sources and datasets: where the catalogue meets the arrays."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
-from hbx_gpu.atlas._query import obs as obs_room
-from hbx_gpu.atlas._query.recipe import QueryRecipe
+from hbx_gpu.atlas._query.obs import ModalityRows, row_uid
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.cells import CellDataset
-    from hbx_gpu.atlas._catalogue.snapshot import Group, PointerField, Snapshot
+    from hbx_gpu._datasets.cells import CellDataset, Recipe
+    from hbx_gpu.atlas._catalogue.snapshot import Group, PointerColumn, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ def check_pointers(
                     else f"the box from {boxes.lower[row].tolist()}, {boxes.size[row].tolist()} long,"
                 )
                 raise CorruptDataError(
-                    f"pointer beyond the array: row {obs_room.row_uid(snapshot, table, rowids[mine[row]])!r} "
+                    f"pointer beyond the array: row {row_uid(snapshot, table, rowids[mine[row]])!r} "
                     f"claims {claims} of array {array.name!r} in group {source.name!r}, which has "
                     f"{array.shape[0] if len(array.shape) == 1 else list(array.shape)}"
                 )
@@ -188,11 +187,11 @@ def _boxes_of(rows: RowIndex | BoxIndex, mine: np.ndarray) -> BoxIndex:
 def open_dataset(
     snapshot: Snapshot,
     table: str,
-    pointer: PointerField,
-    found: obs_room.ModalityRows,
+    pointer: PointerColumn,
+    found: ModalityRows,
     layers: Sequence[str],
     columns: Columns,
-    recipe: QueryRecipe | None,
+    recipe: Recipe | None,
     dtypes: Mapping[str, str] | None = None,
 ) -> CellDataset:
     """A dataset over rows that were found, with their Sources opened and checked."""
@@ -225,13 +224,10 @@ def open_dataset(
     )
 
 
-def has_index(snapshot: Snapshot, pointer: PointerField, sources: Sequence[Source]) -> bool:
+def has_index(snapshot: Snapshot, pointer: PointerColumn, sources: Sequence[Source]) -> bool:
     """Whether rows of a field are sparse: columns beside values."""
     if sources:
         return sources[0].index is not None
     if pointer.feature_space in known_spaces():
         return get_space(pointer.feature_space).index_array is not None
     return pointer.kind == "sparse" and pointer.feature_space in snapshot.record.registries
-
-
-# AnnData

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu.atlas._query import obs as obs_room
-from hbx_gpu.atlas._query import opening as reading
-from hbx_gpu.atlas._query import results
-from hbx_gpu.atlas._query.matrices import Matrices, measured, obs_frame, to_pandas
+from hbx_gpu.atlas._query import obs, results
+from hbx_gpu.atlas._query.matrices import to_pandas
+from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
-from hbx_gpu.atlas._query.state import QueryState
-from hbx_gpu.atlas._query.steps import QuerySteps, whole
+from hbx_gpu.atlas._query.results import Modality
+from hbx_gpu.atlas._query.selection import Selection
+from hbx_gpu.atlas._query.state import FeatureJoin, QueryState
 from hbx_gpu.errors import UnknownNameError
 
 if TYPE_CHECKING:
@@ -24,15 +25,172 @@ if TYPE_CHECKING:
 
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-    from hbx_gpu.atlas._catalogue.snapshot import PointerField
+    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
     from hbx_gpu.atlas._query.results import MultimodalResult
     from hbx_gpu.chromatin import Bins, Fragments, Peaks
 
-__all__ = ["AtlasQuery", "QueryRecipe", "QueryState"]
 
+class AtlasQuery:
+    """Rows of an obs table, described step by step and read when a result is asked for.
 
-class AtlasQuery(QuerySteps):
-    """Rows of an obs table, described step by step and read when a result is asked for."""
+    Every step returns the same object; the order of steps does not matter, and a step taken again
+    replaces what it said before. Rows come in ascending row id of the pinned table.
+
+    Parameters
+    ----------
+    snapshot
+        The atlas at one version.
+    table
+        Obs table; may be left out where there is only one.
+    state
+        What was asked before, when a query is built again.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, table: str | None = None, *, state: QueryState | None = None
+    ) -> None:
+        self._selection = Selection.of(snapshot, table, state or QueryState())
+
+    def __repr__(self) -> str:
+        chosen = self._selection
+        return (
+            f"{type(self).__name__}(table={chosen.name!r}, version={chosen.snapshot.version}, {chosen.state})"
+        )
+
+    @property
+    def selection(self) -> Selection:
+        """What the steps so far select."""
+        return self._selection
+
+    def _changed(self, **changes: Any) -> Self:
+        self._selection = self._selection.changed(**changes)
+        return self
+
+    # Steps
+
+    def where(self, sql: str | None) -> Self:
+        """Keep rows for which a SQL expression (DataFusion's dialect) holds; None keeps all.
+
+        Any column may be named, members of pointers too: ``gene_expression.zarr_group = 'a'``. Put names
+        with capitals or blanks in backticks.
+        """
+        return self._changed(where=sql)
+
+    def select(self, columns: list[str] | None) -> Self:
+        """Obs columns of tables and AnnData; all by default.
+
+        Raises
+        ------
+        ValueError
+            Not a list, or a column that does not exist.
+        """
+        if columns is None:
+            return self._changed(columns=None)
+        if not isinstance(columns, list | tuple):
+            raise ValueError(f"Columns must be a list, got {columns!r}")
+        obs.check_columns(self._selection.schema, columns)
+        return self._changed(columns=tuple(columns))
+
+    def features(self, uids: Sequence[str], feature_space: str) -> Self:
+        """Read only these features of a space; columns come in the order given here.
+
+        Parameters
+        ----------
+        uids
+            Feature uids, each once. Unknown ones are reported when the query is read.
+        feature_space
+            Name of the space, or of a pointer field.
+
+        Raises
+        ------
+        ValueError
+            An unknown space, or a uid given twice.
+        """
+        if isinstance(uids, str):
+            raise ValueError(f"features() needs a list of uids, got the string {uids!r}")
+        panel = tuple(str(uid) for uid in uids)
+        if len(set(panel)) != len(panel):
+            seen: set[str] = set()
+            twice = [uid for uid in panel if uid in seen or seen.add(uid)]  # type: ignore[func-returns-value]
+            raise ValueError(f"every feature may be asked for once; repeated: {twice[:5]}")
+        space = self._selection.fields.space_named(feature_space)
+        others = tuple(entry for entry in self._selection.state.panels if entry[0] != space)
+        return self._changed(panels=(*others, (space, panel)))
+
+    def feature_join(self, how: FeatureJoin) -> Self:
+        """Columns of AnnData: features that any group measured ("union"), or all ("intersection")."""
+        if how not in ("union", "intersection"):
+            raise ValueError(f"feature_join must be 'union' or 'intersection', got {how!r}")
+        return self._changed(join=how)
+
+    def limit(self, n: int | None) -> Self:
+        """At most `n` rows, after filtering; 0 gives none, None gives all.
+
+        Raises
+        ------
+        ValueError
+            Negative, or combined with :meth:`balanced_limit`.
+        """
+        if n is not None and self._selection.state.balanced is not None:
+            raise ValueError("limit() and balanced_limit() cannot be combined; use one of them")
+        return self._changed(limit=None if n is None else _whole(n, "limit"))
+
+    def offset(self, n: int) -> Self:
+        """Skip the first `n` matching rows."""
+        return self._changed(offset=_whole(n, "offset"))
+
+    def balanced_limit(self, n: int, column: str) -> Self:
+        """`n` rows in which the values of a column are as equally frequent as the data allow.
+
+        Rows without a value are left out. The first rows of each value are taken; where a value has too
+        few, the others give more, so the total is `n` whenever that many rows exist. Where equal shares do
+        not come out even, values that sort first get one row more.
+
+        Raises
+        ------
+        ValueError
+            Negative, an unknown column, or combined with :meth:`limit`.
+        """
+        if self._selection.state.limit is not None:
+            raise ValueError("limit() and balanced_limit() cannot be combined; use one of them")
+        obs.check_columns(self._selection.schema, [column])
+        return self._changed(balanced=(_whole(n, "balanced_limit"), column))
+
+    def layers(self, feature_space: str, names: Sequence[str]) -> Self:
+        """Layers of a space that AnnData holds: the first as ``X``, the others in ``layers``."""
+        if isinstance(names, str) or not names:
+            raise ValueError(f"layers() needs a list of at least one layer name, got {names!r}")
+        space = self._selection.fields.space_named(feature_space)
+        others = tuple(entry for entry in self._selection.state.layers if entry[0] != space)
+        return self._changed(layers=(*others, (space, tuple(names))))
+
+    def feature_spaces(self, *spaces: str) -> Self:
+        """Consider only these feature spaces.
+
+        Raises
+        ------
+        ValueError
+            A space that the table does not have.
+        """
+        have = {pointer.feature_space for pointer in self._selection.pointers.values()}
+        if missing := sorted(set(spaces) - have):
+            raise UnknownNameError(
+                f"unknown feature space(s) {missing}; table {self._selection.name!r} has {sorted(have)}"
+            )
+        return self._changed(spaces=spaces)
+
+    def select_fields(self, *fields: str) -> Self:
+        """Consider only these pointer fields.
+
+        Raises
+        ------
+        ValueError
+            A field that the table does not have.
+        """
+        have, table = self._selection.pointers, self._selection.name
+        if missing := [name for name in fields if name not in have]:
+            raise UnknownNameError(f"unknown pointer field(s) {missing}; table {table!r} has {sorted(have)}")
+        return self._changed(fields=fields)
 
     # Results without measurements
 
@@ -44,23 +202,23 @@ class AtlasQuery(QuerySteps):
         ValueError
             A malformed filter or an unknown column.
         """
-        rowids = self._rowids()
+        rowids = self._selection.rowids()
         if group_by is not None:
             return self._grouped_count([group_by] if isinstance(group_by, str) else list(group_by), rowids)
         if rowids is not None:
             return len(rowids)
-        with obs_room.explain_filter(self._state.where):
-            return int(self._table.count_rows(self._state.where))
+        with obs.explain_filter(self._selection.state.where):
+            return int(self._selection.table.count_rows(self._selection.state.where))
 
     def _grouped_count(self, columns: list[str], rowids: np.ndarray | None) -> pd.DataFrame:
-        obs_room.check_columns(self._schema, columns)
+        obs.check_columns(self._selection.schema, columns)
         partial = []
-        for batch in self._scan(columns, rowids):
-            plain = {name: obs_room.plain(batch.column(name)) for name in columns}
+        for batch in self._selection.scan(columns, rowids):
+            plain = {name: obs.plain(batch.column(name)) for name in columns}
             grouped = pa.table(plain).group_by(columns).aggregate([([], "count_all")])
             partial.append(grouped.select([*columns, "count_all"]))
         if not partial:
-            empty = obs_room.read_table(self._table, columns, rowids=np.empty(0, np.uint64))
+            empty = obs.read_table(self._selection.table, columns, rowids=np.empty(0, np.uint64))
             return empty.append_column("count", pa.array([], pa.int64())).to_pandas()
         total = pa.concat_tables(partial).group_by(columns).aggregate([("count_all", "sum")])
         total = total.select([*columns, "count_all_sum"]).rename_columns([*columns, "count"])
@@ -68,12 +226,12 @@ class AtlasQuery(QuerySteps):
 
     def to_arrow(self) -> pa.Table:
         """Obs rows as an Arrow table: the selected columns, or all of them, pointers included."""
-        names = list(self._schema.names if self._state.columns is None else self._state.columns)
-        return obs_room.read_table(self._table, names, where=self._state.where, rowids=self._rowids())
+        columns = self._selection.state.columns
+        return self._selection.read_table(list(self._selection.schema.names if columns is None else columns))
 
     def to_pandas(self) -> pd.DataFrame:
         """Obs rows as a pandas frame, without pointer columns."""
-        return to_pandas(self._plain_arrow())
+        return to_pandas(self._selection.read_table(self._selection.plain_columns()))
 
     def to_polars(self) -> Any:
         """Obs rows as a polars frame, without pointer columns.
@@ -90,12 +248,7 @@ class AtlasQuery(QuerySteps):
                 "to_polars() needs polars, which hbx_gpu does not install: pip install polars, "
                 "or use to_pandas()"
             ) from error
-        return polars.from_arrow(self._plain_arrow())
-
-    def _plain_arrow(self) -> pa.Table:
-        return obs_room.read_table(
-            self._table, self._plain_columns(), where=self._state.where, rowids=self._rowids()
-        )
+        return polars.from_arrow(self._selection.read_table(self._selection.plain_columns()))
 
     # Results with measurements
 
@@ -138,8 +291,8 @@ class AtlasQuery(QuerySteps):
         CorruptDataError
             A pointer outside its arrays.
         """
-        pointer = self._pointer(feature_space, field_name)
-        self._only_panels([pointer])
+        pointer = self._selection.fields.one(feature_space, field_name)
+        self._selection.check_panels([pointer])
         return self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
 
     def to_multimodal_dataset(
@@ -179,8 +332,8 @@ class AtlasQuery(QuerySteps):
         """
         from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 
-        pointers = self._fields().several(feature_spaces, field_names)
-        self._only_panels(list(pointers.values()))
+        pointers = self._selection.fields.several(feature_spaces, field_names)
+        self._selection.check_panels(list(pointers.values()))
         for what, given in (("layers", layers), ("dtypes", dtypes), ("matrices", matrices)):
             if strangers := sorted(set(given or ()) - set(pointers)):
                 raise UnknownNameError(
@@ -195,19 +348,9 @@ class AtlasQuery(QuerySteps):
             datasets[name] = self._dataset(pointer, layer, columns, dtype, matrix=matrix, absent=True)
         return MultimodalCellDataset(datasets)
 
-    def dataset_of(self, recipe: QueryRecipe) -> CellDataset:
-        """The dataset that a recipe describes; what it says of snapshot and query is not looked at."""
-        return self._dataset(
-            self._pointer(None, recipe.field_name),
-            recipe.layers,
-            None if recipe.metadata_columns is None else list(recipe.metadata_columns),
-            dict(recipe.dtypes),
-            absent=recipe.absent,
-        )
-
     def _dataset(
         self,
-        pointer: PointerField,
+        pointer: PointerColumn,
         layer: str | Sequence[str] | None,
         metadata_columns: list[str] | None,
         dtype: Any = None,
@@ -215,43 +358,41 @@ class AtlasQuery(QuerySteps):
         matrix: Bins | Peaks | None = None,
         absent: bool = False,
     ) -> Any:
-        names = self._metadata(metadata_columns)
-        columns = self._columns(pointer)
-        found = self._read_rows(pointer, names, absent=absent)
+        chosen = self._selection
+        names = chosen.metadata(metadata_columns)
+        found = chosen.read_rows(pointer, names, absent=absent)
         layers = _layer_names(layer)
         if matrix is not None:
             layers = results.fragment_layers(pointer, layers)
         if layers is None:
-            layers = (reading.default_layer(self._snapshot, pointer.feature_space, found.groups),)
+            layers = (default_layer(chosen.snapshot, pointer.feature_space, found.groups),)
         if dtype is not None and not isinstance(dtype, Mapping):
             dtype = dict.fromkeys(layers, np.dtype(dtype).name)
         recipe = QueryRecipe(
-            path=str(self._snapshot.path),
-            version=self._snapshot.version,
-            store=str(self._snapshot.store_path),
-            table=self._name,
-            state=self._state,
+            path=str(chosen.snapshot.path),
+            version=chosen.snapshot.version,
+            store=str(chosen.snapshot.store_path),
+            table=chosen.name,
+            state=chosen.state,
             field_name=pointer.name,
             layers=layers,
             metadata_columns=None if metadata_columns is None else tuple(names),
             dtypes=tuple((dtype or {}).items()),
             absent=absent,
-            version_table_name=self._snapshot.version_table_name,
+            version_table_name=chosen.snapshot.version_table_name,
         )
-        dataset = reading.open_dataset(
-            self._snapshot, self._name, pointer, found, layers, columns, recipe, dtype or None
-        )
+        dataset = recipe.dataset(chosen, found)
         if matrix is None:
             return dataset
         from hbx_gpu.chromatin import FragmentMatrixDataset
 
-        registry = self._snapshot.registry(pointer.feature_space).frame
+        registry = chosen.snapshot.registry(pointer.feature_space).frame
         return FragmentMatrixDataset.registered(dataset, matrix, registry)
 
     def to_modality_obs(self, feature_space: str | None = None, *, field_name: str | None = None) -> pa.Table:
         """Obs rows that have a modality, without pointers: row for row those of :meth:`to_cell_dataset`."""
-        found = self._read_rows(self._pointer(feature_space, field_name), [])
-        return obs_room.read_table(self._table, self._plain_columns(), rowids=found.rowids)
+        found = self._selection.read_rows(self._selection.fields.one(feature_space, field_name), [])
+        return obs.read_table(self._selection.table, self._selection.plain_columns(), rowids=found.rowids)
 
     def to_anndata(self) -> AnnData:
         """Everything in memory as AnnData: the rows that have the modality, in query order.
@@ -266,7 +407,7 @@ class AtlasQuery(QuerySteps):
         TypeError
             Images or fragments, which are no rows of a matrix.
         """
-        matrices = self._matrices(self._fields().matrix())
+        matrices = self._selection.matrices(self._selection.fields.matrix())
         return matrices.cut(0, len(matrices))
 
     def to_batches(self, batch_size: int = 1024) -> Iterator[AnnData]:
@@ -277,9 +418,9 @@ class AtlasQuery(QuerySteps):
         ValueError
             `batch_size` is not positive.
         """
-        if whole(batch_size, "batch_size") == 0:
+        if _whole(batch_size, "batch_size") == 0:
             raise ValueError("batch_size must be positive")
-        return self._matrices(self._fields().matrix()).pieces(batch_size)
+        return self._selection.matrices(self._selection.fields.matrix()).pieces(batch_size)
 
     def to_array(self, field: str, layer: str | None = None) -> np.ndarray | list[np.ndarray]:
         """A dense modality in memory: the rows that have it, in query order, in the stored dtype.
@@ -329,14 +470,16 @@ class AtlasQuery(QuerySteps):
         TypeError
             A modality without fragments.
         """
-        return results.read_fragments(self._modality(self._pointer(field, None)))
+        pointer = self._selection.fields.one(field, None)
+        return results.read_fragments(Modality.of(self._selection, pointer))
 
     def to_multimodal(self) -> MultimodalResult:
         """All modalities in memory, each as what it is: AnnData, fragments, or arrays.
 
         Modalities are those that :meth:`feature_spaces` or :meth:`select_fields` leave.
         """
-        return results.read_multimodal([self._modality(p, absent=True) for p in self._fields().active()])
+        pointers = self._selection.fields.active()
+        return results.read_multimodal([Modality.of(self._selection, p, absent=True) for p in pointers])
 
     def to_mudata(self) -> MuData:
         """The matrices among the modalities as MuData; others are left out, with a warning.
@@ -348,56 +491,6 @@ class AtlasQuery(QuerySteps):
         """
         return self.to_multimodal().to_mudata()
 
-    def _modality(self, pointer: PointerField, *, absent: bool = False) -> results.Modality:
-        """Rows of a field, and what reads them."""
-        found = self._read_rows(pointer, [], absent=absent)
-        there = found.rows.source >= 0
-        names = [name for name in self._plain_columns() if name != "uid"]
-        rows = obs_room.read_table(self._table, ["uid", *names], rowids=found.rowids)
-        kept = obs_room.some_rows(found, there)
-        return results.Modality(
-            pointer=pointer,
-            present=there,
-            obs=obs_frame(rows, names),
-            open=lambda layers: self._opened(pointer, kept, layers),
-            matrices=lambda: self._matrices(pointer, kept),
-        )
-
-    def _opened(
-        self, pointer: PointerField, found: obs_room.ModalityRows, layers: Sequence[str] | None
-    ) -> tuple[CellDataset, pd.DataFrame | None]:
-        """A dataset over rows that were found, and the registry of its columns."""
-        space = pointer.feature_space
-        if layers is None:
-            asked = dict(self._state.layers).get(space)
-            layers = asked or (reading.default_layer(self._snapshot, space, found.groups),)
-        columns = self._columns(pointer)
-        dataset = reading.open_dataset(self._snapshot, self._name, pointer, found, layers, columns, None)
-        if space not in self._snapshot.record.registries:
-            return dataset, None
-        return dataset, self._snapshot.registry(space).frame.reindex(list(columns.uids))
-
-    def _matrices(self, pointer: PointerField, found: obs_room.ModalityRows | None = None) -> Matrices:
-        space = pointer.feature_space
-        found = self._read_rows(pointer, []) if found is None else found
-        panel = dict(self._state.panels).get(space)
-        registry = self._snapshot.registry(space)
-        if panel is None:
-            index = measured(self._snapshot, space, found.groups, self._state.join)
-        else:
-            index = registry.resolve(panel)
-        columns = reading.chosen_columns(self._snapshot, space, index)
-        layers = dict(self._state.layers).get(space)
-        if layers is None:
-            layers = (reading.default_layer(self._snapshot, space, found.groups),)
-        datasets = {
-            layer: reading.open_dataset(self._snapshot, self._name, pointer, found, (layer,), columns, None)
-            for layer in layers
-        }
-        names = [name for name in self._plain_columns() if name != "uid"]
-        obs = obs_room.read_table(self._table, ["uid", *names], rowids=found.rowids)
-        return Matrices(datasets, obs, names, registry.frame.reindex(list(columns.uids)))
-
 
 def _layer_names(layer: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if layer is None or isinstance(layer, str):
@@ -406,3 +499,10 @@ def _layer_names(layer: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if not names:
         raise ValueError("choose at least one layer, or none at all for the default")
     return names
+
+
+def _whole(n: int, what: str) -> int:
+    number = operator.index(n)
+    if number < 0:
+        raise ValueError(f"{what} must not be negative, got {number}")
+    return number

@@ -9,6 +9,8 @@ from hbx_gpu.atlas._query.state import QueryState
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu.atlas._query.obs import ModalityRows
+    from hbx_gpu.atlas._query.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,30 @@ class QueryRecipe:
     absent: bool = False
     version_table_name: str = "atlas_versions"
 
+    def dataset(self, selection: Selection, found: ModalityRows | None = None) -> CellDataset:
+        """The dataset over rows of a selection, `found` where they have been read already."""
+        pointer = selection.fields.one(None, self.field_name)
+        if found is None:
+            found = selection.read_rows(pointer, list(self.metadata_columns or ()), absent=self.absent)
+        from hbx_gpu.atlas._query.opening import open_dataset
+
+        return open_dataset(
+            selection.snapshot,
+            selection.name,
+            pointer,
+            found,
+            self.layers,
+            selection.columns(pointer),
+            self,
+            dict(self.dtypes) or None,
+        )
+
     def rebuild(self) -> CellDataset:
         """Open the snapshot and build the dataset; same rows in the same order."""
         from hbx_gpu.atlas._catalogue.snapshot import Snapshot
-        from hbx_gpu.atlas._query.query import AtlasQuery
+        from hbx_gpu.atlas._query.selection import Selection
 
         snapshot = Snapshot.open(
             self.path, self.version, store=self.store, version_table_name=self.version_table_name
         )
-        return AtlasQuery(snapshot, self.table, state=self.state).dataset_of(self)
+        return self.dataset(Selection.of(snapshot, self.table, self.state))

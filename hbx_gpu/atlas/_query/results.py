@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from hbx_gpu.atlas._model.spaces import get_space, known_spaces
 from hbx_gpu.atlas._query.fields import is_matrix
+from hbx_gpu.atlas._query.matrices import obs_frame
+from hbx_gpu.atlas._query.obs import ModalityRows, read_table, some_rows
 from hbx_gpu.batch import DenseBatch, RaggedBatch
 
 if TYPE_CHECKING:
@@ -18,36 +20,53 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from hbx_gpu.atlas._catalogue.snapshot import PointerField
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn
     from hbx_gpu.atlas._query.matrices import Matrices
+    from hbx_gpu.atlas._query.selection import Selection
     from hbx_gpu.chromatin import Fragments
 
 FRAGMENT_LAYERS = ("starts", "lengths")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Modality:
-    """The rows of a query in one modality, and what reads them.
+    """The rows of a selection in one modality; made by :meth:`of`.
 
     Attributes
     ----------
-    pointer
-        The field.
+    selection, pointer
+        The rows and the field.
     present
-        bool, (n_rows,). Which rows have it.
+        bool, (n_rows,). Which rows have the field.
     obs
         All rows, uid as index.
-    open
-        Layers (None: the default) -> a dataset over the rows that have it, and the registry of its columns.
-    matrices
-        Those rows as AnnData.
+    found
+        Where the data of the rows lie that have the field.
     """
 
-    pointer: PointerField
+    selection: Selection
+    pointer: PointerColumn
     present: np.ndarray
     obs: pd.DataFrame
-    open: Callable[[Sequence[str] | None], tuple[Any, pd.DataFrame | None]]
-    matrices: Callable[[], Matrices]
+    found: ModalityRows
+
+    @classmethod
+    def of(cls, selection: Selection, pointer: PointerColumn, *, absent: bool = False) -> Modality:
+        """Read the rows that have the field; all rows if `absent`."""
+        found = selection.read_rows(pointer, [], absent=absent)
+        present = found.rows.source >= 0
+        names = [name for name in selection.plain_columns() if name != "uid"]
+        rows = read_table(selection.table, ["uid", *names], rowids=found.rowids)
+        return cls(selection, pointer, present, obs_frame(rows, names), some_rows(found, present))
+
+    def open(self, layers: Sequence[str] | None = None) -> tuple[CellDataset, pd.DataFrame | None]:
+        """A dataset over the rows that have the field, and the registry of its columns if there is one."""
+        return self.selection.open(self.pointer, self.found, layers)
+
+    def matrices(self) -> Matrices:
+        """The rows that have the field as matrices."""
+        return self.selection.matrices(self.pointer, self.found)
 
 
 @dataclass(slots=True)
@@ -142,7 +161,7 @@ def _read(modality: Modality) -> Any:
     if is_matrix(pointer.feature_space):
         matrices = modality.matrices()
         return matrices.cut(0, len(matrices))
-    dataset, _ = modality.open(None)
+    dataset, _ = modality.open()
     return dataset[:]
 
 
@@ -158,11 +177,11 @@ def read_fragments(modality: Modality) -> Fragments:
     from hbx_gpu.chromatin._chromosomes import registered
 
     dataset, registry = modality.open(fragment_layers(modality.pointer))
-    names, _ = registered(registry, dataset.feature_uids)
+    names, _ = registered(registry, list(dataset.feature_uids))
     return chromatin.read_fragments(dataset, modality.obs[modality.present], names)
 
 
-def fragment_layers(pointer: PointerField, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+def fragment_layers(pointer: PointerColumn, asked: Sequence[str] | None = None) -> tuple[str, ...]:
     """Layers that fragments are made of.
 
     Raises
@@ -182,6 +201,6 @@ def fragment_layers(pointer: PointerField, asked: Sequence[str] | None = None) -
     return FRAGMENT_LAYERS
 
 
-def _is_fragments(pointer: PointerField) -> bool:
+def _is_fragments(pointer: PointerColumn) -> bool:
     space = pointer.feature_space
     return space in known_spaces() and set(FRAGMENT_LAYERS) <= set(get_space(space).required_layers)

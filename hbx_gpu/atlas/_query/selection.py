@@ -1,0 +1,226 @@
+"""What a query means: its rows in one obs table of a snapshot, its pointer fields and their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from hbx_gpu.atlas._query import obs, opening
+from hbx_gpu.atlas._query.balance import balanced_rows, value_codes
+from hbx_gpu.atlas._query.fields import Fields
+from hbx_gpu.atlas._query.matrices import Matrices, measured
+from hbx_gpu.atlas._query.state import QueryState
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lancedb.table import Table
+
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that a query asks for, and what can be read of them; made by :meth:`of`.
+
+    Attributes
+    ----------
+    snapshot
+        The atlas at one version.
+    name, table
+        The obs table.
+    pointers
+        Its pointer columns by name.
+    state
+        What was asked.
+    """
+
+    snapshot: Snapshot
+    name: str
+    table: Table
+    pointers: Mapping[str, PointerColumn]
+    state: QueryState
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, table: str | None, state: QueryState) -> Selection:
+        """Open an obs table.
+
+        Raises
+        ------
+        ValueError
+            No table is named and there are several, or none of that name.
+        """
+        name = snapshot.obs_table_name(table)
+        return cls(snapshot, name, snapshot.obs_table(name), snapshot.pointer_fields(name), state)
+
+    def changed(self, **changes: Any) -> Selection:
+        """The same with other fields of its state."""
+        return replace(self, state=replace(self.state, **changes))
+
+    # Columns and fields
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the obs table."""
+        return self.table.schema
+
+    @property
+    def fields(self) -> Fields:
+        """The pointer fields that the query considers."""
+        return Fields(self.name, self.pointers, self.state.spaces, self.state.fields)
+
+    def plain_columns(self) -> list[str]:
+        """The obs columns that were selected, pointers left out."""
+        names = self.schema.names if self.state.columns is None else self.state.columns
+        return [name for name in names if name not in self.pointers]
+
+    def metadata(self, columns: Sequence[str] | None) -> list[str]:
+        """Obs columns that batches may carry, each once.
+
+        Raises
+        ------
+        ValueError
+            Not a list, an unknown column, or a pointer column.
+        """
+        if isinstance(columns, str):
+            raise ValueError(f"metadata_columns must be a list, got {columns!r}")
+        names = list(dict.fromkeys(columns or ()))
+        obs.check_columns(self.schema, names)
+        if pointers := [name for name in names if name in self.pointers]:
+            raise ValueError(
+                f"{pointers} are pointer columns, not metadata; choose from {self.plain_columns()}"
+            )
+        return names
+
+    def columns(self, pointer: PointerColumn) -> opening.Columns:
+        """The features that are read of a field: the panel asked for, or all of its space."""
+        panels = dict(self.state.panels)
+        space = pointer.feature_space
+        if space in panels:
+            index = self.snapshot.registry(space).resolve(panels[space])
+            return opening.chosen_columns(self.snapshot, space, index)
+        return opening.all_columns(self.snapshot, space)
+
+    def check_panels(self, pointers: Sequence[PointerColumn]) -> None:
+        """Refuse features of spaces that are not read.
+
+        Raises
+        ------
+        ValueError
+            Names the spaces.
+        """
+        spaces = list(dict.fromkeys(pointer.feature_space for pointer in pointers))
+        panels = {space for space, _ in self.state.panels}
+        if strangers := sorted(panels - set(spaces)):
+            read = ", ".join(map(repr, spaces))
+            raise ValueError(
+                f"features() was given for {strangers}, but this dataset reads {read}; ask for features of "
+                f"{read}, or use a query of its own"
+            )
+
+    # Rows
+
+    def scan(
+        self, columns: Sequence[str] | dict[str, str], rowids: np.ndarray | None
+    ) -> Iterator[pa.RecordBatch]:
+        """Columns of the rows that match the filter, `rowids` alone where given, batch by batch."""
+        return obs.scan(self.table, columns, where=self.state.where, rowids=rowids)
+
+    def read_table(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows, in query order."""
+        return obs.read_table(self.table, columns, where=self.state.where, rowids=self.rowids())
+
+    def read_rows(
+        self, pointer: PointerColumn, columns: Sequence[str], *, absent: bool = False
+    ) -> obs.ModalityRows:
+        """The rows that have a field (all of them if `absent`), where their data lie, and obs columns."""
+        return obs.read_modality(
+            self.snapshot,
+            self.name,
+            pointer,
+            columns,
+            where=self.state.where,
+            rowids=self.rowids(None if absent else pointer),
+            absent=absent,
+        )
+
+    def rowids(self, pointer: PointerColumn | None = None) -> np.ndarray | None:
+        """Ids of the rows that limit, offset and balanced_limit leave; None where nothing limits.
+
+        Parameters
+        ----------
+        pointer
+            Count only rows that have this field.
+
+        Returns
+        -------
+        ndarray or None
+            uint64, (n_rows,), ascending unless balanced.
+        """
+        state = self.state
+        if state.limit is None and state.balanced is None and not state.offset:
+            return None
+        wanted = {}
+        if pointer is not None:
+            wanted["group"] = obs.column_expression(pointer.name, "zarr_group")
+        if state.balanced is not None:
+            wanted["value"] = obs.column_expression(state.balanced[1])
+        ids: list[np.ndarray] = [np.empty(0, np.uint64)]
+        values: list[pa.Array] = []
+        for batch in self.scan(wanted or ["uid"], None):
+            if pointer is not None:
+                batch = batch.filter(pa.array(obs.present(batch.column("group"))))
+            ids.append(batch.column(obs.ROWID).to_numpy())
+            if state.balanced is not None:
+                values.append(obs.plain(batch.column("value")))
+        rowids = np.concatenate(ids)
+        order = np.argsort(rowids, kind="stable")
+        stop = None if state.limit is None else state.offset + state.limit
+        order = order[state.offset : stop]
+        if state.balanced is not None:
+            number, column = state.balanced
+            codes = value_codes(values, self.schema.field(column))[order]
+            order = order[balanced_rows(codes, number)]
+        return rowids[order]
+
+    # Data of a field
+
+    def layers(self, pointer: PointerColumn, groups: Sequence[str]) -> tuple[str, ...]:
+        """The layers that were asked for of a field's space, else its default."""
+        asked = dict(self.state.layers).get(pointer.feature_space)
+        return asked or (opening.default_layer(self.snapshot, pointer.feature_space, groups),)
+
+    def open(
+        self, pointer: PointerColumn, found: obs.ModalityRows, layers: Sequence[str] | None
+    ) -> tuple[CellDataset, pd.DataFrame | None]:
+        """A dataset over rows that were found, and the registry of its columns if the space has one."""
+        layers = self.layers(pointer, found.groups) if layers is None else layers
+        columns = self.columns(pointer)
+        dataset = opening.open_dataset(self.snapshot, self.name, pointer, found, layers, columns, None)
+        if pointer.feature_space not in self.snapshot.record.registries:
+            return dataset, None
+        registry = self.snapshot.registry(pointer.feature_space)
+        return dataset, registry.frame.reindex(list(columns.uids))
+
+    def matrices(self, pointer: PointerColumn, found: obs.ModalityRows | None = None) -> Matrices:
+        """Layers of a field as matrices, over the rows that were found or else all that have it."""
+        space = pointer.feature_space
+        found = self.read_rows(pointer, []) if found is None else found
+        panel = dict(self.state.panels).get(space)
+        registry = self.snapshot.registry(space)
+        if panel is None:
+            index = measured(self.snapshot, space, found.groups, self.state.join)
+        else:
+            index = registry.resolve(panel)
+        columns = opening.chosen_columns(self.snapshot, space, index)
+        datasets = {
+            layer: opening.open_dataset(self.snapshot, self.name, pointer, found, (layer,), columns, None)
+            for layer in self.layers(pointer, found.groups)
+        }
+        names = [name for name in self.plain_columns() if name != "uid"]
+        rows = obs.read_table(self.table, ["uid", *names], rowids=found.rowids)
+        return Matrices(datasets, rows, names, registry.frame.reindex(list(columns.uids)))
