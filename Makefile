@@ -44,9 +44,10 @@ demo: $(STAMP)  ## ingest, train an epoch, draw throughput; H5AD="a.h5ad b.h5ad"
 test: $(STAMP)  ## the whole test suite
 	@$(PY) -m pytest $(ARGS)
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; import-linter: which room may import which
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache
 
 typecheck: $(STAMP)  ## mypy
 	@$(PY) -m mypy

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from hbx_gpu._version import __version__
+
+if TYPE_CHECKING:
+    from hbx_gpu._stores.opening import open as open  # noqa: A004 - said as hbx_gpu.open
+    from hbx_gpu.atlas import AtlasQuery as AtlasQuery
+    from hbx_gpu.atlas import RaggedAtlas as RaggedAtlas
+    from hbx_gpu.atlas import add_from_anndata as add_from_anndata
+    from hbx_gpu.atlas import add_from_h5ad as add_from_h5ad
+    from hbx_gpu.atlas import add_multimodal as add_multimodal
+    from hbx_gpu.atlas import create_or_open_atlas as create_or_open_atlas
+    from hbx_gpu.batch import DenseBatch as DenseBatch
+    from hbx_gpu.batch import MultimodalBatch as MultimodalBatch
+    from hbx_gpu.batch import RaggedBatch as RaggedBatch
+    from hbx_gpu.batch import SparseBatch as SparseBatch
+    from hbx_gpu.dataloader import CellDataset as CellDataset
+    from hbx_gpu.dataloader import DenseCellDataset as DenseCellDataset
+    from hbx_gpu.dataloader import MultimodalCellDataset as MultimodalCellDataset
+    from hbx_gpu.dataloader import dense_to_tensor_collate as dense_to_tensor_collate
+    from hbx_gpu.dataloader import make_loader as make_loader
+    from hbx_gpu.dataloader import multimodal_to_dense_collate as multimodal_to_dense_collate
+    from hbx_gpu.dataloader import sparse_to_csr_collate as sparse_to_csr_collate
+    from hbx_gpu.dataloader import sparse_to_dense_collate as sparse_to_dense_collate
+    from hbx_gpu.sampler import CellSampler as CellSampler
 
 _PUBLIC = {
     "RaggedAtlas": "hbx_gpu.atlas",
@@ -33,11 +55,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    # PEP 562: importing the package must not import torch, lancedb or pandas.
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'hbx_gpu' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
+
+    def __getattr__(name: str) -> Any:
+        # PEP 562: importing the package must not import torch, lancedb or pandas.
+        if name in _PUBLIC:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        raise AttributeError(f"module 'hbx_gpu' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

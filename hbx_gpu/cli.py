@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hbx_gpu import __version__
 from hbx_gpu._commands import bench, convert, info, ingest, repack
+from hbx_gpu._version import __version__
 
 # Heavy imports happen in the commands, so that --help and --version answer at once.
 _CODECS = "hbx_gpu.rowpack, homeobox.bitpacking (which Homeobox reads), zstd, blosc, gzip, none"

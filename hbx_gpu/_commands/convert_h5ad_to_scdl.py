@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hbx_gpu import __version__
 from hbx_gpu._progress import bar
+from hbx_gpu._version import __version__
 
 # Heavy imports happen in the functions, so that --help and --version answer at once.
 _PROGRAM = "convert_h5ad_to_scdl"

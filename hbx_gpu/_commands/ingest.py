@@ -270,6 +270,7 @@ def _add_one(
 ) -> IngestReport:
     from hbx_gpu.atlas._ingest.commit import IngestReport
 
+    assert job.file is not None
     column = args.feature_id_column
     n = atlas.add_from_h5ad(
         job.file,

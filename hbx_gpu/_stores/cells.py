@@ -86,7 +86,7 @@ class StoresRecipe:
         InvalidDataError
             The stores hold another number of cells now.
         """
-        from hbx_gpu._stores.opening import open_stores
+        from hbx_gpu._stores.recognize import open_stores
 
         cells = Cells(open_stores(self.paths), self.steps)
         if cells.n_cells != self.n_cells:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hbx_gpu._stores.cells import Cells
-from hbx_gpu._stores.recognize import expand, is_archive, is_atlas, open_store
+from hbx_gpu._stores.recognize import expand, is_atlas, open_stores
 from hbx_gpu.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from hbx_gpu._stores.store import Store
     from hbx_gpu.atlas import AtlasQuery
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -59,19 +58,3 @@ def open(*paths: Paths) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of othe
 
         return RaggedAtlas.checkout_latest(atlases[0]).query()
     return Cells(open_stores(found))
-
-
-def open_stores(paths: Sequence[str | os.PathLike[str]]) -> list[Store]:
-    """Open stores that are not atlases; see :func:`open` for errors."""
-    return [_open(path) for path in expand(paths)]
-
-
-def _open(path: os.PathLike[str]) -> Store:
-    from pathlib import Path
-
-    path = Path(path)
-    if path.is_dir() and is_archive(path):
-        from hbx_gpu._stores.archives import open_scdl
-
-        return open_scdl(path)
-    return open_store(path)

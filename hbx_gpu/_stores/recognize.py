@@ -139,3 +139,16 @@ def _refuse_packed(path: Path) -> None:
             raise UnsupportedError(f"{path} is {what}; unpack it first")
     if start.startswith(b"version https://git-lfs"):
         raise InvalidDataError(f"{path} is a pointer of Git LFS; fetch the file itself with 'git lfs pull'")
+
+
+def open_stores(paths: Sequence[str | os.PathLike[str]]) -> list[Store]:
+    """Open stores that are not atlases; see :func:`open` for errors."""
+    return [_open(path) for path in expand(paths)]
+
+
+def _open(path: Path) -> Store:
+    if path.is_dir() and is_archive(path):
+        from hbx_gpu._stores.archives import open_scdl
+
+        return open_scdl(path)
+    return open_store(path)

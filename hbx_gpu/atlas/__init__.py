@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbx_gpu.atlas._atlas import RaggedAtlas as RaggedAtlas
+    from hbx_gpu.atlas._atlas import create_or_open_atlas as create_or_open_atlas
+    from hbx_gpu.atlas._catalogue.records import list_versions as list_versions
+    from hbx_gpu.atlas._catalogue.snapshot import Snapshot as Snapshot
+    from hbx_gpu.atlas._ingest.anndata import add_from_anndata as add_from_anndata
+    from hbx_gpu.atlas._ingest.anndata import add_from_h5ad as add_from_h5ad
+    from hbx_gpu.atlas._ingest.commit import IngestReport as IngestReport
+    from hbx_gpu.atlas._ingest.fragments import FragmentsInput as FragmentsInput
+    from hbx_gpu.atlas._ingest.images import ImageInput as ImageInput
+    from hbx_gpu.atlas._ingest.multimodal import add_multimodal as add_multimodal
+    from hbx_gpu.atlas._model.schema import DatasetRecord as DatasetRecord
+    from hbx_gpu.atlas._model.schema import DatasetSchema as DatasetSchema
+    from hbx_gpu.atlas._model.schema import DenseZarrPointer as DenseZarrPointer
+    from hbx_gpu.atlas._model.schema import DiscreteSpatialPointer as DiscreteSpatialPointer
+    from hbx_gpu.atlas._model.schema import FeatureBaseSchema as FeatureBaseSchema
+    from hbx_gpu.atlas._model.schema import HoxBaseSchema as HoxBaseSchema
+    from hbx_gpu.atlas._model.schema import PointerField as PointerField
+    from hbx_gpu.atlas._model.schema import SparseZarrPointer as SparseZarrPointer
+    from hbx_gpu.atlas._model.schema import StableUIDField as StableUIDField
+    from hbx_gpu.atlas._model.schema import layout_uid as layout_uid
+    from hbx_gpu.atlas._model.schema import make_uid as make_uid
+    from hbx_gpu.atlas._model.spaces import FeatureSpace as FeatureSpace
+    from hbx_gpu.atlas._model.spaces import get_space as get_space
+    from hbx_gpu.atlas._model.spaces import register_space as register_space
+    from hbx_gpu.atlas._query.query import AtlasQuery as AtlasQuery
+    from hbx_gpu.atlas._upkeep.repack import RepackReport as RepackReport
+    from hbx_gpu.atlas._upkeep.repack import repack as repack
 
 # Workers import recipes from here, which must not cost them lancedb or anndata.
 _PUBLIC = {
@@ -39,10 +68,12 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
+
+    def __getattr__(name: str) -> Any:
+        if name in _PUBLIC:
+            return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbx_gpu.scdl._api.collate import (
+        collate_neighbor_sparse_matrix_batch as collate_neighbor_sparse_matrix_batch,
+    )
+    from hbx_gpu.scdl._api.collate import collate_sparse_matrix_batch as collate_sparse_matrix_batch
+    from hbx_gpu.scdl._api.collection import SingleCellCollection as SingleCellCollection
+    from hbx_gpu.scdl._api.dataset import Mode as Mode
+    from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset as SingleCellMemMapDataset
+    from hbx_gpu.scdl._format.archive import Archive as Archive
+    from hbx_gpu.scdl._format.archive import open_archive as open_archive
+    from hbx_gpu.scdl._format.features import ObservedFeatureIndex as ObservedFeatureIndex
+    from hbx_gpu.scdl._format.features import VariableFeatureIndex as VariableFeatureIndex
+    from hbx_gpu.scdl._format.features import are_dicts_equal as are_dicts_equal
+    from hbx_gpu.scdl._format.header import Header as Header
+    from hbx_gpu.scdl._format.header import merge_headers as merge_headers
+    from hbx_gpu.scdl._format.header import read_header as read_header
+    from hbx_gpu.scdl._format.header import validate_header_compatibility as validate_header_compatibility
+    from hbx_gpu.scdl._format.layout import FileNames as FileNames
+    from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy as NeighborSamplingStrategy
 
 _PUBLIC = {
     "SingleCellMemMapDataset": "hbx_gpu.scdl._api.dataset",
@@ -27,11 +47,13 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    # PEP 562: importing the package must not import torch, pyarrow or pandas.
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'hbx_gpu.scdl' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
+
+    def __getattr__(name: str) -> Any:
+        # PEP 562: importing the package must not import torch, pyarrow or pandas.
+        if name in _PUBLIC:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        raise AttributeError(f"module 'hbx_gpu.scdl' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic_core import PydanticUndefined
 
-from hbx_gpu import __version__
 from hbx_gpu._progress import Progress
+from hbx_gpu._version import __version__
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu import __version__
+from hbx_gpu._version import __version__
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format import names
 from hbx_gpu.scdl._format.header import archive_header
