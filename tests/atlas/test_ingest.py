@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -563,3 +564,30 @@ def test_shapes_that_contradict(tmp_path: Path) -> None:
         InvalidDataError, match=r"bad\.h5ad, matrix 'X' is 12 x 6, but .* 12 rows in obs and 5 in var"
     ):
         atlas.add_from_h5ad(tmp_path / "bad.h5ad")
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_genes_are_stored_in_the_order_of_the_registry(optimized: bool, tmp_path: Path) -> None:
+    """Files with the same genes in another order, one of their own, and elements in no order."""
+    rng = np.random.default_rng(0)
+    atlas = create_or_open_atlas(tmp_path / "atlas")
+    names = [f"g{i}" for i in range(30)]
+    wanted = []
+    for number, genes in enumerate((names, [*rng.permutation(names)[:20], "own"], names[::-1])):
+        adata = make(counts(12, len(genes), number), number, list(genes))
+        wanted.append(adata.to_df())
+        for a, b in itertools.pairwise(adata.X.indptr if number else [0]):
+            order = rng.permutation(b - a)
+            adata.X.data[a:b], adata.X.indices[a:b] = adata.X.data[a:b][order], adata.X.indices[a:b][order]
+        add_from_anndata(atlas, adata)
+        if optimized:
+            atlas.optimize()
+    query = published(atlas).query()
+    dataset = query.to_cell_dataset()
+    assert [bool((np.diff(source.remap) > 0).all()) for source in dataset.sources] == [True] * 3
+    batch = dataset[np.arange(36)]
+    assert all((np.diff(batch.indices[a:b]) > 0).all() for a, b in itertools.pairwise(batch.offsets))
+    found = query.to_anndata()
+    expected = pd.concat(wanted).fillna(0)
+    rows = found.obs["obs_name"].tolist()
+    np.testing.assert_array_equal(found.X.toarray(), expected.loc[rows, found.var_names.tolist()].to_numpy())

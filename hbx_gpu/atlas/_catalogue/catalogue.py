@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._files import sync, write_durably
@@ -215,6 +216,28 @@ class Catalogue:
         """Those of `uids` that the registry of a space lacks, in order."""
         known = set(tables.read(self.registry(feature_space), ["uid"]).column("uid").to_pylist())
         return [uid for uid in uids if uid not in known]
+
+    def feature_order(self, feature_space: str, uids: Sequence[str]) -> np.ndarray:
+        """int64, (len(uids),). Positions of `uids` in the order in which the registry numbers features.
+
+        Features without a number come after the numbered ones: in the order in which stored lists name them,
+        which is how ``optimize()`` will number them, then in the order given.
+        """
+        if feature_space not in self.names.registries:
+            return np.arange(len(uids))
+        rows = tables.read(self.registry(feature_space), ["uid", "global_index"])
+        numbers = rows.column("global_index")
+        place = dict(zip(rows.column("uid").to_pylist(), numbers.to_pylist(), strict=True))
+        if numbers.null_count:
+            largest = pc.max(numbers).as_py()
+            listed = self.layouts().search().select(["feature_uid"]).with_row_id(True).to_arrow()
+            names = listed.sort_by("_rowid").column("feature_uid").unique().to_pylist()
+            for at, uid in enumerate(names, 0 if largest is None else largest + 1):
+                if uid in place and place[uid] is None:
+                    place[uid] = at
+        numbered = [place.get(uid) for uid in uids]
+        last = max((at for at in numbered if at is not None), default=-1) + 1
+        return np.argsort([last if at is None else at for at in numbered], kind="stable")
 
     def layout_exists(self, uid: str) -> bool:
         """Whether a feature list is stored."""

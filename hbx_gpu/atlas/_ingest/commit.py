@@ -153,6 +153,8 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
             catalogue.journal.write(note)
             written = True
             catalogue.extend(settings.obs_table, new)
+        for part in dataset.parts:
+            part.order_features(catalogue.feature_order)
         plan = _make_plan(session, dataset, settings, note)
         note, written = plan.note, True
         catalogue.journal.write(note)

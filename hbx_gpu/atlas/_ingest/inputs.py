@@ -54,6 +54,9 @@ class Input:
         The data; shapes agree.
     available
         Matrices that the source holds.
+    keeps_order
+        Whether columns and elements are to be stored in the source's order, so that the source can be made
+        again; otherwise columns are ordered as the registry numbers them.
     """
 
     source: str
@@ -64,6 +67,7 @@ class Input:
     obs: pd.DataFrame
     var: pd.DataFrame
     available: Sequence[str]
+    keeps_order: bool = False
 
     def __post_init__(self) -> None:
         n_obs, n_vars = self.matrix.shape

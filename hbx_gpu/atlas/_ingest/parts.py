@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse
 
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix, aligned, aligned_dense
 from hbx_gpu.atlas._ingest.inputs import Input, feature_columns
@@ -98,6 +99,15 @@ class Part(ABC):
     features: Features | None
     identity: Mapping[str, str]
 
+    def order_features(self, order: Callable[[str, Sequence[str]], np.ndarray]) -> None:  # noqa: B027
+        """Store columns in the order of the registry, if the format of the group leaves that open.
+
+        Parameters
+        ----------
+        order
+            Positions of feature ids in the order of the registry of a space, given the space's name and ids.
+        """
+
     @abstractmethod
     def write(self, group: Path, scratch: Path, keep: np.ndarray, storage: Storage, tick: Tick) -> pa.Array:
         """Write the group.
@@ -157,6 +167,7 @@ class MatrixPart(Part):
     feature_ids: Sequence[str]
     allow_rounding: bool = False
     role: Role = field(default="cells", init=False)
+    _column: np.ndarray | None = field(default=None, init=False)  # stored column of each column of the source
 
     def __post_init__(self) -> None:
         self.source, self.source_name, self.obs = self.data.source, self.data.source_name, self.data.obs
@@ -170,6 +181,23 @@ class MatrixPart(Part):
             "zarr_layer": ",".join(self.matrices),
             "feature_id_column": self.id_column,
         }
+
+    def order_features(self, order: Callable[[str, Sequence[str]], np.ndarray]) -> None:
+        """See :class:`Part`: columns of sparse groups are renumbered, and rows sorted by them.
+
+        Readers then meet ascending columns whatever the order of genes in the source, and need not sort. A
+        source whose genes lie in that order already is stored as it is.
+        """
+        if self.space.pointer != "sparse" or self.data.keeps_order:
+            return
+        positions = order(self.space.name, self.feature_ids)
+        if (positions == np.arange(len(positions))).all():
+            return
+        assert self.features is not None
+        ids = [self.feature_ids[at] for at in positions]
+        self.features = Features(self.id_column, ids, self.features.table.take(pa.array(positions)))
+        self._column = np.empty(len(positions), np.int64)
+        self._column[positions] = np.arange(len(positions))
 
     def write(self, group: Path, scratch: Path, keep: np.ndarray, storage: Storage, tick: Tick) -> pa.Array:
         """See :class:`Part`."""
@@ -217,7 +245,7 @@ class MatrixPart(Part):
                 values = {
                     name: cast(block) for (name, cast), block in zip(casts.items(), blocks, strict=True)
                 }
-                indices = first.indices.astype(np.uint32, copy=False)
+                indices, values = self._ordered(first, values)
                 per_row = np.diff(first.indptr)
                 kept = keep[first.first_row : first.last_row]
                 if not kept.all():
@@ -231,6 +259,18 @@ class MatrixPart(Part):
         finally:
             writer.abort()
         return sparse_pointers(lengths, np.cumsum(keep) - 1)
+
+    def _ordered(
+        self, block: CsrBlock, values: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Stored columns of a block (uint32), and its layers, each row in ascending order of them."""
+        if self._column is None:
+            return block.indices.astype(np.uint32, copy=False), values
+        columns = self._column[block.indices]
+        order = sorted_elements(block.indptr, columns, len(self._column))
+        if order is None:
+            return columns.astype(np.uint32), values
+        return columns[order].astype(np.uint32), {name: array[order] for name, array in values.items()}
 
     def _check_structure(self, blocks: Sequence[CsrBlock]) -> None:
         """Element k of every layer belongs to element k of the index array: all store the same ones."""
@@ -274,6 +314,19 @@ class MatrixPart(Part):
         finally:
             writer.abort()
         return dense_pointers(np.cumsum(keep) - 1)
+
+
+def sorted_elements(indptr: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray | None:
+    """int64, (nnz,). Elements of CSR rows by ascending column within each row; None where they lie so."""
+    falls = columns[1:] < columns[:-1]
+    falls[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(columns))] - 1] = False  # from row to row
+    if not falls.any():
+        return None
+    shape = (len(indptr) - 1, width)
+    elements = scipy.sparse.csr_matrix((np.arange(len(columns)), columns, indptr), shape=shape, copy=True)
+    elements.sort_indices()
+    order: np.ndarray = elements.data
+    return order
 
 
 def sparse_pointers(lengths: np.ndarray, zarr_row: np.ndarray) -> pa.Array:

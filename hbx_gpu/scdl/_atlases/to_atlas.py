@@ -198,6 +198,7 @@ def _block_input(archive: Archive, block: int, var: pd.DataFrame, axis: GeneAxis
         obs=_obs_frame(archive, first, last),
         var=var,
         available=["X"],
+        keeps_order=True,  # an archive made of the atlas again is this one, byte by byte
     )
 
 
