@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._arrow import common_type
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -92,32 +93,14 @@ def united(columns: Sequence[pa.ChunkedArray | None], lengths: Sequence[int], na
 
 
 def _common(types: Sequence[pa.DataType], name: str) -> pa.DataType:
-    kinds = list(dict.fromkeys(types))
-    common = kinds[0] if kinds else pa.null()
-    for kind in kinds[1:]:
-        both = _promoted(common, kind)
-        if both is None:
-            raise InvalidDataError(
-                f"obs column {name!r} is {' in one store and '.join(map(str, kinds))} in another; open these "
-                "stores apart, or convert the column in one of them"
-            )
-        common = both
+    common = common_type(types, booleans=False)
+    if common is None:
+        kinds = " in one store and ".join(map(str, dict.fromkeys(types)))
+        raise InvalidDataError(
+            f"obs column {name!r} is {kinds} in another; open these stores apart, or convert the column in "
+            "one of them"
+        )
     return common
-
-
-def _promoted(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    if a == b:
-        return a
-    if pa.types.is_null(a) or pa.types.is_null(b):
-        return b if pa.types.is_null(a) else a
-    values = [t.value_type if pa.types.is_dictionary(t) else t for t in (a, b)]
-    if all(pa.types.is_string(t) for t in values):
-        both = pa.types.is_dictionary(a) and pa.types.is_dictionary(b)
-        return pa.dictionary(pa.int32(), pa.string()) if both else pa.string()
-    numbers = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in values]
-    if all(numbers):
-        return pa.from_numpy_dtype(np.promote_types(values[0].to_pandas_dtype(), values[1].to_pandas_dtype()))
-    return None
 
 
 def _check_exact(columns: Sequence[pa.ChunkedArray], name: str) -> None:

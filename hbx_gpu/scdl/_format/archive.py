@@ -1,7 +1,7 @@
 """An archive opened read-only: memory maps with the true dtypes, its row blocks, and lazily all the rest.
 
-Which file is right where they disagree, and what is refused, is decided here. Nothing is written, created
-or unpickled, and the cost does not depend on the number of cells.
+Which file is right where they disagree, and what is refused, is decided here. Nothing is written or created,
+no file can call code, and the cost does not depend on the number of cells.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hbx_gpu import _arrow
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 
@@ -246,7 +247,7 @@ class JoinedFrame(Frame):
 
 
 def common_type(types: Sequence[pa.DataType], name: str) -> pa.DataType:
-    """The type that holds columns of several types, as :func:`promoted`.
+    """The type that holds columns of several types, as :func:`joined_type`.
 
     Raises
     ------
@@ -254,41 +255,26 @@ def common_type(types: Sequence[pa.DataType], name: str) -> pa.DataType:
         There is none: text and numbers.
     """
     known = list(dict.fromkeys(types))
-    common = known[0] if known else pa.null()
-    for kind in known[1:]:
-        both = promoted(common, kind)
-        if both is None:
-            raise InvalidDataError(
-                f"column {name!r} is {' in one place and '.join(map(str, known))} in another; rename the "
-                "column or convert it in one of the sources"
-            )
-        common = both
+    common = joined_type(known)
+    if common is None:
+        raise InvalidDataError(
+            f"column {name!r} is {' in one place and '.join(map(str, known))} in another; rename the "
+            "column or convert it in one of the sources"
+        )
     return common
 
 
-def promoted(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """The type that holds columns of two types, with NumPy's promotion among numbers; None without one."""
-    if a == b:
-        return a
-    for kind, other in ((a, b), (b, a)):
-        if pa.types.is_null(kind):
-            # SCDL reads a missing value among categories as the last category.
-            return other.value_type if pa.types.is_dictionary(other) else other
-    if _is_text(a) and _is_text(b):
-        both = pa.types.is_dictionary(a) and pa.types.is_dictionary(b)
-        return pa.dictionary(pa.int32(), pa.string()) if both else pa.string()
-    if all(pa.types.is_boolean(t) or pa.types.is_integer(t) or pa.types.is_floating(t) for t in (a, b)):
-        return pa.from_numpy_dtype(np.promote_types(a.to_pandas_dtype(), b.to_pandas_dtype()))
-    return None
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def joined_type(types: Sequence[pa.DataType]) -> pa.DataType | None:
+    """The type that holds columns of several types, numbers promoted as in NumPy; None without one."""
+    common = _arrow.common_type(types)
+    if common is not None and pa.types.is_dictionary(common) and any(map(pa.types.is_null, types)):
+        # SCDL reads a missing value among categories as the last category.
+        return common.value_type
+    return common
 
 
 def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column in a type that :func:`promoted` found; large numbers are rounded, as NumPy does."""
+    """A column in a type that :func:`joined_type` found; large numbers are rounded, as NumPy does."""
     if pa.types.is_boolean(column.type) and pa.types.is_floating(kind):
         column = column.cast(pa.uint8())
     return column.cast(kind, safe=False)

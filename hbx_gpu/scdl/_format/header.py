@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,6 @@ _MAX_NAME = 1024
 # In exports.
 _ENDIANNESS, _BACKEND = "NETWORK", "MEMMAP_V0"
 _VERSION_PARTS = ("major", "minor", "point")
-# Texts that YAML takes for texts without quotes.
-_PLAIN = re.compile(
-    r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_][\w/.-]*|\d+\.\d+\.\d+", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +129,9 @@ class Header:
     def to_yaml(self) -> str:
         """The header as YAML in block style with sorted keys, as bionemo-scdl exports it."""
         values = {**self.to_dict(), "version": ".".join(map(str, self.version))}
-        return "\n".join(_yaml(values)) + "\n"
+        import yaml
+
+        return yaml.safe_dump(values, default_flow_style=False)
 
     @classmethod
     def from_json(cls, text: str) -> Header:
@@ -152,21 +149,15 @@ class Header:
 
     @classmethod
     def from_yaml(cls, text: str) -> Header:
-        """A header from its YAML export; needs PyYAML.
+        """A header from its YAML export.
 
         Raises
         ------
         CorruptDataError
             As :meth:`from_json`.
-        ImportError
-            No PyYAML.
         """
-        try:
-            import yaml
-        except ImportError:
-            raise ImportError(
-                "reading YAML needs PyYAML: pip install pyyaml, or use the JSON export"
-            ) from None
+        import yaml
+
         try:
             return _imported(yaml.safe_load(text))
         except (yaml.YAMLError, ValueError) as error:
@@ -325,31 +316,6 @@ def _record(values: dict[str, Any]) -> dict[str, Any]:
         )
     shape = None if values["shape"] is None else tuple(map(int, values["shape"]))
     return {"name": str(values["name"]), "length": int(values["length"]), "dtype": dtype, "shape": shape}
-
-
-def _yaml(value: Any, indent: str = "") -> Iterator[str]:
-    """Lines of maps and lists in block style."""
-    items = sorted(value.items()) if isinstance(value, dict) else [(None, item) for item in value]
-    for key, item in items:
-        head = f"{indent}- " if key is None else f"{indent}{key}:"
-        if isinstance(item, dict):  # only in lists
-            first, *rest = _yaml(item, indent + "  ")
-            yield head + first.lstrip()
-            yield from rest
-        elif isinstance(item, list) and item:
-            yield head
-            yield from _yaml(item, indent)
-        else:
-            yield f"{head}{_scalar(item)}" if key is None else f"{head} {_scalar(item)}"
-
-
-def _scalar(value: Any) -> str:
-    if not isinstance(value, str):
-        return json.dumps(value)
-    if _PLAIN.fullmatch(value):
-        return value
-    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
-    return f'"{"".join(plain)}"'
 
 
 def _text(text: str) -> bytes:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl._format.frames import as_frame, cast, iter_parquet, plain, promoted
+from hbx_gpu.scdl._format.frames import as_frame, cast, iter_parquet, joined_type, plain
 from hbx_gpu.scdl._format.header import FeatureIndexInfo
 from hbx_gpu.scdl._format.layout import ENDS, INDEX_VERSION, LABELS, LAYOUT_VERSION, block_file
 
@@ -185,7 +185,7 @@ def _same_features(
 def _equal(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
     a, b = plain(a), plain(b)
     if a.type != b.type:
-        common = promoted(a.type, b.type)
+        common = joined_type([a.type, b.type])
         if common is None:
             return False
         a, b = cast(a, common), cast(b, common)
@@ -201,7 +201,7 @@ def _merge(block: pa.Schema, new: pa.Schema) -> pa.Schema | None:
         return None
     fields = []
     for name in new.names:
-        common = promoted(block.field(name).type, new.field(name).type)
+        common = joined_type([block.field(name).type, new.field(name).type])
         if common is None:
             return None
         fields.append(pa.field(name, common))

@@ -1,14 +1,18 @@
-"""Labels of feature blocks: `labels.json` or `labels.npy`, read without unpickling anything.
+"""Labels of feature blocks: `labels.json` or `labels.npy`, read so that the file can call nothing.
 
-Old archives hold paths in an object array, which is a pickle. Its opcodes are walked and only what a list
-of texts and paths needs is understood; no class is looked up and nothing is called.
+Old archives hold paths in an object array, which is a pickle. Only the opcodes that an array of texts and
+paths needs are let through, and every class that it names is replaced by a harmless one of this module.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
+import pickle
 import pickletools
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,31 +20,55 @@ import numpy as np
 
 _log = logging.getLogger(__name__)
 
-_MARK = object()
-_PATHS: dict[tuple[str, str], type[PurePath]] = {
-    (module, name): kind
-    for module in ("pathlib", "pathlib._local")
-    for names, kind in (
-        (("PosixPath", "PurePosixPath", "Path", "PurePath"), PurePosixPath),
-        (("WindowsPath", "PureWindowsPath"), PureWindowsPath),
-    )
-    for name in names
+# A file is larger by far than the labels of any real archive; so is a path.
+_MAX_BYTES = 64 << 20
+_MAX_PATH = 1 << 16
+# fmt: off
+_OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "MEMOIZE", "BINPUT", "LONG_BINPUT",
+    "BINGET", "LONG_BINGET", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BININT", "BININT1", "BININT2",
+    "SHORT_BINBYTES", "BINBYTES", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
 }
-_NUMPY = {
-    (module, name)
-    for module, name in (
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    )
-}
-# These name objects to be looked up.
-_UNSAFE = ("PERSID", "INST", "EXT1", "EXT2", "EXT4")
+# fmt: on
 
 
-class _Unknown(Exception):
-    """The pickle holds something else than texts and paths."""
+class _Unexpected(Exception):
+    """The file holds something else than texts and paths."""
+
+
+class _Array:
+    """Stands for a pickled array, and for its dtype; keeps the elements."""
+
+    def __init__(self, *_: Any) -> None:
+        self.elements: list[Any] = []
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # (version, shape, dtype, is_fortran, elements); a dtype's state is longer and of no use here.
+        if len(state) == 5:
+            self.elements = list(state[4])
+
+
+def _path(kind: type[PurePath], *parts: str) -> str:
+    # A path joined to itself, thirty times over, would fill the memory.
+    if sum(map(len, parts)) > _MAX_PATH:
+        raise _Unexpected(f"a path of more than {_MAX_PATH} characters")
+    return str(kind(*parts))
+
+
+class _LabelUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a class or function that the pickle names."""
+        if module in ("pathlib", "pathlib._local"):
+            if name in ("PosixPath", "PurePosixPath", "Path", "PurePath"):
+                return partial(_path, PurePosixPath)
+            if name in ("WindowsPath", "PureWindowsPath"):
+                return partial(_path, PureWindowsPath)
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return _Array
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _Array
+        raise _Unexpected(f"{module}.{name} has no place in labels")
 
 
 def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
@@ -61,11 +89,11 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
         else:
             return [None] * n_blocks
         if not isinstance(found, list):
-            raise _Unknown(f"expected a list, found {type(found).__name__}")
+            raise _Unexpected(f"expected a list, found {type(found).__name__}")
         # An empty text is how a missing label is written without a pickle.
         labels = [str(label) if label not in (None, "") else None for label in found]
         if len(labels) != n_blocks:
-            raise _Unknown(f"expected {n_blocks} labels, found {len(labels)}")
+            raise _Unexpected(f"expected {n_blocks} labels, found {len(labels)}")
     except Exception as error:  # whatever is in the file: it is nothing that rows need
         _log.warning("%s: labels of feature blocks are left out: %s", folder, error)
         return [None] * n_blocks
@@ -73,120 +101,30 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
 
 
 def _npy_labels(file: Path) -> list[Any]:
+    if (size := file.stat().st_size) > _MAX_BYTES:
+        raise _Unexpected(f"expected at most {_MAX_BYTES} bytes, found {size}")
     with file.open("rb") as stream:
         if np.lib.format.read_magic(stream) == (1, 0):
-            _, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
         else:
-            _, _, dtype = np.lib.format.read_array_header_2_0(stream)
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         if dtype.hasobject:
-            return _walk(stream.read())
+            return _unpickled(stream.read())
+    if math.prod(shape) * dtype.itemsize > size:
+        raise _Unexpected(f"the header says shape {shape} of {dtype}, but the file has {size} bytes")
     array = np.load(file, allow_pickle=False)
     return [] if not array.size else list(array.ravel().tolist())
 
 
-def _walk(raw: bytes) -> list[Any]:
-    """The elements of a pickled 1-D object array of texts, paths and None.
-
-    Raises
-    ------
-    _Unknown
-        It is anything else.
-    """
-    try:
-        return _run(raw)
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise _Unknown(f"the pickle is not one of an array of paths ({error!r})") from None
-
-
-def _run(raw: bytes) -> list[Any]:
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
+def _unpickled(raw: bytes) -> list[Any]:
+    """The elements of a pickled 1-D object array of texts, paths and None."""
     for opcode, argument, _ in pickletools.genops(raw):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return _elements(stack.pop())
-            case "MARK":
-                stack.append(_MARK)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[argument])
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case "TUPLE":
-                stack.append(tuple(_to_mark(stack)))
-            case "LIST":
-                stack.append(list(_to_mark(stack)))
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = _to_mark(stack)
-                stack[-1].extend(items)
-            case "GLOBAL":
-                module, _, name = str(argument).partition(" ")
-                stack.append(_name(module, name))
-            case "STACK_GLOBAL":
-                name = stack.pop()
-                stack.append(_name(stack.pop(), name))
-            case "REDUCE":
-                arguments = stack.pop()
-                stack.append(_made(stack.pop(), arguments))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1] = _built(stack[-1], state)
-            case _ if opcode.arg is not None and opcode.name not in _UNSAFE:
-                stack.append(argument)
-            case _:
-                raise _Unknown(f"opcode {opcode.name} is not expected in labels")
-    raise _Unknown("the pickle does not end")
-
-
-def _to_mark(stack: list[Any]) -> list[Any]:
-    at = len(stack) - 1 - stack[::-1].index(_MARK)
-    items = stack[at + 1 :]
-    del stack[at:]
-    return items
-
-
-def _name(module: Any, name: Any) -> tuple[str, Any]:
-    if (module, name) in _PATHS:
-        return "path", _PATHS[module, name]
-    if (module, name) in _NUMPY:
-        return "numpy", name
-    raise _Unknown(f"{module}.{name} has no place in labels")
-
-
-def _made(what: Any, arguments: Any) -> Any:
-    kind, name = what
-    if kind == "path":
-        return str(name(*arguments))
-    # An array or dtype in the making: its state follows.
-    return "numpy object", name
-
-
-def _built(what: Any, state: Any) -> Any:
-    if what == ("numpy object", "_reconstruct"):
-        # (version, shape, dtype, is_fortran, elements)
-        return "array", state[4]
-    return what
-
-
-def _elements(result: Any) -> list[Any]:
-    kind, elements = result
-    if kind != "array" or not all(e is None or isinstance(e, str) for e in elements):
-        raise _Unknown("it holds something else than texts and paths")
-    return list(elements)
+        if opcode.name not in _OPCODES:
+            raise _Unexpected(f"opcode {opcode.name} is not expected in labels")
+        # The memo is a list as long as its highest number.
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(raw):
+            raise _Unexpected(f"memo entry {argument} in a pickle of {len(raw)} bytes")
+    found = _LabelUnpickler(io.BytesIO(raw)).load()
+    if not isinstance(found, _Array) or not all(e is None or isinstance(e, str) for e in found.elements):
+        raise _Unexpected("it holds something else than texts and paths")
+    return found.elements
