@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.files import parse_json, read_small
 from hbx_gpu._storage.hdf5 import hdf5_layout
 from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._untrusted import parse_json, read_small
 from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
 
 if TYPE_CHECKING:
