@@ -18,7 +18,15 @@ STAGES = ("plan", "read", "copy", "decode")
 OTHER = "other"
 """Time of the threads in a window that no stage charged."""
 
+WARM_UP = "warm-up"
+"""How much longer the first window of each thread took than later ones, reading aside.
+
+Code is compiled then, and memory touched for the first time.
+"""
+
 _here = threading.local()
+# Share of its time that a consumer may wait for worker processes before it is told to try threads.
+_WAITS_MUCH = 0.1
 
 
 class stage:
@@ -98,8 +106,10 @@ class LoaderStats:
         Made: batches under one plan each.
     threads, batches_per_window, windows_ahead
         Where read-ahead stands.
+    workers
+        Worker processes that make the batches; what they do is not known here, so there are no stages.
     stages
-        `STAGES` and `OTHER`.
+        `STAGES`, `OTHER` and `WARM_UP`, which only the first epoch of a loader has.
     wait_for_data
         Seconds that the consumer spent in ``next()``.
     wait_for_consumer
@@ -116,6 +126,7 @@ class LoaderStats:
     stages: dict[str, Stage]
     wait_for_data: float
     wait_for_consumer: float
+    workers: int = 0
 
     @property
     def cells_per_s(self) -> float:
@@ -148,8 +159,17 @@ class LoaderStats:
 
 def format_line(stats: LoaderStats) -> str:
     """One line for a terminal: rate, what the threads do, and who waits."""
+    if stats.workers:
+        processes = "1 worker process" if stats.workers == 1 else f"{stats.workers} worker processes"
+        line = (
+            f"{_per(stats.batches, stats.seconds):,.1f} batches/s | {processes} (no stages), "
+            f"waiting {stats.wait_for_data_share:.0%}"
+        )
+        return f"{line}: try num_workers=0" if stats.wait_for_data_share > _WAITS_MUCH else line
     stages = "  ".join(
-        f"{name} {stage.share:.0%}" for name, stage in stats.stages.items() if stage.seconds or name != "copy"
+        f"{name} {stage.share:.0%}"
+        for name, stage in stats.stages.items()
+        if stage.seconds or name not in ("copy", WARM_UP)
     )
     return (
         f"{stats.cells_per_s:,.0f} cells/s | {stats.threads} threads: {stages}  "
@@ -206,6 +226,12 @@ class Window:
         before = self.stages.get(name, (0.0, 0))
         self.stages[name] = (before[0] + seconds, before[1] + nbytes)
 
+    def spent(self, name: str) -> float:
+        """Seconds charged to a stage; for `OTHER`, what no stage charged."""
+        if name == OTHER:
+            return max(0.0, self.seconds - sum(seconds for seconds, _ in self.stages.values()))
+        return self.stages.get(name, (0.0, 0))[0]
+
     def __enter__(self) -> Window:
         self._begin = time.perf_counter()
         _here.window, _here.stage = self, None
@@ -228,11 +254,17 @@ class Recorder:
     ----------
     threads, batches_per_window, windows_ahead
         As in :class:`LoaderStats`; the loader keeps them current.
+    workers
+        As in :class:`LoaderStats`.
+    first
+        Whether this is the first epoch of a loader, which warms up.
     """
 
     threads: int = 0
     batches_per_window: int = 1
     windows_ahead: int = 0
+    workers: int = 0
+    first: bool = False
     idle: float = field(default=0.0, init=False)
     _waited: float = field(default=0.0, init=False)
     _batches: int = field(default=0, init=False)
@@ -242,6 +274,7 @@ class Recorder:
     _busy: float = field(default=0.0, init=False)
     _stages: dict[str, tuple[float, int]] = field(default_factory=dict, init=False)
     _last: dict[int, float] = field(default_factory=dict, init=False)
+    _first: list[Window] = field(default_factory=list, init=False)
     _end: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -272,6 +305,8 @@ class Recorder:
             # A thread that had nothing to do between two windows of an epoch was kept from the next one by
             # the bounds of read-ahead: there was more to make.
             thread = threading.get_ident()
+            if self.first and thread not in self._last:
+                self._first.append(window)
             self.idle += max(0.0, begin - self._last.get(thread, begin))
             self._last[thread] = end
             for name, (seconds, nbytes) in window.stages.items():
@@ -284,7 +319,8 @@ class Recorder:
             found = {name: self._stages.get(name, (0.0, 0)) for name in STAGES}
             charged = sum(seconds for seconds, _ in found.values())
             found[OTHER] = (max(0.0, self._busy - charged), 0)
-            total = charged + found[OTHER][0] + self.idle
+            found[WARM_UP] = (self._take_warm_up(found), 0)
+            total = sum(seconds for seconds, _ in found.values()) + self.idle
             cells = self._made_cells
             return LoaderStats(
                 seconds=(self._end or time.perf_counter()) - self._begin,
@@ -300,4 +336,21 @@ class Recorder:
                 },
                 wait_for_data=self._waited,
                 wait_for_consumer=self.idle,
+                workers=self.workers,
             )
+
+    def _take_warm_up(self, found: dict[str, tuple[float, int]]) -> float:
+        """Seconds by which the first windows took longer than the others, taken out of their stages."""
+        first_cells = sum(window.cells for window in self._first)
+        later_cells = self._made_cells - first_cells
+        taken = 0.0
+        for name in found:
+            if name == "read":
+                continue  # a cold page cache is the storage's time
+            first = sum(window.spent(name) for window in self._first)
+            later = max(0.0, found[name][0] - first)
+            usual = later / later_cells * first_cells if later_cells else 0.0
+            excess = max(0.0, first - usual)
+            found[name] = found[name][0] - excess, found[name][1]
+            taken += excess
+        return taken

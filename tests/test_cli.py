@@ -217,7 +217,7 @@ def test_help_and_version_are_light() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
     assert all(name in done.stdout for name in codec_names())
     done = subprocess.run(
-        [sys.executable, "-m", "hbx_gpu.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "hbx_gpu", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"hbx-gpu {__version__}\n"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._loading.ahead import ReadAhead
@@ -361,7 +363,148 @@ def test_resume_with_a_plain_torch_sampler(load: Executor, dataset: CellDataset)
     assert ids(second) == whole[2:]
     assert ids(second) == whole
     with pytest.raises(ValueError, match="same kind of sampler"):
-        second.load_state_dict({"sampler": {}})
+        second.load_state_dict(load(dataset, sampler_for(dataset)).state_dict())
+    with pytest.raises(ValueError, match="same kind of sampler"):
+        load(dataset, sampler_for(dataset)).load_state_dict(first.state_dict())
+
+
+def test_an_order_that_is_another_one_every_time_is_not_continued(dataset: CellDataset) -> None:
+    def make(seed: int) -> CellLoader:
+        generator = torch.Generator().manual_seed(seed)
+        return make_loader(dataset, BatchSampler(RandomSampler(range(120), generator=generator), 16, False))
+
+    first = make(1)
+    batches = iter(first)
+    done = [next(batches).metadata["score"].tolist() for _ in range(3)]
+    state = first.state_dict()
+    assert (state["epoch"], state["sampler"]["batches"]) == (0, 3)
+    second = make(1)
+    second.load_state_dict(state)
+    assert sorted(itertools.chain(*done, *(b.metadata["score"].tolist() for b in second))) == sorted(
+        dataset.columns["score"].tolist()
+    )
+    third = make(2)
+    third.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"after 3 batches, but .* hold other rows now\. Use .*CellSampler"):
+        next(iter(third))
+    list(batches)
+    assert first.state_dict()["epoch"] == 1
+
+
+@pytest.mark.parametrize("place", ["after the last batch", "after the loop"])
+def test_a_state_from_the_end_of_an_epoch_continues_with_the_next(
+    load: Executor, dataset: CellDataset, place: str
+) -> None:
+    loader = load(dataset, sampler_for(dataset))
+    loader.set_epoch(1)
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        next(batches)
+    if place == "after the loop":
+        assert list(batches) == []
+    state = loader.state_dict()
+    assert (state["version"], state["epoch"]) == (2, 2)
+    del batches
+    again = load(dataset, sampler_for(dataset))
+    again.load_state_dict(state)
+    assert again.epoch == 2
+    loader.set_epoch(2)
+    assert ids(again) == ids(loader)
+
+
+def test_a_loop_over_epochs_goes_on_where_it_was(load: Executor, dataset: CellDataset) -> None:
+    def train(loader: CellLoader, stop_after: int | None = None) -> list[list[float]]:
+        seen: list[list[float]] = []
+        for epoch in range(loader.epoch, 3):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                seen.append(batch["score"].tolist())
+                if len(seen) == stop_after:
+                    return seen
+        return seen
+
+    whole = train(load(dataset, sampler_for(dataset)))
+    first = load(dataset, sampler_for(dataset))
+    head = train(first, stop_after=11)  # of 8 batches an epoch
+    second = load(dataset, sampler_for(dataset))
+    second.load_state_dict(first.state_dict())
+    assert (second.epoch, len(second)) == (1, 8)
+    assert head + train(second) == whole
+    third = load(dataset, sampler_for(dataset))
+    third.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match=r"set_epoch\(0\) drops .* range\(loader.epoch") as told:
+        third.set_epoch(0)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_state_is_not_loaded_while_an_iteration_runs(dataset: CellDataset, workers: int) -> None:
+    options: dict[str, Any] = {"layout": "dense", "executor": "direct", "num_workers": workers}
+    with make_loader(dataset, sampler_for(dataset), **options) as loader:
+        whole = ids(loader)
+        batches = iter(loader)
+        next(batches), next(batches)
+        state = loader.state_dict()
+        with pytest.raises(RuntimeError, match=r"while an iteration .* loader.close\(\) first"):
+            loader.load_state_dict(state)
+        assert next(batches)["score"].tolist() == whole[2], "and it goes on"
+        assert loader.state_dict()["sampler"]["batches"] == 3
+        loader.close()
+        loader.load_state_dict(state)
+        assert list(batches) == []
+        fresh = iter(loader)  # nothing begins before the first batch is asked for
+        loader.load_state_dict(state | {"sampler": state["sampler"] | {"cells": 16, "batches": 1}})
+        assert [batch["score"].tolist() for batch in fresh] == whole[1:]
+
+
+def test_states_that_cannot_be_continued(load: Executor, dataset: CellDataset) -> None:
+    loader = load(dataset, sampler_for(dataset))
+    for state, found in (
+        ({"sampler": {}}, "none, only ..sampler.."),
+        ({"delivered": 3}, "none, only ..delivered.."),
+        (loader.state_dict() | {"version": 9}, "version 9"),
+    ):
+        with pytest.raises(ValueError, match=f"continues loader states of version 2, .* has {found}"):
+            loader.load_state_dict(state)
+
+
+def test_frameworks_find_the_epoch_and_the_ranks(dataset: CellDataset) -> None:
+    """Lightning tells the epoch to `sampler` only, and replaces samplers that are not distributed ones."""
+    sampler = sampler_for(dataset, rank=1, world_size=2)
+    loader = make_loader(dataset, sampler)
+    for found in (loader.sampler, loader.batch_sampler.sampler):
+        assert isinstance(found, DistributedSampler)
+        assert (found.rank, found.num_replicas, found.epoch) == (1, 2, 0)
+    loader.sampler.set_epoch(3)
+    assert (loader.epoch, sampler.epoch) == (3, 3)
+    assert list(loader.sampler) == [row for rows in sampler for row in rows]
+    rebuilt = type(loader.batch_sampler)(loader.sampler, batch_size=16, drop_last=False)
+    assert list(rebuilt) == list(sampler)
+    assert (len(rebuilt), loader.batch_sampler.batch_size) == (len(sampler), 16)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import numpy as np\n"
+        "from hbx_gpu._loading.loader import CellLoader\n"
+        "from hbx_gpu.sampler import CellSampler\n"
+        "class Rows:\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitems__(self, rows): return list(rows)\n"
+        "sampler = CellSampler(np.zeros(8, int), 4)\n"
+        "WORKERS\n"
+    )
+    text = script.read_text()
+    script.write_text(text.replace("WORKERS", "print(len(list(CellLoader(Rows(), sampler, num_workers=1))))"))
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode != 0
+    child, parent = run.stderr, run.stderr.splitlines()[-1]
+    assert "this script starts worker processes without a __main__ guard" in child
+    assert "a worker process ended before it gave a batch" in parent
+    assert 'if __name__ == "__main__":' in parent
 
 
 def test_no_memory_is_asked_for_in_steady_state(load: Executor, tmp_path: Path) -> None:
@@ -394,3 +537,41 @@ def test_windows_of_wide_batches_leave_room_for_every_thread(load: Executor, dat
     loader._feed.make = watched  # type: ignore[method-assign]
     assert sum(len(batch["X"]) for batch in loader) == 120
     assert max(lengths) <= 2  # a fifth of the budget: three threads, one window waiting, one consumed
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", ["a thread of its own", "a thread of another loader"])
+def test_an_iterator_that_the_garbage_collector_drops_on_a_loader_thread_ends(
+    load: Executor, dataset: CellDataset, where: str
+) -> None:
+    dropped, own = threading.Event(), where == "a thread of its own"
+    loader = load(dataset, sampler_for(dataset, batch_size=4), threads=1, window=1)
+    other = loader if own else load(dataset, sampler_for(dataset), threads=1, window=1)
+    # Both threads: the one that makes windows, and the one that hands them to DALI.
+    make, deliver, first = other._feed.make, other._feed.deliver, threading.Event()
+
+    def collecting(call: Any, argument: Any) -> Any:
+        if first.is_set():
+            assert dropped.wait(20)
+            gc.collect()
+        return call(argument)
+
+    other._feed.make = lambda rows: collecting(make, rows)  # type: ignore[method-assign]
+    other._feed.deliver = lambda made: collecting(deliver, made)  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        batches: Any = iter(loader)
+        next(batches)
+        cycle: list[Any] = [batches]
+        cycle.append(cycle)
+        first.set()
+        del batches, cycle
+        dropped.set()
+        if not own:
+            assert len(list(other)) == 8
+        end = time.monotonic() + 20
+        while loader_threads() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not loader_threads()
+    finally:
+        gc.enable()

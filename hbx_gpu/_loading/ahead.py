@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._loading.closing import THREADS, close_dropped
 from hbx_gpu._loading.feeds.host import Feed
 from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu.stats import Recorder
@@ -81,7 +82,7 @@ class ReadAhead(Ahead):
         self._window, self._budget = window, memory_budget
         self._sizing, self.recorder = sizing, recorder
         self._timeout = timeout or None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-loader")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREADS)
         self._pending: deque[_Window] = deque()
         self._ready: deque[tuple[Any, int, int]] = deque()
         self._held = 0  # bytes of windows made or in the making, until their batches are handed over
@@ -196,5 +197,5 @@ class ReadAhead(Ahead):
         self._ready.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closed"):
-            self.close()
+        if hasattr(self, "_closed") and not self._closed:
+            close_dropped(self.close)

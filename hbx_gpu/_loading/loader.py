@@ -6,16 +6,20 @@ Owns threads, queues and the position within an epoch; knows nothing of how a ba
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from hbx_gpu._devices import cores
 from hbx_gpu._loading.ahead import Ahead, ReadAhead
+from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.feeds.host import Feed, HostFeed, tell_epoch
+from hbx_gpu._loading.identity import check_identity, identity_of
+from hbx_gpu._loading.order import Batches, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
+from hbx_gpu._loading.workers import explained, refuse_in_workers
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
@@ -29,6 +33,19 @@ def _identity(batch: Any) -> Any:
 def default_window(sampler: Any) -> int:
     """Batches that make a window of about `ROWS_PER_WINDOW` rows."""
     return max(1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW)))
+
+
+_STATE_VERSION = 2
+
+
+@dataclass(slots=True)
+class _Run:
+    """An iteration: what makes its batches, those of the epoch before it, and those handed over."""
+
+    ahead: Ahead | None
+    before: int
+    delivered: int = 0
+    ended: bool = False
 
 
 class CellLoader(DataLoader):
@@ -59,9 +76,10 @@ class CellLoader(DataLoader):
         if num_workers > 0:
             # Spawn: forked children of a process with threads and open files hang or corrupt.
             kwargs = {"multiprocessing_context": "spawn", "persistent_workers": True} | kwargs
+        self._order = as_order(sampler)
         super().__init__(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=Batches.of(self._order),
             collate_fn=collate_fn or _identity,
             num_workers=num_workers,
             **kwargs,
@@ -80,33 +98,39 @@ class CellLoader(DataLoader):
         self._window = window or (1 if single else default_window(sampler))
         given = window is not None or threads is not None or single
         self._sizing = Sizing(self._threads, fixed=given)
+        self._runs: list[_Run] = []
         self._recorder = self._new_recorder()
         self._live: list[Ahead] = []
-        self._delivered = 0
-        self._skip = 0
-        self._epoch = 0
+        # As torch sets it where it makes the batch sampler itself; it protects the attribute by now.
+        self.__dict__["sampler"] = RankSampler(self._order)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next iteration, or of the one that runs: where a loop over epochs has to begin."""
+        return self._order.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._delivered = 0
-        skip, self._skip = self._skip, 0
-        if self.num_workers > 0:
-            batches: Iterator[Any] = islice(super().__iter__(), skip, None)
-        else:
-            ahead = self._read_ahead(skip)
-            self._live.append(ahead)
-            batches = ahead
-        return self._counted(batches, skip)
+        """Batches of the epoch, or of what remains of it.
 
-    def _counted(self, batches: Iterator[Any], skip: int) -> Iterator[Any]:
-        self._delivered = skip
-        line: LiveLine | None = None
+        Nothing begins before the first ``next()``: until then, :meth:`set_epoch` and :meth:`load_state_dict`
+        take effect, and ranks are those there are then.
+        """
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Any]:
+        if self.num_workers > 0:
+            refuse_in_workers()
+        batches = self._from_workers() if self.num_workers > 0 else self._read_ahead()
         ahead = batches if isinstance(batches, Ahead) else None
-        recorder = self._recorder = Recorder() if ahead is None else ahead.recorder
+        recorder = self._recorder = Recorder(workers=self.num_workers) if ahead is None else ahead.recorder
+        run = _Run(ahead, self._order.n_done)
+        self._runs = [*(other for other in self._runs if not other.ended), run]
+        line: LiveLine | None = None
         clock = time.perf_counter
         try:
             if self._progress:
-                line = LiveLine(recorder, len(self) if hasattr(self.batch_sampler, "__len__") else None, skip)
-            while True:
+                line = LiveLine(recorder, self._length(), run.before)
+            while not run.ended:
                 begin = clock()
                 try:
                     batch = next(batches)
@@ -114,7 +138,7 @@ class CellLoader(DataLoader):
                     return
                 recorder.handed_over(clock() - begin, cells=0 if ahead is None else ahead.cells)
                 # Counted before it is handed over: a state saved by the consumer includes this batch.
-                self._delivered += 1
+                run.delivered += 1
                 if line is not None:
                     line.update()
                 yield batch
@@ -122,18 +146,31 @@ class CellLoader(DataLoader):
             recorder.end()
             if line is not None:
                 line.close()
+            run.ended = True
             if ahead is not None:
-                ahead.close()
-                if ahead in self._live:
-                    self._live.remove(ahead)
+                close_dropped(ahead.close)
 
-    def _read_ahead(self, skip: int) -> Ahead:
-        sampler: Any = self.batch_sampler
-        tell_epoch(self._feed, int(getattr(sampler, "epoch", self._epoch)))
-        order = sampler.batches() if hasattr(sampler, "batches") else iter(sampler)
+    def _from_workers(self) -> Iterator[Any]:
+        """Batches of worker processes; what goes wrong at their start is explained."""
+        with explained():
+            batches = super().__iter__()
+        while True:
+            with explained():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+
+    def _length(self) -> int | None:
+        return len(self._order) if isinstance(self._order, Sized) else None
+
+    def _read_ahead(self) -> Ahead:
+        order = self._order.batches()
+        tell_epoch(self._feed, self._order.epoch)
         return ReadAhead(
             self._feed,
-            islice(order, skip, None),
+            order,
             threads=self._threads,
             window=self._window,
             memory_budget=self._memory_budget,
@@ -143,58 +180,78 @@ class CellLoader(DataLoader):
         )
 
     def _new_recorder(self) -> Recorder:
-        return Recorder(self._threads, self._window * self._sizing.factor, self._sizing.depth)
+        first = not self._runs
+        return Recorder(self._threads, self._window * self._sizing.factor, self._sizing.depth, first=first)
 
     def stats(self) -> LoaderStats:
         """Where the time of the running or last epoch went, so far.
 
-        With worker processes only batches and the consumer's waiting are known.
+        With worker processes only batches and the consumer's waiting are known. The first epoch has a stage
+        "warm-up" for compiling and first memory.
         """
         return self._recorder.stats()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; handed to the sampler."""
-        self._delivered, self._epoch = 0, epoch
-        set_epoch = getattr(self.batch_sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
+        """Choose the epoch of the next iteration; handed to the sampler.
+
+        Naming the epoch of a loaded state keeps its position. Another epoch begins from its beginning, and
+        warns if that drops a position which was loaded and not used.
+        """
+        self._order.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed over: small, picklable, independent of read-ahead.
 
         Restored with :meth:`load_state_dict` into a loader over the same cells, it resumes with the next
-        batch, also with another number of workers or ranks.
+        batch, also with another number of workers or ranks. After the last batch of an epoch, it is the
+        beginning of the next one.
+
+        Returns
+        -------
+        dict
+            ``epoch``: the epoch to continue with; ``version``, ``sampler`` and ``dataset``, which says what
+            the rows are.
         """
-        sampler: Any = self.batch_sampler
-        if hasattr(sampler, "state_dict"):
-            return {"sampler": sampler.state_dict(delivered=self._delivered)}
-        return {"delivered": self._delivered}
+        position = self._order.state_dict(self._runs[-1].delivered if self._runs else 0)
+        return {
+            "version": _STATE_VERSION,
+            "epoch": position["epoch"],
+            "sampler": position,
+            "dataset": identity_of(self.dataset),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state` at the next iteration.
 
         Raises
         ------
+        RuntimeError
+            An iteration is running, which cannot change its place.
         ValueError
-            The state belongs to other cells, or to a loader with another kind of sampler.
+            The state belongs to other cells or to another kind of sampler, or another release saved it.
         """
-        sampler: Any = self.batch_sampler
-        if hasattr(sampler, "load_state_dict") != ("sampler" in state):
-            raise ValueError(
-                f"this state holds {sorted(state)}, but the loader's sampler is a {type(sampler).__name__}; "
-                "load it into a loader made with the same kind of sampler"
+        if any(not run.ended for run in self._runs):
+            raise RuntimeError(
+                "load_state_dict() while an iteration of this loader is running: its next batches are made "
+                "already. Load the state before iterating, or end the iteration with loader.close() first"
             )
-        self._delivered = 0
-        if "sampler" in state:
-            sampler.load_state_dict(state["sampler"])
-        else:
-            self._skip = int(state["delivered"])
+        if state.get("version") != _STATE_VERSION or "sampler" not in state:
+            found = f"version {state['version']}" if "version" in state else f"none, only {sorted(state)}"
+            raise ValueError(
+                f"this release of hbx_gpu continues loader states of version {_STATE_VERSION}, and this one "
+                f"has {found}. Continue with the release that saved it, or start the epoch anew "
+                "without the state"
+            )
+        check_identity(state.get("dataset"), self.dataset)
+        self._order.load_state_dict(state["sampler"])
+        self._runs.clear()
 
     def close(self) -> None:
         """Stop reading ahead and end the threads; running iterations stop."""
-        for ahead in list(self._live):
-            ahead.close()
-        self._live.clear()
+        for run in self._runs:
+            run.ended = True
+            if run.ahead is not None:
+                run.ahead.close()
         workers: Any = getattr(self, "_iterator", None)
         if workers is not None and hasattr(workers, "_shutdown_workers"):
             workers._shutdown_workers()

@@ -237,7 +237,10 @@ class EpochSampler(_TorchSampler):
                 "the epoch anew without the state"
             )
         if missing := [key for key in _STATE_KEYS if key not in state]:
-            raise ValueError(f"not a sampler state: it lacks {', '.join(missing)}")
+            raise ValueError(
+                f"this state belongs to another kind of sampler (it lacks {', '.join(missing)}); load it "
+                f"where the same kind of sampler is used, not into a {type(self).__name__}"
+            )
         mine, theirs = self._fingerprint(), state["order"]
         differing = [
             f"{name} (saved {theirs.get(name, 'nothing')}, here {mine.get(name, 'nothing')})"

@@ -99,10 +99,21 @@ def test_same_rows_as_homeobox(
 # Steps
 
 
-def test_steps_return_the_query_and_replace_each_other(ragged: AtlasQuery) -> None:
-    assert ragged.where("batch = 1").where("donor = 'P2'") is ragged
-    assert (ragged.to_pandas().donor == "P2").all()
-    assert ragged.to_pandas().batch.nunique() > 1
+def test_conditions_add_up(ragged: AtlasQuery) -> None:
+    frame = ragged.to_pandas()
+    wanted = frame[(frame.batch == 1) & ((frame.donor == "P2") | (frame.donor == "P1"))]
+    # An OR, and a comment at the end, stay inside their own condition.
+    ragged.where("batch = 1 -- the first").where("donor = 'P1' OR donor = 'P2'")
+    assert 0 < len(wanted) < len(frame)
+    assert uids(ragged) == wanted.uid.tolist()
+    assert ragged.count() == len(wanted)
+    assert len(ragged.where("donor = 'P1'").where("donor = 'P2'").to_pandas()) == 0
+    assert ragged.where(None).count() == len(frame)
+
+
+def test_other_steps_return_the_query_and_replace_each_other(ragged: AtlasQuery) -> None:
+    assert ragged.where("batch = 1") is ragged
+    ragged.where(None)
     assert len(ragged.limit(2).limit(3).to_pandas()) == 3
     assert ragged.select(["donor"]).select(["age", "uid"]).to_pandas().columns.tolist() == ["age", "uid"]
     everything = ragged.where(None).limit(None).select(None)
@@ -117,6 +128,15 @@ def test_order_of_steps_does_not_matter(ragged: AtlasQuery) -> None:
     assert len(a) == 7
 
 
+def test_a_dataset_without_cells_says_so(ragged: AtlasQuery, cite: AtlasQuery) -> None:
+    with pytest.warns(UserWarning, match=r"no cells of the 70 in table .*where: donor = 'nobody'") as told:
+        assert len(ragged.where("donor = 'nobody'").to_cell_dataset()) == 0
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"selects no cells .*limit: 0"):
+        cite.limit(0).to_multimodal_dataset()
+
+
+@pytest.mark.filterwarnings("ignore:this query selects no cells")
 def test_limit_zero_gives_no_rows(ragged: AtlasQuery) -> None:
     ragged.limit(0)
     assert ragged.count() == 0

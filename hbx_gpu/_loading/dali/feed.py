@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hbx_gpu._loading.ahead import Ahead
+from hbx_gpu._loading.closing import THREADS
 
 SPARSE_PARTS = ("indices", "values", "offsets")
 
@@ -202,7 +203,7 @@ class Feeder:
         self._fed: queue.SimpleQueue[Packed | BaseException] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(
-            target=self._run, args=(batches,), name="hbx_gpu-loader-dali", daemon=True
+            target=self._run, args=(batches,), name=f"{THREADS}-dali", daemon=True
         )
         self._thread.start()
         # Registered after DALI's own, and so called before it takes the pipeline away from under the thread.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._loading.ahead import Ahead
+from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
 from hbx_gpu._loading.dali.options import DaliOptions
 from hbx_gpu._loading.loader import CellLoader
@@ -32,8 +33,8 @@ class CellPipeline(CellLoader):
         self._restored: dict[str, Any] | None = None  # state of random operators to begin with
         self._position = 0  # in the epoch, where the next iteration begins
 
-    def _read_ahead(self, skip: int) -> Ahead:
-        ahead = super()._read_ahead(skip)
+    def _read_ahead(self) -> Ahead:
+        ahead = super()._read_ahead()
         checkpoint = self._restored["checkpoint"] if self._restored else None
         self._run = _Run(ahead, self.dali, self.noise_seed(), checkpoint)
         self._restored, self._position = None, 0
@@ -41,24 +42,20 @@ class CellPipeline(CellLoader):
 
     def noise_seed(self) -> int:
         """Of DALI's random operators; after the sampler's iteration began, which may draw a seed."""
-        sampler: Any = self.batch_sampler
         seed = self.dali.seed
         if seed is None:
-            seed = int(getattr(sampler, "seed", 0))
-        entropy = [seed, self._current_epoch(), self._rank(), self._position]
+            seed = int(getattr(self._order, "seed", 0))
+        entropy = [seed, self.epoch, self._rank(), self._position]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _current_epoch(self) -> int:
-        return int(getattr(self.batch_sampler, "epoch", self._epoch))
-
     def _rank(self) -> int:
-        return int(getattr(self.batch_sampler, "rank", 0))
+        return int(getattr(self._order, "rank", 0))
 
     def set_epoch(self, epoch: int) -> None:
         """See :meth:`CellLoader.set_epoch`."""
-        before, self._run = self._current_epoch(), None
+        before, self._run = self.epoch, None
         super().set_epoch(epoch)
-        if self._current_epoch() != before:
+        if self.epoch != before:
             self._restored, self._position = None, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +80,8 @@ class CellPipeline(CellLoader):
         graph = state.get("graph")
         same = graph is not None and self.dali.graph is not None and graph["rank"] == self._rank()
         self._restored = graph if same else None
-        self._position = int(state["sampler"]["cells"] if "sampler" in state else state["delivered"])
+        position = state["sampler"]
+        self._position = int(position.get("cells", position["batches"]))
 
     def pipeline(self) -> Any:
         """A ``nvidia.dali.Pipeline`` for an iterator of DALI's, such as ``DALIGenericIterator``.
@@ -100,7 +98,7 @@ class CellPipeline(CellLoader):
 
     def begin_epoch(self, feed: Callable[[Ahead], Feeder]) -> Feeder:
         """What a pipeline for DALI's iterators is fed by in the coming epoch; ended by :meth:`close`."""
-        ahead = super()._read_ahead(0)
+        ahead = super()._read_ahead()
         try:
             feeder = feed(ahead)
         except BaseException:
@@ -183,5 +181,5 @@ class _Run(Ahead):
             self._ahead.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closed"):
-            self.close()
+        if hasattr(self, "_closed") and not self._closed:
+            close_dropped(self.close)

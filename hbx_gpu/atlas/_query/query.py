@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class AtlasQuery:
     """Rows of an obs table, described step by step and read when a result is asked for.
 
-    Every step returns the same object; the order of steps does not matter, and a step taken again
-    replaces what it said before. Rows come in ascending row id of the pinned table.
+    Every step changes the query and returns it; ask the atlas for a new query for every other question. The
+    order of steps does not matter. Conditions of several :meth:`where` add up; every other step, if it is
+    taken again, replaces what it said before. Rows come in ascending row id of the pinned table.
 
     Parameters
     ----------
@@ -69,15 +70,21 @@ class AtlasQuery:
     # Steps
 
     def where(self, sql: str | None) -> Self:
-        """Keep rows for which a SQL expression (DataFusion's dialect) holds; None keeps all.
+        """Keep rows for which a SQL expression (DataFusion's dialect) holds.
+
+        Called again, it keeps the rows for which all expressions hold. None drops those given so far.
 
         Any column may be named, members of pointers too: ``gene_expression.zarr_group = 'a'``. Put names
         with capitals or blanks in backticks.
         """
-        return self._changed(where=sql)
+        before = self._selection.state.where
+        if sql is None or before is None:
+            return self._changed(where=sql)
+        # On lines of their own, so that a comment at the end of one does not swallow the other.
+        return self._changed(where=f"({before}\n) AND ({sql}\n)")
 
     def select(self, columns: list[str] | None) -> Self:
-        """Obs columns of tables and AnnData; all by default.
+        """Obs columns of tables and AnnData; all by default. A second call replaces the first.
 
         Raises
         ------
@@ -93,6 +100,8 @@ class AtlasQuery:
 
     def features(self, uids: Sequence[str], feature_space: str) -> Self:
         """Read only these features of a space; columns come in the order given here.
+
+        A second call for the same space replaces the first.
 
         Parameters
         ----------
@@ -118,13 +127,16 @@ class AtlasQuery:
         return self._changed(panels=(*others, (space, panel)))
 
     def feature_join(self, how: FeatureJoin) -> Self:
-        """Columns of AnnData: features that any group measured ("union"), or all ("intersection")."""
+        """Columns of AnnData: features that any group measured ("union"), or all ("intersection").
+
+        A second call replaces the first.
+        """
         if how not in ("union", "intersection"):
             raise ValueError(f"feature_join must be 'union' or 'intersection', got {how!r}")
         return self._changed(join=how)
 
     def limit(self, n: int | None) -> Self:
-        """At most `n` rows, after filtering; 0 gives none, None gives all.
+        """At most `n` rows, after filtering; 0 gives none, None gives all. A second call replaces the first.
 
         Raises
         ------
@@ -136,11 +148,13 @@ class AtlasQuery:
         return self._changed(limit=None if n is None else _whole(n, "limit"))
 
     def offset(self, n: int) -> Self:
-        """Skip the first `n` matching rows."""
+        """Skip the first `n` matching rows. A second call replaces the first."""
         return self._changed(offset=_whole(n, "offset"))
 
     def balanced_limit(self, n: int, column: str) -> Self:
         """`n` rows in which the values of a column are as equally frequent as the data allow.
+
+        A second call replaces the first.
 
         Rows without a value are left out. The first rows of each value are taken; where a value has too
         few, the others give more, so the total is `n` whenever that many rows exist. Where equal shares do
@@ -157,7 +171,10 @@ class AtlasQuery:
         return self._changed(balanced=(_whole(n, "balanced_limit"), column))
 
     def layers(self, feature_space: str, names: Sequence[str]) -> Self:
-        """Layers of a space that AnnData holds: the first as ``X``, the others in ``layers``."""
+        """Layers of a space that AnnData holds: the first as ``X``, the others in ``layers``.
+
+        A second call for the same space replaces the first.
+        """
         if isinstance(names, str) or not names:
             raise ValueError(f"layers() needs a list of at least one layer name, got {names!r}")
         space = self._selection.fields.space_named(feature_space)
@@ -165,7 +182,7 @@ class AtlasQuery:
         return self._changed(layers=(*others, (space, tuple(names))))
 
     def feature_spaces(self, *spaces: str) -> Self:
-        """Consider only these feature spaces.
+        """Consider only these feature spaces. A second call replaces the first.
 
         Raises
         ------
@@ -180,7 +197,7 @@ class AtlasQuery:
         return self._changed(spaces=spaces)
 
     def select_fields(self, *fields: str) -> Self:
-        """Consider only these pointer fields.
+        """Consider only these pointer fields. A second call replaces the first.
 
         Raises
         ------
@@ -293,7 +310,9 @@ class AtlasQuery:
         """
         pointer = self._selection.fields.one(feature_space, field_name)
         self._selection.check_panels([pointer])
-        return self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
+        dataset = self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
+        self._selection.warn_if_empty(dataset)
+        return dataset
 
     def to_multimodal_dataset(
         self,
@@ -346,7 +365,9 @@ class AtlasQuery:
             layer, dtype = (layers or {}).get(name), (dtypes or {}).get(name)
             matrix = (matrices or {}).get(name)
             datasets[name] = self._dataset(pointer, layer, columns, dtype, matrix=matrix, absent=True)
-        return MultimodalCellDataset(datasets)
+        dataset = MultimodalCellDataset(datasets)
+        self._selection.warn_if_empty(dataset)
+        return dataset
 
     def _dataset(
         self,

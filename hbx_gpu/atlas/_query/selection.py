@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,23 @@ class Selection:
             codes = value_codes(values, self.schema.field(column))[order]
             order = order[balanced_rows(codes, number)]
         return rowids[order]
+
+    def warn_if_empty(self, dataset: Sized) -> None:
+        """Say that a dataset has no cells, and what was asked: a training loop over it does nothing."""
+        if len(dataset):
+            return
+        state = self.state
+        asked = [f"where: {' '.join(state.where.split())}"] if state.where is not None else []
+        asked += [f"limit: {state.limit}"] if state.limit is not None else []
+        asked += [f"offset: {state.offset}"] if state.offset else []
+        asked += [f"balanced_limit: {state.balanced}"] if state.balanced is not None else []
+        warnings.warn(
+            f"this query selects no cells of the {self.table.count_rows():,} in table {self.name!r}"
+            + (f" ({'; '.join(asked)})" if asked else ", because none has the modality")
+            + ". count(group_by=...) shows which values a column has",
+            UserWarning,
+            stacklevel=3,
+        )
 
     # Data of a field
 

@@ -1,0 +1,253 @@
+"""The order that a loader follows: one of ours or that of any batch sampler, and where it continues."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+_STATE_KEYS = ("epoch", "batches", "rows")
+
+
+@runtime_checkable
+class Order(Protocol):
+    """Batches of row numbers, epoch after epoch; :class:`~hbx_gpu.sampler.EpochSampler` is one."""
+
+    epoch: int
+
+    @property
+    def n_done(self) -> int:
+        """Batches of the epoch that came before the iteration at hand."""
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Begin an iteration: int64 row numbers of each batch."""
+
+    def __iter__(self) -> Iterator[list[int]]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """Where the iteration stands once the consumer has received so many of its batches."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state with the next iteration."""
+
+
+def as_order(sampler: Any) -> Order:
+    """`sampler` itself, or what makes an order of a batch sampler."""
+    if isinstance(sampler, Batches):
+        return sampler.order
+    return sampler if isinstance(sampler, Order) else GivenOrder(sampler)
+
+
+class GivenOrder:
+    """The batches of a torch batch sampler, or of any iterable of lists of row numbers.
+
+    Such an order cannot begin in the middle: to continue, it is gone through again, and what was done is left
+    out. A digest of the row numbers tells whether it is the same order.
+
+    Parameters
+    ----------
+    sampler
+        Iterable any number of times.
+    """
+
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self.sampler = sampler
+        self.epoch = 0
+        self._skip, self._digest = 0, ""
+        self._begun: tuple[int, int] | None = None  # epoch and first batch of the running or last iteration
+        self._digests: list[str] = []
+        self._ended = False
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of the sampler, if it tells."""
+        return getattr(self.sampler, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:
+        """Of the sampler, if it tells."""
+        return bool(getattr(self.sampler, "drop_last", False))
+
+    @property
+    def n_done(self) -> int:
+        """See :class:`Order`."""
+        return self._skip if self._begun is None else self._begun[1]
+
+    def __len__(self) -> int:
+        if not isinstance(self.sampler, Sized):
+            raise TypeError(f"a {type(self.sampler).__name__} does not tell how many batches it has")
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`Order`; told to the sampler, and to the sampler of rows inside it."""
+        if epoch != self.epoch:
+            self._skip, self._digest, self._begun = 0, "", None
+        self.epoch = epoch
+        for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
+            told = getattr(sampler, "set_epoch", None)
+            if callable(told):
+                told(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.batches():
+            yield rows.tolist()
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """See :class:`Order`.
+
+        Raises
+        ------
+        ValueError
+            The batches that were done before are others now; the sampler yields row numbers one by one.
+        """
+        skip, expected = self._skip, self._digest
+        self._begun, self._skip, self._digest = (self.epoch, skip), 0, ""
+        self._digests, self._ended = [expected], False
+        return self._walk(skip, expected, self._digests)
+
+    def _walk(self, skip: int, expected: str, digests: list[str]) -> Iterator[np.ndarray]:
+        digest, done = "", 0
+        for batch in self.sampler:
+            rows = _row_numbers(batch)
+            digest = hashlib.blake2b(digest.encode() + rows.tobytes(), digest_size=8).hexdigest()
+            done += 1
+            if done <= skip:
+                if done == skip and digest != expected:
+                    raise ValueError(self._another_order(skip))
+                continue
+            digests.append(digest)
+            yield rows
+        if done < skip:
+            raise ValueError(self._another_order(skip))
+        if digests is self._digests:
+            self._ended = True
+
+    def _another_order(self, skip: int) -> str:
+        return (
+            f"the state was taken after {skip} batches, but those batches of this {_name(self.sampler)} hold "
+            "other rows now. Use hbx_gpu.sampler.CellSampler, whose order follows from seed and epoch, or "
+            "give the sampler a generator with the seed that it had"
+        )
+
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """See :class:`Order`."""
+        if self._begun is None:
+            return {"epoch": self.epoch, "batches": self._skip, "rows": self._digest}
+        epoch, skip = self._begun
+        n = len(self._digests) - 1 if delivered is None else delivered
+        length = len(self) if isinstance(self.sampler, Sized) else None
+        if skip + n == length or (self._ended and n == len(self._digests) - 1):
+            return {"epoch": epoch + 1, "batches": 0, "rows": ""}
+        return {"epoch": epoch, "batches": skip + n, "rows": self._digests[n]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Order`."""
+        if missing := [key for key in _STATE_KEYS if key not in state]:
+            raise ValueError(
+                f"this state belongs to another kind of sampler (it lacks {', '.join(missing)}); load it "
+                f"where the same kind of sampler is used, not into a {_name(self.sampler)}"
+            )
+        self.set_epoch(int(state["epoch"]))
+        self._skip, self._digest, self._begun = int(state["batches"]), str(state["rows"]), None
+
+
+def _row_numbers(batch: Any) -> np.ndarray:
+    if np.ndim(batch) == 0:
+        raise ValueError(
+            f"the sampler yields row numbers one by one (the first is {batch!r}), not batches of them: pass "
+            "batch_size= beside it, or a batch sampler such as hbx_gpu.sampler.CellSampler"
+        )
+    return np.asarray(batch, dtype=np.int64)
+
+
+def _name(sampler: object) -> str:
+    return type(sampler).__name__
+
+
+class Batches:
+    """The `batch_sampler` of a loader, in the shape in which frameworks look at one.
+
+    Lightning, for example, calls `set_epoch` on its `sampler` only, and makes another one of its class from
+    that sampler when it predicts.
+
+    Parameters
+    ----------
+    sampler
+        The view of the order.
+    batch_size, drop_last
+        Of the order, which has decided them.
+    """
+
+    def __init__(self, sampler: RankSampler, batch_size: int | None = None, drop_last: bool = False) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+
+    @classmethod
+    def of(cls, order: Order) -> Batches:
+        """The batches of an order."""
+        size, drop_last = getattr(order, "batch_size", None), getattr(order, "drop_last", False)
+        return cls(RankSampler(order), size, drop_last)
+
+    @property
+    def order(self) -> Order:
+        """Where the batches come from."""
+        return self.sampler.order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.order.set_epoch(epoch)
+
+
+class RankSampler(DistributedSampler):
+    """The rows of this rank, one by one, as a sampler that frameworks take for distributed.
+
+    They leave such a sampler in its place, and tell it the epoch. It needs no process group: the order finds
+    its ranks when an iteration begins.
+
+    Parameters
+    ----------
+    order
+        Whose rows.
+    """
+
+    def __init__(self, order: Order) -> None:  # the constructor of torch asks for a process group
+        self.order = order
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """Of the order."""
+        return self.order.epoch
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """Of the order, 0 if it does not know of ranks."""
+        return int(getattr(self.order, "rank", 0))
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """Number of ranks of the order, 1 if it does not know of ranks."""
+        return int(getattr(self.order, "world_size", 1))
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.order:
+            yield from batch
+
+    def __len__(self) -> int:
+        raise TypeError("rows are counted in batches: take len() of the loader or of its batch_sampler")
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`Order`."""
+        self.order.set_epoch(epoch)
