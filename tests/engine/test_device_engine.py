@@ -284,6 +284,44 @@ def test_order_of_columns_is_reported(tmp_path: Path) -> None:
         assert np.array_equal(values.numpy(), both.host.csr(*both.read([3, 5]))[1][0])
 
 
+@given(case=ragged_groups(), seed=st.integers(0, 2**32 - 1), n=st.integers(0, 40))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_rows_for_sparse_tensors_equal_the_hosts(case: tuple[list[Group], int], seed: int, n: int) -> None:
+    """Sorted where remaps or stored rows do not ascend; of the latter from the second batch on."""
+    groups, n_features = case
+    for group in groups:
+        group.matrix.sum_duplicates()
+    with tempfile.TemporaryDirectory() as folder:
+        both = Opened(*write_sources(Path(folder), groups), n_features)
+        selection = np.random.default_rng(seed).integers(0, len(both.rows), size=n)
+        expected = both.host.canonical(*both.read(selection))
+        slot = Slot(both.engine.backend)
+        for _ in range(2):
+            staging = both.engine.measure(*both.read(selection))
+            both.engine.pack(staging, slot)
+            pending = both.engine.submit_csr(staging, slot, value_dtypes=["float32"], canonical=True)
+            indices, (values,), offsets = pending.result()
+        assert pending.ascending
+        assert indices.dtype == torch.int64
+        for one, other in ((indices, expected[0]), (values, expected[1][0]), (offsets, expected[2])):
+            np.testing.assert_array_equal(one.numpy(), other)
+
+
+def test_stored_rows_in_no_order_are_sorted_from_the_second_batch_on(tmp_path: Path) -> None:
+    group = rows_of_blocks(remap=np.arange(900, dtype=np.int32))
+    group.matrix.indices[:] = group.matrix.indices[::-1]
+    group.matrix.indptr[:] = group.matrix.indptr[-1] - group.matrix.indptr[::-1]
+    both = opened(tmp_path, [group])
+    slot, seen = Slot(both.engine.backend), []
+    for _ in range(2):
+        staging = both.engine.measure(*both.read([3, 5]))
+        both.engine.pack(staging, slot)
+        pending = both.engine.submit_csr(staging, slot, value_dtypes=["float32"], canonical=True)
+        pending.check()
+        seen.append((pending.ascending, both.launches[-1]))
+    assert seen == [(False, "csr_ascending"), (True, "sort_rows")]
+
+
 @pytest.mark.parametrize("verb", ["csr", "dense"])
 def test_corrupt_blocks_are_named(verb: str, tmp_path: Path) -> None:
     """What only a kernel can see: positions of exceptions that do not ascend, with a right checksum."""

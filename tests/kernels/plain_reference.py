@@ -323,3 +323,51 @@ def compact(
     for out in layers:
         assert (out[total:].view(np.uint8) == CANARY).all(), "values written behind the last kept element"
     return indices_out[:total], [out[:total] for out in layers], offsets_out
+
+
+# --- sort -------------------------------------------------------------------------------------------------
+
+
+def sort_rows(
+    launcher: Any,
+    indices: np.ndarray,
+    values: np.ndarray,
+    offsets: np.ndarray,
+    n_features: int,
+    tile_words: int,
+    *,
+    block: int = 64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(indices, values, offsets, unsorted) of kept elements. Canaries behind them are checked."""
+    n_rows = len(offsets) - 1
+    kept, ends = np.full(n_rows, -7, np.int64), np.full(n_rows + 1, -7, np.int64)
+    launcher.run("count_kept", 3, block, [indices, np.uint64(len(indices)), offsets, np.uint32(n_rows), kept])
+    launcher.run("scan_kept", 1, 256, [kept, np.uint32(n_rows), ends])
+    columns = np.full(len(indices), -7, np.int64)
+    out = np.frombuffer(bytes([CANARY]) * values.nbytes, values.dtype).copy()
+    unsorted = np.zeros(1, np.uint32)
+    launcher.run(
+        "sort_rows",
+        3,
+        block,
+        [
+            indices,
+            offsets,
+            np.uint32(n_rows),
+            np.uint64(len(indices)),
+            ends,
+            columns,
+            values,
+            out,
+            np.uint32(values.itemsize),
+            np.uint64(len(out)),
+            np.uint32(n_features),
+            np.uint32(tile_words),
+            unsorted,
+        ],
+        8 * tile_words,
+    )
+    total = int(ends[-1])
+    assert (columns[total:] == -7).all(), "indices written behind the last kept element"
+    assert (out[total:].view(np.uint8) == CANARY).all(), "values written behind the last kept element"
+    return columns[:total], out[:total], ends, int(unsorted[0])

@@ -69,6 +69,9 @@ class DeviceEngine:
         self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
         self.stager = Stager(table, directory, dtypes, chosen(directory.layouts, decode, backend))
         self._slots = threading.local()
+        # Whether rows are sorted for sparse tensors: where remaps do not ascend, and once a batch has shown
+        # that stored rows do not.
+        self._sorts = not _remaps_ascend(table)
         self._upload_constants()
 
     @property
@@ -104,7 +107,12 @@ class DeviceEngine:
         self.stager.pack(staging, slot.host, area)
 
     def submit_csr(
-        self, staging: Staging, slot: Slot, *, value_dtypes: Sequence[str] | None = None
+        self,
+        staging: Staging,
+        slot: Slot,
+        *,
+        value_dtypes: Sequence[str] | None = None,
+        canonical: bool = False,
     ) -> Pending:
         """Order upload and kernels that make the rows of a packed plan in CSR form.
 
@@ -112,26 +120,47 @@ class DeviceEngine:
         ----------
         value_dtypes
             dtype of each layer's values, where it is not to be the engine's.
+        canonical
+            Make what sparse tensors want: int64 columns, ascending within a row. Rows in which a column
+            repeats stay as they are, and so does the first batch of a dataset whose rows are stored in no
+            order; `Pending.ascending` says so.
 
         Returns
         -------
         Pending
-            Of ``(indices, [values per layer], offsets)``: int32 (nnz,), (nnz,) each, int64 (n_rows + 1,).
+            Of ``(indices, [values per layer], offsets)``: int32 or int64 (nnz,), (nnz,) each, int64
+            (n_rows + 1,).
         """
+        import torch
+
         plan, backend = staging.plan, self.backend
         dtypes = list(value_dtypes or (dtype.name for dtype in self.dtypes))
         types = [element_type(np.dtype(dtype), f"layer {k}") for k, dtype in enumerate(dtypes)]
         n = plan.n_elements
-        indices, offsets = backend.empty(n, "int32"), backend.empty(plan.n_rows + 1, "int64")
+        sorts = canonical and self._sorts
+        indices = backend.empty(n, "int64" if sorts else "int32")
+        offsets = backend.empty(plan.n_rows + 1, "int64")
         values = [backend.empty(n, dtype) for dtype in dtypes]
-        batch = self._launches(staging, slot, types, flat=self.table.drops)
+        batch = self._launches(staging, slot, types, flat=sorts or self.table.drops)
         batch.decode([indices, *values])
         if self.table.drops:
-            batch.compact(indices, values, offsets)
+            batch.count_kept(offsets)
         else:
             batch.send_offsets(offsets)
+        if sorts:
+            batch.sort(indices, values, offsets, self.table.n_features)
+            return batch.finish([indices, *values, offsets])
+        if self.table.drops:
+            batch.compact(indices, values, offsets)
         batch.see_order(indices, offsets)
-        return batch.finish([indices, *values, offsets])
+        if canonical:
+            with backend.on_decode_stream():
+                indices = indices.to(torch.int64)
+        return batch.finish([indices, *values, offsets], seen=self._see if canonical else None)
+
+    def _see(self, ascending: bool) -> None:
+        """Sort from now on, once a batch was found that does not ascend."""
+        self._sorts |= not ascending
 
     def submit_dense(
         self,
@@ -288,3 +317,12 @@ class DeviceEngine:
             f"a kernel refused what the host told it to do (status {words[ANY]:#x}); this is a bug of "
             "hbx_gpu, please report it"
         )
+
+
+def _remaps_ascend(table: SourceTable) -> bool:
+    """Whether every remap leaves the columns it keeps in ascending order."""
+    for first, length in {*zip(table.remap_start.tolist(), table.remap_length.tolist(), strict=True)}:
+        remap = table.remap[first : first + length]
+        if (np.diff(remap[remap >= 0]) <= 0).any():
+            return False
+    return True

@@ -18,6 +18,7 @@ _BLOCK = 256
 _WARPS = _BLOCK // 32
 _SCAN_BLOCK = 1024
 _MAX_GRID = 1 << 16
+_SET_BYTES = 8  # of shared memory per word of 32 columns, for sorting
 _SLICE = 16 << 10  # bytes of a shuffled block that a block of threads takes at a time
 _NOWHERE = np.uint64(0)
 
@@ -46,10 +47,12 @@ class Pending:
         raise_for: Callable[[Staging, np.ndarray], None],
         *,
         counted: bool,
+        seen: Callable[[bool], None] | None = None,
     ) -> None:
         self.tensors, self.event = tensors, event
         self.nnz, self.ascending = staging.plan.n_elements, False
         self._staging, self._slot, self._raise_for, self._counted = staging, slot, raise_for, counted
+        self._seen = seen
 
     def check(self) -> None:
         """Wait for the device, and look at what it reported.
@@ -64,6 +67,8 @@ class Pending:
         words = self._slot.host[begin : begin + self._staging.status_bytes].view(np.uint32)
         self._raise_for(self._staging, words)
         self.ascending = not words[UNSORTED]
+        if self._seen is not None:
+            self._seen(self.ascending)
         if self._counted:
             self.nnz = int(_total(self._staging, self._slot).view(np.int64)[0])
 
@@ -150,22 +155,45 @@ class Launches:
             plains = self._table("plains")
             self._launch("gather_pieces", -(-n_plains // _WARPS), plains, self._columns, outputs_at, "plains")
 
-    def compact(self, indices: Any, values: Sequence[Any], offsets: Any) -> None:
-        """Bring the elements of the flat CSR that no remap drops to outputs."""
+    def count_kept(self, offsets: Any) -> None:
+        """Offsets of the elements of the flat CSR that no remap drops; their number comes back."""
         plan, backend, at = self._staging.plan, self._backend, self._at
+        n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
+        grid = min(max(1, -(-plan.n_rows // _WARPS)), _MAX_GRID)
+        backend.launch("count_kept", grid, _BLOCK, (at("flat0"), n, at("offsets"), n_rows, at("kept")))
+        backend.launch("scan_kept", 1, _SCAN_BLOCK, (at("kept"), n_rows, offsets))
+        total = _total(self._staging, self._slot)
+        backend.download(int(offsets.data_ptr()) + 8 * plan.n_rows, total)
+        self._counted = True
+
+    def compact(self, indices: Any, values: Sequence[Any], offsets: Any) -> None:
+        """Bring the elements of the flat CSR that no remap drops to outputs, in stored order."""
+        plan, at = self._staging.plan, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
         flat = (at("flat0"), at("offsets"), n_rows, n)
         grid = min(max(1, -(-plan.n_rows // _WARPS)), _MAX_GRID)
-        backend.launch("count_kept", grid, _BLOCK, (flat[0], n, flat[1], n_rows, at("kept")))
-        backend.launch("scan_kept", 1, _SCAN_BLOCK, (at("kept"), n_rows, offsets))
         for layer, tensor in enumerate(values):
             moved = indices if layer == 0 else _NOWHERE
             itemsize = np.uint32(tensor.element_size())
             target = (offsets, moved, at(f"flat{layer + 1}"), tensor, itemsize, n)
-            backend.launch("compact_rows", grid, _BLOCK, (*flat, *target))
-        total = _total(self._staging, self._slot)
-        backend.download(int(offsets.data_ptr()) + 8 * plan.n_rows, total)
-        self._counted = True
+            self._backend.launch("compact_rows", grid, _BLOCK, (*flat, *target))
+
+    def sort(self, indices: Any, values: Sequence[Any], offsets: Any, n_features: int) -> None:
+        """Bring the elements of the flat CSR that no remap drops to outputs, each row by ascending column.
+
+        `indices` is int64. `offsets` are sent where nothing is dropped, counted where something is.
+        """
+        plan, at = self._staging.plan, self._at
+        n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
+        flat = (at("flat0"), at("offsets"), n_rows, n)
+        words = max(1, min(-(-n_features // 32), self._backend.max_shared // _SET_BYTES))
+        tiles = (np.uint32(n_features), np.uint32(words), at("status") + np.uint64(4 * UNSORTED))
+        for layer, tensor in enumerate(values):
+            moved = indices if layer == 0 else _NOWHERE
+            itemsize = np.uint32(tensor.element_size())
+            target = (offsets, moved, at(f"flat{layer + 1}"), tensor, itemsize, n)
+            grid = min(max(1, plan.n_rows), _MAX_GRID)
+            self._backend.launch("sort_rows", grid, _BLOCK, (*flat, *target, *tiles), _SET_BYTES * words)
 
     def send_offsets(self, offsets: Any) -> None:
         """The plan's own offsets, where nothing is dropped."""
@@ -206,14 +234,14 @@ class Launches:
         args = (*rows, *self._columns, *target, *self._status("rows"))
         self._backend.launch("place_columns", grid, _BLOCK, args)
 
-    def finish(self, tensors: list[Any]) -> Pending:
-        """Ask for the status words; the slot is busy until they are there."""
+    def finish(self, tensors: list[Any], seen: Callable[[bool], None] | None = None) -> Pending:
+        """Ask for the status words; the slot is busy until they are there. `seen` hears of `ascending`."""
         staging, slot = self._staging, self._slot
         # They come back to where they lie in the page-locked buffer: the upload has read it by then.
         begin = staging.at["status"]
         self._backend.download(int(self._at("status")), slot.host[begin : begin + staging.status_bytes])
         slot.busy = self._backend.event()
-        return Pending(tensors, slot.busy, staging, slot, self._raise_for, counted=self._counted)
+        return Pending(tensors, slot.busy, staging, slot, self._raise_for, counted=self._counted, seen=seen)
 
     def _upload(self, outputs: np.ndarray) -> None:
         self._put("outputs", outputs)

@@ -200,16 +200,14 @@ class DeviceFeed(StagedFeed):
                 return x[first:last]
 
             return pending, [x], dense
-        pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"])
+        pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"], canonical=True)
         return pending, *self._csr(pending, staging.plan, self._dataset.n_features)
 
     def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Any], Callable[..., Any]]:
-        """What sparse tensors are cut from, ordered on the decode stream."""
+        """What sparse tensors are cut from."""
         import torch
 
-        with self._backend.on_decode_stream():
-            indices, values, offsets = pending.tensors
-            indices = indices.to(torch.int64)  # torch wants one type for both index arrays
+        indices, values, offsets = pending.tensors
 
         def cut(first: int, last: int) -> Any:
             # Without drops the plan knows the bounds; with them a window is one batch, counted by now.
@@ -324,7 +322,7 @@ class _Columns:
 
 
 def _canonical(x: Any) -> Any:
-    """Columns ascending and unique within rows; rare, and waits for the device."""
+    """Columns ascending and unique within rows; needed where columns repeat, and waits for the device."""
     import torch
 
     columns, counts = x.col_indices(), x.crow_indices().diff()
