@@ -16,10 +16,10 @@ from hbx_gpu._loading.make import device_loader
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import DenseCellDataset, make_loader
+from hbx_gpu.testing._stored import compressors
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
-from tests.matrices import _compressors
 
 CODECS = (
     "zstd", "lz4", "gzip", "zlib", "blosc", "blosc-lz4-bits", "blosc-zstd-bytes", "blosc-zlib", "none",
@@ -65,7 +65,7 @@ def stored(
         dtype=data.dtype,
         chunks=chunk,
         shards=(chunk[0] * per_shard, *chunk[1:]) if per_shard else None,
-        compressors=_compressors(codec, "none", data.itemsize),
+        compressors=compressors(codec, "none", data.itemsize),
         filters=None,
         fill_value=data.dtype.type(FILL),
     )

@@ -17,12 +17,13 @@ import pytest
 import hbx_gpu
 import hbx_gpu.atlas
 import hbx_gpu.scdl
+import hbx_gpu.testing
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hbx_gpu"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 HEAVY = {"torch", "numba", "lancedb", "pandas", "anndata", "cupy", "nvidia"}
-FACADES = [hbx_gpu, hbx_gpu.atlas, hbx_gpu.scdl]
+FACADES = [hbx_gpu, hbx_gpu.atlas, hbx_gpu.scdl, hbx_gpu.testing]
 
 
 def rows_of(heading: str) -> list[list[str]]:

@@ -26,8 +26,8 @@ from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair
+from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
-from tests.test_dataloader import make_dataset, make_groups
 
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
@@ -43,7 +43,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups(100))
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups(100))
 
 
 @pytest.fixture(scope="module")

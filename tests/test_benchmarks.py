@@ -150,10 +150,10 @@ def test_table_aligns() -> None:
 
 
 def test_device_measures_epochs_and_compares_values(tmp_path: Path) -> None:
+    from hbx_gpu.testing import example_dataset, example_groups
     from tests.emulation.backend import EmulatedBackend
-    from tests.test_dataloader import make_dataset, make_groups
 
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     backend = EmulatedBackend()
     assert device.differences(dataset, backend, 16) == 0
     assert 0 < device.staged_bytes(dataset, backend, 16) < 1 << 20

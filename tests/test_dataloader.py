@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 
-from hbx_gpu._source import ObsColumns, RowIndex, Source
+from hbx_gpu._source import RowIndex, Source
 from hbx_gpu.batch import DenseBatch, SparseBatch
 from hbx_gpu.dataloader import (
     CellDataset,
@@ -24,47 +23,24 @@ from hbx_gpu.dataloader import (
     sparse_to_dense_collate,
 )
 from hbx_gpu.errors import CorruptDataError
-from tests.matrices import Group, expected_dense, write_sources
-
-N_FEATURES = 50
-
-
-def make_groups(n_rows: int = 60) -> list[Group]:
-    rng = np.random.default_rng(11)
-    groups = []
-    for m in (40, 25):
-        matrix = sp.random(n_rows, m, density=0.3, format="csr", random_state=rng)
-        matrix.data = rng.integers(1, 500, size=matrix.nnz).astype(np.uint32)
-        remap = rng.permutation(N_FEATURES)[:m].astype(np.int32)
-        groups.append(Group(matrix=matrix, remap=remap, chunk=256, chunks_per_shard=2))
-    return groups
-
-
-def make_dataset(root: Path, groups: list[Group], **kwargs: object) -> CellDataset:
-    sources, rows = write_sources(root, groups)
-    n = len(rows)
-    obs = ObsColumns(
-        columns={
-            "type": np.arange(n) % 3 - 1,
-            "score": np.linspace(0, 1, n),
-            "day": np.arange(n).astype("M8[us]"),
-        },
-        categories={"type": np.array(["b", "t"], dtype=object)},
-    )
-    uids = np.array([f"f{i}" for i in range(N_FEATURES)], dtype=object)
-    return CellDataset(
-        sources, rows, layer="counts", n_features=N_FEATURES, feature_uids=uids, obs=obs, **kwargs
-    )
+from hbx_gpu.testing import (
+    N_FEATURES,
+    StoredGroup,
+    example_dataset,
+    example_groups,
+    expected_dense,
+    write_sources,
+)
 
 
 @pytest.fixture(scope="module")
-def groups() -> list[Group]:
-    return make_groups()
+def groups() -> list[StoredGroup]:
+    return example_groups()
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, groups: list[Group]) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), groups)
+def dataset(tmp_path_factory: pytest.TempPathFactory, groups: list[StoredGroup]) -> CellDataset:
+    return example_dataset(tmp_path_factory.mktemp("arrays"), groups)
 
 
 def dense(batch: SparseBatch) -> np.ndarray:
@@ -80,7 +56,7 @@ def test_shape_and_names(dataset: CellDataset) -> None:
     assert "120 cells" in repr(dataset)
 
 
-def test_rows_come_in_the_order_asked(dataset: CellDataset, groups: list[Group]) -> None:
+def test_rows_come_in_the_order_asked(dataset: CellDataset, groups: list[StoredGroup]) -> None:
     expected = expected_dense(groups, N_FEATURES)
     rows = [5, -1, 119, 5, 60, 0, -120]
     batch = dataset[rows]
@@ -92,7 +68,7 @@ def test_rows_come_in_the_order_asked(dataset: CellDataset, groups: list[Group])
         assert np.array_equal(dataset.__getitems__(rows_like).indices, batch.indices)
 
 
-def test_other_ways_to_index(dataset: CellDataset, groups: list[Group]) -> None:
+def test_other_ways_to_index(dataset: CellDataset, groups: list[StoredGroup]) -> None:
     expected = expected_dense(groups, N_FEATURES)
     assert np.array_equal(dense(dataset[3]), expected[3:4])
     assert np.array_equal(dense(dataset[np.int64(-2)]), expected[[-2]])
@@ -109,7 +85,7 @@ def test_rows_that_do_not_exist(dataset: CellDataset, rows: object) -> None:
         dataset[rows]  # type: ignore[index]
 
 
-def test_windows_share_a_plan_but_not_their_content(dataset: CellDataset, groups: list[Group]) -> None:
+def test_windows_share_a_plan_but_not_their_content(dataset: CellDataset, groups: list[StoredGroup]) -> None:
     expected = expected_dense(groups, N_FEATURES)
     rng = np.random.default_rng(0)
     selections = [rng.integers(0, 120, size=n) for n in (7, 0, 33, 1)]
@@ -121,15 +97,15 @@ def test_windows_share_a_plan_but_not_their_content(dataset: CellDataset, groups
 
 
 def test_mixed_dtypes_make_one_dtype_for_the_dataset(tmp_path: Path) -> None:
-    groups = make_groups(5)
+    groups = example_groups(5)
     groups[1].matrix = groups[1].matrix.astype(np.float32)
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     assert dataset.dtype == np.float64
     assert dataset[[0]].values.dtype == dataset[[9]].values.dtype == np.float64
 
 
 def test_pointer_beyond_the_array(tmp_path: Path) -> None:
-    sources, rows = write_sources(tmp_path, make_groups(4))
+    sources, rows = write_sources(tmp_path, example_groups(4))
     start = rows.start.copy()
     start[2] = 10**9
     with pytest.raises(CorruptDataError, match=r"row 2 .*'g0'"):
@@ -143,9 +119,9 @@ def test_pointer_beyond_the_array(tmp_path: Path) -> None:
 
 
 def test_layer_shorter_than_its_index(tmp_path: Path) -> None:
-    groups = make_groups(4)
+    groups = example_groups(4)
     sources, rows = write_sources(tmp_path, groups)
-    other = write_sources(tmp_path / "other", make_groups(5))[0]
+    other = write_sources(tmp_path / "other", example_groups(5))[0]
     broken = Source("g0", sources[0].index, other[0].layers, sources[0].remap)
     with pytest.raises(CorruptDataError, match="must be parallel"):
         CellDataset(
@@ -167,8 +143,8 @@ class FakeRecipe:
     root: str
 
     def rebuild(self) -> CellDataset:
-        groups = make_groups()
-        return make_dataset(Path(self.root) / "again", groups, recipe=self)
+        groups = example_groups()
+        return example_dataset(Path(self.root) / "again", groups, recipe=self)
 
 
 def test_pickle_without_recipe_carries_everything(dataset: CellDataset) -> None:
@@ -177,8 +153,8 @@ def test_pickle_without_recipe_carries_everything(dataset: CellDataset) -> None:
     assert again.categories["type"].tolist() == ["b", "t"]
 
 
-def test_pickle_is_a_path(tmp_path: Path, groups: list[Group]) -> None:
-    dataset = make_dataset(tmp_path, groups, recipe=FakeRecipe(str(tmp_path)))
+def test_pickle_is_a_path(tmp_path: Path, groups: list[StoredGroup]) -> None:
+    dataset = example_dataset(tmp_path, groups, recipe=FakeRecipe(str(tmp_path)))
     expected = dense(dataset[[3, 70]])  # pickled after first use
     data = pickle.dumps(dataset)
     assert len(data) < 4096
@@ -196,9 +172,9 @@ def test_pickle_is_a_path(tmp_path: Path, groups: list[Group]) -> None:
     assert np.array_equal(dense(late[[3, 70]]), expected)
 
 
-def test_worker_imports_are_light(tmp_path: Path, groups: list[Group]) -> None:
+def test_worker_imports_are_light(tmp_path: Path, groups: list[StoredGroup]) -> None:
     """Unpickling and reading a batch imports no catalogue, no dataframe and no framework."""
-    dataset = make_dataset(tmp_path, groups, recipe=FakeRecipe(str(tmp_path)))
+    dataset = example_dataset(tmp_path, groups, recipe=FakeRecipe(str(tmp_path)))
     (tmp_path / "dataset.pickle").write_bytes(pickle.dumps(dataset))
     code = (
         "import pickle, sys\n"
@@ -223,7 +199,7 @@ def test_worker_imports_are_light(tmp_path: Path, groups: list[Group]) -> None:
 # -- collates --------------------------------------------------------------------------------------
 
 
-def test_dense_collate(dataset: CellDataset, groups: list[Group]) -> None:
+def test_dense_collate(dataset: CellDataset, groups: list[StoredGroup]) -> None:
     out = sparse_to_dense_collate(dataset[[1, 100]])
     assert out["X"].dtype == torch.float32
     assert out["X"].shape == (2, N_FEATURES)
@@ -272,8 +248,8 @@ def test_a_column_called_x_is_refused(dataset: CellDataset, collate: object) -> 
 # -- several modalities ----------------------------------------------------------------------------
 
 
-def test_multimodal_rows_keep_their_place(tmp_path: Path, groups: list[Group]) -> None:
-    rna = make_dataset(tmp_path / "rna", groups)
+def test_multimodal_rows_keep_their_place(tmp_path: Path, groups: list[StoredGroup]) -> None:
+    rna = example_dataset(tmp_path / "rna", groups)
     sources, rows = write_sources(tmp_path / "atac", groups[:1])
     # The second modality exists for every other cell only.
     source = np.where(np.arange(120) % 2 == 0, 0, -1).astype(np.int32)
@@ -300,4 +276,4 @@ def test_multimodal_rows_keep_their_place(tmp_path: Path, groups: list[Group]) -
     swapped = MultimodalCellDataset({"atac": part, "rna": rna})
     assert np.bincount(swapped.groups_np).tolist() == [60, 60]
     with pytest.raises(ValueError, match="same rows"):
-        MultimodalCellDataset({"rna": rna, "atac": make_dataset(tmp_path / "x", make_groups(4))})
+        MultimodalCellDataset({"rna": rna, "atac": example_dataset(tmp_path / "x", example_groups(4))})

@@ -17,11 +17,11 @@ from hbx_gpu._storage import kvikio
 from hbx_gpu._storage.kvikio import KvikioReader
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
+from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
 from tests.storage.test_kvikio import StandIn
-from tests.test_dataloader import make_dataset, make_groups
 from tests.test_device_loader import brought, codec_dataset, on_cpu, same
 from tests.test_residency import check, feed_for, needed_bytes, sampler_for
 
@@ -47,11 +47,11 @@ def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
     """Sources of several codecs, one of them with dropped columns."""
-    groups = make_groups(40) + make_groups(40)
+    groups = example_groups(40) + example_groups(40)
     for group, codec in zip(groups, CODECS, strict=True):
         group.codec = codec
     groups[1].remap = np.where(groups[1].remap % 3 == 0, -1, groups[1].remap).astype(np.int32)
-    return make_dataset(tmp_path_factory.mktemp("general"), groups)
+    return example_dataset(tmp_path_factory.mktemp("general"), groups)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])

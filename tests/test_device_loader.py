@@ -19,22 +19,22 @@ from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, InvalidDataError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import JUNK, StreamBackend, read_later
 from tests.kernels.conftest import on_gpu
-from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 
 TOLERANCE = {"float32": 5e-6, "float64": 5e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 def codec_dataset(root: Path, codec: str, drop: bool = False) -> CellDataset:
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:
         group.codec = codec
         if drop:
             group.remap = np.where(group.remap % 3 == 0, -1, group.remap).astype(np.int32)
-    return make_dataset(root, groups)
+    return example_dataset(root, groups)
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +157,11 @@ def test_a_corrupt_chunk_never_yields_a_batch(backend: Any, tmp_path: Path) -> N
 
 
 def test_transforms_refuse_what_is_no_count(backend: Any, tmp_path: Path) -> None:
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:
         group.codec = "zstd"
         group.matrix.data = (group.matrix.data / 7).astype(np.float32)
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     options: dict[str, Any] = {"layout": "dense", "transform": Transform(log1p=True)}
     for loader in (
         make_loader(dataset, sampler_for(dataset), num_workers=0, **options),
@@ -324,12 +324,12 @@ def test_junk_is_not_zero() -> None:
 @pytest.mark.gpu
 def test_nothing_synchronises_the_consumer(tmp_path: Path) -> None:
     on_gpu()
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:  # columns that ascend: those of a sparse tensor that do not are sorted, which waits
         group.codec = "hbx_gpu.rowpack"
         group.matrix.sort_indices()
         group.remap = np.sort(group.remap)
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     for layout in ("dense", "csr"):  # compile and allocate first
         list(make_loader(dataset, sampler_for(dataset), device="cuda", layout=layout))
     torch.cuda.set_sync_debug_mode("error")

@@ -26,12 +26,11 @@ from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
 from hbx_gpu.pipeline import CellPipeline, DaliOptions
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import StoredGroup, example_dataset, example_groups, write_sources
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
-from tests.matrices import Group, write_sources
-from tests.test_dataloader import make_dataset, make_groups
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,7 @@ COLUMNS = {
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_columns_of_any_type(tmp_path: Path, layout: str) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     dataset._obs = ObsColumns(columns=dict(COLUMNS), categories={})
     sampler = sampler_for(dataset, batch_size=50)
     direct = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
@@ -125,7 +124,7 @@ def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features:
     matrix = sp.csr_matrix((np.repeat([0, 1, 0], 40), (np.arange(120), np.zeros(120))), shape=(120, 5))
     matrix.eliminate_zeros()
     remap = np.arange(5, dtype=np.int32) if n_features else np.full(5, -1, np.int32)
-    sources, rows = write_sources(tmp_path, [Group(matrix=matrix.astype(np.uint32), remap=remap)])
+    sources, rows = write_sources(tmp_path, [StoredGroup(matrix=matrix.astype(np.uint32), remap=remap)])
     uids = np.arange(n_features).astype(object)
     dataset = CellDataset(sources, rows, layer="counts", n_features=n_features, feature_uids=uids)
     sampler = sampler_for(dataset, batch_size=40, shuffle=False)
@@ -140,10 +139,10 @@ def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features:
 @pytest.mark.parametrize("backend", [EmulatedBackend, StreamBackend], ids=["emulated", "streams"])
 @pytest.mark.parametrize("window", [1, 3])
 def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: int) -> None:
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:
         group.codec = "hbx_gpu.rowpack"
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     sampler = sampler_for(dataset, batch_size=16)
     expected = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
     loader = device_loader(
@@ -157,7 +156,7 @@ def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values()))[:16])
 def test_batches_of_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
-    dataset = make_dataset(tmp_path, make_groups(2000))
+    dataset = example_dataset(tmp_path, example_groups(2000))
     sampler = sampler_for(dataset, batch_size=256)
     expected = list(make_loader(dataset, sampler, device="cuda", executor="direct", **options))
     for _ in range(3):
@@ -171,7 +170,7 @@ def test_batches_of_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def test_a_corrupt_chunk_arrives_behind_the_batches_before_it(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
     path.write_bytes(path.read_bytes()[:-1])
     sampler = sampler_for(dataset, batch_size=16, locality="group", shuffle=False)
@@ -192,7 +191,7 @@ def test_a_corrupt_chunk_arrives_behind_the_batches_before_it(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
 
 
 @pytest.fixture

@@ -24,20 +24,19 @@ from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali
-from tests.matrices import expected_dense
-from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
 
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    return expected_dense(make_groups(), N_FEATURES)
+    return expected_dense(example_groups(), N_FEATURES)
 
 
 class Executor:
@@ -117,7 +116,7 @@ def test_spawned_workers_give_the_same_batches(dataset: CellDataset) -> None:
 
 
 def test_errors_reach_the_consumer(load: Executor, tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
     path.write_bytes(path.read_bytes()[:-1])
     sampler = sampler_for(dataset, locality="group", shuffle=False)
@@ -129,7 +128,7 @@ def test_errors_reach_the_consumer(load: Executor, tmp_path: Path) -> None:
 
 
 def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     for path in (tmp_path / "g1/csr/indices/c").iterdir():
         path.write_bytes(b"\\0" * 7)
     with (
@@ -509,7 +508,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
 
 def test_no_memory_is_asked_for_in_steady_state(load: Executor, tmp_path: Path) -> None:
     """Once two epochs have gone by, batches live in the memory of earlier ones."""
-    dataset = make_dataset(tmp_path, make_groups(2000))
+    dataset = example_dataset(tmp_path, example_groups(2000))
     sampler = sampler_for(dataset, batch_size=512)
     loader = load(dataset, sampler, threads=2)
     for epoch in range(6):

@@ -23,9 +23,9 @@ from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.pipeline import CellPipeline, cell_pipeline, jax_batches
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
-from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 from tests.test_loader import Slow, loader_threads
 from tests.test_repo import blocks
 
@@ -40,7 +40,7 @@ def dali() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
 
 
 def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
@@ -461,7 +461,7 @@ def test_dali_generic_iterator(dataset: CellDataset, depth: int) -> None:
 
 
 def test_dali_generic_iterator_sees_errors(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     path = next(iter(sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())))
     path.write_bytes(path.read_bytes()[:-1])
     sampler = sampler_for(dataset, locality="group", shuffle=False)
@@ -475,7 +475,7 @@ def test_dali_generic_iterator_sees_errors(tmp_path: Path) -> None:
 
 def test_what_dali_generic_iterator_cannot_carry(tmp_path: Path) -> None:
     """As the documentation says: bfloat16 are bits, unsigned columns are refused. Our iterator has both."""
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     dataset.columns["unsigned"] = np.arange(120, dtype=np.uint32)
     with (
         cell_pipeline(dataset, sampler_for(dataset)) as loader,
@@ -602,7 +602,7 @@ def test_jax_tuples(dataset: CellDataset, jax: str) -> None:  # noqa: ARG001
 @pytest.mark.gpu
 def test_noise_on_a_gpu(tmp_path: Path) -> None:
     """Held batches and a consumer that lags behind, with DALI's operators between kernels and consumer."""
-    dataset = make_dataset(tmp_path, make_groups(2000))
+    dataset = example_dataset(tmp_path, example_groups(2000))
     sampler = sampler_for(dataset, batch_size=256)
     plain = make_loader(dataset, sampler, device="cuda", layout="dense", executor="direct")
     want = [batch["X"].cpu() for batch in plain]

@@ -27,12 +27,12 @@ from hbx_gpu._storage.kvikio import KvikioReader
 from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import example_dataset, example_groups
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
 from tests.storage.test_kvikio import StandIn
-from tests.test_dataloader import make_dataset, make_groups
 from tests.test_device_loader import brought, codec_dataset, on_cpu, same
 
 CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "none")
@@ -45,11 +45,11 @@ def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mixed_dataset(root: Path) -> CellDataset:
     """Sources of every codec, one of them with dropped columns."""
-    groups = make_groups(40) + make_groups(40)
+    groups = example_groups(40) + example_groups(40)
     for group, codec in zip(groups, CODECS, strict=True):
         group.codec = codec
     groups[1].remap = np.where(groups[1].remap % 3 == 0, -1, groups[1].remap).astype(np.int32)
-    return make_dataset(root, groups)
+    return example_dataset(root, groups)
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +223,11 @@ def test_areas_are_given_back(rowpack: CellDataset, files: list[StandIn]) -> Non
 
 
 def test_absent_chunks_stay_fill_values(tmp_path: Path) -> None:
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:
         group.codec, group.chunks_per_shard = "hbx_gpu.rowpack", 0
         group.matrix.data[:] = 0  # zarr writes no chunk that is all fill value
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     for load in ("start", "touch"):
         check(dataset, feed_for(dataset, residency="device", residency_load=load), "dense", epochs=1)
     check(dataset, feed_for(dataset, residency="host"), "dense", epochs=1)
@@ -327,10 +327,10 @@ def test_a_chunk_that_only_kernels_find_wrong(tmp_path: Path) -> None:
 
 
 def test_an_uncompressed_chunk_of_the_wrong_size(tmp_path: Path) -> None:
-    groups = make_groups()
+    groups = example_groups()
     for group in groups:
         group.codec, group.chunks_per_shard = "none", 0
-    dataset = make_dataset(tmp_path, groups)
+    dataset = example_dataset(tmp_path, groups)
     path = sorted((tmp_path / "g1/csr/layers/counts/c").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CorruptChunkError, match=r"g1/csr/layers/counts.*1020 bytes stored"):

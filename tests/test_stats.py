@@ -17,13 +17,13 @@ from hbx_gpu._loading.make import device_loader
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.stats import OTHER, STAGES, WARM_UP, Recorder, format_line, stage
+from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
-from tests.test_dataloader import N_FEATURES, make_dataset, make_groups
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
-    return make_dataset(tmp_path_factory.mktemp("arrays"), make_groups())
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
 
 
 def sampler_for(n: int, batch_size: int = 10) -> CellSampler:
@@ -177,7 +177,7 @@ def test_real_loaders_charge_their_stages(dataset: CellDataset, place: str) -> N
 
 
 def test_worker_processes_tell_what_the_consumer_sees(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, make_groups())
+    dataset = example_dataset(tmp_path, example_groups())
     sampler = CellSampler(dataset.groups_np, batch_size=16, seed=0, num_workers=1)
     with make_loader(dataset, sampler) as loader:
         assert len(list(loader)) == 8

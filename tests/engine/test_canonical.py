@@ -20,8 +20,8 @@ from hbx_gpu._source import RowIndex, Source
 from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, sparse_to_csr_collate
+from hbx_gpu.testing import CODECS, StoredGroup, stored_groups, write_sources
 from tests.engine.test_engines import Rows
-from tests.matrices import CODECS, Group, ragged_groups, write_sources
 
 
 def both(sources: list[Source], rows: RowIndex, n_features: int, selection: np.ndarray) -> list[Any]:
@@ -40,9 +40,9 @@ def both(sources: list[Source], rows: RowIndex, n_features: int, selection: np.n
     return found[0]
 
 
-@given(case=ragged_groups(), seed=st.integers(0, 2**32 - 1), n=st.integers(0, 50))
+@given(case=stored_groups(), seed=st.integers(0, 2**32 - 1), n=st.integers(0, 50))
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_rows_equal_the_reference(case: tuple[list[Group], int], seed: int, n: int) -> None:
+def test_rows_equal_the_reference(case: tuple[list[StoredGroup], int], seed: int, n: int) -> None:
     """Of any codec, with columns in any order, dropped or not."""
     groups, n_features = case
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,9 @@ def test_where_rows_stop_ascending(codec: str, chunk: int, tmp_path: Path) -> No
     indptr = np.concatenate([[0], np.cumsum([len(line) for line in lines])])
     indices = np.concatenate(lines).astype(np.int32)
     matrix = sp.csr_matrix((np.ones(len(indices), np.uint32), indices, indptr), (40, 60))
-    sources, rows = write_sources(tmp_path, [Group(matrix, np.arange(60, dtype=np.int32), codec, chunk)])
+    sources, rows = write_sources(
+        tmp_path, [StoredGroup(matrix, np.arange(60, dtype=np.int32), codec, chunk)]
+    )
     columns, values, _ = both(sources, rows, 60, rng.permutation(40))
     assert len(columns) < len(indices)
     assert values.max() == 2
@@ -130,8 +132,8 @@ def test_several_layers_move_together(tmp_path: Path) -> None:
     doubled.data = doubled.data * 2
     remap = rng.permutation(50).astype(np.int32)
     remap[:3] = 7  # three genes that count as one
-    first, rows = write_sources(tmp_path / "a", [Group(matrix, remap, "none", 64)])
-    second, _ = write_sources(tmp_path / "b", [Group(doubled, remap, "none", 64)], layer="doubled")
+    first, rows = write_sources(tmp_path / "a", [StoredGroup(matrix, remap, "none", 64)])
+    second, _ = write_sources(tmp_path / "b", [StoredGroup(doubled, remap, "none", 64)], layer="doubled")
     sources = [Source("both", first[0].index, first[0].layers | second[0].layers, remap)]
     dataset = CellDataset(
         sources, rows, layer=["counts", "doubled"], n_features=50, feature_uids=np.arange(50)
@@ -186,7 +188,7 @@ def test_datasets_for_sparse_tensors(drops: bool, tmp_path: Path) -> None:
     if drops:
         remap[::3] = -1
     for name, order in (("same", remap), ("turned", remap[::-1].copy())):
-        sources, rows = write_sources(tmp_path / name, [Group(matrix, order, "none", 64)])
+        sources, rows = write_sources(tmp_path / name, [StoredGroup(matrix, order, "none", 64)])
         narrow = CellDataset(sources, rows, layer="counts", n_features=30, feature_uids=np.arange(30))
         wide = narrow.with_wide_columns()
         batches = [np.array([3, 1, 39]), np.array([], np.int64), [7, -1], np.arange(40) < 5]

@@ -34,10 +34,10 @@ from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.testing import CODECS, StoredGroup, stored_groups, write_sources
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.engine.test_engines import EngineSuite
-from tests.matrices import CODECS, Group, ragged_groups, write_sources
 
 
 class EmulatedEngine(DeviceEngine):
@@ -55,7 +55,7 @@ class TestEmulatedEngine(EngineSuite):
     engine = EmulatedEngine
 
     @given(
-        case=ragged_groups(),
+        case=stored_groups(),
         seed=st.integers(0, 2**32 - 1),
         n=st.integers(0, 50),
         reader=st.sampled_from(["mmap", "preadv"]),
@@ -118,7 +118,7 @@ class Opened:
 
 def rows_of_blocks(
     codec: str = "hbx_gpu.rowpack", n_rows: int = 30, chunk: int = 512, **kwargs: Any
-) -> Group:
+) -> StoredGroup:
     """Rows of no to three blocks."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(0, 400, size=n_rows)
@@ -130,10 +130,10 @@ def rows_of_blocks(
     )
     matrix.data = rng.geometric(0.3, size=lengths.sum()).astype(np.uint32)
     options = {"remap": rng.permutation(900).astype(np.int32), "codec": codec, "chunk": chunk, **kwargs}
-    return Group(matrix=matrix, **options)
+    return StoredGroup(matrix=matrix, **options)
 
 
-def opened(folder: Path, groups: list[Group], n_features: int = 900, **options: Any) -> Opened:
+def opened(folder: Path, groups: list[StoredGroup], n_features: int = 900, **options: Any) -> Opened:
     return Opened(*write_sources(folder, groups), n_features, **options)
 
 
@@ -141,7 +141,7 @@ STEPS = [None, Transform(), Transform(1e4), Transform(log1p=True), Transform(50.
 
 
 @given(
-    case=ragged_groups(),
+    case=stored_groups(),
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 12),
     dtype=st.sampled_from(["float32", "float16", "bfloat16", "float64"]),
@@ -151,7 +151,7 @@ STEPS = [None, Transform(), Transform(1e4), Transform(log1p=True), Transform(50.
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_dense_rows_equal_the_hosts(
-    case: tuple[list[Group], int],
+    case: tuple[list[StoredGroup], int],
     seed: int,
     n: int,
     dtype: str,
@@ -284,9 +284,11 @@ def test_order_of_columns_is_reported(tmp_path: Path) -> None:
         assert np.array_equal(values.numpy(), both.host.csr(*both.read([3, 5]))[1][0])
 
 
-@given(case=ragged_groups(), seed=st.integers(0, 2**32 - 1), n=st.integers(0, 40))
+@given(case=stored_groups(), seed=st.integers(0, 2**32 - 1), n=st.integers(0, 40))
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_rows_for_sparse_tensors_equal_the_hosts(case: tuple[list[Group], int], seed: int, n: int) -> None:
+def test_rows_for_sparse_tensors_equal_the_hosts(
+    case: tuple[list[StoredGroup], int], seed: int, n: int
+) -> None:
     """Sorted where remaps or stored rows do not ascend; of the latter from the second batch on."""
     groups, n_features = case
     for group in groups:

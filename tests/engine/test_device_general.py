@@ -27,9 +27,9 @@ from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
+from hbx_gpu.testing import StoredGroup, stored_groups, write_sources
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
-from tests.matrices import Group, ragged_groups, write_sources
 
 PLAIN = ["zstd", "blosc", "blosc-lz4-bits", "blosc-zstd-bytes", "blosc-zlib", "lz4", "zlib", "gzip"]
 CHECKSUMMED = [f"{codec}+crc32c" for codec in PLAIN]
@@ -82,7 +82,9 @@ class Opened:
             assert np.array_equal(dense, densify(batch, dtype="float32"))
 
 
-def counts(codec: str, dtype: Any = np.uint32, chunk: int = 512, n_rows: int = 30, **kwargs: Any) -> Group:
+def counts(
+    codec: str, dtype: Any = np.uint32, chunk: int = 512, n_rows: int = 30, **kwargs: Any
+) -> StoredGroup:
     """Rows of up to 400 elements; half of the values do not compress."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(0, 400, size=n_rows)
@@ -95,10 +97,10 @@ def counts(codec: str, dtype: Any = np.uint32, chunk: int = 512, n_rows: int = 3
     noise = rng.integers(0, 2 ** min(31, 8 * np.dtype(dtype).itemsize - 1), size=len(data))
     matrix.data = np.where(np.arange(len(data)) < len(data) // 2, data, noise).astype(dtype)
     options = {"remap": rng.permutation(900).astype(np.int32), "codec": codec, "chunk": chunk, **kwargs}
-    return Group(matrix=matrix, **options)
+    return StoredGroup(matrix=matrix, **options)
 
 
-def opened(folder: Path, groups: list[Group], backend: Any, **options: Any) -> Opened:
+def opened(folder: Path, groups: list[StoredGroup], backend: Any, **options: Any) -> Opened:
     return Opened(*write_sources(folder, groups), 900, backend, **options)
 
 
@@ -129,13 +131,13 @@ def test_one_plan_with_every_codec(backend: Any, tmp_path: Path) -> None:
 
 
 @given(
-    case=ragged_groups(codecs=(*PLAIN, *CHECKSUMMED, *OTHERS)),
+    case=stored_groups(codecs=(*PLAIN, *CHECKSUMMED, *OTHERS)),
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 12),
     order=st.sampled_from(["forward", "reverse", "random:3"]),
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-def test_ragged_collections(case: tuple[list[Group], int], seed: int, n: int, order: str) -> None:
+def test_ragged_collections(case: tuple[list[StoredGroup], int], seed: int, n: int, order: str) -> None:
     groups, n_features = case
     with tempfile.TemporaryDirectory() as folder:
         sources, rows = write_sources(Path(folder), groups)

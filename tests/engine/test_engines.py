@@ -21,7 +21,7 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError
-from tests.matrices import CODECS, Group, expected_dense, ragged_groups, write_sources
+from hbx_gpu.testing import CODECS, StoredGroup, expected_dense, stored_groups, write_sources
 
 
 class Rows:
@@ -45,11 +45,13 @@ class Rows:
         return indices, values, offsets
 
 
-def one_group(codec: str = "homeobox.bitpacking", **kwargs: Any) -> Group:
+def one_group(codec: str = "homeobox.bitpacking", **kwargs: Any) -> StoredGroup:
     rng = np.random.default_rng(7)
     matrix = sp.random(40, 30, density=0.4, format="csr", random_state=rng)
     matrix.data = rng.integers(1, 1000, size=matrix.nnz).astype(np.uint32)
-    return Group(matrix=matrix, remap=rng.permutation(30).astype(np.int32), codec=codec, chunk=64, **kwargs)
+    return StoredGroup(
+        matrix=matrix, remap=rng.permutation(30).astype(np.int32), codec=codec, chunk=64, **kwargs
+    )
 
 
 class EngineSuite:
@@ -58,14 +60,14 @@ class EngineSuite:
     engine: ClassVar[type]
 
     @given(
-        case=ragged_groups(),
+        case=stored_groups(),
         seed=st.integers(0, 2**32 - 1),
         n=st.integers(0, 50),
         reader=st.sampled_from(["mmap", "preadv"]),
     )
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     def test_rows_equal_the_matrices(
-        self, case: tuple[list[Group], int], seed: int, n: int, reader: str
+        self, case: tuple[list[StoredGroup], int], seed: int, n: int, reader: str
     ) -> None:
         groups, n_features = case
         with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +98,7 @@ class EngineSuite:
     def test_absent_objects_are_fill_values(self, codec: str, tmp_path: Path) -> None:
         # Column 0 alone in every row, value 0: a writer that skips empty chunks stores nothing at all.
         matrix = sp.csr_matrix((np.zeros(9, np.uint32), np.zeros(9, np.int32), np.arange(10)), shape=(9, 3))
-        group = Group(
+        group = StoredGroup(
             matrix=matrix, remap=np.array([2, 0, 1], np.int32), codec=codec, chunk=4, chunks_per_shard=2
         )
         sources, rows = write_sources(tmp_path, [group])
@@ -171,7 +173,7 @@ class EngineSuite:
         matrix.data = np.array([1, 2, 3], np.uint32)
         matrix.indices = np.array([3, 3, 1], np.int32)
         matrix.indptr = np.array([0, 3, 3], np.int32)
-        group = Group(matrix=matrix, remap=np.arange(4, dtype=np.int32))
+        group = StoredGroup(matrix=matrix, remap=np.arange(4, dtype=np.int32))
         sources, rows = write_sources(tmp_path, [group])
         indices, values, offsets = Rows(self.engine, sources, rows, 4).csr(np.array([1, 0]))
         assert indices.tolist() == [3, 3, 1]

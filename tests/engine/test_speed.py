@@ -21,7 +21,7 @@ from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.batch import SparseBatch
-from tests.matrices import Group, write_sources
+from hbx_gpu.testing import StoredGroup, write_sources
 
 N_GENES, N_ROWS = 20_000, 400
 
@@ -37,7 +37,7 @@ def best(work: Callable[[], object], repeats: int = 15) -> float:
 
 
 @pytest.fixture(scope="module")
-def group() -> Group:
+def group() -> StoredGroup:
     rng = np.random.default_rng(0)
     rows = [np.flatnonzero(rng.random(N_GENES) < 0.07) for _ in range(N_ROWS)]
     indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
@@ -45,10 +45,10 @@ def group() -> Group:
     matrix.indices, matrix.indptr = np.concatenate(rows).astype(np.int32), indptr.astype(np.int32)
     matrix.data = (1 + rng.geometric(0.3, size=indptr[-1])).astype(np.uint32)
     remap = rng.permutation(N_GENES).astype(np.int32)
-    return Group(matrix, remap, codec="hbx_gpu.rowpack", chunk=40_960, chunks_per_shard=64)
+    return StoredGroup(matrix, remap, codec="hbx_gpu.rowpack", chunk=40_960, chunks_per_shard=64)
 
 
-def test_gathering_random_rows(group: Group, tmp_path: Path) -> None:
+def test_gathering_random_rows(group: StoredGroup, tmp_path: Path) -> None:
     sources, rows = write_sources(tmp_path, [group])
     layouts = [sources[0].index, sources[0].layers["counts"]]
     table = source_table(sources, ["counts"], N_GENES)
@@ -64,7 +64,7 @@ def test_gathering_random_rows(group: Group, tmp_path: Path) -> None:
     assert best(lambda: engine.csr(plan, slab)) < 20 * copying
 
 
-def test_densifying(group: Group) -> None:
+def test_densifying(group: StoredGroup) -> None:
     matrix = group.matrix
     batch = SparseBatch(matrix.indices.astype(np.int32), matrix.data, matrix.indptr.astype(np.int64), N_GENES)
     pool = BufferPool()

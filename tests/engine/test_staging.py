@@ -22,8 +22,8 @@ from hbx_gpu._engine.device.staging_kernels import MAX_GAP, RANGE
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
+from hbx_gpu.testing import CODECS, StoredGroup, write_sources
 from tests.engine.test_engines import Rows, one_group
-from tests.matrices import CODECS, Group, write_sources
 
 HEADER = (Path(__file__).resolve().parents[2] / "kernels" / "hbx.cuh").read_text()
 C_TYPES = {"u64": "<u8", "u32": "<u4", "u8": "|u1"}
@@ -58,7 +58,7 @@ def test_every_status_has_a_reason(bits: int) -> None:
     assert "unknown status" not in status.describe_status(bits)
 
 
-def opened(tmp_path: Path, groups: list[Group], n_features: int = 30) -> Rows:
+def opened(tmp_path: Path, groups: list[StoredGroup], n_features: int = 30) -> Rows:
     return Rows(Stager, *write_sources(tmp_path, groups), n_features)
 
 
@@ -133,7 +133,7 @@ def staged_elements(rows: Rows, staging: Staging, host: np.ndarray) -> list[np.n
     return flat
 
 
-def long_rows(n_rows: int = 40, nnz: int = 300, seed: int = 0, **kwargs: Any) -> Group:
+def long_rows(n_rows: int = 40, nnz: int = 300, seed: int = 0, **kwargs: Any) -> StoredGroup:
     """Rows of several blocks each, with wide gaps and rare large counts."""
     rng = np.random.default_rng(seed)
     indices = np.concatenate([np.sort(rng.choice(20_000, nnz, replace=False)) for _ in range(n_rows)])
@@ -144,7 +144,7 @@ def long_rows(n_rows: int = 40, nnz: int = 300, seed: int = 0, **kwargs: Any) ->
     data[rng.random(len(data)) < 0.01] = 70_000
     matrix.data = data.astype(np.uint32)
     options = {"codec": "hbx_gpu.rowpack", "chunk": 2048, **kwargs}
-    return Group(matrix=matrix, remap=np.arange(20_000, dtype=np.int32), **options)
+    return StoredGroup(matrix=matrix, remap=np.arange(20_000, dtype=np.int32), **options)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])

@@ -21,9 +21,8 @@ from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.kvikio import PAGE, KvikioReader
 from hbx_gpu._storage.readers import PreadReader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
+from hbx_gpu.testing import example_groups, write_sources
 from tests.emulation.backend import JUNK, Arena
-from tests.matrices import write_sources
-from tests.test_dataloader import make_groups
 
 _POOL = ThreadPoolExecutor(4)
 
@@ -72,7 +71,7 @@ class StandIn:
 
 
 def directory_of(root: Path, **kwargs: Any) -> ChunkDirectory:
-    groups = make_groups(200)
+    groups = example_groups(200)
     for group in groups:
         group.codec = "hbx_gpu.rowpack"
         for name, value in kwargs.items():

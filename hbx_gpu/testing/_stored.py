@@ -1,15 +1,15 @@
-"""Random ragged collections: CSR matrices written as zarr groups with any chunks, shards and codecs."""
+"""CSR matrices as zarr groups with any chunks, shards and codecs, and what their rows hold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs.numcodecs import LZ4, Zlib
 
@@ -17,22 +17,36 @@ from hbx_gpu._source import RowIndex, Source
 from hbx_gpu._storage.metadata import read_layout
 
 CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "blosc", "gzip", "none")
+"""Names for `StoredGroup.codec`."""
 
 
 @dataclass
-class Group:
-    """One stored matrix and how it is stored."""
+class StoredGroup:
+    """One matrix and how it is stored.
 
-    matrix: sp.csr_matrix  # local columns, as stored: unsorted, explicit zeros and all
+    Attributes
+    ----------
+    matrix
+        Rows over local columns, stored as they are: unsorted columns, explicit zeros and all.
+    remap
+        int32, (n_columns,). Local column -> output column, -1 to drop it.
+    codec
+        One of :data:`CODECS`.
+    chunk, chunks_per_shard
+        Values per chunk; chunks per shard, 0 for an array that is not sharded.
+    lead
+        Values in front of the first row, which no row points to.
+    """
+
+    matrix: sp.csr_matrix
     remap: np.ndarray
     codec: str = "homeobox.bitpacking"
     chunk: int = 128
-    chunks_per_shard: int = 0  # 0 = not sharded
-    lead: int = 0  # elements in front that no row points to
-    order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    chunks_per_shard: int = 0
+    lead: int = 0
 
 
-def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
+def compressors(codec: str, transform: str, itemsize: int) -> list[Any]:
     if codec == "homeobox.bitpacking":
         from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 
@@ -42,7 +56,7 @@ def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
 
         return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
     name, _, checksum = codec.partition("+")
-    found: list[object] = {
+    by_name: dict[str, list[Any]] = {
         "zstd": [ZstdCodec(level=0)],
         "blosc": [BloscCodec(cname="lz4")],
         "blosc-lz4-bits": [BloscCodec(cname="lz4", shuffle="bitshuffle", blocksize=256)],
@@ -53,31 +67,50 @@ def _compressors(codec: str, transform: str, itemsize: int) -> list[object]:
         "zlib": [Zlib()],
         "gzip": [GzipCodec(level=1)],
         "none": [],
-    }[name]
-    return [*found, Crc32cCodec()] if checksum else found
+    }
+    return [*by_name[name], Crc32cCodec()] if checksum else by_name[name]
 
 
-def write_array(path: Path, data: np.ndarray, group: Group, transform: str) -> None:
+def write_array(path: Path, data: np.ndarray, group: StoredGroup, transform: str) -> None:
     """One 1-D array of `group`."""
-    common = {"store": str(path), "shape": data.shape, "dtype": data.dtype, "fill_value": 0}
     codec = group.codec
     if codec == "homeobox.bitpacking" and (data.dtype.itemsize * group.chunk) % 4:
         codec = "zstd"
     if codec == "hbx_gpu.rowpack" and data.dtype.kind != "u":
         codec = "zstd"  # floats and signed integers keep a general codec
     array = zarr.create_array(
-        **common,
+        store=str(path),
+        shape=data.shape,
+        dtype=data.dtype,
+        fill_value=0,
         chunks=(group.chunk,),
         shards=(group.chunk * group.chunks_per_shard,) if group.chunks_per_shard else None,
-        compressors=_compressors(codec, transform, data.dtype.itemsize),
+        compressors=compressors(codec, transform, data.dtype.itemsize),
         serializer=BytesCodec(),
         filters=None,
     )
     array[:] = data
 
 
-def write_sources(root: Path, groups: list[Group], layer: str = "counts") -> tuple[list[Source], RowIndex]:
-    """Write `groups` under `root`; every stored row becomes a row of the index, group after group."""
+def write_sources(
+    root: Path, groups: list[StoredGroup], layer: str = "counts"
+) -> tuple[list[Source], RowIndex]:
+    """Write matrices below a folder.
+
+    Parameters
+    ----------
+    root
+        The folder; group number i becomes ``root/gi``.
+    groups
+        The matrices.
+    layer
+        What their values are called.
+
+    Returns
+    -------
+    sources, rows
+        One Source per group, and an index with every row of every group, group after group.
+    """
     sources, parts = [], []
     for g, group in enumerate(groups):
         matrix = group.matrix
@@ -109,8 +142,14 @@ def write_sources(root: Path, groups: list[Group], layer: str = "counts") -> tup
     return sources, RowIndex(*columns)
 
 
-def expected_dense(groups: list[Group], n_features: int) -> np.ndarray:
-    """Every row in output columns, straight from the matrices (float64; repeated columns are summed)."""
+def expected_dense(groups: Sequence[StoredGroup], n_features: int) -> np.ndarray:
+    """Every row in output columns, straight from the matrices.
+
+    Returns
+    -------
+    ndarray
+        float64, (n_rows of all groups, n_features). Values of a repeated column are added up.
+    """
     blocks = []
     for group in groups:
         matrix = group.matrix
@@ -121,44 +160,3 @@ def expected_dense(groups: list[Group], n_features: int) -> np.ndarray:
         np.add.at(out, (rows[keep], columns[keep]), matrix.data[keep].astype(np.float64))
         blocks.append(out)
     return np.concatenate(blocks)
-
-
-@st.composite
-def ragged_groups(draw: st.DrawFn, codecs: tuple[str, ...] = CODECS) -> tuple[list[Group], int]:
-    """Up to four groups over a common feature space; returns (groups, n_features)."""
-    n_features = draw(st.integers(1, 40))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dtypes = draw(
-        st.lists(
-            st.sampled_from([np.uint32, np.uint16, np.uint64, np.int64, np.float32]), min_size=1, max_size=4
-        )
-    )
-    groups = []
-    for dtype in dtypes:
-        m = draw(st.integers(1, n_features))
-        n = draw(st.integers(1, 30))
-        density = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-        mask = rng.random((n, m)) < density
-        mask[rng.random(n) < 0.2] = False
-        indptr = np.concatenate([[0], np.cumsum(mask.sum(1))])
-        indices = np.nonzero(mask)[1]
-        for a, b in pairwise(indptr):  # stored order need not be ascending
-            rng.shuffle(indices[a:b])
-        high = 2**16 if dtype is np.uint16 else 2**31
-        data = rng.integers(0, rng.choice([2, 200, high]), size=len(indices)).astype(dtype)
-        remap = rng.permutation(n_features)[:m].astype(np.int32)
-        if draw(st.booleans()):
-            remap[rng.random(m) < 0.3] = -1
-        matrix = sp.csr_matrix((n, m), dtype=dtype)
-        matrix.data, matrix.indices, matrix.indptr = data, indices.astype(np.int32), indptr.astype(np.int32)
-        groups.append(
-            Group(
-                matrix=matrix,
-                remap=remap,
-                codec=draw(st.sampled_from(codecs)),
-                chunk=draw(st.sampled_from([1, 5, 32, 128, 200, 1000])),
-                chunks_per_shard=draw(st.sampled_from([0, 1, 3, 16])),
-                lead=draw(st.sampled_from([0, 1, 130])),
-            )
-        )
-    return groups, n_features
