@@ -12,14 +12,17 @@ from hbx_gpu.tokens._encode import encode
 from hbx_gpu.tokens._presets import (
     bionemo_geneformer,
     cellarium_geneformer,
+    cellarium_gpt,
     geneformer_v1,
     geneformer_v2,
     nicheformer,
     scfoundation,
     scgpt,
     scprint,
+    state_se,
     tahoe_x1,
     transcriptformer,
+    uce,
 )
 from hbx_gpu.tokens._recipes import (
     ExpressedGenes,
@@ -31,20 +34,25 @@ from hbx_gpu.tokens._recipes import (
     Recipe,
     Split,
 )
+from hbx_gpu.tokens._sampled import GeneSentence, PromptQuery, WeightedSentence
 
 __all__ = [
     "Compiled",
     "ExpressedGenes",
+    "GeneSentence",
     "MaskTokens",
     "MaskValues",
     "ObsTokens",
+    "PromptQuery",
     "QuantileBins",
     "RankValue",
     "Recipe",
     "Report",
     "Split",
+    "WeightedSentence",
     "bionemo_geneformer",
     "cellarium_geneformer",
+    "cellarium_gpt",
     "compile",
     "encode",
     "geneformer_v1",
@@ -53,6 +61,8 @@ __all__ = [
     "scfoundation",
     "scgpt",
     "scprint",
+    "state_se",
     "tahoe_x1",
     "transcriptformer",
+    "uce",
 ]

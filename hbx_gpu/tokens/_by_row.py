@@ -1,30 +1,64 @@
-"""The reference engine: :mod:`_reference` row by row, then padded."""
+"""The reference engine: rows one after the other, then padded."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
 from hbx_gpu.tokens._draws import Draws
+from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
 from hbx_gpu.tokens._program import Mask, Sequence
 from hbx_gpu.tokens._reference import Cut, Made, row_length, sequence_row
+from hbx_gpu.tokens._reference_sampled import prompt_row, ranked_row, shared_genes, weighted_row
 from hbx_gpu.tokens._rows import Row, known_genes
 
-FLOATS = ("values", "masked_values", "counts", "gen_values")
+FLOATS = (
+    "values", "masked_values", "counts", "gen_values", "query_mask", "total_counts", "label_weights"
+)  # fmt: skip
+_BOOLS = ("mask", "prompt_mask")
+_IDS = ("input_ids", "labels", "gen_ids")
+PADDED = (*FLOATS, *_BOOLS, *_IDS)
+"""Outputs with an entry for each token."""
 
 
 def reference(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
-    """See :class:`hbx_gpu.tokens._encode.Engine`."""
+    """See :class:`hbx_gpu.tokens._cells.Engine`."""
     program, tables = compiled.program, compiled.tables
     rows = [_row(compiled, cells, i) for i in range(len(cells))]
+    drawn = [Draws(cells.seed, cells.epoch, int(number)) for number in cells.numbers]
+    if isinstance(program, Sequence):
+        return _sequences(compiled, cells, options, rows, drawn)
+    if isinstance(program, Weighted):
+        made = [weighted_row(program, tables, row, draws) for row, draws in zip(rows, drawn, strict=True)]
+    elif isinstance(program, Ranked):
+        shared = shared_genes(program, cells.seed, cells.epoch, cells.batch)
+        made = [
+            ranked_row(program, tables, row, draws, shared) for row, draws in zip(rows, drawn, strict=True)
+        ]
+    else:
+        assert isinstance(program, Prompt)
+        made = [
+            prompt_row(program, tables, row, drawn[i], cells.front[i % len(cells.front)], len(rows))
+            for i, row in enumerate(rows)
+        ]
+    lengths = np.array([len(row["input_ids"]) for row in made], np.int32)
+    return padded(program, made, options, options.width(lengths, program.length), {})
+
+
+def _sequences(
+    compiled: Compiled, cells: Cells, options: Options, rows: list[Row], drawn: list[Draws]
+) -> dict[str, np.ndarray]:
+    program, tables = compiled.program, compiled.tables
     known = len(tables.known)
     lengths = np.array([row_length(program, len(r.columns), known, r.known) for r in rows], np.int32)
     width = options.width(lengths, program.length)
     cut = Cut(program, cells.seed, cells.epoch, cells.batch, width)
     back = np.array(compiled.back, np.int64)
     made = [
-        sequence_row(program, tables, row, draws(cells, i), cells.front[i % len(cells.front)], back, cut)
+        sequence_row(program, tables, row, drawn[i], cells.front[i % len(cells.front)], back, cut)
         for i, row in enumerate(rows)
     ]
     widths = {}
@@ -34,28 +68,35 @@ def reference(compiled: Compiled, cells: Cells, options: Options) -> dict[str, n
     return padded(program, made, options, width, widths)
 
 
-def draws(cells: Cells, i: int) -> Draws:
-    """What row i draws."""
-    return Draws(cells.seed, cells.epoch, int(cells.numbers[i]))
-
-
 def _row(compiled: Compiled, cells: Cells, i: int) -> Row:
     one = slice(cells.offsets[i], cells.offsets[i + 1])
-    zeros = compiled.program.zeros
-    return known_genes(cells.columns[one], cells.values[one], compiled.tables, zeros=zeros, where=cells.where)
+    program = compiled.program
+    logged = isinstance(program, Ranked) and program.logged
+    return known_genes(
+        cells.columns[one],
+        cells.values[one],
+        compiled.tables,
+        zeros=program.zeros,
+        logged=logged,
+        where=cells.where,
+    )
 
 
 def padded(
-    program: Sequence, rows: list[Made], options: Options, width: int, widths: dict[str, int]
+    program: Any, rows: list[Made], options: Options, width: int, widths: dict[str, int]
 ) -> dict[str, np.ndarray]:
     """Rows side by side, padded to `width`, or to what `widths` says of a name; or end to end."""
     pads = {"labels": -100, "mask": False, **dict.fromkeys(FLOATS, program.pad_value)}
-    dtypes = {"mask": np.bool_, **dict.fromkeys(FLOATS, np.float32)}
+    dtypes = {**dict.fromkeys(_BOOLS, np.bool_), **dict.fromkeys(FLOATS, np.float32)}
     result = {"lengths": np.array([len(row["input_ids"]) for row in rows], np.int32)}
     if rows and "gen_ids" in rows[0]:
         result["gen_lengths"] = np.array([len(row["gen_ids"]) for row in rows], np.int32)
     for name in rows[0] if rows else ():
-        dtype = dtypes.get(name, options.ids_dtype)
+        if name not in PADDED:
+            stacked = np.stack([row[name] for row in rows])
+            result[name] = stacked.astype(options.ids_dtype) if stacked.dtype == np.int64 else stacked
+            continue
+        dtype: Any = dtypes.get(name, options.ids_dtype)
         if options.padding == "packed":
             result[name] = np.concatenate([row[name] for row in rows]).astype(dtype)
             continue

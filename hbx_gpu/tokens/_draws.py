@@ -60,11 +60,12 @@ class Draws:
     epoch: int
     cell: int
 
-    def words(self, step: Step, index: np.ndarray, block: int = 0) -> np.ndarray:
-        """uint64 (4, n): four 32-bit words for each index."""
-        index = np.asarray(index, np.uint64)
+    def words(self, step: Step, index: np.ndarray, block: int | np.ndarray = 0) -> np.ndarray:
+        """uint64 (4, n): four 32-bit words for each index, or for each block of one index."""
+        index, block = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(block, np.uint64))
         counter = np.empty((4, len(index)), np.uint64)
-        counter[0], counter[1] = self.cell & 0xFFFFFFFF, (self.cell >> 32) | block << 8
+        counter[0] = self.cell & 0xFFFFFFFF
+        counter[1] = np.uint64(self.cell >> 32) | block << np.uint64(8)
         counter[2], counter[3] = self.epoch, np.uint64(step) | index << np.uint64(8)
         return philox(counter, (self.seed & 0xFFFFFFFF, self.seed >> 32))
 
@@ -81,6 +82,17 @@ class Draws:
     def below(self, step: Step, n: int, index: int = 0) -> int:
         """One number of 0 .. n - 1, n below 2**32."""
         return int(self.words(step, np.array([index]))[0, 0]) * n >> 32
+
+
+def thin(draws: Draws, index: np.ndarray, counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """int64 (n,). Binomial(counts, shares): how many of `counts` words each lie below the share of 2**32."""
+    below = np.floor(shares * 2.0**32).astype(np.uint64)
+    kept = np.where(shares >= 1.0, counts, 0).astype(np.int64)
+    for i in np.flatnonzero((counts > 0) & (shares < 1.0)).tolist():
+        count = int(counts[i])
+        words = draws.words(Step.THIN, index[i : i + 1], np.arange(-(-count // 4)))
+        kept[i] = (words.T.reshape(-1)[:count] < below[i]).sum()  # the last block is not used up
+    return kept
 
 
 def scaled(words: np.ndarray, spans: np.ndarray | int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from hbx_gpu.tokens._recipes import (
@@ -15,6 +16,7 @@ from hbx_gpu.tokens._recipes import (
     Split,
     Token,
 )
+from hbx_gpu.tokens._sampled import GeneSentence, PromptQuery, WeightedSentence
 from hbx_gpu.tokens._tables import Table, read_table
 
 
@@ -337,6 +339,57 @@ def scprint(
     return ExpressedGenes(vocabulary, **{**chosen, **options})
 
 
+def uce(vocabulary: Table, chromosomes: Table, starts: Table, **options: Any) -> WeightedSentence:
+    """UCE: 1,024 genes drawn by their logarithms, chromosome by chromosome.
+
+    Parameters
+    ----------
+    vocabulary
+        Gene -> index of its protein embedding.
+    chromosomes, starts
+        Gene -> code of its chromosome among those of all species, and start position.
+    **options
+        Fields of :class:`WeightedSentence`.
+    """
+    return WeightedSentence(vocabulary, chromosomes=chromosomes, starts=starts, **options)
+
+
+def state_se(
+    vocabulary: Table, *, values: Literal["counts", "log1p"] = "counts", **options: Any
+) -> GeneSentence:
+    """State's embedding model (SE): the 2,047 highest genes, and genes to predict.
+
+    Parameters
+    ----------
+    vocabulary
+        Gene -> row of the model's embedding table, for genes that the model knows.
+    values
+        What rows hold; arc-state guesses it, and takes counts of shallow cells for logarithms.
+    **options
+        Fields of :class:`GeneSentence`.
+    """
+    return GeneSentence(vocabulary, values=values, **options)
+
+
+def cellarium_gpt(
+    genes: Sequence[str], *, length: int, metadata: Sequence[ObsTokens] = (), **options: Any
+) -> PromptQuery:
+    """CellariumGPT: random genes, some with their counts and some to guess them.
+
+    Parameters
+    ----------
+    genes
+        The model's genes in order; ids are positions.
+    length
+        The context: genes and metadata.
+    metadata
+        Obs columns as ids.
+    **options
+        Fields of :class:`PromptQuery`; ``predict=True`` for inference.
+    """
+    return PromptQuery(_numbered(genes, 0), length=length, metadata=tuple(metadata), **options)
+
+
 def _numbered(genes: Sequence[str], first: int) -> dict[str, int]:
     """Ids by position; a gene that the list names twice is refused."""
     ids: dict[str, int] = {}
@@ -348,20 +401,4 @@ def _numbered(genes: Sequence[str], first: int) -> dict[str, int]:
 
 
 def _with(recipe: RankValue, **changes: Any) -> RankValue:
-    from dataclasses import replace
-
     return replace(recipe, **changes)
-
-
-__all__ = [
-    "bionemo_geneformer",
-    "cellarium_geneformer",
-    "geneformer_v1",
-    "geneformer_v2",
-    "nicheformer",
-    "scfoundation",
-    "scgpt",
-    "scprint",
-    "tahoe_x1",
-    "transcriptformer",
-]

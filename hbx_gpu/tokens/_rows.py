@@ -42,6 +42,13 @@ def not_counts(where: str) -> InvalidDataError:
     )
 
 
+def not_logarithms(where: str) -> InvalidDataError:
+    """The error for values that are not logarithms of counts."""
+    return InvalidDataError(
+        f"{where}: values='log1p' is for logarithms of counts, but some values are negative or not finite"
+    )
+
+
 def too_many(where: str) -> InvalidDataError:
     """The error for a total that is no longer exact."""
     return InvalidDataError(
@@ -51,7 +58,13 @@ def too_many(where: str) -> InvalidDataError:
 
 
 def known_genes(
-    columns: np.ndarray, values: np.ndarray, tables: Tables, *, zeros: bool = False, where: str = "the layer"
+    columns: np.ndarray,
+    values: np.ndarray,
+    tables: Tables,
+    *,
+    zeros: bool = False,
+    logged: bool = False,
+    where: str = "the layer",
 ) -> Row:
     """A stored row as its cell's known genes.
 
@@ -61,6 +74,8 @@ def known_genes(
         (n,), as stored: in any order, with zeros and repeats.
     zeros
         Whether genes that are not expressed are listed too.
+    logged
+        Whether values are logarithms instead of counts; totals are then 0.
     where
         What holds the row, for messages.
 
@@ -70,16 +85,19 @@ def known_genes(
         A value that is not a count; a total above 2**53.
     """
     wide = values.astype(np.float64)
-    if not (np.isfinite(wide) & (wide >= 0) & (np.floor(wide) == wide)).all():
+    if logged:
+        if not (np.isfinite(wide) & (wide >= 0)).all():
+            raise not_logarithms(where)
+    elif not (np.isfinite(wide) & (wide >= 0) & (np.floor(wide) == wide)).all():
         raise not_counts(where)
-    total = sum(int(value) for value in wide)
+    total = 0 if logged else sum(int(value) for value in wide)
     if total > MAX_TOTAL:
         raise too_many(where)
-    sums: dict[int, int] = dict.fromkeys(tables.known.tolist(), 0) if zeros else {}
+    sums: dict[int, float] = dict.fromkeys(tables.known.tolist(), 0.0) if zeros else {}
     for column, value in zip(columns.tolist(), wide.tolist(), strict=True):
         own = int(tables.column[column])
         if own >= 0 and value:
-            sums[own] = sums.get(own, 0) + int(value)
+            sums[own] = sums.get(own, 0.0) + value
     found = sorted(sums)
     counts = np.array([sums[column] for column in found], np.float64)
-    return Row(np.array(found, np.int64), counts, total, sum(sums.values()))
+    return Row(np.array(found, np.int64), counts, total, 0 if logged else int(counts.sum()))
