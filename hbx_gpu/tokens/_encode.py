@@ -13,9 +13,10 @@ from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens._by_row import reference
 from hbx_gpu.tokens._cells import Cells, Engine, Options
 from hbx_gpu.tokens._compile import Compiled, compile_recipe
+from hbx_gpu.tokens._host.engine import host
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe
 
-ENGINES: dict[str, Engine] = {"reference": reference}
+ENGINES: dict[str, Engine] = {"host": host, "reference": reference}
 """Engines by name."""
 
 
@@ -32,7 +33,7 @@ def encode(
     padding: str = "longest",
     pad_to_multiple_of: int | None = None,
     ids_dtype: str = "int64",
-    engine: str = "reference",
+    engine: str = "host",
     where: str = "the values of these rows",
 ) -> dict[str, np.ndarray]:
     """Tokens of rows, as a loader with ``layout="tokens"`` hands them out.
@@ -61,7 +62,7 @@ def encode(
     ids_dtype
         ``"int64"`` or ``"int32"``, of ids and labels.
     engine
-        ``"reference"``: NumPy, row by row.
+        ``"host"`` (numba), or ``"reference"`` (NumPy, slow); both make the same bits.
     where
         What holds the rows, for messages.
 

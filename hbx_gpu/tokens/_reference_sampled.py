@@ -142,7 +142,7 @@ def prompt_row(
     if program.predict:
         genes = np.arange(n)
         depths = np.full(n, depth)
-        share = depth / row.total if row.total else 0.0
+        share = np.full(n, depth / row.total if row.total else 0.0)
         counts = np.rint(row.counts[genes] * share)
         query = program.query[row.columns[genes]]
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-ENGINES = ("reference",)
+ENGINES = ("host", "reference")
 SIZES = ("small", "deep")
 
 

@@ -35,6 +35,8 @@ def test_uce_sentences_from_the_package_s_own_draws(data: Tokens) -> None:
         # Their draws: NumPy's choice with probabilities, from log1p in float32.
         if i < len(z["weights_ptr"]) - 1:
             counts = data.counts[row]
+            if not counts.nnz:
+                continue
             weights = np.zeros(len(data.genes), np.float64)
             weights[counts.indices] = ragged(z["weights_f32"], z["weights_ptr"])[i]
             sums = np.cumsum(weights)

@@ -1,0 +1,139 @@
+"""The host engine: memory for a batch, then the kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.tokens import _rows
+from hbx_gpu.tokens._arithmetic import linspace32
+from hbx_gpu.tokens._by_row import reference
+from hbx_gpu.tokens._cells import Cells, Options
+from hbx_gpu.tokens._compile import Compiled
+from hbx_gpu.tokens._host import bins, rows, sequence, sorting
+from hbx_gpu.tokens._lower_sampled import Ranked
+from hbx_gpu.tokens._program import Fill, Mask, Sequence, Value
+from hbx_gpu.tokens._reference import Cut
+
+
+def host(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
+    """See :class:`hbx_gpu.tokens._cells.Engine`."""
+    if not isinstance(compiled.program, Sequence) or not len(cells):
+        return reference(compiled, cells, options)
+    return _sequences(compiled, cells, options)
+
+
+class Known:
+    """Known genes of a batch's rows, end to end.
+
+    Attributes
+    ----------
+    pointers
+        int64 (n + 1,). Row i is ``genes[pointers[i] : pointers[i + 1]]``.
+    genes, counts
+        int32 and float64.
+    totals, totals_known
+        float64 (n,). Sums of all counts, and of those of known genes.
+    """
+
+    def __init__(self, compiled: Compiled, cells: Cells) -> None:
+        tables, program = compiled.tables, compiled.program
+        n = len(cells)
+        room = len(cells.columns)
+        if program.zeros:
+            room = int(np.maximum(np.diff(cells.offsets), len(tables.known)).sum())
+        self.pointers = np.empty(n + 1, np.int64)
+        self.genes, self.counts = np.empty(room, np.int32), np.empty(room, np.float64)
+        self.totals, self.totals_known = np.empty(n, np.float64), np.empty(n, np.float64)
+        values = cells.values
+        if values.dtype == np.float16 or values.dtype == bool:
+            values = values.astype(np.float32)
+        logged = isinstance(program, Ranked) and program.logged
+        status = rows.known_genes(
+            cells.offsets, cells.columns, values, tables.column, tables.known, program.zeros, logged,
+            self.pointers, self.genes, self.counts, self.totals, self.totals_known,
+        )  # fmt: skip
+        if status == rows.NOT_COUNTS:
+            raise _rows.not_logarithms(cells.where) if logged else _rows.not_counts(cells.where)
+        if status == rows.TOO_MANY:
+            raise _rows.too_many(cells.where)
+        if status == rows.BAD_COLUMN:
+            raise InvalidDataError(
+                f"{cells.where}: a column number lies outside the {compiled.n_features} features"
+            )
+
+
+def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
+    program, tables = compiled.program, compiled.tables
+    known = Known(compiled, cells)
+    n = len(cells)
+    whole, fractions = sequence.numbers_of(program)
+    lengths = np.empty(n, np.int32)
+    sequence.lengths(whole, known.pointers, known.totals_known, len(tables.known), lengths)
+    width = options.width(lengths, program.length)
+    cut = Cut(program, cells.seed, cells.epoch, cells.batch, width)
+    split = program.mask == Mask.SPLIT
+    if split:
+        width = cut.seen
+    packed = options.padding == "packed"
+    widths = lengths.astype(np.int64) if packed else np.full(n, width, np.int64)
+    starts = np.zeros(n, np.int64)
+    np.cumsum(widths[:-1], out=starts[1:])
+    size = int(widths.sum())
+
+    ids_dtype = np.dtype(options.ids_dtype)
+    made: dict[str, np.ndarray] = {"input_ids": np.empty(size, ids_dtype)}
+    if program.value != Value.NONE:
+        made["values"] = np.empty(size, np.float32)
+    if program.counts:
+        made["counts"] = np.empty(size, np.float32)
+    if program.mask == Mask.TOKENS:
+        made["labels"] = np.empty(size, ids_dtype)
+    if program.mask in (Mask.BERNOULLI, Mask.EXACT):
+        made["mask"], made["masked_values"] = np.empty(size, np.bool_), np.empty(size, np.float32)
+    generated = {}
+    gen_lengths = np.empty(n if split else 0, np.int32)
+    if split:
+        generated["gen_ids"] = np.empty(n * cut.generated, ids_dtype)
+        generated["gen_values"] = np.empty(n * cut.generated, np.float32)
+    none = {
+        "values": np.empty(0, np.float32),
+        "counts": np.empty(0, np.float32),
+        "masked_values": np.empty(0, np.float32),
+        "gen_values": np.empty(0, np.float32),
+        "mask": np.empty(0, np.bool_),
+        "labels": np.empty(0, ids_dtype),
+        "gen_ids": np.empty(0, ids_dtype),
+    }
+    every = {**none, **made, **generated}
+
+    longest = int(np.diff(known.pointers).max(initial=0))
+    room = max(longest, len(tables.known) if program.fill != Fill.NONE else 0) + program.length + 64
+    steps = program.bins - 2
+    if program.torch_edges:
+        quantiles = linspace32(program.bins - 1).astype(np.float64)
+    else:
+        quantiles = np.arange(program.bins - 1) * (1.0 / steps)
+        quantiles[-1] = 1.0
+    sequence.fill_rows(
+        whole, fractions, quantiles, program.ratios, program.protect, program.front_values,
+        program.back_values, tables.token, tables.scale, tables.index, tables.known,
+        known.pointers, known.genes, known.counts, known.totals, known.totals_known,
+        np.ascontiguousarray(cells.front), np.array(compiled.back, np.int64), np.uint64(cells.seed),
+        np.uint64(cells.epoch), cells.numbers, starts, widths, cut.generated, cut.ratio,
+        every["input_ids"], every["values"], every["counts"], every["labels"], every["masked_values"],
+        every["mask"], every["gen_ids"], every["gen_values"], gen_lengths, lengths,
+        np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.int32),
+        np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32),
+        np.empty(sorting.SCRATCH, np.int64), np.zeros(bins.SMALL, np.int64),
+        np.empty((2, bins.SMALL), np.int32), np.empty(len(quantiles), np.float64),
+        np.empty(room, np.int32), np.empty(2 * room, np.float64),
+        np.zeros(compiled.n_features if program.fill != Fill.NONE else 0, np.uint8),
+    )  # fmt: skip
+    if not packed:
+        made = {name: array.reshape(n, width) for name, array in made.items()}
+    result = {"lengths": lengths, **made}
+    if split:
+        result["gen_lengths"] = gen_lengths
+        result |= {name: array.reshape(n, cut.generated) for name, array in generated.items()}
+    return result

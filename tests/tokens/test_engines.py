@@ -1,0 +1,169 @@
+"""The host engine makes the bits of the reference: on rows of every shape, stored in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
+from hbx_gpu import SparseBatch, tokens
+
+N = 97
+GENES = [f"g{i}" for i in range(N)]
+SPECIALS = {"<pad>": 0, "<cls>": 1, "<eos>": 2, "<mask>": 3}
+VOCABULARY = {gene: 10 + (i * 31) % N for i, gene in enumerate(GENES) if i % 7} | SPECIALS
+MEDIANS = {gene: [0.5, 1.0, 1.7, 2.0, 3.3][i % 5] for i, gene in enumerate(GENES)}
+MAPPING = {"g0": "g1", "g7": "g3"}  # renamed genes, which are summed
+CONTEXT = (tokens.ObsTokens("species", {0: 7, 1: 8}),)
+
+
+def rank(**options: Any) -> tokens.RankValue:
+    return tokens.geneformer_v2(VOCABULARY, MEDIANS, **options)
+
+
+def expressed(**options: Any) -> tokens.ExpressedGenes:
+    return tokens.ExpressedGenes(VOCABULARY, **({"length": 30} | options))
+
+
+RECIPES: dict[str, tokens.Recipe] = {
+    **{f"rank {name}": rank(arithmetic=name, length=40, keep_counts=True) for name in (
+        "f64_div", "f64_recip", "f32_recip", "f32_div", "f32_eps", "f32_factor"
+    )},
+    "rank, hidden": rank(mlm=tokens.MaskTokens(0.3, 0.5, 0.3, protect=("<cls>",)), mapping=MAPPING),
+    "rank, context": rank(context=CONTEXT, length=9),
+    "bins one": tokens.scgpt(VOCABULARY, side="one", length=50, mask=0.4, keep_counts=True),
+    "bins both": tokens.scgpt(VOCABULARY, side="both", length=20, bins=7, mapping=MAPPING),
+    "bins all": tokens.scgpt(
+        VOCABULARY, side="both", length=101, zeros=True,
+        mask=tokens.MaskValues((0.2, 0.6), exact=True, protect_front=False),
+    ),
+    "split": tokens.scgpt(VOCABULARY, side="one", length=30, mask=tokens.Split((0.3, 0.7))),
+    "tahoe": tokens.tahoe_x1(VOCABULARY, length=40, mask=0.5, unexpressed=True),
+    "tahoe log": tokens.tahoe_x1(VOCABULARY, length=40, values="log1p", sampling=False),
+    "expressed": expressed(clip=5.0),
+    "expressed random": expressed(order="random", fill_to=45, scale="kept"),
+    "expressed value": expressed(
+        order="value", scale="total", curve="log2p1", fill_to=90, fill_order="column"
+    ),
+    "expressed cut": expressed(cut="random", length=10, bins=11),
+    "foundation": tokens.scfoundation(GENES[5:80], resolution="a5"),
+    "foundation f": tokens.scfoundation(GENES[5:80], resolution="f2", reference_drop=True),
+    "uce": tokens.uce(
+        {gene: i for i, gene in enumerate(GENES)}, {gene: i % 5 for i, gene in enumerate(GENES)},
+        {gene: i * 13 % 50 for i, gene in enumerate(GENES)}, samples=40, length=60,
+    ),
+    "state": tokens.state_se(VOCABULARY, length=24, tasks=(7, 6, 5)),
+    "gpt": tokens.cellarium_gpt(GENES, length=30, min_umis=5.0, max_umis=50.0),
+}  # fmt: skip
+SEQUENCES = [name for name in RECIPES if name not in ("state", "gpt", "uce")]
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        left, right = np.asarray(a[name]), np.asarray(b[name])
+        assert left.dtype == right.dtype, name
+        assert left.shape == right.shape, name
+        assert left.tobytes() == right.tobytes(), name
+
+
+def both(batch: SparseBatch, name: str, **options: Any) -> dict[str, np.ndarray]:
+    compiled = COMPILED[name]
+    obs = {"species": np.arange(len(batch)) % 2}
+    made = [
+        tokens.encode(batch, compiled, None, 11, 4, obs=obs, engine=engine, **options)
+        for engine in ("host", "reference")
+    ]
+    same(*made)
+    return made[0]
+
+
+COMPILED = {name: tokens.compile(recipe, GENES) for name, recipe in RECIPES.items()}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> SparseBatch:
+    """Rows in any order, with zeros, repeats, ties and huge counts."""
+    counts = st.one_of(
+        st.integers(0, 4), st.integers(0, 200), st.integers(4090, 4100), st.integers(2**24 - 2, 2**24 + 2),
+        st.just(2**40),
+    )  # fmt: skip
+    entry = st.tuples(st.integers(0, N - 1), counts)
+    rows = draw(st.lists(st.lists(entry, max_size=90), min_size=1, max_size=4))
+    offsets = np.cumsum([0, *map(len, rows)])
+    columns = np.array([c for row in rows for c, _ in row], np.int32)
+    dtype = draw(st.sampled_from([np.float64, np.int64]))
+    values = np.array([v for row in rows for _, v in row], dtype)
+    numbers = draw(st.lists(st.integers(0, 2**40 - 1), min_size=len(rows), max_size=len(rows)))
+    return SparseBatch(columns, values, offsets, N, {"index": np.array(numbers, np.int64)})
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(batch=batches(), padding=st.sampled_from(["longest", "max_length", "packed"]))
+def test_host_makes_the_bits_of_the_reference(name: str, batch: SparseBatch, padding: str) -> None:
+    if name == "split" and padding == "packed":
+        padding = "longest"
+    made = both(batch, name, padding=padding)
+    assert len(made["lengths"]) == len(batch)
+
+
+def wide(n: int, nnz: list[int], seed: int = 0) -> tuple[list[str], csr_matrix]:
+    rng = np.random.default_rng(seed)
+    columns = [np.sort(rng.choice(n, k, replace=False)) for k in nnz]
+    values = [rng.integers(1, 3 if k % 2 else 3000, k) for k in nnz]
+    offsets = np.cumsum([0, *nnz])
+    shape = (len(nnz), n)
+    return [f"g{i}" for i in range(n)], csr_matrix(
+        (np.concatenate(values).astype(np.float32), np.concatenate(columns).astype(np.int32), offsets), shape
+    )
+
+
+@pytest.mark.parametrize("nnz", [0, 1, 20_000, 69_999])
+def test_rows_of_any_length(nnz: int) -> None:
+    genes, rows = wide(70_000, [nnz])
+    words = {gene: i + 4 for i, gene in enumerate(genes)} | SPECIALS
+    recipes = [
+        tokens.geneformer_v2(words, dict.fromkeys(genes, 1.5), mlm=0.15),
+        tokens.scgpt(words, side="both", mask=tokens.MaskValues(0.4, exact=True)),
+        tokens.ExpressedGenes(words, length=500, order="value", fill_to=600),
+    ]
+    for recipe in recipes:
+        compiled = tokens.compile(recipe, genes)
+        same(*(tokens.encode(rows, compiled, engine=engine) for engine in ("host", "reference")))
+
+
+def test_widths_and_dtypes() -> None:
+    genes, rows = wide(N, [3, 0, 40])
+    for width, options in (
+        (42, {}),
+        (48, {"pad_to_multiple_of": 16}),
+        (50, {"padding": "max_length"}),
+        (64, {"padding": "max_length", "pad_to_multiple_of": 32}),
+    ):
+        recipe = rank(length=50, missing_medians="drop")
+        vocabulary = {gene: i + 4 for i, gene in enumerate(genes)} | SPECIALS
+        recipe = tokens.geneformer_v2(vocabulary, MEDIANS, length=50)
+        batch = tokens.encode(rows, recipe, genes, ids_dtype="int32", **options)  # type: ignore[arg-type]
+        assert batch["input_ids"].shape == (3, width)
+        assert batch["input_ids"].dtype == np.int32
+        assert batch["lengths"].tolist() == [5, 2, 42]
+        assert batch["attention_mask"].sum(1).tolist() == [5, 2, 42]
+        assert (batch["input_ids"][~batch["attention_mask"]] == 0).all()
+    packed = tokens.encode(rows, recipe, genes, padding="packed")
+    assert packed["cu_seqlens"].tolist() == [0, 5, 7, 49]
+    assert packed["cu_seqlens"].dtype == np.int32
+    assert packed["max_seqlen"] == 42
+    flat = batch["input_ids"][batch["attention_mask"]]
+    assert packed["input_ids"].tolist() == flat.tolist()
+
+
+def test_names_of_a_model() -> None:
+    genes, rows = wide(N, [3])
+    recipe = tokens.scgpt(VOCABULARY, side="one", names={"input_ids": "gene", "values": "expr"})
+    batch = tokens.encode(rows, recipe, genes)
+    assert set(batch) == {"gene", "expr", "lengths", "attention_mask"}
