@@ -23,7 +23,8 @@ _PACKAGES = ("hbx_gpu", "numpy", "numba", "torch", "zarr", "lancedb", "anndata",
 class DataSpec:
     """Generated data: n_groups datasets of equal size, every cell with the same number of nonzeros.
 
-    Counts are 1 + the failures before a success of probability 0.3; columns are uniform.
+    Counts are 1 + the failures before a success of probability 0.3; columns are uniform. Every dataset after
+    the first has its genes in another order, unless `gene_orders` is "one".
     """
 
     cells: int = 40_000
@@ -31,6 +32,7 @@ class DataSpec:
     density: float = 0.07
     groups: int = 4
     codec: str | None = None
+    gene_orders: str = "mixed"
 
     @property
     def rows_per_group(self) -> int:
@@ -41,7 +43,9 @@ class DataSpec:
         """One line for tables."""
         return (
             f"{self.rows_per_group * self.groups:,} cells x {self.genes:,} genes, {self.density:.0%} nonzero "
-            f"in every cell, {self.groups} datasets"
+            f"in every cell, {self.groups} datasets, {self.gene_orders} gene order"
+            + "s"
+            * (self.gene_orders == "mixed")
         )
 
 
@@ -73,6 +77,8 @@ def prepare(folder: Path, spec: DataSpec) -> Prepared:
         for k, part in enumerate(parts):
             write_h5ad(part, spec.rows_per_group, spec.genes, seed=k, model=model, compression=None,
                        progress=bar.update)  # fmt: skip
+            if k and spec.gene_orders == "mixed":
+                _rename_genes(part, seed=k)
     atlas = create_or_open_atlas(done.atlas, codec=spec.codec)
     for part in tqdm(parts, unit="file", desc="ingesting"):
         add_from_h5ad(atlas, part, exist_ok=True)
@@ -83,6 +89,16 @@ def prepare(folder: Path, spec: DataSpec) -> Prepared:
         part.unlink()
     (home / "complete").touch()
     return done
+
+
+def _rename_genes(path: Path, seed: int) -> None:
+    """Give the columns of an .h5ad each other's names; all are drawn alike, so their order is another."""
+    import h5py
+    import numpy as np
+
+    with h5py.File(path, "r+") as file:
+        names = file["var"][file["var"].attrs["_index"]]
+        names[:] = np.random.default_rng(seed).permutation(names[:])
 
 
 def size_on_disk(path: Path) -> int:

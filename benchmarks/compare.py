@@ -124,9 +124,9 @@ def prepare(options: argparse.Namespace, peer: Peer, data: Data) -> dict[str, An
         It does not import, or cannot convert the source.
     """
     (found,) = ask(options, peer, "probe")
-    chosen = {"groups": str(options.groups), "codec": options.codec or ""}
-    work = data.h5ad.parent / peer.name
-    record = data.h5ad.parent / f"{peer.name}.json"
+    chosen = {"groups": str(options.groups), "codec": options.codec or "", "gene_orders": options.gene_orders}
+    work = _work(options, peer, data)
+    record = work.with_suffix(".json")
     asked = {"versions": found["versions"], "options": chosen}
     if record.exists() and not options.fresh:
         kept = json.loads(record.read_text())
@@ -143,10 +143,16 @@ def prepare(options: argparse.Namespace, peer: Peer, data: Data) -> dict[str, An
     return {**made, **found}
 
 
+def _work(options: argparse.Namespace, peer: Peer, data: Data) -> Path:
+    """Folder of a peer's conversion; peers that are made of datasets have one per order of genes."""
+    mixed = peer.of_datasets and options.gene_orders == "mixed"
+    return data.h5ad.parent / (f"{peer.name}-mixed" if mixed else peer.name)
+
+
 def _opening(
     options: argparse.Namespace, contender: Contender, data: Data, layouts: Sequence[str]
 ) -> list[object]:
-    return ["--source", data.h5ad, "--work", data.h5ad.parent / contender.peer.name,
+    return ["--source", data.h5ad, "--work", _work(options, contender.peer, data),
             "--variant", contender.key, "--layout", *layouts, "--seed", options.seed]  # fmt: skip
 
 
@@ -213,12 +219,14 @@ def measure(
 
 
 def _summary(contender: str, layout: str, batch: int, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    measured = [key for key in ("cells_per_s", "first_batch_s", "peak_rss", "import_rss") if key in found[0]]
+    keys = ("cells_per_s", "first_batch_s", "first_batches_s", "first_batches", "peak_rss", "import_rss")
+    measured = [key for key in keys if key in found[0]]
     return {
         "contender": contender,
         "layout": layout,
         "batch": batch,
         **{key: spread([run[key] for run in found]) for key in measured},
+        "steady": all(run["steady"] for run in found),
         "wrong_rows": sum(run.get("wrong_rows", 0) for run in found),
         "checked_rows": sum(run.get("checked_rows", 0) for run in found),
         "runs": list(found),
@@ -279,7 +287,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = measure(options, [c for c in contenders if c.name in checks], data, failures)
     content = {
         "conditions": conditions(),
-        "data": {"described": described, **asdict(data), "seed": options.seed, "groups": options.groups},
+        "data": {
+            "described": described,
+            **asdict(data),
+            "seed": options.seed,
+            "groups": options.groups,
+            "gene_orders": options.gene_orders,
+        },
         "cache": "warm",
         "seconds": options.seconds,
         "repeat": options.repeat,
@@ -322,6 +336,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", type=int, default=8, help="datasets in the atlases (ours and Homeobox's)")
+    parser.add_argument("--gene-orders", choices=("mixed", "one"), default="mixed",
+                        help="whether their genes come in different orders (default) or in one")  # fmt: skip
     parser.add_argument("--codec", help="codec of our atlas (default: the ingest's own)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
                         help=f"of {', '.join(PEERS)}, or NAME:VARIANT")  # fmt: skip
@@ -330,7 +346,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512, 4_096])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a window of measuring")
     parser.add_argument(
         "--mixing-batch", type=int, default=512, help="batch size at which mixing is measured"
     )

@@ -32,8 +32,18 @@ def report(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _rate(found: Mapping[str, float]) -> str:
-    return f"{found['median']:,.0f} ({found['min']:,.0f} .. {found['max']:,.0f})"
+def _rate(result: Mapping[str, Any]) -> str:
+    found = result["cells_per_s"]
+    late = "" if result["steady"] else " *"
+    return f"{found['median']:,.0f} ({found['min']:,.0f} .. {found['max']:,.0f}){late}"
+
+
+def _start(result: Mapping[str, Any]) -> str:
+    """Seconds to the first 100 batches, or how many there were in the time."""
+    if "first_batches_s" not in result:
+        return "-"
+    n = int(result["first_batches"]["median"])
+    return f"{result['first_batches_s']['median']:.2f}" + ("" if n == 100 else f" ({n})")
 
 
 def _rates(content: Mapping[str, Any], layout: str) -> str:
@@ -52,13 +62,15 @@ def _rates(content: Mapping[str, Any], layout: str) -> str:
         (
             contenders[name]["label"],
             _ORDERS[contenders[name]["order"]],
-            *(_rate(results[name, b]["cells_per_s"]) if (name, b) in results else "-" for b in batches),
+            *(_rate(results[name, b]) if (name, b) in results else "-" for b in batches),
+            *(_start(results[name, b]) if (name, b) in results else "-" for b in batches),
         )
         for name in names
     ]
     what = {"csr": "CSR", "dense": "dense float32"}[layout]
-    header = ("loader", "order", *(f"batch {batch:,}" for batch in batches))
-    return f"cells/s, {what}, median (range)\n{table(header, rows)}"
+    header = ("loader", "order", *(f"batch {b:,}" for b in batches), *(f"100 x {b:,}, s" for b in batches))
+    head = f"cells/s when steady, and seconds to the first 100 batches, {what}, median (range)"
+    return f"{head}\n{table(header, rows)}"
 
 
 def _facts(content: Mapping[str, Any]) -> str:
@@ -105,10 +117,15 @@ def _verdict(found: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
 
 def _conditions(content: Mapping[str, Any]) -> str:
     data = content["data"]
+    orders = (
+        "each with its genes in another order" if data["gene_orders"] == "mixed" else "genes in one order"
+    )
     lines = [
-        f"data {data['described']}; seed {data['seed']}; {data['groups']} datasets in the atlases"
+        f"data {data['described']}; seed {data['seed']}; {data['groups']} datasets in the atlases, {orders}"
         + (f"; our codec {content['codec']}" if content["codec"] else ""),
-        f"page cache {content['cache']}; {content['repeat']} repeats of at least {content['seconds']:g} s, "
+        f"page cache {content['cache']}; {content['repeat']} repeats of windows of {content['seconds']:g} s, "
+        "until two are within 10 % (*: they never were); 100 batches count from opening (in brackets: how "
+        "many there were before time was up); "
         "each loader in a process of its own, CSR before dense, batch sizes ascending, repeats alternating",
         "peak MB includes pages of memory maps and what the process imported, but no worker processes; "
         "first batch counts from opening, after imports",

@@ -159,7 +159,8 @@ def small(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
 def test_measuring_counts_whole_windows_and_checks_rows(
     small: tuple[Path, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "_PATIENCE", np.inf)
+    for name, value in (("_PATIENCE", np.inf), ("_FIRST", 3), ("_STEADY", np.inf)):
+        monkeypatch.setattr(protocol, name, value)
     source, truth, dense = small
     seen: list[tuple[int, int]] = []
 
@@ -173,12 +174,30 @@ def test_measuring_counts_whole_windows_and_checks_rows(
 
     task = Task(Path(), "any", 10, "dense")
     result = protocol.measure(opened, task, 1e-9, protocol.Source(source), truth)
-    # Three batches to warm up; then the first border of a window after no time at all.
-    assert seen == [(0, 0), (0, 10), (0, 20), (1, 0), (1, 10), (1, 20), (1, 30)]
-    assert (result["cells"], result["checked_rows"], result["wrong_rows"]) == (40, 10, 0)
+    # The first batches; then twice the first border of what is read in one go, after no time at all.
+    assert seen == [(0, 0), (0, 10), (0, 20), *((epoch, k) for epoch in (1, 2) for k in range(0, 40, 10))]
+    assert (result["checked_rows"], result["wrong_rows"], result["steady"]) == (10, 0, True)
+    assert (len(result["windows"]), result["first_batches"]) == (2, 3)
+    assert 0 < result["first_batch_s"] <= result["first_batches_s"]
+    monkeypatch.setattr(protocol, "_STEADY", -1.0)
+    result = protocol.measure(opened, task, 1e-9, protocol.Source(source), truth)
+    assert (len(result["windows"]), result["steady"]) == (10, False)
     dense[30:40] += 1
     result = protocol.measure(opened, task, 1e-9, protocol.Source(source), truth, warm=True)
     assert result["wrong_rows"] == 10
+
+
+def test_datasets_of_an_atlas_may_have_their_genes_in_different_orders(
+    small: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    source, _, dense = small
+    names = [f"g{k}" for k in range(15)]
+    for orders in ("one", "mixed"):
+        found = list(protocol.Source(source).datasets({"groups": "3", "gene_orders": orders}))
+        assert [first for first, _, _ in found] == [0, 33, 66]
+        assert [genes == names for _, _, genes in found] == [True] + [orders == "one"] * 2
+        rows = [part.toarray()[:, np.argsort([names.index(g) for g in genes])] for _, part, genes in found]
+        np.testing.assert_array_equal(np.concatenate(rows), dense)
 
 
 def test_verifying_reports_an_unfinished_epoch(small: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -61,14 +61,15 @@ def prepare(source: Path, work: Path, options: Mapping[str, str]) -> int:
     var = pd.DataFrame({"gene_symbol": names}, index=names)
     gene.compute_stable_uids(var)
     atlas.register_features("gene_expression", pl.from_pandas(var))
-    for number, (first, last) in enumerate(data.groups(int(options.get("groups", 1)))):
+    for number, (first, rows, genes) in enumerate(data.datasets(options)):
+        n_rows = rows.shape[0]
         cells = anndata.AnnData(
-            data.rows(first, last).astype(np.uint32),
-            obs=pd.DataFrame(index=[f"cell_{k}" for k in range(first, last)]),
-            var=var.copy(),
+            rows.astype(np.uint32),
+            obs=pd.DataFrame(index=[f"cell_{first + k}" for k in range(n_rows)]),
+            var=var.loc[genes].copy(),
         )
         record = hox.DatasetSchema(
-            zarr_group=f"dataset_{number}", feature_space="gene_expression", n_rows=last - first
+            zarr_group=f"dataset_{number}", feature_space="gene_expression", n_rows=n_rows
         )
         hox.add_from_anndata(
             atlas, cells, field_name="gene_expression", zarr_layer="counts", dataset_record=record
@@ -135,6 +136,7 @@ PEER = Peer(
     imports=("homeobox",),
     prepare=prepare,
     open=open_loader,
+    of_datasets=True,
     variants={
         "map": Variant("Homeobox map", "random", "to_unimodal_dataset(mode='map'), uniform batches"),
         "iterable": Variant(

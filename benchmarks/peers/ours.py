@@ -10,19 +10,17 @@ from benchmarks.peers.protocol import Csr, Loader, Peer, Rows, Source, Task, Var
 
 
 def prepare(source: Path, work: Path, options: Mapping[str, str]) -> int:
-    """One atlas of ``groups`` datasets; ``codec`` as `hbx-gpu ingest --codec`."""
+    """One atlas of the source's datasets (`Source.datasets`); ``codec`` as `hbx-gpu ingest --codec`."""
     import anndata
     import pandas as pd
 
     from hbx_gpu import cli
 
-    data = Source(source)
-    genes = pd.DataFrame(index=data.genes())
     codec = ["--codec", options["codec"]] if options.get("codec") else []
-    for number, (first, last) in enumerate(data.groups(int(options.get("groups", 1)))):
-        part = work / f"dataset_{number}.h5ad"
-        obs = pd.DataFrame(index=[f"cell_{k}" for k in range(first, last)])
-        anndata.AnnData(data.rows(first, last), obs=obs, var=genes).write_h5ad(part)
+    for first, rows, genes in Source(source).datasets(options):
+        part = work / f"dataset_{first}.h5ad"
+        obs = pd.DataFrame(index=[f"cell_{first + k}" for k in range(rows.shape[0])])
+        anndata.AnnData(rows, obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(part)
         # The command has said why when its status is not 0.
         if status := cli.main(["ingest", str(part), "--atlas", str(work / "atlas"), *codec]):
             raise SystemExit(status)
@@ -31,26 +29,28 @@ def prepare(source: Path, work: Path, options: Mapping[str, str]) -> int:
 
 
 def open_loader(task: Task) -> Loader:
-    """`make_loader` over a `CellSampler`, at their defaults."""
+    """`make_loader` over a `CellSampler`, at their defaults; CSR as ``torch.sparse_csr_tensor``."""
     from hbx_gpu.atlas import RaggedAtlas
-    from hbx_gpu.dataloader import make_loader, sparse_to_dense_collate
+    from hbx_gpu.dataloader import make_loader, sparse_to_csr_collate, sparse_to_dense_collate
     from hbx_gpu.sampler import CellSampler
 
     dataset = RaggedAtlas.checkout_latest(str(task.work / "atlas")).query().to_cell_dataset("gene_expression")
     sampler: Any = CellSampler(
         dataset.groups_np, batch_size=task.batch, seed=task.seed, locality=task.variant, num_workers=0
     )
-    loader = make_loader(dataset, sampler, sparse_to_dense_collate if task.layout == "dense" else None)
+    collate = sparse_to_dense_collate if task.layout == "dense" else sparse_to_csr_collate
+    loader = make_loader(dataset, sampler, collate)
 
     def epoch(number: int) -> Iterator[Rows]:
         loader.set_epoch(number)
         batches = iter(loader)
         try:
             for batch in batches:
+                x = batch["X"]
                 if task.layout == "dense":
-                    yield batch["X"].numpy()
+                    yield x.numpy()
                 else:
-                    yield Csr(batch.offsets, batch.indices, batch.values)
+                    yield Csr(x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy())
         finally:
             if hasattr(batches, "close"):
                 batches.close()
@@ -65,6 +65,7 @@ PEER = Peer(
     imports=("hbx_gpu.dataloader", "hbx_gpu.atlas", "lancedb", "numba", "torch"),
     prepare=prepare,
     open=open_loader,
+    of_datasets=True,
     variants={
         "none": Variant("hbx_gpu, locality none", "random", f"{_DEFAULTS}, uniform permutation"),
         "group": Variant("hbx_gpu, locality group", "stream", f"{_DEFAULTS}, every batch from one dataset"),

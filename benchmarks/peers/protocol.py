@@ -26,6 +26,10 @@ import numpy as np
 _CHECKED_ROWS = 256
 # A measurement whose loader buffers a lot may need longer than it was given, but not longer than this factor.
 _PATIENCE = 12.0
+# The first batches of a process are timed apart: what somebody waits who starts a run.
+_FIRST = 100
+# A rate counts as steady when a window of measuring is within this share of the one before; windows at most.
+_STEADY, _WINDOWS = 0.1, 10
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Peer:
         Opens what `prepare` left.
     variants
         By key.
+    of_datasets
+        Whether `prepare` makes its data of several datasets, which may have their genes in different orders.
     """
 
     name: str
@@ -132,6 +138,7 @@ class Peer:
     prepare: Callable[[Path, Path, Mapping[str, str]], int]
     open: Callable[[Task], Loader]
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    of_datasets: bool = False
 
 
 # --- what prepare functions share --------------------------------------------------------------------
@@ -175,6 +182,21 @@ class Source:
         """Borders of `count` datasets of about equal size."""
         edges = np.linspace(0, self.shape()[0], count + 1).astype(int).tolist()
         return list(itertools.pairwise(edges))
+
+    def datasets(self, options: Mapping[str, str]) -> Iterator[tuple[int, Any, list[str]]]:
+        """What an atlas is made of: of each dataset its first cell, its rows, and the genes of its columns.
+
+        ``groups`` of `options` is their number. With ``gene_orders`` "mixed" every dataset after the first
+        has its genes in another order, as datasets of different laboratories have.
+        """
+        genes = self.genes()
+        for number, (first, last) in enumerate(self.groups(int(options.get("groups", 1)))):
+            rows, names = self.rows(first, last), genes
+            if number and options.get("gene_orders", "one") == "mixed":
+                order = np.random.default_rng([7, number]).permutation(len(genes))
+                rows, names = rows[:, order].tocsr(), [genes[k] for k in order]
+                rows.sort_indices()
+            yield first, rows, names
 
 
 def bytes_below(path: Path) -> int:
@@ -260,39 +282,28 @@ def measure(
     warm: bool = False,
     move: Mover | None = None,
 ) -> dict[str, Any]:
-    """Time one setting; the clock runs from the start of an epoch, so nothing that was read ahead is free.
+    """Time one setting: its first batches, then windows of measuring until two agree.
 
-    It stops at the first border of a window after `seconds`, where the loader has delivered all it had read,
-    or at the end of an epoch. `warm` tells that this process has measured before: loaders that warm up with a
-    whole epoch need no other. `move` takes every batch to a device, within the time measured.
+    The clock of a window runs from the start of an epoch, so nothing that was read ahead is free. It stops
+    at the first border of what the loader reads in one go after `seconds`, or at the end of an epoch.
+    ``cells_per_s`` is the mean of the last two windows, ``steady`` whether they are within 10 % of each
+    other, ``windows`` holds all. `warm` tells that this process has measured before: loaders that warm up
+    with a whole epoch need no other. `move` takes every batch to a device, within the time measured.
     """
     clock = time.perf_counter()
     loader = open_loader(task)
     result: dict[str, Any] = {"layout": task.layout, "batch": task.batch}
+    number = 0
     if not (warm and loader.lingers):
-        _warm_up(loader, task.batch, result, clock)
-    cells, number, done, elapsed = 0, 1, False, 0.0
-    last: Rows = np.empty((0, 0))
-    clock = time.perf_counter()
-    while not done:
-        in_epoch = 0
-        epoch = loader.epoch(number)
-        for last in epoch:
-            cells += len(last)
-            in_epoch += len(last)
-            if move is not None:
-                move.move(last)
-            elapsed = time.perf_counter() - clock
-            if elapsed >= seconds and (in_epoch % loader.window == 0 or elapsed >= _PATIENCE * seconds):
-                done = True
-                break
-        if move is not None:
-            move.finish()
-        elapsed = time.perf_counter() - clock
-        done = done or elapsed >= seconds
-        number += 1
-    result.update(cells_per_s=cells / elapsed, cells=cells, elapsed_s=elapsed, peak_rss=peak_rss())
-    _close(epoch)
+        number = _warm_up(loader, result, clock, _PATIENCE * seconds)
+    rates: list[float] = []
+    steady = False
+    while not steady and len(rates) < _WINDOWS:
+        cells, elapsed, number, last = _window(loader, number, seconds, move)
+        rates.append(cells / elapsed)
+        steady = len(rates) > 1 and abs(rates[-1] - rates[-2]) <= _STEADY * max(rates[-2:])
+    rate = sum(rates[-2:]) / len(rates[-2:])
+    result.update(cells_per_s=rate, steady=steady, windows=rates, peak_rss=peak_rss())
     loader.close()
     if loader.checks:
         found = fingerprints(_head(last, _CHECKED_ROWS), column_weights(loader, source.genes()))
@@ -332,18 +343,53 @@ class Mover:
             self._torch.cuda.synchronize(self._device)
 
 
-def _warm_up(loader: Loader, batch: int, result: dict[str, Any], clock: float) -> None:
-    """Three batches, or what the loader cannot stop doing; notes the time since `clock` to the first."""
-    epoch = loader.epoch(0)
-    delivered = 0
-    for rows in epoch:
-        if not delivered:
-            # Of the first setting of a process, this is how long its user waits.
-            result["first_batch_s"] = time.perf_counter() - clock
-        delivered += len(rows)
-        if not loader.lingers and delivered >= 3 * batch:
-            break
+def _window(loader: Loader, number: int, seconds: float, move: Mover | None) -> tuple[int, float, int, Rows]:
+    """One window of measuring from epoch `number` on: cells, seconds, the next epoch, the last batch."""
+    cells, done, elapsed = 0, False, 0.0
+    last: Rows = np.empty((0, 0))
+    clock = time.perf_counter()
+    while not done:
+        in_epoch = 0
+        epoch = loader.epoch(number)
+        for last in epoch:
+            cells += len(last)
+            in_epoch += len(last)
+            if move is not None:
+                move.move(last)
+            elapsed = time.perf_counter() - clock
+            if elapsed >= seconds and (in_epoch % loader.window == 0 or elapsed >= _PATIENCE * seconds):
+                done = True
+                break
+        if move is not None:
+            move.finish()
+        elapsed = time.perf_counter() - clock
+        done = done or elapsed >= seconds
+        number += 1
     _close(epoch)
+    return cells, elapsed, number, last
+
+
+def _warm_up(loader: Loader, result: dict[str, Any], clock: float, limit: float) -> int:
+    """The first 100 batches, or what the loader delivers in `limit` seconds; returns the next epoch.
+
+    Notes the time since `clock`, which is that of opening, to the first batch and to the last of them, and
+    their number. A loader that cannot stop ends its epoch.
+    """
+    delivered, number = 0, 0
+    while delivered < _FIRST and (not delivered or time.perf_counter() - clock < limit):
+        epoch = loader.epoch(number)
+        number += 1
+        for _ in epoch:
+            delivered += 1
+            since = time.perf_counter() - clock
+            if delivered == 1:
+                result["first_batch_s"] = since
+            if delivered <= _FIRST:
+                result["first_batches_s"], result["first_batches"] = since, delivered
+            if not loader.lingers and (delivered >= _FIRST or since >= limit):
+                break
+        _close(epoch)
+    return number
 
 
 def verify(loader: Loader, limit: float, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, bool]:
