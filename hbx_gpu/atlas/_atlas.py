@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, only_table
+from hbx_gpu.atlas._catalogue.paths import check_store
 from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions, local_path
 from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
@@ -125,6 +126,7 @@ class RaggedAtlas:
         store: Any = None,
         codec: str | None = None,
         version_table_name: str = VERSION_TABLE,
+        allow_links: bool = False,
     ) -> RaggedAtlas:
         """Open an atlas for writing; parameters as in :func:`create_or_open_atlas`.
 
@@ -138,16 +140,21 @@ class RaggedAtlas:
         root = _root(path)
         if not (root / "lance_db").is_dir():
             raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
-        names = Names.load(root, version_table=version_table_name)
+        names = Names.load(root, version_table=version_table_name, allow_links=allow_links)
         if names is None:
             raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
         if codec is not None:
             names = replace(names, codec=check_codec(codec))
-        where = local_path(store) if store is not None else root / "zarr_store"
+        sibling = root / "zarr_store"
+        where = (
+            local_path(store) if store is not None else check_store(root, sibling, allow_links=allow_links)
+        )
         if not where.is_dir():
             raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
         session = WriteSession(
-            Catalogue(root, where, names), obs_schemas=obs_schemas, registry_schemas=registry_schemas
+            Catalogue(root, where, names, allow_links=allow_links),
+            obs_schemas=obs_schemas,
+            registry_schemas=registry_schemas,
         )
         session.check_schemas()
         try:
@@ -172,6 +179,7 @@ class RaggedAtlas:
         db_uri: str | os.PathLike[str] | None = None,
         store_kwargs: Any = None,
         version_table_name: str = VERSION_TABLE,
+        allow_links: bool = False,
     ) -> RaggedAtlas:
         """Open one snapshot, read-only.
 
@@ -190,11 +198,16 @@ class RaggedAtlas:
             Accepted and not used: local stores have no options.
         version_table_name
             Table that records the snapshots.
+        allow_links
+            Follow links that lead out of the atlas or its zarr store, which are refused otherwise: pass True
+            only for an atlas whose links you made.
 
         Raises
         ------
         FileNotFoundError
             No atlas, or no zarr store.
+        UnsafePathError
+            A link leads out, or a FIFO or a device is in the place of a file.
         ValueError
             No snapshots, or none of that number.
         AtlasError
@@ -204,7 +217,9 @@ class RaggedAtlas:
         where = path if path is not None else db_uri
         if where is None:
             raise TypeError("pass the path of the atlas")
-        snapshot = Snapshot.open(where, version, store=store, version_table_name=version_table_name)
+        snapshot = Snapshot.open(
+            where, version, store=store, version_table_name=version_table_name, allow_links=allow_links
+        )
         given = schema or cell_schema or obs_schemas or {}
         schemas = dict(given) if isinstance(given, Mapping) else {snapshot.obs_table_name(): given}
         for table, declared in schemas.items():
@@ -446,6 +461,7 @@ def create_or_open_atlas(
     store: Any = None,
     version_table_name: str = VERSION_TABLE,
     pointer_fields: Mapping[str, str] | None = None,
+    allow_links: bool = False,
 ) -> RaggedAtlas:
     """Open the atlas at a path for writing, made first if there is none.
 
@@ -472,6 +488,8 @@ def create_or_open_atlas(
     pointer_fields
         Pointer column -> feature space, for obs tables without a class in a new atlas; by default
         ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
+    allow_links
+        Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
 
     Raises
     ------
@@ -482,7 +500,7 @@ def create_or_open_atlas(
     if schemas is None and cell_schema is not None:
         schemas = {cell_table_name: cell_schema}
     root = _root(atlas_path)
-    if Names.load(root, version_table=version_table_name) is None:
+    if Names.load(root, version_table=version_table_name, allow_links=allow_links) is None:
         return RaggedAtlas.create(
             root,
             obs_schemas=schemas or {cell_table_name: None},
@@ -500,6 +518,7 @@ def create_or_open_atlas(
         store=store,
         codec=codec,
         version_table_name=version_table_name,
+        allow_links=allow_links,
     )
 
 

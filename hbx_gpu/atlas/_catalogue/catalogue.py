@@ -16,17 +16,24 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._files import sync, write_durably
-from hbx_gpu.atlas._catalogue import swap, tables
+from hbx_gpu._untrusted import parse_json, read_small
+from hbx_gpu.atlas._catalogue import swap, tables, unfinished
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal
+from hbx_gpu.atlas._catalogue.paths import check_database, group_path, plain_name, staging_path
 from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, read_records
 from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
 from hbx_gpu.atlas._model.spaces import get_space
-from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, make_group
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, codec_names, make_group
 from hbx_gpu.errors import AtlasError, UnknownNameError
 
 _CONFIG = "hbx_gpu.json"
+_KINDS = {"obs_tables": list, "dataset_table": str, "registries": dict, "version_table": str, "codec": str}
 # Uids per SQL condition when rows are removed.
 _SQL_BATCH = 1000
+
+
+class OlderGenerationError(AtlasError):
+    """An atlas of a Homeobox release whose tables are read and not written."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,25 @@ class Names:
         _save(root, asdict(self))
 
     @classmethod
-    def load(cls, root: Path, *, version_table: str = VERSION_TABLE) -> Names | None:
+    def load(
+        cls, root: Path, *, version_table: str = VERSION_TABLE, allow_links: bool = False
+    ) -> Names | None:
         """Names of an atlas: from its last snapshot and our own file; None where neither exists.
 
         Raises
         ------
-        AtlasError
+        OlderGenerationError
             Written by a release whose tables we read but do not write.
+        AtlasError
+            Our own file is damaged, or names what is not a table.
+        UnsafePathError
+            A file that is not a regular one, or a link that leads out of the atlas.
         """
-        path = root / _CONFIG
-        own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        own = _load(root)
         version_table = own.get("version_table", version_table)
-        records = read_records(root, version_table_name=version_table) if (root / "lance_db").is_dir() else []
+        check_database(root, allow_links=allow_links)
+        has_database = (root / "lance_db").is_dir()
+        records = read_records(root, version_table_name=version_table) if has_database else []
         if not own and not records:
             return None
         if records:
@@ -76,6 +90,11 @@ class Names:
                 "registries", {}
             )
             own["obs_tables"] = sorted({*last.obs_tables, *own.get("obs_tables", ())})
+        if missing := [key for key in ("obs_tables", "dataset_table", "registries") if key not in own]:
+            raise AtlasError(
+                f"{root / _CONFIG} lacks {', '.join(missing)}, and the atlas has no snapshot that says it; "
+                "restore the file from a copy of the atlas"
+            )
         return cls(
             tuple(own["obs_tables"]),
             own["dataset_table"],
@@ -86,13 +105,49 @@ class Names:
         )
 
 
+def _load(root: Path) -> dict[str, Any]:
+    """Our own file beside the tables; empty where there is none.
+
+    Raises
+    ------
+    AtlasError
+        It says something that is not a name, or not of a table.
+    """
+    path = root / _CONFIG
+    if not os.path.lexists(path):
+        return {}
+    own = parse_json(read_small(path), path)
+    expected = {
+        "obs_tables": list,
+        "dataset_table": str,
+        "registries": dict,
+        "version_table": str,
+        "codec": str,
+    }
+    if not isinstance(own, dict):
+        raise AtlasError(
+            f"{path} holds a {type(own).__name__}, an object is expected; restore it from a copy"
+        )
+    for key, kind in expected.items():
+        if key in own and not isinstance(own[key], kind):
+            raise AtlasError(
+                f"{path}: {key} is {str(own[key])[:100]!r}, expected is a {kind.__name__}; restore the file "
+                "from a copy of the atlas"
+            )
+    registries = own.get("registries", {}).values()
+    named = [own.get(key) for key in ("dataset_table", "version_table") if key in own]
+    for name in (*own.get("obs_tables", ()), *registries, *named):
+        plain_name(name, f"the name of a table in {path}")
+    if own.get("codec", HOMEOBOX_CODEC) not in codec_names():
+        raise AtlasError(f"{path}: codec is {own['codec'][:100]!r}; there are {', '.join(codec_names())}")
+    return own
+
+
 def set_default_codec(root: Path, codec: str) -> None:
     """Make `codec` the one of new arrays, in an atlas that hbx_gpu made; others have no place to say so."""
-    path = root / _CONFIG
-    if path.is_file():
-        own = json.loads(path.read_text(encoding="utf-8"))
-        if own.get("codec") != codec:
-            _save(root, own | {"codec": codec})
+    own = _load(root)
+    if own and own.get("codec") != codec:
+        _save(root, own | {"codec": codec})
 
 
 def _save(root: Path, config: dict[str, Any]) -> None:
@@ -101,7 +156,7 @@ def _save(root: Path, config: dict[str, Any]) -> None:
 
 def _check_generation(root: Path, version_table: str) -> None:
     if "obs_table_versions" not in tables.open_table(root, version_table).schema.names:
-        raise AtlasError(
+        raise OlderGenerationError(
             f"the atlas at {root} was written by a Homeobox release before 0.2.4: it can be read "
             "(RaggedAtlas.checkout_latest) but not added to; create a new atlas and ingest there"
         )
@@ -118,10 +173,12 @@ class Catalogue:
         Directory of its zarr store.
     names
         Its tables.
+    allow_links
+        Follow links that lead out of the store.
     """
 
-    def __init__(self, root: Path, store: Path, names: Names) -> None:
-        self.root, self.store, self.names = root, store, names
+    def __init__(self, root: Path, store: Path, names: Names, *, allow_links: bool = False) -> None:
+        self.root, self.store, self.names, self.allow_links = root, store, names, allow_links
         self.journal = Journal(root)
 
     # Tables, always in their newest state
@@ -262,7 +319,7 @@ class Catalogue:
 
     def staging(self, name: str) -> Path:
         """Folder for the unfinished files of one ingest: in the store, so that moving out is a rename."""
-        return swap.staging(self.store, name)
+        return staging_path(self.store, name)
 
     def group_path(self, zarr_group: str) -> Path:
         """Directory of a group.
@@ -270,13 +327,9 @@ class Catalogue:
         Raises
         ------
         AtlasError
-            The name leaves the store.
+            The name, or a link, leaves the store.
         """
-        path = self.store / zarr_group
-        parts = zarr_group.split("/")
-        if path == self.store or any(part in ("", ".", "..") for part in parts) or parts[0] == swap.STAGING:
-            raise AtlasError(f"zarr_group {zarr_group!r} must be a relative path below {self.store}")
-        return path
+        return group_path(self.store, zarr_group, allow_links=self.allow_links)
 
     def publish(self, staged: Path, zarr_group: str) -> None:
         """Move a finished group to its place."""
@@ -302,10 +355,24 @@ class Catalogue:
         return obs.count_rows(f"dataset_uid = {tables.quoted(note.dataset_uid)} AND ({reached})") > 0
 
     def recover(self) -> None:
-        """Undo or finish whatever killed ingests and repacks left; every step may be repeated."""
+        """Undo or finish whatever killed ingests and repacks left; every step may be repeated.
+
+        Raises
+        ------
+        AtlasError
+            A note is not one of this atlas, or names what unfinished work cannot have made. Nothing was
+            changed.
+        """
         self.journal.sweep()
-        swap.recover(self.journal, self.store)
-        for note in self.journal.notes():
+        notes, repacks = self.journal.notes(), self.journal.repacks()
+        # All are looked at before the first is believed.
+        for repack in repacks:
+            swap.check(self.store, repack)
+        for note in notes:
+            unfinished.check(self, note)
+        for repack in repacks:
+            swap.settle(self.journal, self.store, repack)
+        for note in notes:
             self.undo(note)
 
     def undo(self, note: IngestNote) -> None:

@@ -7,15 +7,22 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
-from hbx_gpu.errors import AtlasLockedError
+from hbx_gpu._untrusted import leads_out, open_regular, parse_json, read_small
+from hbx_gpu.atlas._catalogue.paths import plain_name
+from hbx_gpu.errors import AtlasError, AtlasLockedError
 
 _FOLDER = ".hbx_gpu"
+_UID = "uid"
+_FORMAT = 1
+# A note lists the features that an ingest registers.
+_NOTE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,26 @@ class IngestNote:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> IngestNote:
-        """The note as :meth:`Journal.write` stored it."""
-        groups = tuple(GroupNote(**g | {"new_features": tuple(g["new_features"])}) for g in data["groups"])
-        new_columns = {table: tuple(names) for table, names in data["new_columns"].items()}
-        registries = tuple(data["new_registries"])
-        return cls(**data | {"groups": groups, "new_columns": new_columns, "new_registries": registries})
+        """The note as :meth:`Journal.write` stored it.
+
+        Raises
+        ------
+        KeyError, TypeError
+            It has other fields, or of another kind.
+        """
+        groups = tuple(
+            GroupNote(
+                **_texts(group, "zarr_group", "feature_space", "field_name", "layout_uid"),
+                new_features=_names(group["new_features"]),
+            )
+            for group in data["groups"]
+        )
+        return cls(
+            **_texts(data, "staging", "obs_table", "dataset_uid"),
+            groups=groups,
+            new_columns={table: _names(columns) for table, columns in data["new_columns"].items()},
+            new_registries=_names(data["new_registries"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,7 @@ class RepackNote:
 
 
 Note = IngestNote | RepackNote
+_N = TypeVar("_N", IngestNote, RepackNote)
 
 
 class Journal:
@@ -110,35 +133,102 @@ class Journal:
 
     def write(self, note: Note) -> None:
         """Record a note durably, in place of an earlier one of the same work."""
-        self._folder.mkdir(exist_ok=True)
-        write_durably(self._path(note), json.dumps(asdict(note)))
+        folder = _checked(self._folder)
+        folder.mkdir(exist_ok=True)
+        known = {"format": _FORMAT, "atlas": self._uid(make=True)}
+        write_durably(self._path(note), json.dumps(asdict(note) | known))
 
     def sweep(self) -> None:
         """Remove notes that a killed writer had not finished; nothing was changed under them."""
-        for path in self._folder.glob("*.new"):
-            path.unlink(missing_ok=True)
+        for path in _checked(self._folder).glob("*.new"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
 
     def notes(self) -> list[IngestNote]:
-        """All notes of ingests that did not end."""
-        return [IngestNote.from_json(data) for data in self._read("ingest")]
+        """All notes of ingests that did not end.
+
+        Raises
+        ------
+        AtlasError
+            A file is not a note of this atlas.
+        """
+        return [self._parsed(path, IngestNote.from_json) for path in self._paths("ingest")]
 
     def repacks(self) -> list[RepackNote]:
-        """All notes of repacks that did not end."""
-        return [RepackNote(**data) for data in self._read("repack")]
+        """All notes of repacks that did not end; raises as :meth:`notes`."""
+
+        def parse(data: dict[str, Any]) -> RepackNote:
+            return RepackNote(**_texts(data, "zarr_group", "staging"))
+
+        return [self._parsed(path, parse) for path in self._paths("repack")]
 
     def remove(self, note: Note) -> None:
         """Forget a note."""
         self._path(note).unlink(missing_ok=True)
         sync(self._folder)
 
-    def _read(self, kind: str) -> list[dict[str, Any]]:
-        paths = sorted(self._folder.glob(f"{kind}-*.json"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    def refused(self, note: Note, reason: str) -> AtlasError:
+        """The error for a note that cannot be one of ours."""
+        return _refused(self._path(note), reason)
+
+    def _paths(self, kind: str) -> list[Path]:
+        return sorted(_checked(self._folder).glob(f"{kind}-*.json"))
+
+    def _parsed(self, path: Path, parse: Callable[[dict[str, Any]], _N]) -> _N:
+        data = parse_json(read_small(path, _NOTE_BYTES), path)
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise _refused(path, f"its format is not {_FORMAT}, the one of this release")
+        if data.get("atlas") != self._uid():
+            raise _refused(path, "it is about another atlas")
+        try:
+            note = parse(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _refused(path, f"a field is missing or of another kind ({error!r})") from None
+        plain_name(note.staging, f"the folder of unfinished files in {path}")
+        if self._path(note) != path:
+            raise _refused(path, f"its work is called {note.staging!r}")
+        return note
+
+    def _uid(self, *, make: bool = False) -> str:
+        """What notes of this atlas have in common; kept beside them."""
+        path = self._folder / _UID
+        if not os.path.lexists(path):
+            if not make:
+                return ""
+            write_durably(path, uuid.uuid4().hex)
+        return read_small(path, 100).decode("utf-8", "replace")
 
     def _path(self, note: Note) -> Path:
         # The staging folder is named after the work.
         kind = "ingest" if isinstance(note, IngestNote) else "repack"
-        return self._folder / f"{kind}-{Path(note.staging).name}.json"
+        return self._folder / f"{kind}-{note.staging}.json"
+
+
+def _checked(folder: Path) -> Path:
+    """Our folder in an atlas, which is not a link: notes are removed in it, and a lock written."""
+    if folder.is_symlink():
+        raise leads_out(folder, folder.parent)
+    return folder
+
+
+def _refused(path: Path, reason: str) -> AtlasError:
+    return AtlasError(
+        f"{path} is not a note of unfinished work in this atlas: {reason}. Nothing was changed. Finish "
+        "interrupted work with the release that began it; if there is none, remove the file"
+    )
+
+
+def _texts(data: dict[str, Any], *keys: str) -> dict[str, str]:
+    found = {key: data[key] for key in keys}
+    if not all(isinstance(value, str) for value in found.values()):
+        raise TypeError(f"{', '.join(keys)} are texts")
+    return found
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of texts is expected")
+    return tuple(values)
 
 
 class WriteLock:
@@ -187,9 +277,12 @@ class WriteLock:
                     os.close(self._file)
 
     def _take(self) -> int:
-        folder = self._root / _FOLDER
+        folder = _checked(self._root / _FOLDER)
         folder.mkdir(exist_ok=True)
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        path = folder / "lock"
+        if path.is_symlink():  # whatever it leads to would be overwritten
+            raise leads_out(path, self._root)
+        file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             free = lock(file)
             holder = "" if free else os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"

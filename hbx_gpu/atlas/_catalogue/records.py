@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from hbx_gpu.errors import AtlasError
+from hbx_gpu._untrusted import parse_json
+from hbx_gpu.atlas._catalogue.paths import check_store, plain_name
+from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,30 +127,49 @@ def read_records(
 
 
 def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
+    where = f"table {table!r}"
     try:
         if "obs_table_versions" in row:
-            obs_tables = json.loads(row["obs_table_versions"])
+            obs_tables = _mapping(row["obs_table_versions"], where)
             total_rows = row["total_rows"]
         else:
             obs_tables = {row["cell_table_name"]: row["cell_table_version"]}
             total_rows = row["total_cells"]
-        names = json.loads(row["registry_table_names"])
-        versions = json.loads(row["registry_table_versions"])
+        names = _mapping(row["registry_table_names"], where)
+        versions = _mapping(row["registry_table_versions"], where)
         return SnapshotRecord(
-            version=row["version"],
-            obs_tables=obs_tables,
-            dataset_table=(row["dataset_table_name"], row["dataset_table_version"]),
-            registries={space: (name, versions[space]) for space, name in names.items()},
-            layouts_version=row["feature_layouts_table_version"],
-            total_rows=total_rows,
-            created_at=row["created_at"],
+            version=_number(row["version"]),
+            obs_tables=dict(_pinned(name, version, where) for name, version in obs_tables.items()),
+            dataset_table=_pinned(row["dataset_table_name"], row["dataset_table_version"], where),
+            registries={space: _pinned(name, versions[space], where) for space, name in names.items()},
+            layouts_version=_number(row["feature_layouts_table_version"]),
+            total_rows=_number(total_rows),
+            created_at=str(row["created_at"]),
             zarr_store_uri=row.get("zarr_store_uri") or "",
         )
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, CorruptDataError) as error:
+        if isinstance(error, UnsafePathError):
+            raise
         raise AtlasError(
-            f"table {table!r} is no snapshot record of a known generation ({error!r}); "
-            f"its columns: {sorted(row)}"
+            f"{where} is not a snapshot record of a known generation ({error!r}); its columns: {sorted(row)}"
         ) from error
+
+
+def _mapping(text: Any, where: str) -> dict[str, Any]:
+    found = parse_json(text.encode() if isinstance(text, str) else b"", where)
+    if not isinstance(found, dict):
+        raise TypeError(f"{str(found)[:100]} is not a mapping")
+    return found
+
+
+def _pinned(name: Any, version: Any, where: str) -> tuple[str, int]:
+    return plain_name(name, f"the name of a table in {where}"), _number(version)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise TypeError(f"{str(value)[:100]} is not the number of a version or of rows")
+    return value
 
 
 def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE) -> pd.DataFrame:
@@ -180,7 +200,9 @@ def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VER
     )
 
 
-def resolve_store(root: Path, record: SnapshotRecord, store: Any = None) -> Path:
+def resolve_store(
+    root: Path, record: SnapshotRecord, store: Any = None, *, allow_links: bool = False
+) -> Path:
     """Directory of the zarr store: the one given, else the sibling of ``lance_db``, else the recorded one.
 
     Parameters
@@ -191,6 +213,8 @@ def resolve_store(root: Path, record: SnapshotRecord, store: Any = None) -> Path
         The snapshot.
     store
         A path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
+    allow_links
+        Follow links, and what the record says, out of the atlas.
 
     Raises
     ------
@@ -198,6 +222,8 @@ def resolve_store(root: Path, record: SnapshotRecord, store: Any = None) -> Path
         None of them exists.
     AtlasError
         The store is not local.
+    UnsafePathError
+        Nobody named a store, and the one of the atlas lies outside of it.
     """
     if store is not None:
         given = local_path(_store_path(store))
@@ -206,10 +232,10 @@ def resolve_store(root: Path, record: SnapshotRecord, store: Any = None) -> Path
         return given
     sibling = root / "zarr_store"
     if sibling.is_dir():
-        return sibling
+        return check_store(root, sibling, allow_links=allow_links)
     recorded = local_path(record.zarr_store_uri) if record.zarr_store_uri else None
     if recorded is not None and recorded.is_dir():
-        return recorded
+        return check_store(root, recorded, allow_links=allow_links)
     raise FileNotFoundError(
         f"no zarr store for the atlas at {root}: looked at {sibling}"
         + (f" and {recorded}" if recorded else "")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu.atlas._catalogue.paths import check_database, group_path
 from hbx_gpu.atlas._catalogue.records import (
     LAYOUT_TABLE,
     VERSION_TABLE,
@@ -99,14 +100,25 @@ class Snapshot:
         The snapshot's record.
     version_table_name
         Table the record is kept in.
+    allow_links
+        Whether links may lead out of the zarr store.
     """
 
-    def __init__(self, path: Path, record: SnapshotRecord, store_path: Path, version_table_name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record: SnapshotRecord,
+        store_path: Path,
+        version_table_name: str,
+        *,
+        allow_links: bool = False,
+    ) -> None:
         self.path = path
         self.version = record.version
         self.store_path = store_path
         self.record = record
         self.version_table_name = version_table_name
+        self.allow_links = allow_links
         self._tables: dict[tuple[str, int], Table] = {}
         self._registries: dict[str, Registry] = {}
         self._groups: dict[tuple[str, str], Group] | None = None
@@ -122,6 +134,7 @@ class Snapshot:
         *,
         store: Any = None,
         version_table_name: str = VERSION_TABLE,
+        allow_links: bool = False,
     ) -> Snapshot:
         """Open a snapshot of an atlas of any generation.
 
@@ -135,17 +148,22 @@ class Snapshot:
             The zarr store where it is not the sibling of ``lance_db``: a path or a local store object.
         version_table_name
             Table that records the snapshots.
+        allow_links
+            Follow links that lead out of the atlas and its zarr store.
 
         Raises
         ------
         FileNotFoundError
             No atlas, or no zarr store.
+        UnsafePathError
+            A link that leads out, or a FIFO or a device in the place of a file.
         ValueError
             No snapshots, or none of that number.
         AtlasError
             A remote address; a table whose recorded version no longer exists.
         """
         root = atlas_root(path)
+        check_database(root, allow_links=allow_links)
         records = {r.version: r for r in read_records(root, version_table_name=version_table_name)}
         if not records:
             raise ValueError(
@@ -157,7 +175,8 @@ class Snapshot:
                 f"version {version} not found in the atlas at {root}; available: {sorted(records)}"
             )
         record = records[wanted]
-        snapshot = cls(root, record, resolve_store(root, record, store), version_table_name)
+        where = resolve_store(root, record, store, allow_links=allow_links)
+        snapshot = cls(root, record, where, version_table_name, allow_links=allow_links)
         for table, versions in record.pinned.items():
             for pinned in versions:
                 snapshot._open_table(table, pinned)
@@ -302,8 +321,20 @@ class Snapshot:
         if group.feature_space in known_spaces():
             return get_space(group.feature_space)
         return guess_space(
-            group.feature_space, self.store_path / group.name, has_features=bool(group.layout_uid)
+            group.feature_space, self.group_path(group.name), has_features=bool(group.layout_uid)
         )
+
+    def group_path(self, zarr_group: str) -> Path:
+        """Directory of a group.
+
+        Raises
+        ------
+        AtlasError
+            The name leaves the store.
+        UnsafePathError
+            A link does.
+        """
+        return group_path(self.store_path, zarr_group, allow_links=self.allow_links)
 
     def registry(self, feature_space: str) -> Registry:
         """The features of a space at the pinned version of its registry.

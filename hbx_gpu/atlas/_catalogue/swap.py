@@ -9,20 +9,15 @@ from pathlib import Path
 
 from hbx_gpu._files import replace_folder, sync
 from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote
+from hbx_gpu.atlas._catalogue.paths import STAGING, group_path, staging_path
 
-STAGING = ".staging"
 NEW = "group"
 OLD = "replaced"
 
 
-def staging(store: Path, name: str) -> Path:
-    """Folder for unfinished files of one writer: in the store, so that moving out is a rename."""
-    return store / STAGING / name
-
-
 def discard(store: Path, name: str) -> None:
     """Remove a folder of unfinished files."""
-    shutil.rmtree(staging(store, name), ignore_errors=True)
+    shutil.rmtree(staging_path(store, name), ignore_errors=True)
     with contextlib.suppress(OSError):  # another one's files are in it
         (store / STAGING).rmdir()
 
@@ -33,16 +28,37 @@ def replace_group(store: Path, note: RepackNote) -> None:
     Readers see one or the other, never a mixture. Where the system cannot exchange two names, the group is
     absent for the moment between two renames; the note, which must be in the journal, covers that.
     """
-    live, folder = store / note.zarr_group, staging(store, note.staging)
+    live, folder = group_path(store, note.zarr_group), staging_path(store, note.staging)
     replace_folder(folder / NEW, live, folder / OLD)
     sync(live.parent)
     sync(folder)
 
 
 def recover(journal: Journal, store: Path) -> None:
-    """End the repacks that did not: every group is whole afterwards. May be repeated."""
-    for note in journal.repacks():
+    """End the repacks that did not: every group is whole afterwards. May be repeated.
+
+    Raises
+    ------
+    AtlasError
+        A note names what lies outside of the store. Nothing was changed.
+    """
+    notes = journal.repacks()
+    for note in notes:
+        check(store, note)
+    for note in notes:
         settle(journal, store, note)
+
+
+def check(store: Path, note: RepackNote) -> None:
+    """Refuse a note that names what lies outside of the store.
+
+    Raises
+    ------
+    AtlasError, UnsafePathError
+        The group or the folder of unfinished files does.
+    """
+    group_path(store, note.zarr_group)
+    staging_path(store, note.staging)
 
 
 def settle(journal: Journal, store: Path, note: RepackNote) -> None:
@@ -50,7 +66,7 @@ def settle(journal: Journal, store: Path, note: RepackNote) -> None:
 
     Where there is neither, the note may be about another store of this atlas: it stays.
     """
-    live, old = store / note.zarr_group, staging(store, note.staging) / OLD
+    live, old = group_path(store, note.zarr_group), staging_path(store, note.staging) / OLD
     if not live.exists():
         if not old.exists():
             return

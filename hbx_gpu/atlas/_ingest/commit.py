@@ -215,7 +215,11 @@ def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings)
         ]
         if settings.codec_asked and part.space.index_array is not None:
             # As it is stored now, which repack() may have changed; the row says how it was ingested.
-            codec = codec_of(catalogue.group_path(row["zarr_group"]), part.space)
+            codec = codec_of(
+                catalogue.group_path(row["zarr_group"]),
+                part.space,
+                within=None if catalogue.allow_links else catalogue.store,
+            )
             if codec != settings.storage.codec:
                 changed.append(
                     f"{prefix}codec was {codec!r}, is {settings.storage.codec!r} (hbx-gpu repack changes it)"

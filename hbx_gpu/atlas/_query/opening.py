@@ -10,7 +10,7 @@ import numpy as np
 
 from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
-from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._storage.metadata import check_last_object, read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import ModalityRows, row_uid
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
@@ -74,7 +74,7 @@ def default_layer(snapshot: Snapshot, feature_space: str, groups: Sequence[str])
     if not groups:
         return ""
     group = snapshot.group(groups[0], feature_space)
-    layers = sorted(find_layers(snapshot.store_path / group.name, snapshot.space(group)))
+    layers = sorted(find_layers(snapshot.group_path(group.name), snapshot.space(group)))
     if len(layers) != 1:
         raise ValueError(
             f"choose a layer of feature space {feature_space!r}; group {group.name!r} has {layers}"
@@ -111,7 +111,7 @@ def build_sources(
 def _source(
     snapshot: Snapshot, group: Group, space: FeatureSpace, layers: Sequence[str], remap: np.ndarray
 ) -> Source:
-    folder = snapshot.store_path / group.name
+    folder = snapshot.group_path(group.name)
     found = find_layers(folder, space)
     if unknown := [layer for layer in layers if layer not in found]:
         raise UnknownNameError(
@@ -122,7 +122,14 @@ def _source(
     absent_is_fill = not group.software.startswith("hbx_gpu")
 
     def opened(relative: str) -> ArrayLayout:
-        return read_layout(str(folder / relative), f"{group.name}/{relative}", absent_is_fill=absent_is_fill)
+        layout = read_layout(
+            str(folder / relative),
+            f"{group.name}/{relative}",
+            absent_is_fill=absent_is_fill,
+            within="" if snapshot.allow_links else snapshot.store_path,
+        )
+        check_last_object(layout)
+        return layout
 
     index = None if space.index_array is None else opened(space.index_array)
     values = {layer: opened(found[layer]) for layer in layers}

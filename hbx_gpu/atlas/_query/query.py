@@ -401,6 +401,7 @@ class AtlasQuery:
             dtypes=tuple((dtype or {}).items()),
             absent=absent,
             version_table_name=chosen.snapshot.version_table_name,
+            allow_links=chosen.snapshot.allow_links,
         )
         dataset = recipe.dataset(chosen, found)
         if matrix is None:

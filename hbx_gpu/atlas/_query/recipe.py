@@ -29,6 +29,8 @@ class QueryRecipe:
         Whether rows without the modality are numbered too, as in multimodal datasets.
     version_table_name
         Table the snapshot is recorded in.
+    allow_links
+        Whether links may lead out of the zarr store.
     """
 
     path: str
@@ -42,6 +44,7 @@ class QueryRecipe:
     dtypes: tuple[tuple[str, str], ...] = ()
     absent: bool = False
     version_table_name: str = "atlas_versions"
+    allow_links: bool = False
 
     def dataset(self, selection: Selection, found: ModalityRows | None = None) -> CellDataset:
         """The dataset over rows of a selection, `found` where they have been read already."""
@@ -67,6 +70,10 @@ class QueryRecipe:
         from hbx_gpu.atlas._query.selection import Selection
 
         snapshot = Snapshot.open(
-            self.path, self.version, store=self.store, version_table_name=self.version_table_name
+            self.path,
+            self.version,
+            store=self.store,
+            version_table_name=self.version_table_name,
+            allow_links=self.allow_links,
         )
         return self.dataset(Selection.of(snapshot, self.table, self.state))

@@ -24,8 +24,9 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._catalogue import swap, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, set_default_codec
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
+from hbx_gpu.atlas._catalogue.paths import check_database, check_store, group_path, staging_path
 from hbx_gpu.atlas._catalogue.records import SnapshotRecord, atlas_root, read_records, resolve_store
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
@@ -34,7 +35,7 @@ from hbx_gpu.atlas._writing.arrays import (
     check_codec,
 )
 from hbx_gpu.atlas._writing.recoding import StoredArray, n_chunks, plan_arrays
-from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsupportedCodecError
+from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsafePathError, UnsupportedCodecError
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +151,9 @@ def repack(
     """
     check_codec(codec)
     root = atlas_root(atlas_path)
+    check_database(root)
     records = read_records(root)
-    store = resolve_store(root, records[-1]) if records else root / "zarr_store"
+    store = resolve_store(root, records[-1]) if records else check_store(root, root / "zarr_store")
     _check_writable(root, store)
     with WriteLock(root).hold():
         datasets = _recover(root, store, records)
@@ -184,8 +186,8 @@ def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
     """Put in order what killed writers left; returns the name of the table of groups."""
     try:
         names = Names.load(root)
-    except AtlasError:
-        # An older generation: nothing is ingested into it, so only a repack can have been interrupted.
+    except OlderGenerationError:
+        # Nothing is ingested into it, so only a repack can have been interrupted.
         swap.recover(Journal(root), store)
         return records[-1].dataset_table[0]
     if names is None:
@@ -208,6 +210,8 @@ def _groups(root: Path, records: Sequence[SnapshotRecord], datasets: str) -> dic
                 table.checkout(version)
             rows = tables.read(table, ["zarr_group", "feature_space", "layout_uid"]).to_pylist()
         except (ValueError, RuntimeError, OSError) as error:
+            if version is None:
+                raise
             _log.warning("version %s of table %r cannot be read, left out: %s", version, name, error)
             continue
         found.update({(r["zarr_group"], r["feature_space"]): bool(r["layout_uid"]) for r in rows})
@@ -215,16 +219,17 @@ def _groups(root: Path, records: Sequence[SnapshotRecord], datasets: str) -> dic
 
 
 def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: str) -> _Plan:
-    path = store / name
+    path = group_path(store, name, allow_links=True)
     try:
         if path.is_symlink() or not path.is_dir():
-            raise AtlasError(f"{path} is no directory")
+            raise AtlasError(f"{path} is not a directory")
+        group_path(store, name)
         known = space_name in known_spaces()
         space = get_space(space_name) if known else guess_space(space_name, path, has_features=has_features)
         if space.index_array is None:
             return _Plan(name, space_name, left_alone=space.pointer.replace("_", " "))
-        arrays, rewrite, n_values = plan_arrays(path, name, space, codec)
-    except (AtlasError, FileNotFoundError, UnsupportedCodecError) as error:
+        arrays, rewrite, n_values = plan_arrays(path, name, space, codec, within=store)
+    except (AtlasError, UnsafePathError, FileNotFoundError, UnsupportedCodecError) as error:
         return _Plan(name, space_name, left_alone=str(error))
     return _Plan(name, space_name, arrays, rewrite, n_values)
 
@@ -246,13 +251,13 @@ class _Ticks:
 
 def _repack_group(journal: Journal, store: Path, plan: _Plan, tick: _Ticks) -> GroupReport:
     begin = time.perf_counter()
-    path = store / plan.zarr_group
+    path = group_path(store, plan.zarr_group, allow_links=True)  # links were left alone
     before = _n_bytes(path, plan.arrays)
     if plan.rewrite:
         note = RepackNote(plan.zarr_group, make_uid())
         journal.write(note)
         try:
-            new = swap.staging(store, note.staging) / swap.NEW
+            new = staging_path(store, note.staging) / swap.NEW
             _build(path, new, plan.rewrite, tick)
             swap.replace_group(store, note)
         except BaseException:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 from lancedb.table import Table
 
+from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._model.schema import AtlasVersion
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import scan
-from hbx_gpu.errors import AtlasError
+from hbx_gpu.errors import AtlasError, HbxError
 
 _SHOWN = 5
 
@@ -132,7 +130,7 @@ def validate(catalogue: Catalogue) -> list[str]:
         if row["feature_space"] not in known_spaces():
             continue  # the user's own space, not described to this process: nothing to check it against
         described = get_space(row["feature_space"])
-        problem, lengths[key] = _check_group(catalogue.store / row["zarr_group"], described)
+        problem, lengths[key] = _check_group(catalogue, row["zarr_group"], described)
         problems += [f"group {row['zarr_group']!r}: {problem}"] if problem else []
         if described.has_features and row["layout_uid"] not in layout_sizes:
             problems.append(
@@ -181,8 +179,9 @@ def _layout_sizes(catalogue: Catalogue, problems: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _check_group(path: Path, space: FeatureSpace) -> tuple[str, int]:
+def _check_group(catalogue: Catalogue, zarr_group: str, space: FeatureSpace) -> tuple[str, int]:
     """What is wrong with a group (empty: nothing), and the length of its arrays (-1: unknown)."""
+    path = catalogue.group_path(zarr_group)
     if not path.is_dir():
         return f"{path} does not exist", -1
     layers = find_layers(path, space)
@@ -196,8 +195,9 @@ def _check_group(path: Path, space: FeatureSpace) -> tuple[str, int]:
     shapes = {}
     for relative, dtypes in arrays.values():
         try:
-            array: Any = zarr.open_array(path / relative, mode="r")
-        except (OSError, ValueError, KeyError) as error:
+            within = "" if catalogue.allow_links else catalogue.store
+            array = read_layout(path / relative, f"{zarr_group}/{relative}", within=within)
+        except (OSError, HbxError) as error:
             return f"array {relative} cannot be opened: {error}", -1
         if dtypes and array.dtype.name not in dtypes:
             return f"array {relative} has dtype {array.dtype}, expected one of {list(dtypes)}", -1

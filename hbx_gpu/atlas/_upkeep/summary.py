@@ -73,7 +73,7 @@ def _cells_per_group(snapshot: Snapshot) -> dict[str, int]:
 
 def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -> GroupSummary:
     name, space_name = row["zarr_group"], row["feature_space"]
-    path = snapshot.store_path / name
+    path = snapshot.group_path(name)
     layers: dict[str, str] = {}
     codecs: dict[str, None] = {}
     n_values, n_array_bytes = None, 0
@@ -81,7 +81,8 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
         space = snapshot.space(snapshot.group(name, space_name))
         layers = find_layers(path, space)
         for relative in (*layers.values(), *([space.index_array] if space.index_array else [])):
-            layout = read_layout(path / relative, f"{name}/{relative}")
+            within = "" if snapshot.allow_links else snapshot.store_path
+            layout = read_layout(path / relative, f"{name}/{relative}", within=within)
             n_array_bytes += _size_of(path / relative)
             codecs.update(
                 dict.fromkeys(

@@ -29,24 +29,31 @@ class StoredArray:
         return ChunkEncoder(self.layout.dtype.name, self.compressor, chunk, most=n_chunks(self.layout))
 
 
-def codec_of(group: Path, space: FeatureSpace) -> str:
+def codec_of(group: Path, space: FeatureSpace, *, within: Path | None = None) -> str:
     """The codec name under which a sparse group's arrays are stored, or ``mixed``.
 
     Whether a checksum follows each chunk makes no difference: Homeobox writes none, and neither did earlier
     releases of this package.
     """
     for name in codec_names():
-        if not plan_arrays(group, group.name, space, name, any_checksum=True)[1]:
+        if not plan_arrays(group, group.name, space, name, any_checksum=True, within=within)[1]:
             return name
     return "mixed"
 
 
 def plan_arrays(
-    path: Path, name: str, space: FeatureSpace, codec: str, *, any_checksum: bool = False
+    path: Path,
+    name: str,
+    space: FeatureSpace,
+    codec: str,
+    *,
+    any_checksum: bool = False,
+    within: Path | None = None,
 ) -> tuple[tuple[str, ...], tuple[StoredArray, ...], int]:
     """Index and layers of a group, those of them that would change, and the number of values.
 
-    With `any_checksum`, one that would only gain a checksum counts as unchanged.
+    With `any_checksum`, one that would only gain a checksum counts as unchanged. No link may lead out of
+    `within`.
     """
     assert space.index_array is not None
     roles: dict[str, Role] = {space.index_array: "index"}
@@ -54,9 +61,12 @@ def plan_arrays(
         roles[relative] = "index" if layer in space.ascending_layers else "values"
     rewrite, n_values = [], 0
     for relative, role in roles.items():
-        layout = read_layout(path / relative, f"{name}/{relative}")
+        layout = read_layout(path / relative, f"{name}/{relative}", within=within or "")
+        inside = [path / relative, *(path / relative).parents[: relative.count("/")]]
+        if any(part.is_symlink() for part in inside):
+            raise AtlasError(f"array {relative} is reached through a link; repack what it leads to")
         if len(layout.shape) != 1 or not (path / relative / "zarr.json").is_file():
-            raise AtlasError(f"array {relative} is no one-dimensional array of zarr 3")
+            raise AtlasError(f"array {relative} is not a one-dimensional array of zarr 3")
         n_values = n_values or layout.shape[0]
         compressor = compressor_for(codec, role, layout.dtype, layout.chunk_shape[0])
         array = StoredArray(relative, layout, compressor)

@@ -1,0 +1,128 @@
+"""From names that an atlas holds to paths: what its tables and notes say about files goes through here.
+
+An atlas may come from anywhere. A name in it is one plain component, or, of a group, several with ``/``
+between them; whatever else it says is refused before a file is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._untrusted import Within, check_tree, leads_out
+from hbx_gpu.errors import AtlasError, UnsafePathError
+
+STAGING = ".staging"
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
+_MOST = 4096  # characters of the name of a group
+
+
+def plain_name(name: Any, what: str) -> str:
+    """A name that is one component of a path, without anything that means something to a file system.
+
+    Raises
+    ------
+    UnsafePathError
+        It is not.
+    """
+    if not isinstance(name, str) or not _PLAIN.fullmatch(name) or name.endswith((".", " ")):
+        raise UnsafePathError(
+            f"{what} is {_short(name)}; a plain name of letters, digits, '_', '-', '+' and '.' is expected. "
+            "The atlas was damaged, or made to reach files outside of it"
+        )
+    return name
+
+
+def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Path:
+    """Directory of a group, which lies in the store.
+
+    Parameters
+    ----------
+    store
+        Directory of the zarr store.
+    zarr_group
+        Name of the group, as tables and notes have it.
+    allow_links
+        Follow links that lead out of the store.
+
+    Raises
+    ------
+    AtlasError
+        The name leaves the store.
+    UnsafePathError
+        A link leads out of it.
+    """
+    parts = zarr_group.split("/") if isinstance(zarr_group, str) else [""]
+    strange = any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts)
+    if strange or parts[0] == STAGING or len(zarr_group) > _MOST:
+        raise AtlasError(
+            f"zarr_group {_short(zarr_group)} must be a relative path below {store}; the atlas was damaged, "
+            "or made to reach files outside of it"
+        )
+    path = store / zarr_group
+    if not allow_links:
+        Within(str(store)).check(str(path))
+    return path
+
+
+def plain_column(name: str) -> str:
+    """The name of a column, which becomes part of SQL.
+
+    Raises
+    ------
+    AtlasError
+        It has a character that would end it there.
+    """
+    if not name or "`" in name or not name.isprintable():
+        raise AtlasError(
+            f"column {_short(name)}: a name without backticks is expected; the atlas was damaged"
+        )
+    return name
+
+
+def staging_path(store: Path, name: Any) -> Path:
+    """Folder for unfinished files of one writer: in the store, so that moving out is a rename.
+
+    Raises
+    ------
+    UnsafePathError
+        The name is not a plain one, or the folder of all of them is a link.
+    """
+    folder = store / STAGING
+    if folder.is_symlink():
+        raise leads_out(folder, store)
+    return folder / plain_name(name, "the folder of unfinished files")
+
+
+def check_database(root: Path, *, allow_links: bool = False) -> None:
+    """Refuse a database that holds anything but files and folders: LanceDB would wait for a FIFO for ever.
+
+    Raises
+    ------
+    UnsafePathError
+        Names the file.
+    """
+    database = root / "lance_db"
+    if not allow_links:
+        Within(str(root)).check(str(database))
+    if database.is_dir():
+        check_tree(database, links=allow_links)
+
+
+def check_store(root: Path, store: Path, *, allow_links: bool = False) -> Path:
+    """The store of an atlas, which nobody named: it lies inside the atlas.
+
+    Raises
+    ------
+    UnsafePathError
+        It is reached through a link that leads out.
+    """
+    if not allow_links:
+        Within(str(root)).check(str(store))
+    return store
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

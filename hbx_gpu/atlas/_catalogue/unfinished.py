@@ -1,0 +1,83 @@
+"""What a note of an unfinished ingest may name: nothing that a snapshot, or another ingest, relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.journal import IngestNote
+from hbx_gpu.atlas._catalogue.paths import plain_column
+from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, SnapshotRecord, read_records
+from hbx_gpu.atlas._model.schema import default_registry
+from hbx_gpu.atlas._model.spaces import known_spaces
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+    from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+
+
+def check(catalogue: Catalogue, note: IngestNote) -> None:
+    """Refuse a note that names what unfinished work cannot have made. Nothing is changed.
+
+    Raises
+    ------
+    AtlasError
+        Names the note and what is wrong with it.
+    UnsafePathError
+        A name leads out of the store.
+    """
+    if (reason := _fault(catalogue, note)) is not None:
+        raise catalogue.journal.refused(note, reason)
+
+
+def _fault(catalogue: Catalogue, note: IngestNote) -> str | None:
+    catalogue.staging(note.staging)
+    names = catalogue.names
+    records = read_records(catalogue.root, version_table_name=names.version_table)
+    pinned = {table for record in records for table in record.pinned}
+    kept = pinned | {*names.obs_tables, names.dataset_table, names.version_table, LAYOUT_TABLE}
+    registries = {*names.registries.values()}
+    if note.obs_table not in names.obs_tables:
+        return f"there is no obs table {note.obs_table!r}"
+    known = registries | {default_registry(space) for space in known_spaces()}
+    for table in note.new_registries:
+        if table in kept or table not in known:
+            return f"table {table!r} was not made by an ingest that did not end"
+    listed = _groups_of_snapshots(catalogue, records) if note.groups else set()
+    for group in note.groups:
+        catalogue.group_path(group.zarr_group)
+        plain_column(group.field_name)
+        if group.zarr_group in listed:
+            return f"group {group.zarr_group!r} is part of a snapshot"
+    for table, columns in note.new_columns.items():
+        if table in note.new_registries:
+            continue
+        if table not in kept | registries:
+            return f"there is no table {table!r}"
+        opened = tables.open_table(catalogue.root, table)
+        for column in map(plain_column, columns):
+            if column in opened.schema.names and _is_used(catalogue, note, opened, column):
+                return f"column {column!r} of table {table!r} holds values"
+    return None
+
+
+def _groups_of_snapshots(catalogue: Catalogue, records: Sequence[SnapshotRecord]) -> set[str]:
+    """Names of all groups that the last snapshot lists; groups are never removed from it."""
+    if not records:
+        return set()
+    name, version = records[-1].dataset_table
+    table = tables.open_table(catalogue.root, name)
+    table.checkout(version)
+    return set(tables.read(table, ["zarr_group"]).column("zarr_group").to_pylist())
+
+
+def _is_used(catalogue: Catalogue, note: IngestNote, table: Table, column: str) -> bool:
+    """Whether rows that this ingest did not add have a value in a column."""
+    where = f"`{column}` IS NOT NULL"
+    if "dataset_uid" in table.schema.names:
+        where += f" AND dataset_uid != {tables.quoted(note.dataset_uid)}"
+    elif table.name in catalogue.names.registries.values():
+        where += " AND global_index IS NOT NULL"
+    return table.count_rows(where) > 0
