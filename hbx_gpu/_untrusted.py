@@ -162,8 +162,8 @@ class Within:
 def leads_out(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> UnsafePathError:
     """The error for a path that links lead out of a folder."""
     return UnsafePathError(
-        f"{os.fspath(path)} is reached through a link that leads out of {os.fspath(root)}, to "
-        f"{os.path.realpath(path)}; if you made that link, pass allow_links=True (--allow-links)"
+        f"{os.fspath(path)} leads out of {os.fspath(root)}, to {os.path.realpath(path)}; if you made that "
+        "link, pass allow_links=True"
     )
 
 

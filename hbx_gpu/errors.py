@@ -64,6 +64,10 @@ class AtlasError(HbxError):
     """The catalogue of an atlas contradicts itself or the request."""
 
 
+class TableError(AtlasError, ValueError):
+    """A table of an atlas cannot be read or changed; names the atlas, the table and what to do."""
+
+
 class UnknownNameError(AtlasError, ValueError, KeyError):
     """No such layer, feature space, column, table or feature; the message lists those that exist."""
 

@@ -2,14 +2,20 @@
 
 Pickling the arrays would copy the row index into every worker. Instead the first pickle writes
 them once to a temporary folder, and every process maps the same pages. The folder goes when the
-dataset that wrote it does; a process that comes too late rebuilds the dataset from its recipe.
+dataset that wrote it does, or, where a job was killed, with the next one that writes such a folder; a process
+that comes too late rebuilds the dataset from its recipe.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import pickle
+import re
 import shutil
+import socket
+import stat
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -18,9 +24,16 @@ from typing import Any
 
 import numpy as np
 
+_PREFIX = "hbx_gpu-dataset-"
+# Machine, process, and when that process began: a number is used again once its process has ended.
+_OWNED = re.compile(re.escape(_PREFIX) + r"([0-9a-f]{8})-(\d+)-(\d+)-")
+_SPARE = 1 << 20  # bytes beside the arrays
+
 
 def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
     """Write `arrays` and `state` to a temporary folder that lives as long as `owner`.
+
+    Folders of processes that were killed are removed first.
 
     Returns
     -------
@@ -30,9 +43,13 @@ def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
     Raises
     ------
     OSError
-        No room for it.
+        There is not enough room for it; nothing was written.
     """
-    folder = tempfile.mkdtemp(prefix="hbx_gpu-dataset-")
+    place = tempfile.gettempdir()
+    sweep(place)
+    _check_room(place, sum(array.nbytes for array in arrays.values()))
+    pid = os.getpid()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{_machine()}-{pid}-{_began(pid)}-", dir=place)
     try:
         for name, array in arrays.items():
             np.save(os.path.join(folder, f"{name}.npy"), array, allow_pickle=False)
@@ -44,6 +61,75 @@ def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
     # Only the process that wrote the folder removes it, also after a fork.
     weakref.finalize(owner, _remove, folder, os.getpid())
     return folder
+
+
+def sweep(place: str) -> list[str]:
+    """Remove folders whose process has ended without doing so; returns them.
+
+    Only those of this user and this machine (and container) count: of others it is not known what still runs.
+    """
+    removed = []
+    try:
+        entries = list(os.scandir(place))
+    except OSError:
+        return []
+    for entry in entries:
+        owned = _OWNED.match(entry.name)
+        if owned is None or owned[1] != _machine():
+            continue
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except OSError:  # another process was faster
+            continue
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            continue
+        if _began(int(owned[2])) != owned[3]:
+            shutil.rmtree(entry.path, ignore_errors=True)
+            removed.append(entry.path)
+    return removed
+
+
+def _check_room(place: str, nbytes: int) -> None:
+    free = shutil.disk_usage(place).free
+    if nbytes + _SPARE > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"sending this dataset to other processes takes {nbytes + _SPARE:,} bytes in the temporary folder, "
+            f"which has {free:,} free; make room there, or set TMPDIR to another folder",
+            place,
+        )
+
+
+def _machine() -> str:
+    """What processes that see each other's numbers have in common: host, boot, and namespace of processes."""
+    parts = [socket.gethostname()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:
+            parts.append("")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the system's own unit; empty if there is no such process."""
+    try:
+        # The name of the program, in parentheses, may hold anything.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        if os.path.isdir("/proc/self"):
+            return ""
+    try:  # a system without /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "0"
 
 
 def _remove(folder: str, pid: int) -> None:
@@ -58,8 +144,14 @@ def unspill(folder: str) -> tuple[dict[str, np.ndarray], Any]:
     ------
     FileNotFoundError
         The folder is gone.
+    PermissionError
+        It belongs to another user: what is in it would be run.
     """
     root = Path(folder)
+    if root.stat().st_uid not in (os.geteuid(), 0):
+        raise PermissionError(
+            errno.EPERM, "the folder of this dataset belongs to another user; open the dataset anew", folder
+        )
     with open(root / "state.pickle", "rb") as file:
         state = pickle.load(file)
     arrays = {

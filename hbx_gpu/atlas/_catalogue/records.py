@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from hbx_gpu._untrusted import parse_json
+from hbx_gpu.atlas._catalogue.guarded import open_guarded
 from hbx_gpu.atlas._catalogue.paths import check_store, plain_name
 from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError
 
@@ -116,13 +117,11 @@ def read_records(
     AtlasError
         The version table has columns of no known generation.
     """
-    import lancedb
-
-    database = atlas_root(path) / "lance_db"
-    # Asking the file system first: opening a missing table would be an error without a type.
-    if not (database / f"{version_table_name}.lance").is_dir():
+    root = atlas_root(path)
+    # Asking the file system first: a missing table is no damage.
+    if not (root / "lance_db" / f"{version_table_name}.lance").is_dir():
         return []
-    rows = lancedb.connect(str(database)).open_table(version_table_name).to_arrow().to_pylist()
+    rows = open_guarded(root, version_table_name).to_arrow().to_pylist()
     return sorted((_parse(row, version_table_name) for row in rows), key=lambda record: record.version)
 
 
@@ -151,7 +150,7 @@ def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
         if isinstance(error, UnsafePathError):
             raise
         raise AtlasError(
-            f"{where} is not a snapshot record of a known generation ({error!r}); its columns: {sorted(row)}"
+            f"{where} is no snapshot record of a known generation ({error!r}); its columns: {sorted(row)}"
         ) from error
 
 
@@ -214,7 +213,7 @@ def resolve_store(
     store
         A path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
     allow_links
-        Follow links, and what the record says, out of the atlas.
+        Follow links out of the atlas.
 
     Raises
     ------
@@ -223,7 +222,7 @@ def resolve_store(
     AtlasError
         The store is not local.
     UnsafePathError
-        Nobody named a store, and the one of the atlas lies outside of it.
+        Nobody named a store, and the one of the atlas is a link that leads out of it.
     """
     if store is not None:
         given = local_path(_store_path(store))
@@ -235,7 +234,7 @@ def resolve_store(
         return check_store(root, sibling, allow_links=allow_links)
     recorded = local_path(record.zarr_store_uri) if record.zarr_store_uri else None
     if recorded is not None and recorded.is_dir():
-        return check_store(root, recorded, allow_links=allow_links)
+        return recorded
     raise FileNotFoundError(
         f"no zarr store for the atlas at {root}: looked at {sibling}"
         + (f" and {recorded}" if recorded else "")

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu.atlas._catalogue import manifest
+from hbx_gpu.atlas._catalogue.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalogue.paths import check_database, group_path
 from hbx_gpu.atlas._catalogue.records import (
     LAYOUT_TABLE,
@@ -24,8 +26,9 @@ from hbx_gpu.atlas._catalogue.records import (
     resolve_store,
 )
 from hbx_gpu.atlas._catalogue.registry import Registry
+from hbx_gpu.atlas._model.schema import layout_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, PointerKind, get_space, guess_space, known_spaces
-from hbx_gpu.errors import AtlasError, UnknownNameError
+from hbx_gpu.errors import AtlasError, TableError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,12 +191,11 @@ class Snapshot:
     def _open_table(self, name: str, version: int) -> Table:
         key = (name, version)
         if key not in self._tables:
-            import lancedb
-
+            manifest.verify(self.path, self.record, name, version)
             try:
-                table = lancedb.connect(str(self.path / "lance_db")).open_table(name)
+                table = open_guarded(self.path, name)
                 table.checkout(version)
-            except (ValueError, RuntimeError, OSError) as error:
+            except TableError as error:
                 raise AtlasError(
                     f"snapshot {self.version} of the atlas at {self.path} needs version {version} of table "
                     f"{name!r}, which cannot be opened: {error}. It may have been cleaned up; other "
@@ -284,21 +286,23 @@ class Snapshot:
     def _group_records(self) -> dict[tuple[str, str], Group]:
         if self._groups is None:
             table = self._datasets_table()
-            keys = [
-                n
-                for n in ("zarr_group", "feature_space", "layout_uid", "software")
-                if n in table.schema.names
-            ]
-            self._groups = {
-                (row["zarr_group"], row["feature_space"]): Group(
-                    row["zarr_group"],
-                    row["feature_space"],
-                    row["layout_uid"] or "",
-                    str(row.get("software") or ""),
-                )
-                for row in table.select(keys).to_pylist()
-            }
+            with lance_errors(self.path, self.record.dataset_table[0]):
+                self._groups = self._listed(table)
         return self._groups
+
+    @staticmethod
+    def _listed(table: pa.Table) -> dict[tuple[str, str], Group]:
+        keys = ["zarr_group", "feature_space", "layout_uid", "software"]
+        rows = table.select([key for key in keys if key in table.schema.names]).to_pylist()
+        return {
+            (row["zarr_group"], row["feature_space"]): Group(
+                row["zarr_group"],
+                row["feature_space"],
+                row["layout_uid"] or "",
+                str(row.get("software") or ""),
+            )
+            for row in rows
+        }
 
     def group(self, zarr_group: str, feature_space: str) -> Group:
         """Record of a zarr group.
@@ -353,8 +357,9 @@ class Snapshot:
                     f"spaces with one: {sorted(self.record.registries)}"
                 )
             name, version = self.record.registries[feature_space]
-            table = self._open_table(name, version).to_arrow()
-            self._registries[feature_space] = Registry.from_table(feature_space, table, name=name)
+            with lance_errors(self.path, name):
+                table = self._open_table(name, version).to_arrow()
+                self._registries[feature_space] = Registry.from_table(feature_space, table, name=name)
         return self._registries[feature_space]
 
     def remap(self, zarr_group: str, feature_space: str) -> np.ndarray:
@@ -397,7 +402,9 @@ class Snapshot:
             entry["values"]: rows.slice(at, entry["counts"]) for entry, at in zip(counts, begin, strict=False)
         }
         for key, group in wanted.items():
-            self._remaps[key] = self._resolve_layout(parts.get(group.layout_uid, rows.slice(0, 0)), group)
+            with lance_errors(self.path, LAYOUT_TABLE):
+                found = parts.get(group.layout_uid, rows.slice(0, 0))
+                self._remaps[key] = self._resolve_layout(found, group)
 
     def _resolve_layout(self, layout: pa.Table, group: Group) -> np.ndarray:
         """Global indices of one layout's rows, sorted by local index: by uid, stored copies may be wrong."""
@@ -409,8 +416,20 @@ class Snapshot:
                 f"found {len(local)} rows" + (f" from {local[0]} to {local[-1]}" if len(local) else "")
             )
         remap = self.registry(group.feature_space).find(layout.column("feature_uid"))
+        ours = group.software.startswith("hbx_gpu")
+        if ours and (found := layout_uid(layout.column("feature_uid").to_pylist())) != group.layout_uid:
+            raise AtlasError(
+                f"{where}: its {len(local)} features make layout {found!r}; table {LAYOUT_TABLE!r} of the "
+                f"atlas at {self.path} was damaged or changed, copy the atlas again from its origin"
+            )
         if (gone := np.flatnonzero(remap < 0)).size:
             some = layout.column("feature_uid").take(pa.array(gone[:5])).to_pylist()
+            if ours:
+                raise AtlasError(
+                    f"{where}: {gone.size} feature(s) are not in the registry of {group.feature_space!r}, "
+                    f"first: {some}; the atlas at {self.path} was damaged, copy it again from its origin or "
+                    "open an earlier snapshot"
+                )
             _log.warning(
                 "%s: %d feature(s) are not in the registry of %r and are left out, first: %s",
                 where,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
+from hbx_gpu.atlas._catalogue.guarded import guarded, lance_errors, open_guarded
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
 from hbx_gpu.errors import AtlasError
@@ -46,20 +47,23 @@ def open_table(root: Path, name: str) -> Table:
     """
     if not (root / "lance_db" / f"{name}.lance").is_dir():
         raise AtlasError(f"the atlas at {root} has no table {name!r}; its tables: {table_names(root)}")
-    return connect(root).open_table(name)
+    return open_guarded(root, name)
 
 
 def ensure_table(root: Path, name: str, schema: pa.Schema) -> Table:
     """The table `name`, created empty where it does not exist."""
     if (root / "lance_db" / f"{name}.lance").is_dir():
         return open_table(root, name)
-    return connect(root).create_table(name, schema=schema)
+    with lance_errors(root, name):
+        made = connect(root).create_table(name, schema=schema)
+    return guarded(made, root, name)
 
 
 def drop_table(root: Path, name: str) -> None:
     """Remove a table with all its versions; nothing happens where there is none."""
     if (root / "lance_db" / f"{name}.lance").is_dir():
-        connect(root).drop_table(name)
+        with lance_errors(root, name):
+            connect(root).drop_table(name)
 
 
 def quoted(value: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex
-from hbx_gpu.errors import CorruptDataError, UnknownNameError
+from hbx_gpu.errors import CorruptDataError, TableError, UnknownNameError
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -51,9 +51,10 @@ def explain_filter(where: str | None) -> Iterator[None]:
     """Turn what the database says about a malformed filter into a ValueError that shows the filter."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except TableError as failed:
+        error = failed.__cause__
         # Some filters fail only when they meet the values.
-        if where is None or (isinstance(error, RuntimeError) and "filter" not in str(error)):
+        if where is None or not (isinstance(error, ValueError) or "filter" in str(error)):
             raise
         reason = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error))
         raise ValueError(f"where({where!r}) is no valid filter: {reason}") from error

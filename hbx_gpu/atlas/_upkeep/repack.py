@@ -153,7 +153,8 @@ def repack(
     root = atlas_root(atlas_path)
     check_database(root)
     records = read_records(root)
-    store = resolve_store(root, records[-1]) if records else check_store(root, root / "zarr_store")
+    # What the oldest generation records, another atlas may be: nothing is rewritten outside of this one.
+    store = check_store(root, resolve_store(root, records[-1]) if records else root / "zarr_store")
     _check_writable(root, store)
     with WriteLock(root).hold():
         datasets = _recover(root, store, records)

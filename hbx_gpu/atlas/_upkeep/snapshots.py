@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue import manifest, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalogue.records import read_records
 from hbx_gpu.atlas._model.schema import AtlasVersion
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import scan
@@ -114,6 +115,8 @@ def snapshot(catalogue: Catalogue) -> int:
         total_rows=sum(table.count_rows() for table in obs.values()),
     )
     versions.add([record])
+    records = read_records(catalogue.root, version_table_name=names.version_table)
+    manifest.write(catalogue.root, next(r for r in records if r.version == record.version))
     return record.version
 
 

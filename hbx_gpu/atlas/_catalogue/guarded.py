@@ -1,0 +1,108 @@
+"""Tables of LanceDB whose failures are errors of ours: they name the atlas, the table and what to do.
+
+LanceDB raises what its parts raise: RuntimeError, OSError, ValueError, Arrow's errors, and, where Rust
+panics, an exception that is not an `Exception`. All calls pass through to the table; only errors change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hbx_gpu.errors import HbxError, TableError
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+_OWN_STEPS = (KeyboardInterrupt, SystemExit, GeneratorExit, HbxError)
+_PLACE_IN_RUST = re.compile(r",? ?(at )?/?\S+\.rs:\d+(:\d+)?")
+_SHOWN = 400
+
+
+@contextlib.contextmanager
+def lance_errors(root: Path, table: str) -> Iterator[None]:
+    """Turn whatever LanceDB raises into a TableError.
+
+    Raises
+    ------
+    TableError
+        Names the atlas and the table.
+    """
+    try:
+        yield
+    except _OWN_STEPS:
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        text = _PLACE_IN_RUST.sub("", str(error)).strip() or type(error).__name__
+        text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise TableError(
+            f"table {table!r} of the atlas at {root} cannot be used: {text}. Its files below "
+            f"{root / 'lance_db'} are damaged or incomplete, or another program changed them just now: try "
+            "again, open an earlier snapshot (RaggedAtlas.list_versions), or copy the atlas again from its "
+            "origin"
+        ) from error
+
+
+def open_guarded(root: Path, name: str) -> Table:
+    """The newest state of a table that exists.
+
+    Raises
+    ------
+    TableError
+        It cannot be opened.
+    """
+    import lancedb
+
+    with lance_errors(root, name):
+        opened = lancedb.connect(str(root / "lance_db")).open_table(name)
+    return guarded(opened, root, name)
+
+
+def guarded(table: Table, root: Path, name: str) -> Table:
+    """A table as it is, whose errors are ours."""
+    return cast("Table", _Guarded(table, root, name))
+
+
+class _Guarded:
+    """A table of LanceDB, or what its methods return on the way to a result."""
+
+    def __init__(self, inner: Any, root: Path, table: str) -> None:
+        self._inner, self._root, self._table = inner, root, table
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        with lance_errors(self._root, self._table):
+            found = getattr(self._inner, name)
+        return self._passed(found)
+
+    def __len__(self) -> int:
+        with lance_errors(self._root, self._table):
+            return len(self._inner)
+
+    def _passed(self, found: Any) -> Any:
+        if type(found).__module__.partition(".")[0] == "lancedb":
+            return _Guarded(found, self._root, self._table)
+        if isinstance(found, Iterator):
+            return self._each(found)
+        return self._called(found) if callable(found) else found
+
+    def _called(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lance_errors(self._root, self._table):
+                result = method(*args, **kwargs)
+            return self._passed(result)
+
+        return call
+
+    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with lance_errors(self._root, self._table):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item

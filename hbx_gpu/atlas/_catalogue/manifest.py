@@ -1,0 +1,179 @@
+"""What a snapshot's tables consist of, and SHA-256 of it: LanceDB stores no checksum of its own.
+
+A manifest is a small JSON file in our own folder of the atlas, one per snapshot, written when the snapshot is
+taken. It holds the snapshot's record and, for every table, the files of the pinned version: that version's
+Lance manifest, the data files that it names, and the deletion files. Atlases that other programs wrote have
+none, and are read unverified. Files that are gone are left to LanceDB, which knows whether they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hbx_gpu._files import write_durably
+from hbx_gpu._untrusted import open_regular, parse_json, read_small
+from hbx_gpu.atlas._catalogue.records import SnapshotRecord
+from hbx_gpu.errors import AtlasError, TableError
+
+MOST_BYTES = 1 << 30
+"""Of one table, that are verified whenever a snapshot is opened; `verify_all` reads larger ones too."""
+
+_FORMAT = 1
+_LARGEST = 256 << 20  # of a manifest
+_PIECE = 4 << 20
+_NEWEST = (1 << 64) - 1  # Lance counts versions down in the names of its manifests
+# (path, size, mtime, inode) of files that this process has verified.
+_seen: set[tuple[str, int, int, int]] = set()
+_lock = threading.Lock()
+
+
+def path_of(root: Path, version: int) -> Path:
+    """Where the manifest of a snapshot lies."""
+    return root / ".hbx_gpu" / f"snapshot-{version}.json"
+
+
+def write(root: Path, record: SnapshotRecord) -> None:
+    """Record what the tables of a snapshot consist of now."""
+    tables = {
+        name: {str(version): dict(_described(root, name, version)) for version in sorted(versions)}
+        for name, versions in record.pinned.items()
+    }
+    document = {"format": _FORMAT, "record": _plain(record), "tables": tables}
+    path_of(root, record.version).parent.mkdir(exist_ok=True)
+    write_durably(path_of(root, record.version), json.dumps(document))
+
+
+def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most: int = MOST_BYTES) -> None:
+    """Compare a table's files with what they were when the snapshot was taken.
+
+    Parameters
+    ----------
+    root
+        Directory of the atlas.
+    record
+        The snapshot.
+    table, version
+        One of its tables.
+    most
+        A table of more bytes is not read, only its Lance manifest.
+
+    Raises
+    ------
+    AtlasError
+        The snapshot's record is another one than was written.
+    TableError
+        A file differs.
+    """
+    document = _load(root, record)
+    if document is None:
+        return
+    files = document["tables"].get(table, {}).get(str(version))
+    if files is None:
+        raise AtlasError(
+            f"{path_of(root, record.version)} knows no version {version} of table {table!r}, which snapshot "
+            f"{record.version} needs; copy the atlas again from its origin"
+        )
+    folder = root / "lance_db" / f"{table}.lance"
+    large = sum(size for size, _ in files.values()) > most
+    for relative, (size, sha256) in files.items():
+        if large and not relative.startswith("_versions/"):
+            continue
+        if not _same(folder / relative, size, sha256):
+            raise TableError(
+                f"table {table!r} of the atlas at {root}: {folder / relative} is not the file that it was "
+                f"when snapshot {record.version} was taken; it was damaged or changed. Copy the atlas again "
+                "from its origin, or open an earlier snapshot (RaggedAtlas.list_versions)"
+            )
+
+
+def verify_all(root: Path, record: SnapshotRecord) -> None:
+    """Verify all tables of a snapshot, however large; raises as :func:`verify`."""
+    for table, versions in record.pinned.items():
+        for version in versions:
+            verify(root, record, table, version, most=1 << 62)
+
+
+def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
+    path = path_of(root, record.version)
+    if not os.path.lexists(path):
+        return None
+    document = parse_json(read_small(path, _LARGEST), path)
+    try:
+        if document["format"] != _FORMAT:
+            return None  # of a later release
+        for versions in document["tables"].values():
+            for files in versions.values():
+                for relative, (size, sha256) in files.items():
+                    if ".." in Path(relative).parts or relative.startswith("/"):
+                        raise ValueError(f"file {relative!r}")
+                    if type(size) is not int or not isinstance(sha256, str):
+                        raise TypeError(f"file {relative!r}")
+        recorded = document["record"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AtlasError(
+            f"{path} is not the manifest of a snapshot ({error!r}); copy the atlas again from its origin"
+        ) from error
+    if recorded != _plain(record):
+        raise AtlasError(
+            f"snapshot {record.version} of the atlas at {root} is recorded otherwise than when it was taken "
+            f"({path}); the table of snapshots was damaged or changed, copy the atlas again from its origin"
+        )
+    return dict(document)
+
+
+def _plain(record: SnapshotRecord) -> Any:
+    return json.loads(json.dumps(asdict(record)))
+
+
+def _described(root: Path, table: str, version: int) -> Iterator[tuple[str, tuple[int, str]]]:
+    folder = root / "lance_db" / f"{table}.lance"
+    manifest = next(
+        (
+            name
+            for name in (f"_versions/{_NEWEST - version}.manifest", f"_versions/{version}.manifest")
+            if (folder / name).is_file()
+        ),
+        None,
+    )
+    if manifest is None:
+        return
+    content = read_small(folder / manifest, 1 << 40)
+    yield manifest, (len(content), hashlib.sha256(content).hexdigest())
+    for kind in ("data", "_deletions"):
+        for path in sorted((folder / kind).glob("*")):
+            # Names of data files stand in the manifest as they are.
+            if path.is_file() and (kind == "_deletions" or path.name.encode() in content):
+                yield f"{kind}/{path.name}", (path.stat().st_size, _sha256(path))
+
+
+def _same(path: Path, size: int, sha256: str) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return True
+    if found.st_size != size:
+        return False
+    key = (str(path), size, found.st_mtime_ns, found.st_ino)
+    with _lock:
+        if key in _seen:
+            return True
+    same = _sha256(path) == sha256
+    if same:
+        with _lock:
+            _seen.add(key)
+    return same
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(open_regular(path), "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
