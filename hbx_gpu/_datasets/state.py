@@ -94,8 +94,8 @@ def _check_room(place: str, nbytes: int) -> None:
     if nbytes + _SPARE > free:
         raise OSError(
             errno.ENOSPC,
-            f"sending this dataset to other processes takes {nbytes + _SPARE:,} bytes in the temporary folder, "
-            f"which has {free:,} free; make room there, or set TMPDIR to another folder",
+            f"sending this dataset to other processes takes {nbytes + _SPARE:,} bytes of temporary files, "
+            f"and {free:,} are free; make room there, or set TMPDIR to another folder",
             place,
         )
 

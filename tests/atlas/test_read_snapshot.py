@@ -20,7 +20,7 @@ import pytest
 
 from hbx_gpu.atlas._catalogue.records import read_records
 from hbx_gpu.atlas._catalogue.registry import Registry
-from hbx_gpu.atlas._catalogue.snapshot import PointerField, Snapshot, list_versions
+from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot, list_versions
 from hbx_gpu.atlas._model.spaces import (
     FeatureSpace,
     find_layers,
@@ -237,7 +237,7 @@ def test_which_obs_table(homeobox_fixtures: Path) -> None:
         snapshot.obs_table()
     with pytest.raises(UnknownNameError, match=r"no obs table 'beads'.*\['cells', 'spots'\]"):
         snapshot.obs_table("beads")
-    assert snapshot.pointer_fields("spots") == {"rna": PointerField("rna", "gene_expression", "sparse")}
+    assert snapshot.pointer_fields("spots") == {"rna": PointerColumn("rna", "gene_expression", "sparse")}
 
 
 def test_unknown_space_and_group(homeobox_fixtures: Path) -> None:

@@ -341,7 +341,7 @@ def test_no_version_is_ever_removed(tmp_path: Path) -> None:
 def test_compaction_asks_to_keep_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     asked = []
-    table_class = type(tables.open_table(tmp_path / "a", "cells"))
+    table_class = type(tables.connect(tmp_path / "a").open_table("cells"))
     monkeypatch.setattr(table_class, "optimize", lambda _self, **options: asked.append(options))
     atlas.optimize()
     assert len(asked) == 4

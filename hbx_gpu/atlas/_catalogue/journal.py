@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any, TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
 from hbx_gpu._untrusted import leads_out, open_regular, parse_json, read_small
-from hbx_gpu.atlas._catalogue.paths import plain_name
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_name
 from hbx_gpu.errors import AtlasError, AtlasLockedError
 
 _FOLDER = ".hbx_gpu"
-_UID = "uid"
 _FORMAT = 1
 # A note lists the features that an ingest registers.
 _NOTE_BYTES = 256 << 20
@@ -133,9 +131,8 @@ class Journal:
 
     def write(self, note: Note) -> None:
         """Record a note durably, in place of an earlier one of the same work."""
-        folder = _checked(self._folder)
-        folder.mkdir(exist_ok=True)
-        known = {"format": _FORMAT, "atlas": self._uid(make=True)}
+        _checked(self._folder).mkdir(exist_ok=True)
+        known = {"format": _FORMAT, "atlas": self._uid()}
         write_durably(self._path(note), json.dumps(asdict(note) | known))
 
     def sweep(self) -> None:
@@ -189,14 +186,10 @@ class Journal:
             raise _refused(path, f"its work is called {note.staging!r}")
         return note
 
-    def _uid(self, *, make: bool = False) -> str:
-        """What notes of this atlas have in common; kept beside them."""
-        path = self._folder / _UID
-        if not os.path.lexists(path):
-            if not make:
-                return ""
-            write_durably(path, uuid.uuid4().hex)
-        return read_small(path, 100).decode("utf-8", "replace")
+    def _uid(self) -> str:
+        """What tells this atlas from others: LanceDB's name of the first commit of its feature lists."""
+        commits = self._folder.parent / "lance_db" / f"{LAYOUT_TABLE}.lance" / "_transactions"
+        return next((path.stem for path in sorted(commits.glob("0-*.txn"))), "")
 
     def _path(self, note: Note) -> Path:
         # The staging folder is named after the work.

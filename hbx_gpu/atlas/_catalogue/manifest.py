@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hbx_gpu._files import write_durably
-from hbx_gpu._untrusted import open_regular, parse_json, read_small
+from hbx_gpu._untrusted import Within, open_regular, parse_json, read_small
 from hbx_gpu.atlas._catalogue.records import SnapshotRecord
 from hbx_gpu.errors import AtlasError, TableError
 
@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 def path_of(root: Path, version: int) -> Path:
     """Where the manifest of a snapshot lies."""
-    return root / ".hbx_gpu" / f"snapshot-{version}.json"
+    return root / ".hbx_gpu" / "snapshots" / f"{version}.json"
 
 
 def write(root: Path, record: SnapshotRecord) -> None:
@@ -46,7 +46,7 @@ def write(root: Path, record: SnapshotRecord) -> None:
         for name, versions in record.pinned.items()
     }
     document = {"format": _FORMAT, "record": _plain(record), "tables": tables}
-    path_of(root, record.version).parent.mkdir(exist_ok=True)
+    path_of(root, record.version).parent.mkdir(exist_ok=True, parents=True)
     write_durably(path_of(root, record.version), json.dumps(document))
 
 
@@ -102,6 +102,7 @@ def verify_all(root: Path, record: SnapshotRecord) -> None:
 
 def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
     path = path_of(root, record.version)
+    Within(str(root)).check(str(path))
     if not os.path.lexists(path):
         return None
     document = parse_json(read_small(path, _LARGEST), path)

@@ -14,6 +14,7 @@ from hbx_gpu._untrusted import Within, check_tree, leads_out
 from hbx_gpu.errors import AtlasError, UnsafePathError
 
 STAGING = ".staging"
+LAYOUT_TABLE = "_feature_layouts"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
 _MOST = 4096  # characters of the name of a group
 

@@ -11,14 +11,13 @@ from urllib.parse import unquote, urlparse
 
 from hbx_gpu._untrusted import parse_json
 from hbx_gpu.atlas._catalogue.guarded import open_guarded
-from hbx_gpu.atlas._catalogue.paths import check_store, plain_name
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store, plain_name
 from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 VERSION_TABLE = "atlas_versions"
-LAYOUT_TABLE = "_feature_layouts"
 
 
 @dataclass(frozen=True, slots=True)
