@@ -11,6 +11,16 @@ H5AD ?=
 DEMO_DIR ?= demo
 # Length of make fuzz.
 FUZZ_SECONDS ?= 300
+# Processes that share the tests; tests marked timing run alone whatever it is. 0: one process, as for a debugger.
+WORKERS ?= logical
+# make fast: which Python, and whether the oldest or the newest versions of the dependencies.
+DEPENDENCIES ?= newest
+FAST_VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(DEPENDENCIES)
+# Formats, tables and stores: what differs between the versions of anndata, pandas, zarr, NumPy and LanceDB.
+FAST := tests/atlas/test_ingest.py tests/atlas/test_ingest_multimodal.py tests/atlas/test_query.py \
+  tests/atlas/test_query_dataset.py tests/atlas/test_read_obs.py tests/atlas/test_schema.py tests/atlas/test_write_h5ad.py \
+  tests/chromatin/test_regions.py tests/codecs/test_zarr_codec.py tests/scdl/test_convert.py tests/scdl/test_features.py \
+  tests/scdl/test_writer.py tests/storage tests/test_cli.py
 # What make gpu runs with: numpy, cupy, torch and pytest are enough, the rest is skipped and said.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 # Passed on: make demo ARGS="--epochs 3", make test ARGS="-k atlas", make bench ARGS="--cells 50000"
@@ -33,7 +43,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test lint typecheck bench fuzz gpu clean
+.PHONY: help demo test fast lint typecheck changelog bench fuzz gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -42,12 +52,21 @@ demo: $(STAMP)  ## ingest, train an epoch, draw throughput; H5AD="a.h5ad b.h5ad"
 	@$(PY) -m hbx_gpu.demo $(H5AD) --out $(DEMO_DIR) $(ARGS)
 
 test: $(STAMP)  ## the whole test suite
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
-lint: $(STAMP)  ## ruff: rules and formatting; import-linter: which room may import which
+# Without torch and NVIDIA's packages, of which not every Python has a build of less than some gigabytes.
+fast: $(FAST_VENV)/.ready  ## the fast tests, with PYTHON=python3.13 in its own environment; DEPENDENCIES=oldest
+	@$(FAST_VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow and not timing" $(FAST) $(ARGS)
+
+lint: $(STAMP)  ## ruff, codespell (American spelling), import-linter (which room imports which), the changelog's fragments
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/codespell
+	@$(VENV)/bin/towncrier build --draft --version next >$(VENV)/changelog.md
+
+changelog: $(STAMP)  ## what the next release changes, from changes/
+	@$(VENV)/bin/towncrier build --draft --version next 2>/dev/null
 
 typecheck: $(STAMP)  ## mypy
 	@$(PY) -m mypy
@@ -62,15 +81,27 @@ gpu:  ## all that needs an NVIDIA GPU: tests, compute-sanitizer, benchmarks; GPU
 	@$(GPU_PYTHON) -m tests.on_gpu $(ARGS)
 
 clean:  ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) $(DEMO_DIR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* $(DEMO_DIR) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# 1: the interpreter, 2: its environment. An interrupted first run may leave an environment without pip, a system
+# upgrade one of another Python.
+define environment
+	@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "hbx_gpu needs Python 3.11 or newer; $(1) is $$($(1) --version 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(2)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Creating $(2) with $$($(1) --version)"; $(1) -m venv --clear $(2); }
+endef
+
+$(FAST_VENV)/.ready: pyproject.toml constraints-oldest.txt
+	$(call environment,$(PYTHON),$(FAST_VENV))
+	@echo "Installing the $(DEPENDENCIES) dependencies into $(FAST_VENV)"
+	@$(FAST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-base]" \
+	  $(if $(filter oldest,$(DEPENDENCIES)),-c constraints-oldest.txt)
+	@touch $@
+
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "hbx_gpu needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@# An interrupted first run may leave an environment without pip behind, a system upgrade one of another Python.
-	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(call environment,$(PYTHON),$(VENV))
 	@echo "Installing the $(SET) set into $(VENV); the first time takes a few minutes"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e "$(REQUIREMENT)" $(CONSTRAINTS)
 	@touch $@

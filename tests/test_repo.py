@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +113,19 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_lists_its_commands() -> None:
     listed = [line.split()[1] for line in make("-s", "help").stdout.splitlines()]
-    assert listed == ["help", "demo", "test", "lint", "typecheck", "bench", "fuzz", "gpu", "clean"]
+    assert listed == [
+        "help",
+        "demo",
+        "test",
+        "fast",
+        "lint",
+        "typecheck",
+        "changelog",
+        "bench",
+        "fuzz",
+        "gpu",
+        "clean",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,3 +152,25 @@ def test_make_refuses_an_old_python(tmp_path: Path) -> None:
     assert "needs Python 3.11 or newer" in done.stderr
     assert "Python 3.8.20" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_every_fragment_of_the_changelog_has_a_type() -> None:
+    """Towncrier leaves a file with another ending out, without a word."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    types = {entry["directory"] for entry in project["tool"]["towncrier"]["type"]}
+    for path in (ROOT / "changes").iterdir():
+        if path.name != "_template.md":
+            assert re.fullmatch(rf"[a-z0-9-]+\.({'|'.join(types)})\.md", path.name), path.name
+            assert path.read_text().strip()
+
+
+def test_the_oldest_constraints_are_the_lower_bounds() -> None:
+    """What CI runs as the oldest is what pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["multimodal"]]
+    bounds = {name: version for name, _, version in (text.partition(">=") for text in wanted) if version}
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == bounds.keys()
+    for name, version in bounds.items():
+        assert pins[name] in (version, f"{version}.0"), name

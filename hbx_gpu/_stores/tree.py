@@ -200,8 +200,10 @@ class HdfTree(_Tables):
 
 
 class ZarrTree(_Tables):
-    """A zarr group on disk, of format 2 or 3. Its metadata are read one node at a time: what is damaged
-    elsewhere in a store, or uses an extension, does not matter until it is needed.
+    """A zarr group on disk, of format 2 or 3.
+
+    Its metadata are read one node at a time: what is damaged elsewhere in a store, or uses an extension, does
+    not matter until it is needed.
     """
 
     def __init__(self, path: Path) -> None:

@@ -72,7 +72,6 @@ def draw(
     heights, widths
         int64 (n,), of the tiles, no smaller than the crop.
     """
-
     steps = _steps(transform)
     # All at once: for few cells the cost is that of NumPy's calls.
     numbers = dict(zip(steps, uniform(seed, epoch, cells, steps), strict=True))

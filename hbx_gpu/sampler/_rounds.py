@@ -19,8 +19,11 @@ def batch_sizes(n_cells: int, batch_size: int, *, drop_last: bool) -> np.ndarray
 
 
 def least_per_rank(sizes: np.ndarray, world_size: int) -> int:
-    """Cells that a batch must have at least: two if there are several ranks, so that no rank trains on one
-    cell (where batch normalization fails) while the others do not; one if all batches hold one."""
+    """Smallest number of cells that a batch may have.
+
+    Two if there are several ranks, so that no rank trains on one cell (where batch normalization fails)
+    while the others do not; one if all batches hold one.
+    """
     return 1 if world_size == 1 or int(sizes.max(initial=1)) == 1 else 2
 
 
