@@ -18,6 +18,11 @@ from hbx_gpu.errors import CorruptDataError, UnsafePathError
 METADATA_BYTES = 16 << 20
 """Largest file of metadata that is read: zarr.json, hbx_gpu.json, the header of an archive, labels, ..."""
 
+# Windows has none of them, and nothing that they guard against.
+_SAFELY = 0
+for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY"):
+    _SAFELY |= getattr(os, _name, 0)
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -57,7 +62,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: i
         if not flags & os.O_CREAT:
             raise
     # A FIFO that was put there meanwhile is opened at once, and found out.
-    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
+    descriptor = os.open(path, flags | _SAFELY, mode)
     try:
         _check_kind(path, os.fstat(descriptor).st_mode)
     except BaseException:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
-import mmap
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -16,8 +15,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
+from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._untrusted import open_regular
-from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 
 MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
 _MAX_SIZE = 8 << 20
@@ -283,6 +283,10 @@ class PreadReader(Reader):
         self, directory: ChunkDirectory, *, max_gap: int = MAX_GAP, max_size: int = _MAX_SIZE
     ) -> None:
         super().__init__(directory)
+        if not hasattr(os, "preadv"):
+            raise UnsupportedError(
+                f"reading with io='pinned' needs preadv of Linux or macOS, which {sys.platform} does not have"
+            )
         self._max_gap, self._max_size = max_gap, max_size
         self._files = _Cache(_Descriptor, _MAX_OPEN)
 
@@ -387,7 +391,7 @@ class MmapReader(Reader):
         super().__init__(directory)
         if resident_bytes is None:
             resident_bytes = _RESIDENT_PLAIN_BYTES if directory.has_plain_files else _RESIDENT_BYTES
-        self._maps = _Cache(_Map, _MAX_MAPS)
+        self._maps = _Cache(FileMap, _MAX_MAPS)
         self._resident_bytes = resident_bytes
         self._read_bytes = 0
 
@@ -415,7 +419,7 @@ class MmapReader(Reader):
     def close(self) -> None:
         self._maps.clear()
 
-    def _map(self, extents: Extents, file: int, needed: int) -> _Map:
+    def _map(self, extents: Extents, file: int, needed: int) -> FileMap:
         path, identity = self.directory.paths[file], self.directory.identities[file]
         entry = self._maps.peek(path, lambda entry: entry.identity == identity and entry.nbytes >= needed)
         try:
@@ -436,52 +440,3 @@ class MmapReader(Reader):
         if needed > entry.nbytes:
             raise self._too_short(extents, file, entry.nbytes)
         return entry
-
-
-class _Map:
-    """A whole file mapped read-only, unmapped with the last reference.
-
-    Through libc, because Python's mmap keeps a descriptor per map and one batch may touch more files than
-    a process may hold open.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.nbytes, self.address = 0, 0
-        fd = open_regular(path)
-        try:
-            found = os.fstat(fd)
-            self.identity = (found.st_dev, found.st_ino)
-            if found.st_size:
-                address = _libc.mmap(None, found.st_size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-                if address == _MAP_FAILED:
-                    code = ctypes.get_errno()
-                    raise OSError(code, f"mmap of {found.st_size} bytes: {os.strerror(code)}", path)
-                self.nbytes, self.address = found.st_size, address
-        finally:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        if self.nbytes:
-            _libc.munmap(self.address, self.nbytes)
-
-    def hand_back(self) -> None:
-        """Drop the pages from this process; the map stays valid and the file stays in the page cache."""
-        if self.nbytes:
-            _libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc.madvise.restype = ctypes.c_int
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.restype = ctypes.c_int
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_MAP_FAILED = ctypes.c_void_p(-1).value

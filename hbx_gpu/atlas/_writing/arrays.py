@@ -20,6 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from hbx_gpu._codecs.checksum import with_crc32c
+from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 
@@ -166,7 +167,7 @@ class ChunkEncoder:
         )
         self.codecs: list[dict[str, Any]] = json.loads(self._encoded["zarr.json"].to_bytes())["codecs"]
         self._pack = _packer(compressor)
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(cores())
 
     def encode(self, values: np.ndarray) -> Iterable[bytes]:
         """Encode 1 to `batch` whole chunks in the background; keep `values` as it is until all are taken."""
