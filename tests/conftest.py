@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import optional, side_by_side
 from tests.gpu import gpu_missing
 
 SHARED = Path(os.environ.get("HBX_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")).resolve()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What concerns all tests and has a file of its own."""
+    config.pluginmanager.register(optional)
+    config.pluginmanager.register(side_by_side)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -212,6 +212,7 @@ def test_progress_is_a_line_while_an_epoch_runs(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.timing
 def test_a_stage_costs_next_to_nothing() -> None:
     recorder = Recorder(threads=1)
     clock = time.perf_counter()

@@ -58,6 +58,7 @@ def fastest(call: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize("transform", ["gaps", "none"])
+@pytest.mark.timing
 def test_decoding_stays_near_the_speed_of_a_copy(transform: str) -> None:
     """Ratios to a memcpy of the same output: 6 for indices, 3 for counts when written.
 

@@ -23,6 +23,8 @@ from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.testing import StoredGroup, write_sources
 
+pytestmark = pytest.mark.timing
+
 N_GENES, N_ROWS = 20_000, 400
 
 

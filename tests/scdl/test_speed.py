@@ -16,6 +16,8 @@ from hbx_gpu.scdl._sources.cells import to_cell_dataset
 from hbx_gpu.scdl._writing.writer import ArchiveWriter
 from tests.scdl.files import adata  # noqa: F401 - keeps anndata's import out of the clocks
 
+pytestmark = pytest.mark.timing
+
 N_ROWS, N_GENES, LENGTH = 4000, 20_000, 1400
 
 

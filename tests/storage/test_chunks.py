@@ -197,6 +197,7 @@ def test_threads_agree(sharded: ArrayLayout) -> None:
         assert len(directory.paths) == 2
 
 
+@pytest.mark.timing
 def test_planning_speed(sharded: ArrayLayout) -> None:
     """Hundreds of arrays, indexes loaded: aim 0.5 ms per 1,000 ids; four times that fails."""
     directory = ChunkDirectory([sharded] * 300)
