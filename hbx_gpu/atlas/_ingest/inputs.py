@@ -115,7 +115,8 @@ def from_anndata(adata: AnnData, matrix: str, *, source: str = "AnnData object")
         No such matrix, or one of a kind that cannot be read.
     """
     available = [name for name, there in (("X", adata.X), ("raw", adata.raw)) if there is not None]
-    available += [str(name) for name in adata.layers]
+    # Since anndata 0.13 X is a layer too, named None.
+    available += [str(name) for name in adata.layers if name is not None]
     if matrix not in available:
         raise InvalidDataError(f"{source} has no matrix {matrix!r}; it holds {available}")
     values = adata.X if matrix == "X" else adata.raw.X if matrix == "raw" else adata.layers[matrix]
