@@ -62,6 +62,8 @@ def hdf5_layout(dataset: h5py.Dataset, path: str | os.PathLike[str], name: str) 
         The file ends before the dataset does.
     """
     path = os.path.abspath(path)
+    if not os.path.samefile(dataset.file.filename, path):
+        _refuse(path, name, f"is a link to the file {dataset.file.filename}")
     stored = dataset.dtype
     if stored.kind not in "iufb" or stored.itemsize > 8 or dataset.ndim == 0:
         raise UnsupportedCodecError(

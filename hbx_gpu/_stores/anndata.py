@@ -61,7 +61,9 @@ def open_mudata(tree: Tree, kind: str) -> Store:
     order = [str(name) for name in tree.attributes("mod").get("mod-order", ())]
     names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
     modalities = {}
-    n_cells = len(_obs(tree.path, ""))
+    n_cells = tree.n_rows("obs")
+    if n_cells is None:
+        n_cells = len(_obs(tree.path, ""))
     for name in names:
         part = part_of(tree, f"mod/{name}")
         rows = (

@@ -195,6 +195,8 @@ class Cells:
         for store in self.stores:
             frame = _obs_of(store)
             table = to_arrow(frame, str(store.path))
+            if repeated := len(frame) - frame.index.nunique():
+                _say(f"{store.path}: {repeated} cells share their name with another cell of the store")
             if OBS_NAME not in table.column_names:
                 table = table.append_column(OBS_NAME, pa.array(frame.index.to_numpy().astype(str)))
             frames.append(table)
@@ -462,6 +464,10 @@ class Cells:
                 f"matrix {layer!r} is sparse in some stores and dense in others; open them apart, or ingest "
                 "them into one atlas"
             )
+        dtypes = {matrix.name: matrix.values.dtype.name for matrix in matrices}
+        if len(set(dtypes.values())) > 1:
+            found = ", ".join(f"{kind} in {name}" for name, kind in list(dtypes.items())[:4])
+            _say(f"matrix {layer!r} differs in type between stores ({found}); batches have one for all")
         axis = self._axis(places.parts, layer, join, feature_id_column, dict(self._steps.panels).get(space))
         sources = [
             Source(matrix.name, matrix.index, {layer: matrix.values}, remap)
@@ -479,19 +485,17 @@ class Cells:
             return CellDataset(sources, _row_index(places, matrices), **common)
         ones = np.ones((len(places.row), 1), np.int64)
         boxes = BoxIndex(places.part, places.row[:, None], ones)
-        dtypes = {} if dtype is None else {layer: np.dtype(dtype).name}
-        return DenseCellDataset(sources, boxes, positions=True, dtypes=dtypes, **common)
+        wanted = {} if dtype is None else {layer: np.dtype(dtype).name}
+        return DenseCellDataset(sources, boxes, positions=True, dtypes=wanted, **common)
 
     def _axis(
         self, parts: Sequence[Part], layer: str, join: Join, column: str | None, panel: tuple[str, ...] | None
     ) -> Axis:
         names = [names_of(part.var(layer), column, part.name) for part in parts]
         if len(parts) == 1 and panel is None and len(set(names[0])) < len(names[0]):
-            warnings.warn(
+            _say(
                 f"{parts[0].name}: {len(names[0]) - len(set(names[0]))} features share their name with "
-                "another; each keeps a column of its own",
-                UserWarning,
-                stacklevel=4,
+                "another; each keeps a column of its own"
             )
         return joined(names, [part.name for part in parts], join, panel)
 
@@ -597,6 +601,10 @@ def _stacked(blocks: Sequence[Any], n_features: int) -> Any:
         ),
         shape=(len(lengths), n_features),
     )
+
+
+def _say(what: str) -> None:
+    warnings.warn(what, UserWarning, stacklevel=2)
 
 
 def _whole(n: int, what: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,8 @@ _EXACT = 2**53  # integers up to here are exact as float64
 def to_arrow(frame: pd.DataFrame, where: str) -> pa.Table:
     """A table of cells as Arrow: categoricals as dictionaries, missing values as nulls.
 
-    NaN in a column of floats is a value and stays one.
-
-    Raises
-    ------
-    InvalidDataError
-        A column of objects that are not text, numbers or truth values.
+    NaN in a column of floats is a value and stays one. A column that no table holds, of complex numbers or
+    of objects of several kinds, is left out with a warning.
     """
     import pandas as pd
 
@@ -42,9 +39,13 @@ def to_arrow(frame: pd.DataFrame, where: str) -> pa.Table:
                 )
                 column = pa.array(values.to_numpy(), from_pandas=False) if floats else pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            raise InvalidDataError(
-                f"{where}: column {name!r} of obs holds {values.dtype} values that cannot be queried: {error}"
-            ) from error
+            warnings.warn(
+                f"{where}: column {name!r} of obs holds {values.dtype} values that cannot be queried, and is "
+                f"left out: {error}",
+                UserWarning,
+                stacklevel=3,
+            )
+            continue
         if pa.types.is_binary(column.type):
             column = column.cast(pa.string())
         if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):

@@ -238,7 +238,7 @@ class ZarrTree(_Tables):
         return tuple(map(int, shape))
 
     def layout(self, key: str) -> ArrayLayout:
-        return read_layout(str(self.path / key), f"{self.path.name}/{key}")
+        return read_layout(str(self.path / key), f"{self.path.name}/{key}", within=self.path)
 
     def array(self, key: str) -> np.ndarray:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 
 import hbx_gpu
 from hbx_gpu import CellSampler, make_loader, sparse_to_dense_collate
-from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedError
+from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedCodecError, UnsupportedError
 
 
 def adata(seed: int, n_obs: int, genes: list[str], **obs: Any) -> anndata.AnnData:
@@ -217,3 +218,28 @@ def test_scdl_archives(shared: Path) -> None:
         np.testing.assert_array_equal(wanted.feature_uids[a.indices], dataset.feature_uids[b.indices])
         compared += 1
     assert compared >= 5
+
+
+def test_links_to_other_files_are_refused(
+    tmp_path: Path, pair: tuple[list[Path], list[anndata.AnnData]]
+) -> None:
+    """A link inside a file would otherwise give bytes of the wrong file."""
+    data = pair[1][0].copy()
+    data.write_h5ad(tmp_path / "whole.h5ad")
+    data.write_h5ad(tmp_path / "linked.h5ad")
+    with h5py.File(tmp_path / "linked.h5ad", "a") as file:
+        del file["X/data"]
+        file["X/data"] = h5py.ExternalLink(str(tmp_path / "whole.h5ad"), "X/data")
+    with pytest.raises(UnsupportedCodecError, match="is a link to the file"):
+        hbx_gpu.open(tmp_path / "linked.h5ad")
+
+
+def test_columns_that_no_table_holds_are_left_out_aloud(tmp_path: Path) -> None:
+    data = adata(3, 5, ["G1", "G2"], z=np.arange(5) * 1j, n=[1, 2, 3, 4, 2**64 - 1])
+    data.obs_names = ["a", "a", "b", "c", "d"]
+    data.write_h5ad(tmp_path / "z.h5ad")
+    cells = hbx_gpu.open(tmp_path / "z.h5ad")
+    with pytest.warns(UserWarning, match="left out|share their name") as said:
+        assert cells.to_pandas()["n"].tolist()[-1] == 2**64 - 1
+    assert any("column 'z'" in str(w.message) for w in said)
+    assert any("share their name" in str(w.message) for w in said)
