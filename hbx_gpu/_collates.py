@@ -400,3 +400,31 @@ def check_spaces(names: Iterable[str]) -> None:
     for name in names:
         if name in ("present", "measured", "metadata", "index"):
             raise ValueError(f"a field called {name!r} would overwrite the batch's own entry of that name")
+
+
+@cache
+def register_with_torch() -> None:
+    """Make torch's default collate know the batches of our datasets.
+
+    ``DataLoader(dataset, batch_size=8)`` then gives what the plain collates make: dicts of dense tensors.
+    torch documents its table of collates as the place to do so.
+    """
+    from torch.utils.data._utils.collate import default_collate_fn_map
+
+    def whole(collate: Callable[[Any], Any]) -> Callable[..., Any]:
+        def collated(batch: Any, *, collate_fn_map: Any = None) -> Any:  # noqa: ARG001 - torch passes it
+            if isinstance(batch, list | tuple):
+                raise TypeError(
+                    f"a list of {len(batch)} batches of one row each, as torch's ConcatDataset makes it: use "
+                    "hbx_gpu.dataloader.make_loader, which puts datasets together"
+                )
+            return collate(batch)
+
+        return collated
+
+    default_collate_fn_map.update({
+        SparseBatch: whole(sparse_to_dense_collate),
+        DenseBatch: whole(dense_to_tensor_collate),
+        RaggedBatch: whole(dense_to_tensor_collate),
+        MultimodalBatch: whole(multimodal_to_dense_collate),
+    })  # fmt: skip

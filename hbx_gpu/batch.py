@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+
+
+def _teach_torch() -> None:
+    """Let torch's default collate make tensors of batches, where torch is in use.
+
+    It looks at ``batch[0]`` first, in whatever process it runs. What makes tensors lies above this module,
+    which is why it is found by name.
+    """
+    if "torch.utils.data" in sys.modules:
+        importlib.import_module("hbx_gpu._collates").register_with_torch()
+
+
+def _one_row(batch: Any, row: int) -> slice:
+    """The row as a slice, in the coat of sequences: negative from the end, IndexError beyond it."""
+    n = len(batch)
+    if not -n <= row < n:
+        raise IndexError(f"row {row} is out of range for a batch of {n}")
+    return slice(row % n, row % n + 1)
+
+
+def _cut(arrays: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: array[rows] for name, array in arrays.items()}
 
 
 @dataclass(slots=True)
@@ -44,6 +69,20 @@ class SparseBatch:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __getitem__(self, row: int) -> SparseBatch:
+        """One row, as a batch."""
+        _teach_torch()
+        rows = _one_row(self, row)
+        values = slice(*self.offsets[rows.start : rows.stop + 1])
+        return replace(
+            self,
+            indices=self.indices[values],
+            values=self.values[values],
+            offsets=self.offsets[rows.start : rows.stop + 1] - self.offsets[rows.start],
+            metadata=None if self.metadata is None else _cut(self.metadata, rows),
+            layers=_cut(self.layers, values),
+        )
+
 
 @dataclass(slots=True)
 class DenseBatch:
@@ -72,6 +111,13 @@ class DenseBatch:
     def __len__(self) -> int:
         return len(self.data)
 
+    def __getitem__(self, row: int) -> DenseBatch:
+        """One row, as a batch."""
+        _teach_torch()
+        rows = _one_row(self, row)
+        metadata = None if self.metadata is None else _cut(self.metadata, rows)
+        return replace(self, data=self.data[rows], metadata=metadata, layers=_cut(self.layers, rows))
+
 
 @dataclass(slots=True)
 class RaggedBatch:
@@ -96,6 +142,13 @@ class RaggedBatch:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __getitem__(self, row: int) -> RaggedBatch:
+        """One row, as a batch."""
+        _teach_torch()
+        rows = _one_row(self, row)
+        metadata = None if self.metadata is None else _cut(self.metadata, rows)
+        return replace(self, data=self.data[rows], metadata=metadata, layers=_cut(self.layers, rows))
 
 
 @dataclass(slots=True)
@@ -126,3 +179,16 @@ class MultimodalBatch:
 
     def __len__(self) -> int:
         return self.n_cells
+
+    def __getitem__(self, row: int) -> MultimodalBatch:
+        """One row, as a batch; without its `measured` masks."""
+        _teach_torch()
+        rows = _one_row(self, row)
+        return replace(
+            self,
+            modalities={name: part[row] for name, part in self.modalities.items()},
+            present=_cut(self.present, rows),
+            metadata=None if self.metadata is None else _cut(self.metadata, rows),
+            n_cells=1,
+            measured={},
+        )

@@ -10,6 +10,7 @@ import numpy as np
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets import state as dataset_state
+from hbx_gpu._datasets.subsets import StoredRows
 from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, plan_rows, source_table
 from hbx_gpu._source import ObsColumns, RowIndex, Source
 from hbx_gpu.batch import SparseBatch
@@ -30,7 +31,7 @@ class Recipe(Protocol):
     def rebuild(self) -> CellDataset: ...
 
 
-class CellDataset:
+class CellDataset(StoredRows):
     """Map-style dataset over the cells of one sparse feature space.
 
     Made by :meth:`hbx_gpu.atlas.AtlasQuery.to_cell_dataset`. Rows are numbered in query order.
@@ -465,7 +466,10 @@ def several_rows(n_cells: int, rows: int | slice | Sequence[int] | np.ndarray) -
     """What ``dataset[rows]`` asks for, as row numbers of a batch."""
     if isinstance(rows, slice):
         return np.arange(n_cells)[rows]
-    return [int(rows)] if isinstance(rows, int | np.integer) else rows
+    # One number in any coat: an int, a NumPy integer, an array or tensor without axes.
+    if isinstance(rows, int) or np.ndim(rows) == 0:
+        return np.atleast_1d(np.asarray(rows))
+    return rows
 
 
 def row_numbers_of(

@@ -148,11 +148,11 @@ class DenseCellDataset(CellDataset):
 
     def plan(self, selection: np.ndarray) -> BoxPlan:  # type: ignore[override]
         """See :meth:`CellDataset.plan`."""
-        return plan_boxes(self._boxes, self._rows, selection)  # type: ignore[arg-type]
+        return plan_boxes(self._boxes, self._rows, selection)
 
     def needed_chunks(self) -> np.ndarray:
         """See :meth:`CellDataset.needed_chunks`."""
-        return needed_chunks(self._boxes, self._rows)  # type: ignore[arg-type]
+        return needed_chunks(self._boxes, self._rows)
 
     def decode(  # type: ignore[override]
         self, plan: BoxPlan, slab: Slab, selections: Sequence[np.ndarray]

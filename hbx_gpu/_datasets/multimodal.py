@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -214,6 +215,21 @@ class MultimodalCellDataset:
         first = next(iter(datasets.values()))
         other.__dict__.update(self.__dict__, datasets=datasets, _first=first, _pool=None)
         return other
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> MultimodalCellDataset:
+        """The dataset of some rows; see :meth:`CellDataset.subset`."""
+        chosen = self.row_numbers(rows)
+        parts = {name: part.subset(chosen) for name, part in self.datasets.items()}
+        return MultimodalCellDataset(parts, reader=self._reader_kind)
+
+    def identity(self) -> dict[str, Any]:
+        """Which rows these are; see :meth:`CellDataset.identity`."""
+        parts = {name: part.identity() for name, part in self.datasets.items()}
+        first = next(iter(parts.values()))
+        rows = hashlib.blake2b(
+            repr([(name, part["rows"]) for name, part in parts.items()]).encode(), digest_size=8
+        )
+        return first | {"rows": rows.hexdigest()}
 
     def reading_with(self, reader: Reader) -> MultimodalCellDataset:
         """This dataset with another reader of its chunks; everything else is shared."""

@@ -43,9 +43,13 @@ _DEVICE_BUDGET = 4 << 30
 
 def make_loader(
     dataset: Any,
-    sampler: Any,
+    sampler: Any = None,
     collate_fn: Callable[[Any], Any] | None = None,
     *,
+    batch_size: int | None = None,
+    shuffle: bool | None = None,
+    drop_last: bool | None = None,
+    seed: int | None = None,
     device: Any = "cpu",
     layout: str | Mapping[str, str] | None = None,
     dtype: str | Mapping[str, str] = "float32",
@@ -63,10 +67,15 @@ def make_loader(
     Parameters
     ----------
     dataset
-        What to load: a dataset, or what has ``to_cell_dataset``, such as an SCDL archive.
+        What to load: a dataset, what has ``to_cell_dataset``, such as an SCDL archive, or a torch ``Subset``,
+        ``random_split`` or ``ConcatDataset`` of these, whose rows are numbered as torch does.
     sampler
-        Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, or any torch
-        batch sampler. Its `num_workers`, if it has one, is the default below.
+        Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, any torch batch
+        sampler, or a torch sampler of rows, such as ``RandomSampler``. None: a CellSampler of the dataset.
+        Its `num_workers`, if it has one, is the default below.
+    batch_size, shuffle, drop_last, seed
+        Of the CellSampler that is made where there is no `sampler` (default: 1,024 rows, not shuffled).
+        Beside a sampler of rows `batch_size` and `drop_last` only.
     collate_fn
         Applied to every batch; None hands out the batch objects themselves.
     device
@@ -122,13 +131,19 @@ def make_loader(
     Raises
     ------
     ValueError
-        `batch_size`, `shuffle`, `drop_last` or `batch_sampler` among the keywords: the sampler decides these.
+        `batch_size`, `shuffle`, `drop_last` or `seed` beside a sampler of batches, which decides these.
         Both layout and collate_fn; an unknown layout or dtype; dtype or transform without ``layout="dense"``;
         a GPU without layout, or with worker processes. An unknown executor; DALI without layout, or with
         worker processes.
     DeviceUnavailableError
         A GPU or DALI was asked for by name and cannot be used; says what is missing.
     """
+    from hbx_gpu._loading.splits import order_for, unwrapped
+
+    dataset = unwrapped(dataset)
+    sampler = order_for(
+        dataset, sampler, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
+    )
     options: dict[str, Any] = {"device": device, "layout": layout, "dtype": dtype, "transform": transform}
     options |= {"memory_budget": memory_budget, "io": io, "residency": residency, **kwargs}
     options |= {"images": images, "image_seed": image_seed}

@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 _OF_THE_FRAGMENTS = frozenset({
     "n_cells", "n_groups", "groups_np", "feature_space", "present", "categories", "columns",
-    "row_numbers", "reader_kind", "directory", "open_reader", "plan", "read", "needed_chunks",
+    "row_numbers", "identity", "reader_kind", "directory", "open_reader", "plan", "read", "needed_chunks",
     "close",
 })  # fmt: skip
 """What rows and chunks are the same of, whatever is counted."""
@@ -137,6 +137,12 @@ class FragmentMatrixDataset:
     def decode(self, plan: Any, slab: Any, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
         """The batches that a plan is for, as :meth:`hbx_gpu.dataloader.CellDataset.decode`."""
         return [self._counted(batch) for batch in self.fragments.decode(plan, slab, selections)]
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> FragmentMatrixDataset:
+        """The dataset of some cells; see :meth:`hbx_gpu.dataloader.CellDataset.subset`."""
+        other: FragmentMatrixDataset = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, fragments=self.fragments.subset(rows))
+        return other
 
     def _counted(self, batch: SparseBatch) -> SparseBatch:
         with stage("decode"):

@@ -1,0 +1,82 @@
+"""What torch makes of datasets and samplers - splits, concatenations, samplers of rows - as our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from hbx_gpu._datasets.joined import joined
+from hbx_gpu._loading.order import Batches, GivenOrder, Order
+from hbx_gpu.sampler import CellSampler
+
+_BATCH_SIZE = 1024  # of CellSampler
+_SAMPLERS_OF_ROWS = (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+
+def unwrapped(dataset: Any) -> Any:
+    """A torch `Subset` (as `random_split` makes them) or `ConcatDataset` of our datasets as one of ours.
+
+    Rows are numbered as torch numbers them. Anything else is returned as it is.
+    """
+    if isinstance(dataset, Subset):
+        whole = unwrapped(dataset.dataset)
+        whole = getattr(whole, "to_cell_dataset", lambda: whole)()
+        return whole.subset(np.asarray(dataset.indices, np.int64)) if hasattr(whole, "subset") else dataset
+    if isinstance(dataset, ConcatDataset):
+        parts = [unwrapped(part) for part in dataset.datasets]
+        parts = [getattr(part, "to_cell_dataset", lambda part=part: part)() for part in parts]
+        return joined(parts) if all(hasattr(part, "subset") for part in parts) else dataset
+    return dataset
+
+
+def order_for(
+    dataset: Any,
+    sampler: Any,
+    *,
+    batch_size: int | None = None,
+    shuffle: bool | None = None,
+    drop_last: bool | None = None,
+    seed: int | None = None,
+) -> Any:
+    """The sampler of batches that a loader's arguments ask for.
+
+    Raises
+    ------
+    ValueError
+        `batch_size`, `shuffle`, `drop_last` or `seed` beside a sampler that has decided them.
+    """
+    if sampler is None:
+        groups = getattr(dataset, "groups_np", None)
+        return CellSampler(
+            np.zeros(len(dataset), np.int32) if groups is None else groups,
+            batch_size or _BATCH_SIZE,
+            bool(shuffle),
+            seed,
+            bool(drop_last),
+        )
+    given = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+    of_batches = isinstance(sampler, BatchSampler | Batches | GivenOrder | Order)
+    of_rows = isinstance(sampler, _SAMPLERS_OF_ROWS) and not of_batches
+    if of_rows or (batch_size is not None and not of_batches):
+        given |= {"batch_size": None, "drop_last": None}
+        sampler = BatchSampler(sampler, batch_size or _BATCH_SIZE, bool(drop_last))
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
+    return sampler

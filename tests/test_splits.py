@@ -1,0 +1,176 @@
+"""Some rows of a dataset: subsets, torch's splits and concatenations; states belong to their rows."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, random_split
+
+from hbx_gpu._datasets.joined import joined
+from hbx_gpu._source import ObsColumns
+from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
+from hbx_gpu.errors import HbxError
+from hbx_gpu.sampler import CellSampler
+from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
+    return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return expected_dense(example_groups(), N_FEATURES)
+
+
+def x(batch: Any) -> np.ndarray:
+    found: np.ndarray = sparse_to_dense_collate(batch)["X"].numpy()
+    return found
+
+
+def all_of(loader: Any) -> np.ndarray:
+    return torch.cat([batch["X"] for batch in loader]).numpy()
+
+
+def test_one_row_in_any_coat(dataset: CellDataset, expected: np.ndarray) -> None:
+    for row in (1, np.int64(1), np.uint8(1), np.array(1), torch.tensor(1), [1], torch.tensor([1])):
+        assert np.array_equal(x(dataset[row]), expected[[1]])
+    for rows in (slice(3, None, 40), torch.arange(3, 120, 40), range(3, 120, 40), [np.int32(3), 43, 83]):
+        assert np.array_equal(x(dataset[rows]), expected[3::40])
+    with pytest.raises(IndexError, match="integers"):
+        dataset[torch.tensor(1.5)]
+
+
+def test_a_subset_has_the_rows_in_the_order_given(dataset: CellDataset, expected: np.ndarray) -> None:
+    rows = [100, 3, 3, -1, 50]
+    part = dataset.subset(rows)
+    assert (len(part), part.n_features) == (5, dataset.n_features)
+    assert np.array_equal(x(part[:]), expected[rows])
+    assert part[[1]].metadata is not None
+    assert part[[1]].metadata["score"] == dataset.columns["score"][3]
+    assert np.array_equal(part.groups_np, dataset.groups_np[rows])
+    again = part.subset(np.array([True, False, False, False, True]))
+    assert np.array_equal(x(again[:]), expected[[100, 50]])
+    assert np.array_equal(x(pickle.loads(pickle.dumps(again))[:]), expected[[100, 50]])
+    with pytest.raises(IndexError, match="row 5 is out of range"):
+        part.subset([5])
+    assert len(dataset.subset([])) == 0
+
+
+def test_torch_splits_load_like_subsets(dataset: CellDataset, expected: np.ndarray) -> None:
+    train, rest = random_split(dataset, [90, 30], generator=torch.Generator().manual_seed(0))
+    got = all_of(make_loader(train, batch_size=16, layout="dense"))
+    assert np.array_equal(got, expected[list(train.indices)])
+    nested = Subset(rest, [4, 2])
+    assert np.array_equal(
+        all_of(make_loader(nested, batch_size=16, layout="dense")),
+        expected[[rest.indices[4], rest.indices[2]]],
+    )
+    # As torch loads them itself, batch by batch.
+    plain = DataLoader(train, batch_size=16, collate_fn=sparse_to_dense_collate)
+    assert np.array_equal(all_of(plain), got)
+
+
+def test_concatenations_are_one_dataset(dataset: CellDataset, expected: np.ndarray) -> None:
+    parts = ConcatDataset([dataset.subset(range(80, 120)), dataset.subset([5, 3])])
+    rows = [*range(80, 120), 5, 3]
+    got = list(make_loader(parts, batch_size=16, layout="dense"))
+    assert np.array_equal(all_of(got), expected[rows])
+    scores = torch.cat([batch["score"] for batch in got])
+    assert scores.tolist() == dataset.columns["score"][rows].tolist()
+    one = joined([dataset.subset([0, 1]), dataset.subset([119])])
+    assert one.n_groups == dataset.n_groups, "a stored matrix counts once"
+    assert np.array_equal(x(pickle.loads(pickle.dumps(one))[:]), expected[[0, 1, 119]])
+    with pytest.raises(HbxError, match="obs columns cannot be put together"):
+        joined([dataset, dataset.without_metadata()])
+
+
+def test_labels_of_a_concatenation_are_numbered_together(dataset: CellDataset) -> None:
+    def labelled(words: list[str], codes: list[int], rows: list[int]) -> CellDataset:
+        part = dataset.subset(rows)
+        obs = ObsColumns({"label": np.array(codes)}, {"label": np.array(words, object)})
+        part.__dict__.update(_obs=obs)
+        return part
+
+    one = joined([labelled(["B", "T"], [1, -1], [0, 1]), labelled(["T", "NK"], [0, 1, 0], [2, 3, 4])])
+    words = one.categories["label"]
+    assert words.tolist() == ["B", "T", "NK"]
+    assert one.columns["label"].tolist() == [1, -1, 1, 2, 1]
+
+
+def test_samplers_of_rows_and_no_sampler(dataset: CellDataset, expected: np.ndarray) -> None:
+    order = list(RandomSampler(dataset, generator=torch.Generator().manual_seed(3)))
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(3))
+    loader = make_loader(dataset, sampler, batch_size=50, drop_last=True, layout="dense")
+    assert [len(batch["X"]) for batch in loader] == [50, 50]
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(3))
+    assert np.array_equal(all_of(make_loader(dataset, sampler, layout="dense")), expected[order])
+    shuffled = make_loader(dataset, batch_size=50, shuffle=True, seed=4, layout="dense")
+    rows = [row for batch in CellSampler(dataset.groups_np, 50, seed=4) for row in batch]
+    assert np.array_equal(all_of(shuffled), expected[rows])
+    assert np.array_equal(all_of(make_loader(dataset, layout="dense")), expected)
+    for options in ({"batch_size": 8}, {"shuffle": True}, {"drop_last": True}, {"seed": 1}):
+        with pytest.raises(ValueError, match="the sampler decides this"):
+            make_loader(dataset, CellSampler(dataset.groups_np, 16), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shuffle: the sampler decides this"):
+        make_loader(dataset, sampler, shuffle=True)
+    with pytest.raises(ValueError, match=r"one by one .* pass batch_size="):
+        next(iter(make_loader(dataset, [3, 4, 5], layout="dense")))
+    assert np.array_equal(
+        all_of(make_loader(dataset, [3, 4, 5], batch_size=2, layout="dense")), expected[3:6]
+    )
+
+
+def test_a_state_belongs_to_its_rows(dataset: CellDataset, tmp_path: Path) -> None:
+    def loader(rows: Any) -> Any:
+        return make_loader(dataset.subset(rows), batch_size=8, shuffle=True, seed=0, layout="dense")
+
+    mine, other = np.arange(0, 120, 2), np.arange(1, 120, 2)  # as two donors of one matrix
+    first = loader(mine)
+    next(iter(first))
+    state = first.state_dict()
+    assert len(repr(state)) < 1000
+    loader(mine).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"other cells \(60 cells .* saved, 60 here; the rows differ"):
+        loader(other).load_state_dict(state)
+    assert dataset.subset(mine).with_layers(dataset.layer).identity() == dataset.subset(mine).identity()
+    assert dataset.subset([0, 1]).identity() != dataset.subset([1, 0]).identity()
+    same = example_dataset(tmp_path, example_groups())
+    assert same.identity() == dataset.identity(), "the same matrices elsewhere"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torch_loads_with_its_default_collate(
+    dataset: CellDataset, expected: np.ndarray, workers: int
+) -> None:
+    context = "spawn" if workers else None
+    numbered = dataset.with_columns({"row": np.arange(120)})
+    loader = DataLoader(
+        numbered, batch_size=50, shuffle=True, num_workers=workers, multiprocessing_context=context
+    )
+    batches = list(loader)
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    assert sorted(rows) == list(range(120))
+    assert np.array_equal(all_of(batches), expected[rows])
+    assert batches[0]["X"].dtype == torch.float32
+    part = Subset(numbered, [7, 5])
+    assert next(iter(DataLoader(part, batch_size=2)))["row"].tolist() == [7, 5]
+    with pytest.raises(TypeError, match=r"ConcatDataset makes it: use .*make_loader"):
+        next(iter(DataLoader(ConcatDataset([numbered, numbered]), batch_size=8)))
+
+
+def test_a_row_of_a_batch_is_a_batch(dataset: CellDataset, expected: np.ndarray) -> None:
+    batch = dataset[[4, 9, 100]]
+    assert np.array_equal(x(batch[1]), expected[[9]])
+    assert np.array_equal(x(batch[-1]), expected[[100]])
+    assert batch[-1].metadata is not None
+    assert batch[-1].metadata["score"] == dataset.columns["score"][100]
+    assert len(list(batch)) == 3
+    with pytest.raises(IndexError, match="row 3 is out of range for a batch of 3"):
+        batch[3]
