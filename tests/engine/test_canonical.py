@@ -180,6 +180,46 @@ def test_large_outputs_are_those_of_small_ones(columns: str, values: str, tmp_pa
             assert (whole.values[here] == arrays[1][there]).all()
 
 
+@pytest.mark.parametrize("order", ["upward", "turned", "dropped"])
+def test_large_outputs_through_a_remap(order: str, tmp_path: Path) -> None:
+    """Looked up line by line: rows shorter and longer than a line, ascending or not, also across lines."""
+    rng = np.random.default_rng(2)
+    width, lengths = 6000, rng.integers(0, 6000, 1600).astype(np.int32)
+    assert lengths.sum() * 4 > kernels._FAR
+    start = np.cumsum(lengths, dtype=np.int64) - lengths
+    columns = np.concatenate([np.arange(length, dtype=np.uint16) for length in lengths])
+    values = rng.integers(0, 200, len(columns)).astype(np.uint8)
+    remap = np.arange(width, dtype=np.int32) + 7
+    if order == "turned":  # one fall, just where a line ends
+        remap[kernels._LINE :] -= kernels._LINE
+        remap[: kernels._LINE] += width - kernels._LINE
+    if order == "dropped":
+        remap[::5] = -1
+    for name, array in (("columns", columns), ("values", values)):
+        array.tofile(tmp_path / name)
+    index, layer = (
+        plain_layout(tmp_path / name, array.dtype, len(array))
+        for name, array in (("columns", columns), ("values", values))
+    )
+    rows = RowIndex(np.zeros(len(lengths), np.int32), start, lengths)
+    dataset = CellDataset(
+        [Source("all", index, {"counts": layer}, remap)],
+        rows, layer="counts", n_features=width + 7, feature_uids=np.arange(width + 7),
+    )  # fmt: skip
+    mapped = remap[columns]
+    expected = sp.csr_matrix(
+        (values[mapped >= 0].astype(np.float32), mapped[mapped >= 0],
+         np.concatenate([[0], np.cumsum(mapped >= 0)])[np.append(start, len(columns))]),
+        shape=(len(lengths), width + 7),
+    )  # fmt: skip
+    narrow = dataset[:]
+    np.testing.assert_array_equal(narrow.indices, expected.indices)
+    batch = dataset.with_wide_columns()[:]
+    expected.sort_indices()
+    np.testing.assert_array_equal(batch.indices, expected.indices)
+    np.testing.assert_array_equal(batch.values, expected.data)
+
+
 @pytest.mark.parametrize("drops", [False, True])
 def test_datasets_for_sparse_tensors(drops: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ _FAR = 16 << 20
 before it is written."""
 
 _STORED = 32  # bytes at once
+_LINE = 1024  # columns looked up before they are written past the caches
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -122,6 +123,25 @@ def _falls(line):
 
 
 @_jit
+def _look_up_far(source, remap, target):
+    """Local to output columns, past the caches; returns whether the output columns do not ascend.
+
+    They pass through a line that stays in the nearest cache, because what went past it is not read again.
+    """
+    line = np.empty(_LINE, remap.dtype)
+    falling, before = False, np.int64(-2)
+    for first in range(0, len(source), _LINE):
+        part = source[first : first + _LINE]
+        mapped = line[: len(part)]
+        for k in range(len(part)):
+            mapped[k] = remap[np.uint64(part[k])]
+        falling |= mapped[0] <= before or _falls(mapped)
+        before = np.int64(mapped[len(mapped) - 1])
+        _copy(mapped, target[first : first + len(part)], True)
+    return falling
+
+
+@_jit
 def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, falls):
     """Hand the pieces p0..p1 of one decoded index chunk out, local -> output column.
 
@@ -147,6 +167,10 @@ def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, 
             _copy(source, target, far)
             if len(falls):
                 falls[p] = _falls(source)
+        elif far:
+            falling = _look_up_far(source, remap, target)
+            if len(falls):
+                falls[p] = falling
         else:
             for k in range(len(source)):
                 target[k] = remap[np.uint64(source[k])]
