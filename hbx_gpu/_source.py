@@ -179,8 +179,8 @@ class ObsColumns:
     Attributes
     ----------
     columns
-        Name -> array of n rows: numeric as stored, or int64 codes (-1 = missing) where `categories` has
-        the name.
+        Name -> array of n rows: numeric as stored (a missing integer is the smallest of its dtype, a missing
+        float NaN), or int64 codes (-1 = missing) where `categories` has the name.
     categories
         Name -> vocabulary (object or bool array); code k means ``categories[name][k]``.
     """

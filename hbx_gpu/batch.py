@@ -50,7 +50,8 @@ class SparseBatch:
     n_features
         Width of the dense matrix these rows belong to.
     metadata
-        One array of n_rows per requested obs column, or None when none was requested.
+        One array of n_rows per requested obs column, or None when none was requested. Missing values: -1
+        among codes, NaN among floats, the smallest integer of the dtype among integers.
     layers
         Layer name -> (nnz,) values, every layer that was asked for; `values` is the first of them. Empty
         where only one was.

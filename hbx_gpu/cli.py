@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hbx_gpu._commands import bench, convert, info, ingest, repack
+from hbx_gpu._commands import bench, convert, info, ingest, remove, repack
 from hbx_gpu._version import __version__
 
 # Heavy imports happen in the commands, so that --help and --version answer at once.
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_parser(commands, common, _CODECS)
     repack.add_parser(commands, common, _CODECS)
     info.add_parser(commands, common)
+    remove.add_parser(commands, common)
     convert.add_parser(commands, common)
     bench.add_parser(commands, common)
     return parser

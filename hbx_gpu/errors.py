@@ -68,6 +68,10 @@ class TableError(AtlasError, ValueError):
     """A table of an atlas cannot be read or changed; names the atlas, the table and what to do."""
 
 
+class RemotePathError(AtlasError, ValueError):
+    """An address of an object store, where only local paths are supported."""
+
+
 class UnknownNameError(AtlasError, ValueError, KeyError):
     """No such layer, feature space, column, table or feature; the message lists those that exist."""
 

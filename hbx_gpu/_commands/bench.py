@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
+
+from hbx_gpu._paths import argument as local_argument
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "this machine allow, checked against a plain decoder; and models that train while loading. "
         "Nothing is written but what --out names.",
     )
-    parser.add_argument("path", type=Path, metavar="ATLAS_OR_ARCHIVE", help="its folder")
+    parser.add_argument("path", type=local_argument, metavar="ATLAS_OR_ARCHIVE", help="its folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default)")
     several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--layout", default=["dense", "csr"], choices=("dense", "csr"), **several)
@@ -78,7 +79,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--field", metavar="NAME", help="feature space, where the atlas has several")
     parser.add_argument("--layer", metavar="NAME", help="layer; the space's own by default")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write bench.txt, .json and .png there")
+    parser.add_argument(
+        "--out", type=local_argument, metavar="FOLDER", help="write bench.txt, .json and .png there"
+    )
     parser.set_defaults(command=_bench, if_interrupted="nothing was written")
 
 

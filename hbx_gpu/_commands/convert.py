@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar
 from hbx_gpu.errors import InvalidDataError
 
@@ -23,19 +25,23 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "Nothing is lost on the way: columns in their order, repeats, explicit zeros and dtypes come back.",
     )
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="an SCDL archive, an atlas, or a .h5ad file"
+        "source", type=local_argument, metavar="SOURCE", help="an SCDL archive, an atlas, or a .h5ad file"
     )
-    parser.add_argument("target", type=Path, metavar="TARGET", help="the atlas or archive to make")
+    parser.add_argument("target", type=local_argument, metavar="TARGET", help="the atlas or archive to make")
     parser.add_argument(
         "--layer",
         metavar="NAME",
         help="to an atlas: where values go (by default counts, if they are whole numbers, else "
-        "log_normalized); from one: which layer is written; from a file: X, raw or a layer",
+        "log_normalized); from one: which layer is written; from a file: X, raw or a layer, by default, as "
+        "hbx-gpu ingest does, the one that holds counts: X, else raw, else a layer called counts",
     )
     parser.add_argument(
+        "--feature-id-column",
         "--feature-id",
+        dest="feature_id",
         metavar="NAME",
-        help="column of var that identifies a gene across the files of an archive; by default the usual ones",
+        help="column of var that identifies a gene across the files of an archive; by default chosen for all "
+        "of them together: ids of a database, else the names",
     )
     parser.add_argument(
         "--codec", metavar="NAME", help="compression of a new atlas; hbx_gpu.rowpack by default"
@@ -50,6 +56,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-uids", action="store_true", help="from an atlas: write uids as obs columns")
     parser.add_argument(
         "--allow-loss", action="store_true", help="accept values that the dtype does not hold"
+    )
+    parser.add_argument(
+        "--allow-normalized", action="store_true", help="from a file: accept values that are not counts"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an archive at TARGET")
     parser.set_defaults(
@@ -72,7 +81,9 @@ def kind_of(path: Path) -> str:
         return "archive"
     if path.is_file() and path.suffix == ".h5ad":
         return "file"
-    there = "nothing is there" if not path.exists() else "it is neither"
+    from hbx_gpu._h5ad.foreign import describe_path
+
+    there = (describe_path(path) or "it is neither") if path.exists() else "nothing is there"
     raise InvalidDataError(
         f"expected an SCDL archive (a folder with row_ptr.npy), an atlas (a folder with lance_db) or a .h5ad "
         f"file at {path}; {there}"
@@ -84,14 +95,13 @@ def _convert(args: argparse.Namespace) -> int:
     _refuse_unused(args, kind)
     begin = time.perf_counter()
     convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]
-    with warnings.catch_warnings(), bar(" cells", args.source.name) as progress:
+    with from_command(_FLAGS), warnings.catch_warnings(), bar(" cells", args.source.name) as progress:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
         n = convert(args, progress)
     took = time.perf_counter() - begin
-    print(
-        f"{args.target}: {n:,} cells of {args.source} in {took:.1f} s" if n else f"{args.target}: was there"
-    )
+    done = f"{n:,} cells of {args.source} in {took:.1f} s" if n else "was there"
+    print(f"{args.target}: {done}")
     return 0
 
 
@@ -99,15 +109,29 @@ def _say(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"hbx-gpu: warning: {message}", file=sys.stderr)
 
 
+# Python's parameters, as the options of this command.
+_FLAGS = {
+    "feature_id": "--feature-id-column",
+    "feature_id_column": "--feature-id-column",
+    "layer": "--layer",
+    "zarr_layer": "--layer",
+    "matrix": "--layer",
+    "codec": "--codec",
+    "data_dtype": "--data-dtype",
+    "allow_loss": "--allow-loss",
+    "allow_rounding": "--allow-loss",
+    "allow_normalized": "--allow-normalized",
+    "overwrite": "--overwrite",
+}
 _USED = {
     "archive": {"layer", "feature_id", "codec", "allow_loss"},
     "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "overwrite"},
-    "file": {"layer", "data_dtype", "allow_loss", "overwrite"},
+    "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "overwrite"},
 }
 
 
 def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
-    options = ("layer", "feature_id", "codec", "data_dtype", "union", "keep_uids", "allow_loss", "overwrite")
+    options = set().union(*_USED.values())
     unused = [name for name in options if getattr(args, name) and name not in _USED[kind]]
     if unused:
         flags = ", ".join("--" + name.replace("_", "-") for name in unused)
@@ -151,10 +175,13 @@ def _from_file(args: argparse.Namespace, progress: Progress) -> int:
     done = convert_h5ad(
         args.source,
         args.target,
-        options=ConvertOptions(matrix=args.layer),
+        options=ConvertOptions(
+            matrix=args.layer, choose=args.layer is None, allow_normalized=args.allow_normalized
+        ),
         data_dtype=args.data_dtype or "auto",
         tolerance=Tolerance(allow_loss=args.allow_loss),
         overwrite=args.overwrite,
         progress=progress,
     )
+    print(f"{args.source}: matrix {done.matrix}" + (f" ({done.reason})" if done.reason else ""))
     return done.n_rows

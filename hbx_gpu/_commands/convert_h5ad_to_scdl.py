@@ -11,12 +11,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 from hbx_gpu._version import __version__
 
 # Heavy imports happen in the functions, so that --help and --version answer at once.
 _PROGRAM = "convert_h5ad_to_scdl"
 _DTYPES = "uint8, uint16, uint32, uint64, float16, float32, float64, or auto for the smallest exact one"
+
+
+# Python's parameters, as the options of this command.
+_FLAGS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "matrix",
+        "use_X_not_raw",
+        "allow_normalized",
+        "allow_loss",
+        "data_dtype",
+        "data_dtype_tolerance",
+        "overwrite",
+        "neighbor_key",
+        "load_neighbors",
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format=f"{_PROGRAM}: %(message)s", level=logging.INFO if args.debug else logging.WARNING
     )
     try:
-        with warnings.catch_warnings():
+        with from_command(_FLAGS), warnings.catch_warnings():
             if not args.debug:
                 warnings.showwarning = _show_warning
             return _convert(args)
@@ -60,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "data-path",
         required=True,
-        type=Path,
+        type=local_argument,
         metavar="DIR",
         help="folder that is searched for .h5ad files, subfolders included; or one file",
     )
-    add("save-path", required=True, type=Path, metavar="DIR", help="the archive to make")
+    add("save-path", required=True, type=local_argument, metavar="DIR", help="the archive to make")
     add(
         "num-workers",
         type=int,
@@ -96,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("load-block-row-size", type=int, default=1_000_000, metavar="N", help="see above [1000000]")
     add("use-X-not-raw", action="store_true", help="take X; by default raw.X where a file has it, else X")
     add("matrix", metavar="NAME", help="matrix to take: X, raw, or a layer; instead of --use-X-not-raw")
+    add("allow-normalized", action="store_true", help="accept values that are not counts, also beside counts")
     add("load-neighbors", action="store_true", help="take the neighbours of the cells too")
     add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")
     add("overwrite", action="store_true", help="replace an archive at the save path; by default refused")
@@ -124,6 +144,7 @@ def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
     options = ConvertOptions(
         matrix=args.matrix,
         use_X_not_raw=args.use_X_not_raw,
+        allow_normalized=args.allow_normalized,
         paginated_load_cutoff=args.paginated_load_cutoff,
         load_block_row_size=args.load_block_row_size,
         neighbor_key=args.neighbor_key if args.load_neighbors else None,
@@ -161,6 +182,7 @@ def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
                 data_dtype_tolerance=args.data_dtype_tolerance,
                 allow_loss=args.allow_loss,
                 matrix=args.matrix,
+                allow_normalized=args.allow_normalized,
                 load_neighbors=args.load_neighbors,
                 neighbor_key=args.neighbor_key,
                 progress=show,

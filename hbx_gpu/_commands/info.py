@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from hbx_gpu._paths import argument as local_argument
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand to a parser's."""
     parser = commands.add_parser("info", parents=[common], help="say what an atlas holds")
-    parser.add_argument("path", type=Path, metavar="PATH", help="the atlas")
+    parser.add_argument("path", type=local_argument, metavar="PATH", help="the atlas")
     parser.add_argument(
         "--version", dest="snapshot", type=int, metavar="N", help="snapshot; the newest by default"
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
     from hbx_gpu.atlas._ingest.commit import IngestReport
+    from hbx_gpu.atlas._ingest.plan import FilePlan
 
 # Heavy imports happen in the functions, so that --help answers at once.
 _EXAMPLES = """\
@@ -37,12 +40,25 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help=".h5ad and .h5mu files, one dataset each"
+        "files",
+        nargs="*",
+        type=local_argument,
+        metavar="FILE",
+        help=".h5ad and .h5mu files, one dataset each",
     )
     parser.add_argument(
-        "--atlas", required=True, type=Path, metavar="PATH", help="the atlas; made if it is not there"
+        "--atlas",
+        required=True,
+        type=local_argument,
+        metavar="PATH",
+        help="the atlas; made if it is not there",
     )
-    parser.add_argument("--layer", metavar="NAME", help="matrix to read: X (default), raw, or a layer")
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="matrix to read: X, raw, or a layer; by default the one that holds "
+        "counts: X, else raw, else a layer called counts",
+    )
     parser.add_argument(
         "--target-layer",
         metavar="NAME",
@@ -53,8 +69,35 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         action="append",
         default=[],
         metavar="[NAME=]COLUMN",
-        help="column of var with the feature ids (of one modality), 'index' for the names; by default the "
-        "names if they are unique, else gene_ids or the like",
+        help="column of var with the feature ids (of one modality), 'index' for the names. By default chosen "
+        "for all files together: as the atlas has them, else ids of a database, else the names",
+    )
+    parser.add_argument(
+        "--strip-versions", action="store_true", help="drop the versions of Ensembl ids: ENSG....15"
+    )
+    parser.add_argument(
+        "--require-shared-genes",
+        type=float,
+        metavar="FRACTION",
+        help="refuse a file that shares less than this fraction of the smaller set of features with the "
+        "atlas and the files before it; by default a fraction under one half is said and the file added",
+    )
+    parser.add_argument(
+        "--obs-type",
+        action="append",
+        default=[],
+        metavar="NAME=TYPE",
+        help="store an obs column as int, float, bool, str or datetime; repeat for more",
+    )
+    parser.add_argument(
+        "--drop-obs", action="append", default=[], metavar="NAME", help="leave an obs column out; repeatable"
+    )
+    parser.add_argument(
+        "--rename-obs",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="store an obs column under another name; repeat for more",
     )
     parser.add_argument(
         "--codec",
@@ -67,6 +110,17 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
     parser.add_argument("--shard-size", type=int, metavar="N", help="values per stored object")
     parser.add_argument(
         "--allow-rounding", action="store_true", help="let float layers lose precision to float32"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="put a file in the place of the dataset that was made of it, of a file of that name, or of the "
+        "same cells; snapshots that were taken before keep what they had",
+    )
+    parser.add_argument(
+        "--accept-duplicates",
+        action="store_true",
+        help="add cells that are in the atlas already, from another file",
     )
     parser.add_argument(
         "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
@@ -109,13 +163,45 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
     parser.set_defaults(command=_ingest, parser=parser, if_interrupted="the file in work was not added")
 
 
+# Python's parameters, as the options of this command.
+_FLAGS = {
+    "feature_id_column": "--feature-id-column",
+    "strip_versions": "--strip-versions",
+    "require_shared_genes": "--require-shared-genes",
+    "obs_types": "--obs-type",
+    "drop_obs": "--drop-obs",
+    "rename_obs": "--rename-obs",
+    "layer": "--layer",
+    "zarr_layer": "--target-layer",
+    "allow_rounding": "--allow-rounding",
+    "field_name": "--field",
+    "obs_table": "--table",
+    "join": "--join",
+    "obs_from": "--obs-from",
+    "replace": "--replace",
+    "accept_duplicates": "--accept-duplicates",
+}
+_FLAGS_OF_SEVERAL = _FLAGS | {"layers": "--layer-of {}"}
+
+
 def _ingest(args: argparse.Namespace) -> int:
     jobs = _jobs(args)
+    with from_command(_FLAGS_OF_SEVERAL if any(job.several for job in jobs) else _FLAGS):
+        return _ingest_jobs(args, jobs)
+
+
+def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
+    is_new = not args.atlas.exists() or not any(args.atlas.iterdir())
     atlas = _open(args, [path for job in jobs for path in job.paths])
     added, failure = 0, None
+    try:
+        plans = _plan(atlas, jobs, args)
+    except Exception:
+        _discard(atlas, is_new)
+        raise
     for job in jobs:
         try:
-            added += _run(atlas, job, args)
+            added += _run(atlas, job, args, plans)
         except Exception as error:
             if args.debug:
                 raise
@@ -128,8 +214,41 @@ def _ingest(args: argparse.Namespace) -> int:
         rows = int(atlas.list_versions(atlas.path)["total_rows"].iloc[-1])
         print(f"snapshot {version}: {rows:,} cells in {atlas.path}")
     if failure is not None:
+        if not added:
+            _discard(atlas, is_new)
         raise failure
     return 0
+
+
+def _discard(atlas: RaggedAtlas, is_new: bool) -> None:
+    """A refused first file leaves nothing behind."""
+    if is_new:
+        from hbx_gpu.atlas._catalogue.creation import discard_empty
+
+        with atlas.session.writing() as catalogue:
+            discard_empty(catalogue)
+
+
+def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) -> dict[str, FilePlan]:
+    """What is chosen for all files of one matrix together, before anything is added."""
+    from hbx_gpu.atlas._ingest.plan import plan_files
+
+    files = [job.file for job in jobs if not job.several and job.file is not None]
+    column = args.feature_id_column
+    return plan_files(
+        atlas,
+        files,
+        layer=args.layer,
+        zarr_layer=args.target_layer,
+        field_name=args.field,
+        obs_table=args.table,
+        feature_id_column=column[-1] if column else None,
+        strip_versions=args.strip_versions,
+        require_shared_genes=args.require_shared_genes,
+        obs_types=dict(_pairs(args, "--obs-type", args.obs_type)),
+        drop_obs=args.drop_obs,
+        rename_obs=dict(_pairs(args, "--rename-obs", args.rename_obs)),
+    )
 
 
 class _FileError(Exception):
@@ -197,7 +316,7 @@ def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list
 
 
 def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
-    from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+    from hbx_gpu.atlas import create_or_open_atlas
     from hbx_gpu.atlas._ingest.multimodal import resolve_modality
     from hbx_gpu.errors import InvalidDataError
 
@@ -205,17 +324,19 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     if missing:
         # Before anything is made: a misspelt name should not leave an empty atlas behind.
         raise InvalidDataError(f"no such file: {', '.join(missing)}")
-    if (args.atlas / "lance_db").is_dir():
-        return RaggedAtlas.open(args.atlas)
     table = args.table or "cells"
     names = [name for name, _ in _pairs(args, "--modality", args.modality)]
     for file in args.files:
         names += _modalities_of(file, names) if file.suffix == ".h5mu" else ["gene_expression"]
+    exists = (args.atlas / "lance_db").is_dir()
     fields: dict[str, str] = {}
-    for name in names:
+    for name in names if not exists else ():
         field_name, space = resolve_modality(name, fields, table)
         fields[field_name] = space.name
-    return create_or_open_atlas(args.atlas, cell_table_name=table, codec=args.codec, pointer_fields=fields)
+    # Of an atlas that exists, nothing of this is asked: each dataset says what it adds.
+    return create_or_open_atlas(
+        args.atlas, cell_table_name=table, codec=None if exists else args.codec, pointer_fields=fields
+    )
 
 
 def _modalities_of(file: Path, given: Sequence[str]) -> list[str]:
@@ -228,18 +349,23 @@ def _modalities_of(file: Path, given: Sequence[str]) -> list[str]:
         return [name for name in opened.modalities() if SHORT_NAMES.get(name.lower(), name) not in named]
 
 
-def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> int:
+def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping[str, FilePlan]) -> int:
     begin = time.perf_counter()
     title = job.file.name if job.file else "modalities"
     with bar(" cells", title) as show:
-        add = _add_several if job.several else _add_one
-        report = add(atlas, job, args, show)
+        report = (
+            _add_several(atlas, job, args, show)
+            if job.several
+            else _add_one(atlas, job, args, show, plans.get(str(job.file)))
+        )
     if not report.n_cells:
         print(f"{job.label}: already ingested, skipped")
         return 0
     print(f"{job.label}: {report.n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
     if job.several:
         _print_modalities(report)
+    elif plan := plans.get(str(job.file)):
+        print(f"  matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
     return report.n_cells
 
 
@@ -260,25 +386,46 @@ def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dic
         "chunk_shape": args.chunk_size,
         "shard_shape": args.shard_size,
         "allow_rounding": args.allow_rounding,
+        "strip_versions": args.strip_versions,
+        "require_shared_genes": args.require_shared_genes,
+        "obs_types": dict(_pairs(args, "--obs-type", args.obs_type)),
+        "drop_obs": args.drop_obs,
+        "rename_obs": dict(_pairs(args, "--rename-obs", args.rename_obs)),
+        "replace": args.replace,
+        "accept_duplicates": args.accept_duplicates,
         "exist_ok": True,
         "progress": show,
     }
 
 
 def _add_one(
-    atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, show: Callable[[int, int], object]
+    atlas: RaggedAtlas,
+    job: _Job,
+    args: argparse.Namespace,
+    show: Callable[[int, int], object],
+    plan: FilePlan | None,
 ) -> IngestReport:
     from hbx_gpu.atlas._ingest.commit import IngestReport
 
     assert job.file is not None
     column = args.feature_id_column
+    chosen: dict[str, Any] = {
+        "layer": args.layer,
+        "feature_id_column": column[-1] if column else None,
+    }
+    if plan is not None:
+        chosen = {
+            "layer": plan.layer,
+            "feature_id_column": plan.choice,
+            "obs_types": plan.edits.types,
+            "drop_obs": plan.edits.drop,
+            "rename_obs": plan.edits.rename,
+        }
     n = atlas.add_from_h5ad(
         job.file,
-        layer=args.layer,
         zarr_layer=args.target_layer,
-        feature_id_column=column[-1] if column else None,
         field_name=args.field,
-        **_common(args, show),
+        **_common(args, show) | chosen,
     )
     return IngestReport("", n)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
 
@@ -18,7 +18,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         description="Rewrite index and layers of all sparse groups in place, one group after the other. "
         "Cells, genes and snapshots stay as they are. May be interrupted; run it again to go on.",
     )
-    parser.add_argument("atlas", type=Path, metavar="ATLAS", help="the atlas; also one that Homeobox made")
+    parser.add_argument(
+        "atlas", type=local_argument, metavar="ATLAS", help="the atlas; also one that Homeobox made"
+    )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
     parser.set_defaults(command=run, if_interrupted="every group is whole; run the command again to go on")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from hbx_gpu._h5ad.foreign import describe_error, describe_hdf5, describe_path, missing_filters
 from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
+from hbx_gpu._paths import checked
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class AnnDataGroup:
     def matrices(self) -> list[str]:
         """Names of the matrices: ``X``, ``raw`` and the layers, as far as they exist."""
         names = ["X"] if _is_matrix(self._file.get("X")) else []
-        names += ["raw"] if _is_matrix(self._file.get("raw/X")) else []
+        names += ["raw"] if _is_matrix(self._file.get(self._raw("X"))) else []
         return names + sorted(self._layers())
 
     def matrix(self, name: str = "X") -> Matrix:
@@ -54,16 +57,28 @@ class AnnDataGroup:
                 f"{self.source} has no matrix {name!r}; it holds {self.matrices()} "
                 "(X, raw, or the name of a layer)"
             )
-        key = {"X": "X", "raw": "raw/X"}.get(name, f"layers/{name}")
+        key = {"X": "X", "raw": self._raw("X")}.get(name, f"layers/{name}")
         return open_matrix(self._file[key], f"{self.source}, matrix {name!r}")
 
     def obs(self) -> pd.DataFrame:
         """Table of the cells, their names as index."""
         return self._frame("obs")
 
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of obs."""
+        node = self._file["obs"]
+        if isinstance(node, h5py.Dataset):
+            return [str(name) for name in (node.dtype.names or ())]
+        names = node.attrs.get("column-order", list(node))
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
     def var(self, matrix: str = "X") -> pd.DataFrame:
         """Table of the features of a matrix, their names as index: of ``raw/var`` for ``raw``."""
-        return self._frame("raw/var" if matrix == "raw" else "var")
+        return self._frame(self._raw("var") if matrix == "raw" else "var")
+
+    def _raw(self, member: str) -> str:
+        """Where raw is: in a group, or (anndata before 0.7) in ``raw.X`` and ``raw.var`` beside others."""
+        return f"raw.{member}" if f"raw.{member}" in self._file else f"raw/{member}"
 
     def _layers(self) -> list[str]:
         layers = self._file.get("layers")
@@ -80,13 +95,16 @@ class _File:
     """An open HDF5 file; a context manager."""
 
     def __init__(self, path: str | os.PathLike[str], kind: str, needs: set[str], what: str) -> None:
-        self.path = Path(path)
+        self.path = Path(checked(path))
         self._file = _open_hdf5(self.path, kind)
         if not needs <= set(self._file):
             found = sorted(self._file) or "nothing"
+            known = describe_hdf5(self._file)
             self._file.close()
             raise InvalidDataError(
-                f"{self.path} is HDF5 but no {what} file: expected {' and '.join(sorted(needs))}, "
+                f"{self.path} is HDF5 but not {what}: {known}"
+                if known
+                else f"{self.path} is HDF5 but not {what}: expected {' and '.join(sorted(needs))}, "
                 f"found {found}"
             )
 
@@ -113,7 +131,7 @@ class H5adFile(_File, AnnDataGroup):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        _File.__init__(self, path, ".h5ad", {"obs", "var"}, "AnnData")
+        _File.__init__(self, path, ".h5ad", {"obs", "var"}, "an AnnData file")
         AnnDataGroup.__init__(self, self._file, self.path)
 
     def __enter__(self) -> H5adFile:
@@ -132,7 +150,7 @@ class H5muFile(_File):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path, ".h5mu", {"mod", "obs"}, "MuData")
+        super().__init__(path, ".h5mu", {"mod", "obs"}, "a MuData file")
         axis = int(self._file.attrs.get("axis", 0))
         if axis == 1:
             self._file.close()
@@ -180,17 +198,28 @@ def without_copies(obs: pd.DataFrame, columns: Mapping[str, Iterable[str]]) -> p
 
 
 def _open_hdf5(path: Path, kind: str) -> h5py.File:
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401 - registers the filters that it brings
+    if path.is_dir():
+        raise InvalidDataError(f"expected an {kind} file at {path}; {describe_path(path)}")
     if not path.is_file():
-        what = "a directory" if path.is_dir() else "missing"
-        raise FileNotFoundError(f"expected an {kind} file at {path}; it is {what}")
-    if not h5py.is_hdf5(path):
-        size = path.stat().st_size
-        why = "it is empty" if not size else f"its {size} bytes do not begin with the HDF5 signature"
-        raise InvalidDataError(f"{path} is no HDF5 file, so no {kind}: {why}")
+        raise FileNotFoundError(f"expected an {kind} file at {path}; it is missing")
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise InvalidDataError(f"{path} cannot be opened: {error}; it is truncated or damaged") from error
+        # Only then: a file that is locked, or whose first block holds no signature, may be HDF5 nevertheless.
+        size = path.stat().st_size
+        if not size:
+            raise InvalidDataError(f"{path} is not an HDF5 file, so not an {kind}: it is empty") from error
+        if os.access(path, os.R_OK) and not h5py.is_hdf5(path) and not _has_signature(path):
+            why = describe_path(path) or f"its {size} bytes do not begin with the HDF5 signature"
+            raise InvalidDataError(f"{path} is not an HDF5 file, so not an {kind}: {why}") from error
+        raise InvalidDataError(f"{path} cannot be opened: {describe_error(error, path)}") from error
+
+
+def _has_signature(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def read_frame(file: h5py.Group, key: str, source: str) -> pd.DataFrame:
@@ -207,7 +236,8 @@ def read_frame(file: h5py.Group, key: str, source: str) -> pd.DataFrame:
         node = file[key]
         frame = _legacy_frame(file, key) if isinstance(node, h5py.Dataset) else read_elem(node)
     except Exception as error:  # anndata raises whatever it meets in a damaged file
-        raise InvalidDataError(f"{source}: cannot read {key}: {error}") from error
+        why = missing_filters(file[key]) if key in file else ""
+        raise InvalidDataError(f"{source}: cannot read {key}: {why or error}") from error
     frame.index = frame.index.astype(str)
     return frame
 
@@ -219,9 +249,12 @@ def _is_matrix(node: Any) -> bool:
 
 
 def open_matrix(node: Any, name: str) -> Matrix:
+    if isinstance(node, h5py.Group | h5py.Dataset) and (why := missing_filters(node)):
+        raise InvalidDataError(f"{name} cannot be read: {why}")
     if isinstance(node, h5py.Dataset):
         return DenseMatrix(name, (int(node.shape[0]), int(node.shape[1])), node)
-    layout = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    layout = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
+    layout = layout.decode() if isinstance(layout, bytes) else str(layout)  # HDF5.jl: fixed-length strings
     shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     kind: Any = {"csr_matrix": CsrMatrix, "csr": CsrMatrix, "csc_matrix": CscMatrix, "csc": CscMatrix}.get(
         layout
@@ -243,8 +276,13 @@ def _legacy_frame(file: h5py.Group, key: str) -> pd.DataFrame:
     for column in frame.columns:
         if frame[column].dtype == object:
             frame[column] = frame[column].map(lambda v: v.decode() if isinstance(v, bytes) else v)
-        labels = file.get(f"uns/{column}_categories")
+        folder = "raw.cat" if key == "raw.var" else "uns"
+        labels = file.get(f"{folder}/{column}_categories")
         if isinstance(labels, h5py.Dataset) and frame[column].dtype.kind in "iu":
             names = [v.decode() if isinstance(v, bytes) else v for v in np.atleast_1d(labels[()])]
-            frame[column] = pd.Categorical.from_codes(frame[column].to_numpy(), names)
+            codes = frame[column].to_numpy()
+            # Categories are stored by the name of the column alone, so those of obs and var overwrite each
+            # other: codes without a label are those of the other table, and stay numbers.
+            if len(codes) and -1 <= codes.min() and codes.max() < len(names):
+                frame[column] = pd.Categorical.from_codes(codes, names)
     return frame.set_index("index" if "index" in frame.columns else frame.columns[0])

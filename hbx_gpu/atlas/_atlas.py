@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu._paths import local_path
+from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, only_table
+from hbx_gpu.atlas._catalogue.journal import WriteLock
 from hbx_gpu.atlas._catalogue.paths import check_store
-from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions, local_path
+from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions
+from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 from hbx_gpu.atlas._model import columns
@@ -91,12 +95,10 @@ class RaggedAtlas:
         ------
         FileExistsError
             There is one already.
+        AtlasLockedError
+            Somebody else is making it.
         """
         root = _root(path)
-        if Names.load(root, version_table=version_table_name) is not None:
-            raise FileExistsError(f"there is an atlas at {root} already; open it with RaggedAtlas.open")
-        if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
-            raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
         schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
         names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
         session = WriteSession(
@@ -106,13 +108,22 @@ class RaggedAtlas:
             pointer_fields=pointer_fields,
         )
         root.mkdir(parents=True, exist_ok=True)
-        with session.lock.hold():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(session.lock.hold())
+            if not creation.is_unfinished(root):
+                if Names.load(root, version_table=version_table_name) is not None:
+                    raise FileExistsError(
+                        f"there is an atlas at {root} already; open it with RaggedAtlas.open"
+                    )
+                if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
+                    raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
+            stack.enter_context(creation.making(root))
             (root / "zarr_store").mkdir(exist_ok=True)
             make_group(root / "zarr_store")
             tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())
             tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())
-            # Last, because these make the names known: a creation that was interrupted is simply repeated.
+            # Last, because these make the names known.
             session.ensure_tables()
         return cls(root, session=session, schemas=schemas)
 
@@ -135,12 +146,15 @@ class RaggedAtlas:
         FileNotFoundError
             There is none.
         AtlasError
-            Its tables cannot be told apart, or a schema class disagrees with them.
+            Its tables cannot be told apart, or a schema class disagrees with them; its making was
+            interrupted.
+        AtlasLockedError
+            Somebody else is making it.
         """
         root = _root(path)
         if not (root / "lance_db").is_dir():
             raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
-        names = Names.load(root, version_table=version_table_name, allow_links=allow_links)
+        names = _names(root, version_table_name, allow_links=allow_links)
         if names is None:
             raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
         if codec is not None:
@@ -404,6 +418,25 @@ class RaggedAtlas:
         with self.session.writing() as catalogue:
             return maintenance.snapshot(catalogue)
 
+    def remove_dataset(self, dataset: str) -> Removal:
+        """Remove the cells of a dataset, and features that no other has, from the newest state.
+
+        Snapshots that were taken before keep what they had. Call :meth:`optimize` and :meth:`snapshot` for
+        one without the dataset.
+
+        Parameters
+        ----------
+        dataset
+            Its ``dataset_uid``, or the name of the file that it was made of.
+
+        Raises
+        ------
+        UnknownNameError
+            No such dataset, or several.
+        """
+        with self.session.writing() as catalogue:
+            return remove_dataset(catalogue, find_dataset(catalogue, dataset))
+
     def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
         """Add a pointer column to an obs table: cells that are there lack that modality. May be repeated.
 
@@ -500,7 +533,9 @@ def create_or_open_atlas(
     if schemas is None and cell_schema is not None:
         schemas = {cell_table_name: cell_schema}
     root = _root(atlas_path)
-    if Names.load(root, version_table=version_table_name, allow_links=allow_links) is None:
+    if creation.is_unfinished(root) or (
+        Names.load(root, version_table=version_table_name, allow_links=allow_links) is None
+    ):
         return RaggedAtlas.create(
             root,
             obs_schemas=schemas or {cell_table_name: None},
@@ -520,6 +555,18 @@ def create_or_open_atlas(
         version_table_name=version_table_name,
         allow_links=allow_links,
     )
+
+
+def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None:
+    if creation.is_unfinished(root):
+        with WriteLock(root).hold():
+            pass  # or an error that says who makes it
+        if creation.is_unfinished(root):
+            raise AtlasError(
+                f"the making of the atlas at {root} was interrupted, and nothing is in it; "
+                "create_or_open_atlas (hbx-gpu ingest) makes it anew"
+            )
+    return Names.load(root, version_table=version_table, allow_links=allow_links)
 
 
 def _root(path: str | os.PathLike[str]) -> Path:

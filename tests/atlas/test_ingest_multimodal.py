@@ -525,5 +525,5 @@ def test_bad_mudata(tmp_path: Path, mdata: Any) -> None:
     ):
         atlas.add_multimodal(tmp_path / "r.h5ad")
     path.write_bytes(b"MuData, but no HDF5")
-    with pytest.raises(InvalidDataError, match=r"is no HDF5 file, so no \.h5mu"):
+    with pytest.raises(InvalidDataError, match=r"is not an HDF5 file, so not an \.h5mu"):
         atlas.add_multimodal(path)

@@ -221,7 +221,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_not_hdf5(tmp_path: Path) -> None:
     (tmp_path / "empty.h5ad").write_bytes(b"")
-    with pytest.raises(InvalidDataError, match=r"empty\.h5ad is no HDF5 file.*it is empty"):
+    with pytest.raises(InvalidDataError, match=r"empty\.h5ad is not an HDF5 file.*it is empty"):
         H5adFile(tmp_path / "empty.h5ad")
     (tmp_path / "text.h5ad").write_text("cell,gene,count\n")
     with pytest.raises(InvalidDataError, match="its 16 bytes do not begin"):

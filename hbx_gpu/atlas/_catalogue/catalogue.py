@@ -60,6 +60,16 @@ class Names:
         """Write them durably."""
         _save(root, asdict(self))
 
+    @staticmethod
+    def exist(root: Path) -> bool:
+        """Whether our own file is there: an atlas that we made is finished then."""
+        return (root / _CONFIG).is_file()
+
+    @staticmethod
+    def forget(root: Path) -> None:
+        """Remove our own file."""
+        (root / _CONFIG).unlink(missing_ok=True)
+
     @classmethod
     def load(
         cls, root: Path, *, version_table: str = VERSION_TABLE, allow_links: bool = False
@@ -389,7 +399,7 @@ class Catalogue:
                 )
                 self._remove_group(group.zarr_group)
             for group in note.groups:
-                self._remove_layout(group.layout_uid)
+                self.remove_layout(group.layout_uid)
                 self._remove_features(group)
             self._remove_extension(note)
         self.journal.remove(note)
@@ -405,7 +415,8 @@ class Catalogue:
             shutil.rmtree(folder)
             folder = folder.parent
 
-    def _remove_layout(self, uid: str) -> None:
+    def remove_layout(self, uid: str) -> None:
+        """Remove a feature list that no dataset has."""
         if uid and not self.dataset_rows(f"layout_uid = {tables.quoted(uid)}"):
             self.layouts().delete(f"layout_uid = {tables.quoted(uid)}")
 

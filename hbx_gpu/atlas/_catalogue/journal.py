@@ -17,7 +17,8 @@ from hbx_gpu._untrusted import leads_out, open_regular, parse_json, read_small
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_name
 from hbx_gpu.errors import AtlasError, AtlasLockedError
 
-_FOLDER = ".hbx_gpu"
+FOLDER = ".hbx_gpu"
+"""Folder of an atlas with the lock and the notes of its writers."""
 _FORMAT = 1
 # A note lists the features that an ingest registers.
 _NOTE_BYTES = 256 << 20
@@ -64,6 +65,8 @@ class IngestNote:
         Table -> columns that it did not have.
     new_registries
         Tables that did not exist.
+    replaces
+        Datasets that go when this one is complete.
     """
 
     staging: str
@@ -72,6 +75,7 @@ class IngestNote:
     groups: tuple[GroupNote, ...] = ()
     new_columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     new_registries: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> IngestNote:
@@ -94,6 +98,7 @@ class IngestNote:
             groups=groups,
             new_columns={table: _names(columns) for table, columns in data["new_columns"].items()},
             new_registries=_names(data["new_registries"]),
+            replaces=_names(data["replaces"]),
         )
 
 
@@ -113,8 +118,27 @@ class RepackNote:
     staging: str
 
 
-Note = IngestNote | RepackNote
-_N = TypeVar("_N", IngestNote, RepackNote)
+@dataclass(frozen=True)
+class RemoveNote:
+    """A dataset that is being removed; written before anything changes, and carried out by the next writer.
+
+    Attributes
+    ----------
+    staging
+        A name of its own.
+    dataset_uid
+        The dataset.
+    layouts
+        Feature space and feature list of its groups.
+    """
+
+    staging: str
+    dataset_uid: str
+    layouts: tuple[tuple[str, str], ...]
+
+
+Note = IngestNote | RepackNote | RemoveNote
+_N = TypeVar("_N", IngestNote, RepackNote, RemoveNote)
 
 
 class Journal:
@@ -127,7 +151,7 @@ class Journal:
     """
 
     def __init__(self, root: Path) -> None:
-        self._folder = root / _FOLDER
+        self._folder = root / FOLDER
 
     def write(self, note: Note) -> None:
         """Record a note durably, in place of an earlier one of the same work."""
@@ -158,6 +182,18 @@ class Journal:
             return RepackNote(**_texts(data, "zarr_group", "staging"))
 
         return [self._parsed(path, parse) for path in self._paths("repack")]
+
+    def removals(self) -> list[RemoveNote]:
+        """All notes of removals that did not end; raises as :meth:`notes`."""
+
+        def parse(data: dict[str, Any]) -> RemoveNote:
+            pairs = [_names(pair) for pair in data["layouts"]]
+            if any(len(pair) != 2 for pair in pairs):
+                raise TypeError("layouts are pairs")
+            layouts = tuple((space, uid) for space, uid in pairs)
+            return RemoveNote(**_texts(data, "staging", "dataset_uid"), layouts=layouts)
+
+        return [self._parsed(path, parse) for path in self._paths("remove")]
 
     def remove(self, note: Note) -> None:
         """Forget a note."""
@@ -193,7 +229,7 @@ class Journal:
 
     def _path(self, note: Note) -> Path:
         # The staging folder is named after the work.
-        kind = "ingest" if isinstance(note, IngestNote) else "repack"
+        kind = {IngestNote: "ingest", RepackNote: "repack", RemoveNote: "remove"}[type(note)]
         return self._folder / f"{kind}-{note.staging}.json"
 
 
@@ -270,7 +306,7 @@ class WriteLock:
                     os.close(self._file)
 
     def _take(self) -> int:
-        folder = _checked(self._root / _FOLDER)
+        folder = _checked(self._root / FOLDER)
         folder.mkdir(exist_ok=True)
         path = folder / "lock"
         if path.is_symlink():  # whatever it leads to would be overwritten

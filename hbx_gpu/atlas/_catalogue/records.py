@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
+from hbx_gpu._paths import local_path
 from hbx_gpu._untrusted import parse_json
 from hbx_gpu.atlas._catalogue.guarded import open_guarded
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store, plain_name
@@ -83,25 +83,6 @@ def atlas_root(path: str | os.PathLike[str]) -> Path:
     if not (root / "lance_db").is_dir():
         raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
     return root
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Absolute local path of `path`, which may be a ``file://`` address.
-
-    Raises
-    ------
-    AtlasError
-        `path` is a remote address.
-    """
-    text = os.fspath(path)
-    if "://" in text:
-        address = urlparse(text)
-        if address.scheme != "file":
-            raise AtlasError(
-                f"cannot open {text!r}: only local paths are supported so far; copy the atlas to a local disk"
-            )
-        text = unquote(address.path)
-    return Path(text).expanduser().absolute()
 
 
 def read_records(

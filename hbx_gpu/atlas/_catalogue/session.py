@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue import removal, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.journal import WriteLock
+from hbx_gpu.atlas._catalogue.journal import IngestNote, WriteLock
+from hbx_gpu.atlas._catalogue.removal import remove_dataset
 from hbx_gpu.atlas._model.schema import (
     Cell,
     FeatureBaseSchema,
@@ -24,6 +25,21 @@ from hbx_gpu.atlas._model.spaces import get_space
 
 ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
 """Obs table -> its class, None for a table that takes its columns from the data."""
+
+
+def recover(catalogue: Catalogue) -> None:
+    """Undo or finish whatever killed writers left; every step may be repeated."""
+    for note in catalogue.journal.notes():
+        finish_replacement(catalogue, note)
+    catalogue.recover()
+    removal.recover(catalogue)
+
+
+def finish_replacement(catalogue: Catalogue, note: IngestNote) -> None:
+    """Remove the datasets in whose place one has come, if that is complete; may be repeated."""
+    if note.replaces and catalogue.is_complete(note):
+        for uid in note.replaces:
+            remove_dataset(catalogue, uid)
 
 
 class WriteSession:
@@ -77,7 +93,7 @@ class WriteSession:
         """
         with self.lock.hold() as taken:
             if taken:
-                self.catalogue.recover()
+                recover(self.catalogue)
             yield self.catalogue
 
     @property

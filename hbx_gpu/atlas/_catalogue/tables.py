@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,8 @@ from hbx_gpu.errors import AtlasError
 _KEEP = timedelta(days=36_500)
 # Values per SQL condition.
 _SQL_BATCH = 1000
-_PROMOTED = "__hbx_gpu_as_double"
+# Ends the name of a column that is about to take the place of another one.
+_PROMOTED = "__hbx_gpu_new_type"
 
 
 def connect(root: Path) -> lancedb.DBConnection:
@@ -77,6 +78,12 @@ def one_of(column: str, values: Iterable[str]) -> str:
     return f"`{column}` IN ({listed})" if listed else "false"
 
 
+def batches(column: str, values: Sequence[str]) -> Iterator[str]:
+    """SQL conditions that together say that the column has one of these values, of bounded length each."""
+    for i in range(0, len(values), _SQL_BATCH):
+        yield one_of(column, values[i : i + _SQL_BATCH])
+
+
 def read(table: Table, columns: Sequence[str], where: str | None = None) -> pa.Table:
     """Columns of the rows for which a SQL expression holds, in no particular order."""
     query = table.search() if where is None else table.search().where(where)
@@ -102,8 +109,8 @@ class Addition:
         extra
             Columns that were not known when the rows were prepared.
         """
-        for name in self.merge.to_double:
-            self.table.add_columns({name + _PROMOTED: f"CAST(`{name}` AS DOUBLE)"})
+        for name, (_, sql) in self.merge.changed.items():
+            self.table.add_columns({name + _PROMOTED: sql})
             finish_promotions(self.table)
         if self.merge.new:
             self.table.add_columns(list(self.merge.new))
@@ -124,6 +131,7 @@ def prepare(
     defaults: Mapping[str, Any] | None = None,
     later: Collection[str] = (),
     source: str,
+    lenient: bool = False,
 ) -> Addition:
     """Check that rows fit a table, if need be after merging columns. Nothing is written.
 
@@ -139,15 +147,23 @@ def prepare(
         Columns that come with the commit.
     source
         For messages.
+    lenient
+        Leave a column out that cannot join the table's, with a warning, instead of raising.
 
     Raises
     ------
     InvalidDataError
         Types are incompatible, a value cannot be stored exactly, a required column is missing.
     """
-    merge = columns.plan_merge(table.schema, data, allow_new=allow_new, source=source)
-    for name in merge.to_double:
-        columns.check_exact(read(table, [name]).column(name), f"{source}, column {name!r}")
+    merge = columns.plan_merge(
+        table.schema,
+        data,
+        allow_new=allow_new,
+        source=source,
+        stored=lambda name: read(table, [name]).column(name),
+        lenient=lenient,
+    )
+    data = data.drop_columns([name for name in merge.left_out if name in table.schema.names])
     schema = columns.merged_schema(table.schema, merge)
     for name in later:
         schema = schema.remove(schema.get_field_index(name))
@@ -156,14 +172,20 @@ def prepare(
 
 
 def finish_promotions(table: Table) -> None:
-    """Complete columns that were about to become double; safe to repeat after a crash."""
+    """Complete columns that were about to take another type; safe to repeat after a crash."""
     for name in [name for name in table.schema.names if name.endswith(_PROMOTED)]:
         final = name.removesuffix(_PROMOTED)
         if final in table.schema.names:
+            if metadata := table.schema.field(final).metadata:
+                table.update_field_metadata({"path": name, "metadata": _texts(metadata)})
             table.drop_columns([final])
         # Typed as an iterable of changes, but it takes each change as an argument.
         rename: Any = {"path": name, "rename": final}
         table.alter_columns(rename)
+
+
+def _texts(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
 def drop_repeats(table: Table, key: Sequence[str], *, keep_first_by: str, where: str | None = None) -> None:

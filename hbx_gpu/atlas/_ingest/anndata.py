@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from hbx_gpu._progress import Progress
 from hbx_gpu.atlas._catalogue.catalogue import only_table
 from hbx_gpu.atlas._catalogue.session import Writable, WriteSession
 from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
-from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, pick_feature_ids
+from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
+from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad
 from hbx_gpu.atlas._ingest.joining import Joined
+from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage
 from hbx_gpu.atlas._model.schema import DatasetSchema
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space
@@ -34,7 +36,9 @@ def add_from_anndata(
     feature_space: str | None = None,
     zarr_layer: str | None = None,
     dataset_record: DatasetSchema | None = None,
-    feature_id_column: str | None = None,
+    feature_id_column: GivenColumn = None,
+    strip_versions: bool = False,
+    require_shared_genes: float | None = None,
     layer: str | None = None,
     obs_table: str | None = None,
     obs_table_name: str | None = None,
@@ -42,6 +46,11 @@ def add_from_anndata(
     shard_shape: int | tuple[int, ...] | None = None,
     codec: str | None = None,
     allow_rounding: bool = False,
+    obs_types: Mapping[str, str] | None = None,
+    drop_obs: Sequence[str] = (),
+    rename_obs: Mapping[str, str] | None = None,
+    replace: bool = False,
+    accept_duplicates: bool = False,
     exist_ok: bool = False,
     progress: Progress | None = None,
 ) -> int:
@@ -52,8 +61,8 @@ def add_from_anndata(
     atlas
         Open for writing.
     adata
-        In memory, backed by a file and unchanged, or the path of an .h5ad file; or what another format made
-        of its data.
+        In memory, backed by a file (obs, var and layers are taken as they are in memory), or the path of an
+        .h5ad file; or what another format made of its data.
     field_name
         Pointer column that the cells get, ``gene_expression`` by default; `feature_space` names
         it by its space.
@@ -64,9 +73,17 @@ def add_from_anndata(
         The dataset's row. Its ``dataset_uid`` and ``zarr_group`` then identify it; by default they follow
         from the content, so that ingesting the same data twice is noticed.
     feature_id_column
-        Column of var with the durable feature ids, ``index`` for the names; see `pick_feature_ids`.
+        Column of var with the durable feature ids, ``index`` for the names. By default as the atlas has them,
+        else ids of a database (Ensembl and the like), else the names; positions never while a column
+        identifies the features.
+    strip_versions
+        Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
+    require_shared_genes
+        Refuse data that share less than this fraction of the smaller set of features with the atlas, if that
+        has any. By default a fraction under one half is said in a warning.
     layer
-        Matrix to read: ``X`` (default), ``raw``, or a layer of the AnnData.
+        Matrix to read: ``X``, ``raw``, or a layer of the AnnData. By default, where counts are wanted, the
+        one that holds them: ``X``, else ``raw``, else a layer called ``counts``; otherwise ``X``.
     obs_table
         Where the cells go; needed where there are several obs tables. `obs_table_name` means the same.
     chunk_shape, shard_shape
@@ -75,6 +92,16 @@ def add_from_anndata(
         How arrays are compressed; by default as the atlas was made with.
     allow_rounding
         Let float layers take values that float32 does not hold exactly.
+    obs_types, drop_obs, rename_obs
+        Obs columns that get another type (name -> ``int``, ``float``, ``bool``, ``str``, ``datetime``), that
+        are left out, or that get another name (name in the file -> name). docs/columns.md says how columns
+        of several files are joined without these.
+    replace
+        Let the data take the place of the dataset made of the same file, of a file of that name, or of the
+        same cells. Snapshots that were taken before keep what they had.
+    accept_duplicates
+        Add cells that are in the atlas already, from another file; by default most names and values of cells
+        alike are an error.
     exist_ok
         Return 0 if the same data were ingested in the same way before.
     progress
@@ -113,7 +140,10 @@ def add_from_anndata(
         storage_of(session, codec, chunk_shape, shard_shape),
         codec is not None,
         record=dataset_record,
+        edits=ObsEdits(obs_types or {}, drop_obs, rename_obs or {}),
         exist_ok=exist_ok,
+        replace=replace,
+        accept_duplicates=accept_duplicates,
         progress=progress,
     )
     with contextlib.ExitStack() as stack:
@@ -121,11 +151,21 @@ def add_from_anndata(
         if isinstance(adata, Input):
             data = adata
         elif isinstance(adata, str | os.PathLike) or adata.isbacked:
-            path = adata if isinstance(adata, str | os.PathLike) else backing_file(adata)
-            data = from_h5ad(stack.enter_context(H5adFile(path)), layer or "X")
+            file, backed = _open_file(adata, stack)
+            chosen = choose_for(file, layer, counts=target == "counts")
+            data = from_h5ad(file, layer or (chosen.name if chosen else "X"), backed=backed)
         else:
-            data = from_anndata(adata, layer or "X")
-        id_column, ids = pick_feature_ids(data.var, feature_id_column, source=data.source)
+            chosen = choose_for(adata, layer, counts=target == "counts")
+            data = from_anndata(adata, layer or (chosen.name if chosen else "X"))
+        choice, ids = identify(
+            session.catalogue,
+            space.name,
+            data.var,
+            data.source,
+            feature_id_column,
+            strip_versions=strip_versions,
+            require_shared=require_shared_genes,
+        )
         part = MatrixPart(
             name,
             name,
@@ -133,7 +173,7 @@ def add_from_anndata(
             data,
             {target: data.matrix},
             [data.matrix_name],
-            id_column,
+            choice,
             ids,
             allow_rounding,
         )
@@ -147,6 +187,15 @@ def add_from_h5ad(atlas: Writable, path: str | os.PathLike[str], **kwargs: Any) 
     Parameters as in :func:`add_from_anndata`.
     """
     return add_from_anndata(atlas, os.fspath(path), **kwargs)
+
+
+def _open_file(
+    adata: AnnData | str | os.PathLike[str], stack: contextlib.ExitStack
+) -> tuple[H5adFile, AnnData | None]:
+    """The file of a path or of a backed AnnData, and the latter, whose obs and var may have been changed."""
+    if isinstance(adata, str | os.PathLike):
+        return stack.enter_context(H5adFile(adata)), None
+    return stack.enter_context(H5adFile(backing_file(adata))), adata
 
 
 def backing_file(adata: AnnData) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic_core import PydanticUndefined
 
+from hbx_gpu._advice import option
 from hbx_gpu._progress import Progress
 from hbx_gpu._version import __version__
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote
-from hbx_gpu.atlas._catalogue.session import WriteSession
+from hbx_gpu.atlas._catalogue.session import WriteSession, finish_replacement
+from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells
 from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
 from hbx_gpu.atlas._ingest.joining import Joined, join_obs
+from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import Part, Storage
+from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import DatasetSchema, layout_uid, make_uid
 from hbx_gpu.atlas._writing.arrays import dense_codec
 from hbx_gpu.atlas._writing.recoding import codec_of
@@ -51,8 +55,15 @@ class Settings:
         Further columns of the dataset's rows: options that decide what is stored.
     obs_from
         Modality whose obs columns count where others differ.
+    edits
+        What the user changes about obs columns.
     exist_ok
         Skip what was ingested before.
+    replace
+        Let the dataset take the place of the one made of the same file, of a file of that name, or of the
+        same cells.
+    accept_duplicates
+        Add cells that are in the atlas already, from another file.
     progress
         Called with the number of cells done and of all cells, over all modalities.
     """
@@ -64,7 +75,10 @@ class Settings:
     dataset_uid: str | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
     obs_from: str | None = None
+    edits: ObsEdits = field(default_factory=ObsEdits)
     exist_ok: bool = False
+    replace: bool = False
+    accept_duplicates: bool = False
     progress: Progress | None = None
 
 
@@ -124,6 +138,7 @@ class _Plan:
     layouts: Sequence[Sequence[str]]
     datasets: tables.Addition
     cells: tables.Addition
+    same_names: Mapping[str, int]
 
 
 def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> IngestReport:
@@ -159,6 +174,7 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
         note, written = plan.note, True
         catalogue.journal.write(note)
         pointers = _write_arrays(catalogue, dataset, settings, note)
+        note = _check_duplicates(catalogue, dataset, settings, note, plan.same_names, pointers)
         _commit_features(catalogue, plan)
         _commit_dataset(plan)
         _commit_cells(plan, pointers)
@@ -170,7 +186,8 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
                 # The note stays, so the next writer tries again; what went wrong first is what matters.
                 _log.warning("%s: the failed ingest could not be undone yet", dataset.source, exc_info=True)
         raise
-    # Complete now: this removes nothing but temporary files.
+    # Complete now: this removes what it replaces, and temporary files.
+    finish_replacement(catalogue, note)
     catalogue.undo(note)
     return _report(note, dataset)
 
@@ -232,15 +249,75 @@ def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings)
         changed.append(f"its cells are in another obs table than {settings.obs_table!r}")
     another = ", or a dataset_record with another zarr_group" if len(dataset.parts) == 1 else ""
     there = f"dataset {uid!r} (group {first['zarr_group']!r}, from {first.get('source_name')!r})"
+    if changed and settings.replace:
+        return False
     if changed:
         raise AlreadyIngestedError(
             f"{dataset.source}: {there} is in the atlas already, ingested differently: {'; '.join(changed)}. "
-            f"Adding it again would store its cells twice; use a new atlas{another}"
+            f"Adding it again would store its cells twice; put it in the place of the other with "
+            f"{option('replace', 'True')}, or use a new atlas{another}"
         )
     if not settings.exist_ok:
         raise AlreadyIngestedError(f"{dataset.source} is in the atlas already as {there}; nothing was added")
     _log.info("%s is in the atlas already as %s; skipped", dataset.source, there)
     return True
+
+
+def _replaced(catalogue: Catalogue, dataset: Dataset, settings: Settings) -> tuple[str, ...]:
+    """Datasets in whose place a new one comes: made of the same file, or of one of the same name."""
+    if not settings.replace:
+        return ()
+    found: dict[str, None] = {}
+    for part in dataset.parts:
+        for row in catalogue.dataset_rows(f"feature_space = {tables.quoted(part.space.name)}"):
+            same_file = row.get("source_sha256") == part.identity["source_sha256"]
+            named = row.get("source_name") == part.source_name and part.source_name != "AnnData object"
+            if same_file or named:
+                found[row["dataset_uid"]] = None
+    return tuple(found)
+
+
+def _check_duplicates(
+    catalogue: Catalogue,
+    dataset: Dataset,
+    settings: Settings,
+    note: IngestNote,
+    same_names: Mapping[str, int],
+    pointers: Mapping[str, pa.Array],
+) -> IngestNote:
+    """Refuse cells that are there under another file; with `replace`, note that those go.
+
+    Raises
+    ------
+    AlreadyIngestedError
+        Most of the cells are in another dataset, with equal values.
+    """
+    if not same_names:
+        return note
+    names = pa.array(list(dataset.joined.ids), pa.string())
+    for part in dataset.parts:
+        found = find_same_cells(
+            catalogue, settings.obs_table, same_names, part, names, pointers[part.field_name]
+        )
+        if found is None:
+            continue
+        what = (
+            f"{dataset.source}: {found.n_names:,} of its {len(names):,} cells are in the atlas already, with "
+            f"equal values, in dataset {found.dataset_uid!r} (from {found.source_name!r})"
+        )
+        if settings.replace:
+            note = replace(note, replaces=(*note.replaces, found.dataset_uid))
+            catalogue.journal.write(note)
+        elif not settings.accept_duplicates:
+            raise AlreadyIngestedError(
+                f"{what}, though the file differs; put it in the place of the other with "
+                f"{option('replace', 'True')}, or store the cells twice with "
+                f"{option('accept_duplicates', 'True')}"
+            )
+        else:
+            _log.warning("warning: %s; they are stored twice", what)
+        return note
+    return note
 
 
 def _stored_row(catalogue: Catalogue, part: Part, record: DatasetSchema | None) -> dict[str, Any] | None:
@@ -260,7 +337,8 @@ def _stored_row(catalogue: Catalogue, part: Part, record: DatasetSchema | None) 
 def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note: IngestNote) -> _Plan:
     """Everything that can be refused is refused here, before anything is written."""
     catalogue = session.catalogue
-    records = _records(dataset.parts, settings)
+    replaced = _replaced(catalogue, dataset, settings)
+    records = _records(dataset.parts, settings, catalogue)
     for record in records:
         if catalogue.group_path(record.zarr_group).exists():
             raise AtlasError(
@@ -274,7 +352,7 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
         for uid, part in zip(uids, dataset.parts, strict=True)
         if part.features and not catalogue.layout_exists(uid)
     }
-    cells = _plan_cells(session, dataset, settings, records[0].dataset_uid)
+    cells = _plan_cells(session, dataset, settings, records[0].dataset_uid, replaced)
     rows = [
         record.model_dump() | {"layout_uid": uid} | _origin(part, kept, settings)
         for record, uid, part, kept in zip(records, uids, dataset.parts, dataset.joined.rows, strict=True)
@@ -302,8 +380,10 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
         groups,
         _new_columns([*features, datasets, cells], note),
         note.new_registries,
+        replaced,
     )
-    return _Plan(note, features, list(layouts.values()), datasets, cells)
+    same_names = datasets_with_names(catalogue, settings.obs_table, dataset.joined.ids, replaced)
+    return _Plan(note, features, list(layouts.values()), datasets, cells, same_names)
 
 
 def _new_columns(additions: Sequence[tables.Addition], note: IngestNote) -> dict[str, tuple[str, ...]]:
@@ -315,7 +395,7 @@ def _new_columns(additions: Sequence[tables.Addition], note: IngestNote) -> dict
     return out
 
 
-def _records(parts: Sequence[Part], settings: Settings) -> list[DatasetSchema]:
+def _records(parts: Sequence[Part], settings: Settings, catalogue: Catalogue) -> list[DatasetSchema]:
     """A row per group: the one given, or ones that follow from the content."""
     if settings.record is not None:
         return [settings.record]
@@ -325,11 +405,24 @@ def _records(parts: Sequence[Part], settings: Settings) -> list[DatasetSchema]:
             f"{part.identity['source_sha256']}\0{part.identity['source_matrix']}\0{part.field_name}"
             for part in parts
         ]
-        uid = hashlib.sha256("\0\0".join(sorted(keys)).encode()).hexdigest()[:16]
+        uid = _free_uid("\0\0".join(sorted(keys)), catalogue)
     return [
         DatasetSchema(dataset_uid=uid, zarr_group=f"{uid}/{part.field_name}", feature_space=part.space.name)
         for part in parts
     ]
+
+
+def _free_uid(content: str, catalogue: Catalogue) -> str:
+    """A uid that follows from the content; from its next edition where the atlas had it before.
+
+    Arrays of a dataset that was removed or replaced stay for the snapshots that have it.
+    """
+    uid = hashlib.sha256(content.encode()).hexdigest()[:16]
+    edition = 1
+    while catalogue.group_path(uid).exists():
+        edition += 1
+        uid = hashlib.sha256(f"{content}\0edition {edition}".encode()).hexdigest()[:16]
+    return uid
 
 
 def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, Any]:
@@ -363,8 +456,9 @@ def _plan_features(
         own = set(catalogue.unregistered(part.space.name, part.features.ids)) - known
         known |= own
         new.append([uid for uid in part.features.ids if uid in own])
-        chosen = part.features.table.filter(pa.array([uid in own for uid in part.features.ids], pa.bool_()))
-        found.setdefault(registry, []).append((part, chosen))
+        rows = np.flatnonzero([uid in own for uid in part.features.ids])
+        if len(rows):  # columns of var that nobody stores cannot stop an ingest
+            found.setdefault(registry, []).append((part, part.features.table(rows)))
     additions = []
     for members in found.values():
         space = members[0][0].space.name
@@ -379,13 +473,14 @@ def _plan_features(
                 rows,
                 allow_new=session.registry_schema(space) is None,
                 source=source,
+                lenient=session.registry_schema(space) is None,
             )
         )
     return additions, new
 
 
 def _plan_cells(
-    session: WriteSession, dataset: Dataset, settings: Settings, dataset_uid: str
+    session: WriteSession, dataset: Dataset, settings: Settings, dataset_uid: str, replaced: Sequence[str]
 ) -> tables.Addition:
     catalogue = session.catalogue
     schema = session.obs_schema(settings.obs_table)
@@ -396,7 +491,14 @@ def _plan_cells(
         for part, rows in zip(dataset.parts, dataset.joined.rows, strict=True)
         if part.obs is not None
     ]
-    found = join_obs(dataset.joined, frames, reserved={*own, *pointers}, winner=settings.obs_from)
+    found = join_obs(
+        dataset.joined,
+        frames,
+        reserved={*own, *pointers},
+        winner=settings.obs_from,
+        known=columns.names_in_files(catalogue.obs(settings.obs_table).schema),
+        edits=settings.edits,
+    )
     source = f"{dataset.source}, obs"
     cells = tables.prepare(
         catalogue.obs(settings.obs_table),
@@ -412,13 +514,14 @@ def _plan_cells(
         later=[part.field_name for part in dataset.parts],
         source=source,
     )
-    _check_uids(cells)
+    _check_uids(cells, replaced)
     return cells
 
 
-def _check_uids(cells: tables.Addition) -> None:
-    """Cells are told apart by uid, also across datasets."""
-    stored = tables.read(cells.table, ["uid"]).column("uid")
+def _check_uids(cells: tables.Addition, replaced: Sequence[str]) -> None:
+    """Cells are told apart by uid, also across datasets, those aside that go."""
+    others = f"NOT ({tables.one_of('dataset_uid', replaced)})" if replaced else None
+    stored = tables.read(cells.table, ["uid"], others).column("uid")
     if len(stored):
         known = pc.is_in(cells.data.column("uid"), value_set=stored.combine_chunks())
         if twice := cells.data.column("uid").filter(known).to_pylist():

@@ -105,7 +105,9 @@ class FragmentsPart(Part):
         self._count()
         chromosomes = list(self._chromosomes)
         self.features: Features | None = Features(
-            "index", chromosomes, pa.table({"uid": pa.array(chromosomes, pa.string())})
+            "index",
+            chromosomes,
+            lambda rows: pa.table({"uid": pa.array([chromosomes[i] for i in rows], pa.string())}),
         )
         chosen = "" if barcodes is None else hashlib.sha256("\0".join(barcodes).encode()).hexdigest()
         self.identity = {

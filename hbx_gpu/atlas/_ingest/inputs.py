@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from hbx_gpu._h5ad.choice import MatrixChoice, choose_matrix
 from hbx_gpu._h5ad.files import AnnDataGroup
 from hbx_gpu._h5ad.matrix import CsrMatrix, DenseMatrix, Matrix
 from hbx_gpu.atlas._model import columns
@@ -21,19 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-# Columns of var that usually hold the durable ids where the names of the features do not.
-_ID_COLUMNS = (
-    "gene_ids",
-    "gene_id",
-    "ensembl_id",
-    "ensembl_ids",
-    "ensembl",
-    "feature_id",
-    "feature_ids",
-    "id",
-)
 _HASH_BYTES = 1 << 24
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,9 @@ class Input:
             )
 
 
-def from_h5ad(file: AnnDataGroup, matrix: str, *, sha256: str | None = None) -> Input:
+def from_h5ad(
+    file: AnnDataGroup, matrix: str, *, sha256: str | None = None, backed: AnnData | None = None
+) -> Input:
     """One matrix of an open .h5ad file, or of a modality of an .h5mu file.
 
     Parameters
@@ -92,16 +83,30 @@ def from_h5ad(file: AnnDataGroup, matrix: str, *, sha256: str | None = None) -> 
         Where it is.
     sha256
         Of the file, where that is known.
+    backed
+        The AnnData that is backed by the file. Its obs, var and layers are taken as they are in memory.
     """
+    if backed is not None and matrix not in ("X", "raw"):
+        return from_anndata(backed, matrix, source=file.source)
     inside = f"mod/{file.modality}/" if file.modality else ""
+    obs, var = file.obs(), file.var(matrix)
+    sha256 = sha256 or hash_file(file.path)
+    if backed is not None:
+        now = backed.obs, backed.raw.var if matrix == "raw" else backed.var
+        changed = [frame for frame, stored in zip(now, (obs, var), strict=True) if not frame.equals(stored)]
+        if changed:
+            # Other data than the file's: not to be taken for them when the file itself is ingested.
+            tables = "\0".join(frame.to_csv() for frame in now)
+            sha256 = hashlib.sha256(f"{sha256}\0{tables}".encode()).hexdigest()
+        obs, var = now
     return Input(
         file.source,
         file.path.name,
-        sha256 or hash_file(file.path),
+        sha256,
         inside + matrix,
         file.matrix(matrix),
-        file.obs(),
-        file.var(matrix),
+        obs,
+        var,
         file.matrices(),
     )
 
@@ -114,16 +119,44 @@ def from_anndata(adata: AnnData, matrix: str, *, source: str = "AnnData object")
     InvalidDataError
         No such matrix, or one of a kind that cannot be read.
     """
-    available = [name for name, there in (("X", adata.X), ("raw", adata.raw)) if there is not None]
-    # Since anndata 0.13 X is a layer too, named None.
-    available += [str(name) for name in adata.layers if name is not None]
+    available = _matrices_of(adata)
     if matrix not in available:
         raise InvalidDataError(f"{source} has no matrix {matrix!r}; it holds {available}")
-    values = adata.X if matrix == "X" else adata.raw.X if matrix == "raw" else adata.layers[matrix]
+    values = _values_of(adata, matrix)
     var = adata.raw.var if matrix == "raw" else adata.var
     opened = _open(values, f"{source}, matrix {matrix!r}")
     digest = _hash(opened, [*adata.obs_names, *var.index])
     return Input(source, source, digest, matrix, opened, adata.obs, var, available)
+
+
+def choose_for(data: AnnDataGroup | AnnData, wanted: str | None, *, counts: bool) -> MatrixChoice | None:
+    """The matrix that is taken of a file or an AnnData where the user names none; None where one is named.
+
+    Parameters
+    ----------
+    data
+        Where it is.
+    wanted
+        What the user names.
+    counts
+        Whether counts are wanted; otherwise it is ``X``.
+    """
+    if wanted is not None or not counts:
+        return None
+    if isinstance(data, AnnDataGroup):
+        return choose_matrix(names, data.matrix) if (names := data.matrices()) else None
+    names = _matrices_of(data)
+    return choose_matrix(names, lambda name: _open(_values_of(data, name), name)) if names else None
+
+
+def _matrices_of(adata: AnnData) -> list[str]:
+    available = [name for name, there in (("X", adata.X), ("raw", adata.raw)) if there is not None]
+    # Since anndata 0.13 X is a layer too, named None.
+    return available + [str(name) for name in adata.layers if name is not None]
+
+
+def _values_of(adata: AnnData, matrix: str) -> Any:
+    return adata.X if matrix == "X" else adata.raw.X if matrix == "raw" else adata.layers[matrix]
 
 
 def _open(values: Any, name: str) -> CsrMatrix | DenseMatrix:
@@ -161,50 +194,26 @@ def _hash(matrix: CsrMatrix | DenseMatrix, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def pick_feature_ids(var: pd.DataFrame, column: str | None, *, source: str) -> tuple[str, list[str]]:
-    """Ids by which features are told apart across datasets: the column they come from, and one per feature.
+def feature_columns(data: Input, id_column: str, feature_ids: Sequence[str], rows: np.ndarray) -> pa.Table:
+    """Rows for the registry: ``uid``, the columns of var, and the names where the ids come from a column.
+
+    Columns that an atlas cannot store are left out, with a warning: they only describe the features.
 
     Parameters
     ----------
-    var
-        Table of the features, their names as index.
-    column
-        Column of `var`, or ``index`` for the names. By default ``global_feature_uid`` or ``uid``, else the
-        names if they are unique, else the first column of the usual ones that is.
-    source
-        For messages.
-
-    Raises
-    ------
-    InvalidDataError
-        Ids that are repeated, missing or no strings; says which columns would do.
+    data
+        Whose var it is.
+    id_column, feature_ids
+        Where the ids come from, and the ids of all features.
+    rows
+        int64, (n,). Numbers of the features that are wanted.
     """
-    if column is not None:
-        if column not in var.columns and column not in ("index", var.index.name):
-            raise InvalidDataError(
-                f"{source}: var has no column {column!r}; it has {[str(c) for c in var.columns]}, "
-                "and its index"
-            )
-        ids = _strings(var[column] if column in var.columns else var.index)
-        return column, _checked(ids, f"column {column!r}", var, source)
-    for name in ("global_feature_uid", "uid"):
-        if name in var.columns:
-            return name, _checked(_strings(var[name]), f"column {name!r}", var, source)
-    names = _strings(var.index)
-    if names is None or len(set(names)) < len(names):
-        for name in _ID_COLUMNS:
-            if _is_unique(var, name):
-                return name, _checked(_strings(var[name]), f"column {name!r}", var, source)
-    return "index", _checked(names, "the index", var, source)
-
-
-def feature_columns(data: Input, id_column: str, feature_ids: Sequence[str]) -> pa.Table:
-    """Rows for the registry: ``uid``, the columns of var, and the names where the ids come from a column."""
     var = data.var.drop(columns=[name for name in (id_column, "global_index") if name in data.var.columns])
     if id_column in data.var.columns and "feature_name" not in var.columns:
         var = var.assign(feature_name=data.var.index.to_numpy())
-    others = columns.to_arrow(var, reserved=("uid", "global_index"), source=f"{data.source}, var")
-    return with_columns({"uid": pa.array(list(feature_ids), pa.string())}, others)
+    source = f"{data.source}, var"
+    others = columns.to_arrow(var.iloc[rows], reserved=("uid", "global_index"), source=source, lenient=True)
+    return with_columns({"uid": pa.array([feature_ids[i] for i in rows], pa.string())}, others)
 
 
 OWN_COLUMNS = ("uid", "dataset_uid", "obs_name")
@@ -247,7 +256,8 @@ def obs_columns(names: Sequence[str], found: pa.Table, dataset_uid: str, *, sour
 
 def with_columns(first: Mapping[str, pa.Array], others: pa.Table) -> pa.Table:
     """A table of `first`, then the columns of `others`."""
-    return pa.table({**first, **dict(zip(others.schema.names, others.columns, strict=True))})
+    fields = [*(pa.field(name, array.type) for name, array in first.items()), *others.schema]
+    return pa.Table.from_arrays([*first.values(), *others.columns], schema=pa.schema(fields))
 
 
 def cell_uids(dataset_uid: str, n: int) -> pa.Array:
@@ -268,29 +278,3 @@ def _strings(values: Any) -> list[str] | None:
     """The values if all are non-empty strings, else None."""
     listed = list(values)
     return listed if all(isinstance(value, str) and value for value in listed) else None
-
-
-def _is_unique(var: pd.DataFrame, column: str) -> bool:
-    ids = _strings(var[column]) if column in var.columns else None
-    return ids is not None and len(set(ids)) == len(ids)
-
-
-def _checked(ids: list[str] | None, what: str, var: pd.DataFrame, source: str) -> list[str]:
-    good = [str(c) for c in var.columns if _is_unique(var, c)]
-    advice = (
-        f"name one that is unique with feature_id_column (--feature-id-column): {good}"
-        if good
-        else "no column of var is unique; add one, or make the names unique (adata.var_names_make_unique())"
-    )
-    if ids is None:
-        raise InvalidDataError(
-            f"{source}: {what} of var holds values that are missing or no strings; {advice}"
-        )
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = list(dict.fromkeys(uid for uid in ids if uid in seen or seen.add(uid)))  # type: ignore[func-returns-value]
-        raise InvalidDataError(
-            f"{source}: {what} of var names {len(twice)} feature(s) more than once, for example "
-            f"{twice[:_SHOWN]}; {advice}"
-        )
-    return ids

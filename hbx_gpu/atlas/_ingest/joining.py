@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._model import columns
+from hbx_gpu.atlas._model.column_types import Column, convert, is_empty, join_types
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -175,6 +177,8 @@ def join_obs(
     *,
     reserved: Collection[str],
     winner: str | None = None,
+    known: Mapping[str, str] | None = None,
+    edits: ObsEdits | None = None,
 ) -> pa.Table:
     """One table out of the obs columns of several files, a row per cell.
 
@@ -191,6 +195,10 @@ def join_obs(
         Names that mean something else.
     winner
         Table whose values count where others differ.
+    known
+        Name in a file -> name in the obs table, of the columns that it has.
+    edits
+        What the user changes about the columns.
 
     Raises
     ------
@@ -198,9 +206,16 @@ def join_obs(
         Names a column with differing values and the first such cell; see also `columns.to_arrow`.
     """
     found: dict[str, tuple[str, pa.Array]] = {}
+    fields: dict[str, pa.Field] = {}
+    edits, names = edits or ObsEdits(), dict(known or {})
+    edits.check(
+        [str(column) for _, _, frame, _ in frames for column in frame.columns], frames[0][1] if frames else ""
+    )
     ordered = sorted(frames, key=lambda frame: frame[0] != winner)  # stable: the winner first
     for name, source, frame, rows in ordered:
-        table = columns.to_arrow(frame, reserved=reserved, source=source)
+        frame = edits.apply(frame, source)
+        table = columns.to_arrow(frame, reserved=reserved, source=source, known=names, types=edits.types)
+        names |= columns.names_in_files(table.schema)
         whole = len(rows) == len(frame) and np.array_equal(rows, np.arange(len(rows)))
         take = None if whole else pa.array(rows, mask=rows < 0)
         for column in table.schema.names:
@@ -214,29 +229,25 @@ def join_obs(
             else:
                 name_of = name
             found[column] = (name_of, array)
-    arrays: Mapping[str, pa.Array] = {column: array for column, (_, array) in found.items()}
-    return pa.table(dict(arrays)) if arrays else pa.table({})
+            fields[column] = table.schema.field(column).with_type(array.type)
+    return pa.Table.from_arrays([array for _, array in found.values()], schema=pa.schema(fields.values()))
 
 
 def _merge(
     column: str, first: tuple[str, pa.Array], second: tuple[str, pa.Array], ids: Sequence[str], *, wins: bool
 ) -> pa.Array:
     (a, left), (b, right) = first, second
-    kinds = pa.types
-    if kinds.is_null(left.type) or kinds.is_null(right.type):
-        return right if kinds.is_null(left.type) else left
+    where = f"obs column {column!r} of {a!r} and {b!r}"
     if left.type != right.type:
-        if {left.type, right.type} != {pa.int64(), pa.float64()}:
-            if wins:
-                return left
-            raise InvalidDataError(
-                f"obs column {column!r} holds {left.type} in {a!r} and {right.type} in {b!r}; rename one of "
-                f"them, or name the modality that counts with obs_from= (--obs-from)"
-            )
-        for name, array in (first, second):
-            if kinds.is_integer(array.type):
-                columns.check_exact(array, f"{name!r}, obs column {column!r}")
-        left, right = left.cast(pa.float64()), right.cast(pa.float64())
+        kind = join_types(
+            Column(left.type, lambda: pa.chunked_array([left])),
+            Column(right.type, lambda: pa.chunked_array([right])),
+            where,
+        )
+        left, right = (
+            pa.nulls(len(side), kind) if is_empty(side) else convert(side, kind, where)
+            for side in (left, right)
+        )
     if not wins:
         both = pc.and_(pc.is_valid(left), pc.is_valid(right)).to_numpy(zero_copy_only=False)
         at = np.flatnonzero(both)[_differ(left.filter(pa.array(both)), right.filter(pa.array(both)))]
@@ -252,7 +263,7 @@ def _merge(
             [x if x is not None else y for x, y in zip(left.to_pylist(), right.to_pylist(), strict=True)],
             left.type,
         )
-        if kinds.is_nested(left.type)
+        if pa.types.is_nested(left.type)
         else pc.coalesce(left, right)
     )
 

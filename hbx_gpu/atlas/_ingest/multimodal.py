@@ -27,16 +27,20 @@ from hbx_gpu.atlas._ingest.anndata import (
 )
 from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Settings, ingest
 from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
+from hbx_gpu.atlas._ingest.identity import identify
 from hbx_gpu.atlas._ingest.images import ImageInput, image_part
-from hbx_gpu.atlas._ingest.inputs import Input, from_anndata, from_h5ad, hash_file, pick_feature_ids
+from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad, hash_file
 from hbx_gpu.atlas._ingest.joining import CellIds, Join, check_join, join_cells
+from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Part
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, known_spaces
 from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from anndata import AnnData
 
+    from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 
 _ALIASES = {
     "gene_expression": ("rna", "gex", "gene", "genes"),
@@ -60,6 +64,9 @@ class _Options:
     layers: Layers
     feature_id_column: str | Mapping[str, str] | None
     allow_rounding: bool
+    strip_versions: bool
+    require_shared_genes: float | None
+    catalogue: Catalogue
     stack: contextlib.ExitStack
 
     def layers_of(self, name: str, space: FeatureSpace) -> dict[str, str]:
@@ -91,6 +98,13 @@ def add_multimodal(
     shard_shape: int | tuple[int, ...] | None = None,
     codec: str | None = None,
     allow_rounding: bool = False,
+    strip_versions: bool = False,
+    require_shared_genes: float | None = None,
+    obs_types: Mapping[str, str] | None = None,
+    drop_obs: Sequence[str] = (),
+    rename_obs: Mapping[str, str] | None = None,
+    replace: bool = False,
+    accept_duplicates: bool = False,
     exist_ok: bool = False,
     progress: Progress | None = None,
 ) -> IngestReport:
@@ -118,9 +132,11 @@ def add_multimodal(
         values in all, where it holds any.
     layers
         Modality -> {layer to write: matrix to read}: ``{"protein": {"counts": "X", "dsb_normalized":
-        "dsb"}}``. By default ``X`` goes to the layer that the space requires.
+        "dsb"}}``. By default ``X`` goes to the layer that the space requires; where those are counts and
+        ``X`` holds none, ``raw`` or a layer called ``counts``.
     feature_id_column
-        Column of var with the durable feature ids, for all modalities or by modality; see `pick_feature_ids`.
+        Column of var with the durable feature ids, for all modalities or by modality; see
+        :func:`add_from_anndata`.
     dataset_uid
         By default it follows from the content.
     obs_table
@@ -132,6 +148,18 @@ def add_multimodal(
         ``homeobox.bitpacking`` are for sparse matrices: dense arrays and images then use zstd.
     allow_rounding
         Let float layers take values that float32 does not hold exactly.
+    strip_versions, require_shared_genes
+        As of :func:`add_from_anndata`, for every matrix.
+    obs_types, drop_obs, rename_obs
+        Obs columns that get another type (name -> ``int``, ``float``, ``bool``, ``str``, ``datetime``), that
+        are left out, or that get another name (name in the file -> name). docs/columns.md says how columns
+        of several files are joined without these.
+    replace
+        Let the data take the place of the dataset made of the same file, of a file of that name, or of the
+        same cells. Snapshots that were taken before keep what they had.
+    accept_duplicates
+        Add cells that are in the atlas already, from another file; by default most names and values of cells
+        alike are an error.
     exist_ok
         Report 0 cells if the same data were ingested in the same way before.
     progress
@@ -165,7 +193,15 @@ def add_multimodal(
         fields = session.catalogue.pointer_spaces(table)
         targets = {name: resolve_modality(name, fields, table) for name in opened}
         _check_targets(targets)
-        options = _Options(layers or {}, feature_id_column, allow_rounding, stack)
+        options = _Options(
+            layers or {},
+            feature_id_column,
+            allow_rounding,
+            strip_versions,
+            require_shared_genes,
+            session.catalogue,
+            stack,
+        )
         parts = [_part(name, *targets[name], data, options) for name, data in opened.items()]
         joined = join_cells([CellIds(p.name, p.source, p.ids, p.role) for p in parts], join)
         choices: dict[str, str] = {"modality_join": join} if len(parts) > 1 else {}
@@ -178,7 +214,10 @@ def add_multimodal(
             dataset_uid=dataset_uid,
             choices=choices,
             obs_from=obs_from,
+            edits=ObsEdits(obs_types or {}, drop_obs, rename_obs or {}),
             exist_ok=exist_ok,
+            replace=replace,
+            accept_duplicates=accept_duplicates,
             progress=progress,
         )
         shared = [(name, frame, _rows_of(frame, joined.ids, name)) for name, frame in common]
@@ -275,6 +314,18 @@ def _open_all(
     return opened, [(str(file.path), file.obs()) for file in files.values()], ", ".join(named)
 
 
+@dataclass(frozen=True)
+class _Backed:
+    """An AnnData that is backed by a file, and the file."""
+
+    file: H5adFile
+    adata: AnnData
+
+    @property
+    def source(self) -> str:
+        return self.file.source
+
+
 def _name_of(data: Any) -> str:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
@@ -284,7 +335,7 @@ def _name_of(data: Any) -> str:
 def _open_one(data: Any, stack: contextlib.ExitStack, files: dict[str, H5muFile]) -> Any:
     if not isinstance(data, str | os.PathLike):
         if getattr(data, "isbacked", False):
-            return stack.enter_context(H5adFile(backing_file(data)))
+            return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
         return data
     path = os.fspath(data)
     name, _, modality = path.rpartition(":")
@@ -329,8 +380,15 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _
 
 
 def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _Options) -> MatrixPart:
+    backed: AnnData | None = None
+    if isinstance(data, _Backed):
+        data, backed = data.file, data.adata
     wanted = options.layers_of(name, space)
-    inputs = _read_layers(data, name, list(wanted.values()))
+    if not options.layers.get(name) and not isinstance(data, Input) and hasattr(data, "obs"):
+        target = first_layer(space)
+        if chosen := choose_for(data, None, counts=target == "counts"):
+            wanted = {target: chosen.name}
+    inputs = _read_layers(data, name, list(wanted.values()), backed)
     first = inputs[0]
     for layer, other in zip(wanted, inputs, strict=True):
         if list(other.var.index) != list(first.var.index):
@@ -339,7 +397,15 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
                 f"features, so layer {layer!r} cannot lie beside {next(iter(wanted))!r}; ingest one of them"
             )
     matrices: dict[str, Matrix] = {layer: found.matrix for layer, found in zip(wanted, inputs, strict=True)}
-    id_column, ids = pick_feature_ids(first.var, options.id_column_of(name), source=first.source)
+    choice, ids = identify(
+        options.catalogue,
+        space.name,
+        first.var,
+        first.source,
+        options.id_column_of(name),
+        strip_versions=options.strip_versions,
+        require_shared=options.require_shared_genes,
+    )
     return MatrixPart(
         name,
         field_name,
@@ -347,13 +413,14 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
         first,
         matrices,
         [found.matrix_name for found in inputs],
-        id_column,
+        choice,
         ids,
         options.allow_rounding,
+        one_of_several=True,
     )
 
 
-def _read_layers(data: Any, name: str, wanted: Sequence[str]) -> list[Input]:
+def _read_layers(data: Any, name: str, wanted: Sequence[str], backed: AnnData | None = None) -> list[Input]:
     """One input per matrix; the first identifies them all."""
     if isinstance(data, Input):
         if list(wanted) != ["X"]:
@@ -361,7 +428,7 @@ def _read_layers(data: Any, name: str, wanted: Sequence[str]) -> list[Input]:
         return [data]
     if isinstance(data, AnnDataGroup):
         sha256 = hash_file(data.path)
-        return [from_h5ad(data, matrix, sha256=sha256) for matrix in wanted]
+        return [from_h5ad(data, matrix, sha256=sha256, backed=backed) for matrix in wanted]
     if not hasattr(data, "obs_names"):
         raise InvalidDataError(
             f"modality {name!r}: expected an AnnData or the path of an .h5ad file, got {type(data).__name__}"

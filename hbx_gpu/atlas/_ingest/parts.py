@@ -12,7 +12,10 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from hbx_gpu._advice import in_command, option
+from hbx_gpu._h5ad.evidence import look_at
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix, aligned, aligned_dense
+from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu.atlas._ingest.inputs import Input, feature_columns
 from hbx_gpu.atlas._ingest.joining import Role
 from hbx_gpu.atlas._ingest.values import LayerCast
@@ -54,12 +57,12 @@ class Features:
     ids
         In the order of the group's columns.
     table
-        Rows for the registry, one per id.
+        Gives rows for the registry: those with these numbers.
     """
 
     id_column: str
     ids: Sequence[str]
-    table: pa.Table
+    table: Callable[[np.ndarray], pa.Table]
 
 
 class Part(ABC):
@@ -151,10 +154,12 @@ class MatrixPart(Part):
         Layer to write -> matrix, all of one shape; the first one is that of `data`.
     matrix_names
         Their names in the source, for the record.
-    feature_ids
-        Ids of the columns, and where they come from.
+    choice, feature_ids
+        Where the ids of the columns come from, and the ids.
     allow_rounding
         Let float layers take values that float32 does not hold exactly.
+    one_of_several
+        Whether the user named it among several modalities, for messages.
     """
 
     name: str
@@ -163,23 +168,26 @@ class MatrixPart(Part):
     data: Input
     matrices: Mapping[str, Matrix]
     matrix_names: Sequence[str]
-    id_column: str
+    choice: FeatureChoice
     feature_ids: Sequence[str]
     allow_rounding: bool = False
+    one_of_several: bool = False
     role: Role = field(default="cells", init=False)
     _column: np.ndarray | None = field(default=None, init=False)  # stored column of each column of the source
 
     def __post_init__(self) -> None:
         self.source, self.source_name, self.obs = self.data.source, self.data.source_name, self.data.obs
         self.ids = [str(name) for name in self.data.obs.index]
+        column = self.choice.column
         self.features = Features(
-            self.id_column, self.feature_ids, feature_columns(self.data, self.id_column, self.feature_ids)
+            column, self.feature_ids, lambda rows: feature_columns(self.data, column, self.feature_ids, rows)
         )
         self.identity = {
             "source_sha256": self.data.sha256,
             "source_matrix": ",".join(self.matrix_names),
             "zarr_layer": ",".join(self.matrices),
-            "feature_id_column": self.id_column,
+            "feature_id_column": self.choice.column,
+            "feature_id_versions": "stripped" if self.choice.strip_versions else "",
         }
 
     def order_features(self, order: Callable[[str, Sequence[str]], np.ndarray]) -> None:
@@ -195,7 +203,8 @@ class MatrixPart(Part):
             return
         assert self.features is not None
         ids = [self.feature_ids[at] for at in positions]
-        self.features = Features(self.id_column, ids, self.features.table.take(pa.array(positions)))
+        table = self.features.table
+        self.features = Features(self.choice.column, ids, lambda rows: table(positions[rows]))
         self._column = np.empty(len(positions), np.int64)
         self._column[positions] = np.arange(len(positions))
 
@@ -211,10 +220,14 @@ class MatrixPart(Part):
         return {name: known[name][0] for name in self.matrices}
 
     def _cast(self, matrix: Matrix, dtype: str) -> LayerCast:
-        advice = (
-            f"The source holds the matrices {list(self.data.available)}, choose with layer= (--layer); "
-            f"normalised values go to {sorted(self.space.optional_layers)} with zarr_layer= (--target-layer)."
-        )
+        first = next(iter(self.matrices))
+        choose = option("layers", f"{self.name}:{first}=MATRIX" if in_command() else "...")
+        choose = choose if self.one_of_several else option("layer")
+        other = ", ".join(sorted(self.space.optional_layers))
+        into = option("layers", f"{self.name}:LAYER={self.matrix_names[0]}" if in_command() else "...")
+        into = into if self.one_of_several else option("zarr_layer")
+        advice = f"The source holds the matrices {list(self.data.available)}: choose another with {choose}"
+        advice += f", or store these values in another layer ({other}) with {into}." if other else "."
         cast = LayerCast(
             dtype,
             matrix.name,
@@ -222,6 +235,7 @@ class MatrixPart(Part):
             lambda row: self.ids[row],
             lambda column: self.feature_ids[column],
             self.allow_rounding,
+            lambda: str(look_at(matrix)),
         )
         cast.check_dtype(matrix.dtype)
         return cast

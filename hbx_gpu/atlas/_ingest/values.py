@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._h5ad.matrix import Block
 from hbx_gpu.errors import InvalidDataError
 
@@ -30,6 +31,8 @@ class LayerCast:
         Names of a row and of a column.
     allow_rounding
         Let float layers lose precision.
+    looks_like
+        Says what the values of the whole matrix look like; asked when one is refused.
     """
 
     dtype: str
@@ -38,6 +41,7 @@ class LayerCast:
     cell: Callable[[int], str]
     feature: Callable[[int], str]
     allow_rounding: bool = False
+    looks_like: Callable[[], str] = str
 
     def check_dtype(self, dtype: np.dtype[Any]) -> None:
         """Refuse what is no number."""
@@ -68,7 +72,10 @@ class LayerCast:
                 good = (values >= 0) & (values < 2.0**32) & (np.trunc(values) == values)
         else:
             good = (values >= 0) & (values <= _MAX_COUNT)
-        self._refuse_unless(good, block, f"counts are whole numbers from 0 to {_MAX_COUNT}")
+        if not good.all():
+            found = self.looks_like()
+            seen = f"; the matrix holds {found}" if found else ""
+            self._refuse_unless(good, block, f"counts are whole numbers from 0 to {_MAX_COUNT}{seen}")
         return values.astype(np.uint32)
 
     def _floats(self, block: Block) -> np.ndarray:
@@ -82,9 +89,9 @@ class LayerCast:
                 same &= (np.abs(out) < 2.0**63) & (out.astype(values.dtype) == values)
         if self.allow_rounding:
             same = np.isfinite(out) | ~np.isfinite(values)
-        rule = "float32 cannot hold it" + (
-            "" if self.allow_rounding else " exactly (allow_rounding=True rounds)"
-        )
+        rule = "float32 cannot hold it"
+        if not self.allow_rounding:
+            rule += f" exactly; {option('allow_rounding', 'True')} rounds"
         self._refuse_unless(same, block, rule)
         return out
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._advice import option
+from hbx_gpu.atlas._model.column_types import (
+    EXACT_IN_DOUBLE,
+    NAMED_TYPES,
+    Column,
+    cast_sql,
+    convert,
+    is_empty,
+    is_text,
+    join_types,
+    value_type,
+)
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -29,8 +41,8 @@ _DATABASE_NAMES = {
     "_row_created_at_version",
     "_row_last_updated_at_version",
 }
-# float64 holds every integer up to here.
-_EXACT_IN_DOUBLE = 2**53
+NAME_IN_FILE = b"hbx_gpu.name_in_file"
+"""Metadata of a field: what its column is called in the files that it comes from, where that differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +53,31 @@ class Merge:
     ----------
     new
         Fields to add.
-    to_double
-        Integer columns that become double.
+    changed
+        Columns that are there and take another type: name -> type, and the SQL that gives their values.
+    left_out
+        Columns of the data that are not stored.
     """
 
     new: tuple[pa.Field, ...]
-    to_double: tuple[str, ...]
+    changed: Mapping[str, tuple[pa.DataType, str]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
-def to_arrow(frame: pd.DataFrame, *, reserved: Collection[str], source: str) -> pa.Table:
+def to_arrow(
+    frame: pd.DataFrame,
+    *,
+    reserved: Collection[str],
+    source: str,
+    known: Mapping[str, str] | None = None,
+    types: Mapping[str, str] | None = None,
+    lenient: bool = False,
+) -> pa.Table:
     """Columns of a data frame in the types that tables of an atlas use.
 
     Integers become int64, floating point numbers double (NaN: missing), strings and categories of
-    strings string, times timestamp[us]; booleans stay. The index is left out.
+    strings string, times timestamp[us]; booleans stay. The index is left out. Fields of columns that are
+    stored under another name carry the name in the file.
 
     Parameters
     ----------
@@ -63,22 +87,55 @@ def to_arrow(frame: pd.DataFrame, *, reserved: Collection[str], source: str) -> 
         Names that mean something else in the table: such columns get the suffix ``_in_file``.
     source
         File and table, for messages.
+    known
+        Name in a file -> name in the table, of the columns that the table has; see :func:`names_in_files`.
+    types
+        Column -> type that it is to have, by name (see `column_types.NAMED_TYPES`); rounding is accepted.
+    lenient
+        Leave a column out that cannot be stored, with a warning, instead of raising.
 
     Raises
     ------
     InvalidDataError
         Names a column whose values have no common type or do not fit the type.
     """
-    names = stored_names([str(name) for name in frame.columns], reserved)
-    for old, new in names.items():
+    names = stored_names([str(name) for name in frame.columns], reserved, known)
+    types = types or {}
+    arrays, fields = [], []
+    for i, (old, new) in enumerate(names.items()):
+        where = f"{source}, column {old!r}"
+        try:
+            array = (
+                _as_asked(frame.iloc[:, i], types[old], where)
+                if old in types
+                else (_column(frame.iloc[:, i], where))
+            )
+        except InvalidDataError as error:
+            if not lenient:
+                raise
+            _log.warning("%s; the column is left out", error)
+            continue
         if old != new:
             _log.warning("%s: column %r is stored as %r", source, old, new)
-    arrays = [_column(frame.iloc[:, i], f"{source}, column {name!r}") for i, name in enumerate(names)]
-    return pa.table(arrays, names=list(names.values())) if arrays else pa.table({})
+        arrays.append(array)
+        fields.append(
+            pa.field(new, array.type, metadata={NAME_IN_FILE: old.encode()} if old != new else None)
+        )
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
-def stored_names(names: Sequence[str], reserved: Collection[str]) -> dict[str, str]:
+def names_in_files(schema: pa.Schema) -> dict[str, str]:
+    """Name in a file -> name in the table, of all columns of a table."""
+    return {(f.metadata or {}).get(NAME_IN_FILE, f.name.encode()).decode(): f.name for f in schema}
+
+
+def stored_names(
+    names: Sequence[str], reserved: Collection[str], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Name in a file -> name in the table: no dots or backticks, none reserved, none twice.
+
+    A column keeps the name that the table has for it, and never gets one that the table has for another:
+    ``percent.mt`` of one file and ``percent_mt`` of another stay two columns.
 
     Raises
     ------
@@ -89,18 +146,24 @@ def stored_names(names: Sequence[str], reserved: Collection[str]) -> dict[str, s
         twice = sorted({name for name in names if list(names).count(name) > 1})
         raise InvalidDataError(f"column names occur more than once: {twice}; rename them in the file")
     blocked = set(reserved) | _DATABASE_NAMES
-    out: dict[str, str] = {}
+    known = {name: stored for name, stored in (known or {}).items() if stored not in blocked}
+    out = {name: known[name] for name in names if name in known}
+    taken = set(known.values())
     # Names that can stay are given out first, so that a renamed column yields to them.
-    taken = {name for name in names if name not in blocked and _plain(name) == name}
+    stay = {name for name in names if name not in {*known, *taken, *blocked} and _plain(name) == name}
+    out |= {name: name for name in stay}
+    taken |= stay
     for name in names:
+        if name in out:
+            continue
         new = _plain(name)
         if new in blocked:
             new += "_in_file"
-        while new != name and new in taken | blocked:
+        while new in taken | blocked:
             new += "_"
         taken.add(new)
         out[name] = new
-    return out
+    return {name: out[name] for name in names}
 
 
 def _plain(name: str) -> str:
@@ -109,17 +172,47 @@ def _plain(name: str) -> str:
 
 
 def _column(values: pd.Series, where: str) -> pa.Array:
+    advice = (
+        f"leave the column out with {option('drop_obs')}, or store it as one type that an atlas knows: "
+        "numbers, strings, booleans or times"
+    )
+    if values.dtype.kind == "c":
+        raise InvalidDataError(
+            f"{where}: complex numbers cannot be stored; store real and imaginary part as two columns, or "
+            f"leave the column out with {option('drop_obs')}"
+        )
     try:
         array = pa.Array.from_pandas(values)
         if isinstance(array, pa.ChunkedArray):
             array = array.combine_chunks()
         if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
+        if pa.types.is_uint64(array.type) and len(array) and (pc.max(array).as_py() or 0) >= 2**63:
+            raise InvalidDataError(
+                f"{where}: {pc.max(array).as_py()} does not fit the 64-bit signed integers that an atlas "
+                f"stores; store the column as text with {option('obs_types')}, or leave it out with "
+                f"{option('drop_obs')}"
+            )
         return array.cast(_stored_type(array.type, where))
-    except (pa.ArrowException, OverflowError) as error:
-        raise InvalidDataError(
-            f"{where}: {error}; store it as one type, or remove it from the file"
-        ) from error
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise InvalidDataError(f"{where}: {error}; {advice}") from error
+
+
+def _as_asked(values: pd.Series, name: str, where: str) -> pa.Array:
+    wanted = NAMED_TYPES[name]
+    try:
+        array = _column(values, where)
+    except InvalidDataError:
+        if not is_text(wanted):
+            raise
+        # Whatever it is has a text.
+        return pa.array([None if no else str(v) for v, no in zip(values, values.isna(), strict=True)], wanted)
+    try:
+        if pa.types.is_integer(array.type) and pa.types.is_floating(wanted):
+            return array.cast(wanted, safe=False)
+        return convert(array, wanted, where)
+    except InvalidDataError as error:
+        raise InvalidDataError(f"{error}, as {option('obs_types')} asks for") from error
 
 
 def _stored_type(found: pa.DataType, where: str) -> pa.DataType:
@@ -130,19 +223,29 @@ def _stored_type(found: pa.DataType, where: str) -> pa.DataType:
         return pa.float64()
     if kind.is_boolean(found) or kind.is_null(found):
         return found
-    if kind.is_string(found) or kind.is_large_string(found) or kind.is_string_view(found):
+    if is_text(found):
         return pa.string()
     if kind.is_timestamp(found):
         return pa.timestamp("us", tz=found.tz)
+    if kind.is_date(found):
+        return pa.timestamp("us")
     if kind.is_list(found) or kind.is_large_list(found):
         return pa.list_(_stored_type(found.value_type, where))
     raise InvalidDataError(
         f"{where}: values of type {found} cannot be stored; turn them into numbers, strings, booleans or "
-        "times, or remove the column from the file"
+        f"times, or leave the column out with {option('drop_obs')}"
     )
 
 
-def plan_merge(schema: pa.Schema, data: pa.Table, *, allow_new: bool, source: str) -> Merge:
+def plan_merge(
+    schema: pa.Schema,
+    data: pa.Table,
+    *,
+    allow_new: bool,
+    source: str,
+    stored: Callable[[str], pa.ChunkedArray],
+    lenient: bool = False,
+) -> Merge:
     """How a table with `schema` must change so that it can take the columns of `data`.
 
     Parameters
@@ -150,39 +253,78 @@ def plan_merge(schema: pa.Schema, data: pa.Table, *, allow_new: bool, source: st
     schema, data
         Of the table; what comes.
     allow_new
-        Add columns that the table lacks; otherwise they are left out.
+        Add columns that the table lacks, and let columns take another type; otherwise what does not fit is
+        left out or refused.
     source
         For messages.
+    stored
+        Reads a column of the table.
+    lenient
+        Leave a column out that cannot join, with a warning, instead of raising.
 
     Raises
     ------
     InvalidDataError
         A column has one type in the table and an incompatible one in the data.
     """
-    new, to_double, left_out = [], [], []
+    new: list[pa.Field] = []
+    changed: dict[str, tuple[pa.DataType, str]] = {}
+    left_out: list[str] = []
     for column in data.schema:
         if column.name not in schema.names:
-            # Where every value is missing there is nothing to store, and no type to store it as.
-            if not pa.types.is_null(column.type):
-                new.append(pa.field(column.name, column.type))
+            # Where every value is missing and nothing says of which type, there is nothing to store.
+            if pa.types.is_null(column.type):
+                continue
+            if allow_new:
+                new.append(column)
+            else:
+                left_out.append(column.name)
             continue
-        there = schema.field(column.name).type
-        if pa.types.is_floating(column.type) and pa.types.is_integer(there):
-            to_double.append(column.name)
-        elif not fits(column.type, there):
-            raise InvalidDataError(
-                f"{source}, column {column.name!r}: the atlas holds {there}, the file {column.type}; rename "
-                "the column in the file, or convert it there to the atlas's type"
-            )
-    if new and not allow_new:
-        left_out = [field.name for field in new]
+        where = f"{source}, column {column.name!r}"
+        try:
+            change = _change(schema.field(column.name), data.column(column.name), allow_new, where, stored)
+        except InvalidDataError as error:
+            if not lenient:
+                raise
+            _log.warning("%s; the column is left out", error)
+            left_out.append(column.name)
+            continue
+        if change is not None:
+            _log.warning("%s: the atlas holds %s, the file %s; stored as %s", where, *change[:2], change[2])
+            changed[column.name] = (change[2], change[3])
+    if left_out and not lenient:
         _log.info("%s: columns %s are not in the table's schema class and left out", source, left_out)
-    return Merge(() if left_out else tuple(new), tuple(to_double))
+    return Merge(tuple(new), changed, tuple(left_out))
+
+
+def _change(
+    there: pa.Field,
+    values: pa.ChunkedArray,
+    allow_new: bool,
+    where: str,
+    stored: Callable[[str], pa.ChunkedArray],
+) -> tuple[pa.DataType, pa.DataType, pa.DataType, str] | None:
+    """Type there, type that comes, type of both, and SQL for what is there; None if that stays as it is."""
+    kind, new = pa.types, values.type
+    mixed = kind.is_integer(new) and kind.is_floating(there.type)
+    zones = kind.is_timestamp(new) and kind.is_timestamp(there.type) and new.tz != there.type.tz
+    if new == there.type or (fits(new, there.type) and not (mixed and allow_new) and not zones):
+        return None
+    if not allow_new and not (kind.is_floating(new) and kind.is_integer(there.type)) and not is_empty(values):
+        raise InvalidDataError(
+            f"{where}: the table's schema class says {there.type}, the file has {new}; convert the column in "
+            f"the file, or leave it out with {option('drop_obs')}"
+        )
+    here = Column(there.type, lambda: stored(there.name))
+    joined = join_types(here, Column(new, lambda: values), where)
+    if joined == there.type or (joined == value_type(there.type)):
+        return None
+    return there.type, new, joined, cast_sql(there.name, here, joined)
 
 
 def merged_schema(schema: pa.Schema, merge: Merge) -> pa.Schema:
     """Schema of a table after a merge."""
-    changed = [f.with_type(pa.float64()) if f.name in merge.to_double else f for f in schema]
+    changed = [f.with_type(merge.changed[f.name][0]) if f.name in merge.changed else f for f in schema]
     return pa.schema([*changed, *merge.new], schema.metadata)
 
 
@@ -254,16 +396,15 @@ def fit(
 def _cast(array: pa.Array, wanted: pa.DataType, where: str) -> pa.Array:
     if array.type == wanted:
         return array
-    try:
-        if pa.types.is_dictionary(wanted):
-            return array.cast(wanted.value_type).dictionary_encode().cast(wanted)
-        if pa.types.is_integer(array.type) and pa.types.is_floating(wanted):
-            check_exact(array, where)
-        out = array.cast(wanted)
-    except pa.ArrowException as error:
-        raise InvalidDataError(f"{where}: {error}; the atlas stores it as {wanted}") from error
+    if is_empty(array):
+        return pa.nulls(len(array), wanted)
+    if pa.types.is_dictionary(wanted):
+        return convert(array, wanted.value_type, where).dictionary_encode().cast(wanted)
+    if pa.types.is_integer(array.type) and pa.types.is_floating(wanted):
+        check_exact(array, where)
+    out = convert(array, wanted, where)
     if pa.types.is_floating(wanted):
-        same = pc.all(pc.equal(out.cast(pa.float64()), array.cast(pa.float64())))
+        same = pc.all(pc.equal(out.cast(pa.float64()), convert(array, pa.float64(), where)))
         if same.as_py() is False:  # None: nothing to compare
             raise InvalidDataError(
                 f"{where}: not every value is exact in {wanted}, as which the atlas stores it"
@@ -275,7 +416,7 @@ def check_exact(array: pa.Array | pa.ChunkedArray, where: str) -> None:
     """Refuse integers that would change when they become doubles."""
     extent = pc.min_max(array)
     for value in (extent["min"].as_py(), extent["max"].as_py()):
-        if value is not None and abs(value) > _EXACT_IN_DOUBLE:
+        if value is not None and abs(value) > EXACT_IN_DOUBLE:
             raise InvalidDataError(
                 f"{where}: {value} is too large to be stored exactly as double, which the column must become "
                 "to hold fractions too; rename one of the two columns"

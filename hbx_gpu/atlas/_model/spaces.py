@@ -73,7 +73,13 @@ _SPACES: dict[str, FeatureSpace] = {
             "csr/indices",
             "csr/layers",
             required_layers={"counts": ("uint32",)},
-            optional_layers={"log_normalized": ("float32",), "tpm": ("float32",)},
+            optional_layers={
+                "log_normalized": ("float32",),
+                "tpm": ("float32",),
+                # Counts with fractions, after correction for ambient RNA (SoupX, CellBender) or
+                # assignment in parts (proseg).
+                "corrected_counts": ("float32",),
+            },
         ),
         FeatureSpace(
             "protein_abundance",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu.atlas._query.obs import has_gaps
 from hbx_gpu.atlas._query.opening import group_records
 from hbx_gpu.atlas._query.state import FeatureJoin
 from hbx_gpu.batch import DenseBatch
@@ -109,11 +110,25 @@ def obs_frame(obs: pa.Table, names: Sequence[str]) -> pd.DataFrame:
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A pandas frame in which missing bools stay missing bools (pandas' own default makes them objects)."""
+    """A pandas frame in which whole numbers and booleans stay what they are where some are missing.
+
+    pandas' own default makes them doubles and objects. Which columns have gaps is known of the whole table,
+    so that a column has the same dtype whichever rows are asked for.
+    """
     import pandas as pd
 
-    return table.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get if _null_bools(table) else None)
+    frame = table.to_pandas()
+    for i, column in enumerate(table.schema):
+        if has_gaps(column) or table.column(i).null_count:
+            kind: Any = None
+            if pa.types.is_boolean(column.type):
+                kind = pd.BooleanDtype()
+            elif pa.types.is_integer(column.type):
+                kind = pd.array([], dtype=pd.api.types.pandas_dtype(_nullable_name(column.type))).dtype
+            if kind is not None:
+                frame[column.name] = table.column(i).to_pandas(types_mapper=lambda _, kind=kind: kind)
+    return frame
 
 
-def _null_bools(table: pa.Table) -> bool:
-    return any(pa.types.is_boolean(c.type) and c.null_count for c in table.columns)
+def _nullable_name(kind: pa.DataType) -> str:
+    return f"{'U' if pa.types.is_unsigned_integer(kind) else ''}Int{kind.bit_width}"

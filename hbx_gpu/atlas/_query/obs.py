@@ -114,8 +114,12 @@ def scan(
 def read_table(
     table: Table, names: Sequence[str], *, where: str | None = None, rowids: np.ndarray | None = None
 ) -> pa.Table:
-    """Columns of the matching rows by ascending row id, with the table's own types."""
-    schema = pa.schema([table.schema.field(name) for name in names])
+    """Columns of the matching rows by ascending row id, with the table's own types.
+
+    Fields of whole numbers and booleans that some row of the table lacks, asked for or not, say so: see
+    :func:`has_gaps`.
+    """
+    schema = pa.schema([_marked(table, table.schema.field(name)) for name in names])
     batches = list(scan(table, names, where=where, rowids=rowids))
     if not batches:
         return schema.empty_table()
@@ -129,6 +133,27 @@ def read_table(
         found = found.take(pa.array(order))
     columns = [found.column(name).cast(schema.field(name).type) for name in names]
     return pa.Table.from_arrays(columns, schema=schema) if names else found.select([])
+
+
+_GAPS_KEY = b"hbx_gpu.has_gaps"
+# (table, version, column) -> whether some row lacks it; a version never changes.
+_gaps: dict[tuple[str, int, str], bool] = {}
+
+
+def _marked(table: Table, column: pa.Field) -> pa.Field:
+    kind = column.type
+    if not column.nullable or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        return column
+    at: Any = table  # a LanceTable, whose base class does not declare where it lies
+    key = (str(at.uri), int(table.version), column.name)
+    if key not in _gaps:
+        _gaps[key] = table.count_rows(f"`{column.name}` IS NULL") > 0
+    return column.with_metadata({**(column.metadata or {}), _GAPS_KEY: b"yes"}) if _gaps[key] else column
+
+
+def has_gaps(column: pa.Field) -> bool:
+    """Whether some row of the table that a column was read from lacks a value."""
+    return _GAPS_KEY in (column.metadata or {})
 
 
 def _recoded(column: pa.ChunkedArray, kind: pa.DictionaryType) -> pa.DictionaryArray:
@@ -246,14 +271,21 @@ def _codes(array: pa.Array, vocabulary: pa.Array) -> np.ndarray:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    if array.null_count and pa.types.is_integer(array.type):
-        array = array.cast(pa.float64(), safe=False)
+    if pa.types.is_integer(array.type):
+        # A double would not hold every integer, and the dtype must not depend on which rows are asked for.
+        array = pc.fill_null(array, missing_integer(array.type))
     return cast(np.ndarray, array.to_numpy(zero_copy_only=False))
+
+
+def missing_integer(kind: pa.DataType) -> int:
+    """What stands for a missing integer: the smallest of its type, of an unsigned type the largest."""
+    limits = np.iinfo(kind.to_pandas_dtype())
+    return int(limits.max if limits.kind == "u" else limits.min)
 
 
 def _vectors(array: pa.Array) -> np.ndarray:
     width = array.type.list_size
-    values = _numbers(pc.drop_null(array).flatten()).reshape(-1, width)
+    values = cast(np.ndarray, pc.drop_null(array).flatten().to_numpy(zero_copy_only=False)).reshape(-1, width)
     if not array.null_count:
         return values
     out = np.full((len(array), width), np.nan, dtype=np.result_type(values.dtype, np.float32))
@@ -385,7 +417,6 @@ def read_modality(
     order = _ascending(ids)
 
     def joined(key: str) -> np.ndarray:
-        # Where some pieces of an integer column have missing values those are floats, and so is the whole.
         whole = np.concatenate(pieces.pop(key))
         return whole if order is None else whole[order]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu.atlas._model.columns import NAME_IN_FILE
 from hbx_gpu.atlas._model.spaces import find_layers
 from hbx_gpu.atlas._query.obs import scan
 from hbx_gpu.errors import HbxError
@@ -35,6 +36,10 @@ class GroupSummary:
         On disk, everything in its folder.
     n_array_bytes
         On disk, of index and layers alone.
+    uid
+        Of the dataset.
+    ids
+        Column of var that the ids of its features came from.
     """
 
     name: str
@@ -46,6 +51,8 @@ class GroupSummary:
     n_values: int | None
     n_bytes: int
     n_array_bytes: int
+    uid: str = ""
+    ids: str = ""
 
     @property
     def bits_per_value(self) -> float | None:
@@ -104,7 +111,16 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
         n_values,
         _size_of(path),
         n_array_bytes,
+        str(row["dataset_uid"]),
+        _ids_of(row),
     )
+
+
+def _ids_of(row: dict[str, Any]) -> str:
+    column, versions = row.get("feature_id_column"), row.get("feature_id_versions")
+    if not isinstance(column, str) or not column or not row.get("layout_uid"):
+        return "-"
+    return f"{column}, no versions" if versions == "stripped" else column
 
 
 def _size_of(folder: Path) -> int:
@@ -145,6 +161,8 @@ def describe(snapshot: Snapshot) -> str:
                     "codec",
                     "on disk",
                     "bits/nonzero",
+                    "ids from",
+                    "uid",
                 ],
                 *(_group_row(group) for group in groups),
             ],
@@ -163,6 +181,9 @@ def describe(snapshot: Snapshot) -> str:
             ]
             for field in snapshot.obs_schema(table)
         ]
+        for kind, field in zip(kinds, snapshot.obs_schema(table), strict=True):
+            if name := (field.metadata or {}).get(NAME_IN_FILE):
+                kind[1] += f", {name.decode()!r} in files"
         lines += _columns(kinds)
     return "\n".join(lines)
 
@@ -204,6 +225,8 @@ def _group_row(group: GroupSummary) -> list[str]:
         ",".join(group.codecs),
         _size(group.n_bytes),
         "-" if bits is None else f"{bits:.1f}",
+        group.ids,
+        group.uid,
     ]
 
 

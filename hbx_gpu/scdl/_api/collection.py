@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._paths import checked
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
 from hbx_gpu.scdl._format.features import VariableFeatureIndex
 from hbx_gpu.scdl._format.layout import LAYOUT_VERSION, METADATA, VERSION
 from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, Tolerance, check_dtype
 from hbx_gpu.scdl._writing.concat import concat_archives
-from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+from hbx_gpu.scdl._writing.convert import ConvertOptions, MixedValuesError, convert_h5ad, look_at_files
 from hbx_gpu.scdl._writing.writer import check_target
 
 if TYPE_CHECKING:
     from hbx_gpu.dataloader import CellDataset
     from hbx_gpu.scdl._sources.pairs import PairedDataset
+
+
+_log = logging.getLogger(__name__)
 
 
 class SingleCellCollection:
@@ -44,9 +52,9 @@ class SingleCellCollection:
     """
 
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
-        self.data_path = data_path
+        self.data_path: str | os.PathLike[str] = checked(data_path)
         self.fname_to_mmap: dict[Path, SingleCellMemMapDataset] = {}
-        folder = Path(data_path)
+        folder = Path(self.data_path)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / VERSION).exists():
             (folder / VERSION).write_text(json.dumps(LAYOUT_VERSION))
@@ -87,6 +95,7 @@ class SingleCellCollection:
         data_dtype_tolerance: float = DEFAULT_TOLERANCE,
         allow_loss: bool = False,
         matrix: str | None = None,
+        allow_normalized: bool = False,
         load_neighbors: bool = False,
         neighbor_key: str = "next_cell_ids",
     ) -> None:
@@ -96,6 +105,7 @@ class SingleCellCollection:
         """
         options = ConvertOptions(
             matrix=matrix,
+            allow_normalized=allow_normalized,
             use_X_not_raw=use_X_not_raw,
             paginated_load_cutoff=paginated_load_cutoff,
             load_block_row_size=load_block_row_size,
@@ -119,6 +129,7 @@ class SingleCellCollection:
         data_dtype_tolerance: float = DEFAULT_TOLERANCE,
         allow_loss: bool = False,
         matrix: str | None = None,
+        allow_normalized: bool = False,
         load_neighbors: bool = False,
         neighbor_key: str = "next_cell_ids",
         progress: Progress = silent,
@@ -150,6 +161,7 @@ class SingleCellCollection:
         check_dtype(data_dtype)
         options = ConvertOptions(
             matrix=matrix,
+            allow_normalized=allow_normalized,
             use_X_not_raw=use_X_not_raw,
             paginated_load_cutoff=paginated_load_cutoff,
             load_block_row_size=load_block_row_size,
@@ -160,6 +172,14 @@ class SingleCellCollection:
         for path in paths:
             check_target(path, overwrite=False)
         tolerance = Tolerance(data_dtype_tolerance, allow_loss)
+        try:
+            look_at_files(files, options)
+        except MixedValuesError:
+            raise
+        except Exception:  # a file that cannot be read: its own conversion says which and why
+            _log.debug("the values of the files could not be compared", exc_info=True)
+        else:
+            options = replace(options, allow_normalized=True)  # what there was to say has been said
         jobs = [(file, path, options, data_dtype, tolerance) for file, path in zip(files, paths, strict=True)]
         results = _run(jobs, max_workers, use_processes, progress)
         failed = [(file, error) for file, error in zip(files, results, strict=True) if error is not None]
@@ -209,6 +229,7 @@ class SingleCellCollection:
             raise ValueError(
                 f"the collection at {self.data_path} is empty: load .h5ad files before flattening"
             )
+        self._say_differences()
         concat_archives(
             list(self.fname_to_mmap),
             output_path,
@@ -219,6 +240,17 @@ class SingleCellCollection:
         if destroy_on_copy:
             self.fname_to_mmap.clear()
             shutil.rmtree(self.data_path)
+
+    def _say_differences(self) -> None:
+        """Warn of archives that share few genes with the others, or whose genes nothing identifies."""
+        from hbx_gpu.scdl._sources.axis import gene_axis
+        from hbx_gpu.scdl._sources.cells import gene_blocks
+
+        archives = [dataset.archive for dataset in self.fname_to_mmap.values()]
+        try:
+            gene_axis([block for archive in archives for block in gene_blocks(archive)])
+        except InvalidDataError as error:
+            warnings.warn(str(error), UserWarning, stacklevel=3)
 
     def number_of_rows(self) -> int:
         """Rows of all datasets."""

@@ -67,6 +67,8 @@ class SingleCellMemMapDataset(NeighborReader):
         Store `.X` even if the source has `.raw.X`.
     matrix
         Creating: ``X``, ``raw`` or a layer, instead of `use_X_not_raw`.
+    allow_normalized
+        Creating: take a matrix that does not look like counts without a warning.
     allow_loss
         Creating: store values that `data_dtype` does not hold nevertheless, with a warning.
     overwrite
@@ -114,6 +116,7 @@ class SingleCellMemMapDataset(NeighborReader):
         use_X_not_raw: bool = False,
         *,
         matrix: str | None = None,
+        allow_normalized: bool = False,
         allow_loss: bool = False,
         overwrite: bool = False,
         neighbor_seed: int | None = None,
@@ -126,6 +129,7 @@ class SingleCellMemMapDataset(NeighborReader):
         self.var_feature_index_name = var_feature_index_name
         self.obs_feature_index_name = obs_feature_index_name
         self.use_X_not_raw, self.matrix, self.allow_loss = use_X_not_raw, matrix, allow_loss
+        self.allow_normalized = allow_normalized
         self.data_dtype_tolerance = data_dtype_tolerance
         self.load_neighbors = load_neighbors
         if load_neighbors:
@@ -239,6 +243,7 @@ class SingleCellMemMapDataset(NeighborReader):
             self.data_path,
             options=ConvertOptions(
                 matrix=self.matrix,
+                allow_normalized=self.allow_normalized,
                 use_X_not_raw=self.use_X_not_raw,
                 paginated_load_cutoff=cutoff,
                 load_block_row_size=self.load_block_row_size,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hbx_gpu._paths import checked
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.dtype_evidence import contradiction, sample, value_dtype
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
@@ -374,7 +375,7 @@ def open_archive(
     UserWarning
         The header is missing or wrong, and what was established instead.
     """
-    folder = Path(os.path.abspath(path))
+    folder = Path(os.path.abspath(checked(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"expected the folder of an SCDL archive, found nothing at {folder}")
     return Archive(folder, data_dtype=data_dtype, writable=writable)

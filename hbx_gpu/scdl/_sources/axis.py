@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._advice import option
+from hbx_gpu._identity.choice import FeatureChoice, choose
+from hbx_gpu._identity.overlap import compare
+from hbx_gpu._identity.tables import INDEX, FeatureTable
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
     from hbx_gpu.scdl._format.frames import Frame
 
 POSITION, NAMES = "position", "names"
-# Columns that usually hold the durable ids, the best first.
-_USUAL = (
-    "global_feature_uid",
-    "uid",
-    "feature_id",
-    "var_feature_id",
-    "gene_ids",
-    "gene_id",
-    "ensembl_id",
-    "ensembl_ids",
-    "ensembl",
-    "feature_ids",
-    "id",
-)
 _SHOWN = 5
 
 
@@ -88,8 +80,9 @@ def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> Gen
     feature_id
         Column of var that identifies a gene; ``names`` for their names, where the archive has them;
         ``position`` for the number of the column, which takes the genes of all blocks to be the same ones.
-        By default what identifies genes in all blocks: their names, else one of the usual columns, else the
-        only column of text without repeats. A single block needs no ids.
+        By default what identifies genes in all blocks, see :func:`hbx_gpu._identity.choice.choose`: ids of
+        a database, else their names, else one of the usual columns, else the only column of text
+        without repeats. Blocks that share few genes are said in a warning. A single block needs no ids.
 
     Raises
     ------
@@ -103,6 +96,8 @@ def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> Gen
         # Raw's matrix beside the genes of X: the recorded ids belong to other columns.
         feature_id = POSITION
     column = feature_id or _choose(blocks)
+    if column not in (POSITION,) and not wide:
+        say_differences(blocks, column)
     if column == POSITION:
         width = max((block.width for block in blocks), default=0)
         remaps = {block.width: np.arange(block.width, dtype=np.int32) for block in blocks}
@@ -141,30 +136,62 @@ def _choose(blocks: Sequence[GeneBlock]) -> str:
     """What identifies the genes of all blocks."""
     if not blocks:
         return POSITION
-    if all(_identifies(block, NAMES) for block in blocks):
-        return NAMES
-    shared = [name for name in blocks[0].frame.names if all(name in b.frame.names for b in blocks)]
-    good = [name for name in shared if all(_identifies(block, name) for block in blocks)]
-    if usual := [name for name in _USUAL if name in good]:
-        return usual[0]
+    tables = [_table(block) for block in blocks]
+    if chosen := choose(tables, same_column=True):
+        column = chosen[0].column
+        if len(blocks) > 1 and all(table.names_positions(column) for table in tables):
+            warnings.warn(
+                f"{blocks[0].where} to {blocks[-1].where}: nothing but positions tells their genes apart, so "
+                f"column k is taken for the same gene in all of them; name a column of var with "
+                f"{option('feature_id')} if that is wrong",
+                UserWarning,
+                stacklevel=4,
+            )
+        return NAMES if column == INDEX else column
     if len(blocks) == 1:
-        return good[0] if good else POSITION
-    if len(good) == 1:
-        return good[0]
+        return POSITION
+    shared = [name for name in blocks[0].frame.names if all(name in b.frame.names for b in blocks)]
+    good = [name for name in shared if all(table.identifies(name) for table in tables)]
     found = f"several columns would do: {good}" if good else f"none of the columns they share, {shared}, does"
     raise InvalidDataError(
         f"{blocks[0].where} to {blocks[-1].where}: {len(blocks)} blocks with genes of their own need an id "
-        f"that identifies a gene in all of them; {found}. Name a column of var with feature_id=, or "
-        f"feature_id={POSITION!r} if column k is the same gene in all blocks"
+        f"that identifies a gene in all of them; {found}. Name a column of var with {option('feature_id')}, "
+        f"or {option('feature_id', POSITION)} if column k is the same gene in all blocks"
     )
 
 
-def _identifies(block: GeneBlock, column: str) -> bool:
-    try:
-        _ids(block, column, unique=True, text_only=True)
-    except (InvalidDataError, UnknownNameError):
-        return False
-    return True
+def _table(block: GeneBlock) -> FeatureTable:
+    names = block.names
+    readers: dict[str, Callable[[], Iterable[object]]] = {}
+    if names is not None:
+        readers[INDEX] = lambda: names
+    for name in block.frame.names:
+        if name != INDEX:
+            readers[name] = functools.partial(_values, block.frame, name)
+    return FeatureTable(block.where, readers)
+
+
+def _values(frame: Frame, name: str) -> list[object]:
+    return list(frame.arrow(name).to_pylist())
+
+
+def say_differences(blocks: Sequence[GeneBlock], column: str) -> None:
+    """Warn of blocks that share less than half of the smaller set with the blocks before them."""
+    known: set[str] = set()
+    choice = FeatureChoice(INDEX if column == NAMES else column)
+    seen: set[bytes] = set()
+    for block in blocks if len(blocks) > 1 else ():
+        table = _table(block)
+        if table.texts(choice.column) is None or not table.identifies(choice.column):
+            continue  # numbers as ids, or ids that repeat, which is an error elsewhere
+        ids = choice.ids(table, parameter="feature_id")
+        digest = hashlib.blake2b("\0".join(ids).encode(), digest_size=16).digest()
+        if digest not in seen and known:
+            overlap = compare(table, choice, known, parameter="feature_id")
+            if overlap.is_small:
+                warnings.warn(str(overlap), UserWarning, stacklevel=4)
+        seen.add(digest)
+        known.update(ids)
 
 
 def _ids(block: GeneBlock, column: str, *, unique: bool, text_only: bool = False) -> list[str]:

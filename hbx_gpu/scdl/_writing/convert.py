@@ -13,6 +13,9 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._advice import option
+from hbx_gpu._h5ad.choice import MatrixChoice, choose_matrix
+from hbx_gpu._h5ad.evidence import look_at
 from hbx_gpu._h5ad.files import H5adFile, open_matrix
 from hbx_gpu._h5ad.matrix import CsrBlock, DenseMatrix, Matrix
 from hbx_gpu._progress import Progress, silent
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
+_SHOWN = 3
+
+
+class MixedValuesError(InvalidDataError):
+    """Files that hold counts and files that do not, on their way into one archive."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class ConvertOptions:
     use_X_not_raw
         True: ``X``. False: ``raw.X`` where the file has one, else ``X``. Either comes with its own genes:
         those of ``raw.var`` or of ``var``.
+    choose
+        Take the matrix that holds counts by the rule of `hbx_gpu._h5ad.choice`, and not as `use_X_not_raw`
+        says.
+    allow_normalized
+        Take values that do not look like counts without a word. Otherwise there is a warning where no file
+        holds counts, as the package that we follow accepts such files, and an error where only some do.
     paginated_load_cutoff
         Size in MiB from which on a file is read at most `load_block_row_size` rows at a time.
     load_block_row_size
@@ -52,6 +66,8 @@ class ConvertOptions:
 
     matrix: str | None = None
     use_X_not_raw: bool = False
+    choose: bool = False
+    allow_normalized: bool = False
     paginated_load_cutoff: float = 10_000
     load_block_row_size: int = 1_000_000
     var_feature_index_name: str = "var_feature_id"
@@ -80,6 +96,8 @@ class Conversion:
         The matrix that was taken: ``X``, ``raw`` or a layer.
     has_neighbors
         Whether neighbours were stored.
+    reason
+        What the matrix holds and why it was chosen, where that was looked at.
     """
 
     file: str | os.PathLike[str]
@@ -87,6 +105,7 @@ class Conversion:
     n_vars: int
     matrix: str
     has_neighbors: bool
+    reason: str = ""
 
     @property
     def var(self) -> pd.DataFrame:
@@ -179,8 +198,13 @@ def convert_h5ad_files(
         if not os.path.exists(file):
             raise FileNotFoundError(f"Error: could not find h5ad path {file}")
     check_target(target, overwrite=overwrite)
-    shapes = [_shape(file, options) for file in files]
+    chosen = look_at_files(files, options)
+    shapes = [_shape(file, choice.name) for file, choice in zip(files, chosen, strict=True)]
     total = sum(n for n, _ in shapes)
+    if not total:
+        raise InvalidDataError(
+            f"{', '.join(map(str, files[:_SHOWN]))}: there are no cells in it, so there is nothing to convert"
+        )
     with ArchiveWriter(
         target,
         n_columns=max(n for _, n in shapes),
@@ -189,14 +213,48 @@ def convert_h5ad_files(
         overwrite=overwrite,
     ) as writer:
         added = []
-        for file in files:
-            added.append(_add_file(writer, file, options, _shifted(progress, writer.n_rows, total)))
+        for file, choice in zip(files, chosen, strict=True):
+            show = _shifted(progress, writer.n_rows, total)
+            added.append(_add_file(writer, file, choice, options, show))
     return added
 
 
-def _shape(h5ad: str | os.PathLike[str], options: ConvertOptions) -> tuple[int, int]:
+def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptions) -> list[MatrixChoice]:
+    """Choose a matrix per file, and compare what they hold.
+
+    Raises
+    ------
+    MixedValuesError
+        Some files hold counts and others do not; names one of each.
+    """
+    chosen = []
+    for path in files:
+        with H5adFile(path) as file:
+            chosen.append(_choose_matrix(file, options))
+    if options.allow_normalized:
+        return chosen
+    good = [i for i, choice in enumerate(chosen) if choice.evidence.are_counts]
+    bad = [i for i, choice in enumerate(chosen) if not choice.evidence.are_counts]
+    if good and bad:
+        raise MixedValuesError(
+            f"{files[good[0]]} holds counts in {chosen[good[0]].name}, {files[bad[0]]} holds "
+            f"{chosen[bad[0]].evidence} in {chosen[bad[0]].name}: one archive would mix them. Choose the "
+            f"matrix that holds counts in all files with {option('matrix')}, leave files out, or accept the "
+            f"mixture with {option('allow_normalized', 'True')}"
+        )
+    for i in bad:
+        warnings.warn(
+            f"{files[i]}: {chosen[i].name} holds {chosen[i].evidence}, where counts are expected; if that is "
+            f"meant, pass {option('allow_normalized', 'True')}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _shape(h5ad: str | os.PathLike[str], matrix: str) -> tuple[int, int]:
     with H5adFile(h5ad) as file:
-        return file.matrix(_choose_matrix(file, options)).shape
+        return file.matrix(matrix).shape
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
@@ -209,11 +267,12 @@ def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], Non
 def _add_file(
     writer: ArchiveWriter,
     h5ad: str | os.PathLike[str],
+    choice: MatrixChoice,
     options: ConvertOptions,
     progress: Callable[[int], None],
 ) -> Conversion:
     with H5adFile(h5ad) as file:
-        name = _choose_matrix(file, options)
+        name = choice.name
         matrix, obs, var = file.matrix(name), file.obs(), file.var(name)
         _check_shape(matrix, obs, var)
         first_row = writer.n_rows
@@ -223,13 +282,20 @@ def _add_file(
         neighbors = options.neighbor_key is not None and _write_neighbors(
             writer, h5ad, first_row, len(obs), options.neighbor_key
         )
-    return Conversion(h5ad, len(obs), len(var), name, neighbors)
+    return Conversion(h5ad, len(obs), len(var), name, neighbors, choice.reason)
 
 
-def _choose_matrix(file: H5adFile, options: ConvertOptions) -> str:
-    if options.matrix is not None:
-        return options.matrix
+def _choose_matrix(file: H5adFile, options: ConvertOptions) -> MatrixChoice:
     available = file.matrices()
+    if options.choose and options.matrix is None and available:
+        return choose_matrix(available, file.matrix)
+    name = options.matrix or _as_followed(file, options, available)
+    evidence = look_at(file.matrix(name))
+    return MatrixChoice(name, str(evidence), evidence)
+
+
+def _as_followed(file: H5adFile, options: ConvertOptions, available: Sequence[str]) -> str:
+    """``X`` or ``raw`` as BioNeMo-SCDL's options say; it refuses files without the one asked for."""
     if options.use_X_not_raw:
         if "X" not in available:
             raise InvalidDataError(
@@ -240,6 +306,13 @@ def _choose_matrix(file: H5adFile, options: ConvertOptions) -> str:
         return "raw"
     if "X" not in available:
         raise InvalidDataError(f"{file.path} has neither raw.X nor X; it holds {available or 'no matrix'}")
+    if not look_at(file.matrix("X")).are_counts and not options.allow_normalized:
+        warnings.warn(
+            f"{file.path} does not have raw count data, so X is taken (BioNeMo-SCDL refuses such a file); "
+            f"{option('use_X_not_raw', 'True')} says that X is meant",
+            UserWarning,
+            stacklevel=6,
+        )
     _log.info("%s has no raw.X; X is taken", file.path)
     return "X"
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._paths import checked
 from hbx_gpu._version import __version__
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format import names
@@ -410,7 +411,7 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool, foreign: bo
     FileExistsError
         It may not be; says why.
     """
-    path = Path(target)
+    path = Path(checked(target))
     if not os.path.lexists(path):
         return
     if not overwrite:

@@ -1,0 +1,56 @@
+"""How a message names an option: as Python spells it, or as the command does through which the user came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+# Not a context variable: threads that convert files must name options as the command does, too.
+_flags: list[Mapping[str, str]] = []
+
+
+@contextmanager
+def from_command(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let messages name options as a command does while the context lasts.
+
+    Parameters
+    ----------
+    flags
+        Name of a Python parameter -> the flag of this command. A flag with ``{}`` takes the value there.
+    """
+    _flags.append(flags)
+    try:
+        yield
+    finally:
+        _flags.pop()
+
+
+def in_command() -> bool:
+    """Whether the user came through a command."""
+    return bool(_flags)
+
+
+def option(name: str, value: str | None = None) -> str:
+    """How the user passes a parameter, with a value where one is advised.
+
+    Parameters
+    ----------
+    name
+        Of the Python parameter, for example ``feature_id_column``.
+    value
+        What to pass; None names the option alone, ``"True"`` is a switch.
+
+    Returns
+    -------
+    str
+        ``feature_id_column='gene_ids'`` in Python, ``--feature-id-column gene_ids`` in a command that has it.
+    """
+    flag = _flags[-1].get(name) if _flags else None
+    if flag is None:
+        if value is None:
+            return f"{name}="
+        plain = value in ("True", "False") or value[:1] in "[{'\"" or value.replace(".", "").isdigit()
+        return f"{name}={value if plain else repr(value)}"
+    if "{}" in flag:
+        return flag.replace("{}", value or name.upper())
+    return flag if value in (None, "True") else f"{flag} {value}"

@@ -1,0 +1,55 @@
+"""The first moments of an atlas: what was begun and not finished is known as such, and made anew."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names
+from hbx_gpu.atlas._catalogue.journal import FOLDER
+
+# There from before the first table is made until the names of all tables are written.
+_MARK = "making"
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether the making of an atlas was begun and has not ended: somebody is at it, or was killed."""
+    return (root / FOLDER / _MARK).exists() and not Names.exist(root)
+
+
+@contextlib.contextmanager
+def making(root: Path) -> Iterator[None]:
+    """Mark an atlas as unfinished while its tables are made; what an interrupted creation left goes first.
+
+    Callers hold the write lock.
+    """
+    if is_unfinished(root):
+        # Nobody could add anything to it, so there is nothing in it.
+        shutil.rmtree(root / "lance_db", ignore_errors=True)
+    mark = root / FOLDER / _MARK
+    mark.parent.mkdir(exist_ok=True)
+    mark.touch()
+    yield
+    mark.unlink()
+
+
+def discard_empty(catalogue: Catalogue) -> None:
+    """Remove an atlas to which nothing was added, and its folder if nothing else is in it.
+
+    Callers hold the write lock.
+    """
+    root = catalogue.root
+    stored = (catalogue.obs(name) for name in catalogue.names.obs_tables)
+    if catalogue.dataset_rows() or any(table.count_rows() for table in stored):
+        return
+    if tables.read(catalogue.versions(), ["version"]).num_rows:
+        return
+    for folder in (root / "lance_db", root / "zarr_store"):
+        shutil.rmtree(folder, ignore_errors=True)
+    Names.forget(root)
+    shutil.rmtree(root / FOLDER, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other files are in it
+        root.rmdir()

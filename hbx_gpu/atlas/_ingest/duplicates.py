@@ -1,0 +1,142 @@
+"""The same cells under another file: found by their names and by what was counted in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
+
+if TYPE_CHECKING:
+    from hbx_gpu.atlas._ingest.parts import Part
+
+# Of the smaller dataset; names such as cell_0 meet by chance, so counts decide.
+_MOST_NAMES, _MOST_COUNTS = 0.5, 0.8
+_COMPARED = 64
+
+
+@dataclass(frozen=True)
+class SameCells:
+    """A stored dataset that has most of the cells of a new one.
+
+    Attributes
+    ----------
+    dataset_uid, source_name
+        The stored one.
+    n_names
+        Names of cells that both have.
+    """
+
+    dataset_uid: str
+    source_name: str
+    n_names: int
+
+
+def datasets_with_names(
+    catalogue: Catalogue, obs_table: str, names: Collection[str], ignored: Collection[str]
+) -> dict[str, int]:
+    """Datasets that share most names of cells with a new one -> how many; `ignored` ones aside."""
+    table = catalogue.obs(obs_table)
+    if "obs_name" not in table.schema.names or not len(names):
+        return {}
+    stored = tables.read(table, ["obs_name", "dataset_uid"])
+    wanted = pa.array(sorted(set(names)), pa.string())
+    known = stored.filter(pc.is_in(stored.column("obs_name").cast(pa.string()), value_set=wanted))
+    sizes = {
+        row["values"]: row["counts"] for row in pc.value_counts(stored.column("dataset_uid")).to_pylist()
+    }
+    shared = pc.value_counts(known.column("dataset_uid")).to_pylist()
+    return {
+        row["values"]: row["counts"]
+        for row in shared
+        if row["values"] not in ignored
+        and row["counts"] >= _MOST_NAMES * min(sizes[row["values"]], len(names))
+    }
+
+
+def find_same_cells(
+    catalogue: Catalogue,
+    obs_table: str,
+    candidates: Mapping[str, int],
+    part: Part,
+    names: pa.Array,
+    pointers: pa.Array,
+) -> SameCells | None:
+    """The first candidate whose cells hold the values of those of a new dataset.
+
+    Parameters
+    ----------
+    catalogue, obs_table
+        Where the stored cells are.
+    candidates
+        As :func:`datasets_with_names` finds them.
+    part
+        A modality of the new dataset whose group is written.
+    names, pointers
+        Names of the new cells, and where they are in that modality.
+    """
+    table = catalogue.obs(obs_table)
+    if part.field_name not in table.schema.names or part.space.pointer == "discrete_spatial":
+        return None
+    for uid, n_names in candidates.items():
+        where = f"dataset_uid = {tables.quoted(uid)} AND `{part.field_name}`.zarr_group IS NOT NULL"
+        stored = tables.read(table, ["obs_name", part.field_name], where)
+        places = pc.index_in(stored.column("obs_name").cast(pa.string()), value_set=names).to_pylist()
+        rows = [i for i, place in enumerate(places) if place is not None]
+        chosen = rows[:: max(1, len(rows) // _COMPARED)]
+        there = stored.column(part.field_name)
+        pairs = [(there[i].as_py(), pointers[places[i]].as_py()) for i in chosen]
+        pairs = [(a, b) for a, b in pairs if b is not None and b.get("zarr_group")]
+        read = _Values(catalogue.store, part.space)
+        same = [equal for a, b in pairs if (equal := read.same(a, b)) is not None]
+        if same and sum(same) >= _MOST_COUNTS * len(same):
+            source = next(iter(catalogue.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
+            return SameCells(uid, str(source.get("source_name") or ""), n_names)
+    return None
+
+
+class _Values:
+    """Values of cells in the groups of a store."""
+
+    def __init__(self, store: Path, space: FeatureSpace) -> None:
+        self._store, self._space = store, space
+        self._opened: dict[tuple[str, str], Any] = {}
+
+    def same(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool | None:
+        """Whether two cells hold the same values, in any order.
+
+        None where neither holds any, or no layer is common.
+        """
+        groups = [str(pointer["zarr_group"]) for pointer in (one, other)]
+        layers = [find_layers(self._store / group, self._space) for group in groups]
+        common = sorted(set(layers[0]) & set(layers[1]))
+        if not common:
+            return None
+        a, b = (
+            self._read(pointer, group, paths[common[0]])
+            for pointer, group, paths in zip((one, other), groups, layers, strict=True)
+        )
+        if not a.any() and not b.any():
+            return None
+        return a.shape == b.shape and bool((a == b).all())
+
+    def _read(self, pointer: Mapping[str, Any], group: str, layer: str) -> np.ndarray:
+        import zarr
+
+        if (group, layer) not in self._opened:
+            self._opened[group, layer] = zarr.open_array(self._store / group / layer, mode="r")
+        array = self._opened[group, layer]
+        if "start" in pointer:
+            values = array[int(pointer["start"]) : int(pointer["end"])]
+        else:
+            values = array[int(pointer["position"])]
+        values = np.asarray(values).ravel()
+        return np.sort(values[values != 0])
