@@ -6,13 +6,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, random_split
 
 from hbx_gpu._datasets.joined import joined
 from hbx_gpu._source import ObsColumns
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import HbxError
 from hbx_gpu.sampler import CellSampler
@@ -174,3 +178,32 @@ def test_a_row_of_a_batch_is_a_batch(dataset: CellDataset, expected: np.ndarray)
     assert len(list(batch)) == 3
     with pytest.raises(IndexError, match="row 3 is out of range for a batch of 3"):
         batch[3]
+
+
+def test_states_of_an_atlas(tmp_path: Path) -> None:
+    def add(seed: int, donor: str) -> None:
+        atlas = create_or_open_atlas(tmp_path / "atlas")
+        x = sp.csr_matrix(np.random.default_rng(seed).poisson(1, (40, 6)).astype(np.float32))
+        obs = pd.DataFrame({"donor": [donor] * 40}, index=[f"{donor}{i}" for i in range(40)])
+        var = pd.DataFrame(index=[f"gene{i}" for i in range(6)])
+        atlas.add_from_anndata(anndata.AnnData(x, obs=obs, var=var))
+        atlas.optimize()
+        atlas.snapshot()
+
+    def loader(where: str | None = None) -> Any:
+        query = RaggedAtlas.checkout_latest(tmp_path / "atlas").query()
+        dataset = query.where(where).to_cell_dataset()
+        return make_loader(dataset, batch_size=8, shuffle=True, seed=0)
+
+    add(0, "A")
+    add(1, "B")
+    whole, donor = loader(), loader("donor = 'A'")
+    next(iter(whole)), next(iter(donor))
+    with pytest.raises(ValueError, match="belongs to other cells"):
+        loader("donor = 'B'").load_state_dict(donor.state_dict())
+    add(2, "C")
+    with pytest.raises(ValueError, match=r"over snapshot 1 of the atlas, .*checkout\(path, 1\)"):
+        loader().load_state_dict(whole.state_dict())
+    again = loader("donor = 'A'")
+    again.load_state_dict(donor.state_dict())  # the same cells in a later snapshot
+    assert len(list(again)) == 4
