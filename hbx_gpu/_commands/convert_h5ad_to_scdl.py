@@ -164,10 +164,10 @@ def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
 
 def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
     from hbx_gpu.scdl._api.collection import SingleCellCollection
-    from hbx_gpu.scdl._writing.staging import Staging
+    from hbx_gpu.scdl._writing.new_folder import NewFolder
 
     # Beside the archive, where there is room for it, and swept away by the next run if this one is killed.
-    place = Staging(args.save_path)
+    place = NewFolder(args.save_path)
     try:
         collection = SingleCellCollection(place.folder)
         with bar(" files") as show:

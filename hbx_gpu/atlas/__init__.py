@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hbx_gpu.atlas._atlas import RaggedAtlas as RaggedAtlas
     from hbx_gpu.atlas._atlas import create_or_open_atlas as create_or_open_atlas
-    from hbx_gpu.atlas._catalogue.records import list_versions as list_versions
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot as Snapshot
+    from hbx_gpu.atlas._catalogue.snapshot_records import list_versions as list_versions
     from hbx_gpu.atlas._ingest.anndata import add_from_anndata as add_from_anndata
     from hbx_gpu.atlas._ingest.anndata import add_from_h5ad as add_from_h5ad
     from hbx_gpu.atlas._ingest.commit import IngestReport as IngestReport
@@ -59,7 +59,7 @@ _PUBLIC = {
     "create_or_open_atlas": "_atlas",
     "get_space": "_model.spaces",
     "layout_uid": "_model.schema",
-    "list_versions": "_catalogue.records",
+    "list_versions": "_catalogue.snapshot_records",
     "make_uid": "_model.schema",
     "register_space": "_model.spaces",
     "repack": "_upkeep.repack",

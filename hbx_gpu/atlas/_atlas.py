@@ -16,10 +16,10 @@ from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, only_table
 from hbx_gpu.atlas._catalogue.journal import WriteLock
 from hbx_gpu.atlas._catalogue.paths import check_store
-from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, list_versions
 from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, VERSION_TABLE, list_versions
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import (
     AtlasVersion,

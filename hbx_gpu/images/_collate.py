@@ -9,7 +9,7 @@ import numpy as np
 
 from hbx_gpu.batch import DenseBatch, RaggedBatch
 from hbx_gpu.images._dali import ImagePipeline
-from hbx_gpu.images._recipe import ImageTransform
+from hbx_gpu.images._transform import ImageTransform
 
 
 class TileCollate:

@@ -11,8 +11,8 @@ import numpy as np
 from hbx_gpu._devices import require_dali
 from hbx_gpu.images._decode import Decoder, Pipelines, threads
 from hbx_gpu.images._draws import draw
-from hbx_gpu.images._recipe import ImageTransform
 from hbx_gpu.images._tiles import Tiles, check_sizes, collect
+from hbx_gpu.images._transform import ImageTransform
 
 if TYPE_CHECKING:
     from hbx_gpu.images._graph import Decoding

@@ -10,7 +10,7 @@ import numpy as np
 
 from hbx_gpu._devices import cores, require_dali
 from hbx_gpu.errors import CorruptDataError, HbxError, UnsupportedError
-from hbx_gpu.images._encoded import Header, read_header
+from hbx_gpu.images._encoded import ImageHeader, read_header
 from hbx_gpu.images._tiles import collect
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Decoder:
                 "it decodes JPEG, PNG, TIFF, BMP, PNM, WebP and JPEG 2000. Mend or leave out this cell"
             ) from None
 
-    def _header(self, image: np.ndarray, row: int) -> Header:
+    def _header(self, image: np.ndarray, row: int) -> ImageHeader:
         try:
             header = read_header(image)
         except HbxError as error:
@@ -176,7 +176,7 @@ class Decoder:
             )
         return header
 
-    def _decoding(self, header: Header, channels: int, row: int) -> Decoding:
+    def _decoding(self, header: ImageHeader, channels: int, row: int) -> Decoding:
         from hbx_gpu.images._graph import Decoding
 
         colors = self.colors

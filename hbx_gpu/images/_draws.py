@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._draws import uniform
-from hbx_gpu.images._recipe import ImageTransform, Range
+from hbx_gpu.images._transform import ImageTransform, Range
 
 
 class Step(IntEnum):

@@ -20,7 +20,7 @@ _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
 _FORMATS = {2: "signed integers", 3: "floating point", 5: "complex integers", 6: "complex numbers"}
 
 
-class Header(NamedTuple):
+class ImageHeader(NamedTuple):
     """What decides how an image is decoded.
 
     Attributes
@@ -38,7 +38,7 @@ class Header(NamedTuple):
     mixed: bool = False
 
 
-def read_header(image: np.ndarray) -> Header:
+def read_header(image: np.ndarray) -> ImageHeader:
     """Look at the first bytes of an encoded image.
 
     Parameters
@@ -58,13 +58,13 @@ def read_header(image: np.ndarray) -> Header:
     if start.startswith(_PNG):
         if len(start) < 26:
             raise CorruptDataError(f"the PNG ends within its header, after {len(image)} bytes")
-        return Header("png", np.dtype(np.uint16 if start[24] == 16 else np.uint8))
+        return ImageHeader("png", np.dtype(np.uint16 if start[24] == 16 else np.uint8))
     if start[:4] in _TIFF:
         return _tiff(image, *_TIFF[start[:4]])
-    return Header("jpeg" if start.startswith(_JPEG) else "", np.dtype(np.uint8))
+    return ImageHeader("jpeg" if start.startswith(_JPEG) else "", np.dtype(np.uint8))
 
 
-def _tiff(image: np.ndarray, order: str, width: int) -> Header:
+def _tiff(image: np.ndarray, order: str, width: int) -> ImageHeader:
     try:
         tags, following = _directory(image.data, order, width)
     except (struct.error, OverflowError):  # the latter: offsets of 64 bits
@@ -89,7 +89,7 @@ def _tiff(image: np.ndarray, order: str, width: int) -> Header:
             "8 or 16 bits are decoded. Store the others as tiles of numbers"
         )
     mixed = samples > 1 and tags.get(_PHOTOMETRIC, [1])[0] in (0, 1)
-    return Header("tiff", np.dtype(np.uint16 if max(bits) > 8 else np.uint8), mixed)
+    return ImageHeader("tiff", np.dtype(np.uint16 if max(bits) > 8 else np.uint8), mixed)
 
 
 def _directory(data: memoryview, order: str, width: int) -> tuple[dict[int, list[int]], int]:

@@ -12,7 +12,7 @@ from nvidia.dali import fn as dali_fn
 from nvidia.dali import types as dali_types
 
 from hbx_gpu.images._draws import Drawn
-from hbx_gpu.images._recipe import ImageTransform
+from hbx_gpu.images._transform import ImageTransform
 
 # DALI makes their names at import; its stubs do not have them all.
 fn: Any = dali_fn

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu.images._draws import Drawn, draw
-from hbx_gpu.images._recipe import ImageTransform
+from hbx_gpu.images._transform import ImageTransform
 
 
 def transform_tiles(

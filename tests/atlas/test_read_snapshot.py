@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from hbx_gpu.atlas._catalogue.records import read_records
 from hbx_gpu.atlas._catalogue.registry import Registry
 from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot, list_versions
+from hbx_gpu.atlas._catalogue.snapshot_records import read_records
 from hbx_gpu.atlas._model.spaces import (
     FeatureSpace,
     find_layers,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hbx_gpu._draws import philox, uniform
 from hbx_gpu.images._draws import Step, color_matrices, draw
-from hbx_gpu.images._recipe import ImageTransform
+from hbx_gpu.images._transform import ImageTransform
 
 EVERYTHING = ImageTransform(
     random_crop=(5, 7), vertical_flip=0.5, horizontal_flip=0.3, rotation=20, brightness=0.2, contrast=0.3,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu.images._recipe import ImageTransform
+from hbx_gpu.images._transform import ImageTransform
 
 
 def test_defaults_change_nothing() -> None:

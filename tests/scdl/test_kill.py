@@ -23,7 +23,7 @@ from hbx_gpu.scdl._writing.cast import cast_archive
 from hbx_gpu.scdl._api.collection import SingleCellCollection
 from hbx_gpu.scdl._writing.concat import concat_archives
 from hbx_gpu.scdl._writing.convert import convert_h5ad
-from hbx_gpu.scdl._writing.staging import recover
+from hbx_gpu.scdl._writing.new_folder import recover
 from tests.scdl.files import content, leftovers
 
 warnings.simplefilter("ignore")
@@ -115,15 +115,15 @@ def count():
         nonlocal steps
         steps += touches(event, args)
     def publish(*args, **kwargs):
-        discard = swap.Staging.discard
+        discard = swap.NewFolder.discard
         def measured(self):
             nonlocal before
             before = before or steps
             discard(self)
-        swap.Staging.discard = measured
+        swap.NewFolder.discard = measured
         original(*args, **kwargs)
-    before, original = 0, swap.Staging.publish
-    swap.Staging.publish = publish
+    before, original = 0, swap.NewFolder.publish
+    swap.NewFolder.publish = publish
     sys.addaudithook(hook)
     run()
     (root / "steps").write_text(str(steps))

@@ -20,7 +20,7 @@ from hbx_gpu.scdl._format import values
 from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.header import read_header
 from hbx_gpu.scdl._format.values import DATA_DTYPES, Range, Tolerance
-from hbx_gpu.scdl._writing import staging as swap
+from hbx_gpu.scdl._writing import new_folder as swap
 from hbx_gpu.scdl._writing.writer import ArchiveWriter, allocate
 from tests.scdl.files import content, leftovers
 

@@ -20,7 +20,7 @@ from hbx_gpu._untrusted import parse_json, read_small
 from hbx_gpu.atlas._catalogue import swap, tables, unfinished
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal
 from hbx_gpu.atlas._catalogue.paths import check_database, group_path, plain_name, staging_path
-from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, VERSION_TABLE, read_records
+from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, VERSION_TABLE, read_records
 from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, codec_names, make_group

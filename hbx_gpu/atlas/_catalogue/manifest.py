@@ -19,7 +19,7 @@ from typing import Any
 
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import Within, open_regular, parse_json, read_small
-from hbx_gpu.atlas._catalogue.records import SnapshotRecord
+from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord
 from hbx_gpu.errors import AtlasError, TableError
 
 MOST_BYTES = 1 << 30

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from hbx_gpu.atlas._catalogue import manifest
 from hbx_gpu.atlas._catalogue.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalogue.paths import check_database, group_path
-from hbx_gpu.atlas._catalogue.records import (
+from hbx_gpu.atlas._catalogue.registry import Registry
+from hbx_gpu.atlas._catalogue.snapshot_records import (
     LAYOUT_TABLE,
     VERSION_TABLE,
     SnapshotRecord,
@@ -25,7 +26,6 @@ from hbx_gpu.atlas._catalogue.records import (
     read_records,
     resolve_store,
 )
-from hbx_gpu.atlas._catalogue.registry import Registry
 from hbx_gpu.atlas._model.schema import layout_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, PointerKind, get_space, guess_space, known_spaces
 from hbx_gpu.errors import AtlasError, TableError, UnknownNameError

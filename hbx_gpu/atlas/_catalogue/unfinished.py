@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.journal import IngestNote
 from hbx_gpu.atlas._catalogue.paths import plain_column
-from hbx_gpu.atlas._catalogue.records import LAYOUT_TABLE, SnapshotRecord, read_records
+from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, SnapshotRecord, read_records
 from hbx_gpu.atlas._model.schema import default_registry
 from hbx_gpu.atlas._model.spaces import known_spaces
 

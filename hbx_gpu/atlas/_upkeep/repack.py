@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress
 from hbx_gpu._source import ArrayLayout
@@ -27,7 +28,7 @@ from hbx_gpu.atlas._catalogue import swap, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
 from hbx_gpu.atlas._catalogue.paths import check_database, check_store, group_path, staging_path
-from hbx_gpu.atlas._catalogue.records import SnapshotRecord, atlas_root, read_records, resolve_store
+from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
 from hbx_gpu.atlas._writing.arrays import (
@@ -290,7 +291,7 @@ def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
 def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: _Ticks) -> None:
     """The group as it will be, complete, compared with the old one and on disk."""
     _take_over(path, new, {path / array.relative for array in rewrite})
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
         for array in rewrite:
             _rewrite(array, new / array.relative, pool, tick)
             _compare(array, new / array.relative, pool, tick)

@@ -13,7 +13,7 @@ from lancedb.table import Table
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._catalogue import manifest, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.records import read_records
+from hbx_gpu.atlas._catalogue.snapshot_records import read_records
 from hbx_gpu.atlas._model.schema import AtlasVersion
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import scan

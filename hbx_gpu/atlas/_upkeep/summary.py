@@ -129,7 +129,7 @@ def _size_of(folder: Path) -> int:
 
 def describe(snapshot: Snapshot) -> str:
     """A readable page about a snapshot: tables, datasets, feature spaces, obs columns."""
-    from hbx_gpu.atlas._catalogue.records import list_versions
+    from hbx_gpu.atlas._catalogue.snapshot_records import list_versions
 
     versions = list_versions(snapshot.path, version_table_name=snapshot.version_table_name)
     groups = summarise_groups(snapshot)

@@ -148,7 +148,7 @@ class SingleCellMemMapDataset(NeighborReader):
         *,
         overwrite: bool,
     ) -> None:
-        from hbx_gpu.scdl._writing import staging as swap
+        from hbx_gpu.scdl._writing import new_folder as swap
         from hbx_gpu.scdl._writing import writer
 
         exists = os.path.exists(self.data_path) or swap.recover(self.data_path)

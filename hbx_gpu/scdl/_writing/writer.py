@@ -34,7 +34,7 @@ from hbx_gpu.scdl._format.layout import (
     FileNames,
 )
 from hbx_gpu.scdl._format.values import DEFAULT_DTYPE, Range, Tolerance, check_dtype, smallest_unsigned
-from hbx_gpu.scdl._writing.staging import Staging
+from hbx_gpu.scdl._writing.new_folder import NewFolder
 
 # What may lie in an archive and is written anew; everything else belongs to somebody else.
 OWN_FILES = {*FileNames, *(f"{file}.tmp" for file in (DATA, ROW_PTR, COL_PTR)), names.FOLDER}
@@ -84,7 +84,7 @@ class ArchiveWriter:
         self._overwrite = overwrite
         self._extras_from = None if extras_from is None else Path(extras_from)
         check_target(target, overwrite=overwrite, foreign=extras_from is not None)
-        self._staging = Staging(target)
+        self._staging = NewFolder(target)
         self.target, folder = self._staging.target, self._staging.folder
         self._open = contextlib.ExitStack()
         self._open.callback(self._staging.discard)
@@ -351,7 +351,7 @@ def allocate(target: str | os.PathLike[str], *, n_rows: int, n_elements: int) ->
         The target exists.
     """
     check_target(target, overwrite=False)
-    staging = Staging(target)
+    staging = NewFolder(target)
     try:
         folder = staging.folder
         dtypes: dict[str, np.dtype[Any]] = {
@@ -383,7 +383,7 @@ def copy_archive(source: str | os.PathLike[str], target: str | os.PathLike[str])
         The target exists.
     """
     check_target(target, overwrite=False)
-    staging = Staging(target)
+    staging = NewFolder(target)
     try:
         for path in sorted(Path(source).rglob("*")):
             # Contents only: the source may be read-only.

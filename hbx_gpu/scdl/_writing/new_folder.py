@@ -18,7 +18,7 @@ _OLD = "replaced"
 _LOCK = "lock"
 
 
-class Staging:
+class NewFolder:
     """A place to build a folder in, beside the one where it will be.
 
     Parameters
