@@ -21,7 +21,7 @@ from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
-from tests.storage.test_kvikio import StandIn
+from tests.storage.kvikio_stand_in import StandIn
 from tests.test_device_loader import brought, codec_dataset, on_cpu, same
 from tests.test_residency import check, feed_for, needed_bytes, sampler_for
 

@@ -26,8 +26,8 @@ from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
+from tests.pages import blocks
 from tests.test_loader import Slow, loader_threads
-from tests.test_repo import blocks
 
 Fields = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]

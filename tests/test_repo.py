@@ -7,13 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.pages import FENCE, blocks
+
 ROOT = Path(__file__).resolve().parents[1]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def markdown_files() -> list[Path]:
@@ -27,12 +27,6 @@ def markdown_files() -> list[Path]:
     if listed.returncode == 0:
         return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
     return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-
-
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """(language, content) of the fenced blocks of a page."""
-    for match in FENCE.finditer(page.read_text()):
-        yield match[1], match[2]
 
 
 def anchors(page: Path) -> set[str]:

@@ -32,7 +32,7 @@ from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
-from tests.storage.test_kvikio import StandIn
+from tests.storage.kvikio_stand_in import StandIn
 from tests.test_device_loader import brought, codec_dataset, on_cpu, same
 
 CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "none")

@@ -21,7 +21,7 @@ from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, sparse_to_csr_collate
 from hbx_gpu.testing import CODECS, StoredGroup, stored_groups, write_sources
-from tests.engine.test_engines import Rows
+from tests.engine.suite import Rows
 
 
 def both(sources: list[Source], rows: RowIndex, n_features: int, selection: np.ndarray) -> list[Any]:

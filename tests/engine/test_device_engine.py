@@ -37,7 +37,7 @@ from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.testing import CODECS, StoredGroup, stored_groups, write_sources
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
-from tests.engine.test_engines import EngineSuite
+from tests.engine.suite import EngineSuite
 
 
 class EmulatedEngine(DeviceEngine):

@@ -14,7 +14,7 @@ from hbx_gpu.cli import main
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.transforms import Transform
-from tests.atlas.test_query_dataset import TABLES, Case
+from tests.atlas.cases import TABLES, Case
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
 

@@ -23,7 +23,7 @@ from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 from hbx_gpu.testing import CODECS, StoredGroup, write_sources
-from tests.engine.test_engines import Rows, one_group
+from tests.engine.suite import Rows, one_group
 
 HEADER = (Path(__file__).resolve().parents[2] / "kernels" / "hbx.cuh").read_text()
 C_TYPES = {"u64": "<u8", "u32": "<u4", "u8": "|u1"}

@@ -11,8 +11,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.frames import MemoryFrame
 from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
+from hbx_gpu.scdl._sources.cells import GeneBlock
+from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
+from tests.scdl.conftest import Case
 
 
 def counts(n_rows: int, n_cols: int, *, seed: int = 0, high: int = 100, dtype: str = "f4") -> sp.csr_matrix:
@@ -86,3 +91,55 @@ def matrix(path: Path) -> sp.csr_matrix:
 def leftovers(folder: Path) -> list[str]:
     """Names of what killed or failed writers left in a folder."""
     return sorted(p.name for p in folder.iterdir() if ".scdl-" in p.name)
+
+
+SOUND = [
+    *(
+        f"all_dtypes_{kind}{width}"
+        for kind, widths in (("uint", (8, 16, 32, 64)), ("float", (16, 32, 64)))
+        for width in widths
+    ),
+    *("single_f32", "uint16_counts", "ragged_two", "neighbors", "empty_rows", "raw_default", "ragged_ten"),
+    *(
+        "stale_cast",
+        "stale_cast_same_width",
+        "stale_lengths",
+        "unsorted_columns",
+        "merge_blocks",
+        "index_only",
+    ),
+    *("legacy_v012", "legacy_v007", "legacy_v007_float64", "labels_json"),
+]
+
+
+def make(
+    folder: Path, name: str, *, x: Any = None, dtype: str | None = None, near: bool = False, **kw: Any
+) -> Path:
+    data = adata(counts(5, 4, seed=len(name)) if x is None else x, **kw)
+    if near:
+        n = data.n_obs
+        data.obsp["near"] = sp.random(n, n, 0.4, "csr", random_state=n, dtype=np.float32)
+    data.write_h5ad(folder / f"{name}.h5ad")
+    options = ConvertOptions(neighbor_key="near" if near else None)
+    convert_h5ad(folder / f"{name}.h5ad", folder / name, options=options, data_dtype=dtype)
+    return folder / name
+
+
+def dense_of(case: Case, dataset: CellDataset) -> np.ndarray:
+    """What the dataset must give: the case's dense blocks, genes placed by their ids in the source."""
+    bounds = case.expected["block_row_bounds"]
+    out = np.zeros((len(dataset), dataset.n_features))
+    place = {uid: i for i, uid in enumerate(dataset.feature_uids)}
+    frames = case.frames("var")
+    for b in range(len(bounds) - 1):
+        columns = frames[b]["columns"] if frames else {}
+        ids = next((columns[name] for name in ("feature_id", "var_feature_id") if name in columns), None)
+        block = case.expected[f"dense_{b}"]
+        if ids is None or len(ids) != block.shape[1]:
+            ids = [str(i) for i in range(block.shape[1])]
+        out[bounds[b] : bounds[b + 1], [place[uid] for uid in ids]] = block
+    return out
+
+
+def block(where: str, n: int, names: Any = None, **columns: Any) -> GeneBlock:
+    return GeneBlock(where, n, n, MemoryFrame(columns), names)

@@ -13,8 +13,7 @@ from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.header import read_header
 from hbx_gpu.scdl._format.values import DATA_DTYPES, Tolerance
 from hbx_gpu.scdl._writing.cast import cast_archive
-from tests.scdl.files import content, leftovers
-from tests.scdl.test_concat import make
+from tests.scdl.files import content, leftovers, make
 
 
 @pytest.mark.parametrize("to", DATA_DTYPES)

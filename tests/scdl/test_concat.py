@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.values import Tolerance, widest
 from hbx_gpu.scdl._writing.concat import concat_archives
-from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
-from tests.scdl.files import adata, content, counts, leftovers
+from tests.scdl.files import content, counts, leftovers, make
 
 GOOD = [
     "single_f32",
@@ -37,19 +35,6 @@ GOOD = [
     "legacy_v007_float64",
     "labels_json",
 ]
-
-
-def make(
-    folder: Path, name: str, *, x: Any = None, dtype: str | None = None, near: bool = False, **kw: Any
-) -> Path:
-    data = adata(counts(5, 4, seed=len(name)) if x is None else x, **kw)
-    if near:
-        n = data.n_obs
-        data.obsp["near"] = sp.random(n, n, 0.4, "csr", random_state=n, dtype=np.float32)
-    data.write_h5ad(folder / f"{name}.h5ad")
-    options = ConvertOptions(neighbor_key="near" if near else None)
-    convert_h5ad(folder / f"{name}.h5ad", folder / name, options=options, data_dtype=dtype)
-    return folder / name
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -19,8 +19,7 @@ from hbx_gpu.scdl import Mode, SingleCellMemMapDataset
 from hbx_gpu.scdl._api import collate
 from hbx_gpu.scdl._format import archive as archive_module
 from tests.scdl.conftest import Case, Handmade
-from tests.scdl.files import content, leftovers
-from tests.scdl.test_open import SOUND
+from tests.scdl.files import SOUND, content, leftovers
 
 torch = pytest.importorskip("torch")
 

@@ -23,7 +23,7 @@ from hbx_gpu.scdl._sources.pairs import PairedDataset
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
 from tests.scdl.conftest import Case
-from tests.scdl.test_sources import dense_of
+from tests.scdl.files import dense_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

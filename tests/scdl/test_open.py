@@ -21,24 +21,7 @@ from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.scdl._format.archive import Archive, IncompleteArchiveError, open_archive
 from hbx_gpu.scdl._format.header import Header
 from tests.scdl.conftest import Case, Handmade
-
-SOUND = [
-    *(
-        f"all_dtypes_{kind}{width}"
-        for kind, widths in (("uint", (8, 16, 32, 64)), ("float", (16, 32, 64)))
-        for width in widths
-    ),
-    *("single_f32", "uint16_counts", "ragged_two", "neighbors", "empty_rows", "raw_default", "ragged_ten"),
-    *(
-        "stale_cast",
-        "stale_cast_same_width",
-        "stale_lengths",
-        "unsorted_columns",
-        "merge_blocks",
-        "index_only",
-    ),
-    *("legacy_v012", "legacy_v007", "legacy_v007_float64", "labels_json"),
-]
+from tests.scdl.files import SOUND
 
 
 def quiet(path: Path, **options: Any) -> Archive:

@@ -16,30 +16,14 @@ from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnknownNameError
 from hbx_gpu.scdl import SingleCellCollection, open_archive
-from hbx_gpu.scdl._format.frames import MemoryFrame
 from hbx_gpu.scdl._sources.axis import gene_axis
-from hbx_gpu.scdl._sources.cells import GeneBlock, encode, groups_of, obs_names_of, to_cell_dataset
+from hbx_gpu.scdl._sources.cells import encode, groups_of, obs_names_of, to_cell_dataset
 from hbx_gpu.scdl._writing.convert import convert_h5ad
 from tests.scdl import files
 from tests.scdl.conftest import Case, Handmade
+from tests.scdl.files import block, dense_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def dense_of(case: Case, dataset: CellDataset) -> np.ndarray:
-    """What the dataset must give: the case's dense blocks, genes placed by their ids in the source."""
-    bounds = case.expected["block_row_bounds"]
-    out = np.zeros((len(dataset), dataset.n_features))
-    place = {uid: i for i, uid in enumerate(dataset.feature_uids)}
-    frames = case.frames("var")
-    for b in range(len(bounds) - 1):
-        columns = frames[b]["columns"] if frames else {}
-        ids = next((columns[name] for name in ("feature_id", "var_feature_id") if name in columns), None)
-        block = case.expected[f"dense_{b}"]
-        if ids is None or len(ids) != block.shape[1]:
-            ids = [str(i) for i in range(block.shape[1])]
-        out[bounds[b] : bounds[b + 1], [place[uid] for uid in ids]] = block
-    return out
 
 
 def test_every_archive_gives_its_matrix(scdl_cases: dict[str, Case]) -> None:
@@ -133,10 +117,6 @@ def test_a_collection_becomes_a_dataset(tmp_path: Path) -> None:
     assert dataset.categories["kind"].tolist()[:2] == ["b", "a"]
     codes = dataset.columns["obs_name"]
     assert dataset.categories["obs_name"][codes].tolist() == [f"c{i}" for i in range(20)] * 2
-
-
-def block(where: str, n: int, names: Any = None, **columns: Any) -> GeneBlock:
-    return GeneBlock(where, n, n, MemoryFrame(columns), names)
 
 
 def test_what_identifies_genes() -> None:

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import Future as _Future
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,51 +22,7 @@ from hbx_gpu._storage.readers import PreadReader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
 from hbx_gpu.testing import example_groups, write_sources
 from tests.emulation.backend import JUNK, Arena
-
-_POOL = ThreadPoolExecutor(4)
-
-
-class Pending:
-    """A read that a pool carries out."""
-
-    def __init__(self, future: _Future[int]) -> None:
-        self._future = future
-
-    def get(self) -> int:
-        return self._future.result()
-
-
-class StandIn:
-    """A CuFile that reads with preadv, checks what GPUDirect would want, and fails on demand."""
-
-    def __init__(self, path: str, *, short: int = 0, error: str = "") -> None:
-        self.path, self.short, self.error = path, short, error
-        self.fd = os.open(path, os.O_RDONLY)
-        self.reads, self.done, self.closed = 0, 0, False
-        self.sizes: list[int] = []
-
-    def pread(self, buf: Any, size: int, file_offset: int, task_size: int) -> Pending:
-        assert not self.closed
-        assert isinstance(size, int)
-        assert file_offset % PAGE == 0
-        assert buf.ctypes.data % PAGE == 0
-        assert size % PAGE == 0 or file_offset + size == os.fstat(self.fd).st_size
-        assert 0 < size <= len(buf)
-        assert task_size > 0
-        self.reads += 1
-        self.sizes.append(size)
-        return Pending(_POOL.submit(self._read, buf, size, file_offset))
-
-    def _read(self, buf: np.ndarray, size: int, offset: int) -> int:
-        if self.error:
-            raise RuntimeError(self.error)
-        count = os.preadv(self.fd, [memoryview(buf)[: size - self.short]], offset)
-        self.done += 1
-        return count
-
-    def close(self) -> None:
-        self.closed = True
-        os.close(self.fd)
+from tests.storage.kvikio_stand_in import StandIn
 
 
 def directory_of(root: Path, **kwargs: Any) -> ChunkDirectory:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hbx_gpu._engine.device.staging_kernels import RANGE
 from hbx_gpu._storage import ChunkDirectory, Extents, open_reader, readers
 from hbx_gpu.errors import CorruptChunkError
-from tests.storage.test_readers import plain_array, write_chunks
+from tests.storage.arrays import plain_array, write_chunks
 
 SIZES = [300, 50, 20_000]
 

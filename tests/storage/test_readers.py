@@ -19,30 +19,9 @@ from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage import ChunkDirectory, Extents, open_reader, read_layout, readers
 from hbx_gpu._storage.readers import MmapReader, PreadReader, coalesce
 from hbx_gpu.errors import CorruptChunkError
+from tests.storage.arrays import plain_array, write_chunks
 
 KINDS = ["mmap", "preadv", "pinned"]
-RAW = ({"name": "bytes", "configuration": {"endian": "little"}},)
-
-
-def plain_array(path: Path, n_chunks: int, chunk: int = 10, name: str = "set0/counts") -> ArrayLayout:
-    return ArrayLayout(
-        path=str(path),
-        name=name,
-        shape=(n_chunks * chunk,),
-        dtype=np.dtype(np.uint32),
-        chunk_shape=(chunk,),
-        shard_shape=(chunk,),
-        codecs=RAW,
-    )
-
-
-def write_chunks(path: Path, sizes: list[int]) -> list[bytes]:
-    (path / "c").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    contents = [rng.integers(0, 256, size, np.uint8).tobytes() for size in sizes]
-    for i, content in enumerate(contents):
-        (path / "c" / str(i)).write_bytes(content)
-    return contents
 
 
 extent_lists = st.lists(
