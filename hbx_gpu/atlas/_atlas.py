@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalogue import creation, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, only_table
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import WriteLock
+from hbx_gpu.atlas._catalogue.names import Names, only_table
 from hbx_gpu.atlas._catalogue.paths import check_store
 from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession

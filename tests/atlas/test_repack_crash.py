@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from hbx_gpu import _files
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
 from hbx_gpu.atlas._catalogue import journal, swap
-from hbx_gpu.atlas._catalogue.catalogue import set_default_codec
+from hbx_gpu.atlas._catalogue.names import set_default_codec
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._writing import arrays
 from tests.atlas.dying import DYING

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import FOLDER
+from hbx_gpu.atlas._catalogue.names import Names
 
 # There from before the first table is made until the names of all tables are written.
 _MARK = "making"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.journal import IngestNote
+from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal
+from hbx_gpu.atlas._catalogue.names import Names
 from hbx_gpu.atlas._catalogue.paths import plain_column
 from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, SnapshotRecord, read_records
 from hbx_gpu.atlas._model.schema import default_registry
@@ -15,10 +17,24 @@ from hbx_gpu.atlas._model.spaces import known_spaces
 if TYPE_CHECKING:
     from lancedb.table import Table
 
-    from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+
+class Written(Protocol):
+    """What is looked at of a catalogue that is open for writing."""
+
+    root: Path
+    names: Names
+    journal: Journal
+
+    def staging(self, name: str) -> Path:
+        """Folder for the unfinished files of one ingest."""
+        ...
+
+    def group_path(self, zarr_group: str) -> Path:
+        """Folder of a group."""
+        ...
 
 
-def check(catalogue: Catalogue, note: IngestNote) -> None:
+def check(catalogue: Written, note: IngestNote) -> None:
     """Refuse a note that names what unfinished work cannot have made. Nothing is changed.
 
     Raises
@@ -32,7 +48,7 @@ def check(catalogue: Catalogue, note: IngestNote) -> None:
         raise catalogue.journal.refused(note, reason)
 
 
-def _fault(catalogue: Catalogue, note: IngestNote) -> str | None:
+def _fault(catalogue: Written, note: IngestNote) -> str | None:
     catalogue.staging(note.staging)
     names = catalogue.names
     records = read_records(catalogue.root, version_table_name=names.version_table)
@@ -63,7 +79,7 @@ def _fault(catalogue: Catalogue, note: IngestNote) -> str | None:
     return None
 
 
-def _groups_of_snapshots(catalogue: Catalogue, records: Sequence[SnapshotRecord]) -> set[str]:
+def _groups_of_snapshots(catalogue: Written, records: Sequence[SnapshotRecord]) -> set[str]:
     """Names of all groups that the last snapshot lists; groups are never removed from it."""
     if not records:
         return set()
@@ -73,7 +89,7 @@ def _groups_of_snapshots(catalogue: Catalogue, records: Sequence[SnapshotRecord]
     return set(tables.read(table, ["zarr_group"]).column("zarr_group").to_pylist())
 
 
-def _is_used(catalogue: Catalogue, note: IngestNote, table: Table, column: str) -> bool:
+def _is_used(catalogue: Written, note: IngestNote, table: Table, column: str) -> bool:
     """Whether rows that this ingest did not add have a value in a column."""
     where = f"`{column}` IS NOT NULL"
     if "dataset_uid" in table.schema.names:

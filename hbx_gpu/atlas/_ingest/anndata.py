@@ -11,7 +11,7 @@ import numpy as np
 
 from hbx_gpu._h5ad.files import H5adFile
 from hbx_gpu._progress import Progress
-from hbx_gpu.atlas._catalogue.catalogue import only_table
+from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable, WriteSession
 from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
 from hbx_gpu.atlas._ingest.identity import GivenColumn, identify

@@ -15,7 +15,7 @@ import numpy as np
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
-from hbx_gpu.atlas._catalogue.catalogue import only_table
+from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import (
     backing_file,

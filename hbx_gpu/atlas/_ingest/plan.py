@@ -10,7 +10,7 @@ from pathlib import Path
 from hbx_gpu._h5ad.files import H5adFile
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
-from hbx_gpu.atlas._catalogue.catalogue import only_table
+from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import field_of, first_layer
 from hbx_gpu.atlas._ingest.identity import choose_together

@@ -25,8 +25,9 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._catalogue import swap, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue, Names, OlderGenerationError, set_default_codec
+from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
+from hbx_gpu.atlas._catalogue.names import Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalogue.paths import check_database, check_store, group_path, staging_path
 from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
 from hbx_gpu.atlas._model.schema import make_uid
