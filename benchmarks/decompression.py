@@ -21,6 +21,7 @@ from benchmarks.datasets import SpecA
 from hbx_gpu._devices import resolve
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._loading.make import device_loader, make_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._source import RowIndex, Source
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import CellDataset
@@ -88,7 +89,7 @@ def epochs(
     if backend is None:
         loader = make_loader(dataset, sampler, layout="dense", executor="direct")
     else:
-        loader = device_loader(dataset, sampler, backend, layout="dense", decode=decode)
+        loader = device_loader(dataset, sampler, backend, LoaderOptions(layout="dense", decode=decode))
     found = []
     with loader:
         for number in range(repeat + 1):

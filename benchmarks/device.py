@@ -20,6 +20,7 @@ from benchmarks.common import DataSpec, conditions, describe_conditions, prepare
 from hbx_gpu._devices import resolve
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._loading.make import device_loader, make_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import DeviceUnavailableError
 from hbx_gpu.sampler import CellSampler
@@ -64,7 +65,7 @@ def loader_for(dataset: CellDataset, backend: Any, setting: Setting, batch: int)
         options |= {"dtype": setting.dtype, "transform": setting.transform}
     if backend is None:
         return make_loader(dataset, sampler, **options)
-    return device_loader(dataset, sampler, backend, reader=setting.reader, **options)
+    return device_loader(dataset, sampler, backend, LoaderOptions.of(io=setting.reader, **options))
 
 
 def epoch_rate(loader: Any, number: int, finish: Any) -> float:

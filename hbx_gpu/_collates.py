@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hbx_gpu._buffers import POOL
+from hbx_gpu._datasets.stored import Kind
+from hbx_gpu._protocols import AnyCollate, Collate, Collating, TensorBatch
 from hbx_gpu._tensors import metadata_tensors
 from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
 from hbx_gpu.transforms import Transform
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseCollate:
+class DenseCollate(Collating):
     """Sparse batches to dense tensors of any float dtype, counts transformed on the way.
 
     Attributes
@@ -34,7 +36,7 @@ class DenseCollate:
     dtype: str = "float32"
     transform: Transform | None = None
 
-    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
+    def __call__(self, batch: SparseBatch) -> TensorBatch:
         """See :func:`sparse_to_dense_collate`."""
         import torch
 
@@ -45,12 +47,12 @@ class DenseCollate:
             x = x.view(torch.bfloat16)
         return {"X": x, **metadata_tensors(batch.metadata)}
 
-    def nbytes(self, n_rows: int, n_features: int) -> int:
+    def nbytes(self, n_rows: int, n_features: int, /) -> int:
         """Bytes of `X` for a batch of n_rows."""
         return n_rows * n_features * (2 if self.dtype.endswith("16") else int(self.dtype[-2:]) // 8)
 
 
-def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
+def sparse_to_dense_collate(batch: SparseBatch) -> TensorBatch:
     """A sparse batch as a dense tensor.
 
     Parameters
@@ -72,7 +74,7 @@ def sparse_to_dense_collate(batch: SparseBatch) -> dict[str, Any]:
     return DenseCollate()(batch)
 
 
-def sparse_to_csr_collate(batch: SparseBatch) -> dict[str, Any]:
+def sparse_to_csr_collate(batch: SparseBatch) -> TensorBatch:
     """A sparse batch as a ``torch.sparse_csr_tensor``.
 
     Returns
@@ -129,7 +131,7 @@ def _hear_torch_out() -> None:
         torch.sparse_csr_tensor([0], [], [], size=(0, 0), check_invariants=False)
 
 
-def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> dict[str, Any]:
+def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> TensorBatch:
     """A dense batch as a tensor of its own dtype, a ragged one as a list of tensors, without a copy.
 
     Returns
@@ -152,7 +154,7 @@ def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class MultimodalCollate:
+class MultimodalCollate(Collating):
     """Multimodal batches to tensors, space by space.
 
     Attributes
@@ -178,7 +180,7 @@ class MultimodalCollate:
         for tiles in (self.images or {}).values():
             tiles.set_epoch(epoch)
 
-    def options_of(self, name: str) -> dict[str, Any]:
+    def options_of(self, name: str) -> TensorBatch:
         """``layout``, ``dtype`` and ``transform`` of one sparse space."""
         transform = (self.transform or {}).get(name, Transform())
         layout = self._of(self.layout, name, "dense")
@@ -198,12 +200,12 @@ class MultimodalCollate:
             assert self.images is not None
             return ImagesCollate(self.images[name], present)
         if kind == "arrays":
-            return LayersCollate(dense_to_tensor_collate)
+            return LayersCollate(ArrayCollate())
         if kind == "matrix":
             return LayersCollate(MatrixCollate(self._of(self.dtype, name, "float32")))
         options = self.options_of(name)
         return LayersCollate(
-            sparse_to_csr_collate
+            CsrCollate()
             if options["layout"] == "csr"
             else DenseCollate(options["dtype"], options["transform"])
         )
@@ -212,7 +214,7 @@ class MultimodalCollate:
     def _of(setting: str | Mapping[str, str], name: str, default: str) -> str:
         return setting if isinstance(setting, str) else setting.get(name, default)
 
-    def __call__(self, batch: MultimodalBatch) -> dict[str, Any]:
+    def __call__(self, batch: MultimodalBatch) -> TensorBatch:
         """See :func:`multimodal_to_dense_collate`."""
         import torch
 
@@ -232,11 +234,11 @@ class MultimodalCollate:
                 tiles = replace(part, metadata={"index": (batch.metadata or {})["index"]})
                 result[name] = {"X": self.images[name](tiles, present=batch.present[name])["X"]}
             else:
-                collate: Callable[[Any], Any] = self.collate_of(name, kind_of(part))
+                collate: AnyCollate = self.collate_of(name, kind_of(part))
                 result[name] = collate(part)
         return result
 
-    def nbytes(self, n_rows: int, n_features: Mapping[str, int]) -> int:
+    def nbytes(self, n_rows: int, n_features: Mapping[str, int], /) -> int:
         """Bytes of the dense matrices of a batch of n_rows, dense spaces included."""
         sizes = [
             DenseCollate(options["dtype"]).nbytes(n_rows, width)
@@ -244,9 +246,6 @@ class MultimodalCollate:
             if (options := self.options_of(name))["layout"] == "dense"
         ]
         return sum(sizes)
-
-
-Kind = Literal["sparse", "matrix", "arrays"]
 
 
 def kind_of(batch: SparseBatch | DenseBatch | RaggedBatch) -> Kind:
@@ -257,7 +256,7 @@ def kind_of(batch: SparseBatch | DenseBatch | RaggedBatch) -> Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixCollate:
+class MatrixCollate(Collating):
     """Rows of dense spaces to tensors of a float dtype.
 
     Attributes
@@ -268,7 +267,7 @@ class MatrixCollate:
 
     dtype: str = "float32"
 
-    def __call__(self, batch: DenseBatch) -> dict[str, Any]:
+    def __call__(self, batch: DenseBatch) -> TensorBatch:
         """See :class:`MatrixCollate`; metadata as in :func:`sparse_to_dense_collate`."""
         import torch
 
@@ -282,7 +281,40 @@ class MatrixCollate:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagesCollate:
+class CsrCollate(Collating):
+    """Sparse batches to CSR tensors; see :func:`sparse_to_csr_collate`."""
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
+    def __call__(self, batch: SparseBatch) -> TensorBatch:
+        """See :func:`sparse_to_csr_collate`."""
+        return sparse_to_csr_collate(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayCollate(Collating):
+    """Arrays to tensors of their own dtype; see :func:`dense_to_tensor_collate`."""
+
+    def __call__(self, batch: DenseBatch | RaggedBatch) -> TensorBatch:
+        """See :func:`dense_to_tensor_collate`."""
+        return dense_to_tensor_collate(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCollate(Collating):
+    """A function of the user's."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, batch: object) -> object:
+        """What the function makes of the batch."""
+        return self.function(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesCollate(Collating):
     """Tiles of a dataset in which cells may lack them.
 
     Attributes
@@ -299,25 +331,33 @@ class ImagesCollate:
     @property
     def on_device(self) -> bool:
         """Whether its tensors are made on a GPU."""
-        return self.tiles.pipeline.device_id is not None
+        return self.tiles.on_device
 
     def set_epoch(self, epoch: int) -> None:
         """See :meth:`MultimodalCollate.set_epoch`."""
         self.tiles.set_epoch(epoch)
 
-    def __call__(self, batch: DenseBatch | RaggedBatch) -> dict[str, Any]:
+    def __call__(self, batch: DenseBatch | RaggedBatch) -> TensorBatch:
         """See :class:`~hbx_gpu.images.TileCollate`."""
         rows = (batch.metadata or {}).get("index")
         return self.tiles(batch, present=None if self.present is None else self.present[rows])
 
 
 @dataclass(frozen=True, slots=True)
-class LayersCollate:
+class LayersCollate(Collating):
     """What `collate` makes of a batch, and where several layers were read ``layers`` by name, like ``X``."""
 
-    collate: Callable[[Any], dict[str, Any]]
+    collate: AnyCollate
 
-    def __call__(self, batch: Any) -> dict[str, Any]:
+    @property
+    def sparse(self) -> bool:
+        return self.collate.sparse
+
+    @property
+    def on_device(self) -> bool:
+        return self.collate.on_device
+
+    def __call__(self, batch: Any) -> TensorBatch:
         """See :class:`LayersCollate`."""
         made = self.collate(batch)
         if batch.layers:
@@ -330,10 +370,9 @@ class LayersCollate:
             made["layers"] = {next(iter(batch.layers)): made["X"], **layers}
         return made
 
-    def nbytes(self, n_rows: int, n_features: int) -> int:
+    def nbytes(self, n_rows: int, n_features: int, /) -> int:
         """Bytes of ``X``, as far as the collate can tell."""
-        inner = getattr(self.collate, "nbytes", None)
-        return int(inner(n_rows, n_features)) if inner else 0
+        return self.collate.nbytes(n_rows, n_features)
 
 
 class MeasuredTensors(Mapping[str, Any]):
@@ -368,7 +407,7 @@ class MeasuredTensors(Mapping[str, Any]):
         return len(self._measured)
 
 
-def multimodal_to_dense_collate(batch: MultimodalBatch) -> dict[str, Any]:
+def multimodal_to_dense_collate(batch: MultimodalBatch) -> TensorBatch:
     """A multimodal batch as dense tensors and presence masks; :class:`MultimodalCollate` can be told more.
 
     Returns
@@ -428,3 +467,16 @@ def register_with_torch() -> None:
         RaggedBatch: whole(dense_to_tensor_collate),
         MultimodalBatch: whole(multimodal_to_dense_collate),
     })  # fmt: skip
+
+
+def as_collate(collate: Callable[[Any], Any]) -> AnyCollate:
+    """What the user gave as `collate_fn`, as a :class:`~hbx_gpu._protocols.Collate`."""
+    if isinstance(collate, Collate):
+        return collate
+    known: dict[Callable[[Any], Any], AnyCollate] = {
+        sparse_to_dense_collate: DenseCollate(),
+        sparse_to_csr_collate: CsrCollate(),
+        dense_to_tensor_collate: ArrayCollate(),
+        multimodal_to_dense_collate: MultimodalCollate(),
+    }
+    return known.get(collate) or FunctionCollate(collate)

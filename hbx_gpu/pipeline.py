@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hbx_gpu._devices import require_dali
 from hbx_gpu._loading.dali.loader import CellPipeline
-from hbx_gpu._loading.dali.options import DaliOptions, Graph
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.options import DaliOptions, Graph, LoaderOptions
 
 if TYPE_CHECKING:
     from hbx_gpu.transforms import Transform
@@ -74,16 +74,9 @@ def cell_pipeline(
             'the batch into bfloat16 behind the graph: batch["X"].bfloat16()'
         )
     require_dali(instead="make_loader hands batches over without it")
-    loader = build_loader(
-        dataset,
-        sampler,
-        device=device,
-        layout=layout,
-        dtype=dtype,
-        transform=transform,
-        dali=DaliOptions(graph, prefetch_queue_depth, num_threads, seed),
-        **kwargs,
-    )
+    dali = DaliOptions(graph, prefetch_queue_depth, num_threads, seed)
+    options = LoaderOptions.of(layout=layout, dtype=dtype, transform=transform, dali=dali, **kwargs)
+    loader = build_loader(dataset, sampler, None, device, options)
     assert isinstance(loader, CellPipeline)
     return loader
 

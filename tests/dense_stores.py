@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import zarr
 
-from hbx_gpu._collates import LayersCollate, MatrixCollate, dense_to_tensor_collate
+from hbx_gpu._collates import ArrayCollate, LayersCollate, MatrixCollate
 from hbx_gpu._loading.feeds.multimodal import cells_feed
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import DenseCellDataset, make_loader
@@ -230,18 +231,20 @@ def on_device(
 ) -> tuple[list[Any], Any]:
     """Batches, and the feed they came from."""
     loader = device_loader(
-        dataset, batches, backend, layout="dense", decode=decode, threads=2, window=3, **options
+        dataset,
+        batches,
+        backend,
+        LoaderOptions.of(layout="dense", decode=decode, threads=2, window=3, **options),
     )
     return brought(loader, backend), loader._feed
 
 
 def feed_of(dataset: Any, decode: str = "device", backend: Any = None, collate: Any = None) -> Any:
-    def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("no sparse space")
-
     if collate is None:
-        collate = LayersCollate(MatrixCollate() if dataset.is_matrix else dense_to_tensor_collate)
-    return cells_feed(dataset, never, backend or EmulatedBackend(), collate, decode=decode)
+        collate = LayersCollate(MatrixCollate() if dataset.is_matrix else ArrayCollate())
+    return cells_feed(
+        dataset, backend or EmulatedBackend(), collate, LoaderOptions(layout="dense", decode=decode)
+    )
 
 
 def shape_of(dataset: DenseCellDataset) -> tuple[int, ...]:

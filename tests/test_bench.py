@@ -21,6 +21,7 @@ from hbx_gpu._bench.runs import Options, run
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
 from hbx_gpu._bench.training import MODELS, make_step, train
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.atlas import create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
@@ -120,7 +121,7 @@ def test_an_emulated_device_is_measured_and_checked(dataset: CellDataset, layout
     def make(dataset: Any, sampler: Any, *, device: str, **kwargs: Any) -> Any:
         assert device == "cpu"
         kwargs = {k: v for k, v in kwargs.items() if k in ("layout", "dtype")}
-        return device_loader(dataset, sampler, EmulatedBackend(), **kwargs)
+        return device_loader(dataset, sampler, EmulatedBackend(), LoaderOptions.of(**kwargs))
 
     # Batches of 40 of 200 cells: none is short, whichever is the last when time is up.
     settings = options(layouts=(layout,), dtypes=("float32",), orders=("random", "group"), batches=(40,))

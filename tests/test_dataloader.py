@@ -164,7 +164,7 @@ def test_pickle_is_a_path(tmp_path: Path, groups: list[StoredGroup]) -> None:
     assert np.array_equal(again.columns["day"], dataset.columns["day"])
     assert len(pickle.dumps(again)) < 4096  # and on to the next process
 
-    spill = Path(dataset._spill or "")
+    spill = Path(dataset._spill.folder or "")
     assert spill.is_dir()
     del dataset
     assert not spill.exists()  # gone with the dataset that wrote it

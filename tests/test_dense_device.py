@@ -20,6 +20,7 @@ from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._collates import ImagesCollate, LayersCollate, MatrixCollate
 from hbx_gpu._loading.feeds.multimodal import CopiedFeed, DenseFeed, LayersFeed
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._source import BoxIndex, RowIndex
 from hbx_gpu.dataloader import MultimodalCellDataset
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError
@@ -349,9 +350,9 @@ def test_without_a_decompressor(tmp_path: Path) -> None:
 def test_decoded_chunks_count_as_memory(tmp_path: Path) -> None:
     dataset = tiles(tmp_path / "a", "zstd", "uint16")
     rows = np.flatnonzero(dataset.groups_np == 0)[:1]
-    assert feed_of(dataset).nbytes(rows) == 24 * 2 * (1 + 4)
-    assert feed_of(tiles(tmp_path / "b", "none", "uint16")).nbytes(rows) == 24 * 2
-    assert feed_of(dataset).nbytes(np.flatnonzero(dataset.groups_np < 0)) == 24 * 2 * 5
+    assert feed_of(dataset).nbytes([rows]) == [24 * 2 * (1 + 4)]
+    assert feed_of(tiles(tmp_path / "b", "none", "uint16")).nbytes([rows]) == [24 * 2]
+    assert feed_of(dataset).nbytes([np.flatnonzero(dataset.groups_np < 0)]) == [24 * 2 * 5]
 
 
 def test_slots_are_used_again(tmp_path: Path) -> None:
@@ -418,7 +419,7 @@ def test_what_only_the_decompressor_can_find_is_raised_by_next(
     absent = np.flatnonzero(dataset.groups_np == 1).tolist()
     bad = np.flatnonzero(dataset.groups_np == 0).tolist()
     loader = device_loader(
-        dataset, [absent, bad], backend, layout="dense", decode="auto", threads=1, window=1
+        dataset, [absent, bad], backend, LoaderOptions(layout="dense", decode="auto", threads=1, window=1)
     )
     batches = iter(loader)
     first = next(batches)

@@ -12,6 +12,7 @@ import pytest
 
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._loading.residency import device as device_residency
 from hbx_gpu._storage import kvikio
 from hbx_gpu._storage.kvikio import KvikioReader
@@ -60,7 +61,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
 def test_batches_equal_those_on_the_cpu(dataset: CellDataset, backend: Any, decode: str, layout: str) -> None:
     sampler = partial(sampler_for, dataset)
     expected = on_cpu(dataset, sampler(), layout=layout, executor="direct")
-    loader = device_loader(dataset, sampler(), backend(), layout=layout, threads=2, decode=decode)
+    loader = device_loader(
+        dataset, sampler(), backend(), LoaderOptions(layout=layout, threads=2, decode=decode)
+    )
     found = brought(loader)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -109,21 +112,23 @@ def test_a_damaged_stream_is_named_at_delivery(tmp_path: Path) -> None:
     stored[end - 4 : end] = struct.pack("<I", crc32c(bytes(stored[int(index[0]) : end - 4])))
     path.write_bytes(stored)
     with pytest.raises(CorruptChunkError, match=r"g1/csr/layers/counts.*stream"):
-        brought(device_loader(dataset, sampler_for(dataset), EmulatedBackend(), layout="dense"))
+        brought(
+            device_loader(dataset, sampler_for(dataset), EmulatedBackend(), LoaderOptions(layout="dense"))
+        )
 
 
 def test_decoded_chunks_count_as_memory(tmp_path: Path) -> None:
     dataset = codec_dataset(tmp_path, "zstd+crc32c")
     rows = np.arange(20)
-    more = feed_for(dataset, decode="device").nbytes(rows) - feed_for(dataset, decode="host").nbytes(rows)
-    assert more > 256 * 4
+    device, host = (feed_for(dataset, decode=decode).nbytes([rows])[0] for decode in ("device", "host"))
+    assert device - host > 256 * 4
 
 
 def test_the_keyword_reaches_the_engine(dataset: CellDataset) -> None:
     backend = EmulatedBackend()
     backend.no_decompressor = "there is none here"
     with pytest.raises(DeviceUnavailableError, match="there is none here"):
-        device_loader(dataset, sampler_for(dataset), backend, layout="dense", decode="device")
+        device_loader(dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", decode="device"))
     with pytest.raises(ValueError, match="'auto', 'host', 'device', got 'nvcomp'"):
         make_loader(dataset, sampler_for(dataset), layout="dense", decode="nvcomp")
     with make_loader(

@@ -16,6 +16,7 @@ from hbx_gpu import _devices as devices
 from hbx_gpu._collates import DenseCollate
 from hbx_gpu._loading.feeds.device import DeviceFeed
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, DeviceUnavailableError, InvalidDataError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
@@ -91,8 +92,8 @@ def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 0.0
 )
 @pytest.mark.parametrize(
     ("drop", "reader"),
-    [(False, "mmap"), (True, "mmap"), (False, "pinned"), (False, "preadv")],
-    ids=["all", "panel", "pinned", "preadv"],
+    [(False, "mmap"), (True, "mmap"), (False, "pinned")],
+    ids=["all", "panel", "pinned"],
 )
 def test_batches_equal_those_on_the_cpu(
     backend: Any, tmp_path: Path, layout: str, codec: str, drop: bool, reader: str
@@ -100,7 +101,7 @@ def test_batches_equal_those_on_the_cpu(
     dataset = codec_dataset(tmp_path, codec, drop)
     expected = on_cpu(dataset, sampler_for(dataset, locality="none"), layout=layout)
     sampler = sampler_for(dataset, locality="none")
-    loader = device_loader(dataset, sampler, backend, layout=layout, threads=2, reader=reader)
+    loader = device_loader(dataset, sampler, backend, LoaderOptions(layout=layout, threads=2, io=reader))
     found = brought(loader)
     assert len(found) == len(expected) == len(loader)
     for one, other in zip(found, expected, strict=True):
@@ -113,7 +114,10 @@ def test_transforms_equal_within_rounding(backend: Any, dataset: CellDataset, dt
     transform = Transform(target_sum=1e4, log1p=True)
     expected = on_cpu(dataset, sampler_for(dataset), layout="dense", dtype=dtype, transform=transform)
     loader = device_loader(
-        dataset, sampler_for(dataset), backend, layout="dense", dtype=dtype, transform=transform
+        dataset,
+        sampler_for(dataset),
+        backend,
+        LoaderOptions(layout="dense", dtype=dtype, transform=transform),
     )
     for one, other in zip(brought(loader), expected, strict=True):
         same(one, other, TOLERANCE[dtype])
@@ -122,7 +126,9 @@ def test_transforms_equal_within_rounding(backend: Any, dataset: CellDataset, dt
 @pytest.mark.parametrize("window", [1, 3])
 def test_resume_in_mid_epoch(backend: Any, dataset: CellDataset, window: int) -> None:
     def fresh() -> Any:
-        return device_loader(dataset, sampler_for(dataset), backend, layout="dense", window=window)
+        return device_loader(
+            dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", window=window)
+        )
 
     with fresh() as loader:
         loader.set_epoch(2)
@@ -147,7 +153,9 @@ def test_a_corrupt_chunk_never_yields_a_batch(backend: Any, tmp_path: Path) -> N
     stored[0] = 77  # no transform has this number: only the kernel looks at it
     path.write_bytes(stored)
     sampler = sampler_for(dataset, locality="group", shuffle=False)
-    batches = iter(device_loader(dataset, sampler, backend, layout="dense", threads=2, window=1))
+    batches = iter(
+        device_loader(dataset, sampler, backend, LoaderOptions(layout="dense", threads=2, window=1))
+    )
     with pytest.raises(CorruptChunkError, match="g1/csr/layers/counts") as raised:
         list(batches)
     assert raised.value.chunk == 0
@@ -165,11 +173,14 @@ def test_transforms_refuse_what_is_no_count(backend: Any, tmp_path: Path) -> Non
     options: dict[str, Any] = {"layout": "dense", "transform": Transform(log1p=True)}
     for loader in (
         make_loader(dataset, sampler_for(dataset), num_workers=0, **options),
-        device_loader(dataset, sampler_for(dataset), backend, **options),
+        device_loader(dataset, sampler_for(dataset), backend, LoaderOptions.of(**options)),
     ):
         with pytest.raises(InvalidDataError, match="counts"):
             next(iter(loader))
-    assert len(brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"))) == 8
+    assert (
+        len(brought(device_loader(dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense"))))
+        == 8
+    )
 
 
 def test_steady_state_allocates_no_staging(backend: Any, dataset: CellDataset) -> None:
@@ -177,7 +188,9 @@ def test_steady_state_allocates_no_staging(backend: Any, dataset: CellDataset) -
     for name in ("host_buffer", "device_buffer"):
         allocate = getattr(backend, name)
         setattr(backend, name, lambda n, allocate=allocate: (made.append(n), allocate(n))[1])
-    loader = device_loader(dataset, sampler_for(dataset), backend, layout="dense", threads=2, window=1)
+    loader = device_loader(
+        dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", threads=2, window=1)
+    )
     for epoch in range(2):
         loader.set_epoch(epoch)
         assert len(brought(loader)) == len(loader)
@@ -195,7 +208,9 @@ def test_the_order_of_streams_is_what_makes_batches_right(dataset: CellDataset) 
 
     def wrong_values(waits: bool) -> int:
         backend = StreamBackend(delay=0.02, waits=waits)
-        loader = device_loader(dataset, sampler_for(dataset), backend, layout="dense", threads=2, window=1)
+        loader = device_loader(
+            dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", threads=2, window=1)
+        )
         expected = on_cpu(dataset, sampler_for(dataset), layout="dense")
         if not waits:  # nor may the host's own wait, which it needs for the status words, hide it
             loader._feed.deliver = lambda made: deliver_blindly(backend, made)
@@ -219,7 +234,9 @@ def test_memory_is_not_given_away_under_the_consumer(dataset: CellDataset) -> No
 
     def wrong_values(records: bool) -> int:
         backend = StreamBackend(records=records)
-        loader = device_loader(dataset, sampler_for(dataset), backend, layout="dense", threads=2, window=1)
+        loader = device_loader(
+            dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", threads=2, window=1)
+        )
         expected = on_cpu(dataset, sampler_for(dataset), layout="dense")
         seen: list[np.ndarray] = []
         for batch in loader:
@@ -235,7 +252,7 @@ def test_memory_is_not_given_away_under_the_consumer(dataset: CellDataset) -> No
 def test_a_slot_is_not_filled_while_the_device_reads_it(dataset: CellDataset) -> None:
     """Batches that nobody delivers give their slots back through no event but `busy`."""
     backend = StreamBackend(delay=0.03)
-    feed = DeviceFeed(dataset, backend, layout="dense", dtype="float32", transform=Transform())
+    feed = DeviceFeed(dataset, backend, LoaderOptions(layout="dense"))
     first = feed.make([np.arange(10)])[0]
     slot = first.window.slot
     assert slot is not None
@@ -250,7 +267,10 @@ def test_a_slot_is_not_filled_while_the_device_reads_it(dataset: CellDataset) ->
 def test_host_and_device_budget_holds(dataset: CellDataset) -> None:
     backend = EmulatedBackend()
     loader = device_loader(
-        dataset, sampler_for(dataset), backend, layout="dense", memory_budget=1, threads=2, window=1
+        dataset,
+        sampler_for(dataset),
+        backend,
+        LoaderOptions(layout="dense", memory_budget=1, threads=2, window=1),
     )
     feed = loader._feed
     alive: list[int] = []
@@ -279,9 +299,9 @@ def test_host_and_device_budget_holds(dataset: CellDataset) -> None:
 def test_what_a_gpu_loader_refuses(dataset: CellDataset) -> None:
     backend = EmulatedBackend()
     with pytest.raises(ValueError, match="num_workers"):
-        device_loader(dataset, sampler_for(dataset), backend, layout="dense", num_workers=2)
+        device_loader(dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", num_workers=2))
     with pytest.raises(UnsupportedError, match="list is loaded on the CPU only"):
-        device_loader([1, 2, 3], sampler_for(dataset), backend, layout="dense")
+        device_loader([1, 2, 3], sampler_for(dataset), backend, LoaderOptions(layout="dense"))
 
 
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

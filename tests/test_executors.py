@@ -19,6 +19,7 @@ from hbx_gpu import pipeline
 from hbx_gpu._devices import dali_missing, say_once
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._source import ObsColumns
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.cli import main
@@ -146,7 +147,10 @@ def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: 
     sampler = sampler_for(dataset, batch_size=16)
     expected = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
     loader = device_loader(
-        dataset, sampler, backend(), layout=layout, threads=2, window=window, dali=DaliOptions()
+        dataset,
+        sampler,
+        backend(),
+        LoaderOptions(layout=layout, threads=2, window=window, dali=DaliOptions()),
     )
     assert isinstance(loader, CellPipeline)
     for found, want in zip(loader, expected, strict=True):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from hbx_gpu._buffers import POOL
+from hbx_gpu._datasets.base import Dataset
 from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu.batch import SparseBatch
@@ -138,10 +140,11 @@ def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:
         list(loader)
 
 
-class Slow:
+class Slow(Dataset[SparseBatch]):
     """A dataset whose batches take their time; counts how many were made."""
 
     n_features = 3
+    columns: Mapping[str, np.ndarray] = {}
 
     def __init__(self, seconds: float = 0.02) -> None:
         self.seconds, self.made = seconds, 0
@@ -149,19 +152,21 @@ class Slow:
     def __len__(self) -> int:
         return 1000
 
-    def row_numbers(self, rows: Any) -> np.ndarray:
-        return np.asarray(rows, dtype=np.int64)
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
+        return [self.read_slowly(rows) for rows in selections]
 
-    def __getitems__(self, rows: Any) -> SparseBatch:
+    def read_slowly(self, rows: np.ndarray) -> SparseBatch:
         time.sleep(self.seconds)
         self.made += 1
         n = len(rows)
-        return SparseBatch(
-            np.zeros(n, np.int32), np.asarray(rows, dtype=np.float32), np.arange(n + 1), self.n_features
-        )
+        columns, values, offsets = np.zeros(n, np.int32), rows.astype(np.float32), np.arange(n + 1)
+        return SparseBatch(columns, values, offsets, self.n_features, metadata={"index": rows})
 
-    def read_batches(self, batches: Any) -> list[SparseBatch]:
-        return [self.__getitems__(rows) for rows in batches]
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        return [0] * len(selections)
+
+    def with_row_numbers(self) -> Slow:
+        return self
 
 
 def slow_loader(load: Executor, dataset: Slow, **kwargs: Any) -> CellLoader:
@@ -487,6 +492,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script.write_text(
         "import numpy as np\n"
         "from hbx_gpu._loading.loader import CellLoader\n"
+        "from hbx_gpu._loading.options import LoaderOptions\n"
         "from hbx_gpu.sampler import CellSampler\n"
         "class Rows:\n"
         "    def __len__(self): return 8\n"
@@ -495,7 +501,8 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         "WORKERS\n"
     )
     text = script.read_text()
-    script.write_text(text.replace("WORKERS", "print(len(list(CellLoader(Rows(), sampler, num_workers=1))))"))
+    made = "CellLoader(Rows(), sampler, options=LoaderOptions(num_workers=1))"
+    script.write_text(text.replace("WORKERS", f"print(len(list({made})))"))
     run = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from hbx_gpu import RaggedAtlas
+from hbx_gpu._collates import ArrayCollate
 from hbx_gpu._loading.feeds.multimodal import CopiedFeed
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.atlas import AtlasQuery
 from hbx_gpu.dataloader import (
@@ -23,7 +25,6 @@ from hbx_gpu.dataloader import (
     MultimodalCollate,
     RaggedBatch,
     SparseBatch,
-    dense_to_tensor_collate,
     make_loader,
     multimodal_to_dense_collate,
 )
@@ -303,7 +304,12 @@ def test_a_dense_space_may_come_first(cells: AtlasQuery, backend: Any) -> None:
     """Labels and masks then cross with a part that the host decodes."""
     dataset = cells.to_multimodal_dataset(["adt", "rna"], metadata_columns=["cell_type"])
     host = brought(make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct"))
-    same(brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"), backend), host)
+    same(
+        brought(
+            device_loader(dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense")), backend
+        ),
+        host,
+    )
     assert set(host[0]) == {"adt", "rna", "present", "measured", "index", "metadata"}
 
 
@@ -314,7 +320,7 @@ def test_device_gives_what_the_host_gives(
     transform = {"rna": normalize_total(1e4)} if layout == "dense" else None
     settings: dict[str, Any] = {"layout": layout, "transform": transform}
     host = make_loader(everything, sampler_for(everything), executor="direct", **settings)
-    device = device_loader(everything, sampler_for(everything), backend, **settings)
+    device = device_loader(everything, sampler_for(everything), backend, LoaderOptions.of(**settings))
     n = 0
     for expected, found in zip(brought(host), brought(device, backend), strict=True):
         if layout == "dense":
@@ -329,7 +335,9 @@ def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
     for name in ("adt", "tiles_b", "crop"):
         dataset = cells.to_cell_dataset(name, metadata_columns=["cell_type"])
         host = brought(make_loader(dataset, sampler_for(dataset), layout="dense", executor="direct"))
-        device = brought(device_loader(dataset, sampler_for(dataset), backend, layout="dense"), backend)
+        device = brought(
+            device_loader(dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense")), backend
+        )
         same(device, host)
         assert sorted(host[0]) == ["X", "cell_type", "index"]
 
@@ -337,7 +345,7 @@ def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
 def test_staging_memory_is_not_used_again_before_it_was_copied(cells: AtlasQuery) -> None:
     dataset = cells.to_cell_dataset("adt")
     backend = StreamBackend()
-    feed = CopiedFeed(dataset, dense_to_tensor_collate, backend)
+    feed = CopiedFeed(dataset, ArrayCollate(), backend)
     backend.decode.order(lambda: time.sleep(0.3))  # copies wait behind this
     windows = [np.array([i, i + 1]) for i in range(4)]
     made = [feed.make([rows])[0] for rows in windows]
@@ -391,7 +399,7 @@ def test_bad_requests_say_what_exists(cite: AtlasQuery, everything: MultimodalCe
         cite.to_multimodal_dataset("gene_expression")
     with pytest.raises(ValueError, match="at least one"):
         cite.to_multimodal_dataset([])
-    with pytest.raises(ValueError, match=r"say which space to transform, of \['rna'"):
+    with pytest.raises(ValueError, match=r"name the space to transform, of \['rna'"):
         make_loader(everything, sampler_for(everything), layout="dense", transform=normalize_total(1e4))
     with pytest.raises(ValueError, match=r"layout was given for \['adt'\]"):
         make_loader(everything, sampler_for(everything), layout={"adt": "csr"})
@@ -493,7 +501,7 @@ def augmented(
     if make is make_loader:
         loader = make_loader(dataset, sampler, layout="dense", **{"executor": "direct", **kwargs})
     else:
-        loader = device_loader(dataset, sampler, make, layout="dense", **kwargs)
+        loader = device_loader(dataset, sampler, make, LoaderOptions.of(layout="dense", **kwargs))
     loader.set_epoch(epoch)
     tiles = {}
     for batch in brought(loader, None if make is make_loader else make):

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from hbx_gpu._collates import DenseCollate, FunctionCollate
+from hbx_gpu._datasets.plain import PlainDataset
 from hbx_gpu._engine.device.backend import NoRoom, Part
 from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, FreeList, resident_sizes
-from hbx_gpu._loading.feeds.device import DeviceFeed, HostFeed
+from hbx_gpu._loading.feeds.device import DeviceFeed
+from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._loading.residency import device as device_residency
 from hbx_gpu._loading.residency.host import HeapReader, decide, fitting, hold_on_host
 from hbx_gpu._plan.rows import needed_chunks, plan_rows
@@ -28,7 +32,6 @@ from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import example_dataset, example_groups
-from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
@@ -67,12 +70,21 @@ def sampler_for(dataset: CellDataset) -> CellSampler:
 
 
 def feed_for(dataset: CellDataset, backend: Any = None, layout: str = "dense", **options: Any) -> DeviceFeed:
-    options = {"dtype": "float32", "transform": Transform(), "threads": 2, **options}
-    return DeviceFeed(dataset, backend or EmulatedBackend(), layout=layout, **options)
+    return DeviceFeed(
+        dataset, backend or EmulatedBackend(), LoaderOptions.of(layout=layout, **{"threads": 2} | options)
+    )
+
+
+as_is = FunctionCollate(lambda batch: batch)
 
 
 def loader_of(dataset: CellDataset, feed: Any, **options: Any) -> CellLoader:
-    return CellLoader(dataset, sampler_for(dataset), num_workers=0, threads=2, feed=feed, **options)
+    return CellLoader(
+        dataset,
+        sampler_for(dataset),
+        feed=feed,
+        options=LoaderOptions.of(num_workers=0, threads=2, **options),
+    )
 
 
 def needed_bytes(dataset: CellDataset) -> int:
@@ -434,7 +446,7 @@ def test_loaded_whole_chunks_equal_the_files(dataset: CellDataset) -> None:
 @pytest.mark.parametrize("residency", ["host", "device"])
 def test_a_copy_on_the_heap(dataset: CellDataset, residency: str, share: float) -> None:
     budget = int(share * needed_bytes(dataset)) + 100_000 * (share > 1)
-    held = hold_on_host(dataset, residency, io=None, budget=budget, threads=2)
+    held = hold_on_host(dataset, LoaderOptions(residency=residency, residency_budget=budget, threads=2))
     rows = np.random.default_rng(0).permutation(len(dataset))
     found, expected = held[rows], dataset[rows]
     for name in ("indices", "values", "offsets"):
@@ -451,10 +463,8 @@ def test_a_copy_on_the_heap(dataset: CellDataset, residency: str, share: float) 
 @pytest.mark.parametrize("io", [None, "mmap", "pinned", "auto"])
 @pytest.mark.parametrize("residency", ["none", "host", "auto"])
 def test_host_feed(dataset: CellDataset, io: str | None, residency: str) -> None:
-    from hbx_gpu._collates import DenseCollate
-    from hbx_gpu._loading.make import IndexedDataset
-
-    feed = HostFeed(IndexedDataset(dataset), DenseCollate(), io=io, residency=residency)
+    options = LoaderOptions(io=io, residency=residency)
+    feed = HostFeed(dataset.with_row_numbers(), DenseCollate(), options)
     loader = loader_of(dataset, feed)
     for one, other in zip(
         loader, on_cpu(dataset, sampler_for(dataset), layout="dense", executor="direct"), strict=True
@@ -464,18 +474,18 @@ def test_host_feed(dataset: CellDataset, io: str | None, residency: str) -> None
 
 def test_host_feed_of_several_spaces(dataset: CellDataset) -> None:
     both = MultimodalCellDataset({"a": dataset, "b": dataset})
-    feed = HostFeed(both, lambda batch: batch, residency="host", residency_budget=10**6)
+    feed = HostFeed(both, as_is, LoaderOptions(residency="host", residency_budget=10**6))
     (batch,) = feed.make([np.arange(7)])
     assert np.array_equal(batch.modalities["b"].values, dataset[np.arange(7)].values)
 
 
 def test_what_the_cpu_refuses(dataset: CellDataset) -> None:
     with pytest.raises(ValueError, match="GPU"):
-        HostFeed(dataset, lambda batch: batch, io="kvikio")
+        HostFeed(dataset, as_is, LoaderOptions(io="kvikio"))
     with pytest.raises(ValueError, match="residency"):
-        HostFeed(dataset, lambda batch: batch, residency="gpu")
-    with pytest.raises(UnsupportedError, match="list"):
-        HostFeed([1, 2], lambda batch: batch, residency="host")
+        LoaderOptions(residency="gpu")
+    with pytest.raises(UnsupportedError, match="PlainDataset"):
+        HostFeed(PlainDataset([1, 2]), as_is, LoaderOptions(residency="host"))
 
 
 # -- io="auto" -----------------------------------------------------------------------------------------
@@ -489,7 +499,9 @@ def test_make_loader_takes_the_keywords(dataset: CellDataset) -> None:
     ) as on_the_cpu:
         for one, other in zip(on_the_cpu, expected, strict=True):
             same(one, other)
-    loader = device_loader(dataset, sampler_for(dataset), EmulatedBackend(), threads=2, **options)
+    loader = device_loader(
+        dataset, sampler_for(dataset), EmulatedBackend(), LoaderOptions.of(threads=2, **options)
+    )
     for one, other in zip(brought(loader), expected, strict=True):
         same(one, other)
     assert isinstance(loader._feed, DeviceFeed)
@@ -513,7 +525,7 @@ def test_chunks_that_are_decoded_whole_count(tmp_path: Path) -> None:
     packed = codec_dataset(tmp_path / "a", "homeobox.bitpacking")
     other = codec_dataset(tmp_path / "b", "hbx_gpu.rowpack")
     rows = np.arange(0, 120, 3)
-    extra = feed_for(packed).nbytes(rows) - feed_for(other).nbytes(rows)
+    extra = feed_for(packed).nbytes([rows])[0] - feed_for(other).nbytes([rows])[0]
     plan = plan_rows(packed.table, packed.row_index, rows)
     assert extra == len(plan.chunks) * 256 * 4
-    assert feed_for(packed).nbytes(rows[:0]) == 0
+    assert feed_for(packed).nbytes([rows[:0]]) == [0]

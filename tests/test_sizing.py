@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu.sampler import CellSampler
 
@@ -88,6 +90,8 @@ def test_fixed_stays() -> None:
 class SlowFeed:
     """Batches are their own row numbers; making a window takes `per_window` and `per_batch` seconds."""
 
+    one_batch_per_window = False
+
     def __init__(self, per_window: float, per_batch: float, spikes: float = 0.0, nbytes: int = 1000) -> None:
         self.per_window, self.per_batch, self.spikes = per_window, per_batch, spikes
         self.size = nbytes
@@ -95,7 +99,7 @@ class SlowFeed:
         self.held, self.most = 0, 0
         self.lock = threading.Lock()
 
-    def make(self, selections: list[np.ndarray]) -> list[np.ndarray]:
+    def make(self, selections: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         with self.lock:
             self.held += self.size * len(selections)
             self.most = max(self.most, self.held)
@@ -109,13 +113,19 @@ class SlowFeed:
     def deliver(self, made: np.ndarray) -> np.ndarray:
         return made
 
-    def nbytes(self, rows: np.ndarray) -> int:  # noqa: ARG002
-        return self.size
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        return [self.size] * len(selections)
+
+    def checked(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
 
 
 def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600, **kwargs: Any) -> CellLoader:
     sampler = CellSampler(np.zeros(cells, np.int32), batch_size=2, seed=1, num_workers=0, locality="none")
-    loader = CellLoader(range(cells), sampler, feed=feed, num_workers=0, **kwargs)
+    loader = CellLoader(range(cells), sampler, feed=feed, options=LoaderOptions.of(num_workers=0, **kwargs))
     release = ReadAhead._release
 
     def counted(ahead: ReadAhead, nbytes: int) -> None:

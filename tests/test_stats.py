@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.stats import OTHER, STAGES, WARM_UP, Recorder, format_line, stage
@@ -33,10 +35,12 @@ def sampler_for(n: int, batch_size: int = 10) -> CellSampler:
 class Timed:
     """A feed that spends given seconds in each stage of a window."""
 
+    one_batch_per_window = False
+
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
 
-    def make(self, selections: list[np.ndarray]) -> list[np.ndarray]:
+    def make(self, selections: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         for name, seconds in self.seconds.items():
             if name in STAGES:
                 with stage(name) as one:
@@ -49,12 +53,20 @@ class Timed:
     def deliver(self, made: np.ndarray) -> np.ndarray:
         return made
 
-    def nbytes(self, rows: np.ndarray) -> int:  # noqa: ARG002
-        return 1
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        return [1] * len(selections)
+
+    def checked(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
 
 
 def loader_over(feed: Any, n: int = 100, **kwargs: Any) -> CellLoader:
-    return CellLoader(range(n), sampler_for(n), feed=feed, num_workers=0, window=1, **kwargs)
+    return CellLoader(
+        range(n), sampler_for(n), feed=feed, options=LoaderOptions.of(num_workers=0, window=1, **kwargs)
+    )
 
 
 def test_stages_are_summed_over_threads() -> None:
@@ -162,7 +174,7 @@ def test_real_loaders_charge_their_stages(dataset: CellDataset, place: str) -> N
     if place == "host":
         loader = make_loader(dataset, sampler, layout="dense")
     else:
-        loader = device_loader(dataset, sampler, EmulatedBackend(), layout="dense")
+        loader = device_loader(dataset, sampler, EmulatedBackend(), LoaderOptions(layout="dense"))
     assert sum(len(b["X"]) for b in loader) == 120
     assert loader.stats().stages[WARM_UP].seconds > 0
     assert sum(len(b["X"]) for b in loader) == 120

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu._datasets.cells import CellDataset, Recipe, common_dtype
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.stored import Kind, Recipe, StoredDataset, common_dtype
 from hbx_gpu._plan.boxes import BoxPlan, box_table, full_boxes, needed_chunks, plan_boxes
 from hbx_gpu._source import BoxIndex, ObsColumns, Source, rows_by_source
 from hbx_gpu.batch import DenseBatch, RaggedBatch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Slab
 
 
-class DenseCellDataset(CellDataset):
+class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch]):
     """Map-style dataset over the cells of a feature space whose data are arrays.
 
     Three shapes of batches, the same throughout a dataset: a matrix where the space has features, an array of
@@ -29,7 +30,7 @@ class DenseCellDataset(CellDataset):
     Parameters
     ----------
     sources, obs, recipe, feature_space, reader
-        As for :class:`CellDataset`.
+        As for :class:`~hbx_gpu._datasets.cells.CellDataset`.
     rows
         Where each row lies.
     positions
@@ -79,6 +80,7 @@ class DenseCellDataset(CellDataset):
     ) -> None:
         self._positions = positions
         self._matrix = len(feature_uids) > 0 or n_features > 0
+        self.kind: Kind = "matrix" if self._matrix else "arrays"
         layers = (layer,) if isinstance(layer, str) else tuple(layer)
         self._asked = {name: np.dtype(dtype) for name, dtype in (dtypes or {}).items()}
         if not self._matrix:
@@ -87,7 +89,7 @@ class DenseCellDataset(CellDataset):
             n_features = math.prod(shape) if shape is not None else 0
         super().__init__(
             sources,
-            rows,  # type: ignore[arg-type]
+            rows,
             layer=layers,
             n_features=n_features,
             feature_uids=feature_uids,
@@ -99,13 +101,9 @@ class DenseCellDataset(CellDataset):
 
     def _open(self) -> None:
         from hbx_gpu._engine.host.boxes import BoxEngine
-        from hbx_gpu._storage.choice import open_reader
-        from hbx_gpu._storage.chunks import ChunkDirectory
 
-        self.dtypes = {name: self._dtype(name) for name in self.layers}
         self._boxes = box_table(self._sources, self.layers)
-        self._directory = ChunkDirectory(self._boxes.layouts)
-        self._reader = open_reader(self._reader_kind, self._directory)
+        self._open_files(self._boxes.layouts)
         self._arrays = BoxEngine(self._boxes, self._directory, list(self.dtypes.values()), POOL)
         self._remaps = [source.remap for source in self._sources]
 
@@ -119,22 +117,11 @@ class DenseCellDataset(CellDataset):
             )
         return wanted
 
-    def _check(self, sources: Sequence[Source], rows: Any) -> None:
+    def _check(self, sources: Sequence[Source], rows: BoxIndex) -> None:
         _check_boxes(sources, rows, self.layers)
 
-    def __repr__(self) -> str:
-        shape = (
-            f"{self.n_features:,} features" if self._matrix else f"arrays of {self.per_cell_shape or 'any'}"
-        )
-        return (
-            f"DenseCellDataset({self.n_cells:,} cells x {shape} of {self.feature_space or 'one space'}, "
-            f"layer {self.layer!r} ({self.dtype}), {len(self._sources)} groups)"
-        )
-
-    @property
-    def kind(self) -> Literal["matrix", "arrays"]:
-        """What rows are; see :func:`hbx_gpu._collates.kind_of`."""
-        return "matrix" if self._matrix else "arrays"
+    def _shape(self) -> str:
+        return super()._shape() if self._matrix else f"arrays of {self.per_cell_shape or 'any'}"
 
     @property
     def is_matrix(self) -> bool:
@@ -146,18 +133,18 @@ class DenseCellDataset(CellDataset):
         """Whether a row is one position on the first axis, which its array then lacks."""
         return self._positions
 
-    def plan(self, selection: np.ndarray) -> BoxPlan:  # type: ignore[override]
-        """See :meth:`CellDataset.plan`."""
+    def plan(self, selection: np.ndarray) -> BoxPlan:
+        """See :meth:`StoredDataset.plan`."""
         return plan_boxes(self._boxes, self._rows, selection)
 
     def needed_chunks(self) -> np.ndarray:
-        """See :meth:`CellDataset.needed_chunks`."""
+        """See :meth:`StoredDataset.needed_chunks`."""
         return needed_chunks(self._boxes, self._rows)
 
-    def decode(  # type: ignore[override]
+    def decode(
         self, plan: BoxPlan, slab: Slab, selections: Sequence[np.ndarray]
-    ) -> list[DenseBatch] | list[RaggedBatch]:
-        """See :meth:`CellDataset.decode`."""
+    ) -> list[DenseBatch | RaggedBatch]:
+        """See :meth:`StoredDataset.decode`."""
         found: Any
         with stage("decode") as decoding:
             if self._matrix:
@@ -168,14 +155,13 @@ class DenseCellDataset(CellDataset):
                 native = [name not in self._asked for name in self.layers]
                 found = self._arrays.boxes(plan, slab, positions=self._positions, native=native)
             decoding.nbytes = sum(x.nbytes for layer in found for x in _arrays(layer))
-        result: list[Any] = []
+        result: list[DenseBatch | RaggedBatch] = []
         start = 0
-        for part in selections:
+        for part, metadata in zip(selections, self._metadata(selections), strict=True):
             stop = start + len(part)
             cut: dict[str, Any] = {
                 name: layer[start:stop] for name, layer in zip(self.layers, found, strict=True)
             }
-            metadata = {name: column[part] for name, column in self._obs.columns.items()} or None
             several = cut if len(cut) > 1 else {}
             first = cut[self.layer]
             if isinstance(first, list):
@@ -186,17 +172,14 @@ class DenseCellDataset(CellDataset):
             start = stop
         return result
 
-    def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
-        """See :meth:`CellDataset.batches_nbytes`."""
-        return [self.batch_nbytes(rows) for rows in batches]
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :meth:`Dataset.rows_nbytes`."""
+        return [self._nbytes(selection) for selection in selections]
 
-    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Bytes of one batch of `rows`, metadata aside."""
-        selection = self.row_numbers(rows)
+    def _nbytes(self, selection: np.ndarray) -> int:
         if self._matrix or self.per_cell_shape is not None:
             return len(selection) * self.n_features * sum(dtype.itemsize for dtype in self.dtypes.values())
-        index: Any = self._rows
-        source, size = index.source[selection], index.size[selection]
+        source, size = self._rows.source[selection], self._rows.size[selection]
         total = 0
         for one in np.unique(source[source >= 0]).tolist():
             for name, dtype in self.dtypes.items():
@@ -206,16 +189,13 @@ class DenseCellDataset(CellDataset):
                 total += int(count.prod(axis=1).sum()) * dtype.itemsize
         return total
 
-    def device_engine(self, backend: Any, *, decode: str = "auto") -> NoReturn:  # noqa: ARG002
-        """Refuses: it depends on the arrays; see :class:`hbx_gpu._engine.device.rows.DenseRows`."""
-        raise UnsupportedError(
-            "arrays of several axes have no device engine of their own; make_loader decides where their "
-            "chunks are decoded"
-        )
-
     def _state(self) -> dict[str, Any]:
-        own = ("_positions", "_matrix", "_asked", "per_cell_shape")
+        own = ("_positions", "_matrix", "_asked", "kind", "per_cell_shape")
         return super()._state() | {name: getattr(self, name) for name in own}
+
+
+FeatureDataset: TypeAlias = CellDataset | DenseCellDataset
+"""The cells of one feature space, whatever their rows are."""
 
 
 def _arrays(layer: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hbx_gpu._datasets.cells import several_rows
+from hbx_gpu._datasets.base import Dataset
 from hbx_gpu._devices import cores
+from hbx_gpu._protocols import Rows
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Slab
@@ -18,14 +19,14 @@ from hbx_gpu.batch import MultimodalBatch
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.modality import Modality
     from hbx_gpu._storage.readers import Reader
 
 
 _SIDE_BY_SIDE = 128  # rows; smaller batches are done before other threads have begun
 
 
-class MultimodalCellDataset:
+class MultimodalCellDataset(Dataset[MultimodalBatch]):
     """Several feature spaces of the same cells; every modality has a row for every cell.
 
     The chunks that a batch needs of all spaces are looked up and read in one go, and each space is then
@@ -57,18 +58,17 @@ class MultimodalCellDataset:
         No field, or fields over different rows.
     """
 
-    def __init__(self, datasets: Mapping[str, CellDataset], *, reader: str | None = None) -> None:
+    def __init__(self, datasets: Mapping[str, Modality], *, reader: str | None = None) -> None:
         if not datasets:
             raise ValueError("a multimodal dataset needs at least one feature space")
         sizes = {name: len(dataset) for name, dataset in datasets.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"all fields must number the same rows, got {sizes}")
         first, *others = datasets
-        self.datasets = {
+        self.datasets: dict[str, Modality] = {
             first: datasets[first],
             **{name: datasets[name].without_metadata() for name in others},
         }
-        self._first = datasets[first]
         self._reader_kind = reader or self._first.reader_kind
         self._open()
 
@@ -80,8 +80,8 @@ class MultimodalCellDataset:
         self._pool: ThreadPoolExecutor | None = None
 
     @property
-    def n_cells(self) -> int:
-        return len(self._first)
+    def _first(self) -> Modality:
+        return next(iter(self.datasets.values()))
 
     @property
     def n_features(self) -> dict[str, int]:
@@ -120,17 +120,13 @@ class MultimodalCellDataset:
         return self._directory
 
     def __len__(self) -> int:
-        return self.n_cells
+        return len(self._first)
 
     def __repr__(self) -> str:
         spaces = ", ".join(f"{name} ({dataset.n_features:,})" for name, dataset in self.datasets.items())
         return f"MultimodalCellDataset({self.n_cells:,} cells: {spaces})"
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> MultimodalBatch:
-        """A batch of the rows asked for; one row number gives a batch of one row."""
-        return self.__getitems__(several_rows(self.n_cells, rows))
-
-    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> MultimodalBatch:
+    def __getitems__(self, rows: Rows) -> MultimodalBatch:
         """One batch of `rows`, in the order asked; the spaces of a large one are decoded side by side.
 
         Raises
@@ -141,20 +137,19 @@ class MultimodalCellDataset:
             A chunk that holds one of the rows cannot be decoded.
         """
         if len(rows) < _SIDE_BY_SIDE:
-            return self._read([rows], map)[0]
+            return super().__getitems__(rows)
         if self._pool is None:
             threads = min(len(self.datasets), cores())
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hbx_gpu-multimodal")
-        return self._read([rows], self._pool.map)[0]
+        return self._read(self.checked([rows]), self._pool.map)[0]
 
-    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[MultimodalBatch]:
-        """Several batches under one plan, on the calling thread; see :meth:`CellDataset.read_batches`."""
-        return self._read(batches, map)
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[MultimodalBatch]:
+        """See :meth:`Dataset.read_rows`; on the calling thread."""
+        return self._read(selections, map)
 
     def _read(
-        self, batches: Sequence[Sequence[int] | np.ndarray], apply: Callable[..., Iterator[Any]]
+        self, selections: Sequence[np.ndarray], apply: Callable[..., Iterator[Any]]
     ) -> list[MultimodalBatch]:
-        selections = [self.row_numbers(rows) for rows in batches]
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         plans, slabs = self.read(selection)
         parts = list(self.datasets.values())
@@ -203,20 +198,11 @@ class MultimodalCellDataset:
             {
                 name: (part.groups_np[rows], part.measured_masks)
                 for name, part in self.datasets.items()
-                if getattr(part, "kind", "sparse") != "arrays"
+                if part.kind != "arrays"
             }
         )
 
-    def with_wide_columns(self, names: Iterable[str]) -> MultimodalCellDataset:
-        """This dataset with :meth:`CellDataset.with_wide_columns` for the fields `names`."""
-        other: MultimodalCellDataset = object.__new__(type(self))
-        wide = {name: self.datasets[name].with_wide_columns() for name in names}
-        datasets = {name: wide.get(name, part) for name, part in self.datasets.items()}
-        first = next(iter(datasets.values()))
-        other.__dict__.update(self.__dict__, datasets=datasets, _first=first, _pool=None)
-        return other
-
-    def subset(self, rows: Sequence[int] | np.ndarray) -> MultimodalCellDataset:
+    def subset(self, rows: Rows) -> MultimodalCellDataset:
         """The dataset of some rows; see :meth:`CellDataset.subset`."""
         chosen = self.row_numbers(rows)
         parts = {name: part.subset(chosen) for name, part in self.datasets.items()}
@@ -231,28 +217,34 @@ class MultimodalCellDataset:
         )
         return first | {"rows": rows.hexdigest()}
 
-    def reading_with(self, reader: Reader) -> MultimodalCellDataset:
+    def with_row_numbers(self) -> Self:
+        """See :meth:`Dataset.with_row_numbers`."""
+        first, *others = self.datasets
+        numbered = {first: self.datasets[first].with_row_numbers()}
+        return self._over(numbered | {name: self.datasets[name] for name in others})
+
+    def with_wide_columns(self, names: Iterable[str] | None = None) -> Self:
+        """This dataset with :meth:`CellDataset.with_wide_columns` for the fields `names`; None: for all."""
+        wide = set(self.datasets if names is None else names)
+        parts = self.datasets.items()
+        return self._over({name: part.with_wide_columns() if name in wide else part for name, part in parts})
+
+    def reading_with(self, reader: Reader) -> Self:
         """This dataset with another reader of its chunks; everything else is shared."""
-        other: MultimodalCellDataset = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _reader=reader, _pool=None)
-        return other
+        return self._derived(_reader=reader, _pool=None)
+
+    def _over(self, datasets: Mapping[str, Modality]) -> Self:
+        """This dataset with other variants of its parts."""
+        return self._derived(datasets=dict(datasets), _pool=None)
 
     def open_reader(self, kind: str) -> Reader:
         """A reader of the chunks of all fields; see :meth:`CellDataset.open_reader`."""
         return open_reader(kind, self._directory)
 
-    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Bytes of one batch of `rows`, metadata and masks aside."""
-        return sum(part.batch_nbytes(rows) for part in self.datasets.values())
-
-    def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
-        """:meth:`batch_nbytes` of each of several batches."""
-        parts = [part.batches_nbytes(batches) for part in self.datasets.values()]
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :meth:`Dataset.rows_nbytes`; masks aside."""
+        parts = [part.rows_nbytes(selections) for part in self.datasets.values()]
         return [sum(sizes) for sizes in zip(*parts, strict=True)]
-
-    def row_numbers(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Row numbers as int64 in ``[0, n_cells)``."""
-        return self._first.row_numbers(rows)
 
     def close(self) -> None:
         """Close the files; the dataset opens them again when it is read again."""
@@ -265,7 +257,6 @@ class MultimodalCellDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.datasets = state["datasets"]
-        self._first = next(iter(self.datasets.values()))
         self._reader_kind = state["reader"]
         self._open()
 

@@ -18,7 +18,7 @@ import socket
 import stat
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,28 @@ _PREFIX = "hbx_gpu-dataset-"
 # Machine, process, and when that process began: a number is used again once its process has ended.
 _OWNED = re.compile(re.escape(_PREFIX) + r"([0-9a-f]{8})-(\d+)-(\d+)-")
 _SPARE = 1 << 20  # bytes beside the arrays
+
+
+class Spill:
+    """Where the arrays of a dataset lie for other processes: one temporary folder for all its variants.
+
+    Attributes
+    ----------
+    folder
+        None until it is written; gone with this object, unless another process wrote it.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def write(self, arrays: Mapping[str, np.ndarray], state: Callable[[], object]) -> str | None:
+        """Path of the folder, written now if it was not before; None if there is no room for it."""
+        if self.folder is None:
+            try:
+                self.folder = spill(self, arrays, state())
+            except OSError:
+                return None
+        return self.folder
 
 
 def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:

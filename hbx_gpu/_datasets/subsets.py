@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
-from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
+from hbx_gpu._source import BoxIndex, RowIndex, Source
 
 
 class _Rebuildable(Protocol):
@@ -39,55 +39,6 @@ class SubsetRecipe:
     def rebuild(self) -> Any:
         """The dataset of these rows."""
         return self.whole.rebuild().subset(self.rows)
-
-
-class StoredRows:
-    """What datasets of stored rows say about these rows, and datasets of some of them."""
-
-    _sources: list[Source]
-    _rows: Any
-    _obs: ObsColumns
-    _recipe: Any
-    _identity: dict[str, Any] | None = None
-
-    def row_numbers(self, rows: Any) -> np.ndarray:
-        """Row numbers as int64 in ``[0, n_cells)``."""
-        raise NotImplementedError
-
-    def subset(self, rows: Sequence[int] | np.ndarray) -> Self:
-        """The dataset of some rows, in the order given; everything but their numbers is shared.
-
-        Parameters
-        ----------
-        rows
-            Row numbers, or a boolean mask of all rows. Batches of the subset number its rows from 0.
-
-        Raises
-        ------
-        IndexError
-            A row number is outside ``[-n_cells, n_cells)``.
-        """
-        chosen = self.row_numbers(rows)
-        other = object.__new__(type(self))
-        obs = ObsColumns({k: v[chosen] for k, v in self._obs.columns.items()}, self._obs.categories)
-        narrow = chosen.astype(np.int32) if len(self._rows) < 2**31 else chosen
-        recipe = None if self._recipe is None else SubsetRecipe(self._recipe, narrow)
-        index = {name: getattr(self._rows, name)[chosen] for name in self._rows.__slots__}
-        changes = {"_rows": type(self._rows)(**index), "_obs": obs, "_recipe": recipe}
-        other.__dict__.update(self.__dict__, **changes, _spill=None, _identity=None)
-        return other
-
-    def identity(self) -> dict[str, Any]:
-        """Which rows these are: ``cells``, ``rows`` (a digest) and ``snapshot`` (None outside an atlas).
-
-        The digest follows from the stored matrices and the place of each row in them. It does not change
-        with the columns or layers that are read, nor when matrices are compressed anew.
-        """
-        if self._identity is None:
-            rows = digest_of_rows(self._sources, self._rows)
-            snapshot = getattr(self._recipe, "version", None)
-            self._identity = {"cells": len(self._rows), "rows": rows, "snapshot": snapshot}
-        return dict(self._identity)
 
 
 def digest_of_rows(sources: Sequence[Source], rows: RowIndex | BoxIndex) -> str:

@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._loading.closing import THREADS, close_dropped
-from hbx_gpu._loading.feeds.host import Feed
 from hbx_gpu._loading.sizing import Made, Sizing
+from hbx_gpu._protocols import AnyFeed, Rows
 from hbx_gpu.stats import Recorder
 
 # Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched, as
 # long as measurements do not say otherwise.
 BYTES_PER_WINDOW = 64 << 20
-
-
-def sizes_of(feed: Feed, batches: list[np.ndarray]) -> list[int]:
-    """Bytes of each batch, asked for together where a feed can tell them together."""
-    together = getattr(feed, "nbytes_of", None)
-    return together(batches) if together is not None else [feed.nbytes(rows) for rows in batches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +62,8 @@ class ReadAhead(Ahead):
 
     def __init__(
         self,
-        feed: Feed,
-        order: Iterator[np.ndarray],
+        feed: AnyFeed,
+        order: Iterator[Rows],
         *,
         threads: int,
         window: int,
@@ -177,8 +171,8 @@ class ReadAhead(Ahead):
 
     def _look_ahead(self, n: int) -> bool:
         """Ask for at most `n` batches of the order; whether there is one."""
-        batches = list(islice(self._order, n))
-        self._upcoming.extend(zip(batches, sizes_of(self._feed, batches), strict=True))
+        batches = self._feed.checked(list(islice(self._order, n)))
+        self._upcoming.extend(zip(batches, self._feed.nbytes(batches), strict=True))
         return bool(batches)
 
     def close(self) -> None:

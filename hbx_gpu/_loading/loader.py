@@ -12,18 +12,21 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from hbx_gpu._collates import as_collate
+from hbx_gpu._datasets.plain import loadable
 from hbx_gpu._devices import cores
 from hbx_gpu._loading.ahead import Ahead, ReadAhead
 from hbx_gpu._loading.closing import close_dropped
-from hbx_gpu._loading.feeds.host import Feed, HostFeed, tell_epoch
+from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.identity import check_identity, identity_of
+from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.order import Batches, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.workers import explained, refuse_in_workers
+from hbx_gpu._protocols import AnyFeed
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
-_DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
 
 def _identity(batch: Any) -> Any:
@@ -51,7 +54,14 @@ class _Run:
 class CellLoader(DataLoader):
     """A torch DataLoader that reads ahead with threads (num_workers 0) or spawned workers, and resumes.
 
-    See :func:`hbx_gpu.dataloader.make_loader` for the parameters.
+    Parameters
+    ----------
+    dataset, sampler, collate_fn
+        As for :func:`hbx_gpu.dataloader.make_loader`.
+    options
+        How many threads and processes read how far ahead, and keywords of torch's DataLoader.
+    feed
+        What makes batches on threads; None: `dataset` and `collate_fn` on the host.
     """
 
     def __init__(
@@ -60,43 +70,32 @@ class CellLoader(DataLoader):
         sampler: Any,
         collate_fn: Callable[[Any], Any] | None = None,
         *,
-        num_workers: int | None = None,
-        threads: int | None = None,
-        window: int | None = None,
-        memory_budget: int = 512 << 20,
-        feed: Feed | None = None,
-        progress: bool = False,
-        **kwargs: Any,
+        options: LoaderOptions | None = None,
+        feed: AnyFeed | None = None,
     ) -> None:
-        wrong = [name for name in _DECIDED_BY_SAMPLER if name in kwargs]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
+        options = options or LoaderOptions()
+        num_workers = options.num_workers
         if num_workers is None:
             num_workers = int(getattr(sampler, "num_workers", 0))
+        keywords = dict(options.torch)
         if num_workers > 0:
             # Spawn: forked children of a process with threads and open files hang or corrupt.
-            kwargs = {"multiprocessing_context": "spawn", "persistent_workers": True} | kwargs
+            keywords = {"multiprocessing_context": "spawn", "persistent_workers": True} | keywords
         self._order = as_order(sampler)
         super().__init__(
             dataset,
             batch_sampler=Batches.of(self._order),
             collate_fn=collate_fn or _identity,
             num_workers=num_workers,
-            **kwargs,
+            **keywords,
         )
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 batch, got {window}")
-        if memory_budget < 1:
-            raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-        self._feed = feed or HostFeed(dataset, self.collate_fn)
-        self._memory_budget = memory_budget
-        self._progress = progress
-        self._threads = threads or cores()
-        single = getattr(self._feed, "one_batch_per_window", False)
-        self._window = window or (1 if single else default_window(sampler))
-        given = window is not None or threads is not None or single
+        self._feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
+        self._memory_budget = options.memory_budget or HOST_BUDGET
+        self._progress = options.progress
+        self._threads = options.threads or cores()
+        single = self._feed.one_batch_per_window
+        self._window = options.window or (1 if single else default_window(sampler))
+        given = options.window is not None or options.threads is not None or single
         self._sizing = Sizing(self._threads, fixed=given)
         self._runs: list[_Run] = []
         self._recorder = self._new_recorder()
@@ -167,7 +166,7 @@ class CellLoader(DataLoader):
 
     def _read_ahead(self) -> Ahead:
         order = self._order.batches()
-        tell_epoch(self._feed, self._order.epoch)
+        self._feed.set_epoch(self._order.epoch)
         return ReadAhead(
             self._feed,
             order,

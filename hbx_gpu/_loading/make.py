@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hbx_gpu._collates import (
+    ArrayCollate,
+    CsrCollate,
     DenseCollate,
     ImagesCollate,
     LayersCollate,
     MatrixCollate,
     MultimodalCollate,
-    dense_to_tensor_collate,
-    sparse_to_csr_collate,
+    as_collate,
 )
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.dense import DenseCellDataset
+from hbx_gpu._datasets.multimodal import MultimodalCellDataset
+from hbx_gpu._datasets.plain import PlainDataset, loadable
 from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
-from hbx_gpu._tensors import check_columns
+from hbx_gpu._loading.feeds.host import HostFeed
+from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps
+from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
+from hbx_gpu.images import TileCollate
 from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.dense import DenseCellDataset
-    from hbx_gpu._datasets.multimodal import MultimodalCellDataset
     from hbx_gpu._engine.device.backend import Backend
-    from hbx_gpu._loading.dali.options import DaliOptions
-    from hbx_gpu._loading.feeds.host import Feed
     from hbx_gpu._loading.loader import CellLoader
-    from hbx_gpu.images import ImageTransform, TileCollate
 
-Steps: TypeAlias = Transform | Sequence[Transform]
-Images: TypeAlias = "ImageTransform | TileCollate"
 EXECUTORS = ("auto", "dali", "direct")
 
 _LOG = logging.getLogger(__name__)
-_HOST_BUDGET = 512 << 20
-_DEVICE_BUDGET = 4 << 30
 
 
 def make_loader(
@@ -144,33 +140,38 @@ def make_loader(
     sampler = order_for(
         dataset, sampler, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
     )
-    options: dict[str, Any] = {"device": device, "layout": layout, "dtype": dtype, "transform": transform}
-    options |= {"memory_budget": memory_budget, "io": io, "residency": residency, **kwargs}
-    options |= {"images": images, "image_seed": image_seed}
-    if _through_dali(executor, sampler, **options):
-        from hbx_gpu._loading.dali.options import DaliOptions
+    options = LoaderOptions.of(
+        layout=layout,
+        dtype=dtype,
+        transform=transform,
+        memory_budget=memory_budget,
+        io=io,
+        residency=residency,
+        images=images,
+        image_seed=image_seed,
+        **kwargs,
+    )
+    if _through_dali(executor, sampler, device, options):
+        options = replace(options, dali=DaliOptions())
+    return build_loader(dataset, sampler, collate_fn, device, options)
 
-        return build_loader(dataset, sampler, collate_fn, dali=DaliOptions(), **options)
-    return build_loader(dataset, sampler, collate_fn, **options)
 
-
-def _through_dali(
-    executor: str, sampler: Any, *, device: Any, layout: Any, num_workers: int | None = None, **_: Any
-) -> bool:
+def _through_dali(executor: str, sampler: Any, device: Any, options: LoaderOptions) -> bool:
     """Whether batches go through DALI; raises where they cannot and were to."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor must be one of {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
     if executor == "direct":
         return False
     if executor == "dali":
-        if layout is None:
+        if options.layout is None:
             raise ValueError(
-                'DALI carries tensors: say layout="dense" or layout="csr" instead of a collate_fn'
+                'DALI carries tensors: pass layout="dense" or layout="csr" instead of a collate_fn'
             )
         require_dali(instead='executor="auto" hands them over directly where there is no DALI')
         return True
-    if layout is None:
+    if options.layout is None:
         return False
+    num_workers = options.num_workers
     if num_workers is None and str(device) == "cpu":
         num_workers = int(getattr(sampler, "num_workers", 0))
     if num_workers:
@@ -184,103 +185,59 @@ def _through_dali(
 def build_loader(
     dataset: Any,
     sampler: Any,
-    collate_fn: Callable[[Any], Any] | None = None,
-    *,
+    collate_fn: Callable[[Any], Any] | None,
     device: Any,
-    layout: str | Mapping[str, str] | None,
-    dtype: str | Mapping[str, str],
-    transform: Steps | Mapping[str, Steps] | None,
-    memory_budget: int | None = None,
-    io: str | None = None,
-    residency: str = "none",
-    residency_budget: int | None = None,
-    residency_load: str = "start",
-    decode: str = "auto",
-    images: Images | Mapping[str, Images] | None = None,
-    image_seed: int | None = None,
-    dali: DaliOptions | None = None,
-    **kwargs: Any,
+    options: LoaderOptions,
 ) -> CellLoader:
     """:func:`make_loader` once it is known who hands batches over: DALI, or nobody else."""
-    from hbx_gpu._engine.device.general import check_decode
-    from hbx_gpu._loading.feeds.host import HostFeed
-
-    check_decode(decode)  # on the CPU it says nothing else
-    dataset = cells_of(dataset)
+    given = dataset
+    dataset = loadable(dataset)
     gpu = resolve(device)
-    if images is not None:
-        images = _image_collates(dataset, sampler, images, image_seed, gpu, layout, kwargs)
-    if layout is not None:
-        if collate_fn is not None:
-            raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
-        collate_fn = _collate_for(dataset, layout, dtype, transform, images)
-        if hasattr(dataset, "collate_with"):  # batches of pairs
-            collate_fn = dataset.collate_with(collate_fn)
+    if options.layout is not None and collate_fn is not None:
+        raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
+    if options.images is not None:
+        options = _with_image_collates(dataset, sampler, options, gpu)
     if gpu is not None:
         from hbx_gpu._engine.device.cuda import CudaBackend
 
-        if layout is None:
+        if options.layout is None:
             raise ValueError(
-                'on a GPU batches are tensors from the start: say layout="dense" or layout="csr"'
+                'on a GPU batches are tensors from the start: pass layout="dense" or layout="csr"'
             )
         backend = CudaBackend(gpu)
         backend.warm_up()
-        return device_loader(
-            dataset,
-            sampler,
-            backend,
-            layout=layout,
-            dtype=dtype,
-            transform=transform,
-            memory_budget=_DEVICE_BUDGET if memory_budget is None else memory_budget,
-            io=io,
-            residency=residency,
-            residency_budget=residency_budget,
-            residency_load=residency_load,
-            decode=decode,
-            images=images,
-            dali=dali and replace(dali, device_id=gpu),
-            **kwargs,
-        )
-    memory_budget = _HOST_BUDGET if memory_budget is None else memory_budget
-    dataset = _columns_for(dataset, collate_fn)
-    if layout is not None:
-        dataset = IndexedDataset(dataset)
-    elif transform is not None or dtype != "float32":
+        if options.dali is not None:
+            options = replace(options, dali=replace(options.dali, device_id=gpu))
+        return device_loader(dataset, sampler, backend, options)
+    if options.layout is not None:
+        collate = dataset.collate_with(collate_for(dataset, options))
+        dataset = dataset.with_row_numbers()
+    elif options.transform is not None or options.dtype != "float32":
         raise ValueError('dtype and transform belong to layout="dense"; a collate_fn makes its own')
-    if io is not None or residency != "none":
-        workers = kwargs.get("num_workers")
-        if workers or (workers is None and dali is None and getattr(sampler, "num_workers", 0)):
+    else:
+        collate = as_collate(collate_fn or _as_it_is)
+    dataset = _columns_for(dataset, collate)
+    if options.reads_on_its_own:
+        workers = options.num_workers
+        if workers or (workers is None and options.dali is None and getattr(sampler, "num_workers", 0)):
             raise ValueError(
-                "io and residency are about memory of this process, which worker processes do not share: say "
-                "num_workers=0"
+                "io and residency are about memory of this process, which worker processes do not share: "
+                "pass num_workers=0"
             )
-        kwargs["num_workers"] = 0
-        kwargs["feed"] = HostFeed(
-            dataset,
-            collate_fn or _as_it_is,
-            io=io,
-            residency=residency,
-            residency_budget=residency_budget,
-            threads=kwargs.get("threads"),
-        )
-    return _loader(dali, dataset, sampler, collate_fn, memory_budget=memory_budget, **kwargs)
+        options = replace(options, num_workers=0)
+    feed: AnyFeed = HostFeed(dataset, collate, options)
+    whole = given if isinstance(dataset, PlainDataset) else dataset
+    return _loader(whole, sampler, collate_fn or collate, feed, options)
 
 
-def _columns_for(dataset: Any, collate: Any) -> Any:
+def _columns_for(dataset: Loadable[Any], collate: AnyCollate) -> Loadable[Any]:
     """The dataset, with columns as sparse tensors want them where those are made."""
-    from hbx_gpu._datasets.cells import CellDataset
-
-    if isinstance(collate, MultimodalCollate):
-        csr = [
-            name
-            for name, part in getattr(dataset, "datasets", {}).items()
-            if type(part) is CellDataset and collate.options_of(name)["layout"] == "csr"
-        ]
-        return dataset.with_wide_columns(csr) if csr else dataset
-    if getattr(collate, "collate", collate) is sparse_to_csr_collate:
-        return getattr(dataset, "with_wide_columns", lambda: dataset)()
-    return dataset
+    if isinstance(collate, MultimodalCollate) and isinstance(dataset, MultimodalCellDataset):
+        sparse = [name for name, part in dataset.datasets.items() if part.kind == "sparse"]
+        return dataset.with_wide_columns(
+            [name for name in sparse if collate.options_of(name)["layout"] == "csr"]
+        )
+    return dataset.with_wide_columns() if collate.sparse else dataset
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -288,162 +245,66 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _loader(
-    dali: DaliOptions | None, *args: Any, num_workers: int | None = None, **kwargs: Any
+    dataset: Any, sampler: Any, collate: Callable[[Any], Any], feed: AnyFeed, options: LoaderOptions
 ) -> CellLoader:
-    from hbx_gpu._loading.loader import CellLoader
+    if options.dali is None:
+        from hbx_gpu._loading.loader import CellLoader
 
-    if dali is None:
-        return CellLoader(*args, num_workers=num_workers, **kwargs)
+        return CellLoader(dataset, sampler, collate, feed=feed, options=options)
     from hbx_gpu._loading.dali.loader import CellPipeline
 
-    if num_workers:
+    if options.num_workers:
         raise ValueError(
-            "batches of worker processes do not go through DALI: leave num_workers at 0, or say "
+            "batches of worker processes do not go through DALI: leave num_workers at 0, or pass "
             'executor="direct"'
         )
-    return CellPipeline(*args, num_workers=0, dali=dali, **kwargs)
+    return CellPipeline(dataset, sampler, collate, feed=feed, options=replace(options, num_workers=0))
 
 
-def device_loader(
-    dataset: Any,
-    sampler: Any,
-    backend: Backend,
-    *,
-    layout: str | Mapping[str, str],
-    dtype: str | Mapping[str, str] = "float32",
-    transform: Steps | Mapping[str, Steps] | None = None,
-    memory_budget: int = _DEVICE_BUDGET,
-    num_workers: int = 0,
-    threads: int | None = None,
-    window: int | None = None,
-    reader: str = "mmap",
-    io: str | None = None,
-    residency: str = "none",
-    residency_budget: int | None = None,
-    residency_load: str = "start",
-    decode: str = "auto",
-    images: Any = None,
-    dali: DaliOptions | None = None,
-    **kwargs: Any,
-) -> CellLoader:
+def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderOptions) -> CellLoader:
     """:func:`make_loader` on a backend: threads stage, the device decodes."""
-    from hbx_gpu._loading.feeds.device import DeviceFeed
+    from hbx_gpu._loading.feeds.multimodal import MultimodalFeed, cells_feed
 
-    if num_workers:
+    if options.num_workers:
         raise ValueError(
             "worker processes cannot hand over tensors on a GPU; leave num_workers at 0: reading and staging "
             "run on threads, whose number `threads` sets"
         )
-    from hbx_gpu._loading.feeds.multimodal import MultimodalFeed, cells_feed
-
-    dataset = cells_of(dataset)
-    collate = _collate_for(dataset, layout, dtype, transform, images)
-    make_feed = partial(
-        DeviceFeed,
-        backend=backend,
-        reader=reader,
-        io=io,
-        residency=residency,
-        residency_budget=residency_budget,
-        residency_load=residency_load,
-        decode=decode,
-        threads=threads,
-    )
-    if isinstance(collate, MultimodalCollate):
-        feed: Feed = MultimodalFeed(dataset, collate, make_feed, backend, decode=decode)
+    options = replace(options, num_workers=0, memory_budget=options.memory_budget or DEVICE_BUDGET)
+    cells = loadable(dataset)
+    collate = collate_for(cells, options)
+    if isinstance(cells, MultimodalCellDataset):
+        assert isinstance(collate, MultimodalCollate)
+        feed: AnyFeed = MultimodalFeed(cells, collate, backend, options)
     else:
-        options = {"layout": layout, "dtype": dtype, "transform": chain(cast("Steps | None", transform))}
-
-        def cells(part: Any) -> Feed:
-            made: Feed = cells_feed(part, make_feed, backend, collate, decode=decode, **options)
-            return made
-
-        feed = dataset.feed_with(cells) if hasattr(dataset, "feed_with") else cells(dataset)
-    return _loader(
-        dali,
-        dataset,
-        sampler,
-        num_workers=0,
-        threads=threads,
-        window=window,
-        memory_budget=memory_budget,
-        feed=feed,
-        **kwargs,
-    )
+        feed = cells.feed_with(lambda part: cells_feed(part, backend, collate, options))
+    return _loader(cells, sampler, collate, feed, options)
 
 
-def cells_of(dataset: Any) -> Any:
-    """The dataset of cells that something makes of itself (an SCDL archive, a query), or what was given."""
-    return getattr(dataset, "to_cell_dataset", lambda: dataset)()
-
-
-class IndexedDataset:
-    """A dataset whose batches carry their row numbers as metadata column ``index``."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset" or name.startswith("__"):  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> Any:
-        return self._indexed(self.dataset.__getitems__(rows), self.dataset.row_numbers(rows))
-
-    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[Any]:
-        """See :meth:`CellDataset.read_batches`."""
-        from hbx_gpu._datasets.cells import row_numbers_of
-
-        _, batches = row_numbers_of(self.dataset, batches)
-        found = self.dataset.read_batches(batches)
-        return [self._indexed(batch, rows) for batch, rows in zip(found, batches, strict=True)]
-
-    @staticmethod
-    def _indexed(batch: Any, rows: np.ndarray) -> Any:
-        check_columns([*(batch.metadata or {}), "index"])
-        batch.metadata = {**(batch.metadata or {}), "index": rows}
-        return batch
-
-
-def _collate_for(
-    dataset: Any,
-    layout: str | Mapping[str, str],
-    dtype: str | Mapping[str, str],
-    transform: Steps | Mapping[str, Steps] | None,
-    images: Any = None,
-) -> Callable[[Any], Any]:
+def collate_for(dataset: Loadable[Any], options: LoaderOptions) -> AnyCollate:
     """What makes the batches of a `layout` on the host."""
-    from hbx_gpu._datasets.dense import DenseCellDataset
-    from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-
     if isinstance(dataset, MultimodalCellDataset):
-        return _multimodal_collate(dataset, layout, dtype, transform, images)
-    by_space = [setting for setting in (layout, dtype, transform) if isinstance(setting, Mapping)]
-    if by_space:
-        raise ValueError(f"settings by space are for multimodal datasets; got {by_space[0]!r}")
-    steps = chain(cast("Steps | None", transform))
+        return _multimodal_collate(dataset, options)
+    layout, dtype, steps = options.one_layout, options.one_dtype, options.steps
     if isinstance(dataset, DenseCellDataset):
-        return _dense_collate(dataset, layout, dtype, steps, images)
-    collate = _sparse_collate(cast(str, layout), cast(str, dtype), steps)
-    return LayersCollate(collate) if len(getattr(dataset, "layers", ())) > 1 else collate
+        return _dense_collate(dataset, options)
+    collate = _sparse_collate(layout, dtype, steps)
+    several = isinstance(dataset, CellDataset) and len(dataset.layers) > 1
+    return LayersCollate(collate) if several else collate
 
 
-def _dense_collate(
-    dataset: DenseCellDataset, layout: Any, dtype: Any, steps: Transform, images: Any
-) -> Callable[[Any], Any]:
+def _dense_collate(dataset: DenseCellDataset, options: LoaderOptions) -> AnyCollate:
     from hbx_gpu._engine.host.dense import FORMATS
 
+    dtype = options.one_dtype
     what = f"{dataset.feature_space!r} is a dense space"
-    if layout != "dense":
-        raise ValueError(f'{what}: say layout="dense", not {layout!r}')
-    if steps != Transform():
+    if options.layout != "dense":
+        raise ValueError(f'{what}: pass layout="dense", not {options.layout!r}')
+    if options.steps != Transform():
         raise ValueError(f"{what}; transforms are for counts of sparse ones")
-    if images is not None:
-        return ImagesCollate(images)
+    if options.images is not None:
+        assert isinstance(options.images, TileCollate)
+        return ImagesCollate(options.images)
     if dataset.is_matrix:
         if dtype not in FORMATS:
             raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
@@ -453,22 +314,15 @@ def _dense_collate(
             f"{what} of arrays, which keep their dtype; ask for another where the dataset is made: "
             "to_cell_dataset(..., dtype=), or in an ImageTransform"
         )
-    return LayersCollate(dense_to_tensor_collate)
+    return LayersCollate(ArrayCollate())
 
 
-def _multimodal_collate(
-    dataset: MultimodalCellDataset,
-    layout: str | Mapping[str, str],
-    dtype: str | Mapping[str, str],
-    transform: Steps | Mapping[str, Steps] | None,
-    images: Any,
-) -> MultimodalCollate:
-    from hbx_gpu._datasets.dense import DenseCellDataset
-
-    sparse = [name for name, part in dataset.datasets.items() if not isinstance(part, DenseCellDataset)]
+def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) -> MultimodalCollate:
+    layout, dtype, transform = options.layout or "dense", options.dtype, options.transform
+    sparse = [name for name, part in dataset.datasets.items() if part.kind == "sparse"]
     if transform is not None and not isinstance(transform, Mapping):
-        raise ValueError(f"say which space to transform, of {sparse}: transform={{space: steps}}")
-    matrices = [name for name, part in dataset.datasets.items() if getattr(part, "kind", "") != "arrays"]
+        raise ValueError(f"name the space to transform, of {sparse}: transform={{space: steps}}")
+    matrices = [name for name, part in dataset.datasets.items() if part.kind != "arrays"]
     for what, setting, known in (
         ("layout", layout, sparse),
         ("dtype", dtype, matrices),
@@ -479,44 +333,37 @@ def _multimodal_collate(
     for name in set(dtype.values() if isinstance(dtype, Mapping) else [dtype]):
         _sparse_collate("dense", name, Transform())
     steps = {name: chain(given) for name, given in (transform or {}).items()}
+    images: Any = options.images  # made collates by now
     collate = MultimodalCollate(layout, dtype, steps, images)
     for name in sparse:
-        options = collate.options_of(name)
-        _sparse_collate(**options)
+        _sparse_collate(**collate.options_of(name))
     return collate
 
 
-def _image_collates(
-    dataset: Any,
-    sampler: Any,
-    images: Images | Mapping[str, Images],
-    seed: int | None,
-    gpu: int | None,
-    layout: Any,
-    options: dict[str, Any],
-) -> Any:
-    """What is done to images, ready to be called; by space for a multimodal dataset."""
-    from hbx_gpu._datasets.dense import DenseCellDataset
-    from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-
-    if layout is None:
-        raise ValueError('images are made into tensors: say layout="dense" instead of a collate_fn')
-    if options.get("num_workers"):
+def _with_image_collates(
+    dataset: Loadable[Any], sampler: Any, options: LoaderOptions, gpu: int | None
+) -> LoaderOptions:
+    """Options with what is done to images ready to be called; by space for a multimodal dataset."""
+    images, seed = options.images, options.image_seed
+    if options.layout is None:
+        raise ValueError('images are made into tensors: pass layout="dense" instead of a collate_fn')
+    if options.num_workers:
         raise ValueError(
             "worker processes do not learn of the epoch, which decides what is drawn for images: leave "
             "num_workers at 0"
         )
-    options["num_workers"] = 0
     several = isinstance(dataset, MultimodalCellDataset)
     if several != isinstance(images, Mapping):
         raise ValueError("images of a multimodal dataset are given by space, those of other datasets are not")
-    parts = dataset.datasets if isinstance(dataset, MultimodalCellDataset) else {"": dataset}
+    parts: Mapping[str, object] = (
+        dataset.datasets if isinstance(dataset, MultimodalCellDataset) else {"": dataset}
+    )
     if seed is None:
         seed = int(getattr(sampler, "seed", None) or 0)
-    found = {}
+    found: dict[str, TileCollate] = {}
     for name, wanted in (images if isinstance(images, Mapping) else {"": images}).items():
         part = parts.get(name)
-        if not isinstance(part, DenseCellDataset) or part.is_matrix:
+        if not isinstance(part, DenseCellDataset) or part.is_matrix or wanted is None:
             having = [n for n, p in parts.items() if isinstance(p, DenseCellDataset) and not p.is_matrix]
             raise ValueError(
                 f"images were given for {name!r}, which holds none; spaces with images: {having}"
@@ -524,12 +371,10 @@ def _image_collates(
                 else f"images were given for {dataset!r}, which holds none"
             )
         found[name] = _tile_collate(wanted, part, seed, gpu)
-    return found if several else found[""]
+    return replace(options, images=found if several else found[""], num_workers=0)
 
 
 def _tile_collate(wanted: Images, part: DenseCellDataset, seed: int, gpu: int | None) -> TileCollate:
-    from hbx_gpu.images import TileCollate
-
     if isinstance(wanted, TileCollate):
         return wanted
     shape = part.per_cell_shape
@@ -543,7 +388,7 @@ def _tile_collate(wanted: Images, part: DenseCellDataset, seed: int, gpu: int | 
     )
 
 
-def _sparse_collate(layout: str, dtype: str, transform: Transform) -> Callable[[Any], dict[str, Any]]:
+def _sparse_collate(layout: str, dtype: str, transform: Transform) -> AnyCollate:
     from hbx_gpu._engine.host.dense import FORMATS
 
     if layout == "dense":
@@ -554,4 +399,4 @@ def _sparse_collate(layout: str, dtype: str, transform: Transform) -> Callable[[
         raise ValueError(f'layout must be "dense" or "csr", got {layout!r}')
     if transform != Transform() or dtype != "float32":
         raise ValueError('layout="csr" gives float32 values as stored; transform and dtype need "dense"')
-    return sparse_to_csr_collate
+    return CsrCollate()

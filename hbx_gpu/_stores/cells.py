@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
+    from hbx_gpu._datasets.modality import Modality
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 
 OBS_NAME = "obs_name"
@@ -78,7 +79,7 @@ class StoresRecipe:
     arguments: dict[str, Any]
     n_cells: int
 
-    def rebuild(self) -> CellDataset:
+    def rebuild(self) -> FeatureDataset:
         """Same rows and columns, in the same order.
 
         Raises
@@ -289,7 +290,7 @@ class Cells:
         join: Join = "outer",
         feature_id_column: str | None = None,
         dtype: Any = None,
-    ) -> CellDataset:
+    ) -> FeatureDataset:
         """A map-style dataset over the rows: what loaders, samplers and engines take.
 
         Parameters
@@ -360,7 +361,7 @@ class Cells:
         if not self._is_multimodal:
             raise UnsupportedError(f"{self!r} holds one modality; use to_cell_dataset()")
         names = list(feature_spaces) if feature_spaces is not None else self.modalities
-        datasets: dict[str, CellDataset] = {}
+        datasets: dict[str, Modality] = {}
         for name in names:
             space = self._modality(name)
             columns = list(metadata_columns or ()) if not datasets else []
@@ -446,7 +447,7 @@ class Cells:
         feature_id_column: str | None,
         dtype: Any,
         arguments: dict[str, Any] | None,
-    ) -> CellDataset:
+    ) -> FeatureDataset:
         from hbx_gpu._datasets.cells import CellDataset
         from hbx_gpu._datasets.dense import DenseCellDataset
 

@@ -21,7 +21,9 @@ SIZE_COLUMNS = ("sequence_length", "chromosome_size", "chrom_size", "length", "s
 """Registry columns that may hold chromosome sizes in bases, the best first."""
 
 
-def registered(frame: pd.DataFrame, uids: Sequence[str | None]) -> tuple[np.ndarray, dict[str, int]]:
+def registered(
+    frame: pd.DataFrame, uids: Sequence[str | None] | np.ndarray
+) -> tuple[np.ndarray, dict[str, int]]:
     """Names and sizes of the chromosomes of a dataset, as its registry has them.
 
     Parameters

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from hbx_gpu._datasets.base import Dataset
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.stored import Kind
+from hbx_gpu._plan.rows import BatchPlan
+from hbx_gpu._protocols import Rows
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.chromatin._chromosomes import registered
 from hbx_gpu.chromatin._counting import count_fragments
@@ -19,17 +24,13 @@ from hbx_gpu.stats import stage
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hbx_gpu._storage.chunks import ChunkDirectory
+    from hbx_gpu._storage.readers import Reader, Slab
+
 _LOG = logging.getLogger(__name__)
 
-_OF_THE_FRAGMENTS = frozenset({
-    "n_cells", "n_groups", "groups_np", "feature_space", "present", "categories", "columns",
-    "row_numbers", "identity", "reader_kind", "directory", "open_reader", "plan", "read", "needed_chunks",
-    "close",
-})  # fmt: skip
-"""What rows and chunks are the same of, whatever is counted."""
 
-
-class FragmentMatrixDataset:
+class FragmentMatrixDataset(Dataset[SparseBatch]):
     """The cells of a fragment dataset as rows of a matrix: cells x bins, or cells x peaks.
 
     Batches are :class:`~hbx_gpu.batch.SparseBatch` of counts, so samplers, collates and loaders take this as
@@ -63,13 +64,14 @@ class FragmentMatrixDataset:
         The names do not fit the dataset, or the regions the names; see :meth:`Bins.over`.
     """
 
+    kind: Kind = "sparse"
     dtype = np.dtype(np.uint32)
     layer = "counts"
     layers = ("counts",)
 
     def __init__(
         self,
-        fragments: Any,
+        fragments: CellDataset,
         matrix: Bins | Peaks,
         *,
         chromosome_names: Sequence[str | None] | np.ndarray | None = None,
@@ -88,7 +90,7 @@ class FragmentMatrixDataset:
 
     @classmethod
     def registered(
-        cls, fragments: Any, matrix: Bins | Peaks, registry: pd.DataFrame
+        cls, fragments: CellDataset, matrix: Bins | Peaks, registry: pd.DataFrame
     ) -> FragmentMatrixDataset:
         """With names and sizes of chromosomes as an atlas has registered them.
 
@@ -102,11 +104,37 @@ class FragmentMatrixDataset:
         names, sizes = registered(registry, fragments.feature_uids)
         return cls(fragments, matrix, chromosome_names=names, chromosome_sizes=sizes)
 
-    def __getattr__(self, name: str) -> Any:
-        # By name: a method that makes another dataset of the fragments would hand out chromosomes as columns.
-        if name not in _OF_THE_FRAGMENTS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.fragments, name)
+    @property
+    def feature_space(self) -> str:
+        return self.fragments.feature_space
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        return self.fragments.groups_np
+
+    @property
+    def n_groups(self) -> int:
+        return self.fragments.n_groups
+
+    @property
+    def present(self) -> np.ndarray:
+        return self.fragments.present
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return self.fragments.columns
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        return self.fragments.categories
+
+    @property
+    def directory(self) -> ChunkDirectory:
+        return self.fragments.directory
+
+    @property
+    def reader_kind(self) -> str:
+        return self.fragments.reader_kind
 
     @property
     def n_features(self) -> int:
@@ -122,39 +150,29 @@ class FragmentMatrixDataset:
     def __repr__(self) -> str:
         return f"FragmentMatrixDataset({len(self):,} cells x {self.regions!r} of {self.fragments!r})"
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> SparseBatch:
-        """A batch of the rows asked for, as of :class:`hbx_gpu.dataloader.CellDataset`."""
-        return self._counted(self.fragments[rows])
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
+        """See :meth:`Dataset.read_rows`."""
+        return [self._counted(batch) for batch in self.fragments.read_rows(selections)]
 
-    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> SparseBatch:
-        """One batch of `rows`, in the order asked."""
-        return self.read_batches([rows])[0]
+    def plan(self, selection: np.ndarray) -> BatchPlan:
+        """Which chunks of the fragments some rows need."""
+        return self.fragments.plan(selection)
 
-    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[SparseBatch]:
-        """Several batches under one plan."""
-        return [self._counted(batch) for batch in self.fragments.read_batches(batches)]
+    def needed_chunks(self) -> np.ndarray:
+        """See :meth:`hbx_gpu.dataloader.CellDataset.needed_chunks`."""
+        return self.fragments.needed_chunks()
 
-    def decode(self, plan: Any, slab: Any, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
+    def decode(self, plan: BatchPlan, slab: Slab, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
         """The batches that a plan is for, as :meth:`hbx_gpu.dataloader.CellDataset.decode`."""
         return [self._counted(batch) for batch in self.fragments.decode(plan, slab, selections)]
-
-    def subset(self, rows: Sequence[int] | np.ndarray) -> FragmentMatrixDataset:
-        """The dataset of some cells; see :meth:`hbx_gpu.dataloader.CellDataset.subset`."""
-        other: FragmentMatrixDataset = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, fragments=self.fragments.subset(rows))
-        return other
 
     def _counted(self, batch: SparseBatch) -> SparseBatch:
         with stage("decode"):
             return count_fragments(batch, self.regions)
 
-    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Bytes of one batch while it is made; counts are taken to be as large as the fragments."""
-        return self.batches_nbytes([rows])[0]
-
-    def batches_nbytes(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
-        """:meth:`batch_nbytes` of each of several batches."""
-        return [2 * int(nbytes) for nbytes in self.fragments.batches_nbytes(batches)]
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """Bytes of each batch while it is made; counts are taken to be as large as fragments."""
+        return [2 * nbytes for nbytes in self.fragments.rows_nbytes(selections)]
 
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:
         """bool, (len(groups), n_features). Whether a stored matrix has the chromosome of a column."""
@@ -162,19 +180,34 @@ class FragmentMatrixDataset:
         none = np.zeros((len(groups), 1), dtype=bool)
         return np.hstack([chromosomes, none])[:, self.regions.column_numbers()]
 
-    def reading_with(self, reader: Any) -> FragmentMatrixDataset:
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`hbx_gpu.dataloader.CellDataset.identity`."""
+        return self.fragments.identity()
+
+    def subset(self, rows: Rows) -> Self:
+        """The dataset of some cells; see :meth:`hbx_gpu.dataloader.CellDataset.subset`."""
+        return self._derived(fragments=self.fragments.subset(rows))
+
+    def open_reader(self, kind: str) -> Reader:
+        """A reader of the chunks of the fragments."""
+        return self.fragments.open_reader(kind)
+
+    def reading_with(self, reader: Reader) -> Self:
         """This dataset with another reader of its chunks; everything else is shared."""
-        return self._over(self.fragments.reading_with(reader))
+        return self._derived(fragments=self.fragments.reading_with(reader))
 
-    def without_metadata(self) -> FragmentMatrixDataset:
-        """This dataset without obs columns; everything else is shared."""
-        return self._over(self.fragments.without_metadata())
+    def without_metadata(self) -> Self:
+        """This dataset with batches that carry no metadata; everything else is shared."""
+        return self._derived(fragments=self.fragments.without_metadata())
 
-    def with_columns(self, columns: Mapping[str, np.ndarray]) -> FragmentMatrixDataset:
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
         """This dataset with more metadata columns; everything else is shared."""
-        return self._over(self.fragments.with_columns(columns))
+        return self._derived(fragments=self.fragments.with_columns(columns))
 
-    def _over(self, fragments: Any) -> FragmentMatrixDataset:
-        other: FragmentMatrixDataset = object.__new__(type(self))
-        other.fragments, other.regions = fragments, self.regions
-        return other
+    def with_row_numbers(self) -> Self:
+        """See :meth:`Dataset.with_row_numbers`."""
+        return self._derived(fragments=self.fragments.with_row_numbers())
+
+    def close(self) -> None:
+        """Close the files; the dataset opens them again when it is read again."""
+        self.fragments.close()

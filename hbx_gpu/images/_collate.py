@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._protocols import Collating
+from hbx_gpu._tensors import metadata_tensors
 from hbx_gpu.batch import DenseBatch, RaggedBatch
 from hbx_gpu.images._dali import ImagePipeline
 from hbx_gpu.images._transform import ImageTransform
 
 
-class TileCollate:
+class TileCollate(Collating):
     """Makes ``{"X": tensor, **metadata}`` of a batch of tiles or encoded images. Picklable.
 
     Loader threads may call it at once. What a cell's tile becomes depends on `seed`, epoch and the cell's row
@@ -51,6 +53,10 @@ class TileCollate:
         )
         self.epoch = 0
 
+    @property
+    def on_device(self) -> bool:
+        return self.pipeline.device_id is not None
+
     def set_epoch(self, epoch: int) -> None:
         """Draw as in this epoch from the next call on; call it between epochs."""
         if not 0 <= epoch < 2**32:
@@ -84,8 +90,6 @@ class TileCollate:
             No metadata column ``index``, or one called ``X``; otherwise as for
             :class:`~hbx_gpu.images._dali.ImagePipeline`.
         """
-        from hbx_gpu._tensors import metadata_tensors
-
         metadata = batch.metadata or {}
         if "index" not in metadata:
             raise ValueError(

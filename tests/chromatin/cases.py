@@ -102,8 +102,8 @@ class InMemory:
         batch.metadata = {name: column[rows] for name, column in self.columns.items()}
         return batch
 
-    def read_batches(self, batches: Any) -> list[SparseBatch]:
+    def read_rows(self, batches: Any) -> list[SparseBatch]:
         return [self.__getitems__(rows) for rows in batches]
 
-    def batches_nbytes(self, batches: Any) -> list[int]:
+    def rows_nbytes(self, batches: Any) -> list[int]:
         return [10 * len(rows) for rows in batches]

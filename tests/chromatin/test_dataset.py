@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.atlas import AtlasQuery, RaggedAtlas
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.chromatin import Bins, FragmentMatrixDataset, Peaks, fragments_frame, fragments_of
@@ -103,7 +104,7 @@ def test_pickled(counted: FragmentMatrixDataset) -> None:
     assert again.feature_uids.tolist() == counted.feature_uids.tolist()
 
 
-@pytest.mark.parametrize("name", ["with_wide_columns", "with_layers", "device_engine", "table", "sources"])
+@pytest.mark.parametrize("name", ["with_layers", "device_engine", "table", "sources"])
 def test_nothing_of_the_fragments_shows_through(query: AtlasQuery, name: str) -> None:
     counted = of_atlas(query, MATRICES[0])
     assert hasattr(counted.fragments, name)
@@ -238,7 +239,7 @@ def test_on_a_device(query: AtlasQuery, layout: str) -> None:
     counted = of_atlas(query, MATRICES[1])
     whole = dense(counted[:])
     rows = [[3, 1], [13, 0, 3]]
-    with device_loader(counted, rows, EmulatedBackend(), layout=layout) as loader:
+    with device_loader(counted, rows, EmulatedBackend(), LoaderOptions(layout=layout)) as loader:
         for batch, wanted in zip(loader, rows, strict=True):
             x = batch["X"].to_dense() if layout == "csr" else batch["X"]
             assert np.array_equal(x.numpy(), whole[wanted])

@@ -14,6 +14,7 @@ import torch
 
 from hbx_gpu._devices import dali_missing
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.sampler import CellSampler
@@ -74,8 +75,10 @@ def test_every_archive_on_a_device(scdl_cases: dict[str, Case], layout: str, bac
     for name, case in readable(scdl_cases):
         dataset = SingleCellMemMapDataset(case.archive)
         truth = dense_of(case, dataset.to_cell_dataset())
-        for how in ({"reader": "mmap"}, {"reader": "pinned"}, {"residency": "device"}, {"residency": "host"}):
-            with device_loader(dataset, sampler(dataset), backend, layout=layout, **how) as loader:
+        for how in ({"io": "mmap"}, {"io": "pinned"}, {"residency": "device"}, {"residency": "host"}):
+            with device_loader(
+                dataset, sampler(dataset), backend, LoaderOptions.of(layout=layout, **how)
+            ) as loader:
                 check(list(loader), truth, f"{name}, {how}")
 
 
@@ -176,7 +179,7 @@ def test_neighbours_are_a_second_batch(
     check_pairs(here, case, truth)
     with make_loader(dataset, sampler(dataset), layout=layout, executor="direct") as loader:
         check_pairs(list(loader), case, truth)
-    with device_loader(dataset, sampler(dataset), backend, layout=layout) as loader:
+    with device_loader(dataset, sampler(dataset), backend, LoaderOptions(layout=layout)) as loader:
         there = list(loader)
     check_pairs(there, case, truth)
     for mine, theirs in zip(here, there, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hbx_gpu._loading.make import device_loader
+from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.sampler import CellSampler
@@ -69,18 +70,20 @@ def ways(name: str) -> Load:
     """The loader of one of `WAYS`."""
 
     def make(
-        dataset: CellDataset, sampler: Any, *, layout: str = "dense", reader: str | None = None, **kwargs: Any
+        dataset: CellDataset, sampler: Any, *, layout: str = "dense", io: str | None = None, **kwargs: Any
     ) -> Any:
         if name == "emulated device":
-            kwargs |= {"reader": reader} if reader else {}
-            return device_loader(dataset, sampler, EmulatedBackend(), layout=layout, **kwargs)
+            kwargs |= {"io": io} if io else {}
+            return device_loader(
+                dataset, sampler, EmulatedBackend(), LoaderOptions.of(layout=layout, **kwargs)
+            )
         if name.startswith("cuda"):
             on_gpu()
-            kwargs |= {"reader": reader} if reader else {}
+            kwargs |= {"io": io} if io else {}
             executor = name.removeprefix("cuda ")
             return make_loader(dataset, sampler, layout=layout, device="cuda", executor=executor, **kwargs)
-        if reader:
-            dataset._reader = dataset.open_reader(reader)
+        if io:
+            dataset._reader = dataset.open_reader("preadv")
         executor = "dali" if name == "dali" else "direct"
         return make_loader(dataset, sampler, layout=layout, executor=executor, **kwargs)
 

@@ -124,7 +124,7 @@ def test_a_reader_that_returns_short(copied: Path, load: Load, monkeypatch: pyte
         return preadv(descriptor, [buffers[0][: max(1, len(buffers[0]) // 2)]], offset)
 
     monkeypatch.setattr(os, "preadv", half)
-    with load(dataset, sampler, reader="preadv", **EACH) as loader:
+    with load(dataset, sampler, io="pinned", **EACH) as loader:
         got: list[Any] = []
         consumed(iter(loader), got)
         assert got == [list(rows) for rows in sampler]
@@ -149,7 +149,7 @@ def test_a_file_that_is_cut_short_in_mid_epoch(
 
     monkeypatch.setattr(_Descriptor, "size", shrinking)
     with (
-        load(dataset, sampler_for(dataset), reader="preadv", **EACH) as loader,
+        load(dataset, sampler_for(dataset), io="pinned", **EACH) as loader,
         pytest.raises(CorruptChunkError, match="cut short"),
     ):
         consumed(iter(loader), [])

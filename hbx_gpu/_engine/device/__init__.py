@@ -44,8 +44,8 @@ class DeviceEngine:
     backend
         The device.
     decode
-        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: one of
-        :data:`hbx_gpu._engine.device.general.DECODE`. ``"device"`` trusts chunks without a CRC32C: damaged
+        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: ``"auto"``,
+        ``"host"`` or ``"device"``, which trusts chunks without a CRC32C: damaged
         ones may then do anything, as nvCOMP says of itself.
 
     Raises

@@ -21,18 +21,9 @@ from hbx_gpu._engine.device.staged import Cursor, Opened, round_up
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import DeviceUnavailableError
 
-DECODE = ("auto", "host", "device")
-"""Where chunks of general codecs are decoded. ``"auto"``: on the device where a CRC32C of the compressed
-bytes is stored and there is a decompressor, else on the host. ``"device"``: there without a checksum too."""
 _NOT_WRITTEN = -1  # what a state holds until a decompressor writes it
 
 _LOG = logging.getLogger(__name__)
-
-
-def check_decode(decode: str) -> None:
-    """Raise ValueError unless it is one of `DECODE`."""
-    if decode not in DECODE:
-        raise ValueError(f"decode must be one of {', '.join(map(repr, DECODE))}, got {decode!r}")
 
 
 def chosen(layouts: Sequence[ArrayLayout], decode: str, backend: Backend) -> list[Compression | None]:
@@ -40,12 +31,9 @@ def chosen(layouts: Sequence[ArrayLayout], decode: str, backend: Backend) -> lis
 
     Raises
     ------
-    ValueError
-        `decode` is none of `DECODE`.
     DeviceUnavailableError
         ``decode="device"``, an array that it would be for, and no decompressor.
     """
-    check_decode(decode)
     found = [compression_of(layout) if decode != "host" else None for layout in layouts]
     if decode == "auto":
         found = [c if c is not None and c.checksummed else None for c in found]

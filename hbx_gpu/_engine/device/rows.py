@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,11 +19,40 @@ from hbx_gpu._plan.rows import BatchPlan, SourceTable, element_base
 from hbx_gpu._source import RowIndex
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.dense import DenseCellDataset
-    from hbx_gpu._source import ArrayLayout, BoxIndex
+    from hbx_gpu._source import ArrayLayout, BoxIndex, Source
     from hbx_gpu._storage.chunks import ChunkDirectory
 
 _MAX_ELEMENTS = 1 << 31  # of a chunk: kernels count those of a stretch in 31 bits
+
+
+class Boxes(Protocol):
+    """What is asked of a dense dataset; see :class:`~hbx_gpu.dataloader.DenseCellDataset`."""
+
+    per_cell_shape: tuple[int, ...] | None
+
+    @property
+    def directory(self) -> ChunkDirectory: ...
+
+    @property
+    def sources(self) -> list[Source]: ...
+
+    @property
+    def row_index(self) -> BoxIndex: ...
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def n_features(self) -> int: ...
+
+    @property
+    def is_matrix(self) -> bool: ...
+
+    @property
+    def positions(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +87,7 @@ class DenseRows:
     positions: bool
 
     @classmethod
-    def of(cls, dataset: DenseCellDataset, dtype: str | None = None) -> DenseRows | None:
+    def of(cls, dataset: Boxes, dtype: str | None = None) -> DenseRows | None:
         """Those of a dataset; None where its rows are no stretches of chunks, or kernels do not take them.
 
         Parameters
@@ -69,7 +98,7 @@ class DenseRows:
             What its own dtype becomes, once rows have it; None: nothing else.
         """
         layouts, remaps = dataset.directory.layouts, [source.remap for source in dataset.sources]
-        rows: BoxIndex = dataset.row_index  # type: ignore[assignment]
+        rows: BoxIndex = dataset.row_index
         if len(dataset.layers) != 1 or not layouts or not rows.size.shape[1]:
             return None
         final = np.dtype(dtype or dataset.dtype)

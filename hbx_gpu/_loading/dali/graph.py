@@ -11,7 +11,7 @@ from nvidia.dali.data_node import DataNode
 from hbx_gpu._devices import cores
 from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.dali.feed import Built, Feeder, Packed, finished, run_on
-from hbx_gpu._loading.dali.options import DaliOptions
+from hbx_gpu._loading.options import DaliOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

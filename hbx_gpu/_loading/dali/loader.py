@@ -14,8 +14,9 @@ import numpy as np
 from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
-from hbx_gpu._loading.dali.options import DaliOptions
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.options import DaliOptions, LoaderOptions
+from hbx_gpu._protocols import AnyFeed
 
 
 class CellPipeline(CellLoader):
@@ -25,9 +26,17 @@ class CellPipeline(CellLoader):
     alone. Made by :func:`cell_pipeline` and by ``make_loader(executor="dali")``.
     """
 
-    def __init__(self, *args: Any, dali: DaliOptions, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dali = dali
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Any,
+        collate_fn: Callable[[Any], Any] | None = None,
+        *,
+        options: LoaderOptions,
+        feed: AnyFeed | None = None,
+    ) -> None:
+        super().__init__(dataset, sampler, collate_fn, options=options, feed=feed)
+        self.dali = options.dali or DaliOptions()
         self._feeders: list[Feeder] = []
         self._run: _Run | None = None
         self._restored: dict[str, Any] | None = None  # state of random operators to begin with

@@ -9,34 +9,36 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from hbx_gpu._collates import (
     DenseCollate,
 )
-from hbx_gpu._devices import cores
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.stored import StoredDataset
+from hbx_gpu._protocols import Rows
 from hbx_gpu._tensors import check_columns
 from hbx_gpu.stats import stage
-from hbx_gpu.transforms import Transform
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._engine.device import DeviceEngine, Pending, Staging
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
+    from hbx_gpu._loading.options import LoaderOptions
     from hbx_gpu._plan.rows import BatchPlan
     from hbx_gpu._source import RowIndex
 
+DatasetT = TypeVar("DatasetT", bound=StoredDataset[Any, Any, Any])
 # Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
 # compressed bytes in page-locked and device memory.
 _CSR_BYTES = 16
 _STAGED_BYTES = 4
 
 
-class StagedFeed:
+class StagedFeed(Generic[DatasetT]):
     """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
 
     What they become is said by `_stage` and `_submit`.
@@ -49,7 +51,7 @@ class StagedFeed:
 
     one_batch_per_window = False
 
-    def __init__(self, dataset: CellDataset, backend: Backend) -> None:
+    def __init__(self, dataset: DatasetT, backend: Backend) -> None:
         from torch.utils.data import get_worker_info
 
         if get_worker_info() is not None:
@@ -57,15 +59,26 @@ class StagedFeed:
                 "a loader on a GPU runs on threads: make it in the training process, not in a worker"
             )
         check_columns([*dataset.columns, "index"])
-        self._dataset, self._backend = dataset, backend
+        self._dataset: DatasetT = dataset
+        self._backend = backend
         # Staging memory that no window uses now. Windows in flight bound its number, the loader bounds those.
         self._free: deque[Slot] = deque()
         self._submitting = threading.Lock()
 
-    def make(self, selections: list[np.ndarray]) -> list[_Made]:
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return self._dataset.checked(batches)
+
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return [self._nbytes(rows) for rows in selections]
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`~hbx_gpu._protocols.Feed`; rows are the same in every epoch."""
+
+    def make(self, selections: Sequence[np.ndarray]) -> list[_Made]:
         """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
-        rows = [self._dataset.row_numbers(selection) for selection in selections]
-        selection = np.concatenate([*rows, np.empty(0, np.int64)])
+        selection = np.concatenate([*selections, np.empty(0, np.int64)])
         columns = _Columns({**self._dataset.columns, "index": None}, selection)
         slot = self._slot()
         staging = self._stage(selection, slot)
@@ -79,8 +92,8 @@ class StagedFeed:
                 ordering.nbytes = sum(x.numel() * x.element_size() for x in window.tensors)
             finally:
                 slot.busy = self._backend.event()  # whatever was ordered before an error
-        last = np.cumsum([len(part) for part in rows]).tolist()
-        return [_Made(window, stop - len(part), stop) for part, stop in zip(rows, last, strict=True)]
+        last = np.cumsum([len(part) for part in selections]).tolist()
+        return [_Made(window, stop - len(part), stop) for part, stop in zip(selections, last, strict=True)]
 
     def deliver(self, made: _Made) -> dict[str, Any]:
         """Tensors that the caller's current stream may use; raises what the kernels found."""
@@ -106,6 +119,10 @@ class StagedFeed:
 
         return Slot(self._backend)
 
+    def _nbytes(self, rows: np.ndarray) -> int:
+        """Bytes that the batch of `rows` takes up."""
+        raise NotImplementedError
+
     def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
         """Plan rows, bring what they need, and pack what of it crosses."""
         raise NotImplementedError
@@ -115,7 +132,7 @@ class StagedFeed:
         raise NotImplementedError
 
 
-class DeviceFeed(StagedFeed):
+class DeviceFeed(StagedFeed[CellDataset]):
     """Batches of sparse rows, decoded on a device.
 
     Parameters
@@ -124,60 +141,26 @@ class DeviceFeed(StagedFeed):
         A sparse dataset.
     backend
         The device.
-    layout, dtype, transform
-        As for :func:`hbx_gpu.dataloader.make_loader`.
-    reader
-        How stored bytes reach page-locked memory: ``"mmap"`` copies them out of the page cache, ``"pinned"``
-        reads them with ``preadv``. `io` goes before it.
-    io
-        As `reader`; also ``"kvikio"``, which brings whole chunks to device memory, and ``"auto"``, which
-        measures.
-    residency, residency_budget, residency_load
-        Which chunks stay in memory, how many bytes of them, and when they come; see docs/residency.md.
-    decode
-        Where chunks of general codecs are decoded; see :class:`~hbx_gpu._engine.device.DeviceEngine`.
-    threads
-        Of the loader: they load chunks now, and a measurement assumes them; None: as many as cores.
+    options
+        What batches become, how stored bytes reach page-locked memory (``"mmap"`` copies them out of the page
+        cache, ``"pinned"`` reads them with ``preadv``, ``"kvikio"`` brings whole chunks to device memory,
+        ``"auto"`` measures; default: ``"mmap"``), which chunks stay where, and where those of general codecs
+        are decoded.
     """
 
-    def __init__(
-        self,
-        dataset: CellDataset,
-        backend: Backend,
-        *,
-        layout: str,
-        dtype: str,
-        transform: Transform,
-        reader: str = "mmap",
-        io: str | None = None,
-        residency: str = "none",
-        residency_budget: int | None = None,
-        residency_load: str = "start",
-        decode: str = "auto",
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, dataset: CellDataset, backend: Backend, options: LoaderOptions) -> None:
         from hbx_gpu._loading.residency.device import DeviceChunks
 
         super().__init__(dataset, backend)
-        self._engine = dataset.device_engine(backend, decode=decode)
-        self._layout, self._dtype, self._transform = layout, dtype, transform
-        self.chunks = DeviceChunks(
-            dataset,
-            self._engine,
-            layout="csr" if layout == "csr" else "dense",
-            io=io or reader,
-            residency=residency,
-            budget=residency_budget,
-            load=residency_load,
-            threads=threads or cores(),
-        )
+        self._engine = dataset.device_engine(backend, decode=options.decode)
+        self._layout = options.one_layout
+        self._dtype, self._transform = options.one_dtype, options.steps
+        self.chunks = DeviceChunks(dataset, self._engine, options)
         self._decoded = DecodedBytes(self._engine)
         # Whether batches of a window could not be told apart before the device has counted.
-        self.one_batch_per_window = layout == "csr" and self._engine.drops
+        self.one_batch_per_window = self._layout == "csr" and self._engine.drops
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`Feed`."""
-        rows = self._dataset.row_numbers(rows)
+    def _nbytes(self, rows: np.ndarray) -> int:
         elements = int(self._dataset.row_index.length[rows].sum(dtype=np.int64))
         if self._layout == "dense":
             out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)

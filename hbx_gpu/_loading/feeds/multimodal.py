@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hbx_gpu._collates import (
+    ArrayCollate,
     LayersCollate,
     MatrixCollate,
     MeasuredTensors,
     MultimodalCollate,
     check_spaces,
-    dense_to_tensor_collate,
 )
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
-from hbx_gpu._loading.feeds.device import DecodedBytes, DeviceFeed, StagedFeed
-from hbx_gpu._loading.feeds.host import tell_epoch
-from hbx_gpu._tensors import check_columns
+from hbx_gpu._datasets.plain import PlainDataset
+from hbx_gpu._loading.feeds.device import DatasetT, DecodedBytes, DeviceFeed, StagedFeed
+from hbx_gpu._protocols import AnyCollate, AnyFeed, Collate, Loadable, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import stage
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hbx_gpu._engine.device import DeviceEngine, Pending, Staging
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._engine.device.rows import DenseRows
+    from hbx_gpu._loading.options import LoaderOptions
 
 _ALIGNMENT = 16
 PRESENT = "present of "
@@ -54,22 +55,22 @@ class CopiedFeed:
 
     one_batch_per_window = False
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], dict[str, Any]], backend: Backend) -> None:
-        check_columns([*dataset.columns, "index"])
-        self._dataset, self._collate, self._backend = dataset, collate, backend
+    def __init__(self, dataset: Loadable[Any], collate: Collate[Any, TensorBatch], backend: Backend) -> None:
+        self._dataset, self._collate, self._backend = dataset.with_row_numbers(), collate, backend
         self._free: deque[Slot] = deque()
 
-    def make(self, selections: list[np.ndarray]) -> list[_Copied]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return self._dataset.checked(batches)
+
+    def make(self, selections: Sequence[np.ndarray]) -> list[_Copied]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         import torch
 
         from hbx_gpu._engine.device.backend import Slot
 
-        batches = self._dataset.read_batches(selections)
-        for batch, rows in zip(batches, selections, strict=True):
-            batch.metadata = {**(batch.metadata or {}), "index": self._dataset.row_numbers(rows)}
-        on_device = getattr(self._collate, "on_device", False)
-        with self._backend.on_decode_stream() if on_device else contextlib.nullcontext():
+        batches = self._dataset.read_rows(selections)
+        with self._backend.on_decode_stream() if self._collate.on_device else contextlib.nullcontext():
             made = [self._collate(batch) for batch in batches]
         tensors = [tensor for batch in made for tensor in _tensors(batch)]
         places = np.cumsum(
@@ -95,19 +96,19 @@ class CopiedFeed:
         )
         return [_Copied(event, buffer, _replaced(batch, sent)) for batch in made]
 
-    def deliver(self, made: _Copied) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def deliver(self, made: _Copied) -> TensorBatch:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         there = [value for value in made.batch.values() if getattr(value, "is_cuda", False)]
         self._backend.hand_over(made.event, [made.buffer, *there])
         return made.batch
 
     def set_epoch(self, epoch: int) -> None:
-        """See :class:`hbx_gpu._loading.feeds.host.HostFeed`."""
-        tell_epoch(self._collate, epoch)
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        self._collate.set_epoch(epoch)
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`: on the host, and as much on the device."""
-        return 2 * int(self._dataset.batch_nbytes(rows))
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :class:`~hbx_gpu._protocols.Feed`: on the host, and as much on the device."""
+        return [2 * nbytes for nbytes in self._dataset.rows_nbytes(selections)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class _Copied:
 
     event: Event
     buffer: Any
-    batch: dict[str, Any]
+    batch: TensorBatch
 
 
 def _parts(tensor: Any) -> tuple[Any, ...]:
@@ -159,7 +160,7 @@ def _replaced(value: Any, sent: Any) -> Any:
     return value
 
 
-class DenseFeed(StagedFeed):
+class DenseFeed(StagedFeed[DenseCellDataset]):
     """Rows of one layer of a dense dataset whose stored chunks cross to a device and are decoded there.
 
     Parameters
@@ -188,7 +189,7 @@ class DenseFeed(StagedFeed):
 
     @classmethod
     def of(
-        cls, dataset: DenseCellDataset, backend: Backend, collate: Callable[..., Any], decode: str
+        cls, dataset: DenseCellDataset, backend: Backend, collate: AnyCollate, decode: str
     ) -> DenseFeed | None:
         """The feed of a dataset of one layer; None where the host has to do with its values.
 
@@ -209,7 +210,7 @@ class DenseFeed(StagedFeed):
 
         made = collate.collate if isinstance(collate, LayersCollate) else collate
         dtype = made.dtype if isinstance(made, MatrixCollate) else None
-        if decode == "host" or (dtype is None and made is not dense_to_tensor_collate):
+        if decode == "host" or (dtype is None and not isinstance(made, ArrayCollate)):
             return None
         # bfloat16, which NumPy lacks, is rounded from float32.
         rows = DenseRows.of(dataset, "float32" if dtype == "bfloat16" else dtype)
@@ -219,18 +220,17 @@ class DenseFeed(StagedFeed):
         # The host keeps chunks that it has decoded, which staging does not.
         return None if engine.stager.leaves_to_host.any() else cls(dataset, backend, rows, engine, dtype)
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """As `Feed.nbytes`: rows, twice where put in place, and decoded chunks."""
-        numbers = self._dataset.row_numbers(rows)
-        elements = self._dataset.batch_nbytes(numbers) // self._dataset.dtype.itemsize
+    def _nbytes(self, rows: np.ndarray) -> int:
+        """Rows, twice where put in place, and decoded chunks."""
+        elements = self._dataset.rows_nbytes([rows])[0] // self._dataset.dtype.itemsize
         out = elements * (self._rows.dtype.itemsize * (2 if self._rows.placed else 1) + 2 * self._rounds)
-        stretches = self._rows.stretches(self._dataset.row_index, numbers)  # type: ignore[arg-type]
-        return out + self._decoded.of(stretches, np.arange(len(numbers)))
+        stretches = self._rows.stretches(self._dataset.row_index, rows)
+        return out + self._decoded.of(stretches, np.arange(len(rows)))
 
     def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
         boxes, slab = self._dataset.read(selection)
         with stage("plan"):
-            plan = self._rows.plan(boxes)  # type: ignore[arg-type]
+            plan = self._rows.plan(boxes)
             staging = self._engine.measure(plan, slab)
         with stage("copy") as copying:
             self._engine.pack(staging, slot)
@@ -273,69 +273,76 @@ class LayersFeed:
         By layer; they deliver the same rows.
     """
 
-    def __init__(self, feeds: Mapping[str, Any]) -> None:
+    def __init__(self, feeds: Mapping[str, AnyFeed]) -> None:
         self._feeds = dict(feeds)
         self.one_batch_per_window = any(feed.one_batch_per_window for feed in feeds.values())
 
-    def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return next(iter(self._feeds.values())).checked(batches)
+
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[Any, ...]]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         return list(zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True))
 
-    def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def deliver(self, made: tuple[Any, ...]) -> TensorBatch:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         found = [feed.deliver(entry) for feed, entry in zip(self._feeds.values(), made, strict=True)]
         layers = {name: batch["X"] for name, batch in zip(self._feeds, found, strict=True)}
         return {**found[0], "layers": layers}
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
-        return sum(feed.nbytes(rows) for feed in self._feeds.values())
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return _sums(feed.nbytes(selections) for feed in self._feeds.values())
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        for feed in self._feeds.values():
+            feed.set_epoch(epoch)
+
+
+def _sums(sizes: Iterable[list[int]]) -> list[int]:
+    """Bytes of each batch over several feeds."""
+    return [sum(parts) for parts in zip(*sizes, strict=True)]
 
 
 def cells_feed(
-    dataset: Any,
-    make_feed: Callable[..., DeviceFeed],
-    backend: Backend,
-    collate: Callable[[Any], dict[str, Any]],
-    *,
-    decode: str = "auto",
-    **options: Any,
-) -> Any:
+    dataset: Loadable[Any], backend: Backend, collate: AnyCollate, options: LoaderOptions
+) -> AnyFeed:
     """The feed of one modality: decoded on the device where it can be, else made by `collate` and copied.
 
     Parameters
     ----------
     dataset
-        A CellDataset, or what behaves like one.
-    make_feed, options
-        Makes the feed of one layer of a sparse dataset.
+        What is read.
     backend
         The device.
     collate
         What makes the same tensors on the host.
-    decode
-        Where chunks of dense datasets are decoded; see :class:`DenseFeed`.
+    options
+        Those of one space.
     """
-    if not isinstance(dataset, CellDataset):
-        if not hasattr(dataset, "read_batches"):
-            raise UnsupportedError(
-                f"a {type(dataset).__name__} is loaded on the CPU only; a GPU takes the datasets of hbx_gpu"
-            )
+    if isinstance(dataset, PlainDataset):
+        raise UnsupportedError(
+            f"a {type(dataset.dataset).__name__} is loaded on the CPU only; "
+            "a GPU takes the datasets of hbx_gpu"
+        )
+    feeds: dict[str, AnyFeed] = {}
+    if isinstance(dataset, CellDataset):
+        for name, cells in _layers_of(dataset):
+            feeds[name] = DeviceFeed(cells, backend, options)
+    elif isinstance(dataset, DenseCellDataset):
+        for name, part in _layers_of(dataset):
+            feed = DenseFeed.of(part, backend, collate, options.decode)
+            if feed is None:  # one host read serves all layers
+                return CopiedFeed(dataset, collate, backend)
+            feeds[name] = feed
+    else:
         return CopiedFeed(dataset, collate, backend)
-    dense = isinstance(dataset, DenseCellDataset)
-    feeds: dict[str, Any] = {}
-    for name, part in _layers_of(dataset):
-        if not dense:
-            feeds[name] = make_feed(part, **options)
-            continue
-        feed = DenseFeed.of(part, backend, collate, decode)
-        if feed is None:  # one host read serves all layers
-            return CopiedFeed(dataset, collate, backend)
-        feeds[name] = feed
     return LayersFeed(feeds) if len(feeds) > 1 else feeds[dataset.layer]
 
 
-def _layers_of(dataset: CellDataset) -> Iterator[tuple[str, Any]]:
+def _layers_of(dataset: DatasetT) -> Iterator[tuple[str, DatasetT]]:
     """The dataset layer by layer, metadata with the first only."""
     if len(dataset.layers) == 1:
         yield dataset.layer, dataset
@@ -353,63 +360,59 @@ class MultimodalFeed:
     ----------
     dataset
         What is read.
-    settings
+    collate
         What its spaces become.
-    make_feed
-        Makes the feed of one layer of a sparse dataset, told ``layout``, ``dtype`` and ``transform``.
     backend
         The device.
-    decode
-        See :func:`cells_feed`.
+    options
+        Of all spaces; `collate` knows those of each.
     """
 
     def __init__(
         self,
         dataset: MultimodalCellDataset,
-        settings: MultimodalCollate,
-        make_feed: Callable[..., DeviceFeed],
+        collate: MultimodalCollate,
         backend: Backend,
-        *,
-        decode: str = "auto",
+        options: LoaderOptions,
     ) -> None:
         check_spaces(dataset.datasets)
         self._dataset = dataset
         # Masks cross as columns of the first part, beside the labels.
         masks = {f"{PRESENT}{name}": mask.astype(np.uint8) for name, mask in dataset.present.items()}
-        self._feeds: dict[str, Any] = {}
+        self._feeds: dict[str, AnyFeed] = {}
         for name, part in dataset.datasets.items():
             cells = part if self._feeds else part.with_columns(masks)
-            kind = part.kind if isinstance(part, DenseCellDataset) else "sparse"
-            collate = settings.collate_of(name, kind, present=part.present)
-            options = settings.options_of(name)
-            self._feeds[name] = cells_feed(cells, make_feed, backend, collate, decode=decode, **options)
-        self.one_batch_per_window = any(
-            getattr(feed, "one_batch_per_window", False) for feed in self._feeds.values()
-        )
+            made = collate.collate_of(name, part.kind, present=part.present)
+            own = replace(options, **collate.options_of(name))
+            self._feeds[name] = cells_feed(cells, backend, made, own)
+        self.one_batch_per_window = any(feed.one_batch_per_window for feed in self._feeds.values())
+
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return self._dataset.checked(batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """See :class:`hbx_gpu._loading.feeds.host.HostFeed`."""
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         for feed in self._feeds.values():
-            tell_epoch(feed, epoch)
+            feed.set_epoch(epoch)
 
-    def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[np.ndarray, tuple[Any, ...]]]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         made = zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True)
         return list(zip(selections, made, strict=True))
 
-    def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def deliver(self, made: tuple[np.ndarray, tuple[Any, ...]]) -> TensorBatch:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         import torch
 
-        selection, entries = made
+        rows, entries = made
         found = {
             name: feed.deliver(entry)
             for (name, feed), entry in zip(self._feeds.items(), entries, strict=True)
         }
         labels = dict(next(iter(found.values())))
         index = labels["index"]
-        rows = self._dataset.row_numbers(selection)
-        result: dict[str, Any] = {
+        result: TensorBatch = {
             "present": {name: labels.pop(f"{PRESENT}{name}").view(torch.bool) for name in found},
             "measured": MeasuredTensors(self._dataset.measured(rows), index.device),
             "index": index,
@@ -420,6 +423,6 @@ class MultimodalFeed:
             result[name] = {key: batch[key] for key in ("X", "layers") if key in batch}
         return result
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
-        return sum(int(feed.nbytes(rows)) for feed in self._feeds.values())
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return _sums(feed.nbytes(selections) for feed in self._feeds.values())

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hbx_gpu._devices import cores
 from hbx_gpu._engine.device.backend import NoRoom, Slot
-from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64, Resident, Staging
+from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64, Layout, Resident, Staging
 from hbx_gpu._engine.device.staging_kernels import copy_ranges
 from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, resident_sizes, with_slack
-from hbx_gpu._loading.residency.host import LOADS, SHARE, decide, fitting, free_host_memory, load_all, tell
+from hbx_gpu._loading.residency.host import SHARE, decide, fitting, free_host_memory, load_all, tell
 from hbx_gpu._plan.rows import BatchPlan, needed_chunks, plan_rows
 from hbx_gpu._storage import kvikio
-from hbx_gpu._storage.choice import check_io, choose
+from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.readers import Reader, Slab
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._engine.device import DeviceEngine
+    from hbx_gpu._loading.options import LoaderOptions
 
 AREA_BYTES = 256 << 20
 """At least, beside resident chunks where not all are, for what crosses and what is decoded."""
@@ -40,18 +42,9 @@ class DeviceChunks:
     ----------
     dataset, engine
         Whose chunks.
-    layout
-        What the engine makes of them.
-    io
-        ``"mmap"``, ``"pinned"``, ``"kvikio"``, or ``"auto"``, which measures them; ``"preadv"`` too.
-    residency
-        ``"none"``, ``"host"``, ``"device"`` or ``"auto"``; see docs/residency.md.
-    budget
-        Bytes for resident chunks; None: as much as there is, within reason.
-    load
-        ``"start"``: now. ``"touch"``: each chunk when a batch first needs it; in device memory only.
-    threads
-        That load now, and that a measurement assumes.
+    options
+        `layout`: what the engine makes of them; `io`, `residency`, `residency_budget`, `residency_load` and
+        `threads` as for :func:`hbx_gpu.dataloader.make_loader`.
 
     Attributes
     ----------
@@ -67,26 +60,19 @@ class DeviceChunks:
         self,
         dataset: CellDataset,
         engine: DeviceEngine,
-        *,
-        layout: Literal["csr", "dense"],
-        io: str = "mmap",
-        residency: str = "none",
-        budget: int | None = None,
-        load: str = "start",
-        threads: int = 1,
+        options: LoaderOptions,
     ) -> None:
-        if load not in LOADS:
-            raise ValueError(f"residency_load must be one of {', '.join(map(repr, LOADS))}, got {load!r}")
-        self._dataset, self._engine, self._layout, self._threads = dataset, engine, layout, threads
-        self.io = self._choose(check_io(io) if io != "preadv" else io)
+        self._dataset, self._engine, self._threads = dataset, engine, options.threads or cores()
+        self._layout: Layout = "csr" if options.layout == "csr" else "dense"
+        self.io = self._choose(options.io or "mmap")
         self._direct = kvikio.KvikioReader(engine.directory) if self.io == "kvikio" else None
         self._reader: Reader = dataset.open_reader("mmap" if self.io == "kvikio" else self.io)
         self.in_place = False
         self.store: ChunkStore | None = None
         self._touch = False
-        self.residency, reason = self._decide(residency, budget)
+        self.residency, reason = self._decide(options.residency, options.residency_budget)
         if self.residency != "none":
-            self._hold(budget, load, reason)
+            self._hold(options.residency_budget, options.residency_load, reason)
         elif self._direct is not None:
             # Whole chunks go straight to the device, for one batch each.
             area = min(4 * AREA_BYTES, int(SHARE * engine.backend.free_memory()))

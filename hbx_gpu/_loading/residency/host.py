@@ -10,19 +10,22 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hbx_gpu._storage.choice import check_io, choose
+from hbx_gpu._devices import cores
+from hbx_gpu._protocols import Chunked, Loadable
+from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.chunks import Extents
 from hbx_gpu._storage.readers import Reader, Slab
+from hbx_gpu.errors import UnsupportedError
 
-RESIDENCIES = ("none", "host", "device", "auto")
-"""What `residency` may be."""
-LOADS = ("start", "touch")
-"""When chunks come: all of them before the first batch, or each when a batch first needs it."""
+if TYPE_CHECKING:
+    from hbx_gpu._loading.options import LoaderOptions
+
+LoadableT = TypeVar("LoadableT", bound=Loadable[Any])
+
 LOAD_BYTES = 32 << 20
 """Loaded at a time, per thread."""
 SHARE = 0.8
@@ -49,7 +52,7 @@ def decide(
     Parameters
     ----------
     residency
-        One of `RESIDENCIES`; others than ``"auto"`` stay what they are.
+        One of :data:`~hbx_gpu._loading.options.RESIDENCIES`; others than ``"auto"`` stay what they are.
     device_bytes, host_bytes
         That all chunks of the query take there.
     free_device, free_host
@@ -57,8 +60,6 @@ def decide(
     budget
         Bytes that chunks may take; None: `SHARE` of the free memory.
     """
-    if residency not in RESIDENCIES:
-        raise ValueError(f"residency must be one of {', '.join(map(repr, RESIDENCIES))}, got {residency!r}")
     if residency != "auto":
         return residency, "asked for"
     on_device = int(SHARE * free_device) if budget is None else min(budget, free_device)
@@ -188,75 +189,63 @@ class HeapReader(Reader):
         return extents.file.astype(np.int64) * self._stride + extents.offset
 
 
-def hold_on_host(dataset: Any, residency: str, *, io: str | None, budget: int | None, threads: int) -> Any:
-    """A dataset for the CPU whose chunks stay as `residency` says: page cache, or a copy on the heap.
+def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
+    """A dataset for the CPU whose chunks are read and stay as `options` says: page cache, or the heap.
 
     Parameters
     ----------
     dataset
-        A CellDataset, or what holds some.
-    residency
-        ``"none"`` and ``"auto"``: the page cache. ``"host"`` and ``"device"``: a copy.
-    io
-        How files are read; None: as the dataset was opened.
-    budget
-        Bytes for the copy; None: `SHARE` of the free memory.
-    threads
-        That copy.
+        What is loaded.
+    options
+        `residency`: ``"none"`` and ``"auto"`` leave chunks to the page cache, ``"host"`` and ``"device"``
+        keep a copy. `io`: how files are read; None: as the dataset was opened. `residency_budget`: bytes for
+        the copy; None: `SHARE` of the free memory.
+
+    Raises
+    ------
+    UnsupportedError
+        The dataset has no chunks that could be read or kept.
     """
-    if residency not in RESIDENCIES:
-        raise ValueError(f"residency must be one of {', '.join(map(repr, RESIDENCIES))}, got {residency!r}")
-    if residency in ("none", "auto"):
-        if residency == "auto":
-            tell(
-                "residency='auto' on the CPU: 'none', the page cache keeps chunks and all processes share it"
-            )
-        return _reading_with(dataset, partial(_open, io=io, threads=threads))
-    left = int(SHARE * free_host_memory()) if budget is None else budget
+    residency = options.residency
+    if not options.reads_on_its_own:
+        return dataset
+    if not isinstance(dataset, Chunked):
+        raise UnsupportedError(
+            f"io and residency are about the chunks of a CellDataset, and {dataset!r} has none. Leave io and "
+            "residency out"
+        )
+    reader = _open(dataset, options)
+    if residency == "auto":
+        tell("residency='auto' on the CPU: 'none', the page cache keeps chunks and all processes share it")
+    elif residency != "none":
+        budget = options.residency_budget
+        reader = HeapReader(
+            reader,
+            dataset.needed_chunks(),
+            budget=int(SHARE * free_host_memory()) if budget is None else budget,
+            threads=options.threads or cores(),
+        )
+        tell(f"residency={residency!r} on the CPU: {_size(reader.nbytes)} of chunks copied to memory")
+    return dataset.reading_with(reader)
 
-    def hold(cells: Any) -> Reader:
-        nonlocal left
-        chunks = cells.needed_chunks()
-        kept = HeapReader(_open(cells, io, threads), chunks, budget=left, threads=threads)
-        left -= kept.nbytes
-        tell(f"residency={residency!r} on the CPU: {_size(kept.nbytes)} of chunks copied to memory")
-        return kept
 
-    return _reading_with(dataset, hold)
-
-
-def _open(cells: Any, io: str | None, threads: int) -> Reader:
+def _open(dataset: Chunked, options: LoaderOptions) -> Reader:
     """The reader that `io` stands for on the CPU."""
+    io = options.io
     if io is None:
-        reader: Reader = cells.open_reader(cells.reader_kind)
-        return reader
-    if check_io(io) == "kvikio":
-        raise ValueError("io='kvikio' brings chunks to a GPU; on the CPU say 'mmap', 'pinned' or 'auto'")
-    readers = {"mmap": cells.open_reader("mmap"), "pinned": cells.open_reader("preadv")}
+        return dataset.open_reader(dataset.reader_kind)
+    if io == "kvikio":
+        raise ValueError("io='kvikio' brings chunks to a GPU; on the CPU pass 'mmap', 'pinned' or 'auto'")
+    readers = {"mmap": dataset.open_reader("mmap"), "pinned": dataset.open_reader("preadv")}
     if io == "auto":
 
         def reads(reader: Reader) -> Callable[[np.ndarray], object]:
-            other = cells.reading_with(reader)
-            return lambda rows: other.read_batches([rows])
+            other = dataset.reading_with(reader)
+            return lambda rows: other.read_rows([rows])
 
         candidates = {name: reads(reader) for name, reader in readers.items()}
-        io = choose(candidates, len(cells), threads=threads)
+        io = choose(candidates, len(dataset), threads=options.threads or cores())
     return readers[io]
-
-
-def _reading_with(dataset: Any, open_reader: Callable[[Any], Reader]) -> Any:
-    """The dataset, or what it is made of, with other readers."""
-    from hbx_gpu._loading.make import IndexedDataset
-    from hbx_gpu.errors import UnsupportedError
-
-    if isinstance(dataset, IndexedDataset):
-        return IndexedDataset(_reading_with(dataset.dataset, open_reader))
-    if hasattr(type(dataset), "reading_with"):  # its own, not one that it passes on
-        return dataset.reading_with(open_reader(dataset))
-    raise UnsupportedError(
-        f"io and residency are about the chunks of a CellDataset; a {type(dataset).__name__} has none that "
-        "could be found. Leave io and residency out"
-    )
 
 
 def free_host_memory() -> int:

@@ -13,13 +13,12 @@ import pyarrow as pa
 from hbx_gpu.atlas._query.obs import has_gaps
 from hbx_gpu.atlas._query.opening import group_records
 from hbx_gpu.atlas._query.state import FeatureJoin
-from hbx_gpu.batch import DenseBatch
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 
 _BLOCK_ELEMENTS = 1 << 27
@@ -51,7 +50,7 @@ class Matrices:
         One row per column, indexed by uid.
     """
 
-    layers: dict[str, CellDataset]
+    layers: dict[str, FeatureDataset]
     obs: pa.Table
     obs_names: list[str]
     var: pd.DataFrame
@@ -75,12 +74,15 @@ class Matrices:
             yield self.cut(start, min(start + batch_size, len(self)))
 
 
-def _read(dataset: CellDataset, start: int, stop: int) -> object:
+def _read(dataset: FeatureDataset, start: int, stop: int) -> object:
     from scipy.sparse import csr_matrix
 
-    blocks = [dataset.__getitems__(block) for block in _blocks(dataset, start, stop)]
-    if isinstance(blocks[0], DenseBatch):
-        return np.concatenate([block.data for block in blocks])
+    from hbx_gpu._datasets.cells import CellDataset
+
+    rows = _blocks(dataset.n_features, start, stop)
+    if not isinstance(dataset, CellDataset):
+        return np.concatenate([dataset.__getitems__(block).data for block in rows])
+    blocks = [dataset.__getitems__(block) for block in rows]
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
     matrix = csr_matrix(
         (
@@ -94,9 +96,9 @@ def _read(dataset: CellDataset, start: int, stop: int) -> object:
     return matrix
 
 
-def _blocks(dataset: CellDataset, start: int, stop: int) -> list[np.ndarray]:
+def _blocks(n_features: int, start: int, stop: int) -> list[np.ndarray]:
     """Row numbers cut into at least one piece of at most `_BLOCK_ELEMENTS` matrix entries each."""
-    rows = max(1, _BLOCK_ELEMENTS // max(1, dataset.n_features))
+    rows = max(1, _BLOCK_ELEMENTS // max(1, n_features))
     edges = [*range(start, stop, rows), stop] if stop > start else [start, stop]
     return [np.arange(a, b) for a, b in pairwise(edges)]
 

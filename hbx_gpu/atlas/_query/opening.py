@@ -16,7 +16,8 @@ from hbx_gpu.atlas._query.obs import ModalityRows, row_uid
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.cells import CellDataset, Recipe
+    from hbx_gpu._datasets.dense import FeatureDataset
+    from hbx_gpu._datasets.stored import Recipe
     from hbx_gpu.atlas._catalogue.snapshot import Group, PointerColumn, Snapshot
 
 
@@ -200,7 +201,7 @@ def open_dataset(
     columns: Columns,
     recipe: Recipe | None,
     dtypes: Mapping[str, str] | None = None,
-) -> CellDataset:
+) -> FeatureDataset:
     """A dataset over rows that were found, with their Sources opened and checked."""
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._datasets.dense import DenseCellDataset

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.modality import Modality as Part
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
     from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
     from hbx_gpu.atlas._query.results import MultimodalResult
@@ -358,7 +359,7 @@ class AtlasQuery:
                 raise UnknownNameError(
                     f"{what} were given for {strangers}, but the dataset reads {list(pointers)}"
                 )
-        datasets: dict[str, CellDataset] = {}
+        datasets: dict[str, Part] = {}
         for name, pointer in pointers.items():
             # Labels once; every part has the same rows.
             columns = metadata_columns if not datasets else None
@@ -406,8 +407,10 @@ class AtlasQuery:
         dataset = recipe.dataset(chosen, found)
         if matrix is None:
             return dataset
+        from hbx_gpu._datasets.cells import CellDataset
         from hbx_gpu.chromatin import FragmentMatrixDataset
 
+        assert isinstance(dataset, CellDataset)  # fragments are sparse
         registry = chosen.snapshot.registry(pointer.feature_space).frame
         return FragmentMatrixDataset.registered(dataset, matrix, registry)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hbx_gpu.atlas._query.state import QueryState
 
 if TYPE_CHECKING:
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._query.obs import ModalityRows
     from hbx_gpu.atlas._query.selection import Selection
 
@@ -46,7 +46,7 @@ class QueryRecipe:
     version_table_name: str = "atlas_versions"
     allow_links: bool = False
 
-    def dataset(self, selection: Selection, found: ModalityRows | None = None) -> CellDataset:
+    def dataset(self, selection: Selection, found: ModalityRows | None = None) -> FeatureDataset:
         """The dataset over rows of a selection, `found` where they have been read already."""
         pointer = selection.fields.one(None, self.field_name)
         if found is None:
@@ -64,7 +64,7 @@ class QueryRecipe:
             dict(self.dtypes) or None,
         )
 
-    def rebuild(self) -> CellDataset:
+    def rebuild(self) -> FeatureDataset:
         """Open the snapshot and build the dataset; same rows in the same order."""
         from hbx_gpu.atlas._catalogue.snapshot import Snapshot
         from hbx_gpu.atlas._query.selection import Selection

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._catalogue.snapshot import PointerColumn
     from hbx_gpu.atlas._query.matrices import Matrices
     from hbx_gpu.atlas._query.selection import Selection
@@ -60,7 +60,7 @@ class Modality:
         rows = read_table(selection.table, ["uid", *names], rowids=found.rowids)
         return cls(selection, pointer, present, obs_frame(rows, names), some_rows(found, present))
 
-    def open(self, layers: Sequence[str] | None = None) -> tuple[CellDataset, pd.DataFrame | None]:
+    def open(self, layers: Sequence[str] | None = None) -> tuple[FeatureDataset, pd.DataFrame | None]:
         """A dataset over the rows that have the field, and the registry of its columns if there is one."""
         return self.selection.open(self.pointer, self.found, layers)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from lancedb.table import Table
 
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
 
 
@@ -214,7 +214,7 @@ class Selection:
 
     def open(
         self, pointer: PointerColumn, found: obs.ModalityRows, layers: Sequence[str] | None
-    ) -> tuple[CellDataset, pd.DataFrame | None]:
+    ) -> tuple[FeatureDataset, pd.DataFrame | None]:
         """A dataset over rows that were found, and the registry of its columns if the space has one."""
         layers = self.layers(pointer, found.groups) if layers is None else layers
         columns = self.columns(pointer)

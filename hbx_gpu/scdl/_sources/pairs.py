@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hbx_gpu._datasets.cells import CellDataset, several_rows
+from hbx_gpu._datasets.base import Dataset
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._protocols import AnyCollate, AnyFeed, Collating, Rows, TensorBatch
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 from hbx_gpu.scdl._format.features import VariableFeatureIndex, var_folder
 from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborTable, open_neighbors
+
+if TYPE_CHECKING:
+    from hbx_gpu._storage.readers import Reader
 
 KEYS = ("neighbor_X", "neighbor_index", "neighbor_weight")
 """What a batch dict holds of the neighbours."""
@@ -53,7 +58,7 @@ class PairBatch:
         return len(self.cells)
 
 
-class PairedDataset:
+class PairedDataset(Dataset[PairBatch]):
     """The cells of a dataset, a drawn neighbour beside each.
 
     Which neighbours a batch has follows from the seed and from the batch's rows alone: not from workers,
@@ -111,11 +116,29 @@ class PairedDataset:
                 "again with load_neighbors=True and its neighbor_key"
             )
 
-    def __getattr__(self, name: str) -> Any:
-        # Everything else is the cells' own: groups_np, n_features, categories, ...
-        if name == "cells" or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.cells, name)
+    @property
+    def n_features(self) -> int:
+        return self.cells.n_features
+
+    @property
+    def feature_uids(self) -> np.ndarray:
+        return self.cells.feature_uids
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        return self.cells.groups_np
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return self.cells.columns
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        return self.cells.categories
+
+    @property
+    def reader_kind(self) -> str:
+        return self.cells.reader_kind
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -141,7 +164,9 @@ class PairedDataset:
         NeighborsUnusableError, InvalidDataError
             As :meth:`NeighborTable.links`.
         """
-        rows = self.cells.row_numbers(rows)
+        return self._draw(self.cells.row_numbers(rows))
+
+    def _draw(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self.seed, zlib.crc32(rows.tobytes())])
         uniform = rng.random(len(rows))
         index, weight = rows.copy(), np.zeros(len(rows), np.float32)
@@ -157,19 +182,11 @@ class PairedDataset:
             weight[mine] = table.weights[links]
         return index, weight
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> PairBatch:
-        """A batch of the rows asked for, as :meth:`CellDataset.__getitem__`."""
-        return self.__getitems__(several_rows(len(self), rows))
-
-    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> PairBatch:
-        """A batch of rows and their neighbours."""
-        return self.read_batches([rows])[0]
-
-    def read_batches(self, batches: Sequence[Sequence[int] | np.ndarray]) -> list[PairBatch]:
-        """Several batches under one plan, as :meth:`CellDataset.read_batches`."""
-        drawn = [self.draw(rows) for rows in batches]
-        both = [part for rows, (index, _) in zip(batches, drawn, strict=True) for part in (rows, index)]
-        read = self.cells.read_batches(both)
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[PairBatch]:
+        """See :meth:`CellDataset.read_rows`."""
+        drawn = [self._draw(rows) for rows in selections]
+        both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
+        read = self.cells.read_rows(both)
         for batch in read[1::2]:
             batch.metadata = None
         return [
@@ -177,32 +194,58 @@ class PairedDataset:
             for cells, neighbors, found in zip(read[::2], read[1::2], drawn, strict=True)
         ]
 
-    def batch_nbytes(self, rows: Sequence[int] | np.ndarray) -> int:
-        """Bytes of one batch; neighbours are taken to be as large as their cells."""
-        return 2 * self.cells.batch_nbytes(rows)
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :meth:`CellDataset.rows_nbytes`; neighbors are taken to be as large as their cells."""
+        return [2 * nbytes for nbytes in self.cells.rows_nbytes(selections)]
 
-    def with_wide_columns(self) -> PairedDataset:
-        """As :meth:`CellDataset.with_wide_columns`."""
-        other: PairedDataset = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, cells=self.cells.with_wide_columns())
-        return other
+    def with_row_numbers(self) -> Self:
+        """See :meth:`CellDataset.with_row_numbers`."""
+        return self._derived(cells=self.cells.with_row_numbers())
 
-    def collate_with(self, collate: Callable[[Any], Any]) -> PairCollate:
+    def with_wide_columns(self) -> Self:
+        """See :meth:`CellDataset.with_wide_columns`."""
+        return self._derived(cells=self.cells.with_wide_columns())
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`CellDataset.identity`."""
+        return self.cells.identity()
+
+    def reading_with(self, reader: Reader) -> Self:
+        """See :meth:`CellDataset.reading_with`."""
+        return self._derived(cells=self.cells.reading_with(reader))
+
+    def open_reader(self, kind: str) -> Reader:
+        """See :meth:`CellDataset.open_reader`."""
+        return self.cells.open_reader(kind)
+
+    def needed_chunks(self) -> np.ndarray:
+        """See :meth:`CellDataset.needed_chunks`."""
+        return self.cells.needed_chunks()
+
+    def collate_with(self, collate: AnyCollate) -> PairCollate:
         """A collate for batches of pairs from one for batches of cells; what `make_loader` uses."""
         return PairCollate(collate)
 
-    def feed_with(self, make_feed: Callable[[CellDataset], Any]) -> PairFeed:
+    def feed_with(self, make: Callable[[CellDataset], AnyFeed]) -> PairFeed:
         """A feed of pairs from one of cells; what `make_loader` uses on a device."""
-        return PairFeed(make_feed(self.cells), self)
+        return PairFeed(make(self.cells), self)
 
 
 @dataclass(frozen=True, slots=True)
-class PairCollate:
+class PairCollate(Collating):
     """Batches of pairs to dicts: what `collate` makes of the cells, and beside it `KEYS`."""
 
-    collate: Callable[[Any], Any]
+    collate: AnyCollate
 
-    def __call__(self, batch: PairBatch) -> dict[str, Any]:
+    @property
+    def sparse(self) -> bool:
+        return self.collate.sparse
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`~hbx_gpu._protocols.Collate`."""
+        self.collate.set_epoch(epoch)
+
+    def __call__(self, batch: PairBatch) -> TensorBatch:
         """See :class:`PairCollate`.
 
         Raises
@@ -220,16 +263,15 @@ class PairCollate:
             "neighbor_weight": torch.from_numpy(batch.neighbor_weight),
         }
 
-    def nbytes(self, n_rows: int, n_features: int) -> int:
+    def nbytes(self, n_rows: int, n_features: int, /) -> int:
         """Bytes of both matrices, as far as the inner collate can tell."""
-        inner = getattr(self.collate, "nbytes", None)
-        return 2 * int(inner(n_rows, n_features)) if inner else 0
+        return 2 * self.collate.nbytes(n_rows, n_features)
 
 
 class PairFeed:
     """A device feed of pairs: a batch and its neighbours are two batches of one window of the inner feed."""
 
-    def __init__(self, feed: Any, dataset: PairedDataset) -> None:
+    def __init__(self, feed: AnyFeed, dataset: PairedDataset) -> None:
         if feed.one_batch_per_window:
             raise UnsupportedError(
                 "neighbours on a device need batches whose columns are all kept; use layout='dense', or all "
@@ -239,28 +281,37 @@ class PairFeed:
         self._feed, self._dataset = feed, dataset
         self.one_batch_per_window = False
 
-    def make(self, selections: list[np.ndarray]) -> list[Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
-        drawn = [self._dataset.draw(rows) for rows in selections]
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return self._feed.checked(batches)
+
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[Any, Any, np.ndarray]]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        drawn = [self._dataset._draw(rows) for rows in selections]
         both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
         made = self._feed.make(both)
         return list(zip(made[::2], made[1::2], [weight for _, weight in drawn], strict=True))
 
-    def deliver(self, made: Any) -> dict[str, Any]:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
+    def deliver(self, made: tuple[Any, Any, np.ndarray]) -> TensorBatch:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
         import torch
 
         cells, neighbors, weight = made
-        batch, others = self._feed.deliver(cells), self._feed.deliver(neighbors)
+        batch: TensorBatch = self._feed.deliver(cells)
+        others: TensorBatch = self._feed.deliver(neighbors)
         weights = torch.from_numpy(weight).to(batch["X"].device)
         return batch | dict(zip(KEYS, (others["X"], others["index"], weights), strict=True))
 
-    def nbytes(self, rows: np.ndarray) -> int:
-        """See :class:`hbx_gpu._loading.feeds.host.Feed`."""
-        return 2 * int(self._feed.nbytes(rows))
+    def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        return [2 * nbytes for nbytes in self._feed.nbytes(selections)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`~hbx_gpu._protocols.Feed`."""
+        self._feed.set_epoch(epoch)
 
 
-def _check_names(columns: Any) -> None:
+def _check_names(columns: Iterable[str]) -> None:
     if taken := sorted(set(columns) & set(KEYS)):
         raise ValueError(
             f"metadata column {taken[0]!r} would be overwritten by what batches hold of the neighbours; "

@@ -1,0 +1,152 @@
+"""What all datasets have in common: row numbers are checked, batches asked for, variants made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+
+from hbx_gpu._protocols import AnyCollate, AnyFeed, Rows, Widths
+
+BatchT = TypeVar("BatchT")
+
+
+class Dataset(ABC, Generic[BatchT]):
+    """Map-style dataset: rows by number, several at a time. A :class:`~hbx_gpu._protocols.Loadable`.
+
+    Attributes
+    ----------
+    n_cells
+        Number of rows.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def n_features(self) -> Widths:
+        """Width of dense matrices of the rows."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """Metadata of all rows: numbers as stored, codes where `categories` has the name."""
+
+    @abstractmethod
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[BatchT]:
+        """Several batches under one plan, of row numbers that `checked` has returned."""
+
+    @abstractmethod
+    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
+        """Bytes of each of several batches, metadata aside, of row numbers that `checked` has returned."""
+
+    @abstractmethod
+    def with_row_numbers(self) -> Self:
+        """This dataset with row numbers as metadata column ``index`` of its batches.
+
+        Raises
+        ------
+        ValueError
+            A metadata column has a name that a batch has another meaning for.
+        """
+
+    @property
+    def n_cells(self) -> int:
+        return len(self)
+
+    def __getitem__(self, rows: int | slice | Rows) -> BatchT:
+        """A batch of the rows asked for; one row number gives a batch of one row."""
+        if isinstance(rows, slice):
+            return self.__getitems__(np.arange(len(self))[rows])
+        # One number in any coat: an int, a NumPy integer, an array or tensor without axes.
+        if isinstance(rows, int) or np.ndim(rows) == 0:
+            return self.__getitems__(np.atleast_1d(np.asarray(rows)))
+        return self.__getitems__(rows)
+
+    def __getitems__(self, rows: Rows) -> BatchT:
+        """One batch of `rows`, in the order asked; negative and repeated numbers are fine.
+
+        Raises
+        ------
+        IndexError
+            A row number is outside ``[-n_cells, n_cells)``.
+        CorruptChunkError
+            A chunk that holds one of the rows cannot be decoded.
+        """
+        return self.read_batches([rows])[0]
+
+    def read_batches(self, batches: Sequence[Rows]) -> list[BatchT]:
+        """Several batches under one plan: a chunk that many of them need is read and decoded once.
+
+        Parameters
+        ----------
+        batches
+            Row numbers of each batch.
+
+        Returns
+        -------
+        list
+            The batches; their arrays are views of one allocation.
+        """
+        return self.read_rows(self.checked(batches))
+
+    def batch_nbytes(self, rows: Rows) -> int:
+        """Bytes of one batch of `rows`, metadata aside."""
+        return self.rows_nbytes(self.checked([rows]))[0]
+
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        """Row numbers of several batches, int64 in ``[0, n_cells)``, looked at together.
+
+        Raises
+        ------
+        IndexError
+            A row number is out of range.
+        """
+        if not all(isinstance(rows, np.ndarray) and rows.dtype == np.int64 for rows in batches):
+            return [self.row_numbers(rows) for rows in batches]
+        whole = self.row_numbers(np.concatenate([*batches, np.empty(0, np.int64)]))
+        ends = accumulate(map(len, batches), initial=0)
+        return [whole[first:last] for first, last in pairwise(ends)]
+
+    def row_numbers(self, rows: Rows) -> np.ndarray:
+        """Row numbers as int64 in ``[0, n_cells)``."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1:
+            raise IndexError(f"row numbers must be one-dimensional, got shape {rows.shape}")
+        if rows.size == 0:
+            return np.empty(0, np.int64)
+        n = len(self)
+        if rows.dtype == bool:
+            if len(rows) != n:
+                raise IndexError(f"a boolean mask needs {n} entries, got {len(rows)}")
+            return np.flatnonzero(rows)
+        if rows.dtype.kind not in "iu":
+            raise IndexError(f"row numbers must be integers, got {rows.dtype}")
+        rows = rows.astype(np.int64, copy=False)
+        low, high = rows.min(), rows.max()
+        if low < -n or high >= n:
+            bad = low if low < -n else high
+            raise IndexError(f"row {bad} is out of range for a dataset of {n} cells")
+        return np.where(rows < 0, rows + n, rows) if low < 0 else rows
+
+    def with_wide_columns(self) -> Self:
+        """This dataset with sparse batches of which CSR tensors are made without a copy."""
+        return self
+
+    def collate_with(self, collate: AnyCollate) -> AnyCollate:
+        """A collate for its batches from one for batches of cells; what `make_loader` uses."""
+        return collate
+
+    def feed_with(self, make: Callable[[Any], AnyFeed]) -> AnyFeed:
+        """A feed of it on a device, from what makes one for datasets of cells; what `make_loader` uses."""
+        return make(self)
+
+    def _derived(self, **changes: object) -> Self:
+        """This dataset with other values of some attributes; everything else is shared."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **changes)
+        return other

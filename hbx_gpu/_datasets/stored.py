@@ -1,0 +1,438 @@
+"""`StoredDataset`: cells whose values lie in stored groups, and what batches show of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+
+from hbx_gpu._datasets.base import BatchT, Dataset
+from hbx_gpu._datasets.state import Spill, unspill
+from hbx_gpu._datasets.subsets import SubsetRecipe, digest_of_rows
+from hbx_gpu._protocols import Rows
+from hbx_gpu._source import ArrayLayout, BoxIndex, ObsColumns, RowIndex, Source
+from hbx_gpu._tensors import check_columns
+from hbx_gpu.errors import UnknownNameError
+from hbx_gpu.stats import stage
+
+if TYPE_CHECKING:
+    from hbx_gpu._storage.chunks import ChunkDirectory
+    from hbx_gpu._storage.readers import Reader, Slab
+
+Kind = Literal["sparse", "matrix", "arrays"]
+"""What rows are: sparse, rows of a dense matrix, or arrays without columns."""
+
+
+class Planned(Protocol):
+    """What a plan of any kind says to those who read."""
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """int64. Global numbers of the chunks that are needed."""
+
+
+IndexT = TypeVar("IndexT", RowIndex, BoxIndex)
+PlanT = TypeVar("PlanT", bound=Planned)
+
+
+class Recipe(Protocol):
+    """What a dataset was made from; small, picklable, and enough to make it again."""
+
+    def rebuild(self) -> StoredDataset[Any, Any, Any]:
+        """The dataset as it was made: same rows, same layers, same metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What batches show of a dataset; it travels with every pickle, whatever else does.
+
+    Attributes
+    ----------
+    layers
+        Layers that are read; the first becomes the values of a batch.
+    metadata
+        Whether batches carry the dataset's metadata columns.
+    more
+        Metadata columns beside those.
+    numbered
+        Whether batches carry row numbers, as metadata column ``index``.
+    wide
+        Whether rows of sparse batches are as CSR tensors want them: ascending int64 columns, float32 values.
+    """
+
+    layers: tuple[str, ...]
+    metadata: bool = True
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    numbered: bool = False
+    wide: bool = False
+
+
+class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
+    """Map-style dataset over the cells of one feature space, as stored in groups.
+
+    Parameters
+    ----------
+    sources
+        The stored arrays; `rows.source` counts in them.
+    rows
+        Where each row lies.
+    layer
+        Name of the layer to read; or several, read at once.
+    n_features
+        Width of the dense matrix.
+    feature_uids
+        (n_features,) uid of every output column.
+    obs
+        Metadata columns of the rows and their vocabularies.
+    recipe
+        How to make this dataset again in a process that cannot map its arrays; None: pickles whole.
+    feature_space
+        Name of the feature space.
+    reader
+        ``"mmap"`` or ``"preadv"``: how compressed bytes are read.
+    """
+
+    kind: Kind
+    per_cell_shape: tuple[int, ...] | None = None
+    _index_type: type[IndexT]
+    _identity: dict[str, Any] | None = None
+    _directory: ChunkDirectory
+    _reader: Reader
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rows: IndexT,
+        *,
+        layer: str | Sequence[str],
+        n_features: int,
+        feature_uids: np.ndarray,
+        obs: ObsColumns | None = None,
+        recipe: Recipe | None = None,
+        feature_space: str = "",
+        reader: str = "mmap",
+    ) -> None:
+        self._view = View((layer,) if isinstance(layer, str) else tuple(layer))
+        self._check(sources, rows)
+        self._sources = list(sources)
+        self._rows: IndexT = rows
+        self._obs = obs or ObsColumns()
+        self._recipe = recipe
+        self._reader_kind = reader
+        self.feature_space = feature_space
+        self._n_features = int(n_features)
+        self.feature_uids = feature_uids
+        self._spill = Spill()
+        self._open()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Open what does not travel: chunk tables, files and the engine."""
+
+    @abstractmethod
+    def _check(self, sources: Sequence[Source], rows: IndexT) -> None:
+        """Every row lies inside the arrays of its Source."""
+
+    @abstractmethod
+    def plan(self, selection: np.ndarray) -> PlanT:
+        """Which chunks the rows `selection` need, by number in :attr:`directory`, and what goes where."""
+
+    @abstractmethod
+    def needed_chunks(self) -> np.ndarray:
+        """int64. Chunks that any row needs, in an order whose beginning serves whole rows."""
+
+    @abstractmethod
+    def decode(self, plan: PlanT, slab: Slab, selections: Sequence[np.ndarray]) -> list[BatchT]:
+        """The batches that a plan is for.
+
+        Parameters
+        ----------
+        plan, slab
+            From :meth:`read`, for all rows of `selections`.
+        selections
+            int64. Row numbers of each batch, for their metadata.
+        """
+
+    def _open_files(self, layouts: Sequence[ArrayLayout]) -> None:
+        from hbx_gpu._storage.chunks import ChunkDirectory
+
+        self._directory = ChunkDirectory(list(layouts))
+        self._reader = self.open_reader(self._reader_kind)
+
+    @property
+    def n_features(self) -> int:
+        return self._n_features
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that are read."""
+        return self._view.layers
+
+    @property
+    def layer(self) -> str:
+        """Name of the first layer."""
+        return self.layers[0]
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """dtype of each layer in batches: one for the whole dataset."""
+        return {name: self._dtype(name) for name in self.layers}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """dtype of batch values."""
+        return self.dtypes[self.layer]
+
+    def _dtype(self, layer: str) -> np.dtype[Any]:
+        return common_dtype(self._sources, layer)
+
+    @property
+    def groups_np(self) -> np.ndarray:
+        """int32, (n_cells,). Stored matrix of every row; what samplers keep together."""
+        return self._rows.source
+
+    @property
+    def row_index(self) -> IndexT:
+        """Where every row lies."""
+        return self._rows
+
+    @property
+    def sources(self) -> list[Source]:
+        """The stored matrices; `groups_np` counts in them."""
+        return self._sources
+
+    @property
+    def reader_kind(self) -> str:
+        """``"mmap"`` or ``"preadv"``: how compressed bytes are read."""
+        return self._reader_kind
+
+    @property
+    def n_groups(self) -> int:
+        """Number of stored matrices."""
+        return len(self._sources)
+
+    @property
+    def present(self) -> np.ndarray:
+        """bool, (n_cells,). Which rows have this modality; all, unless it is part of a multimodal dataset."""
+        return self._rows.source >= 0
+
+    @property
+    def categories(self) -> dict[str, np.ndarray]:
+        """Vocabulary of every metadata column that batches carry as codes."""
+        return self._obs.categories if self._view.metadata else {}
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The requested metadata of all rows: numbers as stored, codes where `categories` has the name."""
+        return {**(self._obs.columns if self._view.metadata else {}), **self._view.more}
+
+    @property
+    def directory(self) -> ChunkDirectory:
+        """Where the chunks lie."""
+        return self._directory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.n_cells:,} cells x {self._shape()} of "
+            f"{self.feature_space or 'one space'}, layer {self.layer!r} ({self.dtype}), "
+            f"{len(self._sources)} groups)"
+        )
+
+    def _shape(self) -> str:
+        return f"{self.n_features:,} features"
+
+    def read_rows(self, selections: Sequence[np.ndarray]) -> list[BatchT]:
+        """Several batches under one plan, of row numbers that :meth:`checked` has returned."""
+        plan, slab = self.read(np.concatenate([*selections, np.empty(0, np.int64)]))
+        return self.decode(plan, slab, selections)
+
+    def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[PlanT, Slab]:
+        """Plan of the rows `selection`, and the stored bytes of the chunks it needs.
+
+        Parameters
+        ----------
+        selection
+            int64, (n,), as from :meth:`row_numbers`.
+        reader
+            Instead of the dataset's own; from :meth:`open_reader`.
+        """
+        with stage("plan"):
+            plan = self.plan(selection)
+            extents = self._directory.extents(plan.chunks)
+        with stage("read") as reading:
+            slab = (reader or self._reader).read(extents)
+            reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())
+        return plan, slab
+
+    def _metadata(self, selections: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
+        """Metadata of each of several batches."""
+        rows = np.concatenate([*selections, np.empty(0, np.int64)])
+        whole = {name: column[rows] for name, column in self.columns.items()}
+        if self._view.numbered:
+            whole["index"] = rows
+        ends = accumulate(map(len, selections), initial=0)
+        return [{name: x[a:b] for name, x in whole.items()} or None for a, b in pairwise(ends)]
+
+    def with_layers(self, *names: str) -> Self:
+        """This dataset reading only some of its layers, in the order given.
+
+        Raises
+        ------
+        UnknownNameError
+            It does not read one of them.
+        """
+        if unknown := [name for name in names if name not in self.layers]:
+            raise UnknownNameError(f"no layer {unknown} here; this dataset reads {list(self.layers)}")
+        other = self._showing(layers=names)
+        other._open()
+        return other
+
+    def subset(self, rows: Rows) -> Self:
+        """The dataset of some rows, in the order given; everything but their numbers is shared.
+
+        Parameters
+        ----------
+        rows
+            Row numbers, or a boolean mask of all rows. Batches of the subset number its rows from 0.
+
+        Raises
+        ------
+        IndexError
+            A row number is outside ``[-n_cells, n_cells)``.
+        """
+        chosen = self.row_numbers(rows)
+        narrow = chosen.astype(np.int32) if len(self._rows) < 2**31 else chosen
+        index = {name: getattr(self._rows, name)[chosen] for name in self._rows.__slots__}
+        more = {name: column[chosen] for name, column in self._view.more.items()}
+        return self._derived(
+            _rows=self._index_type(**index),
+            _obs=ObsColumns({k: v[chosen] for k, v in self._obs.columns.items()}, self._obs.categories),
+            _recipe=None if self._recipe is None else SubsetRecipe(self._recipe, narrow),
+            _view=replace(self._view, more=more),
+            _spill=Spill(),
+            _identity=None,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Which rows these are: ``cells``, ``rows`` (a digest) and ``snapshot`` (None outside an atlas).
+
+        The digest follows from the stored matrices and the place of each row in them. It does not change
+        with the columns or layers that are read, nor when matrices are compressed anew.
+        """
+        if self._identity is None:
+            rows = digest_of_rows(self._sources, self._rows)
+            snapshot = getattr(self._recipe, "version", None)
+            self._identity = {"cells": len(self._rows), "rows": rows, "snapshot": snapshot}
+        return dict(self._identity)
+
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
+        """This dataset with more metadata columns; everything else is shared."""
+        return self._showing(more={**self._view.more, **columns})
+
+    def without_metadata(self) -> Self:
+        """This dataset with batches that carry no metadata; everything else is shared."""
+        return self._showing(metadata=False, more={}, numbered=False)
+
+    def with_row_numbers(self) -> Self:
+        """This dataset with row numbers as metadata column ``index`` of its batches.
+
+        Raises
+        ------
+        ValueError
+            A metadata column has a name that a batch has another meaning for.
+        """
+        check_columns([*self.columns, "index"])
+        return self._showing(numbered=True)
+
+    def _showing(self, **changes: Any) -> Self:
+        return self._derived(_view=replace(self._view, **changes))
+
+    def measured_masks(self, groups: np.ndarray) -> np.ndarray:
+        """bool, (len(groups), n_features). Which columns a stored matrix has; none for group -1."""
+        masks = np.zeros((len(groups), self.n_features), dtype=bool)
+        for mask, group in zip(masks, groups.tolist(), strict=True):
+            if group >= 0:
+                remap = self._sources[group].remap
+                mask[remap[remap >= 0]] = True
+        return masks
+
+    def reading_with(self, reader: Reader) -> Self:
+        """This dataset with another reader of its chunks; everything else is shared."""
+        return self._derived(_reader=reader)
+
+    def open_reader(self, kind: str) -> Reader:
+        """A reader of this dataset's chunks: ``"mmap"``, ``"preadv"`` or ``"pinned"``."""
+        from hbx_gpu._storage.choice import open_reader
+
+        return open_reader(kind, self._directory)
+
+    def close(self) -> None:
+        """Close the files; the dataset opens them again when it is read again."""
+        self._reader.close()
+
+    # -- crossing to another process ---------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._recipe is None:
+            return {"view": self._view, "whole": self._state(), "rows": self._rows, "obs": self._obs.columns}
+        columns = self._obs.columns
+        plain = {k: v for k, v in columns.items() if v.dtype != object}
+        objects = {k: v for k, v in columns.items() if v.dtype == object}
+        arrays = {name: getattr(self._rows, name) for name in self._rows.__slots__}
+        arrays |= {f"column-{i}": column for i, column in enumerate(plain.values())}
+        # None where there is no room: the receiver follows the recipe.
+        folder = self._spill.write(arrays, lambda: (self._state(), list(columns), list(plain), objects))
+        return {"view": self._view, "recipe": self._recipe, "spill": folder}
+
+    def _state(self) -> dict[str, Any]:
+        """What travels beside rows, columns and view."""
+        return {
+            "_sources": self._sources,
+            "_recipe": self._recipe,
+            "_reader_kind": self._reader_kind,
+            "categories": self._obs.categories,
+            "feature_space": self.feature_space,
+            "_n_features": self._n_features,
+            "feature_uids": self.feature_uids,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._view = state["view"]
+        if "whole" in state:
+            self._restore(state["whole"], state["rows"], state["obs"], Spill())
+            return
+        try:
+            if state["spill"] is None:
+                raise FileNotFoundError
+            arrays, (fields, names, plain, columns) = unspill(state["spill"])
+        except FileNotFoundError:
+            # The recipe knows the dataset, not what was asked of it afterwards.
+            self.__dict__.update(state["recipe"].rebuild().__dict__, _view=self._view)
+            self._open()
+            return
+        rows = self._index_type(**{name: arrays[name] for name in self._index_type.__slots__})
+        columns |= {name: arrays[f"column-{i}"] for i, name in enumerate(plain)}
+        self._restore(fields, rows, {name: columns[name] for name in names}, Spill(state["spill"]))
+
+    def _restore(
+        self, fields: dict[str, Any], rows: IndexT, columns: dict[str, np.ndarray], spill: Spill
+    ) -> None:
+        fields = dict(fields)
+        self._rows = rows
+        self._obs = ObsColumns(columns, fields.pop("categories"))
+        self._spill = spill
+        self.__dict__.update(fields)
+        self._open()
+
+
+def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype[Any]:
+    """One dtype that holds a layer of all Sources, as NumPy promotes; float32 where there are none."""
+    dtypes = {source.layers[layer].dtype for source in sources}
+    return np.result_type(*dtypes) if dtypes else np.dtype(np.float32)

@@ -1,0 +1,161 @@
+"""What a loader is asked for, in one object that is checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+from hbx_gpu._storage.choice import check_io
+from hbx_gpu.transforms import Transform, chain
+
+if TYPE_CHECKING:
+    from hbx_gpu.images import ImageTransform, TileCollate
+
+Steps: TypeAlias = Transform | Sequence[Transform]
+Images: TypeAlias = "ImageTransform | TileCollate"
+
+RESIDENCIES = ("none", "host", "device", "auto")
+"""Where chunks stay between batches."""
+LOADS = ("start", "touch")
+"""When chunks come that stay: all of them before the first batch, or each when a batch first needs it."""
+DECODE = ("auto", "host", "device")
+"""Where chunks of general codecs are decoded. ``"auto"``: on the device where a CRC32C of the compressed
+bytes is stored and there is a decompressor, else on the host. ``"device"``: there without a checksum too."""
+HOST_BUDGET = 512 << 20
+DEVICE_BUDGET = 4 << 30
+_DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
+
+
+Graph: TypeAlias = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DaliOptions:
+    """How a loader's pipelines are made; see :func:`cell_pipeline`.
+
+    Attributes
+    ----------
+    device_id
+        The GPU that batches are on; None: the CPU.
+    """
+
+    graph: Graph | None = None
+    prefetch_queue_depth: int = 2
+    num_threads: int | None = None
+    seed: int | None = None
+    device_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prefetch_queue_depth", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """What a loader is asked for; see :func:`hbx_gpu.dataloader.make_loader` for the meaning of each.
+
+    Attributes
+    ----------
+    layout, dtype, transform
+        What batches become; mappings by space for multimodal datasets. `layout` None: a collate decides.
+    images, image_seed
+        What is done to images.
+    io, residency, residency_budget, residency_load
+        How stored bytes are read, and which chunks stay where.
+    decode
+        Where chunks of general codecs are decoded.
+    memory_budget
+        Bytes of batches made ahead; None: the default of the device.
+    num_workers, threads, window
+        Processes; threads; batches under one plan. None: decided from sampler and machine.
+    progress
+        Whether a line on the terminal says how far the epoch is.
+    dali
+        How batches go through DALI; None: they do not.
+    torch
+        Keywords of ``torch.utils.data.DataLoader``.
+
+    Raises
+    ------
+    ValueError
+        A value that is not among the choices, or not positive; a keyword that the sampler decides.
+    """
+
+    layout: str | Mapping[str, str] | None = None
+    dtype: str | Mapping[str, str] = "float32"
+    transform: Steps | Mapping[str, Steps] | None = None
+    images: Images | Mapping[str, Images] | None = None
+    image_seed: int | None = None
+    io: str | None = None
+    residency: str = "none"
+    residency_budget: int | None = None
+    residency_load: str = "start"
+    decode: str = "auto"
+    memory_budget: int | None = None
+    num_workers: int | None = None
+    threads: int | None = None
+    window: int | None = None
+    progress: bool = False
+    dali: DaliOptions | None = None
+    torch: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("decode", self.decode, DECODE),
+            ("residency", self.residency, RESIDENCIES),
+            ("residency_load", self.residency_load, LOADS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if self.io is not None:
+            check_io(self.io)
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 batch, got {self.window}")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ValueError(f"memory_budget must be a positive number of bytes, got {self.memory_budget}")
+        if wrong := [name for name in _DECIDED_BY_SAMPLER if name in self.torch]:
+            raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
+
+    @classmethod
+    def of(cls, **keywords: Any) -> Self:
+        """Options from the keywords of ``make_loader``; those that are not ours are torch's."""
+        own = {name for name in (f.name for f in fields(cls)) if name in keywords and name != "torch"}
+        others = {name: value for name, value in keywords.items() if name not in own}
+        return cls(**{name: keywords[name] for name in own}, torch=others)
+
+    @property
+    def one_layout(self) -> str:
+        """The layout of a dataset of one space.
+
+        Raises
+        ------
+        ValueError
+            Settings by space.
+        """
+        by_space = [s for s in (self.layout, self.dtype, self.transform) if isinstance(s, Mapping)]
+        if by_space:
+            raise ValueError(f"settings by space are for multimodal datasets; got {by_space[0]!r}")
+        assert isinstance(self.layout, str)
+        return self.layout
+
+    @property
+    def one_dtype(self) -> str:
+        """The dtype of a dataset of one space."""
+        assert isinstance(self.dtype, str)
+        return self.dtype
+
+    @property
+    def steps(self) -> Transform:
+        """The transform of a dataset of one space, as one step."""
+        assert not isinstance(self.transform, Mapping)
+        return chain(self.transform)
+
+    @property
+    def reads_on_its_own(self) -> bool:
+        """Whether chunks are read or kept in another way than the dataset does by itself."""
+        return self.io is not None or self.residency != "none"
