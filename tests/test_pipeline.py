@@ -291,15 +291,20 @@ def test_another_epoch_forgets_where_random_operators_were(dataset: CellDataset)
     assert equal(xs(resumed), xs(whole))
 
 
-def test_the_state_at_the_end_of_an_epoch_begins_the_next_one(dataset: CellDataset) -> None:
+@pytest.mark.parametrize("place", ["after the last batch", "after the iteration has ended"])
+def test_the_state_at_the_end_of_an_epoch_begins_the_next_one(dataset: CellDataset, place: str) -> None:
     whole = noisy(dataset)
-    list(whole)
+    batches = iter(whole)
+    for _ in range(len(whole)):
+        next(batches)
+    if place == "after the iteration has ended":
+        assert list(batches) == []
     state = whole.state_dict()
-    assert set(state) == {"sampler"}
+    assert "graph" not in state
+    assert state["epoch"] == 1
     resumed = noisy(dataset)
     resumed.load_state_dict(state)
-    assert list(resumed) == []
-    resumed.set_epoch(1)
+    del batches
     whole.set_epoch(1)
     assert equal(xs(resumed), xs(whole))
 

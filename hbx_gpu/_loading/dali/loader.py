@@ -70,6 +70,8 @@ class CellPipeline(CellLoader):
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`CellLoader.state_dict`; with a graph also the state of DALI's random operators."""
         state = super().state_dict()
+        if state["sampler"]["batches"] == 0:
+            return state  # an epoch begins with a seed of its own
         if self._run is not None:
             checkpoint = self._run.checkpoint()
             if checkpoint is not None:
