@@ -43,7 +43,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test fast lint typecheck changelog bench fuzz gpu clean
+.PHONY: help demo test fast lint typecheck changelog bench fuzz mutants gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -76,6 +76,9 @@ bench: $(STAMP)  ## cells per second beside an AnnData baseline, with peak memor
 
 fuzz: $(STAMP)  ## corrupt bytes against the kernels under AddressSanitizer, FUZZ_SECONDS=300
 	@HBX_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m tests.emulation.sanitized $(ARGS)
+
+mutants: $(STAMP)  ## does a test notice when the code is wrong? ARGS="--named" or ARGS="hbx_gpu/sampler --count 40 --seed 1"
+	@$(PY) -m tests.mutants $(ARGS)
 
 gpu:  ## all that needs an NVIDIA GPU: tests, compute-sanitizer, benchmarks; GPU_PYTHON names the interpreter
 	@$(GPU_PYTHON) -m tests.on_gpu $(ARGS)

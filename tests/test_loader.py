@@ -366,6 +366,13 @@ def test_resume_with_a_plain_torch_sampler(load: Executor, dataset: CellDataset)
     second.load_state_dict(first.state_dict())
     assert ids(second) == whole[2:]
     assert ids(second) == whole
+    # A resumed run is stopped and resumed again: the position counts from the beginning of the epoch.
+    third, fourth = make(), make()
+    third.load_state_dict(first.state_dict())
+    batches = iter(third)
+    next(batches)
+    fourth.load_state_dict(third.state_dict())
+    assert ids(fourth) == whole[3:]
     with pytest.raises(ValueError, match="same kind of sampler"):
         second.load_state_dict(load(dataset, sampler_for(dataset)).state_dict())
     with pytest.raises(ValueError, match="same kind of sampler"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from hbx_gpu._collates import DenseCollate, FunctionCollate
 from hbx_gpu._datasets.plain import PlainDataset
@@ -25,9 +27,13 @@ from hbx_gpu._loading.make import device_loader
 from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._loading.residency import device as device_residency
 from hbx_gpu._loading.residency.host import HeapReader, decide, fitting, hold_on_host
+from hbx_gpu._plan import rows as plan_module
 from hbx_gpu._plan.rows import needed_chunks, plan_rows
 from hbx_gpu._storage import kvikio
+from hbx_gpu._storage.choice import open_reader
+from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.kvikio import KvikioReader
+from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.dataloader import CellDataset, MultimodalCellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
@@ -360,6 +366,28 @@ def test_needed_chunks_are_those_of_the_plans(dataset: CellDataset) -> None:
     array = np.searchsorted(dataset.table.chunk_base, needed, "right") - 1
     assert array[:4].tolist() == [0, 1, 0, 1]
     assert len(needed_chunks(dataset.table, dataset.row_index)) == len(set(needed.tolist()))
+
+
+def test_needed_chunks_of_many_rows(dataset: CellDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are looked at a part at a time; none falls between two parts."""
+    whole = needed_chunks(dataset.table, dataset.row_index)
+    for rows in (1, 7, len(dataset) - 1):
+        monkeypatch.setattr(plan_module, "_ROWS", rows)
+        assert np.array_equal(needed_chunks(dataset.table, dataset.row_index), whole)
+
+
+def test_a_copy_on_the_heap_tells_chunks_apart(tmp_path: Path) -> None:
+    """Two files of two chunks: the last of one file, kept, is not taken for the first of the next."""
+    shape = {"shape": (80,), "chunks": (20,), "shards": (40,), "dtype": "uint32", "compressors": None}
+    zarr.create_array(tmp_path / "a", **shape)[:] = np.arange(1, 81)
+    directory = ChunkDirectory([read_layout(tmp_path / "a")])
+    extents = directory.extents(np.arange(4))
+    for kept in itertools.chain.from_iterable(itertools.permutations(range(4), n) for n in range(5)):
+        with open_reader("mmap", directory) as plain:
+            held = HeapReader(plain, np.array(kept, np.int64), budget=1 << 20, threads=1)
+            slab = held.read(extents)
+            for c in range(4):
+                assert slab.view(c).view("<u4").tolist() == list(range(20 * c + 1, 20 * c + 21))
 
 
 def test_what_fits() -> None:

@@ -124,13 +124,38 @@ class EngineSuite:
         with pytest.raises(CorruptChunkError, match="counts"):
             opened.csr(np.arange(40))
 
+    def test_an_absent_chunk_fills_whole_rows_of_its_own_group(self, tmp_path: Path) -> None:
+        """Values: every element of the chunk. Columns: the group's own remap, not that of the first one."""
+        import dataclasses
+
+        groups = [dataclasses.replace(one_group(), remap=np.arange(30, dtype=np.int32)) for _ in range(2)]
+        alone = sp.csr_matrix((np.ones(9, np.uint32), np.zeros(9, np.int32), np.arange(10)), shape=(9, 3))
+        groups[1] = StoredGroup(
+            matrix=alone, remap=np.array([2, 0, 1], np.int32), codec="none", chunk=4, chunks_per_shard=2
+        )
+        sources, rows = write_sources(tmp_path, groups)
+        assert not list((tmp_path / "g1/csr/indices").glob("c/*"))
+        layer = dataclasses.replace(sources[0].layers["counts"], fill_value=7)
+        sources = [dataclasses.replace(sources[0], layers={"counts": layer}), sources[1]]
+        (tmp_path / "g0/csr/layers/counts/c/2").unlink()
+        expected = groups[0].matrix.data.copy()
+        expected[2 * 64 : 3 * 64] = 7
+        indices, values, offsets = Rows(self.engine, sources, rows, 30).csr(np.arange(49))
+        n = groups[0].matrix.nnz
+        assert values[:n].tolist() == expected.tolist()
+        assert values[n:].tolist() == [1] * 9
+        assert indices[n:].tolist() == [2] * 9
+        assert offsets[-10:].tolist() == list(range(n, n + 10))
+
+    @pytest.mark.parametrize("known", [20, 29])
     @pytest.mark.parametrize("codec", CODECS)
-    def test_column_beyond_the_groups_features(self, codec: str, tmp_path: Path) -> None:
+    def test_column_beyond_the_groups_features(self, codec: str, known: int, tmp_path: Path) -> None:
         group = one_group(codec)
+        assert group.matrix.indices.max() == 29  # with 29 known, the last column is the first one outside
         sources, rows = write_sources(tmp_path, [group])
-        short = Source("g0", sources[0].index, sources[0].layers, group.remap[:20])
+        short = Source("g0", sources[0].index, sources[0].layers, group.remap[:known])
         opened = Rows(self.engine, [short], rows, 30)
-        with pytest.raises(CorruptChunkError, match=r"g0/csr/indices.*outside \[0, 20\)"):
+        with pytest.raises(CorruptChunkError, match=rf"g0/csr/indices.*outside \[0, {known}\)"):
             opened.csr(np.arange(40))
 
     @pytest.mark.parametrize("codec", [c for c in CODECS if c != "none"])

@@ -203,6 +203,22 @@ def test_an_array_that_was_rewritten_is_refused(tmp_path: Path, kind: str, shard
                 reader.read(reader.directory.extents(ids))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replaced_shard_is_refused(tmp_path: Path, kind: str) -> None:
+    """Only the shard is another one: the metadata, and the places of its chunks, are those of before."""
+    shape = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,), "compressors": None}
+    zarr.create_array(tmp_path / "a", **shape)[:] = 1
+    zarr.create_array(tmp_path / "b", **shape)[:] = 2
+    directory = ChunkDirectory([read_layout(tmp_path / "a")])
+    extents = directory.extents(np.array([0, 3]))
+    os.replace(tmp_path / "b" / "c" / "1", tmp_path / "a" / "c" / "1")
+    with (
+        open_reader(kind, directory) as reader,
+        pytest.raises(CorruptChunkError, match=r"chunk 3.*replaced by another"),
+    ):
+        reader.read(extents)
+
+
 def test_a_reused_inode_does_not_deceive(tmp_path: Path) -> None:
     """The new file has the old one's inode, here because it is written over it."""
     zarr.create_array(tmp_path, shape=(10,), chunks=(10,), dtype="uint32", compressors=None)[:] = 1

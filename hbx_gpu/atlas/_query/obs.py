@@ -46,6 +46,9 @@ def check_columns(schema: pa.Schema, names: Sequence[str]) -> None:
         raise UnknownNameError(f"unknown obs column(s) {missing}; the table has {schema.names}")
 
 
+_OF_FILTERS = re.compile("filter|Invalid user input|Schema error: No field")
+
+
 @contextmanager
 def explain_filter(where: str | None) -> Iterator[None]:
     """Turn what the database says about a malformed filter into a ValueError that shows the filter."""
@@ -53,8 +56,8 @@ def explain_filter(where: str | None) -> Iterator[None]:
         yield
     except TableError as failed:
         error = failed.__cause__
-        # Some filters fail only when they meet the values.
-        if where is None or not (isinstance(error, ValueError) or "filter" in str(error)):
+        # Some filters fail only when they meet the values. Older releases raise no ValueError for the rest.
+        if where is None or not (isinstance(error, ValueError) or _OF_FILTERS.search(str(error))):
             raise
         reason = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error))
         raise ValueError(f"where({where!r}) is no valid filter: {reason}") from error
