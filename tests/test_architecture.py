@@ -90,8 +90,6 @@ def test_a_room_imports_from_rows_above_it(room: str) -> None:
             if not name.startswith("hbx_gpu."):
                 continue
             target = room_of(inside(name))
-            if (module, inside(name)) == ("hbx_gpu._engine.device.rows", "hbx_gpu._datasets.dense"):
-                continue
             assert target is None or ROOMS[target] <= ROOMS[room], f"{module} imports {name}"
 
 
