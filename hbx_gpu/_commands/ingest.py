@@ -325,13 +325,16 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
         # Before anything is made: a misspelt name should not leave an empty atlas behind.
         raise InvalidDataError(f"no such file: {', '.join(missing)}")
     table = args.table or "cells"
-    names = [name for name, _ in _pairs(args, "--modality", args.modality)]
+    named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)
     for file in args.files:
-        names += _modalities_of(file, names) if file.suffix == ".h5mu" else ["gene_expression"]
+        others = _modalities_of(file, [name for name, _ in named]) if file.suffix == ".h5mu" else []
+        named += [(name, f"{file}:{name}") for name in others]
+        if file.suffix != ".h5mu":
+            named.append(("gene_expression", str(file)))
     exists = (args.atlas / "lance_db").is_dir()
     fields: dict[str, str] = {}
-    for name in names if not exists else ():
-        field_name, space = resolve_modality(name, fields, table)
+    for name, data in named if not exists else ():
+        field_name, space = resolve_modality(name, fields, table, data)
         fields[field_name] = space.name
     # Of an atlas that exists, nothing of this is asked: each dataset says what it adds.
     return create_or_open_atlas(
@@ -454,7 +457,7 @@ def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> Any:
         found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, list(job.given))}
     table = args.table or atlas.obs_tables[0]
     fields = atlas.catalogue.pointer_spaces(table)
-    spaces = {name: resolve_modality(name, fields, table)[1] for name in job.given}
+    spaces = {name: resolve_modality(name, fields, table, path)[1] for name, path in job.given.items()}
     images = [name for name, space in spaces.items() if not space.has_features]
     tables = _tables(args, images)
     for name, path in job.given.items():

@@ -328,3 +328,18 @@ def test_addresses_of_object_stores_are_refused_in_words(
         with pytest.raises(HbxError, match="only local paths"):
             create_or_open_atlas(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5ad"]
+
+
+def test_peaks_of_a_multiome_are_a_space_of_their_own(tmp_path: Path) -> None:
+    peaks = make([f"chr1:{i}-{i + 500}" for i in range(0, 5000, 1000)], 0)
+    peaks.write_h5ad(tmp_path / "peaks.h5ad")
+    given = f"atac={tmp_path / 'peaks.h5ad'}"
+    assert run("ingest", "--modality", given, "--atlas", tmp_path / "a") == 0
+    found = RaggedAtlas.checkout_latest(tmp_path / "a").query().to_anndata()
+    assert (found[:, list(peaks.var_names)].X.astype(np.float32) != peaks.X).nnz == 0
+    mudata = pytest.importorskip("mudata")
+    rna = make(["A", "B"], 0)
+    both = mudata.MuData({"rna": rna, "atac": peaks})
+    atlas = create_or_open_atlas(tmp_path / "b")
+    atlas.add_multimodal(both)
+    assert set(published(atlas).pointer_fields) == {"gene_expression", "chromatin_peaks"}

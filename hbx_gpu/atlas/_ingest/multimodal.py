@@ -47,6 +47,7 @@ _ALIASES = {
     "protein_abundance": ("protein", "proteins", "prot", "adt", "antibody", "antibody_capture"),
     "image_features": ("morphology",),
     "chromatin_accessibility": ("atac", "chromatin", "fragments"),
+    "chromatin_peaks": ("peaks",),
     "image_tiles": ("tiles",),
     "discrete_image": ("images", "image"),
     "encoded_images": ("encoded",),
@@ -191,7 +192,7 @@ def add_multimodal(
         opened, common, source = _open_all(modalities, stack)
         _check_names(opened, layers or {}, feature_id_column, obs_from)
         fields = session.catalogue.pointer_spaces(table)
-        targets = {name: resolve_modality(name, fields, table) for name in opened}
+        targets = {name: resolve_modality(name, fields, table, data) for name, data in opened.items()}
         _check_targets(targets)
         options = _Options(
             layers or {},
@@ -227,7 +228,9 @@ def add_multimodal(
 # Names
 
 
-def resolve_modality(name: str, fields: Mapping[str, str], table: str) -> tuple[str, FeatureSpace]:
+def resolve_modality(
+    name: str, fields: Mapping[str, str], table: str, data: Any = None
+) -> tuple[str, FeatureSpace]:
     """Pointer column and feature space that a modality is meant for.
 
     Parameters
@@ -239,6 +242,8 @@ def resolve_modality(name: str, fields: Mapping[str, str], table: str) -> tuple[
         after it.
     table
         The obs table, for messages.
+    data
+        What it is: a matrix of an ``atac`` modality is one of peaks, anything else fragments.
 
     Raises
     ------
@@ -248,6 +253,8 @@ def resolve_modality(name: str, fields: Mapping[str, str], table: str) -> tuple[
     if name in fields:
         return name, get_space(fields[name])
     space = SHORT_NAMES.get(name.lower(), name.lower())
+    if space == "chromatin_accessibility" and _is_matrix(data):
+        space = "chromatin_peaks"  # counted already: cells x peaks
     if space not in known_spaces():
         raise UnknownNameError(
             f"unknown modality {name!r}; name it by a pointer column ({sorted(fields)}), a feature space "
@@ -279,6 +286,14 @@ def _check_names(opened: Mapping[str, Any], layers: Layers, id_column: Any, obs_
     for option, names in named.items():
         if unknown := [name for name in names if name not in opened]:
             raise UnknownNameError(f"{option} names {unknown}, but the modalities are {list(opened)}")
+
+
+def _is_matrix(data: Any) -> bool:
+    """Whether data are a matrix of cells and features, or a path that says so."""
+    if isinstance(data, str | os.PathLike):
+        path = os.fspath(data)
+        return path.endswith(".h5ad") or path.rpartition(":")[0].endswith(".h5mu")
+    return isinstance(data, AnnDataGroup | _Backed | Input) or hasattr(data, "obs_names")
 
 
 # Data
@@ -361,9 +376,8 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _
         if given is None:
             raise InvalidDataError(
                 f"modality {name!r}: feature space {space.name!r} holds fragments (chromosome, start, end, "
-                f"barcode), no cells x features matrix such as {_name_of(data)}; give a "
-                "fragments file instead, or leave the modality out by naming the others "
-                "(--modality NAME=FILE.h5mu:MODALITY)"
+                f"barcode), not a cells x features matrix such as {_name_of(data)}; give a "
+                "fragments file instead, or name the modality 'peaks', which takes such a matrix"
             )
         return FragmentsPart(name, field_name, space, given)
     if not space.has_features:

@@ -133,6 +133,15 @@ _SPACES: dict[str, FeatureSpace] = {
             old_layers={"starts": "cell_sorted/starts", "lengths": "cell_sorted/lengths"},
             ascending_layers=frozenset({"starts"}),
         ),
+        # Cells x peaks as Cell Ranger ARC, MuData and muon have it; fragments are chromatin_accessibility.
+        FeatureSpace(
+            "chromatin_peaks",
+            "sparse",
+            "csr/indices",
+            "csr/layers",
+            required_layers={"counts": ("uint32",)},
+            optional_layers={"log_normalized": ("float32",), "tfidf": ("float32",)},
+        ),
     )
 }
 
