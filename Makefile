@@ -9,8 +9,9 @@ VENV ?= .venv
 H5AD ?=
 # Where the demo writes its data, atlas and picture.
 DEMO_DIR ?= demo
-# Length of make fuzz.
+# Length of make fuzz: of kernels, and of stores.
 FUZZ_SECONDS ?= 300
+FUZZ_CASES ?= 1000000
 # Processes that share the tests; tests marked timing run alone whatever it is. 0: one process, as for a debugger.
 WORKERS ?= logical
 # make fast: which Python, and whether the oldest or the newest versions of the dependencies.
@@ -74,7 +75,8 @@ typecheck: $(STAMP)  ## mypy
 bench: $(STAMP)  ## cells per second beside an AnnData baseline, with peak memory
 	@$(PY) -m benchmarks.throughput $(ARGS)
 
-fuzz: $(STAMP)  ## corrupt bytes against the kernels under AddressSanitizer, FUZZ_SECONDS=300
+fuzz: $(STAMP)  ## FUZZ_CASES=1000000 damaged files; corrupt bytes under AddressSanitizer, FUZZ_SECONDS=300
+	@$(PY) -m tests.fuzzing --cases $(FUZZ_CASES) $(ARGS)
 	@HBX_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m tests.emulation.sanitized $(ARGS)
 
 mutants: $(STAMP)  ## does a test notice when the code is wrong? ARGS="--named" or ARGS="hbx_gpu/sampler --count 40 --seed 1"

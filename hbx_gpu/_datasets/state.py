@@ -154,6 +154,10 @@ def _began(pid: int) -> str:
     return "0"
 
 
+def _owner_of(folder: Path) -> int:
+    return folder.stat().st_uid
+
+
 def _remove(folder: str, pid: int) -> None:
     if os.getpid() == pid:
         shutil.rmtree(folder, ignore_errors=True)
@@ -170,7 +174,7 @@ def unspill(folder: str) -> tuple[dict[str, np.ndarray], Any]:
         It belongs to another user: what is in it would be run.
     """
     root = Path(folder)
-    if root.stat().st_uid not in (os.geteuid(), 0):
+    if _owner_of(root) not in (os.geteuid(), 0):
         raise PermissionError(
             errno.EPERM, "the folder of this dataset belongs to another user; open the dataset anew", folder
         )

@@ -9,42 +9,10 @@ import numpy as np
 import pytest
 
 from hbx_gpu._datasets.cells import CellDataset
-from hbx_gpu._source import RowIndex, Source
-from hbx_gpu._storage import read_layout
-from hbx_gpu.atlas._model.spaces import get_space
-from hbx_gpu.atlas._writing.arrays import SparseGroupWriter, codec_names
+from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.errors import CorruptChunkError
 from tests.emulation.backend import EmulatedBackend
-
-CHUNK, N_ROWS, N_GENES = 128, 60, 50
-SPACE = get_space("gene_expression")
-
-
-def write(folder: Path, codec: str, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A group of random rows, and what it holds: columns, values, offsets."""
-    rng = np.random.default_rng(7)
-    counts = rng.integers(3, 12, N_ROWS)
-    indices = np.concatenate([np.sort(rng.choice(N_GENES, n, replace=False)) for n in counts]).astype("u4")
-    values = rng.integers(1, 200, len(indices)).astype(dtype)
-    writer = SparseGroupWriter(
-        folder, SPACE, layers={"counts": dtype}, codec=codec, chunk=CHUNK, shard=8 * CHUNK
-    )
-    writer.append(indices, {"counts": values})
-    writer.close()
-    return indices, values, np.concatenate([[0], np.cumsum(counts)])
-
-
-def opened(folder: Path, offsets: np.ndarray) -> CellDataset:
-    source = Source(
-        "g",
-        read_layout(folder / "csr/indices", absent_is_fill=False),
-        {"counts": read_layout(folder / "csr/layers/counts", absent_is_fill=False)},
-        np.arange(N_GENES, dtype=np.int32),
-    )
-    start, length = offsets[:-1].astype(np.int64), np.diff(offsets).astype(np.int32)
-    rows = RowIndex(np.zeros(N_ROWS, np.int32), start, length)
-    names = np.array([f"g{i}" for i in range(N_GENES)], object)
-    return CellDataset([source], rows, layer=["counts"], n_features=N_GENES, feature_uids=names)
+from tests.engine.checked_groups import N_ROWS, opened, write
 
 
 def on_host(dataset: CellDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -395,7 +395,7 @@ class TestMissing:
     def test_metadata_is_no_json(self, handmade: Handmade, text: str) -> None:
         path = handmade.write()
         (path / "metadata.json").write_text(text)
-        with pytest.raises(CorruptDataError, match=r"metadata\.json is no JSON"):
+        with pytest.raises(CorruptDataError, match=r"metadata\.json is not JSON"):
             open_archive(path)
 
     def test_cells_of_another_number_of_rows(self, handmade: Handmade) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._untrusted import parse_json, read_small
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format import names
 from hbx_gpu.scdl._format.archive import Archive
@@ -113,8 +114,8 @@ def find(atlas: Path, snapshot: int) -> Origin | None:
     file = atlas / FOLDER / _RECORD
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
-            record = _Record(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+            record = _Record(**parse_json(read_small(file), file))
+        except (CorruptDataError, TypeError) as error:
             raise CorruptDataError(
                 f"{file} is damaged: {error}. Remove the folder {FOLDER}: the atlas is complete without it"
             ) from None

@@ -6,7 +6,6 @@ no file can call code, and the cost does not depend on the number of cells.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hbx_gpu._paths import checked
+from hbx_gpu._untrusted import check_tree, parse_json, read_small
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.dtype_evidence import contradiction, sample, value_dtype
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
@@ -80,6 +80,8 @@ class Archive:
 
     def __init__(self, path: Path, *, data_dtype: str | None = None, writable: bool = False) -> None:
         self.path = path
+        # A FIFO would be waited for, a device read without end; what is written goes through no link.
+        check_tree(path, links=not writable)
         self._mode: Literal["r", "r+"] = "r+" if writable else "r"
         self.metadata = _read_metadata(path)
         self.version = _read_version(path)
@@ -417,21 +419,19 @@ def _refuse_unfinished(path: Path) -> None:
 def _read_metadata(path: Path) -> dict[str, Any]:
     file = path / METADATA
     try:
-        found = json.loads(file.read_bytes())
+        found = parse_json(read_small(file), file)
     except FileNotFoundError:
         raise IncompleteArchiveError(
             f"the metadata file {file} does not exist: a conversion was stopped before it was complete, or "
             "this is no SCDL archive. Remove the folder and convert the source again"
         ) from None
-    except ValueError as error:
-        raise CorruptDataError(f"{file} is no JSON: {error}") from None
     return found if isinstance(found, dict) else {}
 
 
 def _read_version(path: Path) -> str:
     try:
-        found = json.loads((path / VERSION).read_bytes())
-    except (OSError, ValueError):
+        found = parse_json(read_small(path / VERSION), path / VERSION)
+    except (OSError, CorruptDataError):
         return ""
     return found if isinstance(found, str) else ""
 

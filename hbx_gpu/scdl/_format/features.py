@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import operator
 import os
 from bisect import bisect_right
@@ -12,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._untrusted import read_small
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.frames import Frame, JoinedFrame, StoredFrame, as_frame, cast, common_type, decoded
 from hbx_gpu.scdl._format.index_writer import write_feature_index
@@ -205,7 +207,8 @@ class FeatureIndex:
 
 def _read_ends(file: Path) -> list[int]:
     try:
-        stored = np.load(file, allow_pickle=False)
+        raw = read_small(file)
+        stored = np.load(io.BytesIO(raw), allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing: {file.parent} is no complete feature index") from None
     except Exception as error:  # NumPy parses the header as Python, and fails in as many ways

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hbx_gpu import _arrow
+from hbx_gpu._untrusted import check_regular
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
+
+MAX_ROWS = 1 << 31
+"""Of one feature block."""
+LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
+"""Of the footer of a parquet file, beyond which nothing is allocated for it."""
+_ROW_BYTES, _SPARE_BYTES = 1 << 12, 64 << 20
 
 
 class Frame(Mapping[str, np.ndarray]):
@@ -151,7 +159,9 @@ class StoredFrame(Frame):
 
     def _open(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.file)
+            check_regular(self.file, self.file.stat())
+            with self._decoding("the footer"):
+                return pq.ParquetFile(self.file, **LIMITS)
         except FileNotFoundError:
             raise CorruptDataError(
                 f"{self.file} is missing: expected one parquet file per feature block. Restore it, or "
@@ -162,9 +172,10 @@ class StoredFrame(Frame):
 
     def _footer(self) -> pa.Schema:
         if self._schema is None:
-            with self._open() as parquet:
+            with self._open() as parquet, self._decoding("the footer"):
                 footer = parquet.metadata
                 sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+                self._check_sizes(footer, sizes)
                 self._edges = np.array([0, *itertools.accumulate(sizes)], np.int64)
                 self._schema = parquet.schema_arrow
         return self._schema
@@ -202,13 +213,35 @@ class StoredFrame(Frame):
         """A column, or its part in one row group."""
         if name not in self._footer().names:
             raise KeyError(name)
-        try:
-            with self._open() as parquet:
-                whole = group is None
-                found = parquet.read([name]) if whole else parquet.read_row_group(group, [name])
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptDataError(f"{self.file}, column {name!r}: {error}") from None
+        with self._decoding(f"column {name!r}"), self._open() as parquet:
+            whole = group is None
+            found = parquet.read([name]) if whole else parquet.read_row_group(group, [name])
+            found.validate(full=True)
         return found.column(0)
+
+    @contextmanager
+    def _decoding(self, what: str) -> Iterator[None]:
+        """Whatever Arrow raises about damaged bytes, as one error."""
+        try:
+            yield
+        except (CorruptDataError, FileNotFoundError):
+            raise
+        except (pa.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
+            raise CorruptDataError(f"{self.file} cannot be read as parquet, {what}: {error}") from None
+
+    def _check_sizes(self, footer: pq.FileMetaData, sizes: Sequence[int]) -> None:
+        """Refuse what cannot be: few bytes may claim rows, and text in rows, without end."""
+        rows = sum(sizes)
+        if min(sizes, default=0) < 0 or rows > MAX_ROWS:
+            raise CorruptDataError(f"{self.file}: {rows:,} rows; a feature block has {MAX_ROWS:,} at most")
+        # Of row groups: asking a damaged footer for its columns ends the process in some releases of Arrow.
+        claimed = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+        most = _SPARE_BYTES + _ROW_BYTES * max(rows, 1) * max(footer.num_columns, 1)
+        if claimed > most:
+            raise CorruptDataError(
+                f"{self.file}: {rows:,} rows in {footer.num_columns} columns claim {claimed:,} bytes, at "
+                f"most {most:,} are read; the file is damaged, restore it or convert the source again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._untrusted import read_small
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.scdl._format.layout import HEADER
 
@@ -231,7 +232,7 @@ def read_header(path: str | Path) -> Header:
     CorruptDataError, UnsupportedError
         As :meth:`Header.from_bytes`.
     """
-    return Header.from_bytes(Path(path).read_bytes(), where=str(path))
+    return Header.from_bytes(read_small(path), where=str(path))
 
 
 def archive_header(

@@ -7,7 +7,6 @@ paths needs are let through, and every class that it names is replaced by a harm
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import pickle
@@ -17,6 +16,8 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+
+from hbx_gpu._untrusted import parse_json, read_small
 
 _log = logging.getLogger(__name__)
 
@@ -49,21 +50,27 @@ class _Array:
             self.elements = list(state[4])
 
 
-def _path(kind: type[PurePath], *parts: str) -> str:
-    # A path joined to itself, thirty times over, would fill the memory.
-    if sum(map(len, parts)) > _MAX_PATH:
-        raise _Unexpected(f"a path of more than {_MAX_PATH} characters")
-    return str(kind(*parts))
-
-
 class _LabelUnpickler(pickle.Unpickler):
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw))
+        # Paths made of paths that stand before are short in a file and long in memory.
+        self._room = _MAX_BYTES
+
+    def _path(self, kind: type[PurePath], *parts: str) -> str:
+        # A path joined to itself, thirty times over, would fill the memory.
+        length = sum(map(len, parts))
+        self._room -= length
+        if length > _MAX_PATH or self._room < 0:
+            raise _Unexpected(f"a path of more than {_MAX_PATH} characters, or paths of {_MAX_BYTES} in all")
+        return str(kind(*parts))
+
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a class or function that the pickle names."""
         if module in ("pathlib", "pathlib._local"):
             if name in ("PosixPath", "PurePosixPath", "Path", "PurePath"):
-                return partial(_path, PurePosixPath)
+                return partial(self._path, PurePosixPath)
             if name in ("WindowsPath", "PureWindowsPath"):
-                return partial(_path, PureWindowsPath)
+                return partial(self._path, PureWindowsPath)
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return _Array
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -83,7 +90,7 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
     """
     try:
         if (file := folder / "labels.json").exists():
-            found = json.loads(file.read_bytes())
+            found = parse_json(read_small(file), file)
         elif (file := folder / "labels.npy").exists():
             found = _npy_labels(file)
         else:
@@ -124,7 +131,7 @@ def _unpickled(raw: bytes) -> list[Any]:
         # The memo is a list as long as its highest number.
         if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(raw):
             raise _Unexpected(f"memo entry {argument} in a pickle of {len(raw)} bytes")
-    found = _LabelUnpickler(io.BytesIO(raw)).load()
+    found = _LabelUnpickler(raw).load()
     if not isinstance(found, _Array) or not all(e is None or isinstance(e, str) for e in found.elements):
         raise _Unexpected("it holds something else than texts and paths")
     return found.elements

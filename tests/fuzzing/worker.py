@@ -1,0 +1,60 @@
+"""One process of the fuzz: case after case, each told before it begins, so that a death has a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from hbx_gpu.errors import HbxError
+from tests.fuzzing.mutate import damaged
+from tests.fuzzing.targets import Content, Target, files_of, quiet, targets
+
+_MEMORY = 6 << 30
+
+
+def main(name: str, folder: str, seed: int, first: int, last: int) -> None:
+    """Run cases `first` to `last` - 1 of one target, whose store lies in `folder`."""
+    quiet()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # panics of Rust print
+    (target,) = [t for t in targets() if t.name == name]
+    root = Path(folder)
+    expected = target.read(root)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
+    files = files_of(target, root)
+    whole = {path: path.read_bytes() for path, _, _ in files}
+    for case in range(first, last):
+        rng = np.random.default_rng([seed, case])
+        path, pattern, checked = files[int(rng.integers(len(files)))]
+        _tell({"case": case})
+        path.write_bytes(damaged(rng, whole[path]))
+        outcome, what = _outcome(target, root, expected)
+        path.write_bytes(whole[path])
+        told = {"done": case, "outcome": outcome, "file": str(path.relative_to(root))}
+        _tell(told | {"kind": pattern, "checked": checked, "what": what})
+
+
+def _outcome(target: Target, root: Path, expected: Content) -> tuple[str, str]:
+    try:
+        found = target.read(root)
+    except (HbxError, FileNotFoundError) as error:
+        return "refused", type(error).__name__
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return "foreign", f"{type(error).__name__}: {str(error)[:150]} at {place.filename}:{place.lineno}"
+    same = len(found) == len(expected) and all(map(np.array_equal, found, expected))
+    return ("same", "") if same else ("wrong", "")
+
+
+def _tell(message: dict[str, object]) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
