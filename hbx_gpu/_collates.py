@@ -189,17 +189,20 @@ class MultimodalCollate(Collating):
         By space: steps from :mod:`hbx_gpu.transforms`, for sparse spaces made dense.
     images
         By space: what is done to its tiles or encoded images.
+    tokens
+        By space: what makes tokens of its counts.
     """
 
     layout: str | Mapping[str, str] = "dense"
     dtype: str | Mapping[str, str] = "float32"
     transform: Mapping[str, Transform] | None = None
     images: Mapping[str, TileCollate] | None = None
+    tokens: Mapping[str, AnyCollate] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """What is drawn for tiles follows from seed, epoch and cell."""
-        for tiles in (self.images or {}).values():
-            tiles.set_epoch(epoch)
+        """What is drawn for tiles and tokens follows from seed, epoch and cell."""
+        for drawing in (*(self.images or {}).values(), *(self.tokens or {}).values()):
+            drawing.set_epoch(epoch)
 
     def options_of(self, name: str) -> TensorBatch:
         """``layout``, ``dtype`` and ``transform`` of one sparse space."""
@@ -213,10 +216,11 @@ class MultimodalCollate(Collating):
             return "float32"
         return self._of(self.dtype, name, "float32")
 
-    def collate_of(
-        self, name: str, kind: Kind, *, present: np.ndarray | None = None
-    ) -> LayersCollate | ImagesCollate:
+    def collate_of(self, name: str, kind: Kind, *, present: np.ndarray | None = None) -> AnyCollate:
         """What makes tensors of one space; `present` by row number, for images."""
+        if name in (self.tokens or {}):
+            assert self.tokens is not None
+            return self.tokens[name]
         if name in (self.images or {}):
             assert self.images is not None
             return ImagesCollate(self.images[name], present)
@@ -254,6 +258,11 @@ class MultimodalCollate(Collating):
                 assert self.images is not None
                 tiles = replace(part, metadata={"index": (batch.metadata or {})["index"]})
                 result[name] = {"X": self.images[name](tiles, present=batch.present[name])["X"]}
+            elif name in (self.tokens or {}):
+                assert self.tokens is not None
+                columns = batch.metadata or {}  # which recipes may read
+                made = self.tokens[name](replace(part, metadata=columns))
+                result[name] = {key: value for key, value in made.items() if key not in columns}
             else:
                 collate: AnyCollate = self.collate_of(name, kind_of(part))
                 result[name] = collate(part)

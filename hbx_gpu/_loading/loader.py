@@ -151,6 +151,9 @@ class CellLoader(DataLoader):
 
     def _from_workers(self) -> Iterator[Any]:
         """Batches of worker processes; what goes wrong at their start is explained."""
+        tell_epoch = getattr(self.collate_fn, "set_epoch", None)
+        if tell_epoch is not None:  # before workers are asked for batches of it
+            tell_epoch(self._order.epoch)
         with explained():
             batches = super().__iter__()
         while True:

@@ -23,7 +23,8 @@ from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 from hbx_gpu._datasets.plain import PlainDataset, loadable
 from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
 from hbx_gpu._loading.feeds.host import HostFeed
-from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps
+from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps, Tokens
+from hbx_gpu._loading.tokens import TokenCollate, with_token_collates
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
 from hbx_gpu.images import TileCollate
 from hbx_gpu.transforms import Transform, chain
@@ -56,6 +57,11 @@ def make_loader(
     residency: str = "none",
     images: Images | Mapping[str, Images] | None = None,
     image_seed: int | None = None,
+    tokens: Tokens | Mapping[str, Tokens] | None = None,
+    padding: str = "longest",
+    pad_to_multiple_of: int | None = None,
+    ids_dtype: str = "int64",
+    token_seed: int | None = None,
     **kwargs: Any,
 ) -> CellLoader:
     """Iterate batches of `dataset` in the order of `sampler`, read and decoded ahead.
@@ -82,7 +88,8 @@ def make_loader(
         Instead of a collate_fn: dicts with ``X`` (``"dense"``: a tensor of `dtype` after `transform`;
         ``"csr"``: a sparse float32 tensor), ``index`` (int64 row numbers) and the metadata columns, on
         `device`. Of a multimodal dataset: one for all its sparse spaces, or by space; batches are those of
-        :class:`MultimodalCollate`. Dense spaces and tiles have ``"dense"`` only.
+        :class:`MultimodalCollate`. Dense spaces and tiles have ``"dense"`` only. ``"tokens"``: the inputs of
+        a model instead of ``X``, as `tokens` says.
     dtype, transform
         See :class:`DenseCollate`; for ``layout="dense"``. By space for a multimodal dataset. Tiles keep their
         dtype, and transforms are for sparse spaces.
@@ -108,6 +115,13 @@ def make_loader(
         Needs a layout, and num_workers 0.
     image_seed
         Of what is drawn for images, with epoch and cell (default: the sampler's seed, or 0).
+    tokens
+        What a model is fed, for ``layout="tokens"``: a recipe of :mod:`hbx_gpu.tokens`, by space for a
+        multimodal dataset with several sparse ones. Batches are those of :func:`hbx_gpu.tokens.encode`.
+    padding, pad_to_multiple_of, ids_dtype
+        As for :func:`hbx_gpu.tokens.encode`.
+    token_seed
+        Of what is drawn for tokens, with epoch, cell and gene (default: the sampler's seed, or 0).
     **kwargs
         ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
         ``threads``: threads when num_workers is 0 (default: the cores this process may use).
@@ -149,6 +163,11 @@ def make_loader(
         residency=residency,
         images=images,
         image_seed=image_seed,
+        tokens=tokens,
+        padding=padding,
+        pad_to_multiple_of=pad_to_multiple_of,
+        ids_dtype=ids_dtype,
+        token_seed=token_seed,
         **kwargs,
     )
     if _through_dali(executor, sampler, device, options):
@@ -197,6 +216,7 @@ def build_loader(
         raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
     if options.images is not None:
         options = _with_image_collates(dataset, sampler, options, gpu)
+    options = with_token_collates(dataset, sampler, options)
     if gpu is not None:
         from hbx_gpu._engine.device.cuda import CudaBackend
 
@@ -272,6 +292,7 @@ def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderO
         )
     options = replace(options, num_workers=0, memory_budget=options.memory_budget or DEVICE_BUDGET)
     cells = loadable(dataset)
+    options = with_token_collates(cells, sampler, options)
     collate = collate_for(cells, options)
     if isinstance(cells, MultimodalCellDataset):
         assert isinstance(collate, MultimodalCollate)
@@ -286,11 +307,19 @@ def collate_for(dataset: Loadable[Any], options: LoaderOptions) -> AnyCollate:
     if isinstance(dataset, MultimodalCellDataset):
         return _multimodal_collate(dataset, options)
     layout, dtype, steps = options.one_layout, options.one_dtype, options.steps
+    if isinstance(options.tokens, TokenCollate):
+        _only_tokens(dtype, steps)
+        return options.tokens
     if isinstance(dataset, DenseCellDataset):
         return _dense_collate(dataset, options)
     collate = _sparse_collate(layout, dtype, steps)
     several = isinstance(dataset, CellDataset) and len(dataset.layers) > 1
     return LayersCollate(collate) if several else collate
+
+
+def _only_tokens(dtype: str, steps: Transform) -> None:
+    if steps != Transform() or dtype != "float32":
+        raise ValueError('dtype and transform belong to layout="dense"; what tokens need is in their recipe')
 
 
 def _dense_collate(dataset: DenseCellDataset, options: LoaderOptions) -> AnyCollate:
@@ -334,9 +363,13 @@ def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) 
         _sparse_collate("dense", name, Transform())
     steps = {name: chain(given) for name, given in (transform or {}).items()}
     images: Any = options.images  # made collates by now
-    collate = MultimodalCollate(layout, dtype, steps, images)
+    tokens: Any = options.tokens  # collates too
+    collate = MultimodalCollate(layout, dtype, steps, images, tokens)
     for name in sparse:
-        _sparse_collate(**collate.options_of(name))
+        if name in (tokens or {}):
+            _only_tokens("float32", steps.get(name, Transform()))
+        else:
+            _sparse_collate(**collate.options_of(name))
     return collate
 
 

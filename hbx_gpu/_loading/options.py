@@ -10,10 +10,13 @@ from hbx_gpu._storage.choice import check_io
 from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
+    from hbx_gpu._loading.tokens import TokenCollate
     from hbx_gpu.images import ImageTransform, TileCollate
+    from hbx_gpu.tokens import Compiled, Recipe
 
 Steps: TypeAlias = Transform | Sequence[Transform]
 Images: TypeAlias = "ImageTransform | TileCollate"
+Tokens: TypeAlias = "Recipe | Compiled | TokenCollate"
 
 RESIDENCIES = ("none", "host", "device", "auto")
 """Where chunks stay between batches."""
@@ -63,6 +66,8 @@ class LoaderOptions:
         What batches become; mappings by space for multimodal datasets. `layout` None: a collate decides.
     images, image_seed
         What is done to images.
+    tokens, padding, pad_to_multiple_of, ids_dtype, token_seed
+        What tokens are made, and how they are handed out.
     io, residency, residency_budget, residency_load
         How stored bytes are read, and which chunks stay where.
     decode
@@ -89,6 +94,11 @@ class LoaderOptions:
     transform: Steps | Mapping[str, Steps] | None = None
     images: Images | Mapping[str, Images] | None = None
     image_seed: int | None = None
+    tokens: Tokens | Mapping[str, Tokens] | None = None
+    padding: str = "longest"
+    pad_to_multiple_of: int | None = None
+    ids_dtype: str = "int64"
+    token_seed: int | None = None
     io: str | None = None
     residency: str = "none"
     residency_budget: int | None = None

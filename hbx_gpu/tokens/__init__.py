@@ -6,6 +6,9 @@ docs/tokens.md has a page for each model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hbx_gpu.tokens._compile import Compiled, Report
 from hbx_gpu.tokens._compile import compile_recipe as compile  # noqa: A004
 from hbx_gpu.tokens._encode import encode
@@ -36,6 +39,27 @@ from hbx_gpu.tokens._recipes import (
 )
 from hbx_gpu.tokens._sampled import GeneSentence, PromptQuery, WeightedSentence
 
+
+def nested(batch: Mapping[str, Any], name: str = "input_ids") -> Any:
+    """One output of a packed batch as a nested tensor of torch (jagged layout), without a copy.
+
+    Parameters
+    ----------
+    batch
+        From a loader with ``padding="packed"``: tensors, ``cu_seqlens`` among them.
+    name
+        Which output.
+
+    Returns
+    -------
+    torch.Tensor
+        (n_rows, j), with rows of their own lengths.
+    """
+    import torch
+
+    return torch.nested.nested_tensor_from_jagged(batch[name], batch["cu_seqlens"].to(torch.int64))
+
+
 __all__ = [
     "Compiled",
     "ExpressedGenes",
@@ -57,6 +81,7 @@ __all__ = [
     "encode",
     "geneformer_v1",
     "geneformer_v2",
+    "nested",
     "nicheformer",
     "scfoundation",
     "scgpt",

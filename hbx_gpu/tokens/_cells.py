@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from hbx_gpu.tokens._compile import Compiled
+from hbx_gpu.tokens._program import Mask
 
 PADDINGS = ("longest", "max_length", "packed")
 IDS = ("int64", "int32")
@@ -88,3 +89,15 @@ class Engine(Protocol):
 
     def __call__(self, compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
         """Arrays by name; ``lengths`` among them."""
+
+
+def check_options(compiled: Compiled, options: Options) -> None:
+    """Refuse what a recipe's rows cannot be handed out as.
+
+    Raises
+    ------
+    ValueError
+        Rows of two sequences, packed.
+    """
+    if options.padding == "packed" and getattr(compiled.program, "mask", None) == Mask.SPLIT:
+        raise ValueError("rows that a Split cuts in two cannot be packed: choose another padding")

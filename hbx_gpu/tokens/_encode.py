@@ -11,7 +11,7 @@ from hbx_gpu import _draws
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens._by_row import reference
-from hbx_gpu.tokens._cells import Cells, Engine, Options
+from hbx_gpu.tokens._cells import Cells, Engine, Options, check_options
 from hbx_gpu.tokens._compile import Compiled, compile_recipe
 from hbx_gpu.tokens._host.engine import host
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe
@@ -89,6 +89,7 @@ def encode(
         raise ValueError("feature_uids: pass the uid of each column; tokens are looked up by uid")
     else:
         compiled = compile_recipe(recipe, feature_uids)
+    check_options(compiled, options)
     offsets, columns, values, width, metadata = _csr(rows)
     if width != compiled.n_features:
         raise InvalidDataError(

@@ -23,6 +23,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._datasets.plain import PlainDataset
 from hbx_gpu._loading.feeds.device import DatasetT, DecodedBytes, DeviceFeed, StagedFeed
+from hbx_gpu._loading.tokens import TokenCollate
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Collate, Loadable, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import stage
@@ -328,6 +329,8 @@ def cells_feed(
             "a GPU takes the datasets of hbx_gpu"
         )
     feeds: dict[str, AnyFeed] = {}
+    if isinstance(collate, TokenCollate):
+        return CopiedFeed(dataset, collate, backend)
     if isinstance(dataset, CellDataset):
         for name, cells in _layers_of(dataset):
             feeds[name] = DeviceFeed(cells, backend, options)
@@ -417,10 +420,12 @@ class MultimodalFeed:
             "measured": MeasuredTensors(self._dataset.measured(rows), index.device),
             "index": index,
         }
-        if metadata := {name: labels[name] for name in labels if name not in ("X", "layers", "index")}:
+        columns = self._dataset.columns.keys()
+        if metadata := {name: labels[name] for name in labels if name in columns}:
             result["metadata"] = metadata
+        others = {*columns, "index", *(f"{PRESENT}{name}" for name in found)}
         for name, batch in found.items():
-            result[name] = {key: batch[key] for key in ("X", "layers") if key in batch}
+            result[name] = {key: value for key, value in batch.items() if key not in others}
         return result
 
     def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:

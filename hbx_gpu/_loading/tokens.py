@@ -1,0 +1,193 @@
+"""The layout ``"tokens"``: recipes met with a dataset, and the collate that makes tokens of its batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._datasets.multimodal import MultimodalCellDataset
+from hbx_gpu._protocols import Collating, Loadable
+from hbx_gpu._tensors import check_columns, metadata_tensors
+from hbx_gpu.batch import SparseBatch
+from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.tokens import Compiled, Recipe, compile, encode  # noqa: A004
+from hbx_gpu.tokens._cells import Options, check_options
+
+if TYPE_CHECKING:
+    from hbx_gpu._loading.options import LoaderOptions
+
+_LOG = logging.getLogger(__name__)
+_SETTINGS = ("tokens", "padding", "pad_to_multiple_of", "ids_dtype", "token_seed")
+
+
+class TokenCollate(Collating):
+    """Sparse batches to tokens of a model.
+
+    Parameters
+    ----------
+    compiled
+        What the model is fed.
+    categories
+        Values of the obs columns that batches carry as codes.
+    seed
+        What is drawn depends on it, the epoch, the cell and the gene.
+    where
+        What holds the counts, for messages.
+    padding, pad_to_multiple_of, ids_dtype
+        As for :func:`hbx_gpu.tokens.encode`.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        *,
+        categories: Mapping[str, np.ndarray],
+        seed: int,
+        where: str,
+        padding: str = "longest",
+        pad_to_multiple_of: int | None = None,
+        ids_dtype: str = "int64",
+    ) -> None:
+        import torch
+
+        check_options(compiled, Options(padding, pad_to_multiple_of or 1, ids_dtype))
+        self.compiled, self.seed, self.where = compiled, seed, where
+        self._categories = {
+            name: values for name, values in categories.items() if name in compiled.recipe.obs_columns
+        }
+        self._options: dict[str, Any] = {
+            "padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "ids_dtype": ids_dtype
+        }  # fmt: skip
+        # Worker processes are started once and must learn of later epochs: they map this memory.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """See :class:`~hbx_gpu._protocols.Collate`."""
+        self._epoch[0] = epoch
+
+    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
+        """Tokens as :func:`hbx_gpu.tokens.encode` makes them, as tensors, and the batch's metadata."""
+        import torch
+
+        metadata = batch.metadata or {}
+        obs = {name: _decoded(metadata[name], values) for name, values in self._categories.items()}
+        made = encode(
+            batch,
+            self.compiled,
+            seed=self.seed,
+            epoch=int(self._epoch[0]),
+            obs=obs,
+            where=self.where,
+            **self._options,
+        )
+        check_columns([*made, *metadata])
+        tensors = {
+            name: torch.from_numpy(array) if isinstance(array, np.ndarray) else int(array)
+            for name, array in made.items()
+        }
+        return {**tensors, **metadata_tensors(metadata)}
+
+    def nbytes(self, n_rows: int, n_features: Any, /) -> int:  # noqa: ARG002
+        """Bytes of a batch at its widest."""
+        return n_rows * int(self.compiled.program.length) * 24
+
+
+def _decoded(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values of a column of codes; None where a cell has none."""
+    found = np.full(len(codes), None, object)
+    known = codes >= 0
+    found[known] = np.asarray(values, object)[codes[known]]
+    return found
+
+
+def with_token_collates(dataset: Loadable[Any], sampler: Any, options: LoaderOptions) -> LoaderOptions:
+    """Options with collates in the place of recipes.
+
+    Raises
+    ------
+    ValueError
+        Recipes without ``layout="tokens"`` or the other way round; a dataset that has no counts.
+    """
+    spaces = options.layout.values() if isinstance(options.layout, Mapping) else [options.layout]
+    if "tokens" not in spaces:
+        for name in _SETTINGS:
+            if getattr(options, name) not in (None, "longest", "int64"):
+                raise ValueError(f'{name}= belongs to layout="tokens", and the layout is {options.layout!r}')
+        return options
+    if options.tokens is None:
+        raise ValueError(
+            'layout="tokens" needs tokens=, a recipe such as hbx_gpu.tokens.geneformer_v2(vocabulary, '
+            "medians)"
+        )
+    if isinstance(dataset, MultimodalCellDataset):
+        return replace(options, tokens=_by_space(dataset, sampler, options))
+    if isinstance(options.tokens, Mapping):
+        raise ValueError("recipes by space are for multimodal datasets; give this one a recipe")
+    return replace(options, tokens=_collate(dataset, options.tokens, sampler, options))
+
+
+def _by_space(
+    dataset: MultimodalCellDataset, sampler: Any, options: LoaderOptions
+) -> dict[str, TokenCollate]:
+    """Collates of the spaces whose layout is tokens."""
+    sparse = [name for name, part in dataset.datasets.items() if isinstance(part, CellDataset)]
+    layout = options.layout
+    wanted = [
+        n for n in sparse if layout == "tokens" or (isinstance(layout, Mapping) and layout.get(n) == "tokens")
+    ]
+    given = options.tokens
+    if not isinstance(given, Mapping):
+        if len(wanted) != 1:
+            raise ValueError(f"name the space of the recipe, of {wanted}: tokens={{space: recipe}}")
+        assert given is not None
+        given = {wanted[0]: given}
+    if set(given) != set(wanted):
+        raise ValueError(f"tokens= has recipes for {sorted(given)}; spaces whose layout is tokens: {wanted}")
+    return {
+        name: _collate(dataset.datasets[name], recipe, sampler, options, dataset.categories)
+        for name, recipe in given.items()
+    }
+
+
+def _collate(
+    dataset: Any, recipe: Any, sampler: Any, options: LoaderOptions, categories: Any = None
+) -> TokenCollate:
+    if isinstance(recipe, TokenCollate):
+        return recipe
+    if not isinstance(dataset, CellDataset):
+        raise ValueError(
+            f'layout="tokens" is for sparse counts with feature uids, and this is a {type(dataset).__name__}'
+        )
+    if isinstance(recipe, Compiled):
+        recipe.check_features(dataset.feature_uids)
+        compiled = recipe
+    elif isinstance(recipe, Recipe):
+        compiled = compile(recipe, dataset.feature_uids)
+    else:
+        raise ValueError(
+            f"tokens= must be a recipe of hbx_gpu.tokens, such as tokens.geneformer_v2(...), got {recipe!r}"
+        )
+    known = dataset.categories if categories is None else categories
+    if missing := [name for name in compiled.recipe.obs_columns if name not in dataset.columns]:
+        raise InvalidDataError(
+            f"the recipe reads obs columns {missing}, which the dataset was not opened with: name them in "
+            "metadata_columns"
+        )
+    _LOG.info("hbx_gpu tokens of %s: %s", dataset.feature_space, compiled.report)
+    seed = options.token_seed
+    if seed is None:
+        seed = int(getattr(sampler, "seed", None) or 0)
+    return TokenCollate(
+        compiled,
+        categories=known,
+        seed=seed,
+        where=f"layer {dataset.layer!r} of {dataset.feature_space!r}",
+        padding=options.padding,
+        pad_to_multiple_of=options.pad_to_multiple_of,
+        ids_dtype=options.ids_dtype,
+    )
