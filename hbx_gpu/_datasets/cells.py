@@ -123,6 +123,11 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
             row = stop
         return result
 
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """int32, (n_cells,). Stored values of each cell, known without reading any; what samplers sort by."""
+        return self._rows.length
+
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
         """See :meth:`Dataset.rows_nbytes`; columns that are dropped count."""
         selection = np.concatenate([*selections, np.empty(0, np.int64)])

@@ -47,6 +47,13 @@ class CellSampler(EpochSampler):
     rows
         Row numbers to draw from, for instance those of the training split; all rows by default. Batches hold
         row numbers of the whole dataset.
+    length_group
+        Batches of cells of like length, as transformers take them: every so many batches of the shuffled
+        order are sorted by falling length, and the epoch begins with its longest cell, so that memory that
+        does not suffice is noticed at once (the rule of Hugging Face's LengthGroupedSampler). None: no
+        sorting.
+    lengths
+        Number of stored values of each cell, (n_cells,), for `length_group`: ``dataset.row_lengths``.
     rank, world_size
         By default those of torch.distributed when an iteration begins, else 0 and 1. All ranks get the same
         number of batches: the batches of the last round are cut smaller if need be, so that their sizes
@@ -75,6 +82,8 @@ class CellSampler(EpochSampler):
         block_size: int = 64,
         blocks_per_window: int = 256,
         rows: ArrayLike | None = None,
+        length_group: int | None = None,
+        lengths: ArrayLike | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -90,6 +99,12 @@ class CellSampler(EpochSampler):
         # Kept as long as the sampler lives, so at half the width wherever 32 bits suffice.
         width = np.int32 if len(groups) < 2**31 else np.int64
         self._rows = None if rows is None else _checked_rows(rows, len(groups)).astype(width)
+        self._length_group, self._lengths = 0, np.empty(0, np.int32)
+        if length_group is not None:
+            self._length_group = at_least("length_group", length_group, 1)
+            self._lengths = self._checked_lengths(lengths, len(groups))
+        elif lengths is not None:
+            raise ValueError("lengths are for length_group=, the number of batches that are sorted at a time")
         codes, self._group_sizes = number(groups if self._rows is None else groups[self._rows])
         self._n_epoch = len(codes)
         self._by_group = rows_by_code(codes).astype(width)
@@ -115,7 +130,31 @@ class CellSampler(EpochSampler):
             cells = self._blocked(rng)
         else:
             cells = rng.permutation(self._n_epoch)
-        return cells if self._rows is None else self._rows[cells].astype(np.int64)
+        cells = cells if self._rows is None else self._rows[cells].astype(np.int64)
+        return self._by_length(cells) if self._length_group else cells
+
+    def _by_length(self, cells: np.ndarray) -> np.ndarray:
+        """Every `length_group` batches of cells sorted by falling length, the longest cell in front."""
+        batches = max(1, min(len(cells) // (4 * self.batch_size), self._length_group))
+        megabatch = np.arange(len(cells)) // (batches * self.batch_size)
+        lengths = self._lengths[cells]
+        cells = cells[np.lexsort((-lengths, megabatch))]  # stable: equal lengths stay shuffled
+        if len(cells):
+            longest = int(np.argmax(self._lengths[cells]))
+            cells[[0, longest]] = cells[[longest, 0]]
+        return cells
+
+    def _checked_lengths(self, lengths: ArrayLike | None, n_cells: int) -> np.ndarray:
+        if not self.shuffle or self.locality == "group":
+            raise ValueError(
+                'length_group sorts a shuffled order: leave shuffle on, and locality at "none" or "block"'
+            )
+        if lengths is None:
+            raise ValueError("length_group needs lengths=, such as dataset.row_lengths")
+        found = integers("lengths", lengths)
+        if len(found) != n_cells:
+            raise ValueError(f"lengths must have {n_cells} entries, one for each cell, got {len(found)}")
+        return found.astype(np.int32)
 
     def _grouped(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
         size, ends = self.batch_size, np.cumsum(self._group_sizes)
@@ -160,6 +199,11 @@ class CellSampler(EpochSampler):
             **({"locality": self.locality} if self.shuffle else {}),
             **(blocks if self.shuffle and self.locality == "block" else {}),
             **({} if self._rows is None else {"rows": digest(self._rows)}),
+            **(
+                {"length_group": self._length_group, "lengths": digest(self._lengths)}
+                if self._length_group
+                else {}
+            ),
             "n_cells": self._n_epoch,
             "groups": digest(self._by_group, self._group_sizes),
         }

@@ -39,10 +39,19 @@ def _scalar(dtype: np.dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype, count=1)[0]
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """How protocol 2 spells bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} as {encoding!r}")
+    return text.encode("latin1")
+
+
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")):
             return _scalar
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
@@ -74,10 +83,8 @@ def read_table(table: Table, what: str) -> dict[str, Any]:
         except Exception as error:
             raise InvalidDataError(
                 f"{path} cannot be read as {what}: {error}. Expected a JSON object, or a pickle of a plain "
-                "dict "
-                "of strings and numbers; pickles that hold anything else are not opened, because a pickle "
-                "can "
-                "run code. Load it yourself and pass the dict"
+                "dict of strings and numbers; pickles that hold anything else are not opened, because a "
+                "pickle can run code. Load it yourself and pass the dict"
             ) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise InvalidDataError(f"{what} must be a dict keyed on feature uids (strings), got {_kind(found)}")

@@ -37,9 +37,9 @@ def known_genes(
             if not logged:
                 if x != math.floor(x):
                     return NOT_COUNTS
-                total += x
-                if total > limit:
+                if x > limit - total:  # exact, which the sum might not be
                     return TOO_MANY
+                total += x
             column = columns[k]
             if column < 0 or column >= n_features:
                 return BAD_COLUMN
