@@ -6,6 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step
 from hbx_gpu.tokens._host.draws import HALF, jit, words
+from hbx_gpu.tokens._host.draws import keys as draw_keys
 from hbx_gpu.tokens._program import Side
 
 SMALL = 4096
@@ -42,15 +43,15 @@ def bin_counts(
                     above += 1
                 table[0, value], table[1, value] = below, above
         if side == _BOTH:
-            for i in range(n):
-                a, _, _, _ = words(seed, epoch, cell, _BIN, index[i], 0)
-                keys[i] = a
+            draw_keys(seed, epoch, cell, _BIN, 0, index, n, keys)
         for i in range(n):
             value = np.int64(counts[i])
             if value:
                 lt, le = table[0, value], table[1, value]
                 if side == _BOTH:
-                    out[i] = le - (np.int64((keys[i] * np.uint64(le - lt)) >> HALF) if le > lt else 0)
+                    out[i] = le - (
+                        np.int64(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF) if le > lt else 0
+                    )
                 else:
                     out[i] = le if side == _ONE else lt + 1
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hbx_gpu._draws import MULTIPLIERS, WEYL
+from hbx_gpu._draws import MULTIPLIERS, ROUNDS, WEYL
 
 jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -15,17 +15,18 @@ LOW, HALF, EIGHT = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(8)
 
 
 @jit
+def _round(a, b, c, d, key_0, key_1):
+    left = a * _M0
+    right = c * _M1
+    return (right >> HALF) ^ b ^ key_0, right & LOW, (left >> HALF) ^ d ^ key_1, left & LOW
+
+
+@jit
 def philox(a, b, c, d, key_0, key_1):
     """Four words of a counter of four words; all uint64 that hold 32 bits."""
-    for _ in range(10):
-        left = a * _M0
-        right = c * _M1
-        a = (right >> HALF) ^ b ^ key_0
-        c = (left >> HALF) ^ d ^ key_1
-        b = right & LOW
-        d = left & LOW
-        key_0 = (key_0 + _W0) & LOW
-        key_1 = (key_1 + _W1) & LOW
+    for _ in range(ROUNDS):
+        a, b, c, d = _round(a, b, c, d, key_0, key_1)
+        key_0, key_1 = (key_0 + _W0) & LOW, (key_1 + _W1) & LOW
     return a, b, c, d
 
 
@@ -45,8 +46,32 @@ def words(seed, epoch, cell, step, index, block):
 @jit
 def keys(seed, epoch, cell, step, block, index, n, out):
     """out[i] = 64-bit key of index[i]."""
+    key_0, key_1 = seed & LOW, seed >> HALF
+    first, second = cell & LOW, (cell >> HALF) | (np.uint64(block) << EIGHT)
+    third, fourth = np.uint64(epoch), np.uint64(step)
     for i in range(n):
-        a, b, _, _ = words(seed, epoch, cell, step, index[i], block)
+        # The rounds of `philox` in the loop itself, which is what makes it vectors.
+        a, b, c, d = first, second, third, fourth | (np.uint64(index[i]) << EIGHT)
+        k0, k1 = key_0, key_1
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
+        k0, k1 = (k0 + _W0) & LOW, (k1 + _W1) & LOW
+        a, b, c, d = _round(a, b, c, d, k0, k1)
         out[i] = (a << HALF) | b
 
 

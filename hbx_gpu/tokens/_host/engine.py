@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hbx_gpu._buffers import POOL
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens import _rows
 from hbx_gpu.tokens._arithmetic import linspace32
@@ -43,7 +44,7 @@ class Known:
         if program.zeros:
             room = int(np.maximum(np.diff(cells.offsets), len(tables.known)).sum())
         self.pointers = np.empty(n + 1, np.int64)
-        self.genes, self.counts = np.empty(room, np.int32), np.empty(room, np.float64)
+        self.genes, self.counts = np.empty(room + 1, np.int32), np.empty(room + 1, np.float64)
         self.totals, self.totals_known = np.empty(n, np.float64), np.empty(n, np.float64)
         values = cells.values
         if values.dtype == np.float16 or values.dtype == bool:
@@ -82,20 +83,20 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
     size = int(widths.sum())
 
     ids_dtype = np.dtype(options.ids_dtype)
-    made: dict[str, np.ndarray] = {"input_ids": np.empty(size, ids_dtype)}
+    made: dict[str, np.ndarray] = {"input_ids": POOL.empty(size, ids_dtype)}
     if program.value != Value.NONE:
-        made["values"] = np.empty(size, np.float32)
+        made["values"] = POOL.empty(size, np.float32)
     if program.counts:
-        made["counts"] = np.empty(size, np.float32)
+        made["counts"] = POOL.empty(size, np.float32)
     if program.mask == Mask.TOKENS:
-        made["labels"] = np.empty(size, ids_dtype)
+        made["labels"] = POOL.empty(size, ids_dtype)
     if program.mask in (Mask.BERNOULLI, Mask.EXACT):
-        made["mask"], made["masked_values"] = np.empty(size, np.bool_), np.empty(size, np.float32)
+        made["mask"], made["masked_values"] = POOL.empty(size, np.bool_), POOL.empty(size, np.float32)
     generated = {}
     gen_lengths = np.empty(n if split else 0, np.int32)
     if split:
-        generated["gen_ids"] = np.empty(n * cut.generated, ids_dtype)
-        generated["gen_values"] = np.empty(n * cut.generated, np.float32)
+        generated["gen_ids"] = POOL.empty(n * cut.generated, ids_dtype)
+        generated["gen_values"] = POOL.empty(n * cut.generated, np.float32)
     none = {
         "values": np.empty(0, np.float32),
         "counts": np.empty(0, np.float32),

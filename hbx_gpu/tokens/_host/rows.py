@@ -27,28 +27,31 @@ def known_genes(
     pointers[0] = 0
     for row in range(len(offsets) - 1):
         start = at
+        first, stop = offsets[row], offsets[row + 1]
         total = 0.0
+        fine = True
+        for k in range(first, stop):
+            x = np.float64(values[k])
+            fine &= (x >= 0.0) & (x < np.inf)
+            if not logged:
+                fine &= x == math.floor(x)
+                fine &= x <= limit - total  # exact, which the sum might not be
+                total += x
+        if not fine:
+            return _why(values, first, stop, logged)
         last = -1
         rising = True
-        for k in range(offsets[row], offsets[row + 1]):
-            x = np.float64(values[k])
-            if not (x >= 0.0) or x == np.inf:
-                return NOT_COUNTS
-            if not logged:
-                if x != math.floor(x):
-                    return NOT_COUNTS
-                if x > limit - total:  # exact, which the sum might not be
-                    return TOO_MANY
-                total += x
+        for k in range(first, stop):
             column = columns[k]
             if column < 0 or column >= n_features:
                 return BAD_COLUMN
             own = column_of[column]
+            x = np.float64(values[k])
+            genes[at] = own
+            counts[at] = x
             if own >= 0 and x > 0.0:
                 rising &= own > last
                 last = own
-                genes[at] = own
-                counts[at] = x
                 at += 1
         if not rising:
             at = _summed(genes, counts, start, at)
@@ -62,6 +65,16 @@ def known_genes(
         totals_known[row] = whole
         pointers[row + 1] = at
     return 0
+
+
+@jit
+def _why(values, first, stop, logged):
+    """What is wrong with values that are not fine."""
+    for k in range(first, stop):
+        x = np.float64(values[k])
+        if not (x >= 0.0) or x == np.inf or (not logged and x != math.floor(x)):
+            return NOT_COUNTS
+    return TOO_MANY
 
 
 @jit

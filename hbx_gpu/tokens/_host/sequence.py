@@ -118,7 +118,7 @@ _NO_VALUE, _SCALED_VALUE, _BINS, _KEPT_BINS = (
 _TOKENS, _BERNOULLI, _EXACT, _SPLIT = int(Mask.TOKENS), int(Mask.BERNOULLI), int(Mask.EXACT), int(Mask.SPLIT)
 _NO_FILL, _FILL_RANDOM = int(Fill.NONE), int(Fill.RANDOM)
 _NO_DEPTH, _ADDED, _TIMES = int(Depth.NONE), int(Depth.ADDED), int(Depth.TIMES)
-_COUNT_NORM, _KEPT_NORM = int(Norm.COUNT), int(Norm.F32_KEPT)
+_COUNT_NORM, _KEPT_NORM, _F64_DIV = int(Norm.COUNT), int(Norm.F32_KEPT), int(Norm.F64_DIV)
 _NO_CURVE = int(Curve.NONE)
 _PICK, _ZEROS, _MASK_STEP, _KIND = int(Step.PICK), int(Step.ZEROS), int(Step.MASK), int(Step.KIND)
 _RATIO = int(Step.RATIO)
@@ -281,8 +281,9 @@ def fill_rows(
             if n_depth == 2:
                 ids[end + n_back + 1] = whole[_DEPTH_SECOND]
         length = n_front + n_genes + n_back + n_depth
+        pad_id = whole[_PAD_ID]
         for k in range(out + length, out + width):
-            ids[k] = whole[_PAD_ID]
+            ids[k] = pad_id
         if whole[_VALUE] != _NO_VALUE:
             pad_value = np.float32(fraction[_PAD_VALUE])
             for k in range(n_front):
@@ -357,6 +358,21 @@ def fill_rows(
             hidden = np.float32(fraction[_MASK_VALUE])
             for k in range(out, out + width):
                 masked_values[k] = hidden if mask[k] else values[k]
+
+
+@jit
+def _rank_keys(norm, scaled, amount, columns, scale, n, total, total_known, target, key):
+    """key = what sorts genes by falling rank value: the complement of a positive float64's bits."""
+    if norm == _F64_DIV and scaled:  # the same steps, in a loop that becomes vectors
+        for i in range(n):
+            value = amount[i] / total * target / scale[columns[i]]
+            key[i] = _ALL - np.float64(value).view(np.uint64)
+        return
+    for i in range(n):
+        value = normalise(norm, amount[i], total, total_known, 0.0, target)
+        if scaled:
+            value = rank_key(norm, value, scale[columns[i]])
+        key[i] = _ALL - np.float64(value).view(np.uint64)
 
 
 @jit
