@@ -18,7 +18,7 @@ SCRATCH = PASSES * _BUCKETS
 def sort_keys(key, item, n, key_2, item_2, histogram):
     """Sort key[:n] ascending, item[:n] along with it; equal keys keep their order.
 
-    The leading 22 of the bits in which keys differ (33 in long rows) go through passes of 11-bit digits. What is
+    The leading 22 of the bits in which keys differ (33 in long rows) go through passes of 11 bits. What is
     equal there and differs below is put right by insertion, which finds nearly everything in place; where it
     does not, all the bits that differ are sorted by.
     """
