@@ -22,13 +22,13 @@ import numpy as np
 from benchmarks import mixing
 from benchmarks.common import conditions, spread, write_json
 from benchmarks.datasets import SPECS, Data, blocks, copied, write
-from benchmarks.peers import annbatch, annloader, homeobox, memory, ours, scdataset, scdl, slaf
+from benchmarks.peers import annbatch, annloader, homeobox, in_place, memory, ours, scdataset, scdl, slaf
 from benchmarks.peers.protocol import Peer, Variant
 
 LAYOUTS = ("csr", "dense")
 PEERS: dict[str, Peer] = {
     module.PEER.name: module.PEER
-    for module in (ours, homeobox, annbatch, scdl, scdataset, slaf, annloader, memory)
+    for module in (ours, homeobox, annbatch, in_place, scdl, scdataset, slaf, annloader, memory)
 }
 _ROOT = Path(__file__).resolve().parents[1]
 # Seconds that a conversion, or one process of measurements, may take before its peer is given up.
