@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hbx_gpu._version import __version__
 
 if TYPE_CHECKING:
-    from hbx_gpu._stores.opening import open as open  # noqa: A004 - said as hbx_gpu.open
+    from hbx_gpu._inplace.opening import open as open  # noqa: A004 - said as hbx_gpu.open
     from hbx_gpu.atlas import AtlasQuery as AtlasQuery
     from hbx_gpu.atlas import RaggedAtlas as RaggedAtlas
     from hbx_gpu.atlas import add_from_anndata as add_from_anndata
@@ -49,7 +49,7 @@ _PUBLIC = {
     "DenseBatch": "hbx_gpu.batch",
     "RaggedBatch": "hbx_gpu.batch",
     "MultimodalBatch": "hbx_gpu.batch",
-    "open": "hbx_gpu._stores.opening",
+    "open": "hbx_gpu._inplace.opening",
 }
 
 __all__ = ["__version__", *_PUBLIC]

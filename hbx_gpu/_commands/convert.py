@@ -20,12 +20,16 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "convert",
         parents=[common],
-        help="turn an SCDL archive into an atlas, an atlas or a .h5ad file into an archive",
-        description="Turn an SCDL archive into an atlas, or an atlas or a .h5ad file into an archive. "
+        help="turn an SCDL archive into an atlas, an atlas or a file of cells into an archive",
+        description="Turn an SCDL archive into an atlas, or an atlas, an AnnData, a 10x or a loom store into "
+        "an SCDL archive. "
         "Nothing is lost on the way: columns in their order, repeats, explicit zeros and dtypes come back.",
     )
     parser.add_argument(
-        "source", type=local_argument, metavar="SOURCE", help="an SCDL archive, an atlas, or a .h5ad file"
+        "source",
+        type=local_argument,
+        metavar="SOURCE",
+        help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store",
     )
     parser.add_argument("target", type=local_argument, metavar="TARGET", help="the atlas or archive to make")
     parser.add_argument(
@@ -82,6 +86,10 @@ def kind_of(path: Path) -> str:
     if path.is_file() and path.suffix == ".h5ad":
         return "file"
     from hbx_gpu._h5ad.foreign import describe_path
+    from hbx_gpu._stores.source import is_other_store
+
+    if is_other_store(path):
+        return "file"
 
     there = (describe_path(path) or "it is neither") if path.exists() else "nothing is there"
     raise InvalidDataError(

@@ -35,7 +35,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
     parser = commands.add_parser(
         "ingest",
         parents=[common],
-        help="add .h5ad and .h5mu files, images and fragments to an atlas",
+        help="add AnnData, MuData, 10x and loom stores, images and fragments to an atlas",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,7 +44,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         nargs="*",
         type=local_argument,
         metavar="FILE",
-        help=".h5ad and .h5mu files, one dataset each",
+        help=".h5ad, .h5mu, AnnData zarr, annbatch, 10x Genomics or loom stores, one dataset each",
     )
     parser.add_argument(
         "--atlas",

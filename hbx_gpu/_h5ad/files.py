@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,45 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class AnnDataGroup:
+class AnnDataGroup(ABC):
+    """An AnnData in any open store, as ingest and conversion read it.
+
+    Attributes
+    ----------
+    path
+        The store.
+    modality
+        Name of its part in a MuData store, ``""`` for a store that is one AnnData.
+    source
+        What it is called in messages.
+    """
+
+    path: Path
+    modality: str
+    source: str
+
+    @abstractmethod
+    def matrices(self) -> list[str]:
+        """Names of the matrices: ``X``, ``raw`` and the layers, as far as they exist."""
+
+    @abstractmethod
+    def matrix(self, name: str = "X") -> Matrix:
+        """One of :meth:`matrices`; its shape agrees with obs and its var."""
+
+    @abstractmethod
+    def obs(self) -> pd.DataFrame:
+        """Table of the cells, their names as index."""
+
+    @abstractmethod
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of obs."""
+
+    @abstractmethod
+    def var(self, matrix: str = "X") -> pd.DataFrame:
+        """Table of the features of a matrix, their names as index."""
+
+
+class HdfAnnData(AnnDataGroup):
     """An AnnData inside an open HDF5 file.
 
     Parameters
@@ -114,7 +153,7 @@ class _File:
         self._file.close()
 
 
-class H5adFile(_File, AnnDataGroup):
+class H5adFile(_File, HdfAnnData):
     """An open .h5ad file; a context manager.
 
     Parameters
@@ -132,7 +171,7 @@ class H5adFile(_File, AnnDataGroup):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         _File.__init__(self, path, ".h5ad", {"obs", "var"}, "an AnnData file")
-        AnnDataGroup.__init__(self, self._file, self.path)
+        HdfAnnData.__init__(self, self._file, self.path)
 
     def __enter__(self) -> H5adFile:
         return self
@@ -183,7 +222,7 @@ class H5muFile(_File):
             raise InvalidDataError(
                 f"{self.path}: modality {name!r} is no AnnData: expected obs and var, found {sorted(group)}"
             )
-        return AnnDataGroup(group, self.path, name)
+        return HdfAnnData(group, self.path, name)
 
     def obs(self) -> pd.DataFrame:
         """Table of all cells, without the copies of the modalities' columns that MuData keeps."""

@@ -1,1 +1,1 @@
-"""Stores of other programs, opened where they lie: AnnData, MuData, annbatch, 10x Genomics, loom, SCDL."""
+"""Stores of other programs as they lie on disk: AnnData, MuData, annbatch, 10x Genomics and loom."""

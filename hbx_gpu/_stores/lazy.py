@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +15,7 @@ from hbx_gpu._storage import ChunkDirectory, open_reader
 from hbx_gpu._storage.chunks import chunk_grid
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from hbx_gpu._stores.matrix import StoredMatrix
-    from hbx_gpu._stores.store import Part
 
 
 class StoredArray:
@@ -95,36 +91,3 @@ def as_stream(matrix: StoredMatrix) -> Matrix:
     kind: Any = CsrMatrix if matrix.form == "csr" else CscMatrix
     opened: Matrix = kind(matrix.name, matrix.shape, matrix.pointers(), StoredArray(matrix.index), values)
     return opened
-
-
-class PartGroup:
-    """A part of a store in the form in which ingest and conversion read .h5ad files.
-
-    Attributes
-    ----------
-    path
-        The store.
-    modality
-        Place of the part inside a store of several, ``""`` for a store that is one AnnData.
-    source
-        What the part is called in messages.
-    """
-
-    def __init__(self, part: Part, path: Path, modality: str = "") -> None:
-        self._part, self.path, self.modality, self.source = part, path, modality, part.name
-
-    def matrices(self) -> list[str]:
-        """Names of the matrices: ``X``, ``raw`` and the layers, as far as they exist."""
-        return list(self._part.matrices)
-
-    def matrix(self, name: str = "X") -> Matrix:
-        """One of :meth:`matrices`."""
-        return as_stream(self._part.matrix(name))
-
-    def obs(self) -> pd.DataFrame:
-        """Table of the cells, their names as index."""
-        return self._part.obs
-
-    def var(self, matrix: str = "X") -> pd.DataFrame:
-        """Table of the features of a matrix, their names as index."""
-        return self._part.var(matrix)

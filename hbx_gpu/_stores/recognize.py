@@ -85,16 +85,6 @@ def format_of_file(path: Path) -> str | None:
     return "HDF5" if h5py.is_hdf5(path) else None
 
 
-def is_atlas(path: Path) -> bool:
-    """Whether a directory is an atlas, of hbx_gpu or of Homeobox."""
-    return (path / "lance_db").is_dir() or path.name == "lance_db"
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a directory is an SCDL archive."""
-    return (path / "row_ptr.npy").exists() and (path / "col_ptr.npy").exists()
-
-
 def open_store(path: Path) -> Store:
     """Open one store.
 
@@ -139,16 +129,3 @@ def _refuse_packed(path: Path) -> None:
             raise UnsupportedError(f"{path} is {what}; unpack it first")
     if start.startswith(b"version https://git-lfs"):
         raise InvalidDataError(f"{path} is a pointer of Git LFS; fetch the file itself with 'git lfs pull'")
-
-
-def open_stores(paths: Sequence[str | os.PathLike[str]]) -> list[Store]:
-    """Open stores that are not atlases; see :func:`open` for errors."""
-    return [_open(path) for path in expand(paths)]
-
-
-def _open(path: Path) -> Store:
-    if path.is_dir() and is_archive(path):
-        from hbx_gpu._stores.archives import open_scdl
-
-        return open_scdl(path)
-    return open_store(path)

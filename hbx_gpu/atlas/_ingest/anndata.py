@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._h5ad.files import H5adFile
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
 from hbx_gpu._progress import Progress
+from hbx_gpu._stores.source import open_source
 from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable, WriteSession
 from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
@@ -191,10 +192,10 @@ def add_from_h5ad(atlas: Writable, path: str | os.PathLike[str], **kwargs: Any) 
 
 def _open_file(
     adata: AnnData | str | os.PathLike[str], stack: contextlib.ExitStack
-) -> tuple[H5adFile, AnnData | None]:
+) -> tuple[AnnDataGroup, AnnData | None]:
     """The file of a path or of a backed AnnData, and the latter, whose obs and var may have been changed."""
     if isinstance(adata, str | os.PathLike):
-        return stack.enter_context(H5adFile(adata)), None
+        return stack.enter_context(open_source(adata)), None
     return stack.enter_context(H5adFile(backing_file(adata))), adata
 
 

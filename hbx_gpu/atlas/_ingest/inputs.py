@@ -172,8 +172,12 @@ def _open(values: Any, name: str) -> CsrMatrix | DenseMatrix:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 in hexadecimal of a file's bytes; of a directory those of its files, by name."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for inside in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{inside.relative_to(path)}\0{hash_file(inside)}\0".encode())
+        return digest.hexdigest()
     with open(path, "rb") as file:
         while piece := file.read(_HASH_BYTES):
             digest.update(piece)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hbx_gpu._h5ad.files import H5adFile
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
+from hbx_gpu._stores.source import open_source
 from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import field_of, first_layer
@@ -85,7 +85,7 @@ def plan_files(
     found: dict[str, tuple[str, str, FeatureTable, list[str]]] = {}
     for path in files:
         try:
-            with H5adFile(path) as file:
+            with open_source(path) as file:
                 chosen = choose_for(file, layer, counts=counts)
                 name = layer or (chosen.name if chosen else "X")
                 features = FeatureTable.of_frame(file.var(name), str(path))

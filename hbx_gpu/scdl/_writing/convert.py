@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
@@ -16,9 +17,10 @@ import pyarrow as pa
 from hbx_gpu._advice import option
 from hbx_gpu._h5ad.choice import MatrixChoice, choose_matrix
 from hbx_gpu._h5ad.evidence import look_at
-from hbx_gpu._h5ad.files import H5adFile, open_matrix
+from hbx_gpu._h5ad.files import AnnDataGroup, open_matrix
 from hbx_gpu._h5ad.matrix import CsrBlock, DenseMatrix, Matrix
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._stores.source import open_source
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.index_writer import to_table
 from hbx_gpu.scdl._format.values import Tolerance, check_dtype
@@ -110,13 +112,13 @@ class Conversion:
     @property
     def var(self) -> pd.DataFrame:
         """Table of the genes as the file has it, read again; names as index."""
-        with H5adFile(self.file) as file:
+        with open_source(self.file) as file:
             return file.var(self.matrix)
 
     @property
     def obs(self) -> pd.DataFrame:
         """Table of the cells as the file has it, read again; names as index."""
-        with H5adFile(self.file) as file:
+        with open_source(self.file) as file:
             return file.obs()
 
 
@@ -229,7 +231,7 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
     """
     chosen = []
     for path in files:
-        with H5adFile(path) as file:
+        with open_source(path) as file:
             chosen.append(_choose_matrix(file, options))
     if options.allow_normalized:
         return chosen
@@ -253,7 +255,7 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
 
 
 def _shape(h5ad: str | os.PathLike[str], matrix: str) -> tuple[int, int]:
-    with H5adFile(h5ad) as file:
+    with open_source(h5ad) as file:
         return file.matrix(matrix).shape
 
 
@@ -271,7 +273,7 @@ def _add_file(
     options: ConvertOptions,
     progress: Callable[[int], None],
 ) -> Conversion:
-    with H5adFile(h5ad) as file:
+    with open_source(h5ad) as file:
         name = choice.name
         matrix, obs, var = file.matrix(name), file.obs(), file.var(name)
         _check_shape(matrix, obs, var)
@@ -285,7 +287,7 @@ def _add_file(
     return Conversion(h5ad, len(obs), len(var), name, neighbors, choice.reason)
 
 
-def _choose_matrix(file: H5adFile, options: ConvertOptions) -> MatrixChoice:
+def _choose_matrix(file: AnnDataGroup, options: ConvertOptions) -> MatrixChoice:
     available = file.matrices()
     if options.choose and options.matrix is None and available:
         return choose_matrix(available, file.matrix)
@@ -294,7 +296,7 @@ def _choose_matrix(file: H5adFile, options: ConvertOptions) -> MatrixChoice:
     return MatrixChoice(name, str(evidence), evidence)
 
 
-def _as_followed(file: H5adFile, options: ConvertOptions, available: Sequence[str]) -> str:
+def _as_followed(file: AnnDataGroup, options: ConvertOptions, available: Sequence[str]) -> str:
     """``X`` or ``raw`` as BioNeMo-SCDL's options say; it refuses files without the one asked for."""
     if options.use_X_not_raw:
         if "X" not in available:
@@ -326,7 +328,7 @@ def _check_shape(matrix: Matrix, obs: pd.DataFrame, var: pd.DataFrame) -> None:
 
 
 def _write_frames(
-    writer: ArchiveWriter, file: H5adFile, obs: pd.DataFrame, var: pd.DataFrame, options: ConvertOptions
+    writer: ArchiveWriter, file: AnnDataGroup, obs: pd.DataFrame, var: pd.DataFrame, options: ConvertOptions
 ) -> None:
     label = str(file.path)
     genes = to_table(var, index_name=options.var_feature_index_name, source=f"{label}, var")
@@ -336,9 +338,15 @@ def _write_frames(
     writer.append_obs(iter([cells]), len(obs), label=label, cell_names=cell_names)
 
 
+def _nbytes(path: Path) -> int:
+    """Bytes of a file, or of all files of a store that is a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _block_rows(h5ad: str | os.PathLike[str], options: ConvertOptions) -> int | None:
     """Most rows of a block; None if only its values count."""
-    if os.path.getsize(h5ad) >= options.paginated_load_cutoff * _MIB:
+    if _nbytes(Path(h5ad)) >= options.paginated_load_cutoff * _MIB:
         return options.load_block_row_size
     return None
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._inplace.join import Axis, Join, joined, names_of
+from hbx_gpu._inplace.obs import to_arrow, united
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
-from hbx_gpu._stores.join import Axis, Join, joined, names_of
-from hbx_gpu._stores.obs import to_arrow, united
 from hbx_gpu._stores.store import Part, Store
 from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedError
 
@@ -87,7 +87,7 @@ class StoresRecipe:
         InvalidDataError
             The stores hold another number of cells now.
         """
-        from hbx_gpu._stores.recognize import open_stores
+        from hbx_gpu._inplace.stores import open_stores
 
         cells = Cells(open_stores(self.paths), self.steps)
         if cells.n_cells != self.n_cells:

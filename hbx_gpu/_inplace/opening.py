@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hbx_gpu._stores.cells import Cells
-from hbx_gpu._stores.recognize import expand, is_atlas, open_stores
+from hbx_gpu._inplace.cells import Cells
+from hbx_gpu._inplace.stores import is_atlas, open_stores
+from hbx_gpu._stores.recognize import expand
 from hbx_gpu.errors import UnsupportedError
 
 if TYPE_CHECKING:

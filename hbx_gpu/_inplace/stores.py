@@ -1,0 +1,29 @@
+"""From paths to opened stores, SCDL archives among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hbx_gpu._inplace.archives import open_scdl
+from hbx_gpu._stores.recognize import expand, open_store
+
+if TYPE_CHECKING:
+    from hbx_gpu._stores.store import Store
+
+
+def is_atlas(path: Path) -> bool:
+    """Whether a directory is an atlas, of hbx_gpu or of Homeobox."""
+    return (path / "lance_db").is_dir() or path.name == "lance_db"
+
+
+def open_stores(paths: Sequence[str | os.PathLike[str]]) -> list[Store]:
+    """Open stores that are not atlases; see :func:`hbx_gpu.open` for errors."""
+    return [_open(path) for path in expand(paths)]
+
+
+def _open(path: Path) -> Store:
+    is_archive = (path / "row_ptr.npy").exists() and (path / "col_ptr.npy").exists()
+    return open_scdl(path) if is_archive else open_store(path)

@@ -1,0 +1,163 @@
+"""A store of any format as one AnnData that ingest and conversion read in pieces."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
+from hbx_gpu._h5ad.matrix import CsrBlock, Matrix
+from hbx_gpu._paths import checked
+from hbx_gpu._stores.lazy import as_stream
+from hbx_gpu._stores.recognize import open_store
+from hbx_gpu.errors import InvalidDataError, UnsupportedError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hbx_gpu._stores.store import Store
+
+
+@contextlib.contextmanager
+def open_source(path: str | os.PathLike[str]) -> Iterator[AnnDataGroup]:
+    """Open a file or directory that is one AnnData, whatever program wrote it.
+
+    Parts that follow one another, as in an annbatch collection, become one AnnData.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    InvalidDataError
+        Nothing that is known, or parts with different features.
+    UnsupportedError
+        A MuData store, whose modalities are ingested by name.
+    """
+    path = Path(checked(path))
+    if not is_other_store(path):
+        with H5adFile(path) as file:
+            yield file
+        return
+    store = open_store(path)
+    if store.modalities:
+        raise UnsupportedError(
+            f"{path} holds several modalities; write it as .h5mu, whose modalities are taken together: "
+            "mudata.read_zarr(path).write('file.h5mu')"
+        )
+    yield StoreGroup(store)
+
+
+def is_other_store(path: Path) -> bool:
+    """Whether there is a store that is not an .h5ad file: zarr, 10x Genomics or loom."""
+    if path.is_dir():
+        return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            names = set(file)
+            groups = [set(file[name]) for name in names if isinstance(file[name], h5py.Group)]
+    except OSError:
+        return False  # for the reader of .h5ad files, which says what is wrong
+    if {"obs", "var"} & names or {"mod", "obs"} <= names:
+        return False
+    is_loom = {"row_attrs", "col_attrs"} <= names
+    return is_loom or any({"barcodes", "data", "indices", "indptr"} <= group for group in groups)
+
+
+class StoreGroup(AnnDataGroup):
+    """The parts of a store as one AnnData.
+
+    Parameters
+    ----------
+    store
+        A store without modalities.
+
+    Raises
+    ------
+    InvalidDataError
+        Its parts have different features.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.path, self.modality, self.source = store.path, "", str(store.path)
+        self._parts = store.parts
+        first = store.parts[0]
+        for part in store.parts[1:]:
+            for name in self.matrices():
+                if part.var(name).index.tolist() != first.var(name).index.tolist():
+                    raise InvalidDataError(
+                        f"{part.name} has other features than {first.name}; write each to a store of its own "
+                        "and ingest these"
+                    )
+
+    def matrices(self) -> list[str]:
+        names = list(self._parts[0].matrices)
+        return [name for name in names if all(name in part.matrices for part in self._parts)]
+
+    def matrix(self, name: str = "X") -> Matrix:
+        streams = [as_stream(part.matrix(name)) for part in self._parts]
+        return streams[0] if len(streams) == 1 else _Following(streams)
+
+    def obs(self) -> pd.DataFrame:
+        import pandas as pd
+
+        frames = [part.obs for part in self._parts]
+        if len(frames) == 1:
+            return frames[0]
+        return pd.concat([_united_categories(frame, frames) for frame in frames])
+
+    def obs_columns(self) -> list[str]:
+        return [str(name) for name in self._parts[0].obs.columns]
+
+    def var(self, matrix: str = "X") -> pd.DataFrame:
+        return self._parts[0].var(matrix)
+
+
+def _united_categories(frame: pd.DataFrame, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """A frame whose categoricals have the categories of all frames, so that they stay categoricals."""
+    import pandas as pd
+
+    changed = frame.copy()
+    for name in frame.columns:
+        others = [other[name] for other in frames if name in other.columns]
+        if len(others) == len(frames) and all(isinstance(o.dtype, pd.CategoricalDtype) for o in others):
+            values = list(dict.fromkeys(value for other in others for value in other.cat.categories))
+            changed[name] = frame[name].cat.set_categories(values)
+    return changed
+
+
+@dataclass
+class _Following:
+    """Matrices whose rows follow one another."""
+
+    parts: Sequence[Matrix]
+
+    def __post_init__(self) -> None:
+        self.name = self.parts[0].name
+        self.shape = (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
+        self.dtype: np.dtype[Any] = np.result_type(*(part.dtype for part in self.parts))
+
+    @property
+    def values(self) -> Any:
+        """Stored values of the first matrix, for a look at what kind they are."""
+        first: Any = self.parts[0]
+        return first.values
+
+    def blocks(self, scratch: Path) -> Iterator[CsrBlock]:
+        """All rows in order; see `Matrix.blocks`."""
+        before = 0
+        for number, part in enumerate(self.parts):
+            folder = scratch / f"part{number}"
+            folder.mkdir()
+            for block in part.blocks(folder):
+                values = block.values.astype(self.dtype, copy=False)
+                yield replace(block, first_row=block.first_row + before, values=values)
+            before += part.shape[0]
