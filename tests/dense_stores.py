@@ -236,7 +236,7 @@ def on_device(
         backend,
         LoaderOptions.of(layout="dense", decode=decode, threads=2, window=3, **options),
     )
-    return brought(loader, backend), loader._feed
+    return brought(loader, backend), loader.feed
 
 
 def feed_of(dataset: Any, decode: str = "device", backend: Any = None, collate: Any = None) -> Any:

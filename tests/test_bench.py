@@ -146,14 +146,14 @@ def test_wrong_batches_are_found(
 ) -> None:
     def make(*args: Any, **kwargs: Any) -> Any:
         loader = make_loader(*args, **kwargs)
-        deliver = loader._feed.deliver
+        deliver = loader.feed.deliver
 
         def spoiled(made: Any) -> Any:
             batch = deliver(made)
             spoil(batch)
             return batch
 
-        loader._feed.deliver = spoiled
+        loader.feed.deliver = spoiled
         return loader
 
     monkeypatch.setattr("hbx_gpu._bench.check._ROWS", 32)
@@ -287,8 +287,8 @@ def test_training_tells_how_long_it_waits(dataset: CellDataset) -> None:
     loader = make_loader(dataset, sampler, layout="dense", executor="direct")
     # Batches of 32 cells and 50 genes are ready long before a step is done.
     fast = train("mlp", loader, dataset.n_features, seconds=0.2, finish=lambda: None)
-    make = loader._feed.make
-    loader._feed.make = lambda rows: (time.sleep(0.2), make(rows))[1]  # type: ignore[method-assign]
+    make = loader.feed.make
+    loader.feed.make = lambda rows: (time.sleep(0.2), make(rows))[1]  # type: ignore[method-assign]
     slow = train("mlp", loader, dataset.n_features, seconds=0.6, finish=lambda: None)
     assert slow.waiting > 0.5 > fast.waiting
     assert slow.slowdown > fast.slowdown

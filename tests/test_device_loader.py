@@ -213,7 +213,7 @@ def test_the_order_of_streams_is_what_makes_batches_right(dataset: CellDataset) 
         )
         expected = on_cpu(dataset, sampler_for(dataset), layout="dense")
         if not waits:  # nor may the host's own wait, which it needs for the status words, hide it
-            loader._feed.deliver = lambda made: deliver_blindly(backend, made)
+            loader.feed.deliver = lambda made: deliver_blindly(backend, made)
         seen: list[np.ndarray] = []
         for batch in loader:
             read_later(backend, batch["X"], seen)
@@ -272,7 +272,7 @@ def test_host_and_device_budget_holds(dataset: CellDataset) -> None:
         backend,
         LoaderOptions(layout="dense", memory_budget=1, threads=2, window=1),
     )
-    feed = loader._feed
+    feed = loader.feed
     alive: list[int] = []
     held = 0
     lock = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import pickle
 import subprocess
@@ -217,7 +218,7 @@ def test_the_memory_budget_holds(
     held: list[int] = []
     lock = threading.Lock()
     made: set[int] = set()
-    make = loader._feed.make
+    make = loader.feed.make
 
     def watched(selections: list[np.ndarray]) -> list[object]:
         with lock:
@@ -232,7 +233,7 @@ def test_the_memory_budget_holds(
             made.remove(min(made))  # they go in order
         release(ahead, nbytes)
 
-    loader._feed.make = watched  # type: ignore[method-assign]
+    loader.feed.make = watched  # type: ignore[method-assign]
     monkeypatch.setattr(ReadAhead, "_release", handed_over)
     for i, batch in enumerate(loader):
         assert np.array_equal(batch["X"].numpy(), expected[list(order[i])])
@@ -494,6 +495,76 @@ def test_frameworks_find_the_epoch_and_the_ranks(dataset: CellDataset) -> None:
     assert (len(rebuilt), loader.batch_sampler.batch_size) == (len(sampler), 16)
 
 
+class SeenIndices(BatchSampler):
+    """What Lightning puts around a batch sampler to learn which rows a prediction is of."""
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self.__dict__ = dict(batch_sampler.__dict__)
+        self._batch_sampler = batch_sampler
+
+    def __iter__(self) -> Any:
+        self.seen: list[list[int]] = []
+        for rows in self._batch_sampler:
+            self.seen.append(rows)
+            yield rows
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)
+
+
+def made_again(loader: CellLoader, *, hook: bool = False) -> CellLoader:
+    """Another loader, as Lightning 2 makes it to predict: from attributes, or from what a hook was passed."""
+    parameters = inspect.signature(type(loader).__init__).parameters
+    found = {k: v for k, v in vars(loader).items() if k in parameters and parameters[k].default is not v}
+    batches = loader.batch_sampler
+    again = type(batches)(loader.sampler, batch_size=batches.batch_size, drop_last=False)
+    injected = {"sampler": None, "shuffle": False, "batch_size": 1, "drop_last": False}
+    found |= injected | {"batch_sampler": SeenIndices(again)}
+    assert set(found) <= set(parameters)
+    return type(loader)(found.pop("dataset"), **found) if hook else type(loader)(**found)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_lightning_predicts_with_another_loader_of_the_same_class(
+    load: Executor, dataset: CellDataset, expected: np.ndarray, hook: bool
+) -> None:
+    loader = load(dataset, sampler_for(dataset, rank=1, world_size=2), threads=2)
+    again = made_again(loader, hook=hook)
+    assert again.num_workers == 0
+    assert len(again) == len(loader)
+    found, seen = list(again), again.batch_sampler.seen
+    assert seen == list(loader.batch_sampler)
+    for rows, batch in zip(seen, found, strict=True):
+        assert np.array_equal(batch["X"].numpy(), expected[rows])
+        assert batch["index"].tolist() == rows
+
+
+def test_another_loader_of_worker_processes_counts_what_they_were_fed(dataset: CellDataset) -> None:
+    with make_loader(dataset, sampler_for(dataset), layout="dense", num_workers=1) as loader:
+        again = made_again(loader)
+        assert again.num_workers == 1
+        batches = iter(again)
+        first = next(batches)["index"].tolist()
+        assert first == next(iter(loader.batch_sampler))
+        assert again.state_dict()["sampler"]["batches"] == 1
+        again.close()
+
+
+def test_predicting_names_rows_that_the_sampler_leaves_out(dataset: CellDataset) -> None:
+    loader = make_loader(dataset, sampler_for(dataset, drop_last=True), layout="dense")
+    with pytest.warns(UserWarning, match="leaves out the last rows .* drop_last=False"):
+        made_again(loader)
+
+
+def test_a_loader_takes_one_sampler_that_decides(dataset: CellDataset) -> None:
+    sampler = sampler_for(dataset)
+    for wrong in ({}, {"sampler": sampler, "batch_sampler": sampler}):
+        with pytest.raises(ValueError, match=r"either sampler= or batch_sampler="):
+            CellLoader(dataset, **wrong)
+    with pytest.raises(ValueError, match="batch_size, shuffle: the sampler decides this"):
+        CellLoader(dataset, sampler, batch_size=5, shuffle=True)
+
+
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
@@ -541,13 +612,13 @@ def test_windows_of_wide_batches_leave_room_for_every_thread(load: Executor, dat
     widest = max(dataset.batch_nbytes(rows) for rows in sampler) + 16 * N_FEATURES * 4
     loader = load(dataset, sampler, memory_budget=8 * widest, threads=3, window=8)
     lengths: list[int] = []
-    make = loader._feed.make
+    make = loader.feed.make
 
     def watched(selections: list[np.ndarray]) -> list[object]:
         lengths.append(len(selections))
         return make(selections)
 
-    loader._feed.make = watched  # type: ignore[method-assign]
+    loader.feed.make = watched  # type: ignore[method-assign]
     assert sum(len(batch["X"]) for batch in loader) == 120
     assert max(lengths) <= 2  # a fifth of the budget: three threads, one window waiting, one consumed
 
@@ -561,7 +632,7 @@ def test_an_iterator_that_the_garbage_collector_drops_on_a_loader_thread_ends(
     loader = load(dataset, sampler_for(dataset, batch_size=4), threads=1, window=1)
     other = loader if own else load(dataset, sampler_for(dataset), threads=1, window=1)
     # Both threads: the one that makes windows, and the one that hands them to DALI.
-    make, deliver, first = other._feed.make, other._feed.deliver, threading.Event()
+    make, deliver, first = other.feed.make, other.feed.deliver, threading.Event()
 
     def collecting(call: Any, argument: Any) -> Any:
         if first.is_set():
@@ -569,8 +640,8 @@ def test_an_iterator_that_the_garbage_collector_drops_on_a_loader_thread_ends(
             gc.collect()
         return call(argument)
 
-    other._feed.make = lambda rows: collecting(make, rows)  # type: ignore[method-assign]
-    other._feed.deliver = lambda made: collecting(deliver, made)  # type: ignore[method-assign]
+    other.feed.make = lambda rows: collecting(make, rows)  # type: ignore[method-assign]
+    other.feed.deliver = lambda made: collecting(deliver, made)  # type: ignore[method-assign]
     gc.disable()
     try:
         batches: Any = iter(loader)

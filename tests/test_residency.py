@@ -532,8 +532,8 @@ def test_make_loader_takes_the_keywords(dataset: CellDataset) -> None:
     )
     for one, other in zip(brought(loader), expected, strict=True):
         same(one, other)
-    assert isinstance(loader._feed, DeviceFeed)
-    assert loader._feed.chunks.residency == "device"
+    assert isinstance(loader.feed, DeviceFeed)
+    assert loader.feed.chunks.residency == "device"
 
 
 def test_io_auto_says_what_it_measured(rowpack: CellDataset, caplog: pytest.LogCaptureFixture) -> None:

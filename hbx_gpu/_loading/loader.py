@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -62,17 +62,40 @@ class CellLoader(DataLoader):
         How many threads and processes read how far ahead, and keywords of torch's DataLoader.
     feed
         What makes batches on threads; None: `dataset` and `collate_fn` on the host.
+    batch_sampler
+        As torch calls a sampler of batches; instead of `sampler`.
+    batch_size, shuffle, drop_last
+        The sampler decides these. They are here for frameworks that make a loader of this class anew from its
+        attributes, with another `batch_sampler` and torch's defaults beside it, as Lightning does to predict.
+
+    Attributes
+    ----------
+    options, feed
+        As given, with what `sampler` decided filled in: what another loader is made from.
     """
 
     def __init__(
         self,
         dataset: Any,
-        sampler: Any,
+        sampler: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
         *,
         options: LoaderOptions | None = None,
         feed: AnyFeed | None = None,
+        batch_sampler: Any = None,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
     ) -> None:
+        decided = {"batch_size": batch_size not in (None, 1), "shuffle": shuffle, "drop_last": drop_last}
+        if wrong := [name for name, value in decided.items() if value]:
+            raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
+        if (sampler is None) == (batch_sampler is None):
+            raise ValueError(
+                "a loader needs either sampler= or batch_sampler=; make_loader(dataset, batch_size=...) "
+                "makes a sampler of its own"
+            )
+        sampler = batch_sampler if sampler is None else sampler
         options = options or LoaderOptions()
         num_workers = options.num_workers
         if num_workers is None:
@@ -82,18 +105,22 @@ class CellLoader(DataLoader):
             # Spawn: forked children of a process with threads and open files hang or corrupt.
             keywords = {"multiprocessing_context": "spawn", "persistent_workers": True} | keywords
         self._order = as_order(sampler)
+        # The one that a framework made is shown to it again: it looks there for the rows of each batch.
+        # Worker processes are fed from what is shown, and only an order counts what they were fed.
+        as_given = batch_sampler is not None and num_workers == 0
         super().__init__(
             dataset,
-            batch_sampler=Batches.of(self._order),
+            batch_sampler=batch_sampler if as_given else Batches.of(self._order),
             collate_fn=collate_fn or _identity,
             num_workers=num_workers,
             **keywords,
         )
-        self._feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
+        self.feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
+        self.options = replace(options, num_workers=num_workers)
         self._memory_budget = options.memory_budget or HOST_BUDGET
         self._progress = options.progress
         self._threads = options.threads or cores()
-        single = self._feed.one_batch_per_window
+        single = self.feed.one_batch_per_window
         self._window = options.window or (1 if single else default_window(sampler))
         given = options.window is not None or options.threads is not None or single
         self._sizing = Sizing(self._threads, fixed=given)
@@ -169,9 +196,9 @@ class CellLoader(DataLoader):
 
     def _read_ahead(self) -> Ahead:
         order = self._order.batches()
-        self._feed.set_epoch(self._order.epoch)
+        self.feed.set_epoch(self._order.epoch)
         return ReadAhead(
-            self._feed,
+            self.feed,
             order,
             threads=self._threads,
             window=self._window,

@@ -270,7 +270,7 @@ def _loader(
     if options.dali is None:
         from hbx_gpu._loading.loader import CellLoader
 
-        return CellLoader(dataset, sampler, collate, feed=feed, options=options)
+        return CellLoader(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
     from hbx_gpu._loading.dali.loader import CellPipeline
 
     if options.num_workers:
@@ -278,7 +278,8 @@ def _loader(
             "batches of worker processes do not go through DALI: leave num_workers at 0, or pass "
             'executor="direct"'
         )
-    return CellPipeline(dataset, sampler, collate, feed=feed, options=replace(options, num_workers=0))
+    options = replace(options, num_workers=0)
+    return CellPipeline(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
 
 
 def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderOptions) -> CellLoader:

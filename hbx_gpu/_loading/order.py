@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -181,10 +182,17 @@ class Batches:
     sampler
         The view of the order.
     batch_size, drop_last
-        Of the order, which has decided them.
+        Of the order, which has decided them. Warns where the order leaves rows out and `drop_last` does not
+        ask for it.
     """
 
     def __init__(self, sampler: RankSampler, batch_size: int | None = None, drop_last: bool = False) -> None:
+        if getattr(sampler.order, "drop_last", False) and not drop_last:
+            warnings.warn(
+                "the sampler leaves out the last rows of an epoch, and so will what is predicted from it: "
+                "make it with drop_last=False",
+                stacklevel=2,
+            )
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last

@@ -57,7 +57,7 @@ def made(name: str, dataset: Any) -> Any:
         loader = build_loader(dataset, [[0]], None, "cpu", options)
     else:
         loader = device_loader(dataset, [[0]], EmulatedBackend(), options)
-    feed = loader._feed
+    feed = loader.feed
     assert isinstance(feed, kind)
     return feed
 

@@ -234,8 +234,8 @@ SCRIPT = """
     dataset = RaggedAtlas.checkout_latest(sys.argv[1]).query().to_cell_dataset()
     loader = ways(sys.argv[2])(dataset, sampler_for(dataset), threads=2, window=1)
     if sys.argv[3] == "waiting":
-        make = loader._feed.make
-        loader._feed.make = lambda rows: (time.sleep(0.3), make(rows))[1]
+        make = loader.feed.make
+        loader.feed.make = lambda rows: (time.sleep(0.3), make(rows))[1]
     epoch = 0
     while True:
         loader.set_epoch(epoch)

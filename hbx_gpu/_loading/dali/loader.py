@@ -29,13 +29,28 @@ class CellPipeline(CellLoader):
     def __init__(
         self,
         dataset: Any,
-        sampler: Any,
+        sampler: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
         *,
-        options: LoaderOptions,
+        options: LoaderOptions | None = None,
         feed: AnyFeed | None = None,
+        batch_sampler: Any = None,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
     ) -> None:
-        super().__init__(dataset, sampler, collate_fn, options=options, feed=feed)
+        options = options or LoaderOptions(num_workers=0)
+        super().__init__(
+            dataset,
+            sampler,
+            collate_fn,
+            options=options,
+            feed=feed,
+            batch_sampler=batch_sampler,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
         self.dali = options.dali or DaliOptions()
         self._feeders: list[Feeder] = []
         self._run: _Run | None = None
