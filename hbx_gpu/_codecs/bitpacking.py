@@ -39,20 +39,21 @@ def decode_bitpacking(data: BytesLike, element_size: int = 4) -> np.ndarray:
     Parameters
     ----------
     data
-        The encoded chunk. The transform byte inside rules; bytes after the last block are ignored.
+        The encoded chunk. Its own transform byte says how it is decoded; bytes after the last block are
+        ignored.
     element_size
-        Bytes per word, 4 or 8: not part of the stream, so it must come from the codec's configuration.
+        Bytes per word, 4 or 8. It is not part of the stream, so it must come from the codec's configuration.
 
     Returns
     -------
     ndarray
         (n,), uint32 for 4-byte words, uint64 for 8-byte words. View it as the array's dtype: the codec
-        packs raw bytes, two uint16 may share a word.
+        packs raw bytes, so that two uint16 may share a word.
 
     Raises
     ------
     CorruptChunkError
-        Header, width byte or payload missing, a width above 32, an unknown transform.
+        The header, a width byte or payload is missing, a width is above 32, or the transform is unknown.
     """
     from hbx_gpu._codecs import bitpacking_numba  # numba takes long to import; do so on first use
 
@@ -60,7 +61,8 @@ def decode_bitpacking(data: BytesLike, element_size: int = 4) -> np.ndarray:
     src = as_bytes(data)
     n, _ = _read_header(src)
     if _blocks(n) * (element_size // 4) > len(src) - HEADER_BYTES:
-        # Too short for its own promise: allocate nothing, let the reference find where it ends.
+        # The chunk is shorter than its header says: allocate nothing, and let the reference find where it
+        # ends.
         return decode_bitpacking_reference(src, element_size)
     out = np.empty(n, _word_dtype(element_size))
     status = bitpacking_numba.decode_into(src, element_size, n, 0, n, out)
@@ -86,7 +88,8 @@ def encode_bitpacking(data: BytesLike, transform: str = "none", element_size: in
     Raises
     ------
     ValueError
-        Unknown transform or element size, a length that is no multiple of it, more than 2^32 - 1 words.
+        The transform or the element size is unknown, the length is not a multiple of the element size, or
+        there are more than 2^32 - 1 words.
     """
     from hbx_gpu._codecs import bitpacking_numba
 
@@ -151,7 +154,7 @@ def _as_words(data: BytesLike, element_size: int) -> np.ndarray:
 
 
 def bitpacking_length(data: BytesLike) -> int:
-    """Words that a chunk's header promises.
+    """Return the number of words that the header of a chunk gives.
 
     Raises
     ------
@@ -171,7 +174,10 @@ def _read_header(src: np.ndarray) -> tuple[int, int]:
 
 
 def _walk(src: np.ndarray, pos: int, n_blocks: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Payload offsets and widths of a run of blocks, and where it ends; memory grows with src only."""
+    """Return payload offsets and widths of a run of blocks, and where the run ends.
+
+    The memory used is bounded by the size of `src`, whatever `n_blocks` says.
+    """
     starts, widths = [], []
     for _ in range(n_blocks):
         if pos >= len(src):
@@ -188,7 +194,7 @@ def _walk(src: np.ndarray, pos: int, n_blocks: int) -> tuple[np.ndarray, np.ndar
 
 
 def _unpack_blocks(src: np.ndarray, pos: int, n_blocks: int) -> tuple[np.ndarray, int]:
-    """uint32 values of a run of blocks, padding included, and the offset behind it."""
+    """Return the uint32 values of a run of blocks, padding included, and the offset after the run."""
     starts, widths, end = _walk(src, pos, n_blocks)
     out = np.zeros((n_blocks, ROWS, LANES), np.uint32)
     for width in np.unique(widths[widths > 0]):

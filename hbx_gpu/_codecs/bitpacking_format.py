@@ -1,4 +1,4 @@
-"""Constants of the homeobox.bitpacking stream, and the outcomes of decoding it."""
+"""Constants of the homeobox.bitpacking stream, and the status codes that its decoder returns."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ TRANSFORMS = {"none": 0, "delta": 1, "delta_zigzag": 2}
 MAX_WORDS = 2**32 - 1
 
 
-# Outcome of decoding: a code in the low byte, a detail (an offset or a count) above it. One int64 crosses
-# from kernels that cannot raise, and still says where.
+# Status of a decoder: a code in the low byte, a detail (an offset or a count) above it. Kernels cannot raise;
+# one int64 that they return still tells the caller what went wrong and where.
 OK = 0
 
 
@@ -66,12 +66,12 @@ _REASONS = {
 
 
 def describe_status(status: int) -> str:
-    """What a status of `bitpacking_numba.decode_into` means, in words, with offset where there is one."""
+    """Return what a status of `bitpacking_numba.decode_into` means, in words and with the offset, if any."""
     return _REASONS.get(status & 0xFF, f"unknown bitpacking status {status}").format(status >> 8)
 
 
 def as_bytes(data: BytesLike) -> np.ndarray:
-    """The same memory as uint8, (nbytes,)."""
+    """Return the same memory as uint8, (nbytes,)."""
     return np.frombuffer(data, np.uint8)
 
 

@@ -1,7 +1,7 @@
-"""Kernels of homeobox.bitpacking: checked against the bounds of src, free of the GIL, callable from kernels.
+"""Numba kernels of homeobox.bitpacking. They check bounds, release the GIL and can be called from kernels.
 
-They report by status (see `bitpacking.describe_status`) because they run where nothing can be raised. Bytes
-are taken in machine order: little-endian hosts only, as all that numba and CUDA support today.
+They return a status (see `bitpacking.describe_status`) because compiled code without the GIL cannot raise.
+Bytes are taken in machine order, so only little-endian hosts work; numba and CUDA support no others today.
 """
 
 # numba looks at the names of arguments that only the generated code uses.
@@ -37,11 +37,12 @@ _jit: Any = njit(nogil=True, cache=True, boundscheck=False)
 
 
 def max_encoded_size(n_words: int, element_size: int) -> int:
-    """Bytes that `encode_into` may need for n_words: every block at full width."""
+    """Return the bytes that `encode_into` may need for n_words, which is every block at full width."""
     return HEADER_BYTES + (element_size // 4) * -(-n_words // BLOCK) * (1 + 4 * BLOCK)
 
 
-# Four lanes are one vector operation, spelled out in LLVM: it unrolls a loop of four before it vectorises.
+# Four lanes are one vector operation, written in LLVM here: LLVM would unroll a loop of four before
+# vectorizing it.
 _I32 = ir.IntType(32)
 _ROW = ir.VectorType(_I32, 4)
 
@@ -67,7 +68,7 @@ def _unpack_row(typingctx: Any, src: Any, lo: Any, hi: Any, shift: Any, mask: An
 
         def load(offset: Any) -> Any:
             words = builder.load(_row_pointer(context, builder, sig.args[0], src_value, offset))
-            words.align = 1  # payload stands anywhere in a chunk
+            words.align = 1  # a payload may begin at any byte of a chunk
             return words
 
         # (next << 1) << (31 - shift) instead of next << (32 - shift): a shift by 32 is undefined.
@@ -112,7 +113,7 @@ def _integrate_row(typingctx: Any, values: Any, at: Any, zigzag: Any, carry: Any
 
 @_jit
 def _unpack_block(src, pos, width, out, at):
-    """128 values of `width` bits from src[pos:pos + 16 * width] to uint32 out[at:at + 128]."""
+    """Unpack 128 values of `width` bits from src[pos:pos + 16 * width] to uint32 out[at:at + 128]."""
     if width == 0:
         for i in range(BLOCK):
             out[at + i] = 0
@@ -129,7 +130,7 @@ def _unpack_block(src, pos, width, out, at):
 
 @_jit
 def _block_at(src, pos):
-    """(status, width) of the block whose width byte is at pos; OK means its payload lies inside src."""
+    """Return (status, width) of the block with its width byte at pos; OK: its payload lies inside src."""
     if pos >= len(src):
         return MISSING_WIDTH | pos << 8, 0
     width = np.int64(src[pos])
@@ -223,7 +224,7 @@ def _decode_words(src, transform, expected, first, last, out):
 
 @overload(_decode_words, jit_options={"nogil": True})
 def _overload_decode_words(src, transform, expected, first, last, out):
-    # By type, not by a branch on element_size: the branch not taken would have to compile as well.
+    # Chosen by type, not by a branch on element_size: the branch not taken would have to compile as well.
     if out.dtype == types.uint32:
         return lambda src, transform, expected, first, last, out: _decode32(src, transform, first, last, out)
     if out.dtype == types.uint64:
@@ -235,9 +236,10 @@ def _overload_decode_words(src, transform, expected, first, last, out):
 
 @_jit
 def decode_into(src, element_size, expected, first, last, out):
-    """Decode words [first, last) of one encoded chunk into out[first:last]; nothing else is written.
+    """Decode words [first, last) of one encoded chunk into out[first:last], and write nothing else.
 
-    Without a transform, blocks before `first` cost one byte read each; with one they are integrated.
+    Without a transform, each block before `first` costs the read of one byte. With a transform these blocks
+    must be decoded too, because values are differences.
 
     Parameters
     ----------
@@ -246,17 +248,17 @@ def decode_into(src, element_size, expected, first, last, out):
     element_size
         4 or 8, equal to the itemsize of `out`.
     expected
-        Number of words the array's metadata demand; a header that says otherwise is an error.
+        Number of words according to the array's metadata; a header that says otherwise is an error.
     first, last
-        0 <= first <= last <= expected.
+        Range of words to decode, 0 <= first <= last <= expected.
     out
-        uint32 or uint64, (>= expected,), C contiguous.
+        Output: uint32 or uint64, (>= expected,), C contiguous.
 
     Returns
     -------
     int64
-        0, or a status for `describe_status`: a code in the low byte, a detail above. Words already
-        written stay written after an error.
+        0, or a status for `describe_status`: a code in the low byte, a detail above it. After an error, words
+        that were written before it stay written.
     """
     if element_size != out.itemsize or not 0 <= first <= last <= expected <= len(out):
         return BAD_REQUEST
@@ -301,7 +303,7 @@ def _bit_length(value):
 
 @_jit
 def _pack_block(values, out, pos):
-    """Write width byte and payload of 128 uint32 at out[pos:]; returns the offset behind them."""
+    """Write width byte and payload of 128 uint32 at out[pos:]; return the offset after them."""
     union = np.uint32(0)
     for i in range(BLOCK):
         union |= values[i]
@@ -331,11 +333,11 @@ def encode_into(words, transform, out):
     Parameters
     ----------
     words
-        uint32 or uint64, (n,), C contiguous, n < 2^32.
+        The words: uint32 or uint64, (n,), C contiguous, n < 2^32.
     transform
-        0 none, 1 delta, 2 delta_zigzag.
+        Number of the transform: 0 none, 1 delta, 2 delta_zigzag.
     out
-        uint8, (>= max_encoded_size(n, itemsize),).
+        Output: uint8, (>= max_encoded_size(n, itemsize),).
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Parts of a blosc chunk: its blocks decode alone, so that random rows need not pay for the whole chunk.
+"""Decode single blocks of a blosc chunk, so that random rows need not pay for the whole chunk.
 
-The container of c-blosc 1: 16 bytes of header, the start of each block, the blocks. A run of consecutive
-blocks behind a header of its own is a smaller chunk of the same format, which the library decodes.
+A chunk of c-blosc 1 has 16 bytes of header, then the start of each block, then the blocks. A run of
+consecutive blocks after a header of its own is a smaller chunk of the same format, which the library decodes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BloscBlocks:
     raw
         uint8, (n,). The whole stored chunk.
     nbytes
-        Size of the decoded chunk that the array's metadata demand.
+        Size of the decoded chunk in bytes, according to the array's metadata.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class BloscBlocks:
     Raises
     ------
     CorruptChunkError
-        The header contradicts itself, the length of the chunk or `nbytes`.
+        The header contradicts itself, the length of the stored chunk, or `nbytes`.
     """
 
     def __init__(self, raw: np.ndarray, nbytes: int) -> None:
@@ -56,7 +56,7 @@ class BloscBlocks:
             self._starts, self._ends = self._read_places()
 
     def _read_places(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64, (n_blocks,) each. First byte of each block, and where the bytes of it end.
+        """Return the first byte of each block and where each block ends, int64, (n_blocks,) each.
 
         A writer with several threads stores blocks in the order in which they were finished; a block ends
         where the next one in the file begins.
@@ -76,9 +76,9 @@ class BloscBlocks:
         Parameters
         ----------
         first, last
-            Numbers of blocks.
+            Range of block numbers.
         out
-            uint8, (nbytes,), of which only the bytes of these blocks are written.
+            Output: uint8, (nbytes,). Only the bytes of these blocks are written.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class BloscBlocks:
             A block does not decode.
         """
         if self.n_blocks > 1 and first == self.n_blocks - 1:
-            first -= 1  # a short last block may not stand alone
+            first -= 1  # blosc does not decode a short last block alone
         begin, end = first * self.block, min(last * self.block, self._nbytes)
         if self._stored:
             out[begin:end] = self._raw[_HEADER + begin : _HEADER + end]

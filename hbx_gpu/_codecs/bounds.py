@@ -1,7 +1,8 @@
-"""Decompressing no more than metadata demand: a few bytes of a stream may claim, or make, gigabytes.
+"""Decompress no more bytes than the metadata allow: a few bytes of a stream may claim, or make, gigabytes.
 
-Every general compressor of a chain is told how many bytes its output has (exactly, where no other compressor
-stands between it and the elements), and nothing larger is allocated.
+Every general compressor of a chain is told how many bytes its output has, and nothing larger is allocated.
+The number is exact where no other compressor stands between it and the elements, and an upper bound
+elsewhere.
 """
 
 from __future__ import annotations
@@ -29,42 +30,42 @@ _BLOSC_HEADER = 16
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many bytes a step of decoding makes.
+    """How many bytes a step of decoding may return.
 
     Attributes
     ----------
     nbytes
-        That many, or that many at most.
+        Number of bytes.
     exact
-        Which of the two.
+        Whether the step must return exactly `nbytes`; otherwise `nbytes` is an upper bound.
     """
 
     nbytes: int
     exact: bool = False
 
     def check(self, found: int, codec: str) -> None:
-        """Refuse another number of bytes.
+        """Check a number of bytes against this room.
 
         Raises
         ------
         CorruptChunkError
-            Says both.
+            The number does not fit; the message gives both numbers.
         """
         if found > self.nbytes or (self.exact and found < self.nbytes):
             expected = f"{self.nbytes:,}" if self.exact else f"at most {self.nbytes:,}"
             raise CorruptChunkError(f"{codec} decodes to {found:,} bytes, {expected} expected")
 
     def plus(self, nbytes: int) -> Room:
-        """Room for a few bytes more."""
+        """Return room for a few bytes more."""
         return Room(self.nbytes + nbytes, self.exact)
 
     def compressed(self) -> Room:
-        """Room for what a compressor makes of so many bytes: it may add a little."""
+        """Return room for these bytes in compressed form, which may be a little longer."""
         return Room(self.nbytes + self.nbytes // 8 + 4096)
 
 
 def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[Any], Any], Room]:
-    """A decoder that makes `room`, and the room that its input has.
+    """Return a decoder whose output fits `room`, and the room that its input has.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[Any], Any], Ro
     codec
         The numcodecs object.
     room
-        Of what comes out.
+        Size of the output.
     """
     if name in _CHECKSUMS:
         return codec.decode, room.plus(_CHECKSUM_BYTES)
@@ -84,7 +85,7 @@ def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[Any], Any], Ro
 
 
 def zstd_size(raw: np.ndarray) -> int | None:
-    """Bytes of the content of all zstd frames, as their headers say; None if one does not say.
+    """Return the bytes of content that the headers of all zstd frames give; None if a header has no size.
 
     Raises
     ------
@@ -135,7 +136,7 @@ def _zstd(codec: Any, room: Room, data: Any) -> Any:
         return codec.decode(raw)
     if not room.exact:
         raise CorruptChunkError("the zstd frame does not say how long its content is, which is needed here")
-    # The library refuses content that does not fill this.
+    # The library refuses content that does not fill this output.
     return codec.decode(raw, out=np.empty(room.nbytes, np.uint8))
 
 
@@ -170,7 +171,7 @@ def _lzma(codec: Any, room: Room, data: Any) -> bytes:
 
 
 def _inflated(begin: Callable[[], Any], name: str, room: Room, data: Any, *, last: bool = False) -> bytes:
-    """All streams that follow each other, as far as there is room."""
+    """Decompress all streams that follow each other, as far as there is room."""
     parts: list[bytes] = []
     rest, total = as_bytes(data).tobytes(), 0
     # Zeros after the last stream are padding.

@@ -1,7 +1,8 @@
-"""One chunk through its whole codec chain, without zarr's per-chunk machinery.
+"""Decode one chunk through its whole codec chain, without zarr's per-chunk machinery.
 
-zarr v3 chains stand in `ArrayLayout.codecs` as in the metadata. A zarr v2 array, whose metadata have no
-chain, stands there as one entry (an HDF5 dataset likewise, its filters in the order of its pipeline)::
+`ArrayLayout.codecs` holds the chain of a zarr v3 array as its metadata do. The metadata of a zarr v2 array
+have no chain, so `codecs` has one entry for it (likewise for an HDF5 dataset, filters in the order of its
+pipeline)::
 
     {"name": "zarr.v2", "configuration": {"dtype": ">i4", "order": "C" or "F",
                                           "filters": [numcodecs configurations] or None,
@@ -30,16 +31,17 @@ V2_CHAIN = "zarr.v2"
 BITPACKING = "homeobox.bitpacking"
 ROWPACK = "hbx_gpu.rowpack"
 
-# A list, not whatever numcodecs has registered: its pickle codec would run code from the chunk.
+# A fixed list instead of all codecs that numcodecs has registered: its pickle codec would run code from the
+# chunk.
 _CHECKSUMS = {"adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"}
 _COMPRESSORS = {"blosc", "bz2", "gzip", "lz4", "lzma", "shuffle", "zlib", "zstd"} | _CHECKSUMS
 LZF = "hdf5.lzf"
 _FILTERS = {"astype", "bitround", "delta", "fixedscaleoffset", "packbits", "quantize"}
-# Their settings matter to encoders only, and zarr v3 spells some of blosc's differently.
+# Settings of these codecs matter to encoders only, and zarr v3 spells some of blosc's differently.
 _SETTINGS_FREE = {"blosc", "gzip", "zstd"}
 
 CRC32C_BYTES = 4
-# Bytes of the widest element, and of what a filter may put before them.
+# Bytes of the widest element, and the most bytes that a filter may put before the elements.
 _WIDEST, _SPARE = 16, 64
 
 _Step = tuple[str, Callable[[Any], Any]]
@@ -60,20 +62,21 @@ class ChunkCodec:
         checksum, and nothing else; None otherwise. Such a chunk unpacks to words of that size whose bytes are
         the elements.
     rowpack
-        The same for little-endian bytes + hbx_gpu.rowpack: word size (1, 2, 4 or 8) or None.
+        Word size (1, 2, 4 or 8) if the chain is little-endian bytes + hbx_gpu.rowpack and nothing else; None
+        otherwise.
     is_raw
-        The stored bytes are the elements, with or without a checksum: C order, machine byte order, nothing
-        else in the chain.
+        Whether the stored bytes are the elements, with or without a checksum: C order, machine byte order,
+        and no other codec in the chain.
     tail
-        Bytes of CRC32C at the end of a chunk, where `bitpacking` or `is_raw` say that the rest can be read as
-        it is; 0 for every other chain.
+        Bytes of CRC32C at the end of a chunk where `bitpacking` or `is_raw` applies to the bytes before it; 0
+        for every other chain.
 
     Raises
     ------
     UnsupportedCodecError
         The chain has a codec or a setting that cannot be decoded here.
     CorruptDataError
-        The chain is no valid chain: no array-to-bytes step, or a step that does not fit the array.
+        The chain is not valid: it has no array-to-bytes step, or a step that does not fit the array.
     """
 
     def __init__(self, layout: ArrayLayout) -> None:
@@ -97,18 +100,19 @@ class ChunkCodec:
             The whole stored chunk.
         skipped
             Bit i is set where the i-th filter (the compressor last) was not applied to this chunk: an HDF5
-            writer may leave a filter out that gains nothing.
+            writer may leave out a filter that gains nothing.
 
         Returns
         -------
         ndarray
-            `layout.chunk_shape`, `layout.dtype`, C contiguous; may be read-only and may alias `data`. The
-            last chunk of a plain file is as long as what is left.
+            The elements, of shape `layout.chunk_shape` and dtype `layout.dtype`, C contiguous. The array may
+            be read-only and may alias `data`. The last chunk of a plain file holds the elements that are
+            left.
 
         Raises
         ------
         CorruptChunkError
-            A checksum differs, a decompressor fails or the decoded length is not that of a chunk.
+            A checksum differs, a decompressor fails, or the decoded length is not that of a chunk.
         """
         value: Any = as_bytes(data)
         last = len(self._steps) - 2  # the filter that was applied last; the final step only views the bytes
@@ -129,7 +133,9 @@ class ChunkCodec:
         names = [codec["name"] for codec in codecs]
         settings = [codec.get("configuration") or {} for codec in codecs]
         if "bytes" not in names:
-            for name, setting in zip(names, settings, strict=True):  # name an unknown one first
+            for name, setting in zip(
+                names, settings, strict=True
+            ):  # report an unknown codec before anything else
                 if _works_on_arrays(name):
                     self._array_step(name, setting, layout.chunk_shape, layout.dtype)
                 else:
@@ -174,7 +180,7 @@ class ChunkCodec:
         for config in [*filters, *([compressor] if compressor else [])]:
             name = config["id"]
             if name == LZF:
-                from hbx_gpu._codecs.lzf import decode_lzf  # compiled code: only where it is needed
+                from hbx_gpu._codecs.lzf import decode_lzf  # imports numba: only where it is needed
 
                 steps.append((name, lambda data: decode_lzf(data, self._nbytes)))
                 room = room.compressed()
@@ -195,7 +201,7 @@ class ChunkCodec:
     def _array_step(
         self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
-        """Decoder of one codec whose encoder takes an array, and the shape and dtype that it stores."""
+        """Return the decoder of a codec whose encoder takes an array, and the shape and dtype it stores."""
         if name == "transpose":
             order = setting.get("order")
             if not isinstance(order, list | tuple) or sorted(order) != list(range(len(shape))):
@@ -213,7 +219,10 @@ class ChunkCodec:
     def _bytes_step(
         self, name: str, setting: dict[str, Any], dtype: np.dtype[Any], room: Room
     ) -> tuple[Callable[[Any], Any], Room]:
-        """Decoder of one codec whose encoder takes bytes, `room` of them, and the room of what it stores."""
+        """Return the decoder of a codec whose encoder takes bytes, and the room of what it stores.
+
+        `room` says how many bytes the encoder was given.
+        """
         if name in (BITPACKING, ROWPACK):
             element_size = self._element_size(name, setting)
             decode = _bitpacking if name == BITPACKING else _rowpack
@@ -298,7 +307,7 @@ def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Cal
 
 
 def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[Any], np.ndarray]:
-    """A stretch of a plain file, the last of which is shorter than the others."""
+    """Return a decoder for chunks of a plain file, the last of which may be shorter than the others."""
 
     def view(data: Any) -> np.ndarray:
         raw = as_bytes(data)
@@ -310,12 +319,12 @@ def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[
 
 
 def check_crc32c(data: Any) -> np.ndarray:
-    """Verify the CRC32C at the end of bytes; returns those before it.
+    """Verify the CRC32C at the end of `data` and return the bytes before it.
 
     Raises
     ------
     CorruptChunkError
-        It differs, or there is none.
+        The checksum differs, or `data` is too short to hold one.
     """
     raw = as_bytes(data)
     if len(raw) < 4:

@@ -13,5 +13,5 @@ def crc32c(data: Any) -> int:
 
 
 def with_crc32c(data: bytes) -> bytes:
-    """Bytes, and their CRC32C in four more, as zarr's codec ``crc32c`` stores it."""
+    """Return `data` followed by four bytes of its CRC32C, as zarr's codec ``crc32c`` stores it."""
     return data + crc32c(data).to_bytes(4, "little")

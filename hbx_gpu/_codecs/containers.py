@@ -1,9 +1,8 @@
-"""What a chunk of a general codec consists of: compressed streams, stored bytes and shuffled blocks.
+"""Find the compressed streams, stored bytes and shuffled blocks in a chunk of a general codec.
 
-Nothing is decompressed here. Every offset and length is checked against the chunk and against what the
-metadata demand, so that whoever decompresses the streams elsewhere can take them at their word. Formats:
-zstd frames (RFC 8878), gzip members (RFC 1952), zlib streams (RFC 1950), LZ4 blocks behind four bytes of
-length (numcodecs), and the container of c-blosc 1.
+Nothing is decompressed here. Every offset and length is checked against the chunk and against the array's
+metadata, so that a decompressor on the device can trust them. Formats: zstd frames (RFC 8878), gzip members
+(RFC 1952), zlib streams (RFC 1950), LZ4 blocks after four bytes of length (numcodecs), and c-blosc 1.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import CorruptChunkError
 
 STREAM = np.dtype([("begin", "<i8"), ("nbytes", "<i8"), ("target", "<i8"), ("size", "<i8"), ("stored", "?")])
-"""One stream: where it lies in the chunk, its bytes, where its content goes in the decompressed chunk and how
-long that is; whether it is the content itself."""
+"""One stream: its first byte and its bytes in the chunk, the place and the size of its content in the
+decompressed chunk, and whether the content is stored without compression."""
 NO_SHUFFLE, BYTE_SHUFFLE, BIT_SHUFFLE = range(3)
 ALGORITHMS = ("zstd", "lz4", "deflate")
 
@@ -31,23 +30,23 @@ _GZIP_CRC, _GZIP_EXTRA, _GZIP_NAME, _GZIP_COMMENT = 2, 4, 8, 16
 _BLOSC_HEADER = 16
 _BLOSC_SHUFFLE, _BLOSC_STORED, _BLOSC_BITSHUFFLE, _BLOSC_WHOLE = 1, 2, 4, 16
 _BLOSC_FORMATS = {1: "lz4", 3: "zlib", 4: "zstd"}
-_BLOSC_OTHERS = ("blosclz", "snappy")  # compressors inside that are not taken apart
+_BLOSC_OTHERS = ("blosclz", "snappy")  # compressors inside blosc that no device decompressor takes
 _BLOSC_MAX_SPLITS, _BLOSC_MIN_SPLIT = 16, 128
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A chunk taken apart.
+    """The streams of a chunk, and what to do after they are decompressed.
 
     Attributes
     ----------
     algorithm
-        One of `ALGORITHMS`: that of all streams which are not stored.
+        Compression algorithm of all streams that are not stored as they are: one of `ALGORITHMS`.
     streams
-        STREAM, (n,). Their targets cover the decompressed chunk, each byte once.
+        The streams, of dtype `STREAM`, (n,). Their targets cover each byte of the decompressed chunk once.
     shuffle, typesize, block
-        How the decompressed bytes were rearranged: `NO_SHUFFLE`, or blocks of `block` bytes (the last one
-        what is left) of elements of `typesize` bytes.
+        How the decompressed bytes were rearranged: `NO_SHUFFLE`, or in blocks of `block` bytes (the last one
+        may be shorter) of elements of `typesize` bytes.
     """
 
     algorithm: str
@@ -59,16 +58,16 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """A codec chain that is one compressor, perhaps with a checksum over what it wrote.
+    """A codec chain of one compressor, with or without a checksum over its output.
 
     Attributes
     ----------
     container
-        zstd, lz4, gzip, zlib or blosc.
+        Format of the compressed chunk: zstd, lz4, gzip, zlib or blosc.
     checksummed
-        Whether a CRC32C of the compressed bytes follows them (codec crc32c behind the compressor).
+        Whether a CRC32C of the compressed bytes follows them (codec crc32c after the compressor).
     nbytes
-        Of a decompressed chunk.
+        Size of a decompressed chunk in bytes.
     """
 
     container: str
@@ -76,7 +75,7 @@ class Compression:
     nbytes: int
 
     def open(self, data: np.ndarray) -> Contents | None:
-        """Verify the checksum, where there is one, and take a stored chunk apart.
+        """Verify the checksum of a stored chunk, where there is one, and list its streams.
 
         Parameters
         ----------
@@ -86,14 +85,14 @@ class Compression:
         Returns
         -------
         Contents or None
-            None: of a form that is left to the codec's own decoder (several zstd frames, a frame that does
-            not tell its length, blosc with snappy, ...).
+            None for a form that is left to the codec's own decoder (several zstd frames, a frame without the
+            length of its content, blosc with snappy, ...).
 
         Raises
         ------
         CorruptChunkError
-            The checksum differs; a header contradicts itself, the chunk's length or the length that the
-            metadata demand.
+            The checksum differs, or a header contradicts itself, the chunk's length, or the length that the
+            metadata give.
         """
         raw = check_crc32c(data) if self.checksummed else data
         if self.container == "blosc":
@@ -106,10 +105,10 @@ class Compression:
 
 
 def compression_of(layout: ArrayLayout) -> Compression | None:
-    """The compression of an array, where its elements in machine byte order are what is compressed.
+    """Return the compression of an array whose elements are compressed in machine byte order.
 
-    None for any other chain: filters, several compressors, big-endian elements, Fortran order; and for blosc
-    with a compressor inside that no chunk of it would be taken apart for.
+    Returns None for any other chain (filters, several compressors, big-endian elements, Fortran order), and
+    for blosc with a compressor inside that is always left to the codec's own decoder.
     """
     names = [codec["name"].removeprefix("numcodecs.") for codec in layout.codecs]
     settings = [codec.get("configuration") or {} for codec in layout.codecs]
@@ -142,7 +141,7 @@ def compression_of(layout: ArrayLayout) -> Compression | None:
 
 
 def _stream(container: str, raw: np.ndarray, size: int) -> tuple[str, int, int] | None:
-    """(algorithm, first byte, bytes) of the one stream in a chunk or in a stream of blosc."""
+    """Return (algorithm, first byte, bytes) of the only stream in a chunk or in a part of a blosc chunk."""
     if container == "zstd":
         return ("zstd", 0, len(raw)) if _is_zstd_frame(raw, size) else None
     if container == "lz4":
@@ -156,9 +155,9 @@ def _stream(container: str, raw: np.ndarray, size: int) -> tuple[str, int, int] 
 
 
 def _is_zstd_frame(raw: np.ndarray, size: int) -> bool:
-    """Whether the bytes are one zstd frame that says how long its content is, and nothing else."""
+    """Return whether the bytes are one zstd frame that gives the length of its content, and nothing else."""
     if raw[:4].tobytes() != _ZSTD_MAGIC:
-        return False  # a skippable or legacy frame, or none: the decoder knows
+        return False  # a skippable or legacy frame, or not a frame: left to the codec's own decoder
     descriptor = _number(raw, 4, 1, "zstd frame header")
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
     if descriptor & 3 or descriptor & 8:  # a dictionary; the reserved bit
@@ -181,7 +180,7 @@ def _is_zstd_frame(raw: np.ndarray, size: int) -> bool:
     at += 4 * checksum
     if at > len(raw):
         raise CorruptChunkError(f"zstd frame ends at byte {at} of a chunk of {len(raw)}")
-    return at == len(raw)  # otherwise more frames follow, or junk: the decoder knows
+    return at == len(raw)  # otherwise more frames or junk follow: left to the codec's own decoder
 
 
 def _gzip(raw: np.ndarray, size: int) -> tuple[str, int, int] | None:
@@ -202,7 +201,7 @@ def _gzip(raw: np.ndarray, size: int) -> tuple[str, int, int] | None:
         at += 2
     nbytes = _not_empty(len(raw) - 8 - at, "gzip")
     if _number(raw, len(raw) - 4, 4, "gzip length") != size % 2**32:
-        return None  # several members, or damage: the decoder knows
+        return None  # several members, or damage: left to the codec's own decoder
     return "deflate", at, nbytes
 
 

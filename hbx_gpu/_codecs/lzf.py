@@ -1,9 +1,9 @@
-"""LZF as HDF5 files use it (filter 32000): what h5py writes for ``compression="lzf"``.
+"""Decode LZF as HDF5 files use it (filter 32000), which h5py writes for ``compression="lzf"``.
 
-A stream of instructions, after the LibLZF library. A byte below 32 is followed by that many plus one literal
-bytes. Any other byte, with the next one, is a reference into the output: the upper three bits of the first
-byte are the length minus two (7 adds a byte of more length), its lower five bits and the second byte are the
-distance minus one.
+The format is that of the LibLZF library: a stream of instructions. A byte below 32 is followed by that many
+plus one literal bytes. Any other byte, with the next one, is a reference into the output: the upper three
+bits of the first byte are the length minus two (7: another byte, to be added to the length, comes next), its
+lower five bits and the last byte are the distance minus one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def decode_lzf(data: BytesLike, nbytes: int) -> np.ndarray:
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def _decode(raw, out):
-    """Number of bytes written; -1 for a stream that leaves its input or output."""
+    """Decode `raw` to `out`; return the bytes written, or -1 where the stream leaves its input or output."""
     at, to, n, size = 0, 0, len(raw), len(out)
     while at < n:
         control = np.int64(raw[at])
@@ -72,7 +72,7 @@ def _decode(raw, out):
             count += 2
             if origin < 0 or to + count > size:
                 return -1
-            for k in range(count):  # one by one: source and target may overlap
+            for k in range(count):  # byte by byte, because source and target may overlap
                 out[to + k] = out[origin + k]
         to += count
     return to

@@ -1,8 +1,8 @@
 """Codec `hbx_gpu.rowpack`: its meaning in NumPy (the reference), and the public way in and out.
 
-Blocks of 128 values decode alone: a directory at the front of the chunk says where a block's payload and
-patches lie, so that reading one row never touches its neighbours. docs/format.md specifies every byte; the
-kernels of `rowpack_numba` must agree with the reference here on values, bytes and what they refuse.
+Each block of 128 values decodes alone: a directory at the front of the chunk says where the block's payload
+and patches lie, so that reading one row does not decode its neighbors. docs/format.md specifies every byte;
+the kernels of `rowpack_numba` must agree with the reference here on values, bytes and what they refuse.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hbx_gpu.errors import CorruptChunkError
 
 
 def bit_length(values: np.ndarray) -> np.ndarray:
-    """Bits of each uint64 value; 0 for 0."""
+    """Return the number of significant bits of each uint64 value; 0 for 0."""
     values = np.asarray(values, dtype=np.uint64)
     bits = np.zeros(values.shape, dtype=np.int64)
     for step in (32, 16, 8, 4, 2, 1):
@@ -47,7 +47,7 @@ def bit_length(values: np.ndarray) -> np.ndarray:
 
 
 def unpack(payload: np.ndarray, width: int) -> np.ndarray:
-    """128 values of `width` <= 32 bits from 16 * width bytes: the 4-lane vertical layout.
+    """Unpack 128 values of `width` <= 32 bits from 16 * width bytes in the 4-lane vertical layout.
 
     Value i lies in lane ``i % 4`` at bits ``(i // 4) * width ...`` of that lane; word k of a lane is the
     little-endian u32 number ``4 * k + lane``.
@@ -73,7 +73,7 @@ def pack(values: np.ndarray, width: int) -> bytes:
 
 
 def _unpack_wide(payload: np.ndarray, width: int) -> np.ndarray:
-    """128 values of up to 64 bits: the low 32 bits are one packed plane, the rest another."""
+    """Unpack 128 values of up to 64 bits: the low 32 bits are one packed plane, the rest another."""
     low = unpack(payload, min(width, 32))
     return low | unpack(payload[512:], width - 32) << np.uint64(32) if width > 32 else low
 
@@ -85,7 +85,7 @@ def _pack_wide(values: np.ndarray, width: int) -> bytes:
 
 
 def choose_width(stored: np.ndarray) -> tuple[int, int]:
-    """Payload width and index into PATCH_BITS that make the block smallest.
+    """Return the payload width and the index into PATCH_BITS that make the block smallest.
 
     Ties go to the larger width, which leaves fewer exceptions to patch.
     """
@@ -104,7 +104,7 @@ def choose_width(stored: np.ndarray) -> tuple[int, int]:
 
 
 def _stored(block: np.ndarray, transform: int, minimum: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a block stores, and where values begin anew: (uint64[128], positions of resets)."""
+    """Return the 128 uint64 that a block stores, and its resets: the positions that are not differences."""
     if transform == TRANSFORMS["none"]:
         return block - np.uint64(minimum), np.empty(0, dtype=np.int64)
     resets = 1 + np.flatnonzero(block[1:] < block[:-1])
@@ -119,7 +119,7 @@ def encode_rowpack_reference(values: np.ndarray, transform: str = "none") -> byt
     blocks = np.zeros((-(-len(values) // BLOCK), BLOCK), dtype=np.uint64)
     flat = blocks.reshape(-1)
     flat[: len(values)] = values
-    # Behind the end stand values that store as zeros.
+    # The last block is filled up with values that are stored as zeros.
     flat[len(values) :] = values[-1:] if kind == TRANSFORMS["gaps"] else minimum
 
     directory, payload, patches = bytearray(), bytearray(), bytearray()
@@ -161,7 +161,7 @@ def decode_rowpack_reference(chunk: BytesLike, *, check: bool = True) -> np.ndar
 
 
 def _check_reserved(data: np.ndarray, header: ChunkHeader) -> None:
-    """Padding, unused places of the last record and the four bytes before the checksum are zero."""
+    """Check that padding, unused places of the last record and four bytes before the checksum are zero."""
     areas = [data[header.directory_end : header.payload_start], data[-TAIL_BYTES:-4]]
     used = header.n_blocks % RECORD_BLOCKS
     if used:
@@ -173,7 +173,7 @@ def _check_reserved(data: np.ndarray, header: ChunkHeader) -> None:
 
 
 def look_up(data: np.ndarray, header: ChunkHeader, b: int) -> Block:
-    """The directory's entry of block b; what the block takes is checked against the chunk's areas."""
+    """Return the directory's entry for block b, and check that the block lies inside the chunk's areas."""
     k = b % RECORD_BLOCKS
     record = data[HEADER.size + b // RECORD_BLOCKS * header.record_bytes :][: header.record_bytes]
     payload_at = header.payload_start + 16 * int.from_bytes(record[:4].tobytes(), "little")
@@ -192,7 +192,7 @@ def look_up(data: np.ndarray, header: ChunkHeader, b: int) -> Block:
 def directory_entries(
     record: np.ndarray, header: ChunkHeader, payload_at: int, patch_at: int, n: int
 ) -> Iterator[Block]:
-    """The first n entries of a record, each beginning where the one before it ends."""
+    """Return the first n entries of a record; each block begins where the one before it ends."""
     gaps = header.transform == TRANSFORMS["gaps"]
     for k in range(n):
         info = int(record[16 + k])
@@ -212,7 +212,7 @@ def directory_entries(
 
 
 def decode_block(data: np.ndarray, header: ChunkHeader, b: int, block: Block) -> np.ndarray:
-    """The 128 values of block b, uint64, correct modulo 2**(8 * element_size)."""
+    """Return the 128 values of block b as uint64, correct modulo 2**(8 * element_size)."""
     stored = _unpack_wide(data[block.payload_at :], block.width)
     patch = data[block.patch_at : block.patch_at + block.patch_bytes]
     positions, resets, high = np.split(patch, [block.exceptions, block.exceptions + block.resets])
@@ -240,20 +240,21 @@ def encode_rowpack(values: np.ndarray, transform: str = "none") -> bytes:
     Parameters
     ----------
     values
-        (n,) uint8, uint16, uint32 or uint64; at most 2**28 of them.
+        The values: uint8, uint16, uint32 or uint64, (n,), n <= 2**28.
     transform
-        ``"gaps"`` for column indices in CSR order: differences, beginning anew where a value is smaller
-        than the one before it. ``"none"`` for anything else, such as counts.
+        ``"gaps"`` for column indices in CSR order: it stores differences, and starts again from a value
+        itself where that value is smaller than the one before it. ``"none"`` for anything else, such as
+        counts.
 
     Returns
     -------
     bytes
-        The chunk, to the byte what `encode_rowpack_reference` makes.
+        The chunk, the same bytes as `encode_rowpack_reference` returns.
 
     Raises
     ------
     TypeError, ValueError
-        Other values, too many, or an unknown transform.
+        The values have another dtype or are too many, or the transform is unknown.
     """
     from hbx_gpu._codecs import rowpack_encode  # numba takes long to import; do so on first use
 
@@ -261,7 +262,7 @@ def encode_rowpack(values: np.ndarray, transform: str = "none") -> bytes:
     n_blocks = -(-len(values) // BLOCK)
     directory = np.zeros(-(-n_blocks // RECORD_BLOCKS) * record_bytes(kind, base_bytes), dtype=np.uint8)
     payload = np.empty(n_blocks * BLOCK * values.itemsize, dtype=np.uint8)
-    # Per block at most 31 exceptions of 5 bytes and 127 resets.
+    # A block has at most 31 exceptions of 5 bytes and 127 resets of 1 byte.
     patches = np.empty(n_blocks * 288, dtype=np.uint8)
     payload_bytes, patch_bytes = rowpack_encode.encode_blocks(
         values.astype(np.uint64),
@@ -284,21 +285,22 @@ def decode_rowpack(
     Parameters
     ----------
     chunk
-        What :func:`encode_rowpack` made.
+        A chunk from :func:`encode_rowpack`.
     element_size, n
-        What the array's metadata demand; a header that says otherwise is an error.
+        Bytes per value and number of values according to the array's metadata; a header that says otherwise
+        is an error.
     check
-        Verify the checksum; without it altered bytes may come out as wrong values.
+        Whether to verify the checksum; without it, altered bytes may decode to wrong values.
 
     Returns
     -------
     ndarray
-        (n,) uint8, uint16, uint32 or uint64.
+        The values: uint8, uint16, uint32 or uint64, (n,).
 
     Raises
     ------
     CorruptChunkError
-        Bytes that no encoder writes.
+        The bytes are not a chunk that an encoder writes.
     """
     from hbx_gpu._codecs import rowpack_numba  # numba takes long to import; do so on first use
 
@@ -307,10 +309,10 @@ def decode_rowpack(
         raise CorruptChunkError(f"elements of {header.element_size} bytes, the metadata say {element_size}")
     if n not in (None, header.n):
         raise CorruptChunkError(f"the header says {header.n} values, the metadata demand {n}")
-    # Three bytes of directory per block at least: what is allocated is bounded by the chunk's length.
+    # The directory takes at least three bytes per block, so the chunk's length bounds what is allocated here.
     out = np.empty(header.n_blocks * BLOCK, dtype=np.uint64 if header.element_size == 8 else np.uint32)
     src = as_bytes(chunk).view()
-    src.flags.writeable = False  # kernels are compiled once, not once more for memory that could be written
+    src.flags.writeable = False  # numba would compile the kernels a second time for writable memory
     status = rowpack_numba.check_directory(src, header.element_size, header.n)
     if status == rowpack_numba.OK:
         status = rowpack_numba.decode_rowpack_into(src, header.element_size, header.n, 0, header.n, out)
@@ -320,7 +322,7 @@ def decode_rowpack(
 
 
 def _prepare(values: np.ndarray, transform: str) -> tuple[np.ndarray, int, int, int]:
-    """(contiguous native values, transform byte, minimum, bytes per base); refuses what cannot be packed."""
+    """Check the input; return (contiguous native values, transform byte, minimum, bytes per base)."""
     kind = transform_code(transform)
     if values.dtype.kind != "u" or values.ndim != 1:
         raise TypeError(

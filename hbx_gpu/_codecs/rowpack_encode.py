@@ -1,4 +1,4 @@
-"""Encoding of hbx_gpu.rowpack in kernels: the same bytes as the reference, free of the GIL."""
+"""Numba kernels that encode hbx_gpu.rowpack without the GIL, to the same bytes as the reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _store_bytes(out, at, value, n):
 
 @_jit
 def _wider_than(stored, width):
-    """How many of the 128 values have more than `width` < 64 bits."""
+    """Return how many of the 128 values have more than `width` < 64 bits."""
     count = 0
     for i in range(BLOCK):
         count += np.int64((stored[i] >> np.uint64(width)) != 0)
@@ -50,7 +50,7 @@ def _wider_than(stored, width):
 
 @_jit
 def _choose(stored):
-    """(width, code) that make a block smallest; see `rowpack.choose_width`."""
+    """Return the (width, code) that make a block smallest; see `rowpack.choose_width`."""
     union = np.uint64(0)
     for i in range(BLOCK):
         union |= stored[i]
@@ -71,7 +71,7 @@ def _choose(stored):
 
 @_jit
 def _store_values(values, begin, gaps, minimum, stored, reset_at):
-    """stored[0:128] = what the block beginning at `begin` stores; returns the number of resets."""
+    """Fill stored[0:128] with what the block that begins at `begin` stores; return the number of resets."""
     count = min(BLOCK, len(values) - begin)
     resets = 0
     if gaps:
@@ -95,7 +95,7 @@ def _store_values(values, begin, gaps, minimum, stored, reset_at):
 
 @_jit
 def _write_patches(stored, width, high_bits, reset_at, resets, patches, at):
-    """Positions of exceptions, of resets, then the packed high parts; returns (exceptions, end)."""
+    """Write positions of exceptions and of resets, then packed high parts; return (exceptions, end)."""
     exceptions = 0
     for i in range(BLOCK):
         if width < 64 and (stored[i] >> np.uint64(width)) != 0:
@@ -127,13 +127,13 @@ def encode_blocks(values, gaps, minimum, base_bytes, directory, payload, patches
     Parameters
     ----------
     values
-        uint64, (n,), C contiguous.
+        The values: uint64, (n,), C contiguous.
     gaps, minimum, base_bytes
-        As the header will say.
+        The fields of the header that have these names.
     directory
-        uint8, the directory's length, zeroed.
+        Output: uint8 zeros, as many as the directory has bytes.
     payload, patches
-        uint8, (n_blocks * 128 * element_size,) and (n_blocks * 288,).
+        Outputs: uint8, (n_blocks * 128 * element_size,) and (n_blocks * 288,).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The layout of a hbx_gpu.rowpack chunk: constants, header and directory geometry; see docs/format.md."""
+"""The layout of a hbx_gpu.rowpack chunk: constants, header, and where areas lie; see docs/format.md."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ HEADER = struct.Struct("<4sBBBBIIQII")
 
 
 TAIL_BYTES = 8
-"""Four zeros and the CRC32C: 8 bytes may be loaded from any byte of a patch without leaving the chunk."""
+"""Four zeros and the CRC32C end a chunk, so that loading 8 bytes from any byte of a patch stays inside it."""
 
 
 PATCH_BITS = (1, 2, 3, 4, 6, 8, 16, 32)
-"""Widths an exception's high part may have; the directory stores the position in this list."""
+"""Widths in bits that the high part of an exception may have; the directory stores an index into these."""
 
 
 MAX_EXCEPTIONS = 31
 
 
 MAX_VALUES = 1 << 28
-"""Values per chunk: with so many, no offset exceeds 32 bits whatever the values."""
+"""Most values per chunk; with this many, no offset exceeds 32 bits whatever the values are."""
 
 
 TRANSFORMS = {"none": 0, "gaps": 1}
@@ -49,7 +49,7 @@ ELEMENT_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """The first 32 bytes of a chunk, and the geometry that follows from them."""
+    """The first 32 bytes of a chunk, and the offsets of areas that follow from them."""
 
     element_size: int
     transform: int
@@ -61,7 +61,7 @@ class ChunkHeader:
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of the chunk, a partial one included."""
+        """Number of blocks of the chunk, including a partial one."""
         return -(-self.n // BLOCK)
 
     @property
@@ -71,23 +71,23 @@ class ChunkHeader:
 
     @property
     def directory_end(self) -> int:
-        """Offset behind the last record."""
+        """Offset after the last directory record."""
         return HEADER.size + -(-self.n_blocks // RECORD_BLOCKS) * self.record_bytes
 
     @property
     def payload_start(self) -> int:
-        """Offset of the payload area: behind the directory, rounded up to 16."""
+        """Offset of the payload area: the end of the directory, rounded up to 16."""
         return -(-self.directory_end // 16) * 16
 
     @property
     def patch_end(self) -> int:
-        """Offset behind the patches."""
+        """Offset after the patches."""
         return self.nbytes - TAIL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What the directory says of one block."""
+    """Entry of one block in the directory."""
 
     payload_at: int
     patch_at: int
@@ -99,12 +99,12 @@ class Block:
 
     @property
     def patch_bytes(self) -> int:
-        """Positions of exceptions and resets, a byte each, then the packed high parts."""
+        """Bytes of the block's patches: a byte per exception and per reset, then the packed high parts."""
         return self.exceptions + self.resets + -(-self.exceptions * self.high_bits // 8)
 
 
 def record_bytes(transform: int, base_bytes: int) -> int:
-    """Bytes of one directory record: two offsets, then 8 widths, 8 infos and, for gaps, 8 resets, 8 bases."""
+    """Return the bytes of a record: two offsets, 8 widths, 8 infos; for gaps also 8 resets and 8 bases."""
     return 24 if transform == TRANSFORMS["none"] else 32 + RECORD_BLOCKS * base_bytes
 
 
@@ -116,12 +116,12 @@ def read_header(chunk: BytesLike, *, check: bool = True) -> ChunkHeader:
     chunk
         The whole chunk.
     check
-        Verify the checksum over it.
+        Whether to verify the chunk's checksum.
 
     Raises
     ------
     CorruptChunkError
-        A header that no encoder writes, or bytes that do not match their checksum.
+        No encoder writes such a header, or the bytes do not match their checksum.
     """
     data = as_bytes(chunk)
     if len(data) < HEADER.size + TAIL_BYTES:

@@ -1,6 +1,6 @@
-"""Decoding of hbx_gpu.rowpack in kernels: any block alone, bounds-checked, callable from other kernels.
+"""Numba kernels that decode any block of hbx_gpu.rowpack alone, with checks of all bounds.
 
-They report by status (see `describe_status`) because they run where nothing can be raised.
+They return a status (see `describe_status`) because compiled code without the GIL cannot raise.
 """
 
 # numba looks at the names of arguments that only the generated code uses.
@@ -50,7 +50,8 @@ _REASONS = {
 }
 
 _jit: Any = njit(nogil=True, cache=True, boundscheck=False)
-# The loads and stores of `rowpack_vector` know no bounds; tests have them checked as numba checks indexing.
+# The loads and stores of `rowpack_vector` check no bounds. Where tests make numba check indexing, these are
+# checked too.
 _CHECKED: bool = getattr(config, "BOUNDSCHECK", None) == 1
 _HEADER_BYTES = HEADER.size
 _MAGIC = int.from_bytes(MAGIC, "little")
@@ -58,7 +59,7 @@ _PATCH_BITS = np.array(PATCH_BITS, dtype=np.int64)
 
 
 def describe_status(status: int) -> str:
-    """What a status means, in words, with the number of the block where there is one."""
+    """Return what a status means in words, with the number of the block where there is one."""
     return _REASONS.get(status & 0xFF, f"unknown rowpack status {status}").format(status >> 8)
 
 
@@ -101,20 +102,20 @@ def _sum32(out, to, base):
 
 @_jit
 def parse_header(src, element_size, expected):
-    """Check the header of a chunk; verifies no checksum and looks at no block.
+    """Check the header of a chunk, without verifying the checksum or looking at any block.
 
     Parameters
     ----------
     src
         uint8, (nbytes,), C contiguous: the whole chunk and nothing else.
     element_size, expected
-        Bytes per value and number of values that the array's metadata demand.
+        Bytes per value and number of values according to the array's metadata.
 
     Returns
     -------
     tuple
         The geometry that the other kernels take: (status, gaps, base_bytes, minimum, payload_start,
-        patch_start, patch_end, element_size). It is good for nothing unless status is OK.
+        patch_start, patch_end, element_size). It must not be used unless status is OK.
     """
     nothing = (False, 0, np.uint64(0), 0, 0, 0, 0)
     if len(src) < _HEADER_BYTES + TAIL_BYTES:
@@ -158,7 +159,7 @@ def _directory_end(n, gaps, base_bytes):
 
 @_jit
 def _entry(src, record, k, gaps):
-    """(width, exceptions, high_bits, resets, patch_bytes) of the k-th block of a record."""
+    """Return (width, exceptions, high_bits, resets, patch_bytes) of the k-th block of a record."""
     width, info = _load8(src, record + 8 + k), _load8(src, record + 16 + k)
     exceptions, high_bits = info & 31, _PATCH_BITS[np.uint64(info >> 5)]
     resets = _load8(src, record + 24 + k) if gaps else 0
@@ -167,7 +168,10 @@ def _entry(src, record, k, gaps):
 
 @_jit
 def _find(src, b, geometry):
-    """(payload, patch): where those of block b begin. The one directory look-up of random access."""
+    """Return (payload, patch), the offsets where those of block b begin.
+
+    This is the only look-up in the directory that random access needs.
+    """
     _, gaps, base_bytes, _, payload_start, patch_start, _, _ = geometry
     record = _HEADER_BYTES + (b >> 3) * _record_bytes(gaps, base_bytes)
     payload = payload_start + 16 * _load32(src, record)
@@ -181,7 +185,7 @@ def _find(src, b, geometry):
 
 @_jit
 def _add_exceptions(src, patch, exceptions, high_at, high_bits, width, out, to):
-    """Add the high parts of exceptions to out[to:to + 128]; False where their positions are wrong."""
+    """Add the high parts of exceptions to out[to:to + 128]; return False where their positions are wrong."""
     word = out.dtype.type
     mask = (np.uint64(1) << np.uint64(high_bits)) - np.uint64(1)
     wrong, before = False, -1
@@ -196,7 +200,7 @@ def _add_exceptions(src, patch, exceptions, high_at, high_bits, width, out, to):
 
 @_jit
 def _restart(src, patch, resets, out, to):
-    """Turn one running sum over out[to:to + 128] into sums that begin anew at every reset."""
+    """Turn one running sum over out[to:to + 128] into sums that start again at every reset."""
     start, before = np.int64(0), out.dtype.type(0)
     for j in range(resets):
         position = _load8(src, patch + j)
@@ -213,8 +217,8 @@ def _restart(src, patch, resets, out, to):
 
 @_jit
 def _unpack64(src, at, width, add, out, to, planes):
-    """128 uint64 of up to 64 bits: the low 32 bits are one packed plane, the rest another."""
-    for plane in range(2):  # one call in the code: it is long
+    """Unpack 128 uint64 of up to 64 bits: the low 32 bits are one packed plane, the rest another."""
+    for plane in range(2):  # a loop, so that the long inlined code occurs once
         of_plane = min(max(width - 32 * plane, 0), 32)
         _unpack32(src, at, of_plane, np.uint32(0), planes, plane * BLOCK)
         at += 16 * of_plane
@@ -235,7 +239,7 @@ def _unpack(src, at, width, add, out, to, planes):
 
 @overload(_unpack, jit_options={"nogil": True})
 def _overload_unpack(src, at, width, add, out, to, planes):
-    # By type, not by a branch on the element size: the branch not taken would have to compile as well.
+    # Chosen by type, not by a branch on the element size: the branch not taken would have to compile as well.
     if out.dtype == types.uint64:
         return lambda src, at, width, add, out, to, planes: _unpack64(src, at, width, add, out, to, planes)
     return lambda src, at, width, add, out, to, planes: _unpack32(src, at, width, np.uint32(add), out, to)
@@ -247,7 +251,8 @@ def _scratch(out):
 
 @overload(_scratch, jit_options={"nogil": True})
 def _overload_scratch(out):
-    # Only the two planes of uint64 need any; an allocation would take a tenth of a row's time.
+    # Only the two planes of uint64 need scratch; allocating it always would take a tenth of the time of a
+    # row.
     if out.dtype == types.uint64:
         return lambda out: np.empty(2 * BLOCK, np.uint32)
     return lambda out: out
@@ -266,20 +271,20 @@ def _overload_sum(out, to, base):
 
 @_jit
 def block_range(src, b0, b1, geometry):
-    """Where payload and patches of blocks [b0, b1) lie in the chunk.
+    """Return where the payload and the patches of blocks [b0, b1) lie in the chunk.
 
     Parameters
     ----------
     src, geometry
         The chunk, and what `parse_header` said of it; its status must be OK.
     b0, b1
-        0 <= b0 < b1 <= number of blocks of the chunk.
+        Range of blocks, 0 <= b0 < b1 <= number of blocks of the chunk.
 
     Returns
     -------
     tuple
-        (status, payload, payload_end, patch, patch_end), offsets of bytes. The two ranges lie in their areas
-        if status is OK; the blocks between the first and the last one are not looked at.
+        (status, payload, payload_end, patch, patch_end), the last four as byte offsets. If status is OK, both
+        ranges lie in their areas; blocks between the first and the last one are not looked at.
     """
     _, gaps, base_bytes, _, _, patch_start, patch_limit, _ = geometry
     payload, patch = _find(src, b0, geometry)
@@ -288,7 +293,7 @@ def block_range(src, b0, b1, geometry):
     width, _, _, _, patch_bytes = _entry(src, record, (b1 - 1) & 7, gaps)
     payload_end += 16 * width
     patch_end += patch_bytes
-    # _find adds to the areas' beginnings, so that both ranges begin inside.
+    # _find adds non-negative numbers to the beginnings of the areas, so both ranges begin inside.
     if payload > payload_end or payload_end > patch_start or patch > patch_end or patch_end > patch_limit:
         return BAD_BLOCK | (b1 - 1) << 8, 0, 0, 0, 0
     return OK, payload, payload_end, patch, patch_end
@@ -296,21 +301,22 @@ def block_range(src, b0, b1, geometry):
 
 @_jit
 def decode_blocks_at(src, geometry, b0, b1, out, to):
-    """Decode blocks [b0, b1) to out[to:to + 128 * (b1 - b0)], whole blocks always.
+    """Decode blocks [b0, b1) to out[to:to + 128 * (b1 - b0)]; blocks are always decoded whole.
 
     Parameters
     ----------
     src, geometry
         The chunk, and what `parse_header` said of it; its status must be OK.
     b0, b1
-        0 <= b0, and b1 <= number of blocks of the chunk.
+        Range of blocks; 0 <= b0, and b1 <= number of blocks of the chunk.
     out
-        uint32 (element_size <= 4) or uint64 (8), C contiguous, room for all blocks behind `to`.
+        Output: uint32 (element_size <= 4) or uint64 (8), C contiguous, with room for all blocks from `to` on.
 
     Returns
     -------
     int64
-        OK, or a status for `describe_status`. Blocks before a bad one are written, parts of it may be.
+        OK, or a status for `describe_status`. After an error, the blocks before the bad one are written, and
+        parts of the bad one may be.
     """
     _, gaps, base_bytes, minimum, _, patch_start, patch_end, element_size = geometry
     word = out.dtype.type
@@ -337,7 +343,7 @@ def decode_blocks_at(src, geometry, b0, b1, out, to):
             if not _add_exceptions(src, patch, exceptions, high_at, high_bits, width, out, to):
                 return BAD_POSITIONS | b << 8
         if gaps:
-            # In bounds: eight bytes follow the directory's last base in every chunk.
+            # This load stays in bounds, because eight bytes follow the directory's last base in every chunk.
             base = _load64(src, record + 32 + k * base_bytes) & base_mask
             _sum(out, to, base)
             if resets and not _restart(src, patch + exceptions, resets, out, to):
@@ -353,7 +359,7 @@ def decode_blocks_at(src, geometry, b0, b1, out, to):
 
 @_jit
 def decode_blocks(src, geometry, b0, b1, out):
-    """`decode_blocks_at` to the place that the blocks have in the chunk: out[128 * b0:128 * b1]."""
+    """Decode blocks to the place that they have in the chunk, out[128 * b0:128 * b1]."""
     return decode_blocks_at(src, geometry, b0, b1, out, b0 * BLOCK)
 
 
@@ -366,14 +372,14 @@ def decode_rowpack_into(src, element_size, expected, first, last, out):
     src
         uint8, (nbytes,), C contiguous: the whole chunk. Nothing outside it is read; no checksum is verified.
     element_size
-        1, 2, 4 or 8.
+        Bytes per value: 1, 2, 4 or 8.
     expected
-        Number of values the array's metadata demand.
+        Number of values according to the array's metadata.
     first, last
-        0 <= first <= last <= expected.
+        Range of values, 0 <= first <= last <= expected.
     out
-        uint32 (element_size <= 4) or uint64 (8), (>= expected rounded up to 128,), C contiguous. Whole
-        blocks are written.
+        Output: uint32 (element_size <= 4) or uint64 (8), (>= expected rounded up to 128,), C contiguous.
+        Whole blocks are written.
 
     Returns
     -------
@@ -392,9 +398,9 @@ def decode_rowpack_into(src, element_size, expected, first, last, out):
 
 @_jit
 def check_directory(src, element_size, expected):
-    """Look at what reading rows does not need: records that follow on each other, reserved bytes of zero.
+    """Check what reading rows does not need: records continue each other, and reserved bytes are zero.
 
-    Parameters and result are those of `decode_rowpack_into`.
+    Parameters and result have the meaning they have in `decode_rowpack_into`.
     """
     geometry = parse_header(src, element_size, expected)
     status, gaps, base_bytes, _, payload_start, patch_start, patch_end, _ = geometry

@@ -1,7 +1,7 @@
-"""Straight-line vector code behind the kernels of hbx_gpu.rowpack: unaligned loads, unpacking, running sums.
+"""Vector code that the kernels of hbx_gpu.rowpack call: unaligned loads, unpacking, running sums.
 
-Nothing here looks at a bound: `rowpack_numba` does before it calls. LLVM is spelled out because numba neither
-turns byte indexing into one load nor unrolls by width. Little-endian hosts only.
+Nothing here checks a bound: `rowpack_numba` does so before it calls. The code is written in LLVM because
+numba neither turns byte indexing into one load nor unrolls by width. It works on little-endian hosts only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EIGHT = ir.VectorType(_I32, 2 * _LANES)
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, to: Any) -> Any:
-    """Pointer to array[index], taken for one to `to`."""
+    """Return a pointer to array[index], cast to a pointer to `to`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
 
@@ -53,17 +53,17 @@ def _loader(bits: int) -> Any:
 
 
 load8, load32, load64 = _loader(8), _loader(32), _loader(64)
-"""``load*(src, at) -> uint64``: the little-endian number of so many bits at byte `at` of a uint8 array."""
+"""``load8(src, at)`` reads a little-endian number of 8 (32, 64) bits at byte `at` of a uint8 array."""
 
 
 def _emit_unpack(builder: Any, width: int, source: Any, target: Any, add: Any) -> None:
-    """All 32 rows of one width, every shift a constant. source and target point to vectors of four."""
+    """Emit code for all 32 rows of one width, with constant shifts; both pointers are to vectors of four."""
     words: dict[int, Any] = {}
 
     def word(k: int) -> Any:
         if k not in words:
             words[k] = builder.load(_shifted(source, builder, k))
-            words[k].align = 1  # a chunk begins anywhere in a file
+            words[k].align = 1  # a chunk may begin at any byte of a file
         return words[k]
 
     mask = ir.Constant(_FOUR, [(1 << width) - 1] * _LANES)
@@ -88,7 +88,7 @@ def _emit_unpack(builder: Any, width: int, source: Any, target: Any, add: Any) -
 def unpack_block(typingctx: Any, src: Any, at: Any, width: Any, add: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
     """out[to:to + 128] = add + 128 values of `width` <= 32 bits from src[at:at + 16 * width].
 
-    uint8 `src`, uint32 `out`; `add` is uint32, sums are modulo 2**32.
+    `src` is uint8, `out` and `add` are uint32; sums are modulo 2**32.
     """
     signature = types.void(src, types.int64, types.int64, types.uint32, out, types.int64)
 
@@ -119,7 +119,7 @@ def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _EIGHT)
         zero = ir.Constant(_EIGHT, [0] * 8)
 
-        def pick(row: Any, lanes: list[int]) -> Any:  # lane 8 is a zero
+        def pick(row: Any, lanes: list[int]) -> Any:  # lane 8 stands for zero
             return builder.shuffle_vector(row, zero, ir.Constant(_EIGHT, lanes))
 
         carry = _splat(builder, _EIGHT, args[2])
@@ -127,8 +127,9 @@ def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa
             place = _shifted(pointer, builder, eight)
             row = builder.load(place)
             row.align = 4
-            # Sums within each half, then the lower half's total goes to the upper: shuffles across halves
-            # are slow. The carry takes one addition per row, so rows overlap.
+            # Sum within each half, then add the lower half's total to the upper half: shuffles across halves
+            # are slow. The carry takes one addition per row, so that the CPU can work on several rows at
+            # once.
             row = builder.add(row, pick(row, [8, 0, 1, 2, 8, 4, 5, 6]))
             row = builder.add(row, pick(row, [8, 8, 0, 1, 8, 8, 4, 5]))
             row = builder.add(row, pick(row, [8, 8, 8, 8, 3, 3, 3, 3]))
@@ -141,7 +142,7 @@ def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa
 
 @intrinsic
 def leading_zeros(typingctx: Any, value: Any) -> Any:  # noqa: ARG001 - numba's signature
-    """Leading zero bits of a uint64; 64 for 0."""
+    """Count the leading zero bits of a uint64; 64 for 0."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ARG001
         return builder.ctlz(args[0], ir.IntType(1)(0))

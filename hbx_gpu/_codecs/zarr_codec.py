@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _PackingCodec(BytesBytesCodec):
-    """What both codecs share: a transform, a size of words, and threads for the work."""
+    """Base of both codecs: checks a transform and a word size, and encodes and decodes in threads."""
 
     is_fixed_size = False
     codec_name: ClassVar[str]
@@ -32,7 +32,7 @@ class _PackingCodec(BytesBytesCodec):
     element_size: int = 4
 
     def __post_init__(self) -> None:
-        # True is an int, and no number of bytes.
+        # isinstance would accept True, which is not a number of bytes.
         if type(self.element_size) is not int or self.element_size not in self.element_sizes:
             *most, last = map(str, self.element_sizes)
             raise ValueError(
@@ -89,7 +89,7 @@ class BitpackingCodec(_PackingCodec):
     Parameters
     ----------
     transform
-        ``none``, ``delta`` or ``delta_zigzag``.
+        Name of the transform: ``none``, ``delta`` or ``delta_zigzag``.
     element_size
         Bytes per packed word, 4 or 8. The bytes of a chunk must be a multiple of it.
     """
@@ -118,9 +118,9 @@ class RowpackCodec(_PackingCodec):
     Parameters
     ----------
     transform
-        ``none``, or ``gaps`` for column indices in CSR order.
+        Name of the transform: ``none``, or ``gaps`` for column indices in CSR order.
     element_size
-        Bytes per packed word, 1, 2, 4 or 8; the array's item size is what packs well.
+        Bytes per packed word, 1, 2, 4 or 8; the item size of the array packs best.
     """
 
     codec_name = "hbx_gpu.rowpack"

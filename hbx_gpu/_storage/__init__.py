@@ -1,4 +1,4 @@
-"""From array metadata to bytes in memory: layouts, chunk tables and readers. No zarr-python inside."""
+"""From array metadata to bytes in memory: layouts, chunk tables and readers. zarr-python is not used here."""
 
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents

@@ -1,6 +1,6 @@
-"""Which reader is fastest on the user's own files: a short measurement, and what it says for the log.
+"""Measure which reader is fastest on the user's own files, and log the result.
 
-Knows how to compare; what a candidate does is its maker's business.
+This module compares candidates, which are functions that read rows; how they read is decided by the caller.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import MmapReader, PreadReader, Reader
 
 IO = ("auto", "mmap", "pinned", "kvikio")
-"""What `io` may be."""
+"""Accepted values of the option `io`."""
 _ROWS = 256
 _SECONDS = 0.2  # per candidate
-_MARGIN = 1.1  # the first candidate stays unless another one beats it by more than noise
+_MARGIN = 1.1  # another candidate must be this much faster than the first; less could be noise
 _LOG = logging.getLogger(__name__)
 
 
 def check_io(io: str) -> str:
-    """`io` if there is such a choice; else ValueError."""
+    """Return `io` if it is an accepted value; raise ValueError otherwise."""
     if io not in IO:
         raise ValueError(f"io must be one of {', '.join(map(repr, IO))}, got {io!r}")
     return io
@@ -43,21 +43,21 @@ def fastest(
     Parameters
     ----------
     candidates
-        Name -> what brings the rows with the numbers given, called on several threads. In order of
-        preference: a later one must beat the first clearly.
+        Name -> function that reads the rows with the given numbers; it is called on several threads. The
+        candidates are in order of preference: a later one must be clearly faster than the first.
     n_rows
-        Rows there are.
+        Number of rows of the dataset.
     threads
-        Calls at a time, as the loader will make them.
+        Number of calls at a time, the same as the loader will make.
     seconds
-        That each candidate is measured for, about; at least once.
+        About how long each candidate is measured; each is called at least once.
     clock
-        Seconds.
+        Function that returns a time in seconds.
 
     Returns
     -------
     tuple
-        Name of the fastest, and seconds per row of each.
+        Name of the fastest candidate, and the seconds per row of each candidate.
     """
     if len(candidates) < 2 or not n_rows:
         return next(iter(candidates)), {}
@@ -66,7 +66,7 @@ def fastest(
     spent, rows = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0)
     at = 0
     with ThreadPoolExecutor(threads) as pool:
-        # A first round opens files and compiles; it does not count.
+        # The first round opens files and compiles, so it does not count.
         for bring in candidates.values():
             bring(order[at : at + per_call])
             at += per_call
@@ -85,7 +85,7 @@ def fastest(
 
 
 def choose(candidates: Mapping[str, Callable[[np.ndarray], object]], n_rows: int, *, threads: int) -> str:
-    """`fastest`, said in the log with its reason."""
+    """Return the name from `fastest`, and log it with the measured times."""
     name, cost = fastest(candidates, n_rows, threads=threads)
     if not cost:
         _LOG.info("io='auto': %s, the only reader that can be used here", name)
@@ -99,10 +99,10 @@ def choose(candidates: Mapping[str, Callable[[np.ndarray], object]], n_rows: int
 
 
 def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
-    """A reader of the kind asked for.
+    """Open a reader of the kind asked for.
 
-    ``mmap``: no copy. ``preadv``: one buffer, explicit reads. ``pinned``: as mmap, and staging for a
-    device reads explicitly into its page-locked memory.
+    ``mmap`` maps files and copies nothing. ``preadv`` reads into one buffer with system calls. ``pinned``
+    maps files to look at chunks, and reads what a device needs straight into page-locked memory.
     """
     from hbx_gpu._storage.pinned import PinnedReader
 

@@ -1,6 +1,7 @@
-"""The chunk table: every chunk of many arrays under one number, and where each lies on disk.
+"""The chunk directory: it numbers the chunks of many arrays, and knows where each chunk lies on disk.
 
-Knows shard indexes and object sizes, loaded when first touched; reads no chunk.
+Shard indexes and object sizes are read when a chunk of theirs is first needed; chunks themselves are not read
+here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from hbx_gpu._untrusted import Within, check_regular, open_regular
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _ABSENT = np.uint64(2**64 - 1)
-# nbytes are kept plus 2, so that the zero pages of a fresh allocation mean "not looked up yet": a table of
-# 10^7 chunks then occupies only the memory of those that were touched.
+# Sizes are stored plus 2, so that 0, the content of freshly allocated pages, means "not looked up yet". A
+# table of 10^7 chunks then takes physical memory only for the entries that were written.
 _BIAS = 2
 CHANGED = (
     "the file was changed by another program after this dataset was opened; open the dataset again when "
@@ -37,7 +38,7 @@ REPLACED = (
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """Where k chunks lie.
+    """The places of k chunks in files.
 
     Attributes
     ----------
@@ -46,7 +47,7 @@ class Extents:
     offset
         int64, (k,). First byte inside the file.
     nbytes
-        int64, (k,). Stored size; -1 for an absent chunk, which is all fill value.
+        int64, (k,). Stored size; -1 for an absent chunk, whose elements are all the fill value.
     """
 
     file: np.ndarray
@@ -58,11 +59,11 @@ class Extents:
 
 
 class ChunkDirectory:
-    """All chunks of many arrays under one global numbering, be they objects by key or parts of plain files.
+    """All chunks of many arrays under one global numbering, whether stored as objects or in plain files.
 
     Chunk ``base[a] + i`` is chunk i of array a, counted in C order over the array's grid of (inner)
-    chunks, ``ceil(shape / chunk_shape)`` per axis. Safe to use from many threads. Pickles as its layouts;
-    what was looked up is looked up again.
+    chunks, ``ceil(shape / chunk_shape)`` per axis. A directory can be used from many threads. Its pickle
+    holds the layouts only, so that places of chunks are looked up again after unpickling.
 
     Parameters
     ----------
@@ -72,18 +73,18 @@ class ChunkDirectory:
     Attributes
     ----------
     layouts
-        tuple of ArrayLayout.
+        The arrays, as a tuple of ArrayLayout.
     base
         int64, (n_arrays + 1,). First chunk number of each array; the last entry is the number of chunks.
     paths
-        Files seen so far; grows, entries never change.
+        Files that chunks were found in so far. The list grows; its entries never change.
     identities
         (device, inode) of each file when its chunks were looked up.
 
     Raises
     ------
     UnsupportedCodecError
-        A shard index that is encoded as anything but bytes, or bytes and crc32c.
+        A shard index is encoded in another way than ``bytes``, or ``bytes`` and ``crc32c``.
     """
 
     def __init__(self, layouts: Sequence[ArrayLayout]) -> None:
@@ -103,7 +104,8 @@ class ChunkDirectory:
         except MemoryError:
             raise self._too_many() from None
         self._lock = threading.Lock()
-        # Chunks of plain files follow from their number: no table, only the file of each array.
+        # The place of a chunk in a plain file follows from its number, so only the file of each array is
+        # kept.
         self._is_plain = np.array([layout.byte_offset is not None for layout in layouts], bool)
         self._plain_file = np.full(len(self.layouts), -1, np.int32)
         self._begin = np.array([layout.byte_offset or 0 for layout in layouts], np.int64)
@@ -136,11 +138,11 @@ class ChunkDirectory:
         Raises
         ------
         CorruptChunkError
-            A shard index that is cut short, fails its checksum or points outside its file; an absent
-            object of an array whose `absent_is_fill` is False; an array that was replaced by another one
-            since its layout was read.
+            A shard index is cut short, fails its checksum or points outside its file; an object is absent
+            although its array has `absent_is_fill` False; or an array was replaced by another one after its
+            layout was read.
         IndexError
-            A number that is no chunk of the directory.
+            A number is not the number of a chunk of this directory.
         """
         ids = np.asarray(chunk_ids, np.int64)
         if len(ids) and not (0 <= ids.min() and ids.max() < self.base[-1]):
@@ -165,7 +167,7 @@ class ChunkDirectory:
         return Extents(file, offset, nbytes)
 
     def skipped_filters(self, chunk_id: int) -> int:
-        """Which filters of its chain a chunk did not go through, as bits; 0 for nearly all chunks."""
+        """Return the filters that a chunk did not go through, as bits; 0 for nearly all chunks."""
         if not self._has_skips:
             return 0
         array, number = self._split(chunk_id)
@@ -173,7 +175,7 @@ class ChunkDirectory:
         return 0 if table is None or table.skipped is None else int(table.skipped[number])
 
     def _check_unchanged(self, array: np.ndarray) -> None:
-        """Refuse files that changed since they were opened; one look per file and call."""
+        """Raise an error where a file changed after it was opened; each file is checked once per call."""
         seen = set()
         for a in np.unique(array[self._watched[array]]).tolist():
             layout = self.layouts[a]
@@ -182,7 +184,7 @@ class ChunkDirectory:
             seen.add(layout.path)
 
     def _looked_up(self, ids: np.ndarray) -> Extents:
-        """Extents of chunks stored as objects, from the table."""
+        """Return extents of chunks that are stored as objects, from the table."""
         nbytes = self._nbytes[ids]
         if not nbytes.all():
             with self._lock:
@@ -191,7 +193,7 @@ class ChunkDirectory:
         return Extents(self._file[ids], self._offset[ids], nbytes - _BIAS)
 
     def _computed(self, ids: np.ndarray, array: np.ndarray) -> Extents:
-        """Extents of chunks of plain files; `array` is the array of each."""
+        """Compute extents of chunks of plain files; `array` is the array number of each chunk."""
         file = self._plain_file[array]
         if len(file) and file.min() < 0:
             with self._lock:
@@ -203,18 +205,18 @@ class ChunkDirectory:
         return Extents(file, offset, np.minimum(stored, self._end[array] - offset))
 
     def locate(self, chunk_id: int) -> tuple[str, str, int]:
-        """(path of the object, name of the array, chunk number inside it) of a chunk."""
+        """Return (path of the object, name of the array, chunk number inside the array) for a chunk."""
         array, number = self._split(chunk_id)
         layout = self.layouts[array]
         return object_path(layout, self._object_of(array, number)), layout.name, number
 
     def error(self, chunk_id: int, reason: str) -> CorruptChunkError:
-        """The error to raise for a chunk."""
+        """Make the error to raise for a chunk."""
         file, array, number = self.locate(chunk_id)
         return CorruptChunkError(reason, file=file, array=array, chunk=number)
 
     def error_at(self, file: int, offset: int, nbytes: int, reason: str) -> CorruptChunkError:
-        """The error to raise for an extent."""
+        """Make the error to raise for an extent."""
         array, where = self._objects[file]
         if self._is_plain[array]:
             number = int(offset - self._begin[array]) // int(self._stored[array])
@@ -234,7 +236,7 @@ class ChunkDirectory:
         return array, int(chunk_id - self.base[array])
 
     def _object_of(self, array: int, number: int) -> tuple[int, ...]:
-        """Grid coordinates of the stored object that holds a chunk."""
+        """Return the grid coordinates of the stored object that holds a chunk."""
         per_object = _chunks_per_object(self.layouts[array])
         coordinates = np.unravel_index(number, self._grids[array]) if self._grids[array] else ()
         return tuple(int(c) // n for c, n in zip(coordinates, per_object, strict=True))
@@ -242,9 +244,9 @@ class ChunkDirectory:
     def _chunks_of_object(
         self, array: int, where: tuple[int, ...]
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Global numbers of the chunks inside an object, and which entries of its index they are.
+        """Return the global numbers of the chunks inside an object, and their positions in its index.
 
-        A shard reaches beyond the array's edge; entries there are not chunks of the array.
+        A shard may reach beyond the array's edge; its entries there are not chunks of the array.
         """
         grid = self._grids[array]
         if not grid:
@@ -259,7 +261,7 @@ class ChunkDirectory:
         return self.base[array] + np.ravel(number), mesh
 
     def _load(self, ids: np.ndarray) -> None:
-        """Fill the table for the objects that hold these chunks. The lock is held."""
+        """Fill the table for the objects that hold these chunks. The caller holds the lock."""
         arrays = np.searchsorted(self.base, ids, "right") - 1
         for array in np.unique(arrays).tolist():
             if self.layouts[array].table is not None:
@@ -331,7 +333,7 @@ class ChunkDirectory:
             self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
 
     def _open_plain(self, array: int) -> None:
-        """Enter the file of an array that lies in a plain one. The lock is held."""
+        """Enter the file of an array that is stored in a plain file. The caller holds the lock."""
         layout = self.layouts[array]
         if self._plain_file[array] >= 0:
             return
@@ -347,26 +349,26 @@ class ChunkDirectory:
 
     @property
     def has_plain_files(self) -> bool:
-        """Whether any array lies uncompressed in a plain file."""
+        """Return whether any array is stored without compression in a plain file."""
         return bool(self._is_plain.any())
 
     def check_current(self, array: int) -> None:
-        """Refuse an array that is not the one any more which its layout describes.
+        """Raise an error where an array was replaced after its layout was read.
 
-        To be called after a file of it was opened, and before anything in it is believed: whole groups are
-        replaced at once, so that unchanged metadata then mean that the file is of the old array.
+        Call this after a file of the array was opened and before its content is used. Groups are replaced as
+        a whole, so metadata that are unchanged at that point mean that the opened file belongs to the layout.
 
         Raises
         ------
         CorruptChunkError
-            It was replaced.
+            The array was replaced.
         """
         layout = self.layouts[array]
         if not is_current(layout):
             raise CorruptChunkError(REPLACED, file=layout.path, array=layout.name)
 
     def array_of(self, file: int) -> int:
-        """The array that a file belongs to."""
+        """Return the number of the array that a file belongs to."""
         return self._objects[file][0]
 
     def _enter(
@@ -381,7 +383,7 @@ class ChunkDirectory:
         self.paths.append(path)
         self.identities.append(identity)
         self._objects.append((array, where))
-        # Sizes last: other threads take a non-zero one as "looked up" without the lock.
+        # Sizes are written last: other threads, without the lock, take a non-zero size as "looked up".
         self._nbytes[ids] = nbytes + _BIAS
 
     def _absent(self, array: int, path: str, where: tuple[int, ...], ids: Any) -> None:
@@ -393,9 +395,9 @@ class ChunkDirectory:
     def _read_index(
         self, array: int, path: str, where: tuple[int, ...]
     ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-        """Identity of a shard; (offset, nbytes) of its inner chunks, int64 in the shape of its grid.
+        """Return the identity of a shard, and offset and nbytes of its inner chunks in the shape of its grid.
 
-        An absent chunk has 0 and -1.
+        Offset and nbytes are int64; an absent chunk has 0 and -1.
         """
         layout = self.layouts[array]
         per_object = _chunks_per_object(layout)
@@ -405,7 +407,7 @@ class ChunkDirectory:
         with open(open_regular(path), "rb", buffering=0) as shard:
             stat = os.fstat(shard.fileno())
             file_size = stat.st_size
-            # What the metadata ask for is believed only as far as the file reaches.
+            # The size of the index comes from the metadata, so it is checked against the file's size first.
             enough = size <= file_size
             raw = (
                 os.pread(shard.fileno(), size, file_size - size if layout.index_at_end else 0)
@@ -453,7 +455,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def chunk_grid(layout: ArrayLayout) -> tuple[int, ...]:
-    """Number of (inner) chunks per axis."""
+    """Return the number of (inner) chunks per axis."""
     return tuple(-(-n // chunk) for n, chunk in zip(layout.shape, layout.chunk_shape, strict=True))
 
 
@@ -466,7 +468,7 @@ def _c_strides(grid: tuple[int, ...]) -> list[int]:
 
 
 def _index_format(layout: ArrayLayout) -> tuple[str, bool]:
-    """(dtype of the entries, whether a CRC32C follows) of a shard index."""
+    """Return the dtype of the entries of a shard index, and whether a CRC32C follows them."""
     names = [codec["name"] for codec in layout.index_codecs]
     endian = (layout.index_codecs[0].get("configuration") or {}).get("endian") if names else None
     if names in (["bytes"], ["bytes", "crc32c"]) and endian in ("little", "big"):

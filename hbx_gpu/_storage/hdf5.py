@@ -1,7 +1,7 @@
-"""HDF5 datasets -> ArrayLayout: where their bytes lie in the file and which filters they went through.
+"""Describe HDF5 datasets as ArrayLayouts: where their bytes lie, and which filters they went through.
 
-h5py is asked once, when a store is opened. After that chunks are read from the file and decoded like any
-others, on many threads at once, which the HDF5 library does not allow.
+h5py is used once, when a store is opened. Afterwards, chunks are read from the file and decoded as for any
+other store, on many threads at once, which the HDF5 library does not allow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
 if TYPE_CHECKING:
     import h5py
 
-# Numbers of filters as registered with The HDF Group; those that numcodecs decodes, and LZF.
+# Numbers that The HDF Group has registered for the filters that numcodecs decodes, and for LZF.
 _DEFLATE, _SHUFFLE, _FLETCHER32 = 1, 2, 3
 _LZF, _BLOSC, _ZSTD = 32000, 32001, 32015
 _COMPRESSORS = {_DEFLATE: "zlib", _LZF: LZF, _BLOSC: "blosc", _ZSTD: "zstd"}
@@ -51,13 +51,13 @@ def hdf5_layout(dataset: h5py.Dataset, path: str | os.PathLike[str], name: str) 
     Returns
     -------
     ArrayLayout
-        Contiguous datasets as stretches of the file, chunked ones with a table of their chunks. The file is
-        watched: a change after this call is an error when it is read.
+        The layout. A contiguous dataset is described as a plain file, a chunked one with a table of its
+        chunks. The file is watched: if it changes after this call, reading it is an error.
 
     Raises
     ------
     UnsupportedCodecError
-        A data type, storage or filter that cannot be read without the HDF5 library.
+        The dataset has a data type, storage or filter that cannot be read without the HDF5 library.
     CorruptDataError
         The file ends before the dataset does.
     """
@@ -125,7 +125,7 @@ def _contiguous(dataset: h5py.Dataset, path: str, name: str) -> ArrayLayout:
 
 
 def _chain(dataset: h5py.Dataset, path: str, name: str) -> dict[str, Any]:
-    """The filter pipeline as a zarr v2 chain, whose last filter is the compressor if it is one."""
+    """Return the filter pipeline as a zarr v2 chain; if the last filter compresses, it is the compressor."""
     pipeline = dataset.id.get_create_plist()
     filters: list[dict[str, Any]] = []
     for position in range(pipeline.get_nfilters()):
@@ -167,10 +167,10 @@ def _table(dataset: h5py.Dataset, path: str, name: str) -> ChunkTable:
 
 
 def _block_before(dataset: h5py.Dataset, path: str, offset: np.ndarray, nbytes: np.ndarray) -> int:
-    """What is to be added to the offsets of chunks in a file that begins with a user block.
+    """Return what must be added to the offsets of chunks in a file that begins with a user block.
 
-    HDF5 before 1.14 counts them from the end of that block, later releases from the start of the file. One
-    chunk is read both ways to see which.
+    HDF5 before 1.14 counts offsets from the end of that block, later releases from the start of the file. One
+    chunk is read in both ways to find out which of them applies.
     """
     block = dataset.file.userblock_size
     written = np.flatnonzero(nbytes > 0)

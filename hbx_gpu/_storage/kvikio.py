@@ -1,8 +1,8 @@
-"""Reader over kvikio: extents to 4 KiB-aligned slots of one buffer, in device memory or in the host's.
+"""Reader that uses kvikio: it reads extents to 4 KiB-aligned places of one buffer in device or host memory.
 
-With GPUDirect Storage bytes go from the drive to the device and never fill the page cache; without it kvikio
-copies them through host memory. Worth it for whole chunks in bulk (chunks that stay in device memory);
-blocks of random rows are better read from the page cache. kvikio is imported by the first read.
+With GPUDirect Storage, bytes go from the drive to the device without filling the page cache; without it,
+kvikio copies them through host memory. This pays for many whole chunks (chunks that stay in device memory);
+blocks of random rows are read faster from the page cache. kvikio is imported by the first read.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from hbx_gpu._untrusted import check_regular
 from hbx_gpu.errors import DeviceUnavailableError
 
 PAGE = 4096
-"""Alignment of file offsets, sizes and memory that direct reads want."""
+"""Alignment in bytes that direct reads need for file offsets, sizes and memory."""
 THREADS = 16
 TASK_BYTES = 4 << 20
-_MAX_GAP = 64 << 10  # a read costs kvikio about as long as these bytes
+_MAX_GAP = 64 << 10  # another read takes kvikio about as long as reading so many bytes more
 _MAX_SIZE = 16 << 20
 _MAX_OPEN = 256  # kvikio holds two descriptors per file
 
 
 class Future(Protocol):
-    """A read under way."""
+    """A read that was started, as kvikio returns it."""
 
     def get(self) -> int:
-        """Wait; bytes read."""
+        """Wait for the read to end; return the bytes read."""
 
 
 class File(Protocol):
-    """What of ``kvikio.CuFile`` is used."""
+    """The part of ``kvikio.CuFile`` that is used here."""
 
     def pread(self, buf: Any, size: int, file_offset: int, task_size: int) -> Future: ...
 
@@ -48,19 +48,19 @@ class File(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Reads of a set of extents, and where in a buffer everything lies.
+    """The reads that a set of extents needs, and the place of everything in a buffer.
 
     Attributes
     ----------
     extents
-        What is wanted.
+        The extents to read.
     file, offset, nbytes, slot
-        int64, (n_reads,). Reads: `offset`, `nbytes` and `slot`, the place in the buffer, are multiples of
-        `PAGE`; the last may reach beyond the file's end.
+        int64, (n_reads,). File, first byte, bytes and place in the buffer of each read. All but `file` are
+        multiples of `PAGE`; the last read of a file may reach beyond its end.
     needed
-        int64, (n_reads,). Bytes of a read that hold something wanted.
+        int64, (n_reads,). Bytes of each read that must exist in the file.
     at
-        int64, (k,). Place of every extent in the buffer; 0 where it has no bytes.
+        int64, (k,). Place of each extent in the buffer; 0 where an extent has no bytes.
     """
 
     extents: Extents
@@ -73,12 +73,12 @@ class Placed:
 
     @property
     def size(self) -> int:
-        """Bytes of the buffer."""
+        """Size of the buffer in bytes."""
         return int(self.nbytes.sum())
 
 
 def missing() -> str | None:
-    """What keeps kvikio from being used here; None if nothing does. Calls nothing of it."""
+    """Return the reason why kvikio cannot be used here, or None; kvikio itself is not called."""
     if importlib.util.find_spec("kvikio") is None:
         return "kvikio is not installed: pip install 'hbx_gpu[gpu]'"
     try:
@@ -89,18 +89,19 @@ def missing() -> str | None:
 
 
 class KvikioReader(Reader):
-    """Reads with ``kvikio.CuFile``. Safe to use from many threads, of one process.
+    """Reader that uses ``kvikio.CuFile``. It can be used from many threads of one process.
 
     Parameters
     ----------
     directory
         Where the chunks lie.
     threads, task_bytes
-        Of kvikio's pool, and how it cuts reads. They are kvikio's defaults, common to the process.
+        Number of threads of kvikio's pool, and bytes of the tasks that it cuts a read into. They are set as
+        kvikio's defaults for the whole process.
     max_gap, max_size
-        As in `coalesce`, before reads are widened to pages.
+        As for `coalesce`, before reads are widened to whole pages.
     open_file
-        Instead of ``kvikio.CuFile``.
+        Function to use instead of ``kvikio.CuFile``.
 
     Raises
     ------
@@ -133,11 +134,11 @@ class KvikioReader(Reader):
         return (_reader, (self.directory, *options))
 
     def place(self, extents: Extents) -> Placed:
-        """Decide what is read at once, and where it goes; no I/O."""
+        """Decide which bytes each read covers and where they go, without any I/O."""
         runs = coalesce(
             extents.file, extents.offset, extents.nbytes, max_gap=self._max_gap, max_size=self._max_size
         )
-        # Runs that share a page both read it: slots stay apart.
+        # Two runs that share a page both read it, so that their places in the buffer do not overlap.
         offset = runs.offset // PAGE * PAGE
         needed = runs.offset + runs.nbytes - offset
         nbytes = -(-needed // PAGE) * PAGE
@@ -149,20 +150,20 @@ class KvikioReader(Reader):
         return Placed(extents, runs.file.astype(np.int64), offset, nbytes, slot, needed, at)
 
     def read_into(self, placed: Placed, buffer: Any) -> None:
-        """Carry reads out; returns when the bytes are there.
+        """Carry out the reads; return when all bytes are in the buffer.
 
         Parameters
         ----------
         placed
-            From `place`.
+            The reads, from `place`.
         buffer
-            (placed.size,) bytes, `PAGE`-aligned: a NumPy array, or anything on the device that can be sliced
+            (placed.size,) bytes, `PAGE`-aligned: a NumPy array, or an array on the device that can be sliced
             and has ``__cuda_array_interface__``.
 
         Raises
         ------
         CorruptChunkError, OSError
-            As `read`; also where kvikio reads less than the file holds.
+            As for `read`; also where kvikio reads fewer bytes than the file holds.
         """
         self._prepare()
         files = {file: self._file(placed, file) for file in np.unique(placed.file).tolist()}
@@ -177,13 +178,13 @@ class KvikioReader(Reader):
                 target = buffer[slot : slot + nbytes]
                 reads.append((i, files[file].handle.pread(target, nbytes, offset, self._task_bytes)))
         finally:
-            # All of them, whatever happens: the buffer must not be written to after this.
+            # Wait for all reads, also after an error: nothing may write to the buffer after this call.
             found = [(i, _outcome(read)) for i, read in reads]
         for i, outcome in found:
             self._check(placed, i, outcome, files[int(placed.file[i])])
 
     def read(self, extents: Extents) -> Slab:
-        """See :class:`Reader`; into host memory."""
+        """See :meth:`Reader.read`; the bytes are read into host memory."""
         placed = self.place(extents)
         backing = np.empty(placed.size + PAGE, np.uint8)
         begin = -backing.ctypes.data % PAGE
@@ -197,7 +198,7 @@ class KvikioReader(Reader):
         self._files.clear()
 
     def _prepare(self) -> None:
-        """Import kvikio and set its pool, once; refuse to go on in a forked child, where it would hang."""
+        """Import kvikio and set its pool once; raise an error in a forked child, where kvikio would hang."""
         with self._lock:
             if self._process is None:
                 if self._open_file is None:
@@ -229,7 +230,7 @@ class KvikioReader(Reader):
         return entry
 
     def _count(self, placed: Placed, i: int, files: dict[int, _File]) -> int:
-        """Bytes to read: kvikio takes the end of a file in mid-read for an error."""
+        """Return the bytes to read, cut at the end of the file: kvikio fails if a read passes it."""
         file, offset = int(placed.file[i]), int(placed.offset[i])
         size = files[file].size
         if size < offset + int(placed.needed[i]):
@@ -237,7 +238,7 @@ class KvikioReader(Reader):
         return min(int(placed.nbytes[i]), size - offset)
 
     def _check(self, placed: Placed, i: int, outcome: int | BaseException, file: _File) -> None:
-        """Raise what is wrong with the outcome of a read."""
+        """Raise an error if a read failed."""
         needed, offset = int(placed.needed[i]), int(placed.offset[i])
         if isinstance(outcome, BaseException):
             raise OSError(f"kvikio cannot read {file.path} from byte {offset} on: {outcome}") from outcome
@@ -266,7 +267,7 @@ class _File:
 def _outcome(read: Future) -> int | BaseException:
     try:
         return int(read.get())
-    except Exception as error:  # whatever kvikio's C++ raises
+    except Exception as error:  # kvikio's C++ code raises exceptions of many types
         return error
 
 

@@ -1,4 +1,4 @@
-"""A whole file in the address space, through the C library's mmap(2)."""
+"""Map whole files into memory through the C library's mmap(2)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class FileMap:
-    """A whole file mapped read-only, unmapped with the last reference.
+    """A whole file mapped read-only, and unmapped with the last reference.
 
-    Through libc, because Python's mmap keeps a descriptor per map and one batch may touch more files than
-    a process may hold open.
+    It calls libc, because Python's mmap keeps a descriptor per map, and one batch may touch more files than a
+    process may hold open.
 
     Parameters
     ----------
@@ -61,14 +61,14 @@ class FileMap:
             self._libc.munmap(self.address, self.nbytes)
 
     def hand_back(self) -> None:
-        """Drop the pages from this process; the map stays valid and the file stays in the page cache."""
+        """Drop the pages from this process; the map stays valid, and the file stays in the page cache."""
         if self.nbytes and hasattr(mmap, "MADV_DONTNEED"):
             self._libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    """Open the C library; on first use, because not every system has these functions."""
+    """Open the C library, on first use only, because some systems do not have these functions."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
         library.mmap.restype = ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""zarr metadata on disk -> ArrayLayout: plain JSON parsing, cheap enough for thousands of groups."""
+"""Read zarr metadata on disk as ArrayLayouts, by plain JSON parsing: thousands of groups open quickly."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8,
 _DTYPES |= {"float16", "float32", "float64"}
 _FLOAT_BITS = {4: ">e", 8: ">f", 16: ">d"}
 MAX_CHUNK_BYTES = (1 << 31) - 1
-"""Of a decoded chunk: what blosc can hold, and what kernels count in 31 bits."""
+"""Most bytes of a decoded chunk: the limit of blosc, and of kernels, which count in 31 bits."""
 _MAX_AXES = 32
 _MAX_BYTES = 1 << 60
 _MAX_CHUNKS = 1 << 30
-_MAX_CHUNKS_PER_SHARD = 1 << 26  # whose index takes a gigabyte
+_MAX_CHUNKS_PER_SHARD = 1 << 26  # the index of such a shard takes a gigabyte
 _NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
@@ -46,24 +46,25 @@ def read_layout(
     name
         Path of the array inside its store, for messages; by default the directory's name.
     absent_is_fill
-        Whether a missing object means fill value (zarr's rule) or a lost file.
+        Whether a missing object means that its elements are the fill value (zarr's rule); otherwise it is an
+        error.
     within
-        Folder that links must not lead out of, as in `ArrayLayout`; empty: they may lead anywhere.
+        Folder that links must not lead out of, as in `ArrayLayout`; empty where they may lead anywhere.
 
     Returns
     -------
     ArrayLayout
-        With an absolute path. A v2 array's codecs are described in `hbx_gpu._codecs.chain`.
+        The layout, with an absolute path. `hbx_gpu._codecs.chain` describes the codecs of v2 arrays.
 
     Raises
     ------
     FileNotFoundError
-        No array metadata there; the message lists what is there.
+        There are no array metadata at `path`; the message lists what is there.
     CorruptDataError
-        Metadata that are not JSON, describe a group, or contradict themselves; an array larger than any disk
-        holds. `UnsafePathError`: what is there is not a regular file, or lies outside of `within`.
+        The metadata are not JSON, describe a group, contradict themselves, or describe an array larger than
+        any disk. `UnsafePathError`: the document is not a regular file, or lies outside of `within`.
     UnsupportedCodecError
-        A data type, chunk grid, storage transformer or place of the sharding codec that is not read here.
+        A data type, chunk grid, storage transformer or place of the sharding codec is not supported.
     """
     directory = os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
@@ -80,7 +81,7 @@ def read_layout(
 
 
 def is_current(layout: ArrayLayout) -> bool:
-    """Whether the metadata of an array, or its plain file, are still those that `layout` was made from."""
+    """Return whether the metadata of an array, or its plain file, are still what `layout` was made from."""
     if not layout.fingerprint:
         return True
     if layout.byte_offset is not None or layout.table is not None:
@@ -90,7 +91,7 @@ def is_current(layout: ArrayLayout) -> bool:
 
 
 def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
-    """Path of the stored object at these grid coordinates; of a plain file, that file."""
+    """Return the path of the stored object at these grid coordinates, or of the plain file."""
     if layout.byte_offset is not None or layout.table is not None:
         return layout.path
     key = layout.key_prefix + layout.key_separator.join(map(str, where))
@@ -98,12 +99,14 @@ def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
 
 
 def check_last_object(layout: ArrayLayout) -> None:
-    """Where every object must exist, the last one tells whether the shape is true.
+    """Check that the last object of an array exists, for an array that must have all of its objects.
+
+    A shape that is too large in the metadata is found this way, before rows are read.
 
     Raises
     ------
     CorruptChunkError
-        It is missing.
+        The object is missing.
     """
     if layout.absent_is_fill or not all(layout.shape):
         return
@@ -119,7 +122,7 @@ def check_last_object(layout: ArrayLayout) -> None:
 
 
 def _load(directory: str, within: Within) -> tuple[str, bytes] | None:
-    """Path and content of the metadata document, if there is one."""
+    """Return path and content of the metadata document, or None if there is none."""
     for name in ("zarr.json", ".zarray"):
         path = os.path.join(directory, name)
         try:
@@ -156,7 +159,7 @@ def _short(value: Any) -> str:
 
 
 class _Metadata:
-    """One metadata document; every complaint names its file."""
+    """One metadata document; every error about it names its file."""
 
     def __init__(self, document: dict[str, Any], file: str, name: str, fingerprint: str) -> None:
         self._document, self._file, self._name = document, file, name
@@ -194,7 +197,7 @@ class _Metadata:
         )
 
     def check_extent(self, layout: ArrayLayout) -> None:
-        """Refuse sizes that no store holds, before anything is allocated for them."""
+        """Raise an error for sizes that no store can hold, before anything is allocated for them."""
         nbytes = math.prod(layout.shape) * layout.dtype.itemsize
         if nbytes > _MAX_BYTES:
             self._corrupt(f"shape {list(layout.shape)} of {layout.dtype} takes {nbytes:,} bytes")
@@ -239,7 +242,7 @@ class _Metadata:
             chunk_shape=chunks,
             shard_shape=chunks,
             codecs=({"name": V2_CHAIN, "configuration": chain},),
-            # null promises nothing about absent chunks; zero is what zarr-python reads.
+            # A fill value of null leaves absent chunks undefined; zarr-python reads zeros then.
             fill_value=dtype.type(0) if fill_value is None else self._fill_value(dtype, fill_value),
             key_prefix="" if shape else "0",
             key_separator=separator,
@@ -293,7 +296,7 @@ class _Metadata:
         return tuple({"name": name, "configuration": setting} for name, setting in named)
 
     def _named(self, what: str, value: Any) -> tuple[str, dict[str, Any]]:
-        """Name and configuration of an extension point, which may be a bare name."""
+        """Return name and configuration of an extension point, which may be given as a name alone."""
         if isinstance(value, str):
             return value, {}
         setting = value.get("configuration", {}) if isinstance(value, dict) else None
@@ -320,7 +323,7 @@ class _Metadata:
         return dtype
 
     def _fill_value(self, dtype: np.dtype[Any], value: Any) -> Any:
-        """The fill value as a scalar of dtype."""
+        """Return the fill value as a scalar of `dtype`."""
         if dtype.kind == "f" and isinstance(value, str):
             number = _NAMED_FLOATS.get(value)
             if number is None:

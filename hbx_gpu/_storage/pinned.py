@@ -1,7 +1,7 @@
-"""Reader that fills staging memory by ``preadv``: what a plan needs of its chunks, straight to its place.
+"""Reader that uses ``preadv`` to read what a plan needs of its chunks straight into staging memory.
 
-Maps serve for looking at the chunks' directories only. On storage that is slow to its first byte this asks
-for large ranges from many threads, where touching mapped pages asks for one page after the other.
+Files are mapped only to look at the directories inside chunks. On storage with a high latency, this reader
+asks for large ranges from many threads, where touching mapped pages would ask for one page after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MAX_RANGES = 500  # a call takes 1,024 pieces of memory, and every range may ha
 
 
 class PinnedReader(PreadReader):
-    """Maps files to find out what is needed; `Slab.copy` then reads that into memory that the caller owns."""
+    """Reader whose slabs map files to find what is needed; `Slab.copy` reads it into memory of the caller."""
 
     def __init__(self, directory: ChunkDirectory) -> None:
         super().__init__(directory)
@@ -37,7 +37,7 @@ class PinnedReader(PreadReader):
         super().close()
 
     def _fill(self, extents: Extents, slab: Slab, ranges: np.ndarray, target: np.ndarray) -> None:
-        """Read ranges of a slab to their places in `target`: neighbours in one call."""
+        """Read ranges of a slab to their places in `target`, neighboring ones in one call."""
         if not len(ranges):
             return
         chunk = np.argsort(slab.address, kind="stable")
@@ -49,7 +49,7 @@ class PinnedReader(PreadReader):
         end = begin + ranges["nbytes"][order].astype(np.int64)
         place = ranges["target"][order].astype(np.int64)
         gap = begin - np.concatenate(([0], end[:-1]))
-        # Ranges that overlap (a row asked for twice) begin a call of their own.
+        # A range that overlaps the one before it (a row asked for twice) begins another call.
         apart = (np.diff(file, prepend=-1) != 0) | (gap < 0) | (gap > MAX_GAP)
         apart[::_MAX_RANGES] = True
         first = np.flatnonzero(apart)

@@ -1,4 +1,4 @@
-"""Plain files as arrays of chunks: a bare buffer of elements, or the body of an .npy file."""
+"""Describe plain files as arrays of chunks: a file of elements alone, or the body of an .npy file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hbx_gpu._untrusted import check_regular, open_regular
 from hbx_gpu.errors import CorruptDataError
 
 CHUNK_ELEMENTS = 4096
-"""Elements that `preadv` reads at least; other readers take from a file just what rows need."""
+"""Elements per chunk, which `preadv` reads as a whole; other readers read just the part that rows need."""
 
 
 def plain_layout(
@@ -32,22 +32,22 @@ def plain_layout(
     path
         The file.
     dtype
-        Of the elements, either byte order.
+        dtype of the elements, in either byte order.
     n
         Number of elements.
     name
-        For messages; the file's name by default.
+        Name of the array in messages; the file's name by default.
     byte_offset
-        Where the first one begins.
+        First byte of the first element.
     chunk_elements
-        Length of a chunk.
+        Elements per chunk.
     watched
-        Whether a change of the file after this call is an error when it is read.
+        Whether reading the file is an error if it changes after this call.
 
     Raises
     ------
     FileNotFoundError
-        No such file.
+        The file does not exist.
     CorruptDataError
         The file ends before the last element.
     """
@@ -86,7 +86,7 @@ def npy_layout(
     Raises
     ------
     CorruptDataError
-        Not an .npy file, objects in it, or several dimensions.
+        It is not an .npy file, or its array holds objects or has several dimensions.
     """
     try:
         with open(open_regular(path), "rb") as file:
@@ -96,7 +96,7 @@ def npy_layout(
             begin = file.tell()
     except (OSError, CorruptDataError):
         raise
-    except Exception as error:  # NumPy parses the header as Python, and fails in as many ways
+    except Exception as error:  # NumPy parses the header as Python code, which can raise almost anything
         raise CorruptDataError(f"{path} is not an .npy file that can be read: {error}") from error
     if len(shape) != 1 or dtype.hasobject:
         raise CorruptDataError(
@@ -107,14 +107,14 @@ def npy_layout(
 
 
 def file_fingerprint(path: str, *, content: bool = False) -> str:
-    """What tells a file from another one that was put in its place; empty if there is none.
+    """Return a text that tells a file from another one put in its place; empty if there is no file.
 
     Parameters
     ----------
     path
         The file.
     content
-        Whether size and time of change count too, so that a file rewritten in place differs.
+        Whether size and time of change are part of the text, so that a file rewritten in place differs too.
     """
     try:
         found = os.stat(path)

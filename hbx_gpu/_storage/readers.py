@@ -1,4 +1,4 @@
-"""Readers: extents in, host addresses out. They move bytes and judge none, beyond being there at all."""
+"""Readers turn extents into addresses of stored bytes. They check that bytes exist, not what they hold."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._untrusted import open_regular
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
 
-MAX_GAP = 16 << 10  # reading 16 KiB in passing costs less than another system call
+MAX_GAP = 16 << 10  # reading 16 KiB that nobody needs costs less than another system call
 _MAX_SIZE = 8 << 20
 _ALIGNMENT = 8
 _MAX_OPEN = 512  # half of the common limit of 1,024 descriptors per process
 _MAX_MAPS = 8192  # a map holds no descriptor; Linux allows 65,530 maps per process
-_RESIDENT_BYTES = 256 << 20  # of mapped files, before their pages are handed back
-# Of plain files, several times larger: touching a row's pages again costs as much as copying the row.
+_RESIDENT_BYTES = 256 << 20  # bytes read from mapped files before their pages are handed back
+# The same for plain files. It is larger, because touching the pages of a row again costs as much as copying
+# the row.
 _RESIDENT_PLAIN_BYTES = 2 << 30
 
 
@@ -36,9 +37,10 @@ class Runs:
     Attributes
     ----------
     file, offset, nbytes
-        int32, int64, int64, (n_runs,). In ascending (file, offset); ranges of one file do not overlap.
+        int32, int64, int64, (n_runs,). File, first byte and bytes of each run, in ascending order of
+        (file, offset). Runs of one file do not overlap.
     run
-        int64, (k,). Run of each extent; -1 where there is nothing to read.
+        int64, (k,). Run that holds each extent; -1 where there is nothing to read.
     """
 
     file: np.ndarray
@@ -50,17 +52,17 @@ class Runs:
 def coalesce(
     file: np.ndarray, offset: np.ndarray, nbytes: np.ndarray, *, max_gap: int, max_size: int
 ) -> Runs:
-    """Merge extents into runs that are read at once; every byte wanted lies in exactly one run.
+    """Merge extents into runs, each of which is read at once; every byte asked for lies in exactly one run.
 
     Parameters
     ----------
     file, offset, nbytes
-        Integers, (k,). Any order, repeats and overlaps allowed; nbytes <= 0 reads nothing.
+        Integers, (k,). Any order; repeats and overlaps are allowed; nbytes <= 0 reads nothing.
     max_gap
-        Neighbours at most this many unwanted bytes apart are merged.
+        Neighboring extents with at most this many bytes between them are merged.
     max_size
-        Merging stops at runs of this size. An extent larger than it is one run, and so are extents that
-        overlap each other, whatever their size: no byte is read twice.
+        Most bytes of a run. A larger extent is one run all the same, and so are extents that overlap each
+        other: no byte is read twice.
     """
     run = np.full(len(file), -1, np.int64)
     wanted = np.flatnonzero(np.asarray(nbytes) > 0)
@@ -70,7 +72,8 @@ def coalesce(
     if not len(order):
         empty = np.zeros(0, np.int64)
         return Runs(empty.astype(np.int32), empty, empty, run)
-    # Lay the files one behind the other on one line, so that one running maximum serves them all.
+    # Shift offsets so that the files follow each other on one line; one running maximum then serves all
+    # files.
     new_file = np.flatnonzero(np.diff(files, prepend=files[0] - 1))
     lengths = np.maximum.reduceat(ends, new_file)
     shift = np.repeat(np.cumsum(lengths) - lengths, np.diff(new_file, append=len(files)))
@@ -87,14 +90,15 @@ def coalesce(
 def _run_starts(
     starts: list[int], reach: list[int], gap: np.ndarray, max_gap: int, max_size: int
 ) -> list[int]:
-    """Positions of the extents that begin a run, greedily from the left."""
+    """Return the positions of the extents that begin a run, chosen greedily from the left."""
     breaks = np.flatnonzero(gap > max_gap).tolist()
     may_split = np.flatnonzero(gap >= 0).tolist()  # not inside an overlap
     first: list[int] = []
     for begin, end in zip(breaks, [*breaks[1:], len(starts)], strict=True):
         while begin < end:
             first.append(begin)
-            # First extent that does not fit any more; then back to where splitting is allowed, or on to it.
+            # Find the first extent that does not fit, then the last place before it (or the first after it)
+            # where splitting is allowed.
             over = bisect.bisect_right(reach, starts[begin] + max_size, begin, end)
             if over >= end:
                 break
@@ -114,12 +118,13 @@ class Slab:
     address
         uint64, (k,). Absolute address of each extent's first byte; 0 where it has no bytes.
     nbytes
-        int64, (k,). As in the extents: -1 for an absent chunk.
+        int64, (k,). Stored bytes of each extent; -1 for an absent chunk.
     owner
-        Keeps the memory alive. Addresses are valid while the slab, or its owner, is referenced.
+        Object that keeps the memory alive. Addresses are valid while the slab, or its owner, is referenced.
     copy
-        Brings parts of the slab to other memory without touching it here: called with records of ``source``
-        (address), ``target`` (offset) and ``nbytes``, and a uint8 array. None: copy from the addresses.
+        Function that reads parts of the slab into other memory without touching the addresses. It is called
+        with records of ``source`` (address), ``target`` (offset) and ``nbytes``, and a uint8 array. None
+        where parts are to be copied from the addresses.
     """
 
     address: np.ndarray
@@ -128,7 +133,7 @@ class Slab:
     copy: Callable[[np.ndarray, np.ndarray], None] | None = None
 
     def view(self, i: int) -> np.ndarray:
-        """uint8, (nbytes[i],), read-only: the stored bytes of extent i, without a copy."""
+        """Return the stored bytes of extent i without a copy: uint8, (nbytes[i],), read-only."""
         nbytes = int(self.nbytes[i])
         if nbytes < 0:
             raise ValueError(f"extent {i} is absent: its chunk is all fill value, there are no bytes to view")
@@ -138,7 +143,7 @@ class Slab:
 
 
 class _Memory:
-    """Foreign memory as NumPy sees it; arrays made from it keep `owner` alive through it."""
+    """Memory of another owner, in a form that NumPy makes arrays of; these keep `owner` alive."""
 
     def __init__(self, address: int, nbytes: int, owner: object) -> None:
         self.owner = owner
@@ -154,10 +159,10 @@ _T = TypeVar("_T")
 
 
 class _Cache(Generic[_T]):
-    """Opened files, least recently used out first.
+    """Opened files, of which the least recently used is dropped first.
 
-    Nothing is closed here: an entry closes itself when its last user lets go of it, so no thread can see
-    its descriptor closed, or reused for another file, in mid-read.
+    Nothing is closed here: an entry closes itself when its last user drops it. No thread can therefore see
+    its descriptor closed, or reused for another file, during a read.
     """
 
     def __init__(self, open_file: Callable[[str], _T], bound: int) -> None:
@@ -166,7 +171,7 @@ class _Cache(Generic[_T]):
         self._lock = threading.Lock()
 
     def peek(self, path: str, usable: Callable[[_T], bool]) -> _T | None:
-        """The opened file, if there is one that is usable."""
+        """Return the opened file if it is in the cache and usable, or None."""
         with self._lock:
             entry = self._entries.get(path)
             if entry is None or not usable(entry):
@@ -175,7 +180,7 @@ class _Cache(Generic[_T]):
             return entry
 
     def open(self, path: str, check: Callable[[_T], None]) -> _T:
-        """Open a file; kept if `check` raises nothing."""
+        """Open a file, and keep it if `check` raises nothing."""
         entry = self._open_file(path)
         check(entry)
         with self._lock:
@@ -195,9 +200,10 @@ class _Cache(Generic[_T]):
 
 
 class Reader(ABC):
-    """Brings the stored chunks of a `ChunkDirectory` into host memory.
+    """Reads the stored chunks of a `ChunkDirectory` into host memory.
 
-    Safe to use from many threads. Pickles as its directory; opened files stay behind. A context manager.
+    A reader can be used from many threads, and is a context manager. Its pickle holds its directory, not its
+    opened files.
     """
 
     def __init__(self, directory: ChunkDirectory) -> None:
@@ -205,25 +211,25 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, extents: Extents) -> Slab:
-        """Bring extents into memory.
+        """Read extents into memory.
 
         Parameters
         ----------
         extents
-            As from `ChunkDirectory.extents` of this reader's directory.
+            The extents, from `ChunkDirectory.extents` of this reader's directory.
 
         Raises
         ------
         CorruptChunkError
-            A file that is gone, shorter now than an extent reaches, or another one now than the one whose
-            chunks were looked up. A file that is open already is read on, whatever its path leads to by then.
+            A file is gone, is too short for an extent, or was replaced by another one after its chunks were
+            looked up. A file that is open already is read on, whatever its path leads to by then.
         OSError
             The file cannot be opened or read for any other reason.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of opened files. Slabs stay valid; a later read opens them again."""
+        """Drop the opened files. Slabs stay valid; a later read opens the files again."""
 
     def __enter__(self) -> Reader:
         return self
@@ -235,7 +241,7 @@ class Reader(ABC):
         return (type(self), (self.directory,))
 
     def _too_short(self, extents: Extents, file: int, size: int) -> CorruptChunkError:
-        """The error for the first extent of a file that reaches beyond size bytes."""
+        """Make the error for the first extent of a file that reaches beyond `size` bytes."""
         beyond = (extents.file == file) & (extents.offset + extents.nbytes > size)
         if not beyond.any():
             return self._error_in(
@@ -261,22 +267,22 @@ class Reader(ABC):
         return self.directory.error_at(file, int(extents.offset[i]), int(extents.nbytes[i]), reason)
 
     def _check_opened(self, extents: Extents, file: int, identity: tuple[int, int]) -> None:
-        """Refuse a file that was just opened and is not the one whose chunks were looked up."""
+        """Raise an error if a file that was just opened is not the one whose chunks were looked up."""
         if identity != self.directory.identities[file]:
             raise self._error_in(extents, file, REPLACED)
-        # An inode is used again once its file is gone; the metadata tell.
+        # A system reuses the inode number of a deleted file, so the metadata are compared too.
         self.directory.check_current(self.directory.array_of(file))
 
 
 class PreadReader(Reader):
-    """Reads into one contiguous buffer: neighbouring extents at once, each byte once.
+    """Reader that reads into one contiguous buffer: neighboring extents at once, and each byte once.
 
     Parameters
     ----------
     directory
         Where the chunks lie.
     max_gap, max_size
-        As in `coalesce`, in bytes.
+        As for `coalesce`, in bytes.
     """
 
     def __init__(
@@ -297,12 +303,13 @@ class PreadReader(Reader):
         runs = coalesce(
             extents.file, extents.offset, extents.nbytes, max_gap=self._max_gap, max_size=self._max_size
         )
-        # As far from a multiple of 8 as in the file: elements of plain files keep their alignment.
+        # Each run is as far from a multiple of 8 as in the file, so that elements of plain files stay
+        # aligned.
         shift = runs.offset % _ALIGNMENT
         room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
         place = np.cumsum(room) - room + shift
         buffer = np.empty(int(room.sum()), np.uint8)
-        # Runs ascend and do not overlap: the last of a file reaches furthest, and is the one that stays.
+        # Runs ascend and do not overlap, so the last run of a file, which this dict keeps, reaches furthest.
         reach = dict(zip(runs.file.tolist(), (runs.offset + runs.nbytes).tolist(), strict=True))
         current, descriptor = -1, None
         for file, offset, nbytes, at in zip(
@@ -359,7 +366,7 @@ class _Descriptor:
         return os.fstat(self._fd).st_size
 
     def read(self, targets: list[memoryview], offset: int) -> bool:
-        """Fill the targets one after the other from offset on; False if the file ends before."""
+        """Fill the targets one after the other from `offset` on; return False if the file ends before."""
         try:
             while targets:
                 count = os.preadv(self._fd, targets, offset)
@@ -376,15 +383,15 @@ class _Descriptor:
 
 
 class MmapReader(Reader):
-    """Maps files and points into the maps: no copy, no buffer, pages shared with every other process.
+    """Reader that maps files and points into the maps, without a copy; processes share the pages.
 
-    A file that is cut short while a slab points into it makes the kernel end the process (SIGBUS), as with
-    any map. The size of every file is looked at before each read, so that only a file that shrinks within one
-    window of batches does that. Where files may shrink, use `preadv` (``io="pinned"`` in `make_loader`).
+    If a file is cut short while a slab points into it, the kernel ends the process (SIGBUS), as with any map.
+    The size of every file is checked before each read, so this happens only if a file shrinks within one
+    window of batches. Where files may shrink, use `preadv` (``io="pinned"`` in `make_loader`).
 
-    Pages that were looked at count as this process's memory. After `resident_bytes` of reads they are handed
-    back: they stay in the page cache, and touching one again costs a minor fault. Files that together are
-    smaller than that stay.
+    Pages that were touched count as memory of this process. They are handed back after `resident_bytes` of
+    reads: they then stay in the page cache, and touching one again costs a minor page fault. Files that
+    together are smaller than that are never handed back.
     """
 
     def __init__(self, directory: ChunkDirectory, *, resident_bytes: int | None = None) -> None:
@@ -406,7 +413,7 @@ class MmapReader(Reader):
         base = np.array([entry.address for entry in maps], np.uint64)
         address = np.zeros(len(extents), np.uint64)
         address[stored] = base[inverse] + extents.offset[stored].astype(np.uint64)
-        # Unlocked: threads that race hand back a little early or late, and neither matters.
+        # Without the lock, threads may race and hand back a little early or late, which does no harm.
         self._read_bytes += int(extents.nbytes[stored].sum())
         if self._read_bytes > self._resident_bytes:
             self._read_bytes = 0
@@ -425,7 +432,7 @@ class MmapReader(Reader):
         try:
             found = os.stat(path)
             if (found.st_dev, found.st_ino) != identity:
-                # What is mapped stays whole although its path leads elsewhere.
+                # A mapped file stays whole even if its path leads to another file by now.
                 if entry is None:
                     raise self._error_in(extents, file, REPLACED)
                 return entry
