@@ -64,7 +64,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def replace_folder(new: Path, live: Path, aside: Path) -> Path:
-    """Put a new folder in the place of one that exists; returns where the old one lies afterwards.
+    """Put a new folder in the place of one that exists; returns where the old one lies afterward.
 
     Readers see the old folder or the new one, never a mixture. Where the system cannot exchange two names,
     `live` is absent for the moment between two renames; the caller needs a way to find `aside` if it is

@@ -268,7 +268,7 @@ def _model(dataset: CellDataset, label: str | None) -> tuple[torch.nn.Module, Tr
 def _step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, label: torch.Tensor | None
 ) -> tuple[float, float | None]:
-    """One optimiser step; loss and, for a classifier, share of right answers."""
+    """One optimizer step; loss and, for a classifier, share of right answers."""
     import torch
     from torch.nn import functional
 

@@ -322,7 +322,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
 
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        # Before anything is made: a misspelt name should not leave an empty atlas behind.
+        # Before anything is made: a misspelled name should not leave an empty atlas behind.
         raise InvalidDataError(f"no such file: {', '.join(missing)}")
     table = args.table or "cells"
     named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)

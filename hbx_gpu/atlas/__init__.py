@@ -1,4 +1,4 @@
-"""Atlases: many datasets with different features in one catalogue. Names are resolved on first use."""
+"""Atlases: many datasets with different features in one catalog. Names are resolved on first use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._upkeep.repack import RepackReport as RepackReport
     from hbx_gpu.atlas._upkeep.repack import repack as repack
 
-# Workers import recipes from here, which must not cost them lancedb or anndata.
+# Workers import recipes from here and must not pay for importing lancedb or anndata.
 _PUBLIC = {
     "AtlasQuery": "_query.query",
     "DatasetRecord": "_model.schema",
@@ -68,7 +68,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
+if not TYPE_CHECKING:  # a type checker takes the names above and rejects all others
 
     def __getattr__(name: str) -> Any:
         if name in _PUBLIC:

@@ -1,4 +1,4 @@
-"""The atlas as users hold it: made or opened for writing, or checked out at a snapshot for reading."""
+"""The user's handle on an atlas: made or opened for writing, or checked out at a snapshot for reading."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _UNKNOWN = (
 
 
 class RaggedAtlas:
-    """Datasets with different features in one catalogue.
+    """Datasets with different features in one catalog.
 
     Made by :func:`create_or_open_atlas`, :meth:`create` or :meth:`open` (writable, no queries), or by
     :meth:`checkout` and :meth:`checkout_latest` (one snapshot, read-only).
@@ -95,7 +95,7 @@ class RaggedAtlas:
         Raises
         ------
         FileExistsError
-            There is one already.
+            An atlas already exists there.
         AtlasLockedError
             Somebody else is making it.
         """
@@ -124,7 +124,7 @@ class RaggedAtlas:
             tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())
             tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())
-            # Last, because these make the names known.
+            # Last, because saving the names marks the atlas as complete.
             session.ensure_tables()
         return cls(root, session=session, schemas=schemas)
 
@@ -147,8 +147,8 @@ class RaggedAtlas:
         FileNotFoundError
             There is none.
         AtlasError
-            Its tables cannot be told apart, or a schema class disagrees with them; its making was
-            interrupted.
+            The tables cannot be told apart, a schema class disagrees with them, or the creation of the atlas
+            was interrupted.
         AtlasLockedError
             Somebody else is making it.
         """
@@ -176,7 +176,8 @@ class RaggedAtlas:
             with session.writing():
                 session.ensure_tables()
         except AtlasLockedError:
-            # Somebody writes just now. That matters only if something has to be made before this can be used.
+            # Another process is writing. That matters only if tables have to be made before the atlas can be
+            # used.
             if not session.complete:
                 raise
         return cls(root, session=session, schemas=obs_schemas)
@@ -274,7 +275,7 @@ class RaggedAtlas:
 
     @property
     def version(self) -> int | None:
-        """Number of the snapshot that is checked out, None when the atlas is open for writing."""
+        """Number of the checked-out snapshot, None when the atlas is open for writing."""
         return None if self._snapshot is None else self._snapshot.version
 
     @property
@@ -284,7 +285,7 @@ class RaggedAtlas:
 
     @property
     def session(self) -> WriteSession:
-        """Its tables, declared classes and write lock.
+        """Tables, declared classes and write lock of the atlas.
 
         Raises
         ------
@@ -297,7 +298,7 @@ class RaggedAtlas:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Its tables, for writing.
+        """Tables of the atlas, open for writing.
 
         Raises
         ------
@@ -316,7 +317,7 @@ class RaggedAtlas:
         return {name: PointerField(name, space) for name, space in spaces}
 
     def query(self, obs_table_name: str | None = None) -> AtlasQuery:
-        """Ask for cells of the snapshot that is checked out.
+        """Start a query for cells of the checked-out snapshot.
 
         Parameters
         ----------
@@ -405,30 +406,31 @@ class RaggedAtlas:
             maintenance.optimize(catalogue)
 
     def validate(self) -> list[str]:
-        """What keeps the atlas from being snapshotted, in words; empty if nothing does."""
+        """Reasons why no snapshot of the atlas can be taken, as sentences; empty if there are none."""
         return maintenance.validate(self.catalogue)
 
     def snapshot(self) -> int:
-        """Record the present state; returns its number: 0, 1, 2, ...
+        """Record the current state as a snapshot; returns its number: 0, 1, 2, ...
 
         Raises
         ------
         AtlasError
-            The atlas is not fit for reading; says what is missing, for example a call of :meth:`optimize`.
+            The atlas is not fit for reading; the message says what is missing, for example a call of
+            :meth:`optimize`.
         """
         with self.session.writing() as catalogue:
             return maintenance.snapshot(catalogue)
 
     def remove_dataset(self, dataset: str) -> Removal:
-        """Remove the cells of a dataset, and features that no other has, from the newest state.
+        """Remove the cells of a dataset, and the features that no other dataset has, from the newest state.
 
-        Snapshots that were taken before keep what they had. Call :meth:`optimize` and :meth:`snapshot` for
-        one without the dataset.
+        Earlier snapshots keep the dataset. Call :meth:`optimize` and :meth:`snapshot` to take one without
+        it.
 
         Parameters
         ----------
         dataset
-            Its ``dataset_uid``, or the name of the file that it was made of.
+            The ``dataset_uid``, or the name of the file from which the dataset was made.
 
         Raises
         ------
@@ -439,16 +441,16 @@ class RaggedAtlas:
             return remove_dataset(catalogue, find_dataset(catalogue, dataset))
 
     def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
-        """Add a pointer column to an obs table: cells that are there lack that modality. May be repeated.
+        """Add a pointer column to an obs table; existing cells lack that modality. Safe to repeat.
 
         Parameters
         ----------
         name
-            Of the column.
+            Name of the column.
         feature_space
-            A registered feature space. Its registry is made where there is none.
+            A registered feature space. Its registry is created if it does not exist.
         obs_table
-            Needed where there are several.
+            Name of the obs table; required where there are several.
 
         Raises
         ------
@@ -497,15 +499,16 @@ def create_or_open_atlas(
     pointer_fields: Mapping[str, str] | None = None,
     allow_links: bool = False,
 ) -> RaggedAtlas:
-    """Open the atlas at a path for writing, made first if there is none.
+    """Open the atlas at a path for writing; create it first if it does not exist.
 
     Parameters
     ----------
     atlas_path
         Directory of the atlas.
     obs_schemas
-        Obs table -> its class, or None to take further columns from the data and merge them. Without it, the
-        table `cell_table_name` with `cell_schema`. Tables that do not exist yet are made.
+        Obs table -> its class, or None to take further columns from the data and merge them. Without this
+        argument there is one table, `cell_table_name`, with the class `cell_schema`. Tables that do not
+        exist yet are created.
     dataset_table_name, dataset_schema
         The table of groups; used when the atlas is made.
     registry_schemas
@@ -561,7 +564,7 @@ def create_or_open_atlas(
 def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None:
     if creation.is_unfinished(root):
         with WriteLock(root).hold():
-            pass  # or an error that says who makes it
+            pass  # or raise an error that says who is making it
         if creation.is_unfinished(root):
             raise AtlasError(
                 f"the making of the atlas at {root} was interrupted, and nothing is in it; "

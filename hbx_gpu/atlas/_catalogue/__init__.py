@@ -1,1 +1,1 @@
-"""The LanceDB catalogue of an atlas: tables, records, registries, snapshots and the write journal."""
+"""The LanceDB catalog of an atlas: tables, records, registries, snapshots and the write journal."""

@@ -1,4 +1,4 @@
-"""The tables of an atlas as the writer sees them: which there are, and the rows an ingest adds to them."""
+"""The tables of an atlas that is open for writing, and the rows that an ingest adds to them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Catalogue:
     store
         Directory of its zarr store.
     names
-        Its tables.
+        Names of its tables.
     allow_links
         Follow links that lead out of the store.
     """
@@ -96,12 +96,12 @@ class Catalogue:
     # New modalities
 
     def extension(self, obs_table: str, fields: Mapping[str, str]) -> tuple[str, ...]:
-        """Registry tables that :meth:`extend` would make.
+        """Names of the registry tables that :meth:`extend` would create.
 
         Raises
         ------
         AtlasError
-            A column of that name exists and is no pointer column, or points elsewhere.
+            A column of that name exists and is not a pointer column, or points into another space.
         """
         schema, there = self.obs(obs_table).schema, self.pointer_spaces(obs_table)
         for name, space in fields.items():
@@ -144,8 +144,8 @@ class Catalogue:
     def feature_order(self, feature_space: str, uids: Sequence[str]) -> np.ndarray:
         """int64, (len(uids),). Positions of `uids` in the order in which the registry numbers features.
 
-        Features without a number come after the numbered ones: in the order in which stored lists name them,
-        which is how ``optimize()`` will number them, then in the order given.
+        Features without a number follow the numbered ones: first in the order in which stored lists name
+        them, as ``optimize()`` will number them, then in the order given.
         """
         if feature_space not in self.names.registries:
             return np.arange(len(uids))
@@ -185,7 +185,7 @@ class Catalogue:
     # Groups
 
     def staging(self, name: str) -> Path:
-        """Folder for the unfinished files of one ingest: in the store, so that moving out is a rename."""
+        """Folder for unfinished files of one ingest, inside the store so that moving them out is a rename."""
         return staging_path(self.store, name)
 
     def group_path(self, zarr_group: str) -> Path:
@@ -212,9 +212,9 @@ class Catalogue:
     # Undoing
 
     def is_complete(self, note: IngestNote) -> bool:
-        """Whether an ingest reached its last commit: the cells of all its groups, which come at once."""
+        """Whether an ingest reached its last commit, which adds the cells of all its groups at once."""
         obs = self.obs(note.obs_table)
-        # Columns that were to be added may not be there yet.
+        # Columns that the ingest would have added may not exist yet.
         members = [g for g in note.groups if g.field_name in obs.schema.names]
         reached = " OR ".join(f"`{g.field_name}`.zarr_group = {tables.quoted(g.zarr_group)}" for g in members)
         if not reached:
@@ -222,17 +222,17 @@ class Catalogue:
         return obs.count_rows(f"dataset_uid = {tables.quoted(note.dataset_uid)} AND ({reached})") > 0
 
     def recover(self) -> None:
-        """Undo or finish whatever killed ingests and repacks left; every step may be repeated.
+        """Undo or finish the work of killed ingests and repacks; every step is safe to repeat.
 
         Raises
         ------
         AtlasError
-            A note is not one of this atlas, or names what unfinished work cannot have made. Nothing was
+            A note belongs to another atlas, or names something unfinished work cannot have made. Nothing was
             changed.
         """
         self.journal.sweep()
         notes, repacks = self.journal.notes(), self.journal.repacks()
-        # All are looked at before the first is believed.
+        # All notes are checked before the first is carried out.
         for repack in repacks:
             swap.check(self.store, repack)
         for note in notes:
@@ -243,7 +243,7 @@ class Catalogue:
             self.undo(note)
 
     def undo(self, note: IngestNote) -> None:
-        """Remove every trace of an ingest that did not complete; of one that did, only temporary files."""
+        """Remove every trace of an incomplete ingest; for a complete one, remove only temporary files."""
         swap.discard(self.store, note.staging)
         tables.finish_promotions(self.obs(note.obs_table))
         for space in {group.feature_space for group in note.groups} & set(self.names.registries):
@@ -265,7 +265,7 @@ class Catalogue:
         path = self.group_path(zarr_group)
         shutil.rmtree(path, ignore_errors=True)
         folder = path.parent
-        # Groups made on the way to it hold nothing but their own metadata.
+        # Parent groups made for it hold nothing but their own metadata.
         while (
             folder != self.store and folder.is_dir() and {p.name for p in folder.iterdir()} <= {"zarr.json"}
         ):
@@ -290,9 +290,9 @@ class Catalogue:
     def _remove_extension(self, note: IngestNote) -> None:
         for table, names in note.new_columns.items():
             if table in note.new_registries:
-                continue  # goes as a whole, or went when this was interrupted
+                continue  # the table is dropped as a whole, or was dropped before an interruption
             opened = tables.open_table(self.root, table)
-            # No row has a value there: those of this ingest are gone or never came.
+            # No row has a value in these columns: the rows of this ingest are removed or were never added.
             if added := [name for name in names if name in opened.schema.names]:
                 opened.drop_columns(added)
         registries = {s: t for s, t in self.names.registries.items() if t not in note.new_registries}

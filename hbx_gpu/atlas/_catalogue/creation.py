@@ -1,4 +1,4 @@
-"""The first moments of an atlas: what was begun and not finished is known as such, and made anew."""
+"""Creation of an atlas: an interrupted one is recognized as unfinished and made anew."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import FOLDER
 from hbx_gpu.atlas._catalogue.names import Names
 
-# There from before the first table is made until the names of all tables are written.
+# This file exists from before the first table is made until the names of all tables are written.
 _MARK = "making"
 
 
 def is_unfinished(root: Path) -> bool:
-    """Whether the making of an atlas was begun and has not ended: somebody is at it, or was killed."""
+    """Whether the creation of an atlas has begun and not ended: its writer is at work, or was killed."""
     return (root / FOLDER / _MARK).exists() and not Names.exist(root)
 
 
 @contextlib.contextmanager
 def making(root: Path) -> Iterator[None]:
-    """Mark an atlas as unfinished while its tables are made; what an interrupted creation left goes first.
+    """Mark an atlas as unfinished while its tables are made; first remove remains of an interrupted creation.
 
     Callers hold the write lock.
     """
     if is_unfinished(root):
-        # Nobody could add anything to it, so there is nothing in it.
+        # Nobody could add anything to an unfinished atlas, so removing it loses nothing.
         shutil.rmtree(root / "lance_db", ignore_errors=True)
     mark = root / FOLDER / _MARK
     mark.parent.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def making(root: Path) -> Iterator[None]:
 
 
 def discard_empty(catalogue: Catalogue) -> None:
-    """Remove an atlas to which nothing was added, and its folder if nothing else is in it.
+    """Remove an atlas to which nothing was added, and its folder if that holds nothing else.
 
     Callers hold the write lock.
     """
@@ -52,5 +52,5 @@ def discard_empty(catalogue: Catalogue) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     Names.forget(root)
     shutil.rmtree(root / FOLDER, ignore_errors=True)
-    with contextlib.suppress(OSError):  # other files are in it
+    with contextlib.suppress(OSError):  # the folder holds other files
         root.rmdir()

@@ -1,7 +1,7 @@
-"""Tables of LanceDB whose failures are errors of ours: they name the atlas, the table and what to do.
+"""LanceDB tables whose failures become errors of ours, which name the atlas, the table and what to do.
 
-LanceDB raises what its parts raise: RuntimeError, OSError, ValueError, Arrow's errors, and, where Rust
-panics, an exception that is not an `Exception`. All calls pass through to the table; only errors change.
+LanceDB raises RuntimeError, OSError, ValueError, errors of Arrow, and, where Rust panics, a class that does
+not derive from `Exception`. All calls pass through to the table; only errors change.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _SHOWN = 400
 
 @contextlib.contextmanager
 def lance_errors(root: Path, table: str) -> Iterator[None]:
-    """Turn whatever LanceDB raises into a TableError.
+    """Turn any error of LanceDB into a TableError.
 
     Raises
     ------
     TableError
-        Names the atlas and the table.
+        LanceDB failed; the message names the atlas and the table.
     """
     try:
         yield
     except _OWN_STEPS:
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic does not derive from Exception
         text = _PLACE_IN_RUST.sub("", str(error)).strip() or type(error).__name__
         text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise TableError(
@@ -52,7 +52,7 @@ def open_guarded(root: Path, name: str) -> Table:
     Raises
     ------
     TableError
-        It cannot be opened.
+        The table cannot be opened.
     """
     import lancedb
 
@@ -62,12 +62,12 @@ def open_guarded(root: Path, name: str) -> Table:
 
 
 def guarded(table: Table, root: Path, name: str) -> Table:
-    """A table as it is, whose errors are ours."""
+    """Wrap a table so that its errors become ours."""
     return cast("Table", _Guarded(table, root, name))
 
 
 class _Guarded:
-    """A table of LanceDB, or what its methods return on the way to a result."""
+    """A LanceDB table, or an intermediate object that its methods return."""
 
     def __init__(self, inner: Any, root: Path, table: str) -> None:
         self._inner, self._root, self._table = inner, root, table

@@ -1,4 +1,4 @@
-"""One writer at a time, and notes of what it is about to do, so that killed work can be undone."""
+"""The write lock, and notes of what a writer is about to do, so that killed work can be undone."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from hbx_gpu.errors import AtlasError, AtlasLockedError
 FOLDER = ".hbx_gpu"
 """Folder of an atlas with the lock and the notes of its writers."""
 _FORMAT = 1
-# A note lists the features that an ingest registers.
+# A note lists all features that an ingest registers, so it can be large.
 _NOTE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class GroupNote:
-    """One group that an ingest makes.
+    """One group that an ingest creates.
 
     Attributes
     ----------
     zarr_group, feature_space
-        The group.
+        Path of the group.
     field_name
-        Pointer column through which cells reach it: such cells mean that the ingest is complete.
+        Pointer column into the group. Cells that use it prove that the ingest is complete.
     layout_uid
-        Its feature list, ``""`` where that existed before or the space has none.
+        Uid of its feature list, ``""`` where the list existed before or the space has no features.
     new_features
         Features that were not registered before.
     """
@@ -49,24 +49,24 @@ class GroupNote:
 
 @dataclass(frozen=True)
 class IngestNote:
-    """What an ingest will leave behind if it dies; written before it changes anything.
+    """What an ingest leaves on disk if it is killed; written before it changes anything.
 
     Attributes
     ----------
     staging
         Folder of unfinished files, relative to the atlas's zarr store.
     obs_table
-        Where its cells go.
+        Obs table that receives the cells.
     dataset_uid
-        The dataset, ``""`` as long as nothing but columns and registries is made for it.
+        Uid of the dataset, ``""`` while only columns and registries have been created for it.
     groups
-        One per modality.
+        One group per modality.
     new_columns
-        Table -> columns that it did not have.
+        Table -> columns that the ingest adds to it.
     new_registries
-        Tables that did not exist.
+        Registry tables that the ingest creates.
     replaces
-        Datasets that go when this one is complete.
+        Datasets that are removed when this one is complete.
     """
 
     staging: str
@@ -84,7 +84,7 @@ class IngestNote:
         Raises
         ------
         KeyError, TypeError
-            It has other fields, or of another kind.
+            The note has other fields, or fields of another type.
         """
         groups = tuple(
             GroupNote(
@@ -109,7 +109,7 @@ class RepackNote:
     Attributes
     ----------
     zarr_group
-        The group.
+        Path of the group.
     staging
         Folder of the new group, and of the old one once it is replaced, relative to ``.staging``.
     """
@@ -125,7 +125,7 @@ class RemoveNote:
     Attributes
     ----------
     staging
-        A name of its own.
+        Unique name of this work.
     dataset_uid
         The dataset.
     layouts
@@ -142,7 +142,7 @@ _N = TypeVar("_N", IngestNote, RepackNote, RemoveNote)
 
 
 class Journal:
-    """Notes of unfinished ingests and repacks of one atlas.
+    """Notes of unfinished ingests, repacks and removals of one atlas.
 
     Parameters
     ----------
@@ -154,19 +154,19 @@ class Journal:
         self._folder = root / FOLDER
 
     def write(self, note: Note) -> None:
-        """Record a note durably, in place of an earlier one of the same work."""
+        """Record a note durably; it replaces an earlier note of the same work."""
         _checked(self._folder).mkdir(exist_ok=True)
         known = {"format": _FORMAT, "atlas": self._uid()}
         write_durably(self._path(note), json.dumps(asdict(note) | known))
 
     def sweep(self) -> None:
-        """Remove notes that a killed writer had not finished; nothing was changed under them."""
+        """Remove notes that a killed writer had not finished writing; it had changed nothing yet."""
         for path in _checked(self._folder).glob("*.new"):
             if path.is_symlink() or not path.is_dir():
                 path.unlink(missing_ok=True)
 
     def notes(self) -> list[IngestNote]:
-        """All notes of ingests that did not end.
+        """All notes of ingests that did not finish.
 
         Raises
         ------
@@ -176,7 +176,7 @@ class Journal:
         return [self._parsed(path, IngestNote.from_json) for path in self._paths("ingest")]
 
     def repacks(self) -> list[RepackNote]:
-        """All notes of repacks that did not end; raises as :meth:`notes`."""
+        """All notes of repacks that did not finish; raises as :meth:`notes`."""
 
         def parse(data: dict[str, Any]) -> RepackNote:
             return RepackNote(**_texts(data, "zarr_group", "staging"))
@@ -184,7 +184,7 @@ class Journal:
         return [self._parsed(path, parse) for path in self._paths("repack")]
 
     def removals(self) -> list[RemoveNote]:
-        """All notes of removals that did not end; raises as :meth:`notes`."""
+        """All notes of removals that did not finish; raises as :meth:`notes`."""
 
         def parse(data: dict[str, Any]) -> RemoveNote:
             pairs = [_names(pair) for pair in data["layouts"]]
@@ -196,12 +196,12 @@ class Journal:
         return [self._parsed(path, parse) for path in self._paths("remove")]
 
     def remove(self, note: Note) -> None:
-        """Forget a note."""
+        """Remove a note."""
         self._path(note).unlink(missing_ok=True)
         sync(self._folder)
 
     def refused(self, note: Note, reason: str) -> AtlasError:
-        """The error for a note that cannot be one of ours."""
+        """The error for a note that this package cannot have written."""
         return _refused(self._path(note), reason)
 
     def _paths(self, kind: str) -> list[Path]:
@@ -223,18 +223,18 @@ class Journal:
         return note
 
     def _uid(self) -> str:
-        """What tells this atlas from others: LanceDB's name of the first commit of its feature lists."""
+        """Identity of this atlas: LanceDB's name of the first commit of its feature lists."""
         commits = self._folder.parent / "lance_db" / f"{LAYOUT_TABLE}.lance" / "_transactions"
         return next((path.stem for path in sorted(commits.glob("0-*.txn"))), "")
 
     def _path(self, note: Note) -> Path:
-        # The staging folder is named after the work.
+        # The name of the staging folder identifies the work.
         kind = {IngestNote: "ingest", RepackNote: "repack", RemoveNote: "remove"}[type(note)]
         return self._folder / f"{kind}-{note.staging}.json"
 
 
 def _checked(folder: Path) -> Path:
-    """Our folder in an atlas, which is not a link: notes are removed in it, and a lock written."""
+    """Check that our folder in an atlas is not a link, because notes are removed and a lock written there."""
     if folder.is_symlink():
         raise leads_out(folder, folder.parent)
     return folder
@@ -277,7 +277,7 @@ class WriteLock:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[bool]:
-        """Hold the lock; the thread that holds it may do so again. Yields whether it was taken anew.
+        """Hold the lock, reentrant for one thread. Yields whether it was newly taken.
 
         Raises
         ------
@@ -309,7 +309,7 @@ class WriteLock:
         folder = _checked(self._root / FOLDER)
         folder.mkdir(exist_ok=True)
         path = folder / "lock"
-        if path.is_symlink():  # whatever it leads to would be overwritten
+        if path.is_symlink():  # writing through the link would overwrite its target
             raise leads_out(path, self._root)
         file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:

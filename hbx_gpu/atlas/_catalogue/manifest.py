@@ -1,4 +1,4 @@
-"""What a snapshot's tables consist of, and SHA-256 of it: LanceDB stores no checksum of its own.
+"""SHA-256 of the files of a snapshot's tables, because LanceDB stores no checksums.
 
 A manifest is a small JSON file in our own folder of the atlas, one per snapshot, written when the snapshot is
 taken. It holds the snapshot's record and, for every table, the files of the pinned version: that version's
@@ -23,24 +23,24 @@ from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord
 from hbx_gpu.errors import AtlasError, TableError
 
 MOST_BYTES = 1 << 30
-"""Of one table, that are verified whenever a snapshot is opened; `verify_all` reads larger ones too."""
+"""Size limit of tables verified whenever a snapshot is opened; `verify_all` reads larger ones too."""
 
 _FORMAT = 1
-_LARGEST = 256 << 20  # of a manifest
+_LARGEST = 256 << 20  # most bytes of a manifest
 _PIECE = 4 << 20
-_NEWEST = (1 << 64) - 1  # Lance counts versions down in the names of its manifests
+_NEWEST = (1 << 64) - 1  # Lance names its manifests by this number minus the version
 # (path, size, mtime, inode) of files that this process has verified.
 _seen: set[tuple[str, int, int, int]] = set()
 _lock = threading.Lock()
 
 
 def path_of(root: Path, version: int) -> Path:
-    """Where the manifest of a snapshot lies."""
+    """Path of the manifest of a snapshot."""
     return root / ".hbx_gpu" / "snapshots" / f"{version}.json"
 
 
 def write(root: Path, record: SnapshotRecord) -> None:
-    """Record what the tables of a snapshot consist of now."""
+    """Record the files of the tables of a snapshot as they are now."""
     tables = {
         name: {str(version): dict(_described(root, name, version)) for version in sorted(versions)}
         for name, versions in record.pinned.items()
@@ -51,7 +51,7 @@ def write(root: Path, record: SnapshotRecord) -> None:
 
 
 def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most: int = MOST_BYTES) -> None:
-    """Compare a table's files with what they were when the snapshot was taken.
+    """Compare the files of a table with their state when the snapshot was taken.
 
     Parameters
     ----------
@@ -62,14 +62,14 @@ def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most
     table, version
         One of its tables.
     most
-        A table of more bytes is not read, only its Lance manifest.
+        Bytes of the largest table that is read; of a larger one only the Lance manifest is verified.
 
     Raises
     ------
     AtlasError
-        The snapshot's record is another one than was written.
+        The record of the snapshot has changed since it was written.
     TableError
-        A file differs.
+        A file has changed.
     """
     document = _load(root, record)
     if document is None:
@@ -108,7 +108,7 @@ def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
     document = parse_json(read_small(path, _LARGEST), path)
     try:
         if document["format"] != _FORMAT:
-            return None  # of a later release
+            return None  # written by a later release
         for versions in document["tables"].values():
             for files in versions.values():
                 for relative, (size, sha256) in files.items():
@@ -149,7 +149,7 @@ def _described(root: Path, table: str, version: int) -> Iterator[tuple[str, tupl
     yield manifest, (len(content), hashlib.sha256(content).hexdigest())
     for kind in ("data", "_deletions"):
         for path in sorted((folder / kind).glob("*")):
-            # Names of data files stand in the manifest as they are.
+            # A Lance manifest holds the names of data files as plain text.
             if path.is_file() and (kind == "_deletions" or path.name.encode() in content):
                 yield f"{kind}/{path.name}", (path.stat().st_size, _sha256(path))
 

@@ -27,16 +27,16 @@ class OlderGenerationError(AtlasError):
 
 @dataclass(frozen=True)
 class Names:
-    """Names that nothing on disk holds before the first snapshot; kept in a small file beside the tables.
+    """Names of tables, kept in a small file beside them because nothing else records them before a snapshot.
 
     Attributes
     ----------
     obs_tables, dataset_table, version_table
-        Tables.
+        Names of the obs tables, the table of groups, and the table of snapshots.
     registries
         Feature space -> registry table.
     codec
-        Codec of new arrays unless another one is asked for.
+        Codec of new arrays unless the caller names another.
     """
 
     obs_tables: tuple[str, ...]
@@ -46,12 +46,12 @@ class Names:
     codec: str = DEFAULT_CODEC
 
     def save(self, root: Path) -> None:
-        """Write them durably."""
+        """Write the names to disk durably."""
         _save(root, asdict(self))
 
     @staticmethod
     def exist(root: Path) -> bool:
-        """Whether our own file is there: an atlas that we made is finished then."""
+        """Whether our own file exists, which means that the creation of our atlas has finished."""
         return (root / _CONFIG).is_file()
 
     @staticmethod
@@ -99,7 +99,7 @@ class Names:
             own["dataset_table"],
             own["registries"],
             version_table,
-            # What Homeobox wrote continues as Homeobox would, so that Homeobox can go on reading it.
+            # An atlas that Homeobox wrote is continued in its style, so that Homeobox can still read it.
             own.get("codec", HOMEOBOX_CODEC),
         )
 
@@ -110,7 +110,7 @@ def _load(root: Path) -> dict[str, Any]:
     Raises
     ------
     AtlasError
-        It says something that is not a name, or not of a table.
+        The file holds something that is not a name, or not the name of a table.
     """
     path = root / _CONFIG
     if not os.path.lexists(path):
@@ -143,7 +143,7 @@ def _load(root: Path) -> dict[str, Any]:
 
 
 def set_default_codec(root: Path, codec: str) -> None:
-    """Make `codec` the one of new arrays, in an atlas that hbx_gpu made; others have no place to say so."""
+    """Make `codec` the default for new arrays. Only atlases that hbx_gpu made can record it."""
     own = _load(root)
     if own and own.get("codec") != codec:
         _save(root, own | {"codec": codec})
@@ -162,7 +162,7 @@ def _check_generation(root: Path, version_table: str) -> None:
 
 
 def only_table(names: Sequence[str]) -> str:
-    """The obs table meant where none was named.
+    """The only obs table, used where none is named.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""From names that an atlas holds to paths: what its tables and notes say about files goes through here.
+"""Turns names stored in an atlas into paths; every path that tables and notes name passes these checks.
 
-An atlas may come from anywhere. A name in it is one plain component, or, of a group, several with ``/``
-between them; whatever else it says is refused before a file is touched.
+An atlas may come from anywhere. A valid name is one plain path component; the name of a group may be
+several, joined by ``/``. Anything else is refused before a file is touched.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hbx_gpu.errors import AtlasError, UnsafePathError
 STAGING = ".staging"
 LAYOUT_TABLE = "_feature_layouts"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
-_MOST = 4096  # characters of the name of a group
+_MOST = 4096  # characters in the name of a group
 
 
 def plain_name(name: Any, what: str) -> str:
-    """A name that is one component of a path, without anything that means something to a file system.
+    """Check that a name is one path component without characters special to a file system.
 
     Raises
     ------
     UnsafePathError
-        It is not.
+        The name is anything else.
     """
     if not isinstance(name, str) or not _PLAIN.fullmatch(name) or name.endswith((".", " ")):
         raise UnsafePathError(
@@ -43,7 +43,7 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
     store
         Directory of the zarr store.
     zarr_group
-        Name of the group, as tables and notes have it.
+        Name of the group as stored in tables and notes.
     allow_links
         Follow links that lead out of the store.
 
@@ -68,12 +68,12 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
 
 
 def plain_column(name: str) -> str:
-    """The name of a column, which becomes part of SQL.
+    """Check a column name that becomes part of SQL.
 
     Raises
     ------
     AtlasError
-        It has a character that would end it there.
+        The name has a character that would end the quoted name in SQL.
     """
     if not name or "`" in name or not name.isprintable():
         raise AtlasError(
@@ -83,12 +83,12 @@ def plain_column(name: str) -> str:
 
 
 def staging_path(store: Path, name: Any) -> Path:
-    """Folder for unfinished files of one writer: in the store, so that moving out is a rename.
+    """Folder for unfinished files of one writer, inside the store so that moving them out is a rename.
 
     Raises
     ------
     UnsafePathError
-        The name is not a plain one, or the folder of all of them is a link.
+        The name is not plain, or the folder that holds all these folders is a link.
     """
     folder = store / STAGING
     if folder.is_symlink():
@@ -97,12 +97,12 @@ def staging_path(store: Path, name: Any) -> Path:
 
 
 def check_database(root: Path, *, allow_links: bool = False) -> None:
-    """Refuse a database that holds anything but files and folders: LanceDB would wait for a FIFO for ever.
+    """Refuse a database that holds anything but files and folders: LanceDB would wait forever for a FIFO.
 
     Raises
     ------
     UnsafePathError
-        Names the file.
+        The database holds something else; the message names it.
     """
     database = root / "lance_db"
     if not allow_links:
@@ -112,12 +112,12 @@ def check_database(root: Path, *, allow_links: bool = False) -> None:
 
 
 def check_store(root: Path, store: Path, *, allow_links: bool = False) -> Path:
-    """The store of an atlas, which nobody named: it lies inside the atlas.
+    """Check that the default store of an atlas, which the user did not name, lies inside the atlas.
 
     Raises
     ------
     UnsafePathError
-        It is reached through a link that leads out.
+        The store is reached through a link that leads out of the atlas.
     """
     if not allow_links:
         Within(str(root)).check(str(store))

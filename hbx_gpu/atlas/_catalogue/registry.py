@@ -45,12 +45,12 @@ class Registry:
         table
             Columns ``uid`` and ``global_index`` and any others.
         name
-            Name of the table, for messages.
+            Name of the table, used in error messages.
 
         Raises
         ------
         AtlasError
-            Features without an index, indices or uids that occur twice.
+            A feature has no index, or an index or a uid occurs twice.
         """
         index = table.column("global_index")
         if index.null_count:

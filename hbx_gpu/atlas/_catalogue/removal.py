@@ -1,4 +1,4 @@
-"""Taking a dataset out of an atlas: its cells and features go, its arrays stay for earlier snapshots."""
+"""Removing a dataset from an atlas: its cells and features go, its arrays stay for earlier snapshots."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Removal:
     Attributes
     ----------
     dataset_uid
-        The dataset.
+        Uid of the removed dataset.
     n_cells
-        Rows of obs tables.
+        Number of rows removed from obs tables.
     n_features
-        Features that no other dataset has.
+        Number of removed features, those that no other dataset has.
     """
 
     dataset_uid: str
@@ -32,12 +32,12 @@ class Removal:
 
 
 def find_dataset(catalogue: Catalogue, name: str) -> str:
-    """The uid of the dataset that is meant by its uid or by the name of its file.
+    """The uid of a dataset that the user names by its uid or by its file.
 
     Raises
     ------
     UnknownNameError
-        There is none, or there are several; lists those that there are.
+        No dataset or several match; the message lists the candidates.
     """
     rows = catalogue.dataset_rows()
     uids = {row["dataset_uid"]: str(row.get("source_name") or "") for row in rows}
@@ -56,8 +56,8 @@ def find_dataset(catalogue: Catalogue, name: str) -> str:
 def remove_dataset(catalogue: Catalogue, dataset_uid: str) -> Removal:
     """Remove the cells, groups and features of a dataset from the newest state; callers hold the write lock.
 
-    Snapshots that were taken before keep all of it: their versions of the tables, and the arrays.
-    Interrupted, it is finished by the next writer.
+    Earlier snapshots keep their versions of the tables and the arrays.
+    If it is interrupted, the next writer finishes it.
     """
     where = f"dataset_uid = {tables.quoted(dataset_uid)}"
     layouts = tuple((row["feature_space"], row["layout_uid"]) for row in catalogue.dataset_rows(where))
@@ -68,7 +68,7 @@ def remove_dataset(catalogue: Catalogue, dataset_uid: str) -> Removal:
 
 
 def finish(catalogue: Catalogue, note: RemoveNote) -> int:
-    """Carry out what a note says; may be repeated. Returns the number of features that were removed."""
+    """Carry out a removal that a note describes; safe to repeat. Returns the number of removed features."""
     where = f"dataset_uid = {tables.quoted(note.dataset_uid)}"
     for name in catalogue.names.obs_tables:
         catalogue.obs(name).delete(where)
@@ -88,7 +88,7 @@ def recover(catalogue: Catalogue) -> None:
 
 
 def _remove_features(catalogue: Catalogue, space: str, layout: str) -> int:
-    """Remove the features that only this list names from the registry of a space."""
+    """Remove from the registry of a space the features that only this list names."""
     if not layout or space not in catalogue.names.registries:
         return 0
     used = {row["layout_uid"] for row in catalogue.dataset_rows(f"feature_space = {tables.quoted(space)}")}

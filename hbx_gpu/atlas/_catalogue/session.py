@@ -24,11 +24,11 @@ from hbx_gpu.atlas._model.schema import (
 from hbx_gpu.atlas._model.spaces import get_space
 
 ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
-"""Obs table -> its class, None for a table that takes its columns from the data."""
+"""Obs table -> its schema class, None for a table that takes its columns from the data."""
 
 
 def recover(catalogue: Catalogue) -> None:
-    """Undo or finish whatever killed writers left; every step may be repeated."""
+    """Undo or finish the work of killed writers; every step is safe to repeat."""
     for note in catalogue.journal.notes():
         finish_replacement(catalogue, note)
     catalogue.recover()
@@ -36,23 +36,24 @@ def recover(catalogue: Catalogue) -> None:
 
 
 def finish_replacement(catalogue: Catalogue, note: IngestNote) -> None:
-    """Remove the datasets in whose place one has come, if that is complete; may be repeated."""
+    """Remove the datasets that a new one replaces, if the new one is complete; safe to repeat."""
     if note.replaces and catalogue.is_complete(note):
         for uid in note.replaces:
             remove_dataset(catalogue, uid)
 
 
 class WriteSession:
-    """One atlas as its writers see it.
+    """An atlas that is open for writing.
 
     Parameters
     ----------
     catalogue
-        Its tables.
+        Tables of the atlas.
     obs_schemas, registry_schemas
-        Classes by obs table and by feature space; tables without one take further columns from the data.
+        Schema classes by obs table and by feature space; tables without a class take further columns from the
+        data.
     pointer_fields
-        Pointer column -> feature space, of obs tables that are made without a class.
+        Pointer column -> feature space, for obs tables that are created without a class.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class WriteSession:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Catalogue]:
-        """Hold the write lock; what a killed writer left is undone before anything else.
+        """Hold the write lock; the remains of killed writers are cleaned up first.
 
         Raises
         ------
@@ -98,14 +99,14 @@ class WriteSession:
 
     @property
     def complete(self) -> bool:
-        """Whether every table that a class was declared for exists."""
+        """Whether every table for which a class was declared exists."""
         names = self.catalogue.names
         return set(self._obs_schemas) <= set(names.obs_tables) and set(self._registry_schemas) <= set(
             names.registries
         )
 
     def ensure_tables(self) -> None:
-        """Create the obs tables and registries that were declared and do not exist; needs the write lock."""
+        """Create declared obs tables and registries that do not exist; the caller holds the write lock."""
         root, names = self.catalogue.root, self.catalogue.names
         registries = dict(names.registries)
         for space, schema in self._registry_schemas.items():
@@ -144,11 +145,11 @@ class WriteSession:
 
 
 class Writable(Protocol):
-    """What an ingest takes: an atlas that has a session for its writers."""
+    """What an ingest accepts: an atlas that has a write session."""
 
     @property
     def session(self) -> WriteSession:
-        """The session.
+        """The write session.
 
         Raises
         ------

@@ -47,16 +47,16 @@ _SUBFIELDS: dict[PointerKind, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class PointerColumn:
-    """A column of an obs table that says where each row's data of one modality lie.
+    """A column of an obs table that locates the data of each row in one modality.
 
     Attributes
     ----------
     name
         Name of the column.
     feature_space
-        The modality.
+        Feature space (modality) that the column points into.
     kind
-        How it addresses data.
+        How the column addresses data.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Group:
     name
         Path of the group in the zarr store.
     feature_space
-        Its modality.
+        Feature space (modality) of the group.
     layout_uid
-        Its ordered list of features; empty where the space has none.
+        Uid of the group's ordered feature list; empty where the space has no features.
     software
-        Who wrote it, ``""`` when not recorded.
+        Program that wrote the group, ``""`` if not recorded.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Group:
 
 
 class Snapshot:
-    """A snapshot, pinned: the same answers however the atlas grows. Nothing here writes.
+    """A read-only snapshot at pinned table versions: its answers stay the same while the atlas grows.
 
     Use :meth:`open`.
 
@@ -100,9 +100,9 @@ class Snapshot:
     store_path
         Directory of the zarr store.
     record
-        The snapshot's record.
+        Record of the snapshot.
     version_table_name
-        Table the record is kept in.
+        Table that holds the record.
     allow_links
         Whether links may lead out of the zarr store.
     """
@@ -212,14 +212,14 @@ class Snapshot:
         return sorted(self.record.obs_tables)
 
     def obs_table_name(self, table: str | None = None) -> str:
-        """The obs table meant by `table`; None means the only one.
+        """Name of the obs table meant by `table`; None means the only one.
 
         Raises
         ------
         ValueError
-            None, and there are several.
+            `table` is None and there are several tables.
         UnknownNameError
-            No such obs table.
+            There is no obs table of that name.
         """
         names = self.obs_tables
         if table is None:
@@ -252,7 +252,7 @@ class Snapshot:
         members = {column.type.field(i).name for i in range(column.type.num_fields)}
         kind = next((kind for kind, needs in _SUBFIELDS.items() if needs <= members), None)
         space = (column.metadata or {}).get(b"homeobox.feature_space", b"").decode()
-        # The oldest generation has no metadata: there the column bears the name of its space.
+        # The oldest generation has no metadata; there the column has the name of its space.
         if not space and column.name in self._spaces_in_use():
             space = column.name
         return PointerColumn(column.name, space, kind) if kind and space else None
@@ -336,7 +336,7 @@ class Snapshot:
         AtlasError
             The name leaves the store.
         UnsafePathError
-            A link does.
+            A link leads out of the store.
         """
         return group_path(self.store_path, zarr_group, allow_links=self.allow_links)
 
@@ -348,7 +348,7 @@ class Snapshot:
         UnknownNameError
             The space has no registry in this snapshot.
         AtlasError
-            The registry contradicts itself.
+            The registry is inconsistent.
         """
         if feature_space not in self._registries:
             if feature_space not in self.record.registries:
@@ -407,7 +407,7 @@ class Snapshot:
                 self._remaps[key] = self._resolve_layout(found, group)
 
     def _resolve_layout(self, layout: pa.Table, group: Group) -> np.ndarray:
-        """Global indices of one layout's rows, sorted by local index: by uid, stored copies may be wrong."""
+        """Global indices of one layout by local index. Stored copies may be wrong, so uids are looked up."""
         where = f"layout {group.layout_uid!r} of group {group.name!r}"
         local = layout.column("local_index").to_numpy()
         if not len(local) or not np.array_equal(local, np.arange(len(local))):

@@ -1,4 +1,4 @@
-"""Where an atlas lies and which snapshots it holds, for every generation of the format."""
+"""Location and snapshots of an atlas, for every generation of the format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION_TABLE = "atlas_versions"
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRecord:
-    """One row of the version table, in the terms of the newest generation.
+    """One row of the version table, translated to the newest generation of the format.
 
     Attributes
     ----------
@@ -37,11 +37,12 @@ class SnapshotRecord:
     layouts_version
         Lance version of ``_feature_layouts``.
     total_rows
-        Rows over all obs tables.
+        Number of rows in all obs tables.
     created_at
-        ISO time.
+        Time of the snapshot, in ISO format.
     zarr_store_uri
-        Where the writer kept the zarr store; only the oldest generation says so, and it may have moved.
+        Where the writer kept the zarr store. Only the oldest generation records it, and the store may have
+        moved.
     """
 
     version: int
@@ -55,7 +56,7 @@ class SnapshotRecord:
 
     @property
     def pinned(self) -> dict[str, set[int]]:
-        """Every table the snapshot needs -> the Lance versions it needs (never to be cleaned up)."""
+        """Every table that the snapshot needs -> its Lance versions, which must never be cleaned up."""
         out: dict[str, set[int]] = {}
         for name, version in (
             *self.obs_tables.items(),
@@ -75,7 +76,7 @@ def atlas_root(path: str | os.PathLike[str]) -> Path:
     AtlasError
         `path` is a remote address.
     FileNotFoundError
-        No atlas there.
+        There is no atlas at `path`.
     """
     root = local_path(path)
     if root.name == "lance_db":
@@ -95,10 +96,10 @@ def read_records(
     FileNotFoundError
         No atlas at `path`.
     AtlasError
-        The version table has columns of no known generation.
+        The columns of the version table belong to no known generation.
     """
     root = atlas_root(path)
-    # Asking the file system first: a missing table is no damage.
+    # Ask the file system first, because a missing table is not damage.
     if not (root / "lance_db" / f"{version_table_name}.lance").is_dir():
         return []
     rows = open_guarded(root, version_table_name).to_arrow().to_pylist()
@@ -152,7 +153,7 @@ def _number(value: Any) -> int:
 
 
 def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE) -> pd.DataFrame:
-    """The snapshots of an atlas, one row each, sorted by version; the same columns for all generations.
+    """The snapshots of an atlas, one row each, sorted by version, with the same columns for all generations.
 
     Returns
     -------
@@ -182,7 +183,7 @@ def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VER
 def resolve_store(
     root: Path, record: SnapshotRecord, store: Any = None, *, allow_links: bool = False
 ) -> Path:
-    """Directory of the zarr store: the one given, else the sibling of ``lance_db``, else the recorded one.
+    """Directory of the zarr store: the given one, else the sibling of ``lance_db``, else the recorded one.
 
     Parameters
     ----------
@@ -193,7 +194,7 @@ def resolve_store(
     store
         A path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
     allow_links
-        Follow links out of the atlas.
+        Whether to follow links out of the atlas.
 
     Raises
     ------
@@ -202,7 +203,7 @@ def resolve_store(
     AtlasError
         The store is not local.
     UnsafePathError
-        Nobody named a store, and the one of the atlas is a link that leads out of it.
+        `store` is None, and the default store is a link that leads out of the atlas.
     """
     if store is not None:
         given = local_path(_store_path(store))

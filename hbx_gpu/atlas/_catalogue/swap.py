@@ -1,4 +1,4 @@
-"""A new group takes the place of an old one in a single step; what was interrupted is put in order."""
+"""Replaces a group by a new one in a single step, and recovers from interruptions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OLD = "replaced"
 def discard(store: Path, name: str) -> None:
     """Remove a folder of unfinished files."""
     shutil.rmtree(staging_path(store, name), ignore_errors=True)
-    with contextlib.suppress(OSError):  # another one's files are in it
+    with contextlib.suppress(OSError):  # it holds files of another writer
         (store / STAGING).rmdir()
 
 
 def replace_group(store: Path, note: RepackNote) -> None:
-    """Let the staged group and the one in place change places; the old one then lies in the staging folder.
+    """Exchange the staged group and the one in place; the old one then lies in the staging folder.
 
     Readers see one or the other, never a mixture. Where the system cannot exchange two names, the group is
     absent for the moment between two renames; the note, which must be in the journal, covers that.
@@ -35,12 +35,12 @@ def replace_group(store: Path, note: RepackNote) -> None:
 
 
 def recover(journal: Journal, store: Path) -> None:
-    """End the repacks that did not: every group is whole afterwards. May be repeated.
+    """Finish interrupted repacks, so that every group is whole. Safe to repeat.
 
     Raises
     ------
     AtlasError
-        A note names what lies outside of the store. Nothing was changed.
+        A note names something outside of the store. Nothing was changed.
     """
     notes = journal.repacks()
     for note in notes:
@@ -50,12 +50,12 @@ def recover(journal: Journal, store: Path) -> None:
 
 
 def check(store: Path, note: RepackNote) -> None:
-    """Refuse a note that names what lies outside of the store.
+    """Refuse a note that names something outside of the store.
 
     Raises
     ------
     AtlasError, UnsafePathError
-        The group or the folder of unfinished files does.
+        The group or the folder of unfinished files lies outside.
     """
     group_path(store, note.zarr_group)
     staging_path(store, note.staging)
@@ -64,7 +64,7 @@ def check(store: Path, note: RepackNote) -> None:
 def settle(journal: Journal, store: Path, note: RepackNote) -> None:
     """Leave one whole group in place, new or old, and nothing beside it.
 
-    Where there is neither, the note may be about another store of this atlas: it stays.
+    Where neither exists, the note may be about another store of this atlas, so it stays.
     """
     live, old = group_path(store, note.zarr_group), staging_path(store, note.staging) / OLD
     if not live.exists():

@@ -1,4 +1,4 @@
-"""Small steps on LanceDB tables, each one commit or safe to repeat; nothing here ever removes a version."""
+"""Small steps on LanceDB tables. Each is one commit or safe to repeat, and none removes a version."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
 from hbx_gpu.errors import AtlasError
 
-# LanceDB removes versions older than seven days when it optimises, unless told otherwise; snapshots name
-# versions, so none may go.
+# By default LanceDB removes versions older than seven days when it optimizes. Snapshots refer to versions,
+# so all must be kept.
 _KEEP = timedelta(days=36_500)
 # Values per SQL condition.
 _SQL_BATCH = 1000
-# Ends the name of a column that is about to take the place of another one.
+# Suffix of a column that is about to replace another one.
 _PROMOTED = "__hbx_gpu_new_type"
 
 
@@ -44,7 +44,7 @@ def open_table(root: Path, name: str) -> Table:
     Raises
     ------
     AtlasError
-        There is no such table.
+        The table does not exist.
     """
     if not (root / "lance_db" / f"{name}.lance").is_dir():
         raise AtlasError(f"the atlas at {root} has no table {name!r}; its tables: {table_names(root)}")
@@ -52,7 +52,7 @@ def open_table(root: Path, name: str) -> Table:
 
 
 def ensure_table(root: Path, name: str, schema: pa.Schema) -> Table:
-    """The table `name`, created empty where it does not exist."""
+    """The table `name`, created empty if it does not exist."""
     if (root / "lance_db" / f"{name}.lance").is_dir():
         return open_table(root, name)
     with lance_errors(root, name):
@@ -61,7 +61,7 @@ def ensure_table(root: Path, name: str, schema: pa.Schema) -> Table:
 
 
 def drop_table(root: Path, name: str) -> None:
-    """Remove a table with all its versions; nothing happens where there is none."""
+    """Remove a table with all its versions; nothing happens if it does not exist."""
     if (root / "lance_db" / f"{name}.lance").is_dir():
         with lance_errors(root, name):
             connect(root).drop_table(name)
@@ -79,7 +79,7 @@ def one_of(column: str, values: Iterable[str]) -> str:
 
 
 def batches(column: str, values: Sequence[str]) -> Iterator[str]:
-    """SQL conditions that together say that the column has one of these values, of bounded length each."""
+    """SQL conditions of bounded length; together they select the rows whose column has one of the values."""
     for i in range(0, len(values), _SQL_BATCH):
         yield one_of(column, values[i : i + _SQL_BATCH])
 
@@ -107,7 +107,7 @@ class Addition:
         Parameters
         ----------
         extra
-            Columns that were not known when the rows were prepared.
+            Columns whose values were not known when the rows were prepared.
         """
         for name, (_, sql) in self.merge.changed.items():
             self.table.add_columns({name + _PROMOTED: sql})
@@ -119,7 +119,7 @@ class Addition:
             data = data.append_column(name, array)
         schema = self.table.schema
         rows = columns.fit(data, schema, defaults=self.defaults, source=self.source, table=self.name)
-        # A stream, because a table may be written by several tasks at once, in any order of rows.
+        # A stream, because several tasks may write a table at once and mix up the order of rows.
         self.table.add(rows.to_reader())
 
 
@@ -133,22 +133,22 @@ def prepare(
     source: str,
     lenient: bool = False,
 ) -> Addition:
-    """Check that rows fit a table, if need be after merging columns. Nothing is written.
+    """Check that rows fit a table, if necessary after merging columns. Nothing is written.
 
     Parameters
     ----------
     table, data
-        The rows and where they go.
+        The rows and the table that takes them.
     allow_new
         Add columns that the table lacks; otherwise they are left out.
     defaults
         Values for columns that the data lack.
     later
-        Columns that come with the commit.
+        Columns that are passed only at the commit.
     source
-        For messages.
+        Name of the data, used in error messages.
     lenient
-        Leave a column out that cannot join the table's, with a warning, instead of raising.
+        Leave out a column that cannot be merged with the table's, with a warning, instead of raising.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def prepare(
 
 
 def finish_promotions(table: Table) -> None:
-    """Complete columns that were about to take another type; safe to repeat after a crash."""
+    """Complete interrupted changes of column types; safe to repeat after a crash."""
     for name in [name for name in table.schema.names if name.endswith(_PROMOTED)]:
         final = name.removesuffix(_PROMOTED)
         if final in table.schema.names:
@@ -189,7 +189,7 @@ def _texts(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
 
 
 def drop_repeats(table: Table, key: Sequence[str], *, keep_first_by: str, where: str | None = None) -> None:
-    """Of rows with equal `key` keep the one with the smallest `keep_first_by`, nulls last; in one commit."""
+    """Remove all but one of the rows with equal `key`: the smallest `keep_first_by`, nulls last, is kept."""
     query = table.search() if where is None else table.search().where(where)
     rows = query.select([*key, keep_first_by]).with_row_id(True).to_arrow()
     rows = rows.sort_by([*((name, "ascending") for name in (*key, keep_first_by)), ("_rowid", "ascending")])

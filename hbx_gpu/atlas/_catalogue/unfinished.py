@@ -1,4 +1,4 @@
-"""What a note of an unfinished ingest may name: nothing that a snapshot, or another ingest, relies on."""
+"""Checks that the note of an unfinished ingest names nothing that a snapshot or another ingest relies on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Written(Protocol):
-    """What is looked at of a catalogue that is open for writing."""
+    """The parts of a catalog open for writing that these checks read."""
 
     root: Path
     names: Names
@@ -35,12 +35,12 @@ class Written(Protocol):
 
 
 def check(catalogue: Written, note: IngestNote) -> None:
-    """Refuse a note that names what unfinished work cannot have made. Nothing is changed.
+    """Refuse a note that names something unfinished work cannot have made. Nothing is changed.
 
     Raises
     ------
     AtlasError
-        Names the note and what is wrong with it.
+        The note is invalid; the message names it and the fault.
     UnsafePathError
         A name leads out of the store.
     """

@@ -85,7 +85,7 @@ class Part(ABC):
     features
         None for spaces without.
     identity
-        Columns of the dataset's row by which the same data are recognised: ``source_sha256``,
+        Columns of the dataset's row by which the same data are recognized: ``source_sha256``,
         ``source_matrix``, ``zarr_layer``, ``feature_id_column``.
     source_name
         As recorded with the dataset.

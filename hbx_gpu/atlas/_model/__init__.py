@@ -1,1 +1,1 @@
-"""The words of an atlas: schemas, pointer fields, feature spaces and columns."""
+"""Schemas, pointer fields, feature spaces and columns of an atlas."""

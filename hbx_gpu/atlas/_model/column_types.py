@@ -1,4 +1,4 @@
-"""Which type holds the values of two obs columns that meet, so that nothing is lost (docs/columns.md)."""
+"""The type that holds the values of two merged obs columns without loss (docs/columns.md)."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Values = Callable[[], pa.ChunkedArray]
 
 @dataclass(frozen=True)
 class Column:
-    """One side of a meeting.
+    """One of the two columns that are merged.
 
     Attributes
     ----------
     type
-        As stored, or as it came.
+        Arrow type of the column, as stored or as it arrived.
     values
-        Reads the values; called only where the type does not say enough.
+        Function that reads the values; called only where the type alone does not decide.
     """
 
     type: pa.DataType
@@ -70,12 +70,12 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Values that are stored as codes, as they are."""
+    """Decoded values of a column that may be dictionary-encoded."""
     return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
 
 
 def kind_of_type(found: pa.DataType) -> Kind:
-    """What a type alone says; floating point numbers are fractions then."""
+    """The kind that follows from the type alone; floating point numbers then count as fractions."""
     types = pa.types
     if types.is_boolean(found):
         return "truth"
@@ -99,7 +99,7 @@ def is_text(found: pa.DataType) -> bool:
 
 
 def is_empty(values: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether there is no value at all; NaN is none."""
+    """Whether every value is missing; NaN counts as missing."""
     found = plain(values)
     if found.null_count == len(found):
         return True
@@ -107,7 +107,7 @@ def is_empty(values: pa.Array | pa.ChunkedArray) -> bool:
 
 
 def all_whole(values: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether all floating point numbers that are there are whole, and so small that they are exact."""
+    """Whether all floating point numbers present are whole, and small enough to be exact."""
     found = (
         pc.drop_null(plain(values)).to_numpy(zero_copy_only=False)
         if isinstance(values, pa.Array)
@@ -127,14 +127,14 @@ def join_types(there: Column, new: Column, where: str) -> pa.DataType:
     Parameters
     ----------
     there, new
-        What is stored, and what comes.
+        The stored column and the arriving one.
     where
-        File and column, for messages.
+        File and column, named in error messages.
 
     Raises
     ------
     InvalidDataError
-        There is no such type; says what the user can do.
+        No type holds both; the message says what the user can do.
     """
     a, b = there.kind(), new.kind()
     kinds = {a, b} - {"empty"}
@@ -184,7 +184,7 @@ def _join_plain(there: pa.DataType, new: pa.DataType, where: str) -> pa.DataType
 
 def _join_times(there: pa.DataType, new: pa.DataType) -> pa.DataType:
     if (there.tz is None) != (new.tz is None):
-        return pa.string()  # a time without a zone is no moment
+        return pa.string()  # a time without a zone does not fix a moment
     return pa.timestamp("us", tz=there.tz if there.tz == new.tz else "UTC")
 
 
@@ -214,7 +214,7 @@ def _listed(name: str) -> str:
 
 
 def convert(values: pa.Array, wanted: pa.DataType, where: str) -> pa.Array:
-    """Values in a type that :func:`join_types` found; nothing is rounded.
+    """Convert values to a type that :func:`join_types` found, without rounding.
 
     Raises
     ------

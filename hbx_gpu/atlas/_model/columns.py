@@ -1,4 +1,4 @@
-"""Columns of obs and var on their way into a table: their Arrow types, and how differing ones merge."""
+"""Arrow types of obs and var columns that are written to a table, and how differing types merge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Names that LanceDB gives a meaning of its own.
+# LanceDB reserves these names.
 _DATABASE_NAMES = {
     "_rowid",
     "_rowaddr",
@@ -42,19 +42,19 @@ _DATABASE_NAMES = {
     "_row_last_updated_at_version",
 }
 NAME_IN_FILE = b"hbx_gpu.name_in_file"
-"""Metadata of a field: what its column is called in the files that it comes from, where that differs."""
+"""Metadata key of a field: the name of its column in the source files, where that differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """What a table needs before columns of some data fit in.
+    """Changes that a table needs before it can take the columns of some data.
 
     Attributes
     ----------
     new
         Fields to add.
     changed
-        Columns that are there and take another type: name -> type, and the SQL that gives their values.
+        Existing columns that change type: name -> new type, and the SQL expression that gives the values.
     left_out
         Columns of the data that are not stored.
     """
@@ -84,20 +84,20 @@ def to_arrow(
     frame
         obs or var.
     reserved
-        Names that mean something else in the table: such columns get the suffix ``_in_file``.
+        Names that the table uses for something else; such columns get the suffix ``_in_file``.
     source
         File and table, for messages.
     known
-        Name in a file -> name in the table, of the columns that the table has; see :func:`names_in_files`.
+        Name in a file -> name in the table, for the columns that the table has; see :func:`names_in_files`.
     types
-        Column -> type that it is to have, by name (see `column_types.NAMED_TYPES`); rounding is accepted.
+        Column -> name of the requested type (see `column_types.NAMED_TYPES`); rounding is accepted.
     lenient
-        Leave a column out that cannot be stored, with a warning, instead of raising.
+        Leave out a column that cannot be stored, with a warning, instead of raising.
 
     Raises
     ------
     InvalidDataError
-        Names a column whose values have no common type or do not fit the type.
+        The values of a column have no common type or do not fit the type; the message names the column.
     """
     names = stored_names([str(name) for name in frame.columns], reserved, known)
     types = types or {}
@@ -125,7 +125,7 @@ def to_arrow(
 
 
 def names_in_files(schema: pa.Schema) -> dict[str, str]:
-    """Name in a file -> name in the table, of all columns of a table."""
+    """Name in a file -> name in the table, for all columns of a table."""
     return {(f.metadata or {}).get(NAME_IN_FILE, f.name.encode()).decode(): f.name for f in schema}
 
 
@@ -205,7 +205,7 @@ def _as_asked(values: pd.Series, name: str, where: str) -> pa.Array:
     except InvalidDataError:
         if not is_text(wanted):
             raise
-        # Whatever it is has a text.
+        # Every value has a text form.
         return pa.array([None if no else str(v) for v, no in zip(values, values.isna(), strict=True)], wanted)
     try:
         if pa.types.is_integer(array.type) and pa.types.is_floating(wanted):
@@ -251,16 +251,16 @@ def plan_merge(
     Parameters
     ----------
     schema, data
-        Of the table; what comes.
+        Schema of the table, and the arriving data.
     allow_new
-        Add columns that the table lacks, and let columns take another type; otherwise what does not fit is
+        Add columns that the table lacks, and let columns change type; otherwise columns that do not fit are
         left out or refused.
     source
-        For messages.
+        Name of the data, used in error messages.
     stored
-        Reads a column of the table.
+        Function that reads a column of the table.
     lenient
-        Leave a column out that cannot join, with a warning, instead of raising.
+        Leave out a column that cannot be merged, with a warning, instead of raising.
 
     Raises
     ------
@@ -272,7 +272,7 @@ def plan_merge(
     left_out: list[str] = []
     for column in data.schema:
         if column.name not in schema.names:
-            # Where every value is missing and nothing says of which type, there is nothing to store.
+            # A column whose values are all missing and whose type is unknown holds nothing to store.
             if pa.types.is_null(column.type):
                 continue
             if allow_new:
@@ -304,7 +304,7 @@ def _change(
     where: str,
     stored: Callable[[str], pa.ChunkedArray],
 ) -> tuple[pa.DataType, pa.DataType, pa.DataType, str] | None:
-    """Type there, type that comes, type of both, and SQL for what is there; None if that stays as it is."""
+    """Stored type, arriving type, joined type, SQL for the stored values; None if these stay unchanged."""
     kind, new = pa.types, values.type
     mixed = kind.is_integer(new) and kind.is_floating(there.type)
     zones = kind.is_timestamp(new) and kind.is_timestamp(there.type) and new.tz != there.type.tz
@@ -363,13 +363,13 @@ def fit(
     Parameters
     ----------
     data
-        Columns that `schema` lacks are left out.
+        The data; columns that `schema` lacks are left out.
     schema
-        Of the table.
+        Schema of the table.
     defaults
-        Values for columns that the data lack, one for all rows.
+        One value per column that the data lack, used for all rows.
     source, table
-        For messages.
+        Name of the data, used in error messages.
 
     Raises
     ------
@@ -405,7 +405,7 @@ def _cast(array: pa.Array, wanted: pa.DataType, where: str) -> pa.Array:
     out = convert(array, wanted, where)
     if pa.types.is_floating(wanted):
         same = pc.all(pc.equal(out.cast(pa.float64()), convert(array, pa.float64(), where)))
-        if same.as_py() is False:  # None: nothing to compare
+        if same.as_py() is False:  # None means that there is nothing to compare
             raise InvalidDataError(
                 f"{where}: not every value is exact in {wanted}, as which the atlas stores it"
             )

@@ -20,7 +20,7 @@ from hbx_gpu.atlas._model.spaces import PointerKind, get_space
 from hbx_gpu.errors import AtlasError
 
 FEATURE_SPACE_KEY = b"homeobox.feature_space"
-# Both constants belong to the format: the same identity must give the same uid in every writer.
+# Both constants are part of the format: every writer must derive the same uid from the same identity.
 _STABLE_UID_NAMESPACE = uuid.UUID("b3e7a9f1-6c2d-4a8b-9f01-3d5e7a2b8c4f")
 _STABLE_UID_KEY = b"homeobox.stable_uid"
 
@@ -87,7 +87,7 @@ class PointerField:
     field_name
         Name of the column.
     feature_space
-        What it points into; several columns may point into the same space.
+        Feature space that the column points into; several columns may point into the same one.
     """
 
     field_name: str
@@ -108,11 +108,12 @@ class PointerField:
         feature_space
             A registered feature space, see `hbx_gpu.atlas._model.spaces`.
         feature_registry_schema
-            Class of the registry that names its features; for readers of the code, not stored.
+            Class of the registry that names the features of the space. It documents the code and is not
+            stored.
         default
-            Value of rows without this modality.
+            Value for rows without this modality.
         **kwargs
-            Handed to ``pydantic.Field``.
+            Passed to ``pydantic.Field``.
         """
         extra = {**(kwargs.pop("json_schema_extra", None) or {}), "feature_space": feature_space}
         if feature_registry_schema is not None:
@@ -123,7 +124,7 @@ class PointerField:
 
 
 class StableUIDField:
-    """Marks the field of a registry class that identifies a feature; its uid then follows from it."""
+    """Marks the field of a registry class that identifies a feature; the feature's uid is derived from it."""
 
     @staticmethod
     def declare(*, default: Any = ..., **kwargs: Any) -> Any:
@@ -224,11 +225,11 @@ class DatasetSchema(LanceModel):
     zarr_group
         Path of the group in the store; unique.
     feature_space
-        Space of the group.
+        Feature space of the group.
     layout_uid
-        Its ordered feature list, ``''`` where the space has no features. Filled by the ingest.
+        Uid of the group's ordered feature list, ``''`` where the space has no features. The ingest fills it.
     created_at
-        ISO 8601, UTC.
+        Time of creation, ISO 8601 in UTC.
     """
 
     dataset_uid: str = Field(default_factory=make_uid)
@@ -297,13 +298,13 @@ def _check_pointer(cls: type[HoxBaseSchema], name: str) -> str:
 
 
 class Cell(HoxBaseSchema):
-    """Obs table of an atlas for which no class was given: further columns come from the data."""
+    """Obs table of an atlas for which no class was given; its other columns come from the data."""
 
     gene_expression: SparseZarrPointer | None = PointerField.declare(feature_space="gene_expression")
 
 
 class Gene(FeatureBaseSchema):
-    """Feature registry of an atlas for which no class was given: further columns come from the data."""
+    """Feature registry of an atlas for which no class was given; its other columns come from the data."""
 
 
 def cells_class(fields: Mapping[str, str]) -> type[HoxBaseSchema]:
@@ -334,7 +335,7 @@ def _pointer_of(feature_space: str) -> type[Pointer]:
 def default_registry(feature_space: str) -> str:
     """Table with the features of a space for which no class was given.
 
-    One per space: sharing one would make them share global indices.
+    Each space has its own table, because spaces that share a table would share global indices.
     """
     return registry_table_name(Gene) if feature_space == "gene_expression" else f"{feature_space}_registry"
 
@@ -349,12 +350,12 @@ def registry_table_name(schema: type[FeatureBaseSchema]) -> str:
 def check_schema(
     declared: type[HoxBaseSchema] | type[FeatureBaseSchema], stored: pa.Schema, table: str
 ) -> None:
-    """Every column that a class declares must be in the table, as a type that holds its values.
+    """Check that the table has every column that a class declares, in a type that holds its values.
 
     Raises
     ------
     AtlasError
-        Names a column that is not.
+        A column is missing or has another type; the message names it.
     """
     for column in declared.to_arrow_schema():
         if column.name not in stored.names:

@@ -19,13 +19,13 @@ class FeatureSpace:
     Attributes
     ----------
     name
-        As in the atlas: ``gene_expression``, ``protein_abundance``, ...
+        Name of the space in the atlas: ``gene_expression``, ``protein_abundance``, ...
     pointer
         How an obs row addresses its data: elements ``[start, end)`` of flat arrays, a position on
         axis 0, or a box on the leading axes.
     index_array
-        Array of local feature numbers (sparse matrices, fragments); None elsewhere, also where a sparse
-        pointer says which stretch of flat layers belongs to a row (encoded images).
+        Array of local feature numbers (sparse matrices, fragments). None elsewhere, and also where a sparse
+        pointer gives the stretch of flat layers that belongs to a row (encoded images).
     layers_path
         Folder whose members are the layers.
     required_layers, optional_layers
@@ -33,12 +33,12 @@ class FeatureSpace:
     has_features
         False where columns are not registered features (images).
     repeats
-        True where a feature may well occur many times in one row (chromosomes of fragments): such
-        rows are no rows of a matrix.
+        True where one row may hold the same feature many times (chromosomes of fragments); such rows are not
+        rows of a matrix.
     old_layers
-        Layer name -> where earlier releases kept it.
+        Layer name -> path where earlier releases kept the layer.
     ascending_layers
-        Layers whose values ascend for the most part, like column numbers within a row: coded as differences.
+        Layers whose values mostly ascend, like column numbers within a row; they are coded as differences.
     """
 
     name: str
@@ -154,7 +154,7 @@ def register_space(space: FeatureSpace) -> None:
     Raises
     ------
     ValueError
-        The name already means something else.
+        The name is already registered for a different space.
     """
     if _SPACES.setdefault(space.name, space) != space:
         raise ValueError(

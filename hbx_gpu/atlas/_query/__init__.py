@@ -1,1 +1,1 @@
-"""From conditions on obs to rows, sources and results."""
+"""Queries of an atlas: conditions on obs, and the rows, sources and results that follow from them."""

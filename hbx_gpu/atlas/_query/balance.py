@@ -1,4 +1,4 @@
-"""Which rows to take so that the values of a column are as equally frequent as the data allow."""
+"""Chooses rows so that the values of a column are as equally frequent as the data allow."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def balanced_rows(codes: np.ndarray, n: int) -> np.ndarray:
     Parameters
     ----------
     codes
-        int, (n_rows,). -1 = never take.
+        int, (n_rows,). Code of each row; -1 means that the row is never taken.
     n
-        Rows wanted; fewer come only where fewer have a code.
+        Number of rows wanted; fewer are returned only if fewer rows have a code.
     """
     counts = np.bincount(codes[codes >= 0]) if (codes >= 0).any() else np.zeros(0, np.int64)
     quotas = _quotas(counts, n)
@@ -43,7 +43,7 @@ def balanced_rows(codes: np.ndarray, n: int) -> np.ndarray:
 
 
 def _quotas(counts: np.ndarray, n: int) -> np.ndarray:
-    """Shares of `n`, none above its count, as equal as possible; what is left over goes to the first ones."""
+    """Split `n` into shares as equal as the counts allow; the first codes get the remainder."""
     quotas = np.zeros(len(counts), dtype=np.int64)
     left = min(n, int(counts.sum()))
     while left:
@@ -51,7 +51,7 @@ def _quotas(counts: np.ndarray, n: int) -> np.ndarray:
         if left < len(open_):
             quotas[open_[:left]] += 1
             break
-        # Raise all open ones to the lowest level at which one of them is full, as far as it goes.
+        # Raise all shares that are not full to the smallest count among them, as far as the rest allows.
         step = min(left // len(open_), int((counts - quotas)[open_].min()))
         quotas[open_] += step
         left -= step * len(open_)

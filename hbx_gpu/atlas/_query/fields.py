@@ -1,4 +1,4 @@
-"""Which pointer fields of an obs table a query means: by name, by feature space, or as the only one."""
+"""Finds the pointer fields that a query means: by name, by feature space, or as the only one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Fields:
     Attributes
     ----------
     table
-        Name of the table, for messages.
+        Name of the table, used in error messages.
     pointers
-        By name.
+        Pointer fields of the table by name.
     spaces, fields
-        Feature spaces and fields that the query was restricted to; None: all.
+        Feature spaces and fields to which the query is restricted; None means all.
     """
 
     table: str
@@ -43,7 +43,7 @@ class Fields:
         )
 
     def active(self) -> list[PointerColumn]:
-        """Those that the query considers."""
+        """Pointer fields that the query considers."""
         return [
             pointer
             for pointer in self.pointers.values()
@@ -107,7 +107,7 @@ class Fields:
     def several(
         self, feature_spaces: Sequence[str] | None, field_names: Sequence[str] | None
     ) -> dict[str, PointerColumn]:
-        """The fields of a multimodal dataset, by the name that batches give them."""
+        """The fields of a multimodal dataset, by their names in batches."""
         if feature_spaces is not None and field_names is not None:
             raise ValueError("feature_spaces and field_names both say what to read; give one of them")
         for what, names in (("feature_spaces", feature_spaces), ("field_names", field_names)):

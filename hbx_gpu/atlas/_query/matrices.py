@@ -1,4 +1,4 @@
-"""The matrices of a query in memory, from which AnnData is cut."""
+"""Query results as matrices in memory, from which AnnData objects are cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 
 _BLOCK_ELEMENTS = 1 << 27
-"""Matrix entries, zeros counted, read at once when a matrix is put together."""
+"""Number of matrix entries, zeros included, that are read at once when a matrix is assembled."""
 
 
 def measured(snapshot: Snapshot, feature_space: str, groups: Sequence[str], join: FeatureJoin) -> np.ndarray:
@@ -41,13 +41,13 @@ class Matrices:
     Attributes
     ----------
     layers
-        Layer name -> dataset; all over the same rows and columns. The first becomes ``X``.
+        Layer name -> dataset, all with the same rows and columns. The first becomes ``X``.
     obs
-        One row per dataset row; the uid among its columns.
+        Obs, one row per dataset row, with the uid as one column.
     obs_names
-        Columns of `obs` that AnnData shall show.
+        Columns of `obs` that AnnData objects get.
     var
-        One row per column, indexed by uid.
+        Var, one row per column, indexed by uid.
     """
 
     layers: dict[str, FeatureDataset]
@@ -59,7 +59,7 @@ class Matrices:
         return len(self.obs)
 
     def cut(self, start: int, stop: int) -> AnnData:
-        """Rows ``[start, stop)`` as AnnData: CSR of the stored dtype, rows in query order."""
+        """Rows ``[start, stop)`` as AnnData, in query order, with CSR of the stored dtype."""
         from anndata import AnnData
 
         frame = obs_frame(self.obs.slice(start, stop - start), self.obs_names)
@@ -114,8 +114,8 @@ def obs_frame(obs: pa.Table, names: Sequence[str]) -> pd.DataFrame:
 def to_pandas(table: pa.Table) -> pd.DataFrame:
     """A pandas frame in which whole numbers and booleans stay what they are where some are missing.
 
-    pandas' own default makes them doubles and objects. Which columns have gaps is known of the whole table,
-    so that a column has the same dtype whichever rows are asked for.
+    By default pandas turns them into doubles and objects. Gaps are determined over the whole table, so the
+    dtype of a column does not depend on the requested rows.
     """
     import pandas as pd
 

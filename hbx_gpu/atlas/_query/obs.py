@@ -1,6 +1,6 @@
 """Reads obs tables at their pinned versions into NumPy, batch by batch: no Python object per row.
 
-Row order is ascending ``_rowid`` and is made here; the order in which a scan delivers is never relied on.
+Rows are sorted here by ascending ``_rowid``; nothing relies on the order in which a scan delivers them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROWID = "_rowid"
 _BATCH_ROWS = 65_536
 _TAKE_AT_MOST = 4_096
-"""Up to so many rows are fetched by id; more by a scan that keeps those asked for."""
+"""Up to this many rows are fetched by id; more are read by a scan that keeps the requested ones."""
 
 
 def column_expression(*path: str) -> str:
@@ -35,12 +35,12 @@ def column_expression(*path: str) -> str:
 
 
 def check_columns(schema: pa.Schema, names: Sequence[str]) -> None:
-    """Complain about columns that `schema` lacks.
+    """Raise for columns that `schema` lacks.
 
     Raises
     ------
     UnknownNameError
-        Lists the columns that exist.
+        A column does not exist; the message lists those that do.
     """
     if missing := [name for name in names if name not in schema.names]:
         raise UnknownNameError(f"unknown obs column(s) {missing}; the table has {schema.names}")
@@ -51,12 +51,12 @@ _OF_FILTERS = re.compile("filter|Invalid user input|Schema error: No field")
 
 @contextmanager
 def explain_filter(where: str | None) -> Iterator[None]:
-    """Turn what the database says about a malformed filter into a ValueError that shows the filter."""
+    """Turn database errors about a malformed filter into a ValueError that shows the filter."""
     try:
         yield
     except TableError as failed:
         error = failed.__cause__
-        # Some filters fail only when they meet the values. Older releases raise no ValueError for the rest.
+        # Some filters fail only on the values. Older releases raise other errors than ValueError.
         if where is None or not (isinstance(error, ValueError) or _OF_FILTERS.search(str(error))):
             raise
         reason = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error))
@@ -119,8 +119,7 @@ def read_table(
 ) -> pa.Table:
     """Columns of the matching rows by ascending row id, with the table's own types.
 
-    Fields of whole numbers and booleans that some row of the table lacks, asked for or not, say so: see
-    :func:`has_gaps`.
+    Integer and boolean fields are marked if any row of the whole table lacks a value: see :func:`has_gaps`.
     """
     schema = pa.schema([_marked(table, table.schema.field(name)) for name in names])
     batches = list(scan(table, names, where=where, rowids=rowids))
@@ -139,7 +138,7 @@ def read_table(
 
 
 _GAPS_KEY = b"hbx_gpu.has_gaps"
-# (table, version, column) -> whether some row lacks it; a version never changes.
+# (table, version, column) -> whether some row lacks a value; a version never changes.
 _gaps: dict[tuple[str, int, str], bool] = {}
 
 
@@ -147,7 +146,7 @@ def _marked(table: Table, column: pa.Field) -> pa.Field:
     kind = column.type
     if not column.nullable or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         return column
-    at: Any = table  # a LanceTable, whose base class does not declare where it lies
+    at: Any = table  # a LanceTable, whose base class does not declare its location
     key = (str(at.uri), int(table.version), column.name)
     if key not in _gaps:
         _gaps[key] = table.count_rows(f"`{column.name}` IS NULL") > 0
@@ -160,7 +159,7 @@ def has_gaps(column: pa.Field) -> bool:
 
 
 def _recoded(column: pa.ChunkedArray, kind: pa.DictionaryType) -> pa.DictionaryArray:
-    """One dictionary of sorted distinct values: what scans deliver differs by batch and repeats values."""
+    """Encode with one dictionary of sorted distinct values; scans deliver one per batch, with repeats."""
     values = column.cast(kind.value_type)
     distinct = pc.drop_null(values.unique())
     distinct = distinct.take(pc.sort_indices(distinct))
@@ -169,7 +168,7 @@ def _recoded(column: pa.ChunkedArray, kind: pa.DictionaryType) -> pa.DictionaryA
 
 
 def _ascending(ids: np.ndarray) -> np.ndarray | None:
-    """Permutation that sorts `ids`, None where they are sorted already."""
+    """Permutation that sorts `ids`, None if they are already sorted."""
     if (ids[1:] > ids[:-1]).all():
         return None
     return np.argsort(ids, kind="stable")
@@ -231,7 +230,7 @@ def _vocabulary(snapshot: Snapshot, table: str, column: str) -> pa.Array:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """The values of a dictionary-encoded array, any other array as it is."""
+    """The decoded values of a dictionary-encoded array; any other array unchanged."""
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
@@ -239,7 +238,7 @@ Encoder = Callable[[pa.Array], np.ndarray]
 
 
 def _encoder(kind: pa.DataType, vocabulary: pa.Array | None) -> Encoder:
-    """How a column of this type becomes NumPy."""
+    """Function that converts a column of this type to NumPy."""
     if pa.types.is_dictionary(kind) and not is_categorical(kind):
         inner = _encoder(kind.value_type, None)
         return lambda array: inner(plain(array))
@@ -275,13 +274,13 @@ def _codes(array: pa.Array, vocabulary: pa.Array) -> np.ndarray:
 
 def _numbers(array: pa.Array) -> np.ndarray:
     if pa.types.is_integer(array.type):
-        # A double would not hold every integer, and the dtype must not depend on which rows are asked for.
+        # A double would not hold every integer, and the dtype must not depend on the requested rows.
         array = pc.fill_null(array, missing_integer(array.type))
     return cast(np.ndarray, array.to_numpy(zero_copy_only=False))
 
 
 def missing_integer(kind: pa.DataType) -> int:
-    """What stands for a missing integer: the smallest of its type, of an unsigned type the largest."""
+    """Value of a missing integer: the smallest of a signed type, the largest of an unsigned type."""
     limits = np.iinfo(kind.to_pandas_dtype())
     return int(limits.max if limits.kind == "u" else limits.min)
 
@@ -297,7 +296,7 @@ def _vectors(array: pa.Array) -> np.ndarray:
 
 
 def _objects(array: pa.Array, dtype: np.dtype[Any] | None = None) -> np.ndarray:
-    """Python values; lists as arrays of `dtype`, of objects where elements are missing."""
+    """Python values; lists become arrays of `dtype`, or of objects where elements are missing."""
     out = np.empty(len(array), dtype=object)
     for i, value in enumerate(array.to_pylist()):
         if isinstance(value, list):
@@ -316,13 +315,13 @@ class ModalityRows:
     Attributes
     ----------
     rowids
-        uint64, (n,).
+        uint64, (n,). Row id of each row.
     groups
-        Sorted names of the zarr groups that occur; `rows.source` counts in this list.
+        Sorted names of the zarr groups that occur; `rows.source` is an index into this list.
     rows
-        Where each row lies in its group; source -1 where it lacks the modality.
+        Place of each row in its group; source is -1 where the row lacks the modality.
     obs
-        Columns asked for.
+        Requested obs columns.
     """
 
     rowids: np.ndarray
@@ -341,7 +340,7 @@ def some_rows(found: ModalityRows, keep: np.ndarray) -> ModalityRows:
 
 
 def present(groups: pa.Array) -> np.ndarray:
-    """bool, (n,). Rows that have the modality: neither null (struct or member) nor an empty string."""
+    """bool, (n,). True for rows that have the modality: the name is neither null nor empty."""
     return cast(np.ndarray, pc.fill_null(pc.not_equal(groups, ""), False).to_numpy(zero_copy_only=False))
 
 
@@ -373,12 +372,12 @@ def read_modality(
     UnknownNameError
         No such column.
     CorruptDataError
-        A pointer that is incomplete, negative, ends before it starts or spans more than 2^31 - 1 elements.
+        A pointer is incomplete, negative, ends before it starts, or spans more than 2^31 - 1 elements.
     """
     schema = snapshot.obs_schema(table)
     check_columns(schema, columns)
     encoders, vocabularies = _encoders(snapshot, table, columns)
-    # Aliases, because a user's column may well be called "start".
+    # Aliases, because a column of the user may be called "start".
     alias = {name: f"column {name}" for name in columns}
     lower, upper = _BOUNDS[pointer.kind]
     wanted = {
@@ -402,7 +401,7 @@ def read_modality(
             batch = batch.filter(pa.array(there))
             there = there[there]
         start, length = (_boxes if spatial else _extents)(snapshot, table, pointer, batch, there)
-        # Copies, because views would keep the whole batch.
+        # Copies, because views would keep the whole batch in memory.
         pieces[ROWID].append(batch.column(ROWID).to_numpy().copy())
         pieces["group"].append(_group_codes(batch.column("group"), there, names))
         pieces["start"].append(start)
@@ -446,14 +445,14 @@ _BOUNDS = {
 
 
 def _wider(part: np.ndarray, n_axes: int, filling: int) -> np.ndarray:
-    """Corners with as many axes as the longest of the table."""
+    """Pad corners to the largest number of axes in the table."""
     return np.pad(part, ((0, 0), (0, n_axes - part.shape[1])), constant_values=filling)
 
 
 def _encoders(
     snapshot: Snapshot, table: str, columns: Sequence[str]
 ) -> tuple[dict[str, Encoder], dict[str, np.ndarray]]:
-    """How each column becomes NumPy, and the vocabularies of those that become codes."""
+    """Encoder of each column, and the vocabularies of columns that become codes."""
     encoders: dict[str, Encoder] = {}
     vocabularies: dict[str, np.ndarray] = {}
     for name in columns:
@@ -469,8 +468,8 @@ def _encoders(
 def _extents(
     snapshot: Snapshot, table: str, pointer: PointerColumn, batch: pa.RecordBatch, there: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First element and number of elements of rows; 0 and 0 of rows without the modality."""
-    # A missing number cannot be a place; -1 fails the check.
+    """First element and number of elements of each row; both 0 for rows without the modality."""
+    # A missing number cannot be a position; -1 fails the check.
     start = pc.fill_null(batch.column("lower"), -1).to_numpy().copy()
     end = pc.fill_null(batch.column("upper"), -1).to_numpy() + (pointer.kind == "dense")
     start[~there] = 0
@@ -487,7 +486,8 @@ def _boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First element and number of elements per axis, int64 (n, n_axes), of boxes.
 
-    Boxes with fewer axes than others have 0 and -1 (in full) on the rest; rows without the modality 0 and 0.
+    Boxes with fewer axes than others have 0 and -1 (the full axis) on the remaining axes; rows without the
+    modality have 0 and 0.
     """
     lower, upper = (pc.list_value_length(batch.column(name)) for name in ("lower", "upper"))
     axes = pc.fill_null(lower, -1).to_numpy().astype(np.int64)
@@ -520,7 +520,7 @@ def _bad_pointer(
 
 
 def _group_codes(groups: pa.Array, there: np.ndarray, names: dict[str, int]) -> np.ndarray:
-    """Number of each row's group, -1 where there is none; `names` is extended by groups not seen before."""
+    """Group number of each row, -1 where it has none; groups not seen before are added to `names`."""
     encoded = groups.filter(pa.array(there)).dictionary_encode()
     codes = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
     numbers = np.full(len(groups), -1, np.int32)
@@ -529,6 +529,6 @@ def _group_codes(groups: pa.Array, there: np.ndarray, names: dict[str, int]) -> 
 
 
 def row_uid(snapshot: Snapshot, table: str, rowid: int) -> str:
-    """Uid of a row, for messages."""
+    """Uid of a row, used in error messages."""
     rows = read_table(snapshot.obs_table(table), ["uid"], rowids=np.array([rowid], dtype=np.uint64))
     return str(rows.column("uid")[0].as_py())

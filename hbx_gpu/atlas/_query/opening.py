@@ -1,4 +1,4 @@
-"""From rows of an obs table to Sources and datasets: where the catalogue meets the arrays."""
+"""Opens the arrays that rows of an obs table point to, as Sources and datasets."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Columns:
     Attributes
     ----------
     uids
-        object, (n_features,).
+        object, (n_features,). Feature uid of each column.
     place
-        int32, (registry width,). Global index -> column, -1 = left out; None = the global index itself.
+        int32, (registry width,). Global index -> column, -1 if left out; None if columns are global indices.
     """
 
     uids: np.ndarray
@@ -45,7 +45,7 @@ def all_columns(snapshot: Snapshot, feature_space: str) -> Columns:
 
 
 def chosen_columns(snapshot: Snapshot, feature_space: str, global_index: np.ndarray) -> Columns:
-    """The features `global_index`, in that order."""
+    """Columns for the features with these global indices, in that order."""
     registry = snapshot.registry(feature_space)
     place = np.full(registry.n_features, -1, dtype=np.int32)
     place[global_index] = np.arange(len(global_index), dtype=np.int32)
@@ -63,7 +63,7 @@ def group_records(snapshot: Snapshot, names: Sequence[str], feature_space: str) 
 
 
 def default_layer(snapshot: Snapshot, feature_space: str, groups: Sequence[str]) -> str:
-    """First required layer of a space, or the only layer of a space that is not registered.
+    """First required layer of a registered space, or the only layer of another space.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def build_sources(
         space = snapshot.space(group)
         layout = group.layout_uid
         if layout not in composed:
-            # Sources that share a layout must share the array object; -1 picks the appended -1.
+            # Sources that share a layout must share the array object; index -1 picks the appended -1.
             remap = snapshot.remap(group.name, group.feature_space)
             composed[layout] = remap if lookup is None else lookup[remap]
         sources.append(_source(snapshot, group, space, layers, composed[layout]))
@@ -119,7 +119,7 @@ def _source(
             f"group {group.name!r} has no layer {', '.join(map(repr, unknown))}; its layers: {sorted(found)} "
             f"(in {folder})"
         )
-    # Our own writer stores every chunk, so there a missing one is damage; others skip empty ones.
+    # Our writer stores every chunk, so a missing one is damage there; other writers skip empty chunks.
     absent_is_fill = not group.software.startswith("hbx_gpu")
 
     def opened(relative: str) -> ArrayLayout:
@@ -150,12 +150,12 @@ def check_pointers(
     rows: RowIndex | BoxIndex,
     rowids: np.ndarray,
 ) -> None:
-    """Every row lies inside the arrays of its Source.
+    """Check that every row lies inside the arrays of its Source.
 
     Raises
     ------
     CorruptDataError
-        Names group, array and uid of the first row that does not.
+        A row does not; the message names group, array and uid of the first such row.
     """
     by_source = rows_by_source(rows.source, len(sources))
     for source, mine in zip(sources, by_source, strict=True):
@@ -167,7 +167,7 @@ def check_pointers(
             lower, size = full_boxes(array.shape, boxes.lower, boxes.size)
             upper = lower + size
             if boxes.size.shape[1] > len(array.shape):
-                upper[:] = np.iinfo(np.int64).max  # more corners than axes
+                upper[:] = np.iinfo(np.int64).max  # the box has more axes than the array
             bad = np.flatnonzero((upper > np.array(array.shape, np.int64)).any(axis=1))
             if bad.size:
                 row = int(bad[0])
@@ -202,7 +202,7 @@ def open_dataset(
     recipe: Recipe | None,
     dtypes: Mapping[str, str] | None = None,
 ) -> FeatureDataset:
-    """A dataset over rows that were found, with their Sources opened and checked."""
+    """Open and check the Sources of rows that were found, and make a dataset over them."""
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._datasets.dense import DenseCellDataset
 
@@ -233,7 +233,7 @@ def open_dataset(
 
 
 def has_index(snapshot: Snapshot, pointer: PointerColumn, sources: Sequence[Source]) -> bool:
-    """Whether rows of a field are sparse: columns beside values."""
+    """Whether rows of a field are sparse, which means that column numbers are stored beside the values."""
     if sources:
         return sources[0].index is not None
     if pointer.feature_space in known_spaces():

@@ -1,4 +1,4 @@
-"""Questions to one obs table of one snapshot: which rows, which features, and in what form they come."""
+"""Queries of one obs table of one snapshot: which rows, which features, and in what form."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 class AtlasQuery:
     """Rows of an obs table, described step by step and read when a result is asked for.
 
-    Every step changes the query and returns it; ask the atlas for a new query for every other question. The
-    order of steps does not matter. Conditions of several :meth:`where` add up; every other step, if it is
-    taken again, replaces what it said before. Rows come in ascending row id of the pinned table.
+    Every step changes the query and returns it; get a new query from the atlas for every other question. The
+    order of steps does not matter. Conditions of several :meth:`where` calls must all hold; a second call of
+    any other step replaces the first. Rows come in ascending row id of the pinned table.
 
     Parameters
     ----------
     snapshot
         The atlas at one version.
     table
-        Obs table; may be left out where there is only one.
+        Obs table; optional where there is only one.
     state
-        What was asked before, when a query is built again.
+        Steps of an earlier query that is built again.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AtlasQuery:
 
     @property
     def selection(self) -> Selection:
-        """What the steps so far select."""
+        """The selection made by the steps so far."""
         return self._selection
 
     def _changed(self, **changes: Any) -> Self:
@@ -73,15 +73,14 @@ class AtlasQuery:
     def where(self, sql: str | None) -> Self:
         """Keep rows for which a SQL expression (DataFusion's dialect) holds.
 
-        Called again, it keeps the rows for which all expressions hold. None drops those given so far.
-
-        Any column may be named, members of pointers too: ``gene_expression.zarr_group = 'a'``. Put names
-        with capitals or blanks in backticks.
+        Called again, it keeps the rows for which all expressions hold. None drops earlier expressions. Any
+        column may be named, also members of pointers: ``gene_expression.zarr_group = 'a'``. Put names with
+        capitals or blanks in backticks.
         """
         before = self._selection.state.where
         if sql is None or before is None:
             return self._changed(where=sql)
-        # On lines of their own, so that a comment at the end of one does not swallow the other.
+        # Each expression is on its own line, so that a comment at its end does not swallow the next.
         return self._changed(where=f"({before}\n) AND ({sql}\n)")
 
     def select(self, columns: list[str] | None) -> Self:
@@ -100,14 +99,14 @@ class AtlasQuery:
         return self._changed(columns=tuple(columns))
 
     def features(self, uids: Sequence[str], feature_space: str) -> Self:
-        """Read only these features of a space; columns come in the order given here.
+        """Read only these features of a space, as columns in the given order.
 
         A second call for the same space replaces the first.
 
         Parameters
         ----------
         uids
-            Feature uids, each once. Unknown ones are reported when the query is read.
+            Feature uids, each once. Unknown uids raise when results are read.
         feature_space
             Name of the space, or of a pointer field.
 
@@ -128,7 +127,7 @@ class AtlasQuery:
         return self._changed(panels=(*others, (space, panel)))
 
     def feature_join(self, how: FeatureJoin) -> Self:
-        """Columns of AnnData: features that any group measured ("union"), or all ("intersection").
+        """Columns of AnnData results: features measured by any group ("union") or by all ("intersection").
 
         A second call replaces the first.
         """
@@ -137,7 +136,7 @@ class AtlasQuery:
         return self._changed(join=how)
 
     def limit(self, n: int | None) -> Self:
-        """At most `n` rows, after filtering; 0 gives none, None gives all. A second call replaces the first.
+        """At most `n` rows after filtering; 0 gives none, None gives all. A second call replaces the first.
 
         Raises
         ------
@@ -153,13 +152,13 @@ class AtlasQuery:
         return self._changed(offset=_whole(n, "offset"))
 
     def balanced_limit(self, n: int, column: str) -> Self:
-        """`n` rows in which the values of a column are as equally frequent as the data allow.
+        """Take `n` rows in which the values of a column are as equally frequent as the data allow.
 
         A second call replaces the first.
 
-        Rows without a value are left out. The first rows of each value are taken; where a value has too
-        few, the others give more, so the total is `n` whenever that many rows exist. Where equal shares do
-        not come out even, values that sort first get one row more.
+        Rows without a value are left out. The first rows of each value are taken. Where a value has too few
+        rows, the others contribute more, so the total is `n` whenever that many rows exist. If `n` does not
+        divide evenly, values that sort first get one more row.
 
         Raises
         ------
@@ -172,7 +171,7 @@ class AtlasQuery:
         return self._changed(balanced=(_whole(n, "balanced_limit"), column))
 
     def layers(self, feature_space: str, names: Sequence[str]) -> Self:
-        """Layers of a space that AnnData holds: the first as ``X``, the others in ``layers``.
+        """Choose the layers of a space for AnnData results: the first becomes ``X``, the others ``layers``.
 
         A second call for the same space replaces the first.
         """
@@ -287,17 +286,17 @@ class AtlasQuery:
         Parameters
         ----------
         feature_space
-            Name of the modality or of the pointer field; may be left out where there is one sparse field.
+            Name of the modality or of the pointer field; optional where there is one sparse field.
         layer
-            Values to read; the space's first required layer by default. A list reads several at once: a
-            batch then has them all as ``layers``.
+            Layer to read; by default the first required layer of the space. A list reads several at once,
+            and a batch then holds them as ``layers``.
         metadata_columns
             Obs columns that batches carry.
         field_name
             Pointer field, where several have the same feature space.
         dtype
-            Of batches of dense spaces and images; by default as stored, and where groups differ what NumPy
-            promotes them to.
+            Dtype of batches of dense spaces and images. By default the stored dtype, promoted as in NumPy
+            where groups differ.
         matrix
             For fragments: :class:`~hbx_gpu.chromatin.Bins` or :class:`~hbx_gpu.chromatin.Peaks` to count them
             in when a batch is read; batches are then rows of that matrix.
@@ -325,23 +324,24 @@ class AtlasQuery:
         dtypes: Mapping[str, Any] | None = None,
         matrices: Mapping[str, Bins | Peaks] | None = None,
     ) -> MultimodalCellDataset:
-        """A map-style dataset over all rows, several modalities of each.
+        """A map-style dataset over all rows, with several modalities of each row.
 
         A row that lacks a modality has zeros there, and ``present`` False.
 
         Parameters
         ----------
         feature_spaces
-            Names of modalities, or of pointer fields; by default all that the query considers. Batches call
-            them as they are called here.
+            Names of modalities or of pointer fields; by default all that the query considers. Batches use
+            the same names.
         layers
-            By modality: layer, or list of layers, to read; elsewhere the space's first required layer.
+            Modality -> layer or list of layers to read; other modalities use the first required layer of
+            their space.
         metadata_columns
             Obs columns that batches carry.
         field_names
             Pointer fields, instead of `feature_spaces`.
         dtypes, matrices
-            By modality: `dtype` and `matrix` of :meth:`to_cell_dataset`.
+            Modality -> `dtype` and `matrix`, as in :meth:`to_cell_dataset`.
 
         Raises
         ------
@@ -361,7 +361,7 @@ class AtlasQuery:
                 )
         datasets: dict[str, Part] = {}
         for name, pointer in pointers.items():
-            # Labels once; every part has the same rows.
+            # Read labels once, because every part has the same rows.
             columns = metadata_columns if not datasets else None
             layer, dtype = (layers or {}).get(name), (dtypes or {}).get(name)
             matrix = (matrices or {}).get(name)
@@ -415,22 +415,22 @@ class AtlasQuery:
         return FragmentMatrixDataset.registered(dataset, matrix, registry)
 
     def to_modality_obs(self, feature_space: str | None = None, *, field_name: str | None = None) -> pa.Table:
-        """Obs rows that have a modality, without pointers: row for row those of :meth:`to_cell_dataset`."""
+        """Obs rows that have a modality, without pointers, in the order of :meth:`to_cell_dataset`."""
         found = self._selection.read_rows(self._selection.fields.one(feature_space, field_name), [])
         return obs.read_table(self._selection.table, self._selection.plain_columns(), rowids=found.rowids)
 
     def to_anndata(self) -> AnnData:
         """Everything in memory as AnnData: the rows that have the modality, in query order.
 
-        The modality is the only one the table has, or the one that :meth:`feature_spaces` or
-        :meth:`select_fields` leaves. ``X`` is of the stored dtype, CSR for sparse spaces.
+        The modality is the only one of the table, or the one that :meth:`feature_spaces` or
+        :meth:`select_fields` leaves. ``X`` has the stored dtype, and is CSR for sparse spaces.
 
         Raises
         ------
         ValueError
             Several modalities to choose from.
         TypeError
-            Images or fragments, which are no rows of a matrix.
+            The modality holds images or fragments, which are not rows of a matrix.
         """
         matrices = self._selection.matrices(self._selection.fields.matrix())
         return matrices.cut(0, len(matrices))
@@ -450,14 +450,14 @@ class AtlasQuery:
     def to_array(self, field: str, layer: str | None = None) -> np.ndarray | list[np.ndarray]:
         """A dense modality in memory: the rows that have it, in query order, in the stored dtype.
 
-        Which rows these are says :meth:`to_modality_obs`.
+        :meth:`to_modality_obs` returns the obs of these rows.
 
         Parameters
         ----------
         field
             Name of the modality or of the pointer field.
         layer
-            The space's first required layer by default.
+            Layer to read; by default the first required layer of the space.
 
         Returns
         -------
@@ -499,9 +499,9 @@ class AtlasQuery:
         return results.read_fragments(Modality.of(self._selection, pointer))
 
     def to_multimodal(self) -> MultimodalResult:
-        """All modalities in memory, each as what it is: AnnData, fragments, or arrays.
+        """All modalities in memory, as AnnData, fragments or arrays depending on their kind.
 
-        Modalities are those that :meth:`feature_spaces` or :meth:`select_fields` leave.
+        :meth:`feature_spaces` and :meth:`select_fields` restrict which modalities these are.
         """
         pointers = self._selection.fields.active()
         return results.read_multimodal([Modality.of(self._selection, p, absent=True) for p in pointers])

@@ -1,4 +1,4 @@
-"""What to ask of which snapshot, as plain data that crosses process borders; importing it is cheap."""
+"""A snapshot and a query as plain data that can be sent to other processes; importing it is cheap."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class QueryRecipe:
     path, version, store, table
         The atlas, the pinned snapshot, its zarr store, and the obs table.
     state
-        The query.
+        Steps of the query.
     field_name, layers, metadata_columns, dtypes
-        Arguments of ``to_cell_dataset``.
+        Arguments passed to ``to_cell_dataset``.
     absent
         Whether rows without the modality are numbered too, as in multimodal datasets.
     version_table_name
-        Table the snapshot is recorded in.
+        Table that records the snapshot.
     allow_links
         Whether links may lead out of the zarr store.
     """
@@ -47,7 +47,7 @@ class QueryRecipe:
     allow_links: bool = False
 
     def dataset(self, selection: Selection, found: ModalityRows | None = None) -> FeatureDataset:
-        """The dataset over rows of a selection, `found` where they have been read already."""
+        """The dataset over rows of a selection; `found` passes the rows if they have been read already."""
         pointer = selection.fields.one(None, self.field_name)
         if found is None:
             found = selection.read_rows(pointer, list(self.metadata_columns or ()), absent=self.absent)
@@ -65,7 +65,7 @@ class QueryRecipe:
         )
 
     def rebuild(self) -> FeatureDataset:
-        """Open the snapshot and build the dataset; same rows in the same order."""
+        """Open the snapshot and build the dataset, with the same rows in the same order."""
         from hbx_gpu.atlas._catalogue.snapshot import Snapshot
         from hbx_gpu.atlas._query.selection import Selection
 

@@ -38,11 +38,11 @@ class Modality:
     selection, pointer
         The rows and the field.
     present
-        bool, (n_rows,). Which rows have the field.
+        bool, (n_rows,). True for rows that have the field.
     obs
         All rows, uid as index.
     found
-        Where the data of the rows lie that have the field.
+        Places of the data, for the rows that have the field.
     """
 
     selection: Selection
@@ -78,10 +78,10 @@ class MultimodalResult:
     obs
         All rows, uid as index.
     mod
-        Field -> the rows that have it: AnnData for matrices, :class:`~hbx_gpu.chromatin.Fragments`, or a
-        batch of arrays for images. Fields that no row has are left out.
+        Field -> data of the rows that have it: AnnData for matrices, :class:`~hbx_gpu.chromatin.Fragments`,
+        or a batch of arrays for images. Fields that no row has are left out.
     present
-        Field -> bool, (n_rows,). Which rows have it.
+        Field -> bool, (n_rows,). True for rows that have the field.
     """
 
     obs: pd.DataFrame
@@ -182,14 +182,14 @@ def read_fragments(modality: Modality) -> Fragments:
 
 
 def fragment_layers(pointer: PointerColumn, asked: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Layers that fragments are made of.
+    """Names of the layers that make up fragments.
 
     Raises
     ------
     TypeError
         A modality without fragments.
     ValueError
-        Others were asked for.
+        Other layers were requested.
     """
     if not _is_fragments(pointer):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What a query means: its rows in one obs table of a snapshot, its pointer fields and their columns."""
+"""What a query selects: rows of one obs table of a snapshot, pointer fields and columns of features."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Selection:
     name, table
         The obs table.
     pointers
-        Its pointer columns by name.
+        Pointer columns of the table by name.
     state
-        What was asked.
+        Steps of the query.
     """
 
     snapshot: Snapshot
@@ -53,13 +53,13 @@ class Selection:
         Raises
         ------
         ValueError
-            No table is named and there are several, or none of that name.
+            No table is named and there are several, or there is no table of that name.
         """
         name = snapshot.obs_table_name(table)
         return cls(snapshot, name, snapshot.obs_table(name), snapshot.pointer_fields(name), state)
 
     def changed(self, **changes: Any) -> Selection:
-        """The same with other fields of its state."""
+        """The same selection with some fields of its state replaced."""
         return replace(self, state=replace(self.state, **changes))
 
     # Columns and fields
@@ -98,7 +98,7 @@ class Selection:
         return names
 
     def columns(self, pointer: PointerColumn) -> opening.Columns:
-        """The features that are read of a field: the panel asked for, or all of its space."""
+        """Features read for a field: the requested panel, or all features of its space."""
         panels = dict(self.state.panels)
         space = pointer.feature_space
         if space in panels:
@@ -107,12 +107,12 @@ class Selection:
         return opening.all_columns(self.snapshot, space)
 
     def check_panels(self, pointers: Sequence[PointerColumn]) -> None:
-        """Refuse features of spaces that are not read.
+        """Refuse panels for spaces that are not read.
 
         Raises
         ------
         ValueError
-            Names the spaces.
+            There are such panels; the message names the spaces.
         """
         spaces = list(dict.fromkeys(pointer.feature_space for pointer in pointers))
         panels = {space for space, _ in self.state.panels}
@@ -128,7 +128,7 @@ class Selection:
     def scan(
         self, columns: Sequence[str] | dict[str, str], rowids: np.ndarray | None
     ) -> Iterator[pa.RecordBatch]:
-        """Columns of the rows that match the filter, `rowids` alone where given, batch by batch."""
+        """Columns of the rows that match the filter, restricted to `rowids` where given, batch by batch."""
         return obs.scan(self.table, columns, where=self.state.where, rowids=rowids)
 
     def read_table(self, columns: Sequence[str]) -> pa.Table:
@@ -138,7 +138,7 @@ class Selection:
     def read_rows(
         self, pointer: PointerColumn, columns: Sequence[str], *, absent: bool = False
     ) -> obs.ModalityRows:
-        """The rows that have a field (all of them if `absent`), where their data lie, and obs columns."""
+        """The rows that have a field (all rows if `absent`), the places of their data, and obs columns."""
         return obs.read_modality(
             self.snapshot,
             self.name,
@@ -150,7 +150,7 @@ class Selection:
         )
 
     def rowids(self, pointer: PointerColumn | None = None) -> np.ndarray | None:
-        """Ids of the rows that limit, offset and balanced_limit leave; None where nothing limits.
+        """Row ids that remain after limit, offset and balanced_limit; None if none of them is set.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class Selection:
         return rowids[order]
 
     def warn_if_empty(self, dataset: Sized) -> None:
-        """Say that a dataset has no cells, and what was asked: a training loop over it does nothing."""
+        """Warn, and show the query, if a dataset has no cells: a training loop over it would do nothing."""
         if len(dataset):
             return
         state = self.state
@@ -208,7 +208,7 @@ class Selection:
     # Data of a field
 
     def layers(self, pointer: PointerColumn, groups: Sequence[str]) -> tuple[str, ...]:
-        """The layers that were asked for of a field's space, else its default."""
+        """The layers requested for the space of a field, or else the default layer."""
         asked = dict(self.state.layers).get(pointer.feature_space)
         return asked or (opening.default_layer(self.snapshot, pointer.feature_space, groups),)
 
@@ -225,7 +225,7 @@ class Selection:
         return dataset, registry.frame.reindex(list(columns.uids))
 
     def matrices(self, pointer: PointerColumn, found: obs.ModalityRows | None = None) -> Matrices:
-        """Layers of a field as matrices, over the rows that were found or else all that have it."""
+        """Layers of a field as matrices, over `found` rows or else over all rows that have the field."""
         space = pointer.feature_space
         found = self.read_rows(pointer, []) if found is None else found
         panel = dict(self.state.panels).get(space)

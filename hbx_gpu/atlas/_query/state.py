@@ -1,4 +1,4 @@
-"""What was asked of an obs table, as plain data."""
+"""The steps of a query of an obs table, as plain data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ FeatureJoin = Literal["union", "intersection"]
 
 @dataclass(frozen=True, slots=True)
 class QueryState:
-    """Everything that was asked of an :class:`~hbx_gpu.atlas._query.query.AtlasQuery`.
+    """All steps of an :class:`~hbx_gpu.atlas._query.query.AtlasQuery`.
 
     Attributes
     ----------
     where
-        SQL clause, or None.
+        SQL condition, or None.
     columns
         Obs columns selected, or None for all.
     panels
         (feature space, uids) pairs.
     join
-        Features of matrices put together from several groups.
+        How features of several groups are joined into one matrix.
     limit, offset
         Rows to take and to skip after filtering.
     balanced
@@ -29,7 +29,7 @@ class QueryState:
     layers
         (feature space, layer names) pairs, for AnnData.
     spaces, fields
-        Restrict which pointer fields are read, or None.
+        Feature spaces and pointer fields to which the query is restricted, or None.
     """
 
     where: str | None = None

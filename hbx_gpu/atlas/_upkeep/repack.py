@@ -42,25 +42,25 @@ from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsafePathError, Unsup
 _log = logging.getLogger(__name__)
 
 Outcome = Literal["repacked", "unchanged", "left alone"]
-# What a file system says that cannot link, or not this file; then the file is copied.
+# Errors of a file system that cannot hard-link at all, or not this file; the file is then copied.
 _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _THREADS = 4
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of one group.
+    """What happened to one group.
 
     Attributes
     ----------
     zarr_group, feature_space
-        The group.
+        Path and feature space of the group.
     outcome
         ``repacked``, ``unchanged`` (it had the codec), or ``left alone`` for the `reason` given.
     n_values
         Elements of its index array; 0 where it has none.
     bytes_before, bytes_after
-        On disk, of its index and its layers.
+        Bytes on disk of the group's index and layers.
     seconds
         Wall time.
     """
@@ -77,7 +77,7 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class RepackReport:
-    """What became of all groups of an atlas, in the order of their names."""
+    """What happened to all groups of an atlas, in the order of their names."""
 
     codec: str
     groups: tuple[GroupReport, ...]
@@ -100,7 +100,7 @@ class RepackReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What there is to do for one group."""
+    """The work to be done on one group."""
 
     zarr_group: str
     feature_space: str
@@ -136,7 +136,7 @@ def repack(
     Returns
     -------
     RepackReport
-        What became of each group, dense ones included, which are left alone.
+        What happened to each group, including dense groups, which are left alone.
 
     Raises
     ------
@@ -155,7 +155,8 @@ def repack(
     root = atlas_root(atlas_path)
     check_database(root)
     records = read_records(root)
-    # What the oldest generation records, another atlas may be: nothing is rewritten outside of this one.
+    # The oldest generation records a path that may belong to another atlas; nothing outside this one is
+    # rewritten.
     store = check_store(root, resolve_store(root, records[-1]) if records else root / "zarr_store")
     _check_writable(root, store)
     with WriteLock(root).hold():
@@ -186,11 +187,11 @@ def _check_writable(*folders: Path) -> None:
 
 
 def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
-    """Put in order what killed writers left; returns the name of the table of groups."""
+    """Clean up after killed writers; returns the name of the table of groups."""
     try:
         names = Names.load(root)
     except OlderGenerationError:
-        # Nothing is ingested into it, so only a repack can have been interrupted.
+        # This package does not ingest into such an atlas, so only a repack can have been interrupted.
         swap.recover(Journal(root), store)
         return records[-1].dataset_table[0]
     if names is None:
@@ -203,7 +204,7 @@ def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
 
 
 def _groups(root: Path, records: Sequence[SnapshotRecord], datasets: str) -> dict[tuple[str, str], bool]:
-    """(group, feature space) of every snapshot and of the present -> whether it has a feature layout."""
+    """(group, feature space) of all snapshots and of the current state -> whether it has a feature layout."""
     found: dict[tuple[str, str], bool] = {}
     versions: set[tuple[str, int | None]] = {record.dataset_table for record in records}
     for name, version in [*sorted(versions, key=str), (datasets, None)]:
@@ -238,7 +239,7 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
 
 
 class _Ticks:
-    """Adds up what is done for the progress callback."""
+    """Adds up the finished work for the progress callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
@@ -249,12 +250,12 @@ class _Ticks:
             self._progress(self._done, self._total)
 
 
-# Doing it
+# Rewriting
 
 
 def _repack_group(journal: Journal, store: Path, plan: _Plan, tick: _Ticks) -> GroupReport:
     begin = time.perf_counter()
-    path = group_path(store, plan.zarr_group, allow_links=True)  # links were left alone
+    path = group_path(store, plan.zarr_group, allow_links=True)  # links are left alone
     before = _n_bytes(path, plan.arrays)
     if plan.rewrite:
         note = RepackNote(plan.zarr_group, make_uid())
@@ -267,7 +268,7 @@ def _repack_group(journal: Journal, store: Path, plan: _Plan, tick: _Ticks) -> G
             try:
                 swap.settle(journal, store, note)
             except Exception:
-                # The note stays, so the next writer tries again; what went wrong first is what matters.
+                # The note stays, so the next writer tries again; the first error is the one to report.
                 _log.warning("%s: cannot clean up yet", plan.zarr_group, exc_info=True)
             raise
         swap.settle(journal, store, note)
@@ -290,7 +291,7 @@ def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
 
 
 def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: _Ticks) -> None:
-    """The group as it will be, complete, compared with the old one and on disk."""
+    """Build the complete new group on disk and compare it with the old one."""
     _take_over(path, new, {path / array.relative for array in rewrite})
     with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
         for array in rewrite:
@@ -301,7 +302,7 @@ def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: _Ticks) 
 
 
 def _take_over(path: Path, new: Path, rewritten: set[Path]) -> None:
-    """Everything that stays as it is, without using space where the file system can link."""
+    """Take over every unchanged file, as a hard link where the file system allows it."""
     for name, folders, files in os.walk(path):
         folder = Path(name)
         target = new / folder.relative_to(path)
@@ -327,7 +328,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
 
 
 def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
-    """Decode and encode chunk by chunk. An absent chunk stays absent: it may be fill value, or lost."""
+    """Decode and encode chunk by chunk. An absent chunk (fill value, or lost) stays absent."""
     layout, encoder = array.layout, array.encoder()
     chunk = layout.chunk_shape[0]
     objects = ObjectWriter(target, layout.shard_shape[0] // chunk if layout.sharded else 0)
@@ -366,7 +367,7 @@ def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict
 
 
 def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
-    """Read both back and compare to the bit.
+    """Read both arrays back and compare them bit by bit.
 
     Raises
     ------

@@ -34,10 +34,10 @@ def optimize(catalogue: Catalogue) -> None:
 
 
 def assign_indices(registry: Table, layouts: Table) -> int:
-    """Number the features that have no index yet, upwards from the largest. Returns how many.
+    """Number the features that have no index yet, upward from the largest. Returns how many there were.
 
-    They are numbered in the order in which stored feature lists name them first, then by uid: the columns
-    of an atlas's first dataset keep their places, and translating them costs its readers nothing. Rows
+    They are numbered in the order in which stored feature lists first name them, then by uid. So the columns
+    of the first dataset of an atlas keep their places, and readers need not translate them. Rows
     that repeat a registered uid, or one among the new ones, are removed first.
     """
     if not registry.count_rows("global_index IS NULL"):
@@ -49,7 +49,7 @@ def assign_indices(registry: Table, layouts: Table) -> int:
     if fresh:
         listed = layouts.search().select(["feature_uid"]).with_row_id(True).to_arrow().sort_by("_rowid")
         place = {uid: i for i, uid in enumerate(listed.column("feature_uid").unique().to_pylist())}
-        fresh.sort(key=lambda uid: place.get(uid, len(place)))  # stable: the rest stay in order of uid
+        fresh.sort(key=lambda uid: place.get(uid, len(place)))  # a stable sort keeps the rest in order of uid
         largest = pc.max(index).as_py()
         begin = 0 if largest is None else largest + 1
         update = pa.table({"uid": fresh, "global_index": range(begin, begin + len(fresh))})
@@ -66,8 +66,8 @@ def _fill_layouts(catalogue: Catalogue) -> None:
     # Two writers that do not know of our lock may both have stored the same list.
     tables.drop_repeats(layouts, ["layout_uid", "local_index"], keep_first_by="global_index", where=chosen)
     rows = tables.read(layouts, ["layout_uid", "feature_uid", "local_index"], "global_index IS NULL")
-    # A list of uids says nothing about whose they are: the dataset does. The first one decides where two
-    # spaces share a list; readers resolve through the registry anyway.
+    # A list of uids does not name its feature space; the dataset does. Where two spaces share a list, the
+    # first dataset decides; readers resolve through the registry anyway.
     space_of: dict[str, str] = {}
     for row in catalogue.dataset_rows():
         space_of.setdefault(row["layout_uid"], row["feature_space"])
@@ -93,7 +93,7 @@ def snapshot(catalogue: Catalogue) -> int:
     Raises
     ------
     AtlasError
-        The atlas is not fit for reading; says what is missing.
+        The atlas is not fit for reading; the message says what is missing.
     """
     if problems := validate(catalogue):
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -121,7 +121,7 @@ def snapshot(catalogue: Catalogue) -> int:
 
 
 def validate(catalogue: Catalogue) -> list[str]:
-    """What keeps the atlas from being read, in words; empty if nothing does."""
+    """Reasons why the atlas cannot be read, as sentences; empty if there are none."""
     problems = []
     for space, name in catalogue.names.registries.items():
         problems += _check_registry(catalogue.registry(space), name)
@@ -131,7 +131,7 @@ def validate(catalogue: Catalogue) -> list[str]:
         key = (row["zarr_group"], row["feature_space"])
         lengths[key] = -1
         if row["feature_space"] not in known_spaces():
-            continue  # the user's own space, not described to this process: nothing to check it against
+            continue  # a space that is not registered in this process cannot be checked
         described = get_space(row["feature_space"])
         problem, lengths[key] = _check_group(catalogue, row["zarr_group"], described)
         problems += [f"group {row['zarr_group']!r}: {problem}"] if problem else []
@@ -183,7 +183,7 @@ def _layout_sizes(catalogue: Catalogue, problems: list[str]) -> dict[str, int]:
 
 
 def _check_group(catalogue: Catalogue, zarr_group: str, space: FeatureSpace) -> tuple[str, int]:
-    """What is wrong with a group (empty: nothing), and the length of its arrays (-1: unknown)."""
+    """Faults of a group (empty if there are none), and the length of its arrays (-1 if unknown)."""
     path = catalogue.group_path(zarr_group)
     if not path.is_dir():
         return f"{path} does not exist", -1

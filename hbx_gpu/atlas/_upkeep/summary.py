@@ -27,19 +27,19 @@ class GroupSummary:
     Attributes
     ----------
     name
-        File it came from, else its path in the store.
+        Name of the source file, or else the path of the group in the store.
     feature_space, layers, codecs
-        What it holds; `codecs` of index and layers, each once.
+        Feature space, layers and codecs of the group; `codecs` lists each codec of index and layers once.
     n_cells, n_features, n_values
-        None where the atlas does not say, or the space has none.
+        Counts of the group; None where the atlas does not record them or the space has none.
     n_bytes
-        On disk, everything in its folder.
+        Bytes on disk of everything in the folder of the group.
     n_array_bytes
-        On disk, of index and layers alone.
+        Bytes on disk of index and layers alone.
     uid
-        Of the dataset.
+        Uid of the dataset.
     ids
-        Column of var that the ids of its features came from.
+        Column of var from which the feature ids were taken.
     """
 
     name: str
@@ -56,7 +56,7 @@ class GroupSummary:
 
     @property
     def bits_per_value(self) -> float | None:
-        """Of index and layers, per nonzero."""
+        """Bits on disk per nonzero, index and layers together."""
         return 8 * self.n_array_bytes / self.n_values if self.n_values else None
 
 
@@ -231,7 +231,7 @@ def _group_row(group: GroupSummary) -> list[str]:
 
 
 def _columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows with their cells aligned, indented by two blanks."""
+    """Rows as text, columns aligned, indented by two blanks."""
     if not rows:
         return ["  none"]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

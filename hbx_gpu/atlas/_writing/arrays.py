@@ -25,8 +25,9 @@ from hbx_gpu._files import sync
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 
 Role = Literal["index", "values", "dense"]
-"""What an array's values are like: column numbers ascend within a row, values of a layer need not; in a dense
-layer, an image or a file of bytes nothing is left out, so they are for general codecs."""
+"""What the values of an array are like. Column numbers (``index``) ascend within a row, ``values`` of a
+layer need not. A ``dense`` layer, an image or encoded bytes leave nothing out;
+general codecs store them."""
 DEFAULT_CODEC = "hbx_gpu.rowpack"
 HOMEOBOX_CODEC = "homeobox.bitpacking"
 DEFAULT_CHUNK = 40_960
@@ -45,7 +46,7 @@ def _rowpack(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:  # noqa: ARG0
 
 
 def _bitpacking(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:
-    # What Homeobox does: words of 4 bytes whatever the item size, and zstd for single bytes.
+    # Homeobox does the same: words of 4 bytes whatever the item size, and zstd for single bytes.
     if dtype.kind not in "iu" or dtype.itemsize == 1 or chunk * dtype.itemsize % 4:
         return ZstdCodec(level=0, checksum=False)
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec
@@ -53,7 +54,7 @@ def _bitpacking(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:
     return BitpackingCodec(transform="delta" if role == "index" else "none", element_size=4)
 
 
-# Codec name -> what compresses the chunks of an array (None: nothing does). Floats keep a general codec.
+# Codec name -> compressor of the chunks of an array, None for no compression. Floats keep a general codec.
 _CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
     DEFAULT_CODEC: _rowpack,
     HOMEOBOX_CODEC: _bitpacking,
@@ -67,17 +68,17 @@ _CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
 
 
 def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> tuple[Any, ...]:
-    """What compresses an array under a codec name: zarr's bytes-to-bytes codecs.
+    """The zarr bytes-to-bytes codecs that compress an array under a codec name.
 
-    A CRC32C follows what is stored, so that damage is found before anything is decompressed, and a GPU may do
-    that. Our codec for sparse matrices has its own.
+    A CRC32C follows the stored bytes, so that damage is found before they are decompressed, possibly on a
+    GPU. Our codec for sparse matrices has a checksum of its own.
 
     Parameters
     ----------
     name
         One of :func:`codec_names`.
     role
-        What its values are like.
+        What the values of the array are like.
     dtype
         Of the stored values.
     chunk
@@ -93,7 +94,7 @@ def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int
 
 
 def dense_codec(name: str) -> str:
-    """Codec of arrays in which nothing is left out: those for sparse matrices stand for zstd."""
+    """Codec of dense arrays: the codecs for sparse matrices are replaced by zstd."""
     return "zstd" if name in (DEFAULT_CODEC, HOMEOBOX_CODEC) else name
 
 
@@ -108,7 +109,7 @@ def check_codec(name: str) -> str:
     Raises
     ------
     ValueError
-        There is none.
+        The codec does not exist.
     """
     if name not in _CODECS:
         raise ValueError(f"unknown codec {name!r}; choose one of {codec_names()}")
@@ -121,7 +122,7 @@ def flat_shape(shape: int | tuple[int, ...] | None, default: int, *, name: str) 
     Raises
     ------
     ValueError
-        It is no positive integer.
+        The length is not a positive integer.
     """
     if shape is None:
         return default
@@ -143,12 +144,12 @@ class ChunkEncoder:
     chunk
         Elements per chunk.
     most
-        Chunks that are encoded at once, at most.
+        Largest number of chunks that are encoded at once.
 
     Attributes
     ----------
     batch
-        Chunks to pass at once: about a million values.
+        Number of chunks to pass at once: about a million values.
     codecs
         The codec chain, as in zarr metadata.
     """
@@ -170,7 +171,7 @@ class ChunkEncoder:
         self._pool = ThreadPoolExecutor(cores())
 
     def encode(self, values: np.ndarray) -> Iterable[bytes]:
-        """Encode 1 to `batch` whole chunks in the background; keep `values` as it is until all are taken."""
+        """Encode 1 to `batch` whole chunks in the background; `values` must not change meanwhile."""
         n = len(values) // self._chunk
         if self._pack is not None:
             return self._pool.map(self._pack, np.split(values, n))
@@ -179,7 +180,7 @@ class ChunkEncoder:
 
 
 def _packer(compressors: Any) -> Callable[[np.ndarray], bytes] | None:
-    """What encodes one chunk, where that is known here: through zarr it takes several times as long."""
+    """A direct encoder of one chunk where we have one, because zarr takes several times as long."""
     from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec, RowpackCodec
 
@@ -193,7 +194,7 @@ def _packer(compressors: Any) -> Callable[[np.ndarray], bytes] | None:
 
 
 class ObjectWriter:
-    """Stored objects of an array, chunk after chunk: shards with their index at the end, or plain chunks.
+    """Writes the stored objects of an array chunk by chunk: plain chunks, or shards that end in an index.
 
     Parameters
     ----------
@@ -202,7 +203,7 @@ class ObjectWriter:
     per_shard
         Chunks per shard; 0 where the array is not sharded.
     key
-        Number of an object -> its key below ``c``; by default that of a 1-D array.
+        Function from the number of an object to its key below ``c``; by default the key of a 1-D array.
     """
 
     def __init__(self, path: Path, per_shard: int, key: Callable[[int], str] = str) -> None:
@@ -214,7 +215,7 @@ class ObjectWriter:
         (path / "c").mkdir(parents=True)
 
     def put(self, encoded: bytes | None) -> None:
-        """Store the next chunk; None leaves it out, which means fill value."""
+        """Store the next chunk; None leaves it out, which means that it holds the fill value."""
         if encoded is not None:
             if self._file is None:
                 path = self._path / "c" / self._key(self._objects)
@@ -296,7 +297,7 @@ class ShardedArrayWriter:
         self._chunk = chunk * self._width
         self._layout = layout_of(dtype, compressor)
         self._encoder = ChunkEncoder(dtype, compressor, self._chunk, most=self._per_shard)
-        # One is filled while the other is encoded: the source is read meanwhile.
+        # One buffer is filled from the source while the other is encoded.
         self._buffer, self._other = (np.zeros(self._encoder.batch * self._chunk, dtype) for _ in range(2))
         self._pending: Iterable[bytes] = ()
         self._filled = 0
@@ -307,7 +308,7 @@ class ShardedArrayWriter:
     def append(self, values: np.ndarray) -> None:
         """Append (n, *row_shape) values of the array's dtype."""
         self.length += len(values)
-        # Chunks are as wide as the array, so its values lie one after the other however many axes it has.
+        # Chunks are as wide as the array, so its values are contiguous whatever the number of axes.
         values = values.reshape(-1)
         at = 0
         while at < len(values):
@@ -338,7 +339,7 @@ class ShardedArrayWriter:
         self._objects.abort()
 
     def _flush(self) -> None:
-        # Inner chunks are always full: fill value behind the last element.
+        # Inner chunks are always full: the fill value follows the last element.
         self._buffer[self._filled :] = 0
         chunks = -(-self._filled // self._chunk)
         self._store()
@@ -354,7 +355,7 @@ class ShardedArrayWriter:
 
 
 def layout_of(dtype: str, compressor: Any) -> dict[str, Any]:
-    """Arguments of zarr.create_array that every array here has in common."""
+    """Arguments of zarr.create_array that all arrays here share."""
     return {
         "dtype": dtype,
         "filters": None,
@@ -375,7 +376,7 @@ class SparseGroupWriter:
     layers
         Name -> dtype of the layers; element k of each belongs to element k of the index array.
     index_dtype
-        Of the index array.
+        Dtype of the index array.
     codec
         One of :func:`codec_names`.
     chunk, shard
@@ -449,7 +450,7 @@ class DenseGroupWriter:
     codec
         One of :func:`codec_names`, see :func:`dense_codec`.
     chunk, shard
-        Values, at most, per inner chunk and per shard; at least one row.
+        Largest number of values per inner chunk and per shard; each holds at least one row.
     """
 
     def __init__(
@@ -514,7 +515,7 @@ def finish_group(path: Path, space: FeatureSpace) -> None:
 
 
 def make_group(path: Path) -> None:
-    """Make `path` a zarr group; nothing happens where it is one."""
+    """Make `path` a zarr group; nothing happens if it already is one."""
     if not (path / "zarr.json").exists():
         zarr.create_group(path)
         sync(path / "zarr.json")

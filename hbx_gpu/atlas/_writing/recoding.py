@@ -1,4 +1,4 @@
-"""Which codec a group is stored in, and which of its arrays another one would change."""
+"""The codec in which a group is stored, and the arrays that another codec would change."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hbx_gpu.errors import AtlasError
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array to be rewritten, and what is to compress it."""
+    """An array to be rewritten, and its new compressor."""
 
     relative: str
     layout: ArrayLayout
     compressor: Any
 
     def encoder(self) -> ChunkEncoder:
-        """A fresh one: it keeps what it encoded last, which thousands of groups must not add up."""
+        """Make an encoder. It keeps its last chunks in memory, so thousands of groups must not keep one."""
         chunk = self.layout.chunk_shape[0]
         return ChunkEncoder(self.layout.dtype.name, self.compressor, chunk, most=n_chunks(self.layout))
 
@@ -50,9 +50,9 @@ def plan_arrays(
     any_checksum: bool = False,
     within: Path | None = None,
 ) -> tuple[tuple[str, ...], tuple[StoredArray, ...], int]:
-    """Index and layers of a group, those of them that would change, and the number of values.
+    """Index and layers of a group, the arrays among them that would change, and the number of values.
 
-    With `any_checksum`, one that would only gain a checksum counts as unchanged. No link may lead out of
+    With `any_checksum`, an array that would only gain a checksum counts as unchanged. No link may lead out of
     `within`.
     """
     assert space.index_array is not None
@@ -74,7 +74,7 @@ def plan_arrays(
         if any_checksum:
             wanted, found = _unchecked(wanted), _unchecked(found)
         if wanted != found:
-            ChunkCodec(layout)  # refuses here what cannot be decoded
+            ChunkCodec(layout)  # raises here if the array cannot be decoded
             rewrite.append(array)
     return tuple(roles), tuple(rewrite), n_values
 

@@ -114,7 +114,7 @@ def computable(values: np.ndarray) -> np.ndarray:
 def collate_neighbor_sparse_matrix_batch(
     batch: Sequence[dict[str, Any]], *, n_features: int | None = None
 ) -> dict[str, Any]:
-    """Stack cells and their neighbours.
+    """Stack cells and their neighbors.
 
     Parameters
     ----------

@@ -53,11 +53,11 @@ class SingleCellMemMapDataset(NeighborReader):
     paginated_load_cutoff, load_block_row_size, var_feature_index_name, obs_feature_index_name
         As :class:`hbx_gpu.scdl._writing.convert.ConvertOptions`.
     load_neighbors
-        Use the neighbours of the archive; store those of the source when one is created.
+        Use the neighbors of the archive; store those of the source when one is created.
     neighbor_key
         Name in `.obsp` of the source.
     neighbor_sampling_strategy, fallback_to_identity
-        How :meth:`sample_neighbor_index` draws; without fallback it warns of cells without neighbours.
+        How :meth:`sample_neighbor_index` draws; without fallback it warns of cells without neighbors.
     data_dtype
         Creating: dtype of the stored values, float32 if None, ``auto`` for the smallest exact one.
         Opening: the dtype that the values have, where header and values do not tell.
@@ -74,7 +74,7 @@ class SingleCellMemMapDataset(NeighborReader):
     overwrite
         Creating: replace an archive that exists.
     neighbor_seed
-        Seed of the generator that draws neighbours. Workers of a DataLoader draw differently, by their
+        Seed of the generator that draws neighbors. Workers of a DataLoader draw differently, by their
         number; without a seed, by torch's seed of the worker.
 
     Raises
@@ -217,7 +217,7 @@ class SingleCellMemMapDataset(NeighborReader):
         ----------
         metadata_columns, **options
             As :func:`dataset_of`; `neighbors` and `seed` by default as this dataset
-            draws neighbours, if it was opened with `load_neighbors`.
+            draws neighbors, if it was opened with `load_neighbors`.
         """
         from hbx_gpu.scdl._sources.cells import dataset_of
 

@@ -1,4 +1,4 @@
-"""Neighbours of the rows of an archive as SCDL's API has them, with a generator of their own."""
+"""Neighbors of the rows of an archive as SCDL's API has them, with a generator of their own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborTab
 
 
 class NeighborReader(RowReader):
-    """Rows with a neighbour; without `load_neighbors` every cell is its own.
+    """Rows with a neighbor; without `load_neighbors` every cell is its own.
 
     Attributes
     ----------
     load_neighbors
-        Whether neighbours were asked for. Only then the next two exist.
+        Whether neighbors were asked for. Only then the next two exist.
     neighbor_sampling_strategy, fallback_to_identity
-        How one is drawn; whether cells without neighbours pass without a warning.
+        How one is drawn; whether cells without neighbors pass without a warning.
     neighbor_seed
         Seed of the generator, or None.
     """
@@ -52,12 +52,12 @@ class NeighborReader(RowReader):
         return row
 
     def get_neighbor_indices_for_cell(self, cell_index: int) -> np.ndarray:
-        """uint32, (n_neighbors,). Row numbers of the neighbours of a cell; empty without `load_neighbors`.
+        """uint32, (n_neighbors,). Row numbers of the neighbors of a cell; empty without `load_neighbors`.
 
         Raises
         ------
         ValueError
-            The archive has no neighbours.
+            The archive has no neighbors.
         IndexError
             No such row.
         """
@@ -67,14 +67,14 @@ class NeighborReader(RowReader):
         return table.of(self._neighbor_row(cell_index))[0]
 
     def get_neighbor_weights_for_cell(self, cell_index: int) -> np.ndarray:
-        """float32, (n_neighbors,). Weights of the neighbours; otherwise as the method for their indices."""
+        """float32, (n_neighbors,). Weights of the neighbors; otherwise as the method for their indices."""
         if not self.load_neighbors:
             return np.empty(0, np.float32)
         table = self._neighbor_table()
         return table.of(self._neighbor_row(cell_index))[1]
 
     def sample_neighbor_index(self, cell_index: int) -> Any:
-        """Row number of one neighbour, drawn as `neighbor_sampling_strategy` says.
+        """Row number of one neighbor, drawn as `neighbor_sampling_strategy` says.
 
         The cell itself if it has none, or without `load_neighbors`. Errors as
         :meth:`get_neighbor_indices_for_cell`.
@@ -93,19 +93,19 @@ class NeighborReader(RowReader):
     def sample_neighbor_indices(
         self, cell_indices: Sequence[int] | np.ndarray, n: int | None = None
     ) -> np.ndarray:
-        """Neighbours of many cells, drawn together.
+        """Neighbors of many cells, drawn together.
 
         Parameters
         ----------
         cell_indices
             Row numbers.
         n
-            Neighbours per cell, with replacement; None for one.
+            Neighbors per cell, with replacement; None for one.
 
         Returns
         -------
         np.ndarray
-            int64, (n_cells,) or (n_cells, n). A cell without neighbours is its own.
+            int64, (n_cells,) or (n_cells, n). A cell without neighbors is its own.
         """
         rows = np.array([self._row(index) for index in cell_indices], np.int64)
         if not self.load_neighbors:
@@ -130,7 +130,7 @@ class NeighborReader(RowReader):
         return_obs_features: bool = False,
         obs_feature_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """One cell and a neighbour of it.
+        """One cell and a neighbor of it.
 
         Parameters and errors are those of :meth:`get_row`.
 
@@ -143,7 +143,7 @@ class NeighborReader(RowReader):
         Raises
         ------
         ValueError
-            Opened without `load_neighbors`, or no neighbours in the archive.
+            Opened without `load_neighbors`, or no neighbors in the archive.
         """
         if not self.load_neighbors or self._neighbors is None:
             raise ValueError(
@@ -181,7 +181,7 @@ class NeighborReader(RowReader):
         return found
 
     def get_neighbor_stats(self) -> dict[str, Any]:
-        """``has_neighbors``; with neighbours also counts of them over all cells."""
+        """``has_neighbors``; with neighbors also counts of them over all cells."""
         if not self.load_neighbors or self._neighbors is None:
             return {"has_neighbors": False}
         counts = self._neighbors.counts()

@@ -57,7 +57,7 @@ def atlas_to_archive(
     """Write the cells of an atlas, ours or Homeobox's, as an archive that bionemo-scdl opens too.
 
     Rows come in the order of the obs table. An atlas that is the image of an archive gives that archive back:
-    its dtype, blocks, column types, categories, names, labels and neighbours.
+    its dtype, blocks, column types, categories, names, labels and neighbors.
 
     Parameters
     ----------

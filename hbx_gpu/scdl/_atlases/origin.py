@@ -1,6 +1,6 @@
 """What tables of an atlas cannot hold of an archive, kept beside them: so that the way back is exact.
 
-``scdl_origin/`` in an atlas holds the archive's feature folders, names and neighbours as they were, and
+``scdl_origin/`` in an atlas holds the archive's feature folders, names and neighbors as they were, and
 ``origin.json``: the snapshot that was taken right after the conversion, and the archive's dtypes. It speaks
 for that snapshot only; whatever is added to the atlas later comes from its own tables.
 """
@@ -76,7 +76,7 @@ class Origin:
 
     @cached_property
     def neighbors(self) -> NeighborTable | None:
-        """Stored neighbours."""
+        """Stored neighbors."""
         return open_neighbors(self.path, self.n_rows)
 
     @cached_property

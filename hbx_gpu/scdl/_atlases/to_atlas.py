@@ -42,7 +42,7 @@ def archive_to_atlas(
     """Add the cells of an archive to an atlas: a dataset per gene block, compressed.
 
     Rows, columns (their order, repeats and explicit zeros included) and values stay as they are. What the
-    atlas's tables do not hold (categories, exact column types, labels, neighbours) is kept beside them, and
+    atlas's tables do not hold (categories, exact column types, labels, neighbors) is kept beside them, and
     :func:`atlas_to_archive` puts it back as long as nothing is added to the atlas.
 
     Parameters

@@ -129,7 +129,7 @@ class Archive:
 
     @cached_property
     def neighbors(self) -> NeighborTable | None:
-        """The stored neighbours, None without their files.
+        """The stored neighbors, None without their files.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Neighbours of cells: their three files, and how one is drawn."""
+"""Neighbors of cells: their three files, and how one is drawn."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PIECE = 1 << 20
 
 
 class NeighborsUnusableError(CorruptDataError):
-    """Stored neighbours that are damaged, or were made for other rows."""
+    """Stored neighbors that are damaged, or were made for other rows."""
 
 
 class NeighborSamplingStrategy(StrEnum):
-    """How a neighbour is chosen.
+    """How a neighbor is chosen.
 
-    ``random``: every neighbour with the same probability. ``first``: the first stored one. ``weighted``:
+    ``random``: every neighbor with the same probability. ``first``: the first stored one. ``weighted``:
     in proportion to the stored weights, which must not be negative (ours; the real package has the others).
     """
 
@@ -53,7 +53,7 @@ class NeighborSamplingStrategy(StrEnum):
 
 @dataclass(frozen=True)
 class NeighborTable:
-    """Neighbours of every row, as CSR.
+    """Neighbors of every row, as CSR.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class NeighborTable:
     indices
         uint32, (n_links,). Row numbers in the archive.
     weights
-        float32, (n_links,). As stored: similarities or distances. Zeros count as neighbours.
+        float32, (n_links,). As stored: similarities or distances. Zeros count as neighbors.
     """
 
     indptr: np.ndarray
@@ -73,7 +73,7 @@ class NeighborTable:
         return len(self.indptr) - 1
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours and weights of one row, which must be in range.
+        """Neighbors and weights of one row, which must be in range.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class NeighborTable:
                 raise _damaged(int(np.searchsorted(self.indptr, at + outside.argmax(), "right")) - 1)
 
     def counts(self) -> np.ndarray:
-        """uint64, (n_rows,). How many neighbours each row has."""
+        """uint64, (n_rows,). How many neighbors each row has."""
         return np.diff(self.indptr)
 
     def draw(
@@ -115,7 +115,7 @@ class NeighborTable:
         strategy: NeighborSamplingStrategy = NeighborSamplingStrategy.RANDOM,
         n: int | None = None,
     ) -> np.ndarray:
-        """Draw neighbours of many rows, with replacement; a row without any is its own neighbour.
+        """Draw neighbors of many rows, with replacement; a row without any is its own neighbor.
 
         Parameters
         ----------
@@ -126,7 +126,7 @@ class NeighborTable:
         strategy
             As :class:`NeighborSamplingStrategy`.
         n
-            Neighbours per row; None for one.
+            Neighbors per row; None for one.
 
         Returns
         -------
@@ -220,7 +220,7 @@ def _damaged(row: int) -> NeighborsUnusableError:
 
 
 def open_neighbors(path: Path, n_rows: int) -> NeighborTable | None:
-    """Map the neighbour files of an archive; None if one is missing.
+    """Map the neighbor files of an archive; None if one is missing.
 
     Raises
     ------

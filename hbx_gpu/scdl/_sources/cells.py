@@ -313,7 +313,7 @@ def dataset_of(
     neighbors: str | None = None,
     seed: int = 0,
 ) -> CellDataset | PairedDataset:
-    """:func:`to_cell_dataset`, with a drawn neighbour beside every cell if `neighbors` names a strategy."""
+    """:func:`to_cell_dataset`, with a drawn neighbor beside every cell if `neighbors` names a strategy."""
     cells = to_cell_dataset(archives, metadata_columns=metadata_columns, feature_id=feature_id, reader=reader)
     if neighbors is None:
         return cells

@@ -1,4 +1,4 @@
-"""Cells with a neighbour beside each: the second batch of contrastive training, on the host or a device."""
+"""Cells with a neighbor beside each: the second batch of contrastive training, on the host or a device."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Reader
 
 KEYS = ("neighbor_X", "neighbor_index", "neighbor_weight")
-"""What a batch dict holds of the neighbours."""
+"""What a batch dict holds of the neighbors."""
 
 
 @dataclass(slots=True)
 class PairBatch:
-    """Rows, and of each of them one neighbour.
+    """Rows, and of each of them one neighbor.
 
     Attributes
     ----------
     cells, neighbors
-        Batches of n rows; row i of `neighbors` is the neighbour drawn for row i of `cells`.
+        Batches of n rows; row i of `neighbors` is the neighbor drawn for row i of `cells`.
     neighbor_index
-        int64, (n,). Row number of each neighbour; that of the cell itself where it has none.
+        int64, (n,). Row number of each neighbor; that of the cell itself where it has none.
     neighbor_weight
-        float32, (n,). Stored weights of the links; 0 where a cell stands in for its neighbour.
+        float32, (n,). Stored weights of the links; 0 where a cell stands in for its neighbor.
     """
 
     cells: SparseBatch
@@ -59,9 +59,9 @@ class PairBatch:
 
 
 class PairedDataset(Dataset[PairBatch]):
-    """The cells of a dataset, a drawn neighbour beside each.
+    """The cells of a dataset, a drawn neighbor beside each.
 
-    Which neighbours a batch has follows from the seed and from the batch's rows alone: not from workers,
+    Which neighbors a batch has follows from the seed and from the batch's rows alone: not from workers,
     read-ahead or what was drawn before, so a resumed epoch draws the same ones.
 
     Parameters
@@ -69,7 +69,7 @@ class PairedDataset(Dataset[PairBatch]):
     cells
         Rows of archives, in their order.
     archives
-        The archives, for their stored neighbours.
+        The archives, for their stored neighbors.
     strategy
         ``random``, ``first`` or ``weighted``; see
         :class:`~hbx_gpu.scdl._format.neighbors.NeighborSamplingStrategy`.
@@ -79,7 +79,7 @@ class PairedDataset(Dataset[PairBatch]):
     Raises
     ------
     InvalidDataError
-        None of the archives stores neighbours.
+        None of the archives stores neighbors.
     ValueError
         Unknown strategy.
     """
@@ -152,7 +152,7 @@ class PairedDataset(Dataset[PairBatch]):
         self._open()
 
     def draw(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The neighbours of a batch.
+        """The neighbors of a batch.
 
         Returns
         -------
@@ -269,7 +269,7 @@ class PairCollate(Collating):
 
 
 class PairFeed:
-    """A device feed of pairs: a batch and its neighbours are two batches of one window of the inner feed."""
+    """A device feed of pairs: a batch and its neighbors are two batches of one window of the inner feed."""
 
     def __init__(self, feed: AnyFeed, dataset: PairedDataset) -> None:
         if feed.one_batch_per_window:

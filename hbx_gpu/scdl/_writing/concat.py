@@ -67,7 +67,7 @@ def concat_archives(
 ) -> None:
     """Write the rows of several archives into one, in their order.
 
-    Column numbers stay, each with the genes of its rows; neighbours are shifted to their new row numbers.
+    Column numbers stay, each with the genes of its rows; neighbors are shifted to their new row numbers.
     The new archive appears at once and whole; the parts are left alone. One of them may be the output. Files
     and metadata keys that are not SCDL's come from the output if it is a part, else from the first part.
 
@@ -207,7 +207,7 @@ def _rows(sources: list[object]) -> int:
 
 
 def append_neighbors(writer: ArchiveWriter, archive: Annotated, copy_size: int) -> None:
-    """Append the neighbours of an archive, if it has any, for the rows that come next."""
+    """Append the neighbors of an archive, if it has any, for the rows that come next."""
     table = _neighbors(archive)
     if table is None:
         return

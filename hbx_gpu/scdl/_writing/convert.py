@@ -63,7 +63,7 @@ class ConvertOptions:
     var_feature_index_name, obs_feature_index_name
         Columns for the names of genes and cells where var or obs has no column.
     neighbor_key
-        Matrix of ``obsp`` that holds the neighbours; None for none.
+        Matrix of ``obsp`` that holds the neighbors; None for none.
     """
 
     matrix: str | None = None
@@ -97,7 +97,7 @@ class Conversion:
     matrix
         The matrix that was taken: ``X``, ``raw`` or a layer.
     has_neighbors
-        Whether neighbours were stored.
+        Whether neighbors were stored.
     reason
         What the matrix holds and why it was chosen, where that was looked at.
     """

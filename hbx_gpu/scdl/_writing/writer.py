@@ -194,7 +194,7 @@ class ArchiveWriter:
     def append_neighbors(
         self, indptr: np.ndarray, indices: np.ndarray, weights: np.ndarray, *, first_row: int
     ) -> None:
-        """Neighbours of some rows; rows that are left out have none.
+        """Neighbors of some rows; rows that are left out have none.
 
         Parameters
         ----------
@@ -300,7 +300,7 @@ class _ValuesFile(contextlib.AbstractContextManager["_ValuesFile"]):
 
 
 class _Neighbors(contextlib.AbstractContextManager["_Neighbors"]):
-    """The three neighbour files in the making."""
+    """The three neighbor files in the making."""
 
     def __init__(self, folder: Path) -> None:
         self._open = contextlib.ExitStack()
