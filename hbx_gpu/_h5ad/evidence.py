@@ -14,8 +14,8 @@ from hbx_gpu._h5ad.matrix import CsrMatrix, DenseMatrix, Matrix
 ValueKind = Literal["counts", "logarithms", "normalized", "scaled", "fractional counts", "fractions"]
 
 # Values that are looked at: a part from the beginning, whole rows, and windows spread over the rest.
-_BEGINNING = 1 << 18
-_WINDOWS, _WINDOW = 16, 1 << 14
+_BEGINNING = 1 << 16
+_WINDOWS, _WINDOW = 16, 1 << 12
 # Sums of cells, and ratios to a cell's smallest value, that differ by less are taken as equal.
 _ALIKE = 0.01
 # Logarithms of counts stay below: exp(20) is half a billion.

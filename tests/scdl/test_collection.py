@@ -116,7 +116,7 @@ def test_errors(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There a no h5ad files in"):
         collection.load_h5ad_multi(tmp_path / "empty")
     (sources / "b.h5ad").write_bytes(b"junk")
-    with pytest.raises(RuntimeError, match=r"Error in processing file .*b\.h5ad: .*no HDF5"):
+    with pytest.raises(RuntimeError, match=r"Error in processing file .*b\.h5ad: .*not an HDF5"):
         collection.load_h5ad_multi(sources)
     # Nothing is left that would hinder the next try.
     assert [p.name for p in (tmp_path / "all").iterdir()] == ["version.json"]

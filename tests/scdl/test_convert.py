@@ -221,7 +221,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Invalid data_dtype 'int32'"):
         convert_h5ad(file, tmp_path / "a", data_dtype="int32")
     (tmp_path / "junk.h5ad").write_bytes(b"junk")
-    with pytest.raises(InvalidDataError, match="no HDF5"):
+    with pytest.raises(InvalidDataError, match="not an HDF5"):
         convert_h5ad(tmp_path / "junk.h5ad", tmp_path / "a")
     with pytest.raises(ValueError, match="load_block_row_size"):
         ConvertOptions(load_block_row_size=0)

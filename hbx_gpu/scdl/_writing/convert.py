@@ -203,7 +203,7 @@ def convert_h5ad_files(
     chosen = look_at_files(files, options)
     shapes = [_shape(file, choice.name) for file, choice in zip(files, chosen, strict=True)]
     total = sum(n for n, _ in shapes)
-    if not total:
+    if not total and options.choose:
         raise InvalidDataError(
             f"{', '.join(map(str, files[:_SHOWN]))}: there are no cells in it, so there is nothing to convert"
         )
