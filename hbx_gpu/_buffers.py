@@ -1,4 +1,4 @@
-"""Output memory that is used again: fresh pages cost more than filling them.
+"""Reuse the memory of outputs, because getting fresh pages from the system takes longer than filling them.
 
 An array taken here looks like any other. When nobody refers to it any more, nor to a view or tensor of
 it, its memory goes back to the pool instead of to the system.
@@ -21,12 +21,13 @@ class BufferPool:
     Parameters
     ----------
     max_bytes
-        Free memory kept at most; what comes back beyond it goes to the system.
+        Most bytes of free memory that are kept; memory beyond that is returned to the system.
 
     Attributes
     ----------
     n_allocated
-        Blocks asked of the system so far; it stops growing once a loop has found its pace.
+        Number of blocks that were taken from the system so far. It stops growing in the steady state of a
+        loop.
     """
 
     def __init__(self, max_bytes: int = 512 << 20) -> None:
@@ -34,7 +35,9 @@ class BufferPool:
         self.n_allocated = 0
         self._free: dict[int, list[np.ndarray]] = {}
         self._free_bytes = 0
-        self._lock = threading.RLock()  # a collection inside may give a block back
+        self._lock = (
+            threading.RLock()
+        )  # garbage collection while it is held may return a block on this thread
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """Like ``numpy.empty``; 64-byte aligned."""
@@ -64,7 +67,7 @@ class BufferPool:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes kept for the next request."""
+        """Bytes of free memory that are kept for later requests."""
         return self._free_bytes
 
     def clear(self) -> None:
@@ -75,7 +78,7 @@ class BufferPool:
 
 
 def _size_class(nbytes: int) -> int:
-    """Sizes in steps of an eighth, so that batches of nearly equal size share blocks."""
+    """Round a size up in steps of an eighth, so that batches of nearly equal size share blocks."""
     step = max(_SMALL, 1 << (nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
 
@@ -99,4 +102,4 @@ class _Lease:
 
 
 POOL = BufferPool()
-"""The process's own pool, for batches."""
+"""Pool of this process for the memory of batches."""

@@ -1,6 +1,6 @@
-"""The seams of loading: what a loader takes, what makes tensors of its batches, what feeds it.
+"""The protocols of loading: `Loadable` (what a loader takes), `Collate` and `Feed`.
 
-Each has one suite in ``tests/conformance`` that every implementation passes.
+Each protocol has a suite in ``tests/conformance`` that every implementation passes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers of one batch, as a sampler or a user gives them."""
 TensorBatch: TypeAlias = dict[str, Any]
-"""What a training loop receives: tensors by name, columns that are not numbers, dicts of either by space."""
+"""A batch for a training loop: tensors and other columns by name, or such dicts by feature space."""
 Widths: TypeAlias = int | Mapping[str, int]
-"""Number of columns; by space for multimodal datasets."""
+"""Number of columns; for multimodal datasets, the number for each space."""
 
 BatchT_co = TypeVar("BatchT_co", covariant=True)
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
@@ -28,14 +28,14 @@ MadeT = TypeVar("MadeT")
 
 @runtime_checkable
 class Collate(Protocol[BatchT_contra, OutT_co]):
-    """Makes what a training loop receives of a batch. May be called on several threads at once.
+    """Turns a batch into what a training loop receives. It may be called on several threads at once.
 
     Attributes
     ----------
     sparse
-        Whether it makes CSR tensors of sparse batches.
+        Whether the collate makes CSR tensors of sparse batches.
     on_device
-        Whether it makes tensors on a GPU.
+        Whether the collate makes tensors on a GPU.
     """
 
     @property
@@ -45,17 +45,17 @@ class Collate(Protocol[BatchT_contra, OutT_co]):
     def on_device(self) -> bool: ...
 
     def __call__(self, batch: BatchT_contra) -> OutT_co:
-        """What the training loop receives."""
+        """Return what the training loop receives."""
 
     def nbytes(self, n_rows: int, n_features: Any, /) -> int:
-        """Bytes that it allocates for a batch of so many rows, as far as it can tell; else 0."""
+        """Return the bytes that are allocated for a batch of `n_rows` rows; 0 if that is not known."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Learn which epoch comes next, where what is made depends on it."""
+        """Set the epoch that comes next; random augmentations, for example, depend on it."""
 
 
 class Collating:
-    """What most collates have in common: dense tensors on the host, of sizes that they do not tell."""
+    """Base of most collates: they make dense tensors on the host, and do not tell sizes in advance."""
 
     @property
     def sparse(self) -> bool:
@@ -80,13 +80,13 @@ class Feed(Protocol[MadeT, OutT_co]):
     Attributes
     ----------
     one_batch_per_window
-        Whether batches of one window could not be told apart.
+        Whether every window must hold one batch, because the feed cannot tell batches of a window apart.
     """
 
     one_batch_per_window: bool
 
     def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
-        """Row numbers of several batches as the other methods take them; looked at here and nowhere else.
+        """Check the row numbers of several batches; return them in the form that the other methods take.
 
         Raises
         ------
@@ -95,16 +95,16 @@ class Feed(Protocol[MadeT, OutT_co]):
         """
 
     def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
-        """Bytes that each batch takes up until it is handed over, as far as that can be told."""
+        """Return the bytes that each batch takes up until it is handed over, as far as that is known."""
 
     def make(self, selections: Sequence[np.ndarray]) -> list[MadeT]:
-        """One entry per batch of a window; called on threads of the loader."""
+        """Make one entry per batch of a window; called on threads of the loader."""
 
     def deliver(self, made: MadeT) -> OutT_co:
-        """What the consumer receives for an entry, and owns from then on; called on its thread."""
+        """Return what the consumer receives and owns for an entry; called on the consumer's thread."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Learn which epoch comes next."""
+        """Set the epoch that comes next."""
 
 
 AnyCollate: TypeAlias = Collate[Any, Any]
@@ -135,22 +135,22 @@ class Loadable(Protocol[BatchT_co]):
         """Row numbers of several batches, int64 in ``[0, len(self))``; see :meth:`Feed.checked`."""
 
     def read_rows(self, selections: Sequence[np.ndarray]) -> Sequence[BatchT_co]:
-        """Several batches under one plan."""
+        """Read several batches under one plan."""
 
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
-        """Bytes of each of several batches, metadata aside."""
+        """Return the bytes of each of several batches, without metadata."""
 
     def with_row_numbers(self) -> Loadable[BatchT_co]:
         """This dataset with row numbers as metadata column ``index`` of its batches."""
 
     def with_wide_columns(self) -> Loadable[BatchT_co]:
-        """This dataset with sparse batches of which CSR tensors are made without a copy."""
+        """Return this dataset with sparse batches that become CSR tensors without a copy."""
 
     def collate_with(self, collate: AnyCollate) -> AnyCollate:
-        """A collate for its batches from one for batches of cells."""
+        """Adapt a collate for batches of cells to this dataset's batches."""
 
     def feed_with(self, make: Callable[[Any], AnyFeed]) -> AnyFeed:
-        """A feed of it on a device, from what makes one for datasets of cells."""
+        """Make a feed of this dataset on a device; `make` makes a feed of a dataset of cells."""
 
 
 @runtime_checkable
@@ -173,4 +173,4 @@ class Chunked(Protocol):
         """This dataset with another reader of its chunks; everything else is shared."""
 
     def needed_chunks(self) -> np.ndarray:
-        """int64. Chunks that any row needs, in an order whose beginning serves whole rows."""
+        """Return the chunks that any row needs, int64, in an order whose beginning serves whole rows."""

@@ -1,6 +1,7 @@
 """The vocabulary between the rooms: stored arrays, Sources and the rows of a dataset.
 
-Whoever opens data (atlas, scdl) produces these; plan, engine and loader know nothing else.
+The rooms that open data (atlas, scdl, stores) make these objects; plan, engine and loader use nothing else of
+them.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class ArrayLayout:
     name
         Path of the array inside its store, for messages (``set0/gene_expression/csr/indices``).
     shape, dtype
-        Of the whole array; dtype in native byte order.
+        Shape and dtype of the whole array; the dtype has native byte order.
     chunk_shape
-        The unit that is compressed (inner chunk of a sharded array).
+        Shape of a chunk, the unit that is compressed (the inner chunk of a sharded array).
     shard_shape
         Elements covered by one stored object; equals chunk_shape when the array is not sharded.
     codecs
@@ -53,17 +54,18 @@ class ArrayLayout:
     fill_value
         Value of elements whose chunk or shard is absent.
     sharded, index_at_end, index_codecs
-        Shard index: present, where, and how it is encoded.
+        Whether the array is sharded, whether a shard's index is at its end, and how the index is encoded.
     key_prefix, key_separator
-        An object's key is key_prefix + the shard's grid coordinates joined by key_separator.
+        The key of an object is key_prefix, then the shard's grid coordinates joined by key_separator.
     absent_is_fill
-        False when the writer promised that every object exists: then a missing one is corruption.
+        Whether a missing object means fill value. False where the writer writes every object, so that a
+        missing one is corruption.
     fingerprint
-        Of the metadata document that this was read from, to notice when the array is replaced by another
-        one; empty where there is none.
+        Fingerprint of the metadata document that this layout was read from, to notice when the array is
+        replaced by another one; empty where there is none.
     byte_offset
-        Where in a plain file the elements begin: `path` is then a file of uncompressed elements, and chunks
-        are stretches of it, the last one as long as what is left. None for arrays stored as objects by key.
+        First byte of the elements in a plain file: `path` is then a file of uncompressed elements, and chunks
+        are consecutive parts of it, the last of which may be shorter. None for arrays stored as objects.
     within
         Folder that no link on the way to the array's files may lead out of; empty where links may lead
         anywhere.
@@ -150,13 +152,13 @@ class BoxIndex:
     Attributes
     ----------
     source
-        As in :class:`RowIndex`.
+        int32, (n,). Position in the dataset's list of Sources; -1 = the row lacks this modality.
     lower
         int64, (n, k). First element of the row's box on each of the k leading axes of its array; the axes
-        behind them are taken in full.
+        after them are taken in full.
     size
-        int64, (n, k). Elements on each of these axes; -1 = the axis in full. Without meaning where the row
-        lacks this modality.
+        int64, (n, k). Elements of the row's box on each of these axes; -1 = the axis in full. It has no
+        meaning where the row lacks this modality.
     """
 
     source: np.ndarray
@@ -168,7 +170,7 @@ class BoxIndex:
 
     @classmethod
     def of_rows(cls, rows: RowIndex) -> BoxIndex:
-        """Boxes on the first axis."""
+        """Return the rows as boxes on the first axis."""
         return cls(rows.source, rows.start[:, None], rows.length.astype(np.int64)[:, None])
 
 
@@ -190,7 +192,7 @@ class ObsColumns:
 
 
 def rows_by_source(source: np.ndarray, n_sources: int) -> list[np.ndarray]:
-    """Row numbers of each Source, ascending, int64; rows without a Source are in none."""
+    """Return the row numbers of each Source, ascending, int64; rows without a Source occur nowhere."""
     order = np.argsort(source, kind="stable")
     cuts = np.searchsorted(source[order], np.arange(n_sources + 1))
     return [order[first:last] for first, last in pairwise(cuts.tolist())]

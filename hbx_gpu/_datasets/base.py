@@ -1,4 +1,4 @@
-"""What all datasets have in common: row numbers are checked, batches asked for, variants made."""
+"""The base class of all datasets: it checks row numbers, reads batches and makes variants of a dataset."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Dataset(ABC, Generic[BatchT]):
 
     @abstractmethod
     def read_rows(self, selections: Sequence[np.ndarray]) -> list[BatchT]:
-        """Several batches under one plan, of row numbers that `checked` has returned."""
+        """Read several batches under one plan; the row numbers come from `checked`."""
 
     @abstractmethod
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
-        """Bytes of each of several batches, metadata aside, of row numbers that `checked` has returned."""
+        """Return the bytes of each of several batches, without metadata; row numbers come from `checked`."""
 
     @abstractmethod
     def with_row_numbers(self) -> Self:
@@ -51,7 +51,7 @@ class Dataset(ABC, Generic[BatchT]):
         Raises
         ------
         ValueError
-            A metadata column has a name that a batch has another meaning for.
+            A metadata column has a name that means something else in a batch.
         """
 
     @property
@@ -62,13 +62,13 @@ class Dataset(ABC, Generic[BatchT]):
         """A batch of the rows asked for; one row number gives a batch of one row."""
         if isinstance(rows, slice):
             return self.__getitems__(np.arange(len(self))[rows])
-        # One number in any coat: an int, a NumPy integer, an array or tensor without axes.
+        # One number in any form: an int, a NumPy integer, an array or tensor without axes.
         if isinstance(rows, int) or np.ndim(rows) == 0:
             return self.__getitems__(np.atleast_1d(np.asarray(rows)))
         return self.__getitems__(rows)
 
     def __getitems__(self, rows: Rows) -> BatchT:
-        """One batch of `rows`, in the order asked; negative and repeated numbers are fine.
+        """Read one batch of `rows`, in the order given; negative and repeated numbers are allowed.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Dataset(ABC, Generic[BatchT]):
         return self.read_batches([rows])[0]
 
     def read_batches(self, batches: Sequence[Rows]) -> list[BatchT]:
-        """Several batches under one plan: a chunk that many of them need is read and decoded once.
+        """Read several batches under one plan: a chunk that many of them need is read and decoded once.
 
         Parameters
         ----------
@@ -95,11 +95,11 @@ class Dataset(ABC, Generic[BatchT]):
         return self.read_rows(self.checked(batches))
 
     def batch_nbytes(self, rows: Rows) -> int:
-        """Bytes of one batch of `rows`, metadata aside."""
+        """Return the bytes of one batch of `rows`, without metadata."""
         return self.rows_nbytes(self.checked([rows]))[0]
 
     def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
-        """Row numbers of several batches, int64 in ``[0, n_cells)``, looked at together.
+        """Check the row numbers of several batches together; return them as int64 in ``[0, n_cells)``.
 
         Raises
         ------
@@ -134,15 +134,18 @@ class Dataset(ABC, Generic[BatchT]):
         return np.where(rows < 0, rows + n, rows) if low < 0 else rows
 
     def with_wide_columns(self) -> Self:
-        """This dataset with sparse batches of which CSR tensors are made without a copy."""
+        """Return this dataset with sparse batches that become CSR tensors without a copy."""
         return self
 
     def collate_with(self, collate: AnyCollate) -> AnyCollate:
-        """A collate for its batches from one for batches of cells; what `make_loader` uses."""
+        """Adapt a collate for batches of cells to this dataset's batches; `make_loader` calls this."""
         return collate
 
     def feed_with(self, make: Callable[[Any], AnyFeed]) -> AnyFeed:
-        """A feed of it on a device, from what makes one for datasets of cells; what `make_loader` uses."""
+        """Make a feed of this dataset on a device.
+
+        `make` makes a feed of a dataset of cells; `make_loader` calls this method with it.
+        """
         return make(self)
 
     def _derived(self, **changes: object) -> Self:

@@ -36,17 +36,17 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
     Attributes
     ----------
     n_cells, n_features
-        Shape of the whole as one dense matrix.
+        Shape of the whole dataset as one dense matrix.
     layer, layers
-        Name of the first layer; of all.
+        Name of the first layer, and names of all layers.
     feature_uids
-        (n_features,) object array: which column is which.
+        (n_features,) object array. uid of the feature of each column.
     groups_np
-        int32, (n_cells,). Stored matrix of every row; what samplers keep together.
+        int32, (n_cells,). Number of the stored matrix of every row; samplers can keep its rows together.
     categories
         Vocabulary of every metadata column that batches carry as codes.
     dtype, dtypes
-        dtype of batch values, and of all layers: one for the whole dataset.
+        dtype of batch values, and dtype of each layer; they are the same for all batches.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
         return HostEngine(self._table, self._directory, list(self.dtypes.values()), POOL)
 
     def _dtype(self, layer: str) -> np.dtype[Any]:
-        """dtype of a layer in batches: float32 for sparse tensors."""
+        """Return the dtype of a layer in batches, which is float32 where batches become sparse tensors."""
         return np.dtype(np.float32) if self._view.wide else super()._dtype(layer)
 
     def _check(self, sources: Sequence[Source], rows: RowIndex) -> None:
@@ -125,7 +125,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
 
     @property
     def row_lengths(self) -> np.ndarray:
-        """int32, (n_cells,). Stored values of each cell, known without reading any; what samplers sort by."""
+        """Stored values of each cell, int32, (n_cells,), counted without reading; samplers sort by them."""
         return self._rows.length
 
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
@@ -156,7 +156,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
 
 
 def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
-    """Every segment lies inside its Source's arrays, and these agree in length."""
+    """Check that every segment lies inside the arrays of its Source, and that these agree in length."""
     lengths = np.empty(len(sources) + 1, dtype=np.int64)
     lengths[-1] = 0  # rows without the modality (source -1) hold nothing
     for i, source in enumerate(sources):

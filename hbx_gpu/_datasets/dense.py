@@ -1,4 +1,4 @@
-"""`DenseCellDataset`: cells whose data are rows of a matrix, image tiles, boxes of an image, or bytes."""
+"""`DenseCellDataset`: cells whose data are matrix rows, image tiles, boxes of an image, or encoded bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch]):
     """Map-style dataset over the cells of a feature space whose data are arrays.
 
-    Three shapes of batches, the same throughout a dataset: a matrix where the space has features, an array of
-    tiles where all tiles have one shape, and lists of arrays elsewhere.
+    All batches of a dataset have one of three forms: a matrix where the space has features, an array of tiles
+    where all tiles have one shape, and a list of arrays otherwise.
 
     Parameters
     ----------
@@ -50,15 +50,16 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
     per_cell_shape
         Shape of every tile, None for matrices and where shapes differ.
     n_features
-        Columns; of tiles of one shape their elements, as in Homeobox; 0 where shapes differ.
+        Number of columns; for tiles of one shape, the elements of a tile, as in Homeobox; 0 where shapes
+        differ.
 
     Raises
     ------
     CorruptDataError
-        A box reaches outside its array; layers of a group whose leading axes differ; a matrix that is not as
+        A box reaches outside its array, the leading axes of a group's layers differ, or a matrix is not as
         wide as its group has features.
     ValueError
-        A dtype that cannot hold what is stored without rounding it to integers.
+        A dtype cannot hold the stored values without rounding them to integers.
     """
 
     _index_type = BoxIndex
@@ -205,7 +206,7 @@ def _arrays(layer: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
 def _one_shape(
     sources: Sequence[Source], rows: BoxIndex, layers: Sequence[str], positions: bool
 ) -> tuple[int, ...] | None:
-    """The shape that all boxes have, in all layers; None where they differ or there are none."""
+    """Return the shape that all boxes have in all layers; None where shapes differ or there are no boxes."""
     shapes: set[tuple[int, ...]] = set()
     for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
         if not len(mine):
@@ -221,7 +222,7 @@ def _one_shape(
 
 
 def _check_boxes(sources: Sequence[Source], rows: BoxIndex, layers: Sequence[str]) -> None:
-    """Every box lies inside its Source's arrays."""
+    """Check that every box lies inside the arrays of its Source."""
     for source, mine in zip(sources, rows_by_source(rows.source, len(sources)), strict=True):
         if source.index is not None:
             raise UnsupportedError(f"group {source.name!r} is a sparse matrix; open it as a CellDataset")

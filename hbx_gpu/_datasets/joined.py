@@ -1,4 +1,4 @@
-"""Several datasets as one: their rows end to end."""
+"""Join several datasets into one with all of their rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def joined(datasets: Sequence[CellDataset]) -> CellDataset:
     Raises
     ------
     UnsupportedError
-        Not datasets of sparse rows, or of other features, layers or obs columns than the first.
+        A dataset does not have sparse rows, or has other features, layers or obs columns than the first.
     """
     first = datasets[0]
     for other in datasets:

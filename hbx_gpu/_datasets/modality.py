@@ -1,4 +1,4 @@
-"""What a part of a multimodal dataset is."""
+"""The protocol that the parts of a multimodal dataset follow."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Modality(Loadable[Any], Chunked, Protocol):
 
     @property
     def feature_uids(self) -> np.ndarray:
-        """(n_features,). Which column is which."""
+        """uid of the feature of each column, (n_features,)."""
 
     @property
     def groups_np(self) -> np.ndarray:
-        """int32, (n_cells,). Stored matrix of every row; -1 where it lacks the modality."""
+        """Number of the stored matrix of every row, int32, (n_cells,); -1 where it lacks the modality."""
 
     @property
     def present(self) -> np.ndarray:
-        """bool, (n_cells,). Which rows have the modality."""
+        """Whether each row has the modality, bool, (n_cells,)."""
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -54,34 +54,34 @@ class Modality(Loadable[Any], Chunked, Protocol):
 
     @property
     def directory(self) -> ChunkDirectory:
-        """Where the chunks lie."""
+        """Directory of the chunks."""
 
     def plan(self, selection: np.ndarray) -> Planned:
-        """Which chunks some rows need."""
+        """Plan the rows `selection`: find the chunks that they need."""
 
     def decode(self, plan: Any, slab: Slab, selections: Sequence[np.ndarray]) -> list[Any]:
-        """The batches that a plan of :meth:`plan` is for."""
+        """Decode the batches `selections` with a plan of :meth:`plan`."""
 
     def subset(self, rows: Rows) -> Self:
-        """The same for some rows."""
+        """Return the dataset of some rows."""
 
     def identity(self) -> dict[str, Any]:
-        """Which rows these are."""
+        """Return plain values that identify the rows."""
 
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:
-        """bool, (len(groups), n_features). Which columns a stored matrix has."""
+        """Return whether each stored matrix has each column, bool, (len(groups), n_features)."""
 
     def with_row_numbers(self) -> Self:
-        """The same with row numbers as metadata column ``index``."""
+        """Return this dataset with row numbers as metadata column ``index``."""
 
     def with_wide_columns(self) -> Self:
-        """The same with sparse batches of which CSR tensors are made without a copy."""
+        """Return this dataset with sparse batches that become CSR tensors without a copy."""
 
     def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
-        """The same with more metadata columns."""
+        """Return this dataset with more metadata columns."""
 
     def without_metadata(self) -> Self:
-        """The same with batches that carry no metadata."""
+        """Return this dataset with batches that carry no metadata."""
 
     def close(self) -> None:
         """Close the files."""

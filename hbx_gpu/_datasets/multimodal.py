@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Reader
 
 
-_SIDE_BY_SIDE = 128  # rows; smaller batches are done before other threads have begun
+_SIDE_BY_SIDE = 128  # rows; smaller batches are decoded before other threads could begin
 
 
 class MultimodalCellDataset(Dataset[MultimodalBatch]):
@@ -41,21 +41,21 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
     Attributes
     ----------
     n_cells
-        Rows of the query, whatever they have measured.
+        Number of rows of the query, whichever modalities they have.
     n_features
-        Width per field.
+        Number of columns of each field.
     groups_np
-        int32, (n_cells,). Stored matrix of every row in the first field; rows that lack it form one group
-        more.
+        int32, (n_cells,). Number of the stored matrix of every row in the first field; rows that lack this
+        field form one more group.
     feature_uids
-        Per field: which column is which.
+        uids of the columns of each field.
     categories, columns
         Metadata, as in :class:`CellDataset`.
 
     Raises
     ------
     ValueError
-        No field, or fields over different rows.
+        There are no fields, or fields have different rows.
     """
 
     def __init__(self, datasets: Mapping[str, Modality], *, reader: str | None = None) -> None:
@@ -174,7 +174,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         )
 
     def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[list[Any], list[Slab]]:
-        """Plan of each field for the rows `selection`, and the stored bytes of the chunks each needs."""
+        """Plan the rows `selection` for each field, and read the stored bytes of the chunks it needs."""
         with stage("plan"):
             plans: list[Any] = [part.plan(selection) for part in self.datasets.values()]
             ends = np.cumsum([0, *(len(plan.chunks) for plan in plans)])
@@ -269,7 +269,7 @@ class Measured(Mapping[str, np.ndarray]):
     Parameters
     ----------
     parts
-        Per field the group of every cell, and what gives the masks of groups.
+        For each field the group of every cell, and the function that returns the masks of groups.
     """
 
     def __init__(self, parts: Mapping[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]) -> None:
@@ -292,7 +292,7 @@ class Measured(Mapping[str, np.ndarray]):
         return len(self._parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To another process go the masks that occur, not the dataset.
+        # A pickle holds the masks that occur, not the dataset.
         return _restored, ({name: self.distinct(name) for name in self},)
 
 

@@ -1,4 +1,4 @@
-"""Any map-style dataset of the user's, as what a loader takes."""
+"""Make any map-style dataset of the user a `Loadable`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Batched(Protocol):
 
 
 class PlainDataset(Dataset[object]):
-    """A dataset that the loader knows nothing of: batches one by one, of a size that nobody can tell.
+    """A dataset of the user: it is read batch by batch, and the bytes of a batch are not known in advance.
 
     Parameters
     ----------
     dataset
-        With ``__getitems__``, or ``__getitem__`` for one row, whose list is the batch.
+        Dataset with ``__getitems__``, or with ``__getitem__`` for one row, in which case a batch is a list.
     """
 
     n_features = 0
@@ -46,7 +46,7 @@ class PlainDataset(Dataset[object]):
         return 0 if isinstance(self.dataset, Batched) else len(self.dataset)
 
     def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
-        """The batches as they are: their elements are keys of the user's."""
+        """Return the batches as they are, because their elements are keys of the user's dataset."""
         return list(batches)  # type: ignore[arg-type]
 
     def read_rows(self, selections: Sequence[np.ndarray]) -> list[object]:
@@ -56,7 +56,7 @@ class PlainDataset(Dataset[object]):
         return [[self.dataset[row] for row in rows] for rows in selections]
 
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
-        """Zeros."""
+        """Return zeros, because sizes are not known."""
         return [0] * len(selections)
 
     def with_row_numbers(self) -> Self:
@@ -68,14 +68,14 @@ class PlainDataset(Dataset[object]):
 
 @runtime_checkable
 class HasCells(Protocol):
-    """What makes a dataset of cells of itself: an SCDL archive, a query."""
+    """An object that can return a dataset of cells, such as an SCDL archive or a query."""
 
     def to_cell_dataset(self) -> Dataset[Any]:
-        """The dataset."""
+        """Return the dataset."""
 
 
 def loadable(dataset: object) -> Loadable[Any]:
-    """What a loader was given, as it takes it."""
+    """Return `dataset` itself or an adapter of it as a `Loadable`."""
     if isinstance(dataset, HasCells):
         return dataset.to_cell_dataset()
     return dataset if isinstance(dataset, Loadable) else PlainDataset(dataset)  # type: ignore[arg-type]

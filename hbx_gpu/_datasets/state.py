@@ -1,9 +1,9 @@
-"""How a dataset crosses to another process: as the path of a folder of memory-mapped arrays.
+"""Pickle a dataset as the path of a folder of memory-mapped arrays.
 
-Pickling the arrays would copy the row index into every worker. Instead the first pickle writes
-them once to a temporary folder, and every process maps the same pages. The folder goes when the
-dataset that wrote it does, or, where a job was killed, with the next one that writes such a folder; a process
-that comes too late rebuilds the dataset from its recipe.
+Pickling the arrays themselves would copy the row index into every worker. Instead, the first pickle writes
+them to a temporary folder, and every process maps the same pages. The folder is removed with the dataset that
+wrote it; if the job is killed, the next process that writes such a folder removes it. A process that
+unpickles the dataset after the folder is gone rebuilds it from its recipe.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _SPARE = 1 << 20  # bytes beside the arrays
 
 
 class Spill:
-    """Where the arrays of a dataset lie for other processes: one temporary folder for all its variants.
+    """The temporary folder with the arrays of a dataset, shared by all of its variants.
 
     Attributes
     ----------
     folder
-        None until it is written; gone with this object, unless another process wrote it.
+        Path of the folder; None until it is written. It is removed with this object if this process wrote it.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
     def write(self, arrays: Mapping[str, np.ndarray], state: Callable[[], object]) -> str | None:
-        """Path of the folder, written now if it was not before; None if there is no room for it."""
+        """Return the path of the folder, writing it if needed; None if the disk has no room for it."""
         if self.folder is None:
             try:
                 self.folder = spill(self, arrays, state())
@@ -65,7 +65,7 @@ def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
     Raises
     ------
     OSError
-        There is not enough room for it; nothing was written.
+        The disk has too little room; nothing was written.
     """
     place = tempfile.gettempdir()
     sweep(place)
@@ -86,9 +86,10 @@ def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
 
 
 def sweep(place: str) -> list[str]:
-    """Remove folders whose process has ended without doing so; returns them.
+    """Remove the folders of processes that ended without removing them; return their paths.
 
-    Only those of this user and this machine (and container) count: of others it is not known what still runs.
+    Folders of other users and of other machines or containers are left, because their processes may still
+    run.
     """
     removed = []
     try:
@@ -123,7 +124,7 @@ def _check_room(place: str, nbytes: int) -> None:
 
 
 def _machine() -> str:
-    """What processes that see each other's numbers have in common: host, boot, and namespace of processes."""
+    """Return a name of host, boot and process namespace: processes that share it see each other's ids."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
@@ -137,7 +138,7 @@ def _machine() -> str:
 
 
 def _began(pid: int) -> str:
-    """When a process began, in the system's own unit; empty if there is no such process."""
+    """Return when a process began, in the system's own unit; empty if the process does not exist."""
     try:
         # The name of the program, in parentheses, may hold anything.
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -171,7 +172,7 @@ def unspill(folder: str) -> tuple[dict[str, np.ndarray], Any]:
     FileNotFoundError
         The folder is gone.
     PermissionError
-        It belongs to another user: what is in it would be run.
+        The folder belongs to another user; loading its state could run code of theirs.
     """
     root = Path(folder)
     if _owner_of(root) not in (os.geteuid(), 0):

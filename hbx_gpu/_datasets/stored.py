@@ -1,4 +1,4 @@
-"""`StoredDataset`: cells whose values lie in stored groups, and what batches show of them."""
+"""`StoredDataset`: the base of datasets whose cells lie in stored groups, and what their batches carry."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Reader, Slab
 
 Kind = Literal["sparse", "matrix", "arrays"]
-"""What rows are: sparse, rows of a dense matrix, or arrays without columns."""
+"""Kind of a dataset's rows: sparse, rows of a dense matrix, or arrays without columns."""
 
 
 class Planned(Protocol):
-    """What a plan of any kind says to those who read."""
+    """The part of any plan that readers use."""
 
     @property
     def chunks(self) -> np.ndarray:
@@ -40,15 +40,15 @@ PlanT = TypeVar("PlanT", bound=Planned)
 
 
 class Recipe(Protocol):
-    """What a dataset was made from; small, picklable, and enough to make it again."""
+    """How to make a dataset again; small and picklable."""
 
     def rebuild(self) -> StoredDataset[Any, Any, Any]:
-        """The dataset as it was made: same rows, same layers, same metadata."""
+        """Make the dataset again, with the same rows, layers and metadata."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What batches show of a dataset; it travels with every pickle, whatever else does.
+    """The choice of what batches of a dataset carry; every pickle of the dataset holds it.
 
     Attributes
     ----------
@@ -61,7 +61,8 @@ class View:
     numbered
         Whether batches carry row numbers, as metadata column ``index``.
     wide
-        Whether rows of sparse batches are as CSR tensors want them: ascending int64 columns, float32 values.
+        Whether rows of sparse batches are in the form of CSR tensors: ascending int64 columns, float32
+        values.
     """
 
     layers: tuple[str, ...]
@@ -81,7 +82,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     rows
         Where each row lies.
     layer
-        Name of the layer to read; or several, read at once.
+        Name of the layer to read, or names of several layers to read together.
     n_features
         Width of the dense matrix.
     feature_uids
@@ -89,7 +90,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     obs
         Metadata columns of the rows and their vocabularies.
     recipe
-        How to make this dataset again in a process that cannot map its arrays; None: pickles whole.
+        How to make this dataset again in a process that cannot map its arrays. None: pickles hold the arrays.
     feature_space
         Name of the feature space.
     reader
@@ -131,23 +132,23 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     @abstractmethod
     def _open(self) -> None:
-        """Open what does not travel: chunk tables, files and the engine."""
+        """Open what a pickle does not hold: the chunk directory, files and the engine."""
 
     @abstractmethod
     def _check(self, sources: Sequence[Source], rows: IndexT) -> None:
-        """Every row lies inside the arrays of its Source."""
+        """Check that every row lies inside the arrays of its Source."""
 
     @abstractmethod
     def plan(self, selection: np.ndarray) -> PlanT:
-        """Which chunks the rows `selection` need, by number in :attr:`directory`, and what goes where."""
+        """Plan the rows `selection`: the chunks of :attr:`directory` they need, and where each piece goes."""
 
     @abstractmethod
     def needed_chunks(self) -> np.ndarray:
-        """int64. Chunks that any row needs, in an order whose beginning serves whole rows."""
+        """Return the chunks that any row needs, int64, in an order whose beginning serves whole rows."""
 
     @abstractmethod
     def decode(self, plan: PlanT, slab: Slab, selections: Sequence[np.ndarray]) -> list[BatchT]:
-        """The batches that a plan is for.
+        """Decode the batches of a plan.
 
         Parameters
         ----------
@@ -192,17 +193,17 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     @property
     def groups_np(self) -> np.ndarray:
-        """int32, (n_cells,). Stored matrix of every row; what samplers keep together."""
+        """Number of the stored matrix of every row, int32, (n_cells,); samplers may keep these together."""
         return self._rows.source
 
     @property
     def row_index(self) -> IndexT:
-        """Where every row lies."""
+        """Index that says where every row lies."""
         return self._rows
 
     @property
     def sources(self) -> list[Source]:
-        """The stored matrices; `groups_np` counts in them."""
+        """The stored matrices; `groups_np` holds positions in this list."""
         return self._sources
 
     @property
@@ -232,7 +233,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     @property
     def directory(self) -> ChunkDirectory:
-        """Where the chunks lie."""
+        """Directory of the chunks of all Sources."""
         return self._directory
 
     def __len__(self) -> int:
@@ -254,14 +255,14 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         return self.decode(plan, slab, selections)
 
     def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[PlanT, Slab]:
-        """Plan of the rows `selection`, and the stored bytes of the chunks it needs.
+        """Plan the rows `selection`, and read the stored bytes of the chunks that the plan needs.
 
         Parameters
         ----------
         selection
-            int64, (n,), as from :meth:`row_numbers`.
+            int64, (n,). Row numbers, from :meth:`row_numbers`.
         reader
-            Instead of the dataset's own; from :meth:`open_reader`.
+            Reader to use instead of the dataset's own; from :meth:`open_reader`.
         """
         with stage("plan"):
             plan = self.plan(selection)
@@ -286,7 +287,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         Raises
         ------
         UnknownNameError
-            It does not read one of them.
+            The dataset does not read one of these layers.
         """
         if unknown := [name for name in names if name not in self.layers]:
             raise UnknownNameError(f"no layer {unknown} here; this dataset reads {list(self.layers)}")
@@ -346,7 +347,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         Raises
         ------
         ValueError
-            A metadata column has a name that a batch has another meaning for.
+            A metadata column has a name that means something else in a batch.
         """
         check_columns([*self.columns, "index"])
         return self._showing(numbered=True)
@@ -377,7 +378,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """Close the files; the dataset opens them again when it is read again."""
         self._reader.close()
 
-    # -- crossing to another process ---------------------------------------------------------------
+    # -- pickling ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         if self._recipe is None:
@@ -387,12 +388,12 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         objects = {k: v for k, v in columns.items() if v.dtype == object}
         arrays = {name: getattr(self._rows, name) for name in self._rows.__slots__}
         arrays |= {f"column-{i}": column for i, column in enumerate(plain.values())}
-        # None where there is no room: the receiver follows the recipe.
+        # The folder is None where the disk has no room: the receiver then uses the recipe.
         folder = self._spill.write(arrays, lambda: (self._state(), list(columns), list(plain), objects))
         return {"view": self._view, "recipe": self._recipe, "spill": folder}
 
     def _state(self) -> dict[str, Any]:
-        """What travels beside rows, columns and view."""
+        """Return what a pickle holds besides rows, columns and view."""
         return {
             "_sources": self._sources,
             "_recipe": self._recipe,
@@ -413,7 +414,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
                 raise FileNotFoundError
             arrays, (fields, names, plain, columns) = unspill(state["spill"])
         except FileNotFoundError:
-            # The recipe knows the dataset, not what was asked of it afterwards.
+            # The recipe makes the original dataset; the view holds the changes made to it afterwards.
             self.__dict__.update(state["recipe"].rebuild().__dict__, _view=self._view)
             self._open()
             return
@@ -433,6 +434,6 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
 
 def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype[Any]:
-    """One dtype that holds a layer of all Sources, as NumPy promotes; float32 where there are none."""
+    """Return the dtype that NumPy promotes a layer of all Sources to; float32 without Sources."""
     dtypes = {source.layers[layer].dtype for source in sources}
     return np.result_type(*dtypes) if dtypes else np.dtype(np.float32)

@@ -1,4 +1,4 @@
-"""Some rows of a dataset, and which rows a dataset has."""
+"""Make subsets of datasets again after unpickling, and identify the rows that a dataset has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SubsetRecipe:
     Attributes
     ----------
     whole
-        What makes the dataset.
+        Recipe of the whole dataset.
     rows
         Row numbers, int32 where they fit.
     """
@@ -42,7 +42,7 @@ class SubsetRecipe:
 
 
 def digest_of_rows(sources: Sequence[Source], rows: RowIndex | BoxIndex) -> str:
-    """A short name of the rows: equal for the same rows in the same order, however sources are numbered."""
+    """Return a digest that is equal for the same rows in the same order, however Sources are numbered."""
     used = np.zeros(len(sources) + 1, bool)
     used[rows.source] = True  # -1, a row without the modality, is the last one
     number = np.cumsum(used, dtype=np.int32)

@@ -1,1 +1,1 @@
-"""Engines turn a plan and the bytes it names into rows; all of them give the same answer."""
+"""Engines turn a plan and the stored bytes of its chunks into rows; all engines return equal rows."""

@@ -1,4 +1,4 @@
-"""The obvious engine in NumPy: what every other engine must equal. Slow on purpose."""
+"""The reference engine in NumPy, which every other engine must equal. It is kept simple, not fast."""
 
 from __future__ import annotations
 

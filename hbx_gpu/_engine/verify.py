@@ -1,4 +1,4 @@
-"""What every engine asks of stored chunks before, or after, it decodes them, and the errors that follow."""
+"""Checks of stored chunks that all engines make before or after decoding, and the errors they raise."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ChunkChecks:
         Raises
         ------
         CorruptChunkError
-            Altered bytes, or a header that no encoder writes.
+            Bytes were altered, or a header is not one that an encoder writes.
         """
         for c in jobs[~self._verified[plan.chunks[jobs]]]:
             try:
@@ -67,7 +67,7 @@ class ChunkChecks:
         Raises
         ------
         CorruptChunkError
-            Altered bytes, or fewer than a checksum has.
+            Bytes were altered, or there are fewer than a checksum has.
         """
         chunk = plan.chunks[c]
         if not self._verified[chunk]:
@@ -83,12 +83,12 @@ class ChunkChecks:
         plan, slab
             Chunks as they are stored.
         resident
-            bool, (n_chunks,). Chunks of which the slab may say anything.
+            bool, (n_chunks,). Chunks that are not taken from the slab, so that their entries are ignored.
 
         Raises
         ------
         CorruptChunkError
-            As :meth:`checked`.
+            As for :meth:`checked`.
         """
         tails = self._tails[plan.chunk_array]
         if not tails.any():
@@ -109,7 +109,7 @@ class ChunkChecks:
         Raises
         ------
         CorruptChunkError
-            One has not.
+            A chunk has another number of bytes.
         """
         array = plan.chunk_array[jobs]
         # The directory computes the sizes of a plain file's chunks, the last one's included.
@@ -123,7 +123,7 @@ class ChunkChecks:
             )
 
     def fill_value(self, plan: BatchPlan, c: int) -> Any:
-        """What the elements of the absent chunk `c` of a plan are, as stored (columns: local ones).
+        """Return the value of all elements of the absent chunk `c` of a plan, as stored (columns are local).
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Which chunks a set of boxes needs and what part of each goes where: integers only, no I/O.
+"""Plan boxes: find the chunks that a set of boxes needs, and where each part of them goes, without any I/O.
 
 The counterpart of :mod:`hbx_gpu._plan.rows` for arrays of several axes: rows of dense matrices, image tiles,
 boxes of an image, encoded images. The unit of work is again the *piece*: what one row needs of one chunk,
@@ -16,7 +16,7 @@ import numpy as np
 from hbx_gpu._source import ArrayLayout, BoxIndex, Source
 from hbx_gpu._storage.chunks import chunk_grid
 
-_ROWS = 1 << 16  # of a dataset that are looked at together
+_ROWS = 1 << 16  # rows of a dataset that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +56,16 @@ class ArrayPieces:
     Attributes
     ----------
     array
-        Its number.
+        Number of the array.
     first_chunk
-        Place of its first chunk in the plan's `chunks`.
+        Position of the array's first chunk in the plan's `chunks`.
     piece_ptr
-        int64, (n_chunks + 1,). Its chunk ``first_chunk + c`` serves pieces ``piece_ptr[c]:piece_ptr[c + 1]``.
+        int64, (n_chunks + 1,). Chunk ``first_chunk + c`` serves pieces ``piece_ptr[c]:piece_ptr[c + 1]``.
     row
-        int64, (n_pieces,). Output row.
+        int64, (n_pieces,). Output row of each piece.
     begin, count, out
-        int64, (n_pieces, n_axes). First element inside the chunk, elements, and place inside the row's box.
+        int64, (n_pieces, n_axes). First element of each piece inside its chunk, number of elements, and place
+        inside the row's box.
     """
 
     array: int
@@ -89,7 +90,7 @@ class BoxPlan:
     chunks
         int64, ascending. Global numbers of the chunks to read, each once.
     parts
-        The pieces, array by array.
+        The pieces of each array.
     """
 
     source: np.ndarray
@@ -124,9 +125,9 @@ def plan_boxes(table: BoxTable, rows: BoxIndex, selection: np.ndarray) -> BoxPla
 
 
 def full_boxes(shape: tuple[int, ...], lower: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First element and elements of boxes on every axis of an array, int64, (n, n_axes).
+    """Return the first element and the number of elements of boxes on every axis, int64, (n, n_axes).
 
-    Axes that `lower` and `size` do not have, or that they want in full (size -1), are filled in.
+    Axes that `lower` and `size` do not have, and axes with size -1, are taken in full.
     """
     k = min(size.shape[1], len(shape))
     begin = np.zeros((len(size), len(shape)), np.int64)
@@ -163,7 +164,7 @@ def _pieces(
     count = np.minimum(lower + size, edge + chunk) - begin
     grid = table.grids[array]
     numbers = np.ravel_multi_index(tuple(at.T), grid) + table.chunk_base[array]
-    # By chunk, and within a chunk from front to back.
+    # Sort pieces by chunk, and within a chunk from front to back.
     order = np.lexsort((begin[:, 0], numbers))
     numbers = numbers[order]
     head = np.flatnonzero(np.diff(numbers, prepend=-1))

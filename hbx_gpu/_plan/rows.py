@@ -1,9 +1,8 @@
-"""Which chunks a set of rows needs and where every piece of them goes: integers only, no I/O.
+"""Plan rows: find the chunks that a set of rows needs, and where every piece of them goes, without any I/O.
 
-A plan covers the rows of one batch, or of several batches laid end to end (a window): a chunk that
-several of them need stands in it once. The unit of work is the *piece*: the part of one row that
-lies in one chunk of one array. Pieces are sorted by chunk, so an engine decodes a chunk, hands out
-its pieces and forgets it.
+A plan covers the rows of one batch, or of several batches end to end (a window). A chunk that several batches
+need occurs in it once. The unit of work is the *piece*: the part of one row that lies in one chunk of one
+array. Pieces are sorted by chunk, so that an engine decodes a chunk, copies its pieces and can drop it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from hbx_gpu._source import RowIndex, Source
 
-_ROWS = 1 << 20  # of a dataset that are looked at together
+_ROWS = 1 << 20  # rows of a dataset that are looked at together
 INDEX_ROLE = 0
 """Role of the column-index array; role ``k + 1`` is the k-th layer."""
 
@@ -27,14 +26,14 @@ class SourceTable:
     Attributes
     ----------
     n_roles
-        Arrays per Source: column indices (role 0), where there are any, and the layers. Array
-        ``source * n_roles + role - first_role`` of the dataset's ChunkDirectory.
+        Arrays per Source: the column indices (role 0), if it has them, and the layers. In the dataset's
+        ChunkDirectory, the array of a role has the number ``source * n_roles + role - first_role``.
     chunk_base
         int64, (n_sources * n_roles + 1,). First global chunk number of each array.
     chunk_elements
         int64, (n_sources * n_roles,). Elements per chunk of each array.
     element_base
-        int64, (n_sources * n_roles,). Elements of all chunks of the arrays before each one.
+        int64, (n_sources * n_roles,). Elements of all chunks of all arrays before each array.
     remap
         int32. The distinct remaps of all Sources, end to end.
     remap_start, remap_length
@@ -44,7 +43,7 @@ class SourceTable:
     drops
         True if any remap drops a column.
     repeats
-        bool, (n_sources,). See :class:`~hbx_gpu._source.Source`.
+        bool, (n_sources,). Whether columns may repeat within a row; see :class:`~hbx_gpu._source.Source`.
     identity
         bool, (n_sources,). Whether the Source's remap changes nothing.
     first_role
@@ -65,7 +64,7 @@ class SourceTable:
     first_role: int = 0
 
     def roles(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and role of arrays."""
+        """Return source and role of each of the arrays `array`."""
         source, number = np.divmod(array, self.n_roles)
         return source, number + self.first_role
 
@@ -139,8 +138,8 @@ class BatchPlan:
     piece_ptr
         int64, (n_chunks + 1,). Chunk ``c`` serves pieces ``piece_ptr[c]:piece_ptr[c + 1]``.
     piece_row, piece_skip, piece_count, piece_out
-        int64, (n_pieces,). Output row; first element inside the chunk, ascending within a chunk; number of
-        elements; place of the first one in the output.
+        int64, (n_pieces,). For each piece: its output row; its first element inside the chunk, ascending
+        within a chunk; its number of elements; the place of its first element in the output.
     """
 
     source: np.ndarray
@@ -182,7 +181,7 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
 
     filled = np.flatnonzero(length)  # empty rows have no pieces
     group = source[filled].astype(np.int64)
-    # Rows by place in storage: so are their pieces then, with rare exceptions.
+    # Sort rows by their place in storage; their pieces are then sorted too, with rare exceptions.
     by_place = np.argsort(table.element_base[group * table.n_roles] + start[filled])
     filled, group = filled[by_place], group[by_place]
     begin = start[filled]
@@ -221,20 +220,20 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
 def _cut(
     elements: np.ndarray, group: np.ndarray, begin: np.ndarray, end: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Cut segments at the borders of chunks.
+    """Cut segments into pieces at the borders of chunks.
 
     Parameters
     ----------
     elements
-        Per Source: elements per chunk.
+        Elements per chunk of each Source.
     group, begin, end
-        Source and elements of each segment; by place in storage.
+        Source, first element and end of each segment, sorted by place in storage.
 
     Returns
     -------
     entry, first, skip, count, behind
-        Per piece, by place in storage: its segment, number of its chunk in the array, first element in the
-        chunk, number of elements, elements of the segment before it.
+        For each piece, sorted by place in storage: its segment, the number of its chunk in the array, its
+        first element in the chunk, its number of elements, and the elements of the segment before it.
     """
     size = elements[group]
     first = begin // size
@@ -262,8 +261,8 @@ def needed_chunks(table: SourceTable, rows: RowIndex) -> np.ndarray:
     Returns
     -------
     ndarray
-        int64, (k,). Global numbers; chunks of column indices beside the chunks of their values, so that any
-        beginning of the list serves whole rows.
+        int64, (k,). Global chunk numbers. Chunks of column indices come next to the chunks of their values,
+        so that the first chunks of the list, however many, serve whole rows.
     """
     n_chunks = int(table.chunk_base[-1])
     change = np.zeros(n_chunks + 1, np.int64)

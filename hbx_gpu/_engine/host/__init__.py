@@ -31,7 +31,7 @@ from hbx_gpu._storage.readers import Slab
 from hbx_gpu.errors import CorruptChunkError
 
 RAW = "raw"
-# Codec -> what decodes and hands out index chunks, value chunks, and says what went wrong.
+# Codec -> kernels that decode index chunks and value chunks, and the function that explains their status.
 _KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
     "bitpacking": (
         kernels.bitpacked_columns,
@@ -44,7 +44,7 @@ _KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What arrays must have in common to go through one kernel call; codec "" = none of the kernels'.
+    """The properties that arrays of one kernel call share; codec "" means that no kernel decodes them.
 
     Chunks that are stored as they are (`RAW`) may differ in their number of elements.
     """
@@ -83,7 +83,7 @@ class HostEngine:
     dtypes
         Output dtype of each layer.
     pool
-        Where the memory of outputs comes from; None: fresh memory.
+        Pool that the memory of outputs comes from; None for fresh memory.
     keep
         Bytes of decoded chunks of general codecs (blosc, zstd, gzip, ...) that are kept for later batches.
     """
@@ -151,7 +151,7 @@ class HostEngine:
         return indices, values, offsets
 
     def canonical(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """Rows of `plan` as sparse tensors want them; otherwise as :meth:`csr`.
+        """Return the rows of `plan` in canonical form, which sparse tensors need; see also :meth:`csr`.
 
         Returns
         -------
@@ -163,7 +163,8 @@ class HostEngine:
             int64, (n_rows + 1,).
         """
         indices, values = self._outputs(plan, np.int64)
-        # Rows are told apart while their columns are in cache; where columns are dropped, that says nothing.
+        # Pieces whose columns do not ascend are marked while they are in cache. Dropped columns, which are -1
+        # then, make the marks meaningless, so all rows of a panel are looked at again.
         falls = np.zeros(len(plan.piece_row), np.uint8)
         self._decode(plan, slab, [indices, *values], falls)
         offsets, falling = plan.offsets, np.full(plan.n_rows, self.table.drops)
@@ -182,9 +183,9 @@ class HostEngine:
         return self._empty(n, columns), [self._empty(n, dtype) for dtype in self.dtypes]
 
     def _decode(self, plan: BatchPlan, slab: Slab, outputs: list[np.ndarray], falls: np.ndarray) -> None:
-        """Bring all elements to `outputs`, with column -1 where the remap drops one.
+        """Decode all elements to `outputs`, with column -1 where the remap drops one.
 
-        `falls`, unless it is empty, gets 1 for pieces whose columns do not ascend.
+        `falls`, unless it is empty, is set to 1 for pieces whose columns do not ascend.
         """
         slab = self._checks.without_tails(plan, slab)
         absent = slab.address == 0
@@ -205,7 +206,7 @@ class HostEngine:
     def _packed(
         self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
     ) -> None:
-        """Chunks that a kernel decodes and hands out, all in one call."""
+        """Decode and copy all chunks that a kernel can decode, in one call."""
         word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
         columns, values, describe = _KERNELS[kind.codec]
         buffers: tuple[Any, ...]
@@ -237,7 +238,7 @@ class HostEngine:
     def _raw(
         self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
     ) -> None:
-        """Chunks that are stored as they are: only what the pieces need is touched."""
+        """Copy from chunks that are stored without a codec, touching only what the pieces need."""
         self._checks.raw_sizes(plan, slab, jobs)
         like = np.empty(0, kind.dtype)
         if kind.dtype == np.float16:
@@ -259,7 +260,7 @@ class HostEngine:
     def _general(
         self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray, falls: np.ndarray
     ) -> None:
-        """Chunks of any other codec: one library call each, then the same hand-out."""
+        """Decode chunks of any other codec, with one library call each, and copy their pieces."""
         table = self.table
         pieces = (plan.piece_skip, plan.piece_count, plan.piece_out)
         for c in jobs:
@@ -281,7 +282,7 @@ class HostEngine:
                 kernels.scatter_values(decoded, p0, p1, *pieces, out)
 
     def _decoded(self, plan: BatchPlan, slab: Slab, c: int, array: int) -> np.ndarray:
-        """The elements of a chunk, all or at least those that its pieces need."""
+        """Return the elements of a chunk: all, or at least those that its pieces need."""
         chunk = int(plan.chunks[c])
         kept = self._kept.get(chunk)
         if kept is not None:
@@ -300,7 +301,7 @@ class HostEngine:
         return decoded
 
     def _needed_blocks(self, plan: BatchPlan, raw: np.ndarray, c: int, array: int) -> np.ndarray | None:
-        """A chunk of which only the blocks that pieces touch are decoded; None where that saves little."""
+        """Decode only the blocks of a chunk that its pieces touch; return None where that saves little."""
         layout = self.directory.layouts[array]
         p0, p1 = int(plan.piece_ptr[c]), int(plan.piece_ptr[c + 1])
         skip, count = plan.piece_skip[p0:p1], plan.piece_count[p0:p1]
@@ -349,7 +350,7 @@ class HostEngine:
         return self.directory.error(int(plan.chunks[c]), describe(status))
 
     def _scratch_bytes(self, nbytes: int) -> np.ndarray:
-        """Scratch of this thread, kept between calls: fresh pages cost more than decoding into them."""
+        """Return scratch memory of this thread. It is kept between calls, because fresh pages are slow."""
         buffer = getattr(self._scratch, "buffer", None)
         if buffer is None or len(buffer) < nbytes:
             # uint64 backing keeps every view aligned.

@@ -65,7 +65,7 @@ class BoxEngine:
         n_features
             Width of the output.
         remaps
-            Per Source: int32, local column -> output column, -1 = drop.
+            Remap of each Source: int32, local column -> output column, -1 = drop.
 
         Returns
         -------
@@ -126,13 +126,14 @@ class BoxEngine:
         positions
             Whether boxes are single positions on the first axis, which is then left out.
         native
-            Per layer whether every array keeps the dtype it is stored in; else all have that of the engine.
+            Whether the arrays of each layer keep the dtype that they are stored in; otherwise all have the
+            engine's dtype.
 
         Returns
         -------
         list of list of ndarray
-            Per layer one array per row, views of one allocation per Source; without elements where a row
-            lacks the modality.
+            For each layer one array per row. The arrays are views of one allocation per Source; they have no
+            elements where a row lacks the modality.
 
         Raises
         ------
@@ -157,7 +158,7 @@ class BoxEngine:
         return outputs
 
     def _copy(self, plan: BoxPlan, slab: Slab, outputs: Sequence[Any]) -> None:
-        """Hand out what chunks hold to rows whose arrays are there."""
+        """Copy from chunks to the rows that have an output array."""
         for part in plan.parts:
             out = outputs[part.array % self.table.n_layers]
             if isinstance(out, np.ndarray) and _are_rows(part, out.shape[1:]):
@@ -173,7 +174,7 @@ class BoxEngine:
                     target[_slices(place[lead:], count[lead:])] = piece
 
     def _copy_rows(self, plan: BoxPlan, slab: Slab, part: ArrayPieces, out: np.ndarray) -> None:
-        """Hand out chunks of whole rows."""
+        """Copy from chunks whose pieces are whole rows."""
         row, position = part.row, part.begin[:, 0]
         for chunk, pieces in self._decoded(plan, slab, part):
             if pieces.stop - pieces.start == 1:  # most of them, in small batches
@@ -182,7 +183,7 @@ class BoxEngine:
                 out[row[pieces]] = chunk[position[pieces]]
 
     def _decoded(self, plan: BoxPlan, slab: Slab, part: ArrayPieces) -> Any:
-        """(elements, pieces) of the chunks of one array; one at a time."""
+        """Yield (elements, pieces) of the chunks of one array, one chunk at a time."""
         layout, codec = self.table.layouts[part.array], self._codecs[part.array]
         places = slice(part.first_chunk, part.first_chunk + len(part.piece_ptr) - 1)
         numbers, there = plan.chunks[places].tolist(), (slab.address[places] != 0).tolist()
@@ -200,7 +201,9 @@ class BoxEngine:
                     )
                 except ValueError as error:
                     raise self.directory.error(number, getattr(error, "reason", str(error))) from error
-                if codec.tail:  # it aliases the file, and its checksum is not to be computed again
+                if (
+                    codec.tail
+                ):  # such a chunk aliases the file; keeping it avoids verifying its checksum again
                     chunk = chunk.copy()
                 if codec.tail or not codec.is_raw:
                     self._kept.add(number, chunk)
@@ -213,7 +216,7 @@ class BoxEngine:
 
 
 def _are_rows(part: ArrayPieces, shape: tuple[int, ...]) -> bool:
-    """Whether pieces are whole rows of this shape, one position on the first axis each."""
+    """Return whether each piece is a whole row of this shape, at one position on the first axis."""
     whole = (1, *shape)
     return part.count.shape[1] == len(whole) and bool((part.count == whole).all())
 

@@ -1,4 +1,4 @@
-"""CSR rows as sparse tensors want them: int64 columns, ascending, each once within its row."""
+"""Bring CSR rows to canonical form: int64 columns that ascend, each once within its row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def drop_columns(
     Parameters
     ----------
     offsets, columns
-        Rows: int64, (n_rows + 1,), and integers, (nnz,).
+        The rows: int64, (n_rows + 1,), and integers, (nnz,).
     layers
         Values of each layer, (nnz,).
 
@@ -27,7 +27,7 @@ def drop_columns(
     offsets
         int64, (n_rows + 1,), a new array.
     columns, layers
-        The beginnings of the arrays that were given.
+        Views of the given arrays, as long as what is left.
     """
     for values in layers:
         kernels.drop_values(columns, values)
@@ -61,7 +61,7 @@ def sort_rows(
     Returns
     -------
     offsets, columns, layers
-        As given, or shorter where columns were repeated.
+        The given arrays, or shorter views of them where columns were repeated.
 
     Notes
     -----

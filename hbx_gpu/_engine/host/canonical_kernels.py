@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 _WORDS_PER_ELEMENT = 8
-"""Words of 64 columns per element of a row up to which counting bits costs less than sorting by radix."""
+"""Counting bits is faster than sorting by radix up to so many words of 64 columns per element of a row."""
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -30,18 +30,18 @@ def _bits_of(typingctx, word):  # noqa: ARG001 - numba's signature
 
 @_jit
 def _ascends(line):
-    """Whether columns ascend, each once."""
+    """Return whether columns ascend and none repeats."""
     falling = False
     for k in range(1, len(line)):
-        falling |= line[k] <= line[k - 1]  # no way out: the loop vectorises
+        falling |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
     return not falling
 
 
 @_jit
 def _by_rank(line, values, words, before, columns, sums):
-    """Sort one row by the rank of its columns; returns False, and changes nothing, where a column repeats.
+    """Sort one row by the rank of its columns; return False, and change nothing, where a column repeats.
 
-    `words` is all zeros, and is left so. `columns` and `sums` have room for the row.
+    `words` must be all zeros, and is all zeros afterwards. `columns` and `sums` have room for the row.
     """
     one, low, six = np.uint64(1), np.uint64(63), np.uint64(6)
     for k in range(len(line)):
@@ -153,7 +153,7 @@ def drop_columns(offsets, columns, kept):
 
 @_jit
 def sum_repeats(offsets, columns, values):
-    """Add each value whose column equals the one before it to that one's, and move the rest to the front.
+    """Add the values of equal columns of a sorted row to the first of them, and move the sums to the front.
 
     Rows are sorted. Columns stay as they are: see `drop_repeats`.
     """

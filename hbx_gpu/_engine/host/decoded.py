@@ -1,4 +1,4 @@
-"""Chunks that were decoded, kept for later batches within a bound of bytes."""
+"""Keep decoded chunks for later batches, up to a number of bytes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 class DecodedChunks:
-    """Decoded chunks by their number. Safe to use from many threads.
+    """Decoded chunks by their number. It can be used from many threads.
 
-    When it is full, any one of its chunks makes room for a new one: with more chunks than fit, visited
-    again and again in the order of the file, dropping the oldest would drop each just before its use.
+    When it is full, a new chunk takes the place of a random one. With more chunks than fit, visited again and
+    again in the order of the file, dropping the oldest would drop each chunk just before its use.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""CSR rows to dense rows on the host: written once, in any float width, counts transformed on the way."""
+"""Turn CSR rows into dense rows on the host: in any float width, with counts transformed in the same pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hbx_gpu.batch import SparseBatch
 from hbx_gpu.transforms import Transform, not_counts
 
 FORMATS = {"float32": NATIVE, "float64": NATIVE, "bfloat16": BFLOAT16, "float16": FLOAT16}
-"""Dense dtypes; the 16-bit ones are made as bit patterns in uint16, which NumPy lacks or numba cannot add."""
+"""Dense dtypes. The 16-bit ones are made as bit patterns in uint16: NumPy has no bfloat16, and numba cannot
+add float16."""
 
 
 def _are_counts(values: np.ndarray) -> bool:
@@ -29,18 +30,18 @@ def densify(
     transform: Transform | None = None,
     pool: BufferPool | None = None,
 ) -> np.ndarray:
-    """A sparse batch as a dense matrix; columns that repeat within a row are summed.
+    """Return a sparse batch as a dense matrix; columns that repeat within a row are summed.
 
     Parameters
     ----------
     batch
         Rows of a sparse feature space.
     dtype
-        A key of `FORMATS`.
+        dtype of the output, a key of `FORMATS`.
     transform
-        Done to the sums, before rounding to `dtype`.
+        Transform to apply to the sums before they are rounded to `dtype`.
     pool
-        Where the output's memory comes from.
+        Pool that the memory of the output comes from.
 
     Returns
     -------
@@ -50,9 +51,9 @@ def densify(
     Raises
     ------
     ValueError
-        Unknown dtype, or a column outside the matrix.
+        The dtype is unknown, or a column lies outside the matrix.
     InvalidDataError
-        A transform, and values that are no counts.
+        There is a transform, and values are not counts.
     """
     if dtype not in FORMATS:
         raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")

@@ -42,7 +42,7 @@ def float16_bits(x):
 
 @_jit
 def _scale_of(values, a, b, target_sum):
-    """Factor that makes values[a:b] sum to target_sum; 1 without one or for an empty row."""
+    """Return the factor that makes values[a:b] sum to target_sum; 1 without target_sum and for empty rows."""
     if target_sum <= 0:
         return 1.0
     total = 0.0
@@ -84,7 +84,7 @@ def log1p32(x, out):
 
 @_jit
 def _inside(indices, a, b, n_features):
-    """Whether all of indices[a:b] lie in [0, n_features)."""
+    """Return whether all of indices[a:b] lie in [0, n_features)."""
     part = indices[a:b]
     low, high = np.int32(0), np.int32(-1)
     for k in range(len(part)):
@@ -97,7 +97,7 @@ def _inside(indices, a, b, n_features):
 
 @_jit
 def add_rows(offsets, indices, values, target_sum, out):
-    """Rows into a float matrix: zero a row, add to it while it is in cache, go on.
+    """Write rows to a float matrix: zero each row, then add to it while it is in cache.
 
     Returns the first row with a column outside the matrix, or -1.
     """
@@ -110,7 +110,8 @@ def add_rows(offsets, indices, values, target_sum, out):
         line[:] = 0
         scale = _scale_of(values, a, b, target_sum)
         columns, counts = indices[a:b], values[a:b]
-        # Unsigned columns: a signed one might count from the end, and would be asked every time.
+        # Columns are made unsigned: numba would test each signed one for being negative, to count from the
+        # end.
         if scale == 1.0:
             for k in range(len(columns)):
                 line[np.uint64(columns[k])] += number(counts[k])
@@ -122,10 +123,10 @@ def add_rows(offsets, indices, values, target_sum, out):
 
 @_jit
 def convert_rows(offsets, indices, values, target_sum, log, kind, tile, sums, out):
-    """As `add_rows`, then a function of each sum: log1p, or a narrower float.
+    """Do what `add_rows` does, then apply log1p to each sum or convert it to a narrower float.
 
-    `tile` is one row of float32 zeros, and is left so: repeated columns add up there first. `sums` has room
-    for the values of the longest row.
+    `tile` is one row of float32 zeros, in which repeated columns are added up first; it is all zeros again
+    afterwards. `sums` has room for the values of the longest row.
     """
     for row in range(len(offsets) - 1):
         a, b = offsets[row], offsets[row + 1]

@@ -1,9 +1,9 @@
 """Numba kernels of the host engine: compiled once, cached on disk, run without the GIL.
 
-Each one handles a list of chunks of one kind: decode into scratch, hand out the pieces, go on.
-Bounds are checked here for everything that comes from decoded bytes (column numbers); what comes
-from the plan was checked when the dataset was made. A chunk that fails sets its status and writes
-nothing more.
+Each kernel handles a list of chunks of one kind: it decodes a chunk into scratch, copies its pieces to the
+output, and goes on. Everything that comes from decoded bytes (column numbers) is checked here; what comes
+from the plan was checked when the dataset was made. A chunk that fails sets its status and writes nothing
+more.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ COLUMN_OUT_OF_RANGE = -1
 """Status of a chunk that holds a column number its Source does not have."""
 
 _FAR = 16 << 20
-"""Outputs of more bytes are written past the caches, which could not keep them: memory need not be read then
-before it is written."""
+"""Outputs of more bytes than this are written past the caches, which could not keep them. The CPU then need
+not read memory before it is written."""
 
-_STORED = 32  # bytes at once
+_STORED = 32  # bytes that are written past the caches at once
 _LINE = 1024  # columns looked up before they are written past the caches
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -64,7 +64,7 @@ def _store_past_caches(typingctx, target, source, target_at, source_at):  # noqa
 
 @intrinsic
 def _fence(typingctx):  # noqa: ARG001
-    """What was stored past the caches is seen by other threads before anything that follows."""
+    """Make what was stored past the caches visible to other threads before anything that follows."""
 
     def codegen(context, builder, signature, args):  # noqa: ARG001
         builder.fence("seq_cst")
@@ -75,7 +75,7 @@ def _fence(typingctx):  # noqa: ARG001
 
 def _copy(source, target, far):
     """Copy the elements of an array to another; past the caches if the target is `far`."""
-    raise NotImplementedError  # compiled only
+    raise NotImplementedError  # exists in compiled code only
 
 
 @overload(_copy)
@@ -115,10 +115,10 @@ def _bytes_at(address, nbytes):
 
 @_jit
 def _falls(line):
-    """Whether columns do not ascend, each once; while they are in cache."""
+    """Return whether columns do not ascend or one repeats; call it while they are in cache."""
     falling = False
     for k in range(1, len(line)):
-        falling |= line[k] <= line[k - 1]  # no way out: the loop vectorises
+        falling |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
     return falling
 
 
@@ -143,18 +143,18 @@ def _look_up_far(source, remap, target):
 
 @_jit
 def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, falls):
-    """Hand the pieces p0..p1 of one decoded index chunk out, local -> output column.
+    """Copy the pieces p0..p1 of one decoded index chunk to the output, as output columns.
 
-    Returns False at a piece with a column number outside the remap. `identity` says that the remap
-    changes nothing, so that looking it up can be left out. `falls`, unless it is empty, gets 1 for pieces
-    whose output columns do not ascend.
+    Returns False at a piece with a column number outside the remap. `identity` means that the remap changes
+    nothing, so that columns need not be looked up. `falls`, unless it is empty, is set to 1 for pieces whose
+    output columns do not ascend.
     """
     far = out.size * out.itemsize > _FAR
     for p in range(p0, p1):
-        # Slices, and loops from 0: the compiler then sees no negative index and vectorises.
+        # With slices, and loops from 0, the compiler knows that no index is negative, and vectorizes.
         source = decoded[skip[p] : skip[p] + count[p]]
         target = out[out_at[p] : out_at[p] + count[p]]
-        # Checked before it is used, in a pass of its own: that one vectorises, a look-up does not.
+        # Columns are checked in a pass of their own, because that pass is vectorized and the look-up is not.
         low = high = source[0]
         for k in range(len(source)):
             if source[k] > high:
@@ -181,7 +181,7 @@ def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, 
 
 @_jit
 def scatter_values(decoded, p0, p1, skip, count, out_at, out):
-    """Hand the pieces p0..p1 of one decoded value chunk out."""
+    """Copy the pieces p0..p1 of one decoded value chunk to the output."""
     far = out.size * out.itemsize > _FAR
     for p in range(p0, p1):
         source = decoded[skip[p] : skip[p] + count[p]]
@@ -190,7 +190,7 @@ def scatter_values(decoded, p0, p1, skip, count, out_at, out):
 
 @_jit
 def mark_falling_rows(piece_row, piece_out, offsets, columns, falls, rows):
-    """Set `rows` where columns do not ascend, each once: inside a piece or from one to the next."""
+    """Set `rows` where columns do not ascend or repeat, inside a piece or from one piece to the next."""
     for p in range(len(piece_row)):
         row, at = piece_row[p], piece_out[p]
         if falls[p] or (at > offsets[row] and columns[at] <= columns[at - 1]):
@@ -199,7 +199,7 @@ def mark_falling_rows(piece_row, piece_out, offsets, columns, falls, rows):
 
 @_jit
 def _needed_words(skip, count, p0, p1, itemsize, element_size):
-    """Range of packed words that hold the elements of pieces p0..p1."""
+    """Return the range of packed words that hold the elements of pieces p0..p1."""
     low, high = skip[p0], skip[p0] + count[p0]
     for p in range(p0 + 1, p1):
         low = min(low, skip[p])
@@ -301,8 +301,9 @@ def _copy_edge(src, geometry, b, skip, end, out, at, edge, held):
 def _decode_piece(src, geometry, skip, count, out, at, edge, held):
     """Decode values [skip, skip + count) of a chunk to out[at:at + count]; returns (status, held).
 
-    Blocks that lie wholly in the piece go straight to their place. The two at its ends go through `edge`
-    (one block), where block `held` still stands from the piece before: neighbouring rows share it.
+    Blocks that lie wholly in the piece are decoded to their place. The two at its ends are decoded to `edge`,
+    which has room for one block. Block `held` is still there from the piece before, because neighboring rows
+    share blocks.
     """
     end = skip + count
     head, first, last = skip // BLOCK, (skip + BLOCK - 1) // BLOCK, end // BLOCK
