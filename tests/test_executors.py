@@ -32,6 +32,7 @@ from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
+from tests.ids import stable
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +255,7 @@ def test_without_dali_asking_for_it_names_the_extra(dataset: CellDataset) -> Non
         {"layout": "dense", "num_workers": 1},
         {"layout": "dense", "executor": "direct"},
     ],
-    ids=str,
+    ids=stable,
 )
 def test_what_stays_direct(dataset: CellDataset, options: dict[str, Any]) -> None:
     assert type(make_loader(dataset, sampler_for(dataset), **options)) is CellLoader
@@ -276,7 +277,7 @@ def test_the_samplers_workers_stay_direct_unless_dali_is_asked_for(dataset: Cell
         ({"executor": "dali", "collate_fn": sparse_to_dense_collate}, "layout"),
         ({"executor": "dali", "layout": "dense", "num_workers": 2}, "worker processes"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_options_that_do_not_go_together(dataset: CellDataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -304,7 +305,7 @@ def test_a_state_goes_from_one_executor_to_the_other(dataset: CellDataset, first
 @pytest.mark.parametrize(
     "storage",
     [{"io": "pinned"}, {"residency": "host"}, {"residency": "device", "residency_budget": 1000}],
-    ids=str,
+    ids=stable,
 )
 def test_io_and_residency_reach_the_feed(
     dataset: CellDataset, executor: str, storage: dict[str, Any]

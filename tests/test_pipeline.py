@@ -26,6 +26,7 @@ from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
+from tests.ids import stable
 from tests.pages import blocks
 from tests.test_loader import Slow, loader_threads
 
@@ -209,7 +210,7 @@ def test_an_error_of_an_operator_arrives(dataset: CellDataset) -> None:
         ({"layout": "blocked"}, "blocked"),
         ({"num_workers": 2}, "worker processes"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_options_that_do_not_go_together(dataset: CellDataset, options: Fields, message: str) -> None:
     with pytest.raises(ValueError, match=message):
