@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._advice import option
 from hbx_gpu.errors import CorruptDataError, UnsafePathError
 
 METADATA_BYTES = 16 << 20
@@ -138,10 +139,13 @@ class Within:
     ----------
     root
         The folder; it may be reached through links itself. An empty text allows everything.
+    remedy
+        What to do about a link that leads out; by default to allow links.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, remedy: str | None = None) -> None:
         self._root = os.path.realpath(root) if root else ""
+        self._remedy = remedy
         self._seen: dict[str, bool] = {}
 
     def check(self, path: str) -> None:
@@ -158,21 +162,27 @@ class Within:
         if folder not in self._seen:
             self._seen[folder] = self._holds(os.path.realpath(folder))
         if not self._seen[folder] or (os.path.islink(path) and not self._holds(os.path.realpath(path))):
-            raise leads_out(path, self._root)
+            raise leads_out(path, self._root, self._remedy)
 
     def _holds(self, real: str) -> bool:
         return real == self._root or real.startswith(self._root.rstrip("/") + "/")
 
 
-def leads_out(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> UnsafePathError:
-    """The error for a path that links lead out of a folder."""
+def leads_out(
+    path: str | os.PathLike[str], root: str | os.PathLike[str], remedy: str | None = None
+) -> UnsafePathError:
+    """The error for a path that links lead out of a folder; by default it advises to allow links."""
+    remedy = remedy or f"if you made that link, pass {option('allow_links', 'True')}"
     return UnsafePathError(
-        f"{os.fspath(path)} leads out of {os.fspath(root)}, to {os.path.realpath(path)}; if you made that "
-        "link, pass allow_links=True"
+        f"{os.fspath(path)} leads out of {os.fspath(root)}, to {os.path.realpath(path)}; {remedy}"
     )
 
 
-def check_tree(folder: Path, *, links: bool) -> None:
+NO_LINK = "nothing is written through that link: put what it leads to in its place"
+"""What to do about a link that no option allows."""
+
+
+def check_tree(folder: Path, *, links: bool, remedy: str | None = None) -> None:
     """Refuse a folder that holds anything but regular files and folders.
 
     Parameters
@@ -181,13 +191,15 @@ def check_tree(folder: Path, *, links: bool) -> None:
         Looked through with all folders in it.
     links
         Allow links, to regular files and to folders, which are not looked through.
+    remedy
+        What to do about a link that leads out; by default to allow links.
 
     Raises
     ------
     UnsafePathError
         Names the entry.
     """
-    within = Within(str(folder))
+    within = Within(str(folder), remedy)
     pending = [str(folder)]
     while pending:
         with os.scandir(pending.pop()) as entries:

@@ -62,6 +62,7 @@ class Options:
     seed: int = 0
     field: str | None = None
     layer: str | None = None
+    allow_links: bool = False
 
 
 @dataclass
@@ -138,7 +139,7 @@ def run(
     """
     gpu = resolve(options.device)
     if dataset is None:
-        dataset = open_dataset(options.path, options.field, options.layer)
+        dataset = open_dataset(options.path, options.field, options.layer, allow_links=options.allow_links)
     kinds, skipped = executors(options.executors)
     settings = combinations(
         layouts=options.layouts,

@@ -107,7 +107,9 @@ def combinations(
     ]
 
 
-def open_dataset(path: Path, field: str | None = None, layer: str | None = None) -> Any:
+def open_dataset(
+    path: Path, field: str | None = None, layer: str | None = None, *, allow_links: bool = False
+) -> Any:
     """A dataset over all cells of what lies at `path`: an atlas, or an SCDL archive.
 
     Raises
@@ -120,7 +122,8 @@ def open_dataset(path: Path, field: str | None = None, layer: str | None = None)
         from hbx_gpu._datasets.dense import DenseCellDataset
         from hbx_gpu.atlas import RaggedAtlas
 
-        dataset = RaggedAtlas.checkout_latest(str(path)).query().to_cell_dataset(field, layer)
+        atlas = RaggedAtlas.checkout_latest(str(path), allow_links=allow_links)
+        dataset = atlas.query().to_cell_dataset(field, layer)
         if isinstance(dataset, DenseCellDataset):
             raise UnsupportedError(
                 f"{dataset.feature_space!r} is a dense space; bench measures sparse ones, chosen with --field"

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -82,6 +84,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=local_argument, metavar="FOLDER", help="write bench.txt, .json and .png there"
     )
+    add_allow_links(parser)
     parser.set_defaults(command=_bench, if_interrupted="nothing was written")
 
 
@@ -114,8 +117,9 @@ def _bench(args: argparse.Namespace) -> int:
         seed=args.seed,
         field=args.field,
         layer=args.layer,
+        allow_links=args.allow_links,
     )
-    with tqdm(desc="bench", unit="setting", file=sys.stderr, mininterval=0.2) as bar:
+    with from_command(FLAGS), tqdm(desc="bench", unit="setting", file=sys.stderr, mininterval=0.2) as bar:
 
         def begin(steps: int) -> Any:
             bar.reset(total=steps)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hbx_gpu._advice import from_command
+from hbx_gpu._commands import links
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar
 from hbx_gpu.errors import InvalidDataError
@@ -65,6 +66,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--allow-normalized", action="store_true", help="from a file: accept values that are not counts"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an archive at TARGET")
+    links.add_allow_links(parser)
     parser.set_defaults(
         command=_convert,
         if_interrupted="an archive is as it was before; an atlas has the finished blocks, run it again",
@@ -118,7 +120,7 @@ def _say(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 # Python's parameters, as the options of this command.
-_FLAGS = {
+_FLAGS = links.FLAGS | {
     "feature_id": "--feature-id-column",
     "feature_id_column": "--feature-id-column",
     "layer": "--layer",
@@ -132,8 +134,8 @@ _FLAGS = {
     "overwrite": "--overwrite",
 }
 _USED = {
-    "archive": {"layer", "feature_id", "codec", "allow_loss"},
-    "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "overwrite"},
+    "archive": {"layer", "feature_id", "codec", "allow_loss", "allow_links"},
+    "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "allow_links", "overwrite"},
     "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "overwrite"},
 }
 
@@ -156,6 +158,7 @@ def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:
         feature_id=args.feature_id,
         codec=args.codec,
         allow_loss=args.allow_loss,
+        allow_links=args.allow_links,
         progress=progress,
     )
 
@@ -171,6 +174,7 @@ def _from_atlas(args: argparse.Namespace, progress: Progress) -> int:
         union=args.union,
         keep_uids=args.keep_uids,
         allow_loss=args.allow_loss,
+        allow_links=args.allow_links,
         overwrite=args.overwrite,
         progress=progress,
     )

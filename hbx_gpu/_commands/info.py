@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -15,6 +17,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version", dest="snapshot", type=int, metavar="N", help="snapshot; the newest by default"
     )
+    add_allow_links(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
 
 
@@ -23,5 +26,6 @@ def run(args: argparse.Namespace) -> int:
     from hbx_gpu.atlas import Snapshot
     from hbx_gpu.atlas._upkeep.summary import describe
 
-    print(describe(Snapshot.open(args.path, args.snapshot)))
+    with from_command(FLAGS):
+        print(describe(Snapshot.open(args.path, args.snapshot, allow_links=args.allow_links)))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbx_gpu._advice import from_command
+from hbx_gpu._commands import links
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
@@ -125,6 +126,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
     parser.add_argument(
         "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
     )
+    links.add_allow_links(parser)
     several = parser.add_argument_group("several modalities of the same cells, joined by cell id")
     several.add_argument(
         "--modality",
@@ -164,7 +166,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
 
 
 # Python's parameters, as the options of this command.
-_FLAGS = {
+_FLAGS = links.FLAGS | {
     "feature_id_column": "--feature-id-column",
     "strip_versions": "--strip-versions",
     "require_shared_genes": "--require-shared-genes",
@@ -338,7 +340,11 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
         fields[field_name] = space.name
     # Of an atlas that exists, nothing of this is asked: each dataset says what it adds.
     return create_or_open_atlas(
-        args.atlas, cell_table_name=table, codec=None if exists else args.codec, pointer_fields=fields
+        args.atlas,
+        cell_table_name=table,
+        codec=None if exists else args.codec,
+        pointer_fields=fields,
+        allow_links=args.allow_links,
     )
 
 

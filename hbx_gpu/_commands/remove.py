@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -23,6 +25,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="DATASET",
         help="uid of the dataset, or the name of its file, as hbx-gpu info shows",
     )
+    add_allow_links(parser)
     parser.set_defaults(command=run, if_interrupted="the next writer finishes it")
 
 
@@ -30,10 +33,11 @@ def run(args: argparse.Namespace) -> int:
     """Remove the dataset and take a snapshot."""
     from hbx_gpu.atlas import RaggedAtlas
 
-    atlas = RaggedAtlas.open(args.atlas)
-    removed = atlas.remove_dataset(args.dataset)
-    atlas.optimize()
-    version = atlas.snapshot()
+    with from_command(FLAGS):
+        atlas = RaggedAtlas.open(args.atlas, allow_links=args.allow_links)
+        removed = atlas.remove_dataset(args.dataset)
+        atlas.optimize()
+        version = atlas.snapshot()
     print(
         f"{args.dataset}: {removed.n_cells:,} cells and {removed.n_features:,} features removed; snapshot "
         f"{version} is without them"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hbx_gpu._advice import from_command
+from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
@@ -22,6 +24,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         "atlas", type=local_argument, metavar="ATLAS", help="the atlas; also one that Homeobox made"
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
+    add_allow_links(parser)
     parser.set_defaults(command=run, if_interrupted="every group is whole; run the command again to go on")
 
 
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from hbx_gpu.atlas import repack
     from hbx_gpu.atlas._upkeep.summary import describe_repack
 
-    with bar(" values", "repack") as show:
-        report = repack(args.atlas, args.codec, progress=show)
+    with from_command(FLAGS), bar(" values", "repack") as show:
+        report = repack(args.atlas, args.codec, allow_links=args.allow_links, progress=show)
     print(describe_repack(report))
     return 0

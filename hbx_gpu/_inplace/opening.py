@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def open(*paths: Paths) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of other libraries
+def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of other libraries
     """Open stores where they lie and query their cells; nothing is written beside them.
 
     What a path holds is recognized by its content: AnnData (.h5ad of any release, zarr v2 and v3), MuData,
@@ -29,6 +29,9 @@ def open(*paths: Paths) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of othe
     *paths
         Files, directories, globs, folders of stores, or lists of them. Several stores become one query,
         their cells one after the other.
+    allow_links
+        Follow links that lead out of an atlas, which are refused otherwise. Other stores are a file, or a
+        folder whose links are followed.
 
     Returns
     -------
@@ -57,5 +60,5 @@ def open(*paths: Paths) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of othe
             )
         from hbx_gpu.atlas import RaggedAtlas
 
-        return RaggedAtlas.checkout_latest(atlases[0]).query()
+        return RaggedAtlas.checkout_latest(atlases[0], allow_links=allow_links).query()
     return Cells(open_stores(found))

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.atlas import RaggedAtlas, add_from_h5ad, create_or_open_atlas
@@ -143,6 +146,18 @@ def test_one_block_with_all_genes(scdl_cases: dict[str, Case], tmp_path: Path) -
     assert {"uid", "dataset_uid"} <= set(opened.obs.names)
     assert len(set(opened.obs.column("uid").to_pylist())) == 43
     assert dense(tmp_path / "union") == dense(archive)
+
+
+def test_cells_and_genes_with_names_only(tmp_path: Path) -> None:
+    counts = np.arange(6, dtype=np.float32).reshape(3, 2)
+    names = pd.DataFrame(index=["AACG", "CCGT", "GGTA"]), pd.DataFrame(index=["GENE1", "GENE2"])
+    atlas = create_or_open_atlas(tmp_path / "atlas")
+    atlas.add_from_anndata(ad.AnnData(sp.csr_matrix(counts), *names))
+    atlas.optimize()
+    atlas.snapshot()
+    assert atlas_to_archive(tmp_path / "atlas", tmp_path / "archive") == 3
+    assert open_archive(tmp_path / "archive").var.frames[0]["feature_id"].tolist() == ["GENE1", "GENE2"]
+    assert dense(tmp_path / "archive")["2"] == {"GENE1": 4.0, "GENE2": 5.0}
 
 
 def test_what_is_added_later_is_not_lost(scdl_cases: dict[str, Case], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hbx_gpu import cli
+from hbx_gpu._bench.settings import open_dataset
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal, RepackNote
 from hbx_gpu.errors import AtlasError, HbxError, UnsafePathError
@@ -210,6 +211,57 @@ def test_links_are_followed_where_asked_for(atlas: Path, outside: Path) -> None:
         read(atlas)
     for mine, true in zip(read(atlas, allow_links=True), expected, strict=True):
         np.testing.assert_array_equal(mine, true)
+
+
+@pytest.mark.parametrize("planted", ["store", "table"])
+def test_commands_follow_links_where_asked_for(
+    atlas: Path, outside: Path, tmp_path: Path, planted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LINKS[planted](atlas, outside)
+    arguments = commands(atlas, tmp_path) | {
+        "bench": ["bench", str(atlas)],
+        "remove": ["remove", str(atlas), "new.h5ad"],
+    }
+    for name in ("info", "convert", "bench", "ingest", "repack", "remove"):
+        before = content(outside)
+        assert cli.main(arguments[name]) == 1
+        told = capsys.readouterr().err
+        assert "leads out of" in told
+        assert "pass --allow-links\n" in told
+        assert content(outside) == before
+        if name == "bench":  # which measures for too long
+            assert len(open_dataset(atlas, allow_links=True)) == 80
+            continue
+        assert cli.main([*arguments[name], "--allow-links"]) == 0, capsys.readouterr().err
+        capsys.readouterr()
+    read(atlas, allow_links=True)
+
+
+def test_repack_leaves_linked_groups_alone_in_any_case(
+    atlas: Path, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LINKS["array"](atlas, outside)
+    before = content(outside)
+    assert cli.main(["repack", str(atlas), "--codec", "zstd", "--allow-links"]) == 0
+    told = capsys.readouterr().out
+    assert "repack rewrites only what lies in the store" in told
+    assert "allow" not in told
+    assert content(outside) == before
+
+
+@pytest.mark.parametrize("planted", ["lock", "notes", "staging"])
+def test_no_option_writes_through_a_link(
+    atlas: Path, outside: Path, tmp_path: Path, planted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if planted == "staging":
+        (atlas / "zarr_store" / ".staging").mkdir(exist_ok=True)
+    LINKS[planted](atlas, outside)
+    before = content(outside)
+    assert cli.main([*commands(atlas, tmp_path)["ingest"], "--allow-links"]) == 1
+    told = capsys.readouterr().err
+    assert "put what it leads to in its place" in told
+    assert "pass" not in told
+    assert content(outside) == before
 
 
 @pytest.mark.parametrize("name", ["../../outside/gene_expression", "/etc", "a/../b", ".staging/x", "a//b"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
-from hbx_gpu._untrusted import leads_out, open_regular, parse_json, read_small
+from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, parse_json, read_small
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_name
 from hbx_gpu.errors import AtlasError, AtlasLockedError
 
@@ -236,7 +236,7 @@ class Journal:
 def _checked(folder: Path) -> Path:
     """Check that our folder in an atlas is not a link, because notes are removed and a lock written there."""
     if folder.is_symlink():
-        raise leads_out(folder, folder.parent)
+        raise leads_out(folder, folder.parent, NO_LINK)
     return folder
 
 
@@ -310,7 +310,7 @@ class WriteLock:
         folder.mkdir(exist_ok=True)
         path = folder / "lock"
         if path.is_symlink():  # writing through the link would overwrite its target
-            raise leads_out(path, self._root)
+            raise leads_out(path, self._root, NO_LINK)
         file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             free = lock(file)

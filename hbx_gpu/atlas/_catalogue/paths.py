@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hbx_gpu._untrusted import Within, check_tree, leads_out
+from hbx_gpu._untrusted import NO_LINK, Within, check_tree, leads_out
 from hbx_gpu.errors import AtlasError, UnsafePathError
 
 STAGING = ".staging"
@@ -92,7 +92,7 @@ def staging_path(store: Path, name: Any) -> Path:
     """
     folder = store / STAGING
     if folder.is_symlink():
-        raise leads_out(folder, store)
+        raise leads_out(folder, store, NO_LINK)
     return folder / plain_name(name, "the folder of unfinished files")
 
 

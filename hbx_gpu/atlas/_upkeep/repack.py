@@ -111,7 +111,11 @@ class _Plan:
 
 
 def repack(
-    atlas_path: str | os.PathLike[str], codec: str, *, progress: Progress | None = None
+    atlas_path: str | os.PathLike[str],
+    codec: str,
+    *,
+    allow_links: bool = False,
+    progress: Progress | None = None,
 ) -> RepackReport:
     """Rewrite index and layers of every sparse group in another codec, in place.
 
@@ -130,6 +134,9 @@ def repack(
     codec
         One of `codec_names`. Layers of floats take the general codec that belongs to it.
         It also becomes the codec of later ingests, in an atlas that hbx_gpu made.
+    allow_links
+        Follow a link to the tables or to the zarr store that leads out of the atlas. Groups that are links,
+        or have links in them, are left alone in any case.
     progress
         Called with the number of values done and of all values; each counts twice, written and compared.
 
@@ -153,14 +160,16 @@ def repack(
     """
     check_codec(codec)
     root = atlas_root(atlas_path)
-    check_database(root)
+    check_database(root, allow_links=allow_links)
     records = read_records(root)
     # The oldest generation records a path that may belong to another atlas; nothing outside this one is
     # rewritten.
-    store = check_store(root, resolve_store(root, records[-1]) if records else root / "zarr_store")
+    sibling = root / "zarr_store"
+    found = resolve_store(root, records[-1], allow_links=allow_links) if records else sibling
+    store = check_store(root, found, allow_links=allow_links and found == sibling)
     _check_writable(root, store)
     with WriteLock(root).hold():
-        datasets = _recover(root, store, records)
+        datasets = _recover(root, store, records, allow_links=allow_links)
         plans = [
             _plan(store, name, space, has_features, codec)
             for (name, space), has_features in sorted(_groups(root, records, datasets).items())
@@ -186,10 +195,10 @@ def _check_writable(*folders: Path) -> None:
             )
 
 
-def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
+def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord], *, allow_links: bool) -> str:
     """Clean up after killed writers; returns the name of the table of groups."""
     try:
-        names = Names.load(root)
+        names = Names.load(root, allow_links=allow_links)
     except OlderGenerationError:
         # This package does not ingest into such an atlas, so only a repack can have been interrupted.
         swap.recover(Journal(root), store)
@@ -199,7 +208,7 @@ def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord]) -> str:
             f"the atlas at {root} has no snapshot and was not made by hbx_gpu, so nothing says what it "
             "holds; take a snapshot with the program that made it"
         )
-    Catalogue(root, store, names).recover()
+    Catalogue(root, store, names, allow_links=allow_links).recover()
     return names.dataset_table
 
 
@@ -233,7 +242,10 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
         if space.index_array is None:
             return _Plan(name, space_name, left_alone=space.pointer.replace("_", " "))
         arrays, rewrite, n_values = plan_arrays(path, name, space, codec, within=store)
-    except (AtlasError, UnsafePathError, FileNotFoundError, UnsupportedCodecError) as error:
+    except UnsafePathError as error:
+        told = str(error).partition(";")[0]
+        return _Plan(name, space_name, left_alone=f"{told}; repack rewrites only what lies in the store")
+    except (AtlasError, FileNotFoundError, UnsupportedCodecError) as error:
         return _Plan(name, space_name, left_alone=str(error))
     return _Plan(name, space_name, arrays, rewrite, n_values)
 

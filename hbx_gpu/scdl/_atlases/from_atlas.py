@@ -51,6 +51,7 @@ def atlas_to_archive(
     union: bool = False,
     keep_uids: bool = False,
     allow_loss: bool = False,
+    allow_links: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> int:
@@ -80,6 +81,8 @@ def atlas_to_archive(
         Write ``uid`` and ``dataset_uid`` as obs columns. Names of cells are stored in any case.
     allow_loss
         Accept values that `data_dtype` does not hold.
+    allow_links
+        Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
     overwrite
         Replace an archive at the target.
     progress
@@ -101,7 +104,7 @@ def atlas_to_archive(
     from hbx_gpu.atlas._query.query import AtlasQuery
 
     check_target(target, overwrite=overwrite)
-    snapshot = Snapshot.open(source, version)
+    snapshot = Snapshot.open(source, version, allow_links=allow_links)
     query = AtlasQuery(snapshot, table)
     if feature_space is not None:
         query.feature_spaces(feature_space)
@@ -221,7 +224,11 @@ def _append_tables(
         columns = _filled(frame.take(pa.array(rows[own])))
         # Readers know columns only, not names: the ids are one, unless a column repeats them.
         if not any(columns[name].to_pylist() == uids for name in columns.column_names):
-            columns = columns.add_column(0, _free("feature_id", columns), [pa.array(uids, pa.string())])
+            ids = pa.table({_free("feature_id", columns): pa.array(uids, pa.string())})
+            # A table without columns has no rows either, so columns are added to the ids.
+            for name in columns.column_names:
+                ids = ids.append_column(columns.schema.field(name), columns[name])
+            columns = ids
         named = columns.num_columns > 1 and "feature_name" in columns.column_names
         if named and columns["feature_name"].to_pylist() == uids:  # what ingest adds where nothing is named
             columns = columns.drop_columns(["feature_name"])

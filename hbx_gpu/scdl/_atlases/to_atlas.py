@@ -37,6 +37,7 @@ def archive_to_atlas(
     feature_id: str | None = None,
     codec: str | None = None,
     allow_loss: bool = False,
+    allow_links: bool = False,
     progress: Progress = silent,
 ) -> int:
     """Add the cells of an archive to an atlas: a dataset per gene block, compressed.
@@ -60,6 +61,8 @@ def archive_to_atlas(
         Compression of the arrays; by default the atlas's own.
     allow_loss
         Accept values that float32 rounds.
+    allow_links
+        Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
     progress
         Called with the rows done and their number.
 
@@ -88,7 +91,9 @@ def archive_to_atlas(
     layer = _layer_for(archive) if layer == "auto" else layer
     path = Path(target)
     atlas = (
-        RaggedAtlas.open(path) if (path / "lance_db").is_dir() else create_or_open_atlas(path, codec=codec)
+        RaggedAtlas.open(path, allow_links=allow_links)
+        if (path / "lance_db").is_dir()
+        else create_or_open_atlas(path, codec=codec)
     )
     added, done = 0, 0
     for b, frame in enumerate(frames):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hbx_gpu._paths import checked
-from hbx_gpu._untrusted import check_tree, parse_json, read_small
+from hbx_gpu._untrusted import NO_LINK, check_tree, parse_json, read_small
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.dtype_evidence import contradiction, sample, value_dtype
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
@@ -81,7 +81,7 @@ class Archive:
     def __init__(self, path: Path, *, data_dtype: str | None = None, writable: bool = False) -> None:
         self.path = path
         # A FIFO would be waited for, a device read without end; what is written goes through no link.
-        check_tree(path, links=not writable)
+        check_tree(path, links=not writable, remedy=NO_LINK)
         self._mode: Literal["r", "r+"] = "r+" if writable else "r"
         self.metadata = _read_metadata(path)
         self.version = _read_version(path)
