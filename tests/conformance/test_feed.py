@@ -18,6 +18,7 @@ from hbx_gpu.scdl._sources.pairs import PairFeed
 from tests.conformance.datasets import STORED, of_shared
 from tests.dense_stores import on_cpu, same
 from tests.emulation.backend import EmulatedBackend
+from tests.emulation.streams import StreamBackend
 
 A, B = np.array([3, 1, 1, 0, 5], np.int64), np.array([2, 4], np.int64)
 FEEDS: dict[str, tuple[str, str, type]] = {
@@ -49,14 +50,14 @@ def dataset(name: str, tmp_path_factory: pytest.TempPathFactory, request: pytest
     return of_shared(request.getfixturevalue("shared"))[kind]()
 
 
-def made(name: str, dataset: Any) -> Any:
+def made(name: str, dataset: Any, backend: Any = None) -> Any:
     """The feed that a loader makes itself."""
     _, layout, kind = FEEDS[name]
     options = LoaderOptions(layout=layout, decode="device", num_workers=0)
     if name.startswith("host"):
         loader = build_loader(dataset, [[0]], None, "cpu", options)
     else:
-        loader = device_loader(dataset, [[0]], EmulatedBackend(), options)
+        loader = device_loader(dataset, [[0]], backend or EmulatedBackend(), options)
     feed = loader.feed
     assert isinstance(feed, kind)
     return feed
@@ -109,6 +110,17 @@ def test_windows_made_on_several_threads_stay_apart(feed: Any, expected: list[An
     wanted = [[0, 1], [1], [0, 0]]
     for batches, numbers in zip(delivered, wanted, strict=True):  # delivered before any is looked at
         same([on_cpu(batch) for batch in batches], [expected[i] for i in numbers])
+
+
+def test_windows_that_nobody_takes_disturb_no_others(name: str, dataset: Any, expected: list[Any]) -> None:
+    """On streams that lag behind: what the device still reads and writes is nobody else's."""
+    feed = made(name, dataset, StreamBackend(delay=0.003))
+    for _ in range(2):
+        first, second = feed.make([A, B])
+        kept = feed.make([B, A])
+        del first
+        same([on_cpu(feed.deliver(entry)) for entry in kept], expected[::-1])
+        del second
 
 
 def test_epochs_may_be_told(feed: Any, expected: list[Any]) -> None:

@@ -1,6 +1,7 @@
 """A backend whose copies and kernels run later, on threads that stand for streams: to test ordering with.
 
-Whatever forgets to wait reads junk or bytes of another batch, as it would on a GPU.
+Whatever forgets to wait reads junk or bytes of another batch, as it would on a GPU. Work that was ordered
+holds addresses and keeps nothing alive; memory that Python lets go of is free for the next taker at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from hbx_gpu._buffers import BufferPool
 from hbx_gpu._engine.device.backend import Streams
 from tests.emulation.backend import JUNK, EmulatedBackend
 
+_ALL = 1 << 40  # bytes a pool keeps: nothing goes back to the system, where late work would crash
+
 
 class Stream:
     """Work done in the order it was asked for, some time later."""
@@ -28,6 +31,7 @@ class Stream:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.error: BaseException | None = None
+        self.last: StreamEvent | None = None
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -42,7 +46,7 @@ class Stream:
         self._work.put(work)
 
     def event(self) -> StreamEvent:
-        event = StreamEvent(self)
+        event = self.last = StreamEvent(self)
         self.order(event.passed.set)
         return event
 
@@ -51,6 +55,11 @@ class Stream:
 
     def synchronize(self) -> None:
         self.event().wait()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was ordered up to its last event is done."""
+        return self.last is None or self.last.passed.is_set()
 
 
 class StreamEvent:
@@ -65,8 +74,28 @@ class StreamEvent:
             raise self.stream.error
 
 
+class PooledBuffer:
+    """Device memory out of the pool that outputs come from too."""
+
+    def __init__(self, pool: BufferPool, nbytes: int) -> None:
+        backing = pool.empty(max(1 << 16, nbytes + 256), np.uint8)
+        begin = -backing.ctypes.data % 256
+        self.memory = backing[begin : begin + nbytes]
+
+    @property
+    def address(self) -> int:
+        return int(self.memory.ctypes.data)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.memory)
+
+    def array(self, begin: int, nbytes: int) -> np.ndarray:
+        return self.memory[begin : begin + nbytes]
+
+
 class StreamBackend(EmulatedBackend):
-    """Copy, decode and consumer streams as on a GPU; memory of outputs is used again at once.
+    """Copy, decode and consumer streams as on a GPU; memory is used again at once, of outputs and of slots.
 
     Parameters
     ----------
@@ -90,7 +119,9 @@ class StreamBackend(EmulatedBackend):
         self.delay, self.waits, self.records = delay, waits, records
         self.copy, self.decode, self.consumer = Stream(), Stream(), Stream()
         # As torch's allocator: what Python lets go of is free for the next output on the decode stream.
-        self.pool = BufferPool()
+        self.pool = BufferPool(max_bytes=_ALL)
+        # As torch's allocator of page-locked memory, which knows nothing of copies that it did not order.
+        self.host_pool = BufferPool(max_bytes=_ALL)
         self._recorded: list[tuple[StreamEvent, Sequence[Any]]] = []
         self._handed_over: list[Any] = []
 
@@ -101,18 +132,43 @@ class StreamBackend(EmulatedBackend):
         self._recorded = [kept for kept in self._recorded if not kept[0].passed.is_set()]
         return torch.from_numpy(memory)[:nbytes].view(getattr(torch, dtype)).view(shape)
 
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        memory = self.host_pool.empty(max(1 << 16, nbytes), np.uint8)[:nbytes]
+        memory[:] = JUNK
+        return memory
+
+    def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
+        memory = PooledBuffer(self.host_pool, nbytes).memory
+        memory[:] = JUNK
+        return memory, int(memory.ctypes.data)
+
+    def device_buffer(self, nbytes: int) -> Any:
+        return PooledBuffer(self.pool, nbytes)
+
     def upload(self, host: np.ndarray, target: Any) -> None:
-        self.copy.order(lambda: (time.sleep(self.delay), EmulatedBackend.upload(self, host, target)))
+        assert len(host) <= target.nbytes
+        self.uploaded += len(host)
+        self._copy_bytes(self.copy, host.ctypes.data, target.address, host.nbytes, self.delay)
         self.decode.wait_for(self.copy.event())
 
     def send(self, host: np.ndarray, target: Any) -> None:
-        self.decode.order(lambda: EmulatedBackend.send(self, host, target))
+        assert host.nbytes == target.numel() * target.element_size()
+        self._copy_bytes(self.decode, host.ctypes.data, target.data_ptr(), host.nbytes)
 
     def download(self, address: int, target: np.ndarray) -> None:
-        self.decode.order(lambda: EmulatedBackend.download(self, address, target))
+        self._copy_bytes(self.decode, address, target.ctypes.data, target.nbytes)
 
     def move(self, source: int, target: int, nbytes: int) -> None:
-        self.decode.order(lambda: EmulatedBackend.move(self, source, target, nbytes))
+        self._copy_bytes(self.decode, source, target, nbytes)
+
+    def _copy_bytes(self, stream: Stream, source: int, target: int, nbytes: int, delay: float = 0.0) -> None:
+        source, target = int(source), int(target)
+
+        def copy(_device: StreamBackend = self) -> None:  # the pools stay, whoever has their blocks by now
+            time.sleep(delay)
+            ctypes.memmove(target, source, nbytes)
+
+        stream.order(copy)
 
     def launch(
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0

@@ -60,13 +60,17 @@ def test_scratch(library: Library) -> None:
     assert library.temp_bytes("deflate", 4096, 1 << 16, 1 << 28) < 1 << 20
 
 
-def decompressor(library: Any, allocated: list[int] | None = None) -> NvcompDecompressor:
+def decompressor(library: Any, allocated: list[Any] | None = None) -> NvcompDecompressor:
     def allocate(nbytes: int) -> Any:
         if allocated is not None:
             allocated.append(nbytes)
         return Arena(nbytes)
 
-    return NvcompDecompressor(library, allocate, 77, contextlib.nullcontext)
+    def wait() -> None:
+        if allocated is not None:
+            allocated.append("wait")
+
+    return NvcompDecompressor(library, allocate, wait, 77, contextlib.nullcontext)
 
 
 def test_calls_keep_to_their_scratch(library: Library) -> None:
@@ -111,13 +115,14 @@ def streams(sizes: list[int]) -> Streams:
 
 def test_one_scratch_buffer_is_used_again() -> None:
     library = StandIn()
-    allocated: list[int] = []
+    allocated: list[Any] = []
     made = decompressor(library, allocated)
     made.decompress("zstd", streams([100, 100]))
     made.decompress("zstd", streams([50]))
     made.decompress("lz4", streams([1 << 30]))
     made.decompress("zstd", streams([nvcomp.MAX_TEMP // 6] * 3))
-    assert allocated == [600, nvcomp.MAX_TEMP // 6 * 6]
+    # Before it makes way for a larger one, what uses it is waited for.
+    assert allocated == [1024, "wait", nvcomp.MAX_TEMP]
     found = [(algorithm, first, n, temp[1], stream) for algorithm, _, first, n, temp, stream in library.calls]
     half = nvcomp.MAX_TEMP // 6 * 3
     assert found == [

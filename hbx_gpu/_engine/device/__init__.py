@@ -280,16 +280,19 @@ class DeviceEngine:
         sources = np.zeros(len(table.remap_start), SOURCE)
         sources["remap_start"], sources["remap_length"] = table.remap_start, table.remap_length
         sources["identity"] = table.identity
-        self._host_constants = self.backend.host_buffer(max(16, sources.nbytes + table.remap.nbytes))
-        self._host_constants[: sources.nbytes] = sources.view(np.uint8)
-        self._host_constants[sources.nbytes :][: table.remap.nbytes] = table.remap.view(np.uint8)
-        self._constants = self.backend.device_buffer(len(self._host_constants))
-        self.backend.upload(self._host_constants, self._constants)
+        nbytes = max(16, sources.nbytes + table.remap.nbytes)
+        slot = self._constants = Slot(self.backend)
+        slot.reserve(nbytes, nbytes)
+        assert slot.device is not None
+        slot.host[: sources.nbytes] = sources.view(np.uint8)
+        slot.host[sources.nbytes :][: table.remap.nbytes] = table.remap.view(np.uint8)
+        self.backend.upload(slot.host[:nbytes], slot.device)
+        slot.busy = self.backend.event()
         # Arguments of every kernel that looks columns up.
         self._columns = (
-            np.uint64(self._constants.address),
+            np.uint64(slot.device.address),
             np.uint32(len(sources)),
-            np.uint64(self._constants.address + sources.nbytes),
+            np.uint64(slot.device.address + sources.nbytes),
             np.uint64(len(table.remap)),
         )
 

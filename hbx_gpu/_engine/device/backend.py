@@ -7,6 +7,8 @@ the two. A consumer has a third stream of its own and is told when to go on by :
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -118,7 +120,11 @@ class Backend(Protocol):
         """uint8, (nbytes,): page-locked memory that kernels may read in place, and its address for them."""
 
     def device_buffer(self, nbytes: int) -> DeviceBuffer:
-        """Device memory, 256-byte aligned."""
+        """Device memory, 256-byte aligned.
+
+        Work that was ordered on the decode stream earlier may still use it for whoever had it before. Whoever
+        reaches it in any other way than on that stream first waits for an :meth:`event`.
+        """
 
     def free_memory(self) -> int:
         """Bytes of device memory that nobody has taken."""
@@ -167,6 +173,9 @@ class Backend(Protocol):
 class Slot:
     """Staging memory of one batch in flight: a page-locked buffer, its arena, and when both are free again.
 
+    Copies and kernels know addresses and keep nothing alive, so a slot that is dropped waits for its last use
+    before its memory goes, and gives back its parts of the arena of resident chunks.
+
     Attributes
     ----------
     host, device
@@ -181,6 +190,8 @@ class Slot:
         That room: chunk bytes that cross to resident ones, and what is decoded of either.
     borrowed
         Parts of the arena that hold whole chunks for this batch only; given back with its end.
+    reads
+        Owner of memory beside the slot that kernels read for it; kept as long as the slot.
     """
 
     backend: Backend
@@ -191,6 +202,7 @@ class Slot:
     areas: Areas | None = None
     area: Part = Part(0, 0)
     borrowed: list[Part] = field(default_factory=list)
+    reads: object = None
 
     def wait(self) -> None:
         """Block until nothing on the device refers to the slot."""
@@ -222,6 +234,8 @@ class Slot:
             self.side = self.backend.host_buffer(_rounded(side_bytes))
         if device_bytes and (self.device is None or self.device.nbytes < device_bytes):
             self.device = self.backend.device_buffer(_rounded(device_bytes))
+            # Uploads come on another stream than what may still be done with this memory; it is new rarely.
+            self.backend.event().wait()
 
     def _grow_area(self, nbytes: int) -> None:
         if self.areas is None:
@@ -230,6 +244,16 @@ class Slot:
             self.areas.give(self.area)
             self.area = Part(0, 0)
         self.area = self.areas.take(_rounded(nbytes))
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():  # CUDA may be gone, and memory goes with the process
+            return
+        with contextlib.suppress(RuntimeError):  # a device that has failed does nothing any more
+            self.wait()
+        if self.areas is not None:
+            for part in (*self.borrowed, self.area):
+                if part.nbytes:
+                    self.areas.give(part)
 
     @property
     def nbytes(self) -> int:

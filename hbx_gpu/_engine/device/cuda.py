@@ -140,7 +140,11 @@ class CudaBackend:
         with self._lock:
             if self._decompressor is None:
                 self._decompressor = NvcompDecompressor(
-                    find_library(), self.device_buffer, self._decode.cuda_stream, lambda: self._gpu
+                    find_library(),
+                    self.device_buffer,
+                    self._decode.synchronize,
+                    self._decode.cuda_stream,
+                    lambda: self._gpu,
                 )
             return self._decompressor
 

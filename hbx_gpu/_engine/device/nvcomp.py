@@ -211,7 +211,9 @@ class NvcompDecompressor:
     library
         nvCOMP.
     allocate
-        Device memory, 256-byte aligned; what is dropped is used again behind the work on `stream` only.
+        Device memory, 256-byte aligned.
+    wait
+        Blocks until `stream` has passed all that was ordered on it so far.
     stream
         The CUDA stream's handle.
     on_device
@@ -227,10 +229,12 @@ class NvcompDecompressor:
         self,
         library: Library,
         allocate: Callable[[int], DeviceBuffer],
+        wait: Callable[[], None],
         stream: int,
         on_device: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self._library, self._allocate, self._stream, self._on_device = library, allocate, stream, on_device
+        self._library, self._allocate, self._wait = library, allocate, wait
+        self._stream, self._on_device = stream, on_device
         self._temp: DeviceBuffer | None = None
         self._lock = threading.Lock()
         for algorithm in _NAMES:
@@ -248,7 +252,12 @@ class NvcompDecompressor:
         with self._lock, self._on_device():
             for first, n, nbytes in self._calls(algorithm, streams.sizes):
                 if nbytes and (self._temp is None or self._temp.nbytes < nbytes):
-                    self._temp = self._allocate(nbytes)
+                    if (
+                        self._temp is not None
+                    ):  # earlier calls may be using it; in powers of two it grows rarely
+                        self._wait()
+                    self._temp = None
+                    self._temp = self._allocate(1 << (nbytes - 1).bit_length())
                 temp = (0, 0) if self._temp is None or not nbytes else (self._temp.address, nbytes)
                 self._library.decompress(algorithm, streams, first, n, temp, self._stream)
 

@@ -276,16 +276,18 @@ class ChunkStore:
             slot = self._bounces.popleft()
         except IndexError:
             slot = Slot(self._backend)
-        if self._direct is not None and (block.kind != DECODED).all():
-            self._fill_directly(block, begin, slot, self._direct)
-        else:
-            slot.reserve(block.nbytes, 0)
-            host = slot.host[: block.nbytes]
-            self._read(block, host)
-            self._describe(block, host, block.at, begin, host)
-            self._backend.upload(host, Part(self._arena.address + begin, block.nbytes))
-        slot.busy = self._backend.event()
-        self._bounces.append(slot)
+        try:
+            if self._direct is not None and (block.kind != DECODED).all():
+                self._fill_directly(block, begin, slot, self._direct)
+            else:
+                slot.reserve(block.nbytes, 0)
+                host = slot.host[: block.nbytes]
+                self._read(block, host)
+                self._describe(block, host, block.at, begin, host)
+                self._backend.upload(host, Part(self._arena.address + begin, block.nbytes))
+        finally:  # whatever was ordered before an error
+            slot.busy = self._backend.event()
+            self._bounces.append(slot)
 
     def _fill_directly(self, block: _Block, begin: int, slot: Slot, direct: KvikioReader) -> None:
         """Stored bytes land in device memory as they lie in files; from there to places that kernels take.

@@ -81,17 +81,21 @@ class StagedFeed(Generic[DatasetT]):
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         columns = _Columns({**self._dataset.columns, "index": None}, selection)
         slot = self._slot()
-        staging = self._stage(selection, slot)
-        with stage("copy"):
-            columns.pack(slot)
-        with stage("decode") as ordering, self._submitting:
-            try:
-                pending, tensors, cut = self._submit(staging, slot)
-                tensors = [*tensors, *columns.send(slot, self._backend)]
-                window = _Window(pending, self._backend.event(), slot, tensors, cut, columns)
-                ordering.nbytes = sum(x.numel() * x.element_size() for x in window.tensors)
-            finally:
-                slot.busy = self._backend.event()  # whatever was ordered before an error
+        try:
+            staging = self._stage(selection, slot)
+            with stage("copy"):
+                columns.pack(slot)
+            with stage("decode") as ordering, self._submitting:
+                try:
+                    pending, tensors, cut = self._submit(staging, slot)
+                    tensors = [*tensors, *columns.send(slot, self._backend)]
+                    ordering.nbytes = sum(x.numel() * x.element_size() for x in tensors)
+                finally:
+                    slot.busy = self._backend.event()  # whatever was ordered before an error
+        except BaseException:
+            self._free.append(slot)
+            raise
+        window = _Window(pending, slot.busy, slot, self._free, tensors, cut, columns)
         last = np.cumsum([len(part) for part in selections]).tolist()
         return [_Made(window, stop - len(part), stop) for part, stop in zip(selections, last, strict=True)]
 
@@ -100,11 +104,10 @@ class StagedFeed(Generic[DatasetT]):
         window = made.window
         if window.slot is not None:
             window.event.wait()
-            slot, window.slot = window.slot, None
             try:
                 window.pending.check()
             finally:
-                self._free.append(slot)
+                window.give_back()
         self._backend.hand_over(window.event, window.tensors)
         return {"X": window.x(made.first, made.last), **window.columns.batch(made.first, made.last)}
 
@@ -252,8 +255,9 @@ class _Window:
     ----------
     pending, event
         What the engine ordered, and the point behind all of it.
-    slot
-        Staging memory; given up when the first batch is delivered.
+    slot, free
+        Staging memory, given up when the first batch is delivered or nobody can ask for one any more; and
+        where it goes. Whoever takes it from there waits until the device is done with it.
     tensors
         What the device writes, as allocated.
     x
@@ -265,9 +269,18 @@ class _Window:
     pending: Pending
     event: Event
     slot: Slot | None
+    free: deque[Slot]
     tensors: list[Any]
     x: Callable[[int, int], Any]
     columns: _Columns
+
+    def give_back(self) -> None:
+        """Give the staging memory up, if that has not been done."""
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            self.free.append(slot)
+
+    __del__ = give_back
 
 
 class _Columns:

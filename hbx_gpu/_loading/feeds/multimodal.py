@@ -87,8 +87,10 @@ class CopiedFeed:
                 raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
                 slot.side[at : at + tensor.nbytes] = raw
             buffer = self._backend.empty(places[-1], "uint8")
-            self._backend.send(slot.side[: places[-1]], buffer)
-            slot.busy = self._backend.event()
+            try:
+                self._backend.send(slot.side[: places[-1]], buffer)
+            finally:
+                slot.busy = self._backend.event()
         event = slot.busy
         self._free.append(slot)  # whoever takes it waits for the copy
         sent = iter(

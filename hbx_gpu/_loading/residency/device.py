@@ -80,7 +80,9 @@ class DeviceChunks:
 
     def slot(self) -> Slot:
         """Staging memory for one batch in flight."""
-        return Slot(self._engine.backend, areas=self.store.areas if self.store is not None else None)
+        if self.store is None:
+            return Slot(self._engine.backend)
+        return Slot(self._engine.backend, areas=self.store.areas, reads=self.store)
 
     def stage(self, selection: np.ndarray, slot: Slot) -> Staging:
         """Plan rows, bring what they need, and pack what of it crosses.
@@ -255,8 +257,10 @@ class DeviceChunks:
     def _read_directly(self, direct: kvikio.KvikioReader, rows: np.ndarray) -> None:
         plan = plan_rows(self._engine.table, self._dataset.row_index, rows)
         placed = direct.place(self._engine.directory.extents(plan.chunks))
-        buffer = self._engine.backend.device_buffer(placed.size + kvikio.PAGE)
-        direct.read_into(placed, buffer.array(-buffer.address % kvikio.PAGE, placed.size))
+        slot = Slot(self._engine.backend)
+        slot.reserve(0, placed.size + kvikio.PAGE)
+        assert slot.device is not None
+        direct.read_into(placed, slot.device.array(-slot.device.address % kvikio.PAGE, placed.size))
 
 
 def _copy_both(
