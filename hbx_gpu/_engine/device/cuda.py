@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,9 +35,15 @@ class _Buffer:
 class _Mapped:
     """Page-locked memory of exactly the size asked for (torch's allocator rounds up to powers of two)."""
 
-    def __init__(self, runtime: Any, nbytes: int) -> None:
+    def __init__(
+        self, runtime: Any, nbytes: int, on_device: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        def free(address: int) -> None:
+            with on_device():
+                runtime.freeHost(address)
+
         address = int(runtime.hostAlloc(nbytes, _MAPPED))
-        weakref.finalize(self, runtime.freeHost, address).atexit = False  # the driver goes first
+        weakref.finalize(self, free, address).atexit = False  # the driver goes first
         self.on_device = int(runtime.pointerGetAttributes(address).devicePointer)
         self.__array_interface__ = {
             "version": 3,
@@ -52,6 +59,16 @@ class _Event:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class _Handle:
+    """A stream as the CUDA stream protocol of Python libraries has it, which not every torch knows yet."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
 
 
 class CudaBackend:
@@ -72,6 +89,9 @@ class CudaBackend:
         self._cupy, self._torch = cupy, torch
         self.device = torch.device("cuda", device)
         self._gpu = cupy.cuda.Device(device)
+        # Page-locked memory is made in whatever context there is; without one it would make one on device 0.
+        with self._on_device():
+            torch.empty(1, dtype=torch.uint8, device=self.device)
         # torch's streams do not wait for the legacy default stream.
         self._copy = torch.cuda.Stream(self.device)
         self._decode = torch.cuda.Stream(self.device)
@@ -88,8 +108,8 @@ class CudaBackend:
 
     def mapped_buffer(self, nbytes: int) -> tuple[np.ndarray, int]:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
-        with self._gpu:
-            memory = _Mapped(self._cupy.cuda.runtime, nbytes)
+        with self._on_device():
+            memory = _Mapped(self._cupy.cuda.runtime, nbytes, self._on_device)
         return np.asarray(memory), memory.on_device
 
     def free_memory(self) -> int:
@@ -128,12 +148,10 @@ class CudaBackend:
         self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
-        function = self._function(kernel, shared)
         dims = (grid,) if isinstance(grid, int) else grid
         values = tuple(arg if isinstance(arg, np.generic) else np.uint64(arg.data_ptr()) for arg in args)
-        # cupy's current device and stream belong to the thread.
-        with self._gpu, self._cupy.cuda.ExternalStream(self._decode.cuda_stream, self.device.index):
-            function(dims, (block,), values, shared_mem=shared)
+        with self._on_device(), self._as_cupy(self._decode):
+            self._function(kernel, shared)(dims, (block,), values, shared_mem=shared)
 
     def decompressor(self) -> Decompressor:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`: nvCOMP."""
@@ -144,7 +162,7 @@ class CudaBackend:
                     self.device_buffer,
                     self._decode.synchronize,
                     self._decode.cuda_stream,
-                    lambda: self._gpu,
+                    self._on_device,
                 )
             return self._decompressor
 
@@ -169,20 +187,40 @@ class CudaBackend:
 
     def warm_up(self) -> None:
         """Compile every kernel now (cupy keeps the result on disk) instead of at its first launch."""
-        for kernel in kernel_names():
-            self._function(kernel, 0)
+        with self._on_device():
+            for kernel in kernel_names():
+                self._function(kernel, 0)
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Make this GPU the calling thread's current one, as it must be for whatever cupy is asked.
+
+        A thread begins with device 0. cupy sets that back at the end, which would give it a context; torch,
+        outside, does so only where there is one.
+        """
+        with self._torch.cuda.device(self.device), self._gpu:
+            yield
+
+    def _as_cupy(self, stream: Any) -> AbstractContextManager[Any]:
+        """Make a stream of torch cupy's current one."""
+        cuda = self._cupy.cuda
+        if hasattr(cuda.Stream, "from_external"):  # cupy 14, where ExternalStream is deprecated
+            made: AbstractContextManager[Any] = cuda.Stream.from_external(_Handle(stream.cuda_stream))
+        else:
+            made = cuda.ExternalStream(stream.cuda_stream, self.device.index)
+        return made
 
     def _function(self, kernel: str, shared: int) -> Any:
+        """A kernel that may take so much dynamic shared memory; call it with the device current."""
         with self._lock:
             function = self._kernels.get(kernel)
             if function is None:
-                with self._gpu:
-                    # Flattened text: cupy's cache would not notice a changed include.
-                    module = self._cupy.RawModule(
-                        code=source(kernel_names()[kernel]), options=("--std=c++17",), backend="nvrtc"
-                    )
-                    names = [name for name, file in kernel_names().items() if file == kernel_names()[kernel]]
-                    self._kernels.update({name: module.get_function(name) for name in names})
+                # Flattened text: cupy's cache would not notice a changed include.
+                module = self._cupy.RawModule(
+                    code=source(kernel_names()[kernel]), options=("--std=c++17",), backend="nvrtc"
+                )
+                names = [name for name, file in kernel_names().items() if file == kernel_names()[kernel]]
+                self._kernels.update({name: module.get_function(name) for name in names})
                 function = self._kernels[kernel]
             if shared > _STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
                 function.max_dynamic_shared_size_bytes = shared
@@ -190,5 +228,5 @@ class CudaBackend:
 
     def _move(self, target: int, origin: int, nbytes: int, kind: int, stream: Any) -> None:
         if nbytes:
-            with self._gpu:
+            with self._on_device():
                 self._cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, stream.cuda_stream)
