@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
-from pathlib import Path
 
 
 @cache
 def gpu_missing() -> str:
     """Why kernels cannot run on a GPU here; empty if they can."""
-    # The device files of the driver on Linux and under Windows: a look that does not cost an import of cupy.
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
-        return "there is no NVIDIA driver"
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed (the extra hbx_gpu[gpu] has it)"
     import cupy
@@ -22,3 +19,17 @@ def gpu_missing() -> str:
     except (cupy.cuda.runtime.CUDARuntimeError, ImportError, OSError) as error:
         return f"cupy finds no GPU: {error}"
     return "" if count else "cupy finds no GPU"
+
+
+def allocate_plainly() -> None:
+    """Let cupy and torch ask CUDA for every block, so that compute-sanitizer knows where blocks end.
+
+    Their pools cut blocks out of larger ones, and what is written beyond a block is inside the larger one.
+    Before the first allocation of either.
+    """
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    if importlib.util.find_spec("cupy") is not None:
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+        cupy.cuda.set_pinned_memory_allocator(None)
