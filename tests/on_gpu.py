@@ -2,8 +2,8 @@
 
 Each step is skipped where a package or tool that it needs is missing, and says so. Kernels need numpy, cupy,
 torch, numba and pytest; engine, loader and residency zarr, numcodecs, google-crc32c and donfig besides.
-``--only STEP`` runs some. After each step its result is in ``steps.json`` of the output folder, and all of it is
-printed at the end.
+``--only STEP`` runs some. After each step its result is in ``steps.json`` of the output folder, and all of it
+is printed at the end.
 """
 
 from __future__ import annotations

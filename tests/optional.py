@@ -11,7 +11,7 @@ from collections.abc import Generator
 import pytest
 
 MISSING = frozenset(
-    name for name in ("torch", "nvidia", "matplotlib") if importlib.util.find_spec(name) is None
+    name for name in ("torch", "nvidia", "matplotlib", "hypothesis") if importlib.util.find_spec(name) is None
 )
 
 

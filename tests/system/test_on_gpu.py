@@ -57,7 +57,8 @@ def test_memory_is_plain_where_it_is_asked_for() -> None:
     """Under compute-sanitizer torch and cupy ask CUDA for each block."""
     code = (
         "import os, sys, types; calls = []; cupy = types.ModuleType('cupy'); cupy.__spec__ = object();"
-        "cupy.cuda = types.SimpleNamespace(set_allocator=calls.append, set_pinned_memory_allocator=calls.append);"
+        "call = calls.append;"
+        "cupy.cuda = types.SimpleNamespace(set_allocator=call, set_pinned_memory_allocator=call);"
         "sys.modules['cupy'] = cupy; from tests.gpu import allocate_plainly; allocate_plainly();"
         "print(calls, os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'])"
     )
