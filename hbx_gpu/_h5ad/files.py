@@ -240,7 +240,7 @@ def _open_hdf5(path: Path, kind: str) -> h5py.File:
     with contextlib.suppress(ImportError):
         import hdf5plugin  # noqa: F401 - registers the filters that it brings
     if path.is_dir():
-        raise InvalidDataError(f"expected an {kind} file at {path}; {describe_path(path)}")
+        raise FileNotFoundError(f"expected an {kind} file at {path}; {describe_path(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"expected an {kind} file at {path}; it is missing")
     try:
