@@ -23,6 +23,7 @@ from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 from hbx_gpu._datasets.plain import PlainDataset, loadable
 from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
 from hbx_gpu._loading.feeds.host import HostFeed
+from hbx_gpu._loading.measured import MeasuredCollate, MeasuredFeed, with_groups
 from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps, Tokens
 from hbx_gpu._loading.tokens import TokenCollate, with_token_collates
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
@@ -51,6 +52,7 @@ def make_loader(
     layout: str | Mapping[str, str] | None = None,
     dtype: str | Mapping[str, str] = "float32",
     transform: Steps | Mapping[str, Steps] | None = None,
+    measured: bool = False,
     memory_budget: int | None = None,
     executor: str = "auto",
     io: str | None = None,
@@ -93,6 +95,10 @@ def make_loader(
     dtype, transform
         See :class:`DenseCollate`; for ``layout="dense"``. By space for a multimodal dataset. Tiles keep their
         dtype, and transforms are for sparse spaces.
+    measured
+        Whether batches hold ``measured``, bool (n_rows, n_features): False where the dataset that a cell is
+        from does not have the feature at all, so that ``X`` holds a zero which nobody counted. Needs a
+        layout. Batches of a multimodal dataset always say so, by space.
     memory_budget
         Bytes that batches made ahead of the consumer may take up, when num_workers is 0 (default: 512 MiB,
         on a GPU 4 GiB of its memory). One batch is always made, whatever its size.
@@ -158,6 +164,7 @@ def make_loader(
         layout=layout,
         dtype=dtype,
         transform=transform,
+        measured=measured,
         memory_budget=memory_budget,
         io=io,
         residency=residency,
@@ -214,6 +221,11 @@ def build_loader(
     gpu = resolve(device)
     if options.layout is not None and collate_fn is not None:
         raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
+    if options.measured and options.layout is None:
+        raise ValueError(
+            'measured=True adds a mask to tensors: pass layout="dense" instead of a collate_fn, or call '
+            "dataset.measured_masks(dataset.groups_np[rows]) yourself"
+        )
     if options.images is not None:
         options = _with_image_collates(dataset, sampler, options, gpu)
     options = with_token_collates(dataset, sampler, options)
@@ -231,6 +243,9 @@ def build_loader(
         return device_loader(dataset, sampler, backend, options)
     if options.layout is not None:
         collate = dataset.collate_with(collate_for(dataset, options))
+        if options.measured and not isinstance(dataset, MultimodalCellDataset):
+            dataset, masks = with_groups(dataset)
+            collate = MeasuredCollate(collate, masks)
         dataset = dataset.with_row_numbers()
     elif options.transform is not None or options.dtype != "float32":
         raise ValueError('dtype and transform belong to layout="dense"; a collate_fn makes its own')
@@ -298,6 +313,10 @@ def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderO
     if isinstance(cells, MultimodalCellDataset):
         assert isinstance(collate, MultimodalCollate)
         feed: AnyFeed = MultimodalFeed(cells, collate, backend, options)
+    elif options.measured:
+        cells, masks = with_groups(cells)
+        feed = cells.feed_with(lambda part: cells_feed(part, backend, collate, options))
+        feed = MeasuredFeed(feed, masks)
     else:
         feed = cells.feed_with(lambda part: cells_feed(part, backend, collate, options))
     return _loader(cells, sampler, collate, feed, options)

@@ -64,6 +64,8 @@ class LoaderOptions:
     ----------
     layout, dtype, transform
         What batches become; mappings by space for multimodal datasets. `layout` None: a collate decides.
+    measured
+        Whether batches of one space say which features were measured.
     images, image_seed
         What is done to images.
     tokens, padding, pad_to_multiple_of, ids_dtype, token_seed
@@ -92,6 +94,7 @@ class LoaderOptions:
     layout: str | Mapping[str, str] | None = None
     dtype: str | Mapping[str, str] = "float32"
     transform: Steps | Mapping[str, Steps] | None = None
+    measured: bool = False
     images: Images | Mapping[str, Images] | None = None
     image_seed: int | None = None
     tokens: Tokens | Mapping[str, Tokens] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -129,6 +129,10 @@ class PairedDataset(Dataset[PairBatch]):
         return self.cells.groups_np
 
     @property
+    def n_groups(self) -> int:
+        return self.cells.n_groups
+
+    @property
     def columns(self) -> dict[str, np.ndarray]:
         return self.cells.columns
 
@@ -197,6 +201,14 @@ class PairedDataset(Dataset[PairBatch]):
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
         """See :meth:`CellDataset.rows_nbytes`; neighbors are taken to be as large as their cells."""
         return [2 * nbytes for nbytes in self.cells.rows_nbytes(selections)]
+
+    def measured_masks(self, groups: np.ndarray) -> np.ndarray:
+        """See :meth:`CellDataset.measured_masks`."""
+        return self.cells.measured_masks(groups)
+
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
+        """See :meth:`CellDataset.with_columns`; columns of the cells, not of their neighbours."""
+        return self._derived(cells=self.cells.with_columns(columns))
 
     def with_row_numbers(self) -> Self:
         """See :meth:`CellDataset.with_row_numbers`."""
