@@ -115,6 +115,23 @@ def test_options_reach_the_ingest(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "ingested differently: source_matrix was 'spliced', is 'X'" in capsys.readouterr().err
 
 
+def test_the_matrix_of_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = (write(tmp_path / f"{name}.h5ad", seed) for seed, name in enumerate("abc"))
+    atlas = tmp_path / "A"
+    assert run("ingest", f"{a}:layers/spliced", f"{b}:auto", c, "--atlas", atlas, "--layer", "X") == 0
+    datasets = RaggedAtlas.checkout_latest(atlas).list_datasets()
+    assert datasets["source_matrix"].tolist() == ["spliced", "X", "X"]
+    with pytest.raises(SystemExit):
+        run("ingest", a, f"{a}:spliced", "--atlas", tmp_path / "B")
+    assert "a.h5ad is given twice" in capsys.readouterr().err
+    assert run("ingest", f"{a}:nothing", "--atlas", tmp_path / "B") == 1
+    assert "has no matrix 'nothing'" in capsys.readouterr().err
+    assert run("convert", f"{a}:layers/spliced", tmp_path / "archive") == 0
+    assert "matrix spliced" in capsys.readouterr().out
+    assert run("convert", f"{a}:X", tmp_path / "other", "--layer", "raw") == 1
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_a_failing_file_keeps_the_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad, never = write(tmp_path / "good.h5ad"), tmp_path / "bad.h5ad", write(tmp_path / "never.h5ad", 2)
     bad.write_text("no h5ad")

@@ -11,6 +11,7 @@ from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
+from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar
 from hbx_gpu.errors import InvalidDataError
@@ -37,8 +38,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--layer",
         metavar="NAME",
         help="to an atlas: where values go (by default counts, if they are whole numbers, else "
-        "log_normalized); from one: which layer is written; from a file: X, raw or a layer, by default, as "
-        "hbx-gpu ingest does, the one that holds counts: X, else raw, else a layer called counts",
+        "log_normalized); from one: which layer is written; from a file: X, raw, a layer or auto (default), "
+        "as hbx-gpu ingest does, the one that holds counts: X, else raw, else a layer called counts. "
+        "SOURCE may name it too: FILE:raw, FILE:layers/counts",
     )
     parser.add_argument(
         "--feature-id-column",
@@ -101,7 +103,11 @@ def kind_of(path: Path) -> str:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    args.source, matrix = file_and_matrix(args.source)
+    if matrix and args.layer:
+        raise InvalidDataError(f"SOURCE names the matrix {matrix} and --layer {args.layer}; give one of them")
     kind = kind_of(args.source)
+    args.layer = matrix_named(matrix or args.layer)
     _refuse_unused(args, kind)
     begin = time.perf_counter()
     convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
+from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   hbx-gpu ingest a.h5ad b.h5ad --atlas A
+  hbx-gpu ingest a.h5ad:raw b.h5ad:layers/counts c.h5ad --atlas A
   hbx-gpu ingest cite.h5mu --atlas A
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
@@ -44,8 +46,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         "files",
         nargs="*",
         type=local_argument,
-        metavar="FILE",
-        help=".h5ad, .h5mu, AnnData zarr, annbatch, 10x Genomics or loom stores, one dataset each",
+        metavar="FILE[:MATRIX]",
+        help=".h5ad, .h5mu, AnnData zarr, annbatch, 10x Genomics or loom stores, one dataset each; FILE:raw "
+        "and FILE:layers/counts name the matrix of one file, where files differ",
     )
     parser.add_argument(
         "--atlas",
@@ -57,7 +60,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
     parser.add_argument(
         "--layer",
         metavar="NAME",
-        help="matrix to read: X, raw, or a layer; by default the one that holds "
+        help="matrix to read of files that name none: X, raw, a layer, or auto (default), the one that holds "
         "counts: X, else raw, else a layer called counts",
     )
     parser.add_argument(
@@ -240,7 +243,7 @@ def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) ->
     return plan_files(
         atlas,
         files,
-        layer=args.layer,
+        layer={job.file: job.layer for job in jobs if job.file is not None},
         zarr_layer=args.target_layer,
         field_name=args.field,
         obs_table=args.table,
@@ -271,8 +274,15 @@ def error_text(error: Exception) -> str:
 class _Job:
     """One dataset: a file, or modalities by name."""
 
-    def __init__(self, label: str, paths: Sequence[Path], file: Path | None, given: dict[str, str]) -> None:
-        self.label, self.paths, self.file, self.given = label, paths, file, given
+    def __init__(
+        self,
+        label: str,
+        paths: Sequence[Path],
+        file: Path | None,
+        given: dict[str, str],
+        layer: str | None = None,
+    ) -> None:
+        self.label, self.paths, self.file, self.given, self.layer = label, paths, file, given, layer
         self.several = bool(given) or (file is not None and file.suffix == ".h5mu")
 
 
@@ -296,7 +306,13 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
         label = str(file) if file else ", ".join(f"{name}={path}" for name, path in given.items())
         paths = [_existing(path) for path in given.values()]
         return [_Job(label, paths + ([file] if file else []), file, given)]
-    return [_Job(str(file), [file], file, {}) for file in args.files]
+    jobs = []
+    for path in args.files:
+        file, matrix = file_and_matrix(path)
+        if any(job.file == file for job in jobs):
+            args.parser.error(f"{file} is given twice; one matrix of a file makes one dataset")
+        jobs.append(_Job(str(file), [file], file, {}, matrix_named(matrix or args.layer)))
+    return jobs
 
 
 def _existing(path: str) -> Path:
@@ -419,7 +435,7 @@ def _add_one(
     assert job.file is not None
     column = args.feature_id_column
     chosen: dict[str, Any] = {
-        "layer": args.layer,
+        "layer": job.layer,
         "feature_id_column": column[-1] if column else None,
     }
     if plan is not None:

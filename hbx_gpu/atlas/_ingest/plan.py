@@ -48,7 +48,7 @@ def plan_files(
     atlas: Writable,
     files: Sequence[Path],
     *,
-    layer: str | None = None,
+    layer: Mapping[Path, str | None] | None = None,
     zarr_layer: str | None = None,
     field_name: str | None = None,
     obs_table: str | None = None,
@@ -59,7 +59,7 @@ def plan_files(
     drop_obs: Sequence[str] = (),
     rename_obs: Mapping[str, str] | None = None,
 ) -> dict[str, FilePlan]:
-    """Choose for all files together; parameters as of :func:`add_from_anndata`.
+    """Choose for all files together; parameters as of :func:`add_from_anndata`, `layer` by file.
 
     A file that cannot be read, or whose features nothing identifies, gets no plan: adding it says why.
 
@@ -86,8 +86,9 @@ def plan_files(
     for path in files:
         try:
             with open_source(path) as file:
-                chosen = choose_for(file, layer, counts=counts)
-                name = layer or (chosen.name if chosen else "X")
+                wanted = (layer or {}).get(path)
+                chosen = choose_for(file, wanted, counts=counts)
+                name = wanted or (chosen.name if chosen else "X")
                 features = FeatureTable.of_frame(file.var(name), str(path))
                 words = str(chosen) if chosen else name
                 found[str(path)] = (name, words, features, file.obs_columns())
