@@ -1,4 +1,4 @@
-"""What a dataset hands out: rows of one or several modalities, on one device."""
+"""The batches that datasets return: rows of one or several modalities."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _teach_torch() -> None:
 
 
 def _one_row(batch: Any, row: int) -> slice:
-    """The row as a slice, in the coat of sequences: negative from the end, IndexError beyond it."""
+    """Return a row number as a slice; as for sequences, negative ones count from the end."""
     n = len(batch)
     if not -n <= row < n:
         raise IndexError(f"row {row} is out of range for a batch of {n}")
@@ -41,8 +41,8 @@ class SparseBatch:
     ----------
     indices
         int32, (nnz,). Output column of each value: the global feature index, or the position in
-        the panel asked for. Inside a row in stored order, which need not be ascending. int64 where
-        `ascending` is True.
+        the panel asked for. Columns of a row are in stored order, which need not be ascending. The dtype is
+        int64 where `ascending` is True.
     values
         (nnz,), dtype of the dataset's layer.
     offsets
@@ -129,7 +129,7 @@ class RaggedBatch:
     data
         n_rows arrays of the stored dtype. A cell without the modality has an array without elements.
     n_features
-        0: there are no columns.
+        Always 0, because there are no columns.
     metadata
         As in :class:`SparseBatch`.
     layers

@@ -53,11 +53,11 @@ class UnsupportedCodecError(HbxError, ValueError):
 
 
 class UnsupportedError(HbxError, NotImplementedError):
-    """Something real that this release does not do yet; the message says what it does."""
+    """A valid request that this release does not support; the message says what it supports."""
 
 
 class DeviceUnavailableError(HbxError, RuntimeError):
-    """A device was asked for that this machine or installation cannot use; names the missing piece."""
+    """This machine or installation cannot use the requested device; the message says what is missing."""
 
 
 class AtlasError(HbxError):
@@ -73,7 +73,7 @@ class RemotePathError(AtlasError, ValueError):
 
 
 class UnknownNameError(AtlasError, ValueError, KeyError):
-    """No such layer, feature space, column, table or feature; the message lists those that exist."""
+    """A layer, feature space, column, table or feature does not exist; the message lists those that do."""
 
     # KeyError would show the message in quotes.
     __str__ = Exception.__str__

@@ -1,4 +1,4 @@
-"""Loaders whose batches go through a DALI pipeline of the user's, and batches for JAX."""
+"""Loaders whose batches go through a DALI pipeline with operators of the user, and batches for JAX."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def cell_pipeline(
         (what the fields of a batch are called), or a tuple (batches are tuples then). A field has one sample
         per batch, without layout: ``X`` (n_rows, n_features), metadata (n_rows,), ``index``. A sparse batch
         is ``X.indices``, ``X.values`` and ``X.offsets``, and becomes a tensor again if all three come out.
-        Metadata that is no number stays outside, in its place in the dict. With ``dtype="bfloat16"``, which
-        DALI does not have, there is no graph. None: fields pass as they are.
+        Metadata that are not numbers do not go through DALI; they keep their place in the dict. A graph
+        cannot be combined with ``dtype="bfloat16"``, which DALI does not have. None: fields pass unchanged.
     prefetch_queue_depth
         Batches inside DALI that the consumer has not received. They come on top of `memory_budget`: on the
         CPU twice, as DALI copies what it hands out.
     num_threads
         DALI's own threads (default: the cores this process may use).
     seed
-        With epoch and rank, of DALI's random operators (default: the sampler's).
+        Seed of DALI's random operators, which also depend on epoch and rank (default: the sampler's seed).
     **kwargs
         As for :func:`hbx_gpu.dataloader.make_loader`.
 

@@ -1,7 +1,8 @@
-"""Where a loader's time goes: what its threads did, and who waited for whom.
+"""Measure where a loader's time goes: the work of its threads, and the waiting of threads and consumer.
 
-Rooms charge their time with :func:`stage`; the loader collects it window by window, so nothing is counted per
-row. Outside a loader's window a stage costs two readings of a clock and goes nowhere.
+Code that does a step of the work charges its time with :func:`stage`. The loader collects these times once
+per window, so nothing is counted per row. Outside a loader's window, a stage reads a clock twice and is not
+recorded.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from types import TracebackType
 from typing import Any
 
 STAGES = ("plan", "read", "copy", "decode")
-"""What a window goes through: rows to chunks; chunks to addresses; to page-locked memory; to tensors."""
+"""Stages of a window: planning, reading chunks, copying to page-locked memory, decoding to tensors."""
 
 OTHER = "other"
 """Time of the threads in a window that no stage charged."""
 
 WARM_UP = "warm-up"
-"""How much longer the first window of each thread took than later ones, reading aside.
+"""How much longer the first window of each thread took than later ones, not counting reading.
 
 Code is compiled then, and memory touched for the first time.
 """
@@ -42,7 +43,7 @@ class stage:
     Attributes
     ----------
     nbytes
-        Set inside the block: what the stage moved or made.
+        Bytes that the stage moved or made; set it inside the block.
     """
 
     __slots__ = ("_begin", "_inner", "_outer", "name", "nbytes")
@@ -74,15 +75,15 @@ class Stage:
     Attributes
     ----------
     seconds
-        Summed over threads.
+        Seconds spent in the stage, summed over threads.
     share
-        Of the time that the threads had: at work, or waiting for the consumer.
+        Share of the threads' time, which they spend working or waiting for the consumer.
     nbytes
         Read: stored bytes of the chunks asked for (a reader that maps files touches only what is decoded,
         and its page faults count as decoding). Copy: what was packed to cross to the device. Decode: the
         batches made.
     bytes_per_s, cells_per_s
-        Of one thread that does nothing else; 0 where no time was spent.
+        Rates of one thread that does nothing but this stage; 0 where no time was spent.
     """
 
     seconds: float
@@ -99,15 +100,15 @@ class LoaderStats:
     Attributes
     ----------
     seconds
-        Since the epoch's first batch was asked for, until it ended or now.
+        Seconds from the request for the epoch's first batch until the epoch ended, or until now.
     batches, cells
-        Handed over.
+        Numbers of batches and cells that were handed over.
     windows
-        Made: batches under one plan each.
+        Number of windows that were made, each of which is several batches under one plan.
     threads, batches_per_window, windows_ahead
-        Where read-ahead stands.
+        Current settings of read-ahead.
     workers
-        Worker processes that make the batches; what they do is not known here, so there are no stages.
+        Number of worker processes that make the batches. Their work is not measured, so there are no stages.
     stages
         `STAGES`, `OTHER` and `WARM_UP`, which only the first epoch of a loader has.
     wait_for_data
@@ -130,7 +131,7 @@ class LoaderStats:
 
     @property
     def cells_per_s(self) -> float:
-        """Handed over per second, whoever was the slower."""
+        """Cells handed over per second, whether loader or consumer was slower."""
         return _per(self.cells, self.seconds)
 
     @property
@@ -178,12 +179,12 @@ def format_line(stats: LoaderStats) -> str:
 
 
 class LiveLine:
-    """A progress bar of batches with :func:`format_line` behind it, on stderr.
+    """A progress bar of batches followed by :func:`format_line`, on stderr.
 
     Parameters
     ----------
     total, initial
-        Batches of the epoch, None where that is unknown, and those that a resumed one begins behind.
+        Batches of the epoch, None where that is unknown, and batches that were done before a resumed epoch.
     """
 
     def __init__(self, recorder: Recorder, total: int | None, initial: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Whether a batch holds what is stored: sampled rows against the plain NumPy engine."""
+"""Check that batches hold what is stored, by comparing sampled rows with the NumPy reference engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Checker:
     Attributes
     ----------
     rows, wrong
-        Checked so far, and of these not equal.
+        Rows checked so far, and how many of them were not equal.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:

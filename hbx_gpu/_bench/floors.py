@@ -18,7 +18,7 @@ _PROBE = 64 << 20
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes per second, best of several.
+    """Bandwidths in bytes per second, each the best of several measurements.
 
     Attributes
     ----------
@@ -80,14 +80,14 @@ def _best(work: Callable[[], Any], finish: Callable[[], None] = lambda: None) ->
 
 @dataclass(frozen=True)
 class Bytes:
-    """Per cell.
+    """Bytes and values per cell.
 
     Attributes
     ----------
     stored
-        Compressed, when all cells of a stretch are wanted: the least that must be read.
+        Compressed bytes per cell if neighboring cells are all needed: the least that must be read.
     values
-        Stored values, on average.
+        Stored values per cell, on average.
     """
 
     stored: float
@@ -102,7 +102,7 @@ class Bytes:
 
 
 def bytes_per_cell(dataset: Any) -> Bytes:
-    """Of stretches of a dataset, evenly spaced."""
+    """Return the sizes per cell, from evenly spaced stretches of a dataset."""
     n = len(dataset)
     size = min(n, 4096)
     stored = cells = 0

@@ -41,7 +41,7 @@ class Options:
     models
         Names of :data:`hbx_gpu._bench.training.MODELS` to train while loading.
     threads
-        Of the loader; None: its own choice, and windows that size themselves.
+        Threads of the loader; None for its own choice, with windows that size themselves.
     """
 
     path: Path
@@ -76,9 +76,9 @@ class Result:
     floor
         Cells/s that memory and link allow.
     stats
-        Of the last repeat.
+        Statistics of the loader in the last repeat.
     checked, wrong
-        Rows compared with the reference, and of these not equal.
+        Rows compared with the reference, and how many of them were not equal.
     """
 
     setting: Setting
@@ -90,7 +90,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Cells/s."""
+        """Median of the rates, in cells/s."""
         return statistics.median(self.rates)
 
 
@@ -124,9 +124,9 @@ def run(
     Parameters
     ----------
     dataset
-        Instead of the one at ``options.path``.
+        Dataset to use instead of the one at ``options.path``.
     make
-        Instead of :func:`hbx_gpu.make_loader`.
+        Function to use instead of :func:`hbx_gpu.make_loader`.
     advance
         Told the number of steps first; what it returns is called before each with its name.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODELS = ("mlp", "transformer")
-_HIDDEN, _LATENT = 128, 10  # of scVI
+_HIDDEN, _LATENT = 128, 10  # sizes of scVI's layers
 _WIDTH, _HEADS, _LAYERS = 64, 4, 2
 _GENES = {"cpu": 64, "cuda": 512}  # tokens per cell
 _WARM_UP = 2
@@ -21,9 +21,9 @@ class Trained:
     Attributes
     ----------
     cells_per_s, steps
-        With loading.
+        Cells/s and number of steps with loading.
     step_seconds
-        Of a step on a batch that is held: no loading at all.
+        Seconds of a step on a batch that is kept, without any loading.
     waiting
         Share of the loop's time spent in ``next()``.
     slowdown

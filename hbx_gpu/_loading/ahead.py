@@ -1,4 +1,4 @@
-"""Batches made ahead of whoever takes them: windows on threads, a bounded number of bytes ahead, in order."""
+"""Make batches ahead of the consumer: windows on threads, in order, up to a number of bytes ahead."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu._protocols import AnyFeed, Rows
 from hbx_gpu.stats import Recorder
 
-# Wide (dense) batches: more than this per window saves no planning and only makes more memory be touched, as
-# long as measurements do not say otherwise.
+# Bytes per window of wide (dense) batches. More would save no planning and touch more fresh memory, unless
+# measurements of the running loader say otherwise.
 BYTES_PER_WINDOW = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A window in the making: its entries and the seconds they took, and of each batch bytes and cells."""
+    """A window that a thread makes: its entries, the seconds they took, and bytes and cells of each batch."""
 
     made: Future[tuple[list[Any], float]]
     nbytes: list[int]
@@ -33,14 +33,14 @@ class _Window:
 
 
 class Ahead:
-    """Batches of one iteration, made ahead of whoever calls ``next()``.
+    """Batches of one iteration, made ahead of the consumer, who calls ``next()``.
 
     Attributes
     ----------
     recorder
-        Adds up where the time goes.
+        Recorder that adds up where the time goes.
     cells
-        In the batch handed over last.
+        Number of cells in the batch that was handed over last.
     """
 
     recorder: Recorder
@@ -53,7 +53,7 @@ class Ahead:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the threads; no batch comes any more."""
+        """End the threads; no batch comes after this."""
         raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ class ReadAhead(Ahead):
         self._held = 0  # bytes of windows made or in the making, until their batches are handed over
         self._upcoming: deque[tuple[np.ndarray, int]] = deque()  # batches and their bytes, looked at together
         self._closed = False
-        # Where the clocks stood when the window before was taken; None before the first.
+        # Times at which the previous window was taken; None before the first.
         self._taken: tuple[float, float] | None = None
 
     def __next__(self) -> Any:
@@ -108,7 +108,7 @@ class ReadAhead(Ahead):
         try:
             made, seconds = window.made.result(self._timeout)
         except TimeoutError as error:
-            if window.made.done():  # the feed's own
+            if window.made.done():  # the error was raised by the feed, not by the waiting
                 raise
             self._abandon()
             raise TimeoutError(
@@ -128,7 +128,7 @@ class ReadAhead(Ahead):
         self._taken = end, idle
 
     def _release(self, nbytes: int) -> None:
-        """The consumer has the batch: its bytes count no longer."""
+        """Subtract the bytes of a batch that the consumer has taken."""
         self._held -= nbytes
 
     def _refill(self) -> None:
@@ -147,11 +147,11 @@ class ReadAhead(Ahead):
         return made, window.seconds
 
     def _take_window(self) -> tuple[list[np.ndarray], list[int]]:
-        """The next batches, as many as make a window and as fit the budget beside what is held."""
+        """Return the batches of the next window: as many as it holds, and as fit the rest of the budget."""
         rows: list[np.ndarray] = []
         sizes: list[int] = []
         most = self._window * self._sizing.factor
-        # Windows small enough that every thread has one, however wide the batches.
+        # Windows must be small enough that every thread can make one, however wide batches are.
         most_bytes = min(self._budget // (self._sizing.depth + 1), BYTES_PER_WINDOW * self._sizing.factor)
         taken = 0
         while len(rows) < most and (self._upcoming or self._look_ahead(most - len(rows))):
@@ -170,7 +170,7 @@ class ReadAhead(Ahead):
         return rows, sizes
 
     def _look_ahead(self, n: int) -> bool:
-        """Ask for at most `n` batches of the order; whether there is one."""
+        """Take at most `n` batches from the order; return whether there is one."""
         batches = self._feed.checked(list(islice(self._order, n)))
         self._upcoming.extend(zip(batches, self._feed.nbytes(batches), strict=True))
         return bool(batches)
@@ -184,7 +184,7 @@ class ReadAhead(Ahead):
             self._ready.clear()
 
     def _abandon(self) -> None:
-        """As `close`, without waiting for a window that may never be done."""
+        """Do what `close` does, without waiting for a window that may never be done."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pending.clear()

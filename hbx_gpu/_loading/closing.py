@@ -1,4 +1,4 @@
-"""Ending an iteration from wherever it is dropped."""
+"""Close an iteration that is dropped, on whichever thread that happens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable
 
 THREADS = "hbx_gpu-loader"
-"""What the names of all threads that make batches begin with."""
+"""Prefix of the names of all threads that make batches."""
 
 
 def close_dropped(close: Callable[[], None]) -> None:
-    """End what nobody refers to any more: here, or on a thread of its own if this one makes batches.
+    """Close an object without references: on this thread, or on another one if this thread makes batches.
 
     The garbage collector runs on the thread that happens to allocate. If it finds an abandoned iterator on a
-    thread of a loader, to wait there for the threads of the iterator may mean to wait for oneself, or for a
-    thread that needs a lock which is held further up this stack.
+    thread of a loader, waiting there for the iterator's threads can deadlock: the thread would wait for
+    itself, or for a thread that needs a lock which is held further up this stack.
     """
     if not threading.current_thread().name.startswith(THREADS):
         close()

@@ -1,4 +1,4 @@
-"""Which rows a loader's state counts: so that it continues over these and no others."""
+"""Identify the rows that a loader's state counts, so that it continues over the same rows only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Identified(Protocol):
 
 
 def identity_of(dataset: object) -> dict[str, Any] | None:
-    """Of the rows of a dataset; None if it cannot tell."""
+    """Return the identity of a dataset's rows; None if the dataset does not tell."""
     return dataset.identity() if isinstance(dataset, Identified) else None
 
 
 def check_identity(saved: Mapping[str, Any] | None, dataset: object) -> None:
-    """Refuse a state of other rows.
+    """Raise an error for a state that was saved over other rows.
 
     Raises
     ------
     ValueError
-        Says what differs, and which snapshot to open if the atlas has grown.
+        The rows differ; the message says how, and which snapshot to open if the atlas has grown.
     """
     here = identity_of(dataset)
     if saved is None or here is None or saved["rows"] == here["rows"]:

@@ -34,7 +34,7 @@ def _identity(batch: Any) -> Any:
 
 
 def default_window(sampler: Any) -> int:
-    """Batches that make a window of about `ROWS_PER_WINDOW` rows."""
+    """Return the number of batches that make a window of about `ROWS_PER_WINDOW` rows."""
     return max(1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW)))
 
 
@@ -43,7 +43,7 @@ _STATE_VERSION = 2
 
 @dataclass(slots=True)
 class _Run:
-    """An iteration: what makes its batches, those of the epoch before it, and those handed over."""
+    """An iteration: the source of its batches, the batches before it in the epoch, and those handed over."""
 
     ahead: Ahead | None
     before: int
@@ -59,9 +59,9 @@ class CellLoader(DataLoader):
     dataset, sampler, collate_fn
         As for :func:`hbx_gpu.dataloader.make_loader`.
     options
-        How many threads and processes read how far ahead, and keywords of torch's DataLoader.
+        Numbers of threads and processes, limits of read-ahead, and keywords of torch's DataLoader.
     feed
-        What makes batches on threads; None: `dataset` and `collate_fn` on the host.
+        Feed that makes batches on threads; None for one of `dataset` and `collate_fn` on the host.
     batch_sampler
         As torch calls a sampler of batches; instead of `sampler`.
     batch_size, shuffle, drop_last
@@ -132,7 +132,7 @@ class CellLoader(DataLoader):
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next iteration, or of the one that runs: where a loop over epochs has to begin."""
+        """Epoch of the running or the next iteration, at which a loop over epochs has to begin."""
         return self._order.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -177,7 +177,7 @@ class CellLoader(DataLoader):
                 close_dropped(ahead.close)
 
     def _from_workers(self) -> Iterator[Any]:
-        """Batches of worker processes; what goes wrong at their start is explained."""
+        """Yield batches of worker processes; errors at their start are explained."""
         tell_epoch = getattr(self.collate_fn, "set_epoch", None)
         if tell_epoch is not None:  # before workers are asked for batches of it
             tell_epoch(self._order.epoch)
@@ -213,27 +213,27 @@ class CellLoader(DataLoader):
         return Recorder(self._threads, self._window * self._sizing.factor, self._sizing.depth, first=first)
 
     def stats(self) -> LoaderStats:
-        """Where the time of the running or last epoch went, so far.
+        """Return where the time of the running or last epoch went so far.
 
-        With worker processes only batches and the consumer's waiting are known. The first epoch has a stage
-        "warm-up" for compiling and first memory.
+        With worker processes, only batches and the consumer's waiting are known. The first epoch has a stage
+        "warm-up" for compiling and for touching memory for the first time.
         """
         return self._recorder.stats()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; handed to the sampler.
+        """Set the epoch of the next iteration, for the sampler too.
 
-        Naming the epoch of a loaded state keeps its position. Another epoch begins from its beginning, and
-        warns if that drops a position which was loaded and not used.
+        Setting the epoch of a loaded state keeps its position. Any other epoch starts from its beginning,
+        with a warning if that drops a position which was loaded and not used.
         """
         self._order.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch handed over: small, picklable, independent of read-ahead.
+        """Return the position after the last batch handed over: small, picklable, independent of read-ahead.
 
-        Restored with :meth:`load_state_dict` into a loader over the same cells, it resumes with the next
-        batch, also with another number of workers or ranks. After the last batch of an epoch, it is the
-        beginning of the next one.
+        A loader over the same cells that loads it with :meth:`load_state_dict` continues with the next batch,
+        also with another number of workers or ranks. After the last batch of an epoch, the state is that of
+        the beginning of the next epoch.
 
         Returns
         -------
@@ -255,7 +255,7 @@ class CellLoader(DataLoader):
         Raises
         ------
         RuntimeError
-            An iteration is running, which cannot change its place.
+            An iteration is running; its position cannot be changed.
         ValueError
             The state belongs to other cells or to another kind of sampler, or another release saved it.
         """

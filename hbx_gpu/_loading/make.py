@@ -78,23 +78,24 @@ def make_loader(
         sampler, or a torch sampler of rows, such as ``RandomSampler``. None: a CellSampler of the dataset.
         Its `num_workers`, if it has one, is the default below.
     batch_size, shuffle, drop_last, seed
-        Of the CellSampler that is made where there is no `sampler` (default: 1,024 rows, not shuffled).
-        Beside a sampler of rows `batch_size` and `drop_last` only.
+        Arguments of the CellSampler that is made if `sampler` is None (default: 1,024 rows, not shuffled).
+        With a torch sampler of rows, only `batch_size` and `drop_last` may be given.
     collate_fn
-        Applied to every batch; None hands out the batch objects themselves.
+        Function that is applied to every batch; with None, batches are the dataset's own objects.
     device
         Where batches are decoded and handed out: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, a ``torch.device``,
         or ``"auto"`` for a GPU where one can be used and the CPU elsewhere. A GPU needs `layout`. Batches
         hold the same numbers on every device.
     layout
-        Instead of a collate_fn: dicts with ``X`` (``"dense"``: a tensor of `dtype` after `transform`;
-        ``"csr"``: a sparse float32 tensor), ``index`` (int64 row numbers) and the metadata columns, on
-        `device`. Of a multimodal dataset: one for all its sparse spaces, or by space; batches are those of
-        :class:`MultimodalCollate`. Dense spaces and tiles have ``"dense"`` only. ``"tokens"``: the inputs of
-        a model instead of ``X``, as `tokens` says.
+        Form of the batches, instead of a collate_fn: dicts with ``X`` (``"dense"``: a tensor of `dtype` after
+        `transform`; ``"csr"``: a sparse float32 tensor), ``index`` (int64 row numbers) and the metadata
+        columns, on `device`. ``"tokens"``: the inputs of a model instead of ``X``, as `tokens` says. For a
+        multimodal dataset, give one layout for all of its sparse spaces, or a mapping from space to layout;
+        batches are those of :class:`MultimodalCollate`. Dense spaces and tiles can only be ``"dense"``.
     dtype, transform
-        See :class:`DenseCollate`; for ``layout="dense"``. By space for a multimodal dataset. Tiles keep their
-        dtype, and transforms are for sparse spaces.
+        dtype of ``X`` and transform of the counts, for ``layout="dense"``; see :class:`DenseCollate`. They
+        may be mappings by space for a multimodal dataset. Tiles keep their dtype, and transforms are for
+        sparse spaces.
     measured
         Whether batches hold ``measured``, bool (n_rows, n_features): False where the dataset that a cell is
         from does not have the feature at all, so that ``X`` holds a zero which nobody counted. Needs a
@@ -103,31 +104,36 @@ def make_loader(
         Bytes that batches made ahead of the consumer may take up, when num_workers is 0 (default: 512 MiB,
         on a GPU 4 GiB of its memory). One batch is always made, whatever its size.
     executor
-        Who hands batches over: ``"direct"``, a queue; ``"dali"``, a DALI pipeline, which takes longer and
-        gives the same batches; ``"auto"``, DALI where it is installed, a `layout` is given and no worker
-        processes are asked for, said once in the log. :func:`hbx_gpu.pipeline.cell_pipeline` adds DALI
+        How batches are handed over: ``"direct"``, by a queue; ``"dali"``, by a DALI pipeline, which takes
+        longer and gives the same batches; ``"auto"``, by DALI where it is installed, a `layout` is given and
+        there are no worker processes (the log says so once). :func:`hbx_gpu.pipeline.cell_pipeline` adds DALI
         operators.
     io
-        How stored bytes are read: ``"mmap"``, ``"pinned"`` (``preadv``; on a GPU into page-locked memory),
-        ``"kvikio"`` (a GPU only: whole chunks to its memory), ``"auto"``, which measures those on the
-        dataset's own files. None: ``"mmap"`` on a GPU, as the dataset was opened elsewhere.
+        How stored bytes are read: ``"mmap"``; ``"pinned"`` (``preadv``; on a GPU into page-locked memory);
+        ``"kvikio"`` (GPU only: whole chunks to its memory); ``"auto"``, which measures these on the dataset's
+        own files. With None, it is ``"mmap"`` on a GPU, and on the CPU the way in which the dataset was
+        opened.
     residency
         Where chunks stay between batches: ``"none"``, ``"host"``, ``"device"``, or ``"auto"``, which decides
-        by size. Without a GPU: the page cache, or a copy on the heap. Needs num_workers 0, as `io` does.
+        by size. Without a GPU, chunks are in the page cache or in a copy on the heap. `residency` and `io`
+        need num_workers=0.
     images
-        What is done to tiles, boxes or encoded images on their way, by DALI: an
-        :class:`~hbx_gpu.images.ImageTransform`, or a :class:`~hbx_gpu.images.TileCollate` for more say in it;
-        by space for a multimodal dataset. Tiles are then (n, C, H, W) tensors, zeros for cells without one.
-        Needs a layout, and num_workers 0.
+        Transform of tiles, boxes or encoded images, carried out by DALI: an
+        :class:`~hbx_gpu.images.ImageTransform`, or a :class:`~hbx_gpu.images.TileCollate` to set more
+        options; a mapping by space for a multimodal dataset. Tiles are then (n, C, H, W) tensors, with zeros
+        for cells without a tile. It needs a layout and num_workers=0.
     image_seed
-        Of what is drawn for images, with epoch and cell (default: the sampler's seed, or 0).
+        Seed of the random steps of image transforms, which also depend on epoch and cell (default: the
+        sampler's seed, or 0).
     tokens
-        What a model is fed, for ``layout="tokens"``: a recipe of :mod:`hbx_gpu.tokens`, by space for a
-        multimodal dataset with several sparse ones. Batches are those of :func:`hbx_gpu.tokens.encode`.
+        Recipe of :mod:`hbx_gpu.tokens` for the inputs of a model, for ``layout="tokens"``; a mapping by space
+        for a multimodal dataset with several sparse spaces. Batches are those of
+        :func:`hbx_gpu.tokens.encode`.
     padding, pad_to_multiple_of, ids_dtype
         As for :func:`hbx_gpu.tokens.encode`.
     token_seed
-        Of what is drawn for tokens, with epoch, cell and gene (default: the sampler's seed, or 0).
+        Seed of the random choices for tokens, which also depend on epoch, cell and gene (default: the
+        sampler's seed, or 0).
     **kwargs
         ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
         ``threads``: threads when num_workers is 0 (default: the cores this process may use).
@@ -147,12 +153,12 @@ def make_loader(
     Raises
     ------
     ValueError
-        `batch_size`, `shuffle`, `drop_last` or `seed` beside a sampler of batches, which decides these.
-        Both layout and collate_fn; an unknown layout or dtype; dtype or transform without ``layout="dense"``;
-        a GPU without layout, or with worker processes. An unknown executor; DALI without layout, or with
+        `batch_size`, `shuffle`, `drop_last` or `seed` was given with a sampler of batches, which decides
+        these; both layout and collate_fn were given; a layout, dtype or executor is unknown; dtype or
+        transform was given without ``layout="dense"``; or a GPU or DALI was asked for without layout or with
         worker processes.
     DeviceUnavailableError
-        A GPU or DALI was asked for by name and cannot be used; says what is missing.
+        A GPU or DALI was asked for by name and cannot be used; the message says what is missing.
     """
     from hbx_gpu._loading.splits import order_for, unwrapped
 
@@ -183,7 +189,7 @@ def make_loader(
 
 
 def _through_dali(executor: str, sampler: Any, device: Any, options: LoaderOptions) -> bool:
-    """Whether batches go through DALI; raises where they cannot and were to."""
+    """Return whether batches go through DALI; raise an error where DALI was asked for and cannot be used."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor must be one of {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
     if executor == "direct":
@@ -215,7 +221,7 @@ def build_loader(
     device: Any,
     options: LoaderOptions,
 ) -> CellLoader:
-    """:func:`make_loader` once it is known who hands batches over: DALI, or nobody else."""
+    """Do the work of :func:`make_loader` after it was decided whether DALI hands batches over."""
     given = dataset
     dataset = loadable(dataset)
     gpu = resolve(device)
@@ -266,7 +272,7 @@ def build_loader(
 
 
 def _columns_for(dataset: Loadable[Any], collate: AnyCollate) -> Loadable[Any]:
-    """The dataset, with columns as sparse tensors want them where those are made."""
+    """Return the dataset, with columns in the form of sparse tensors where the collate makes these."""
     if isinstance(collate, MultimodalCollate) and isinstance(dataset, MultimodalCellDataset):
         sparse = [name for name, part in dataset.datasets.items() if part.kind == "sparse"]
         return dataset.with_wide_columns(
@@ -298,7 +304,7 @@ def _loader(
 
 
 def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderOptions) -> CellLoader:
-    """:func:`make_loader` on a backend: threads stage, the device decodes."""
+    """Make a loader on a backend: threads stage stored bytes, and the device decodes them."""
     from hbx_gpu._loading.feeds.multimodal import MultimodalFeed, cells_feed
 
     if options.num_workers:
@@ -323,7 +329,7 @@ def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderO
 
 
 def collate_for(dataset: Loadable[Any], options: LoaderOptions) -> AnyCollate:
-    """What makes the batches of a `layout` on the host."""
+    """Return the collate that makes batches of the option `layout` on the host."""
     if isinstance(dataset, MultimodalCellDataset):
         return _multimodal_collate(dataset, options)
     layout, dtype, steps = options.one_layout, options.one_dtype, options.steps
@@ -382,8 +388,8 @@ def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) 
     for name in set(dtype.values() if isinstance(dtype, Mapping) else [dtype]):
         _sparse_collate("dense", name, Transform())
     steps = {name: chain(given) for name, given in (transform or {}).items()}
-    images: Any = options.images  # made collates by now
-    tokens: Any = options.tokens  # collates too
+    images: Any = options.images  # these are collates by now
+    tokens: Any = options.tokens  # these are collates too
     collate = MultimodalCollate(layout, dtype, steps, images, tokens)
     for name in sparse:
         if name in (tokens or {}):
@@ -396,7 +402,7 @@ def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) 
 def _with_image_collates(
     dataset: Loadable[Any], sampler: Any, options: LoaderOptions, gpu: int | None
 ) -> LoaderOptions:
-    """Options with what is done to images ready to be called; by space for a multimodal dataset."""
+    """Return options whose image transforms are replaced by collates; by space for a multimodal dataset."""
     images, seed = options.images, options.image_seed
     if options.layout is None:
         raise ValueError('images are made into tensors: pass layout="dense" instead of a collate_fn')

@@ -1,4 +1,4 @@
-"""What a loader is asked for, in one object that is checked once."""
+"""The options of a loader, in one object that is checked once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Images: TypeAlias = "ImageTransform | TileCollate"
 Tokens: TypeAlias = "Recipe | Compiled | TokenCollate"
 
 RESIDENCIES = ("none", "host", "device", "auto")
-"""Where chunks stay between batches."""
+"""Accepted values of `residency`, which says where chunks stay between batches."""
 LOADS = ("start", "touch")
-"""When chunks come that stay: all of them before the first batch, or each when a batch first needs it."""
+"""When resident chunks are loaded: all before the first batch, or each when a batch first needs it."""
 DECODE = ("auto", "host", "device")
 """Where chunks of general codecs are decoded. ``"auto"``: on the device where a CRC32C of the compressed
-bytes is stored and there is a decompressor, else on the host. ``"device"``: there without a checksum too."""
+bytes is stored and a decompressor exists, otherwise on the host. ``"device"``: on the device, also without a
+checksum."""
 HOST_BUDGET = 512 << 20
 DEVICE_BUDGET = 4 << 30
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
@@ -58,18 +59,18 @@ class DaliOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
-    """What a loader is asked for; see :func:`hbx_gpu.dataloader.make_loader` for the meaning of each.
+    """The options of a loader; :func:`hbx_gpu.dataloader.make_loader` describes each of them.
 
     Attributes
     ----------
     layout, dtype, transform
-        What batches become; mappings by space for multimodal datasets. `layout` None: a collate decides.
+        Form of the batches; mappings by space for multimodal datasets. `layout` is None if a collate decides.
     measured
         Whether batches of one space say which features were measured.
     images, image_seed
-        What is done to images.
+        Transform of images, and the seed of its random steps.
     tokens, padding, pad_to_multiple_of, ids_dtype, token_seed
-        What tokens are made, and how they are handed out.
+        Recipe of tokens, and the form in which they are handed out.
     io, residency, residency_budget, residency_load
         How stored bytes are read, and which chunks stay where.
     decode
@@ -77,9 +78,10 @@ class LoaderOptions:
     memory_budget
         Bytes of batches made ahead; None: the default of the device.
     num_workers, threads, window
-        Processes; threads; batches under one plan. None: decided from sampler and machine.
+        Number of worker processes, of threads, and of batches per window. None: decided from sampler and
+        machine.
     progress
-        Whether a line on the terminal says how far the epoch is.
+        Whether a line on the terminal shows the progress of the epoch.
     dali
         How batches go through DALI; None: they do not.
     torch
@@ -88,7 +90,7 @@ class LoaderOptions:
     Raises
     ------
     ValueError
-        A value that is not among the choices, or not positive; a keyword that the sampler decides.
+        A value is not among the choices or not positive, or a keyword is given that the sampler decides.
     """
 
     layout: str | Mapping[str, str] | None = None
@@ -148,7 +150,7 @@ class LoaderOptions:
         Raises
         ------
         ValueError
-            Settings by space.
+            The layout is a mapping by space.
         """
         by_space = [s for s in (self.layout, self.dtype, self.transform) if isinstance(s, Mapping)]
         if by_space:

@@ -1,4 +1,4 @@
-"""The order that a loader follows: one of ours or that of any batch sampler, and where it continues."""
+"""The order that a loader follows: that of our samplers or of any batch sampler, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Order(Protocol):
 
     @property
     def n_done(self) -> int:
-        """Batches of the epoch that came before the iteration at hand."""
+        """Batches of the epoch that were handed over before the current iteration began."""
 
     def batches(self) -> Iterator[np.ndarray]:
         """Begin an iteration: int64 row numbers of each batch."""
@@ -32,14 +32,14 @@ class Order(Protocol):
         """Choose the epoch of the next iteration."""
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
-        """Where the iteration stands once the consumer has received so many of its batches."""
+        """Return the state after the consumer has received `delivered` batches of this iteration."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state with the next iteration."""
 
 
 def as_order(sampler: Any) -> Order:
-    """`sampler` itself, or what makes an order of a batch sampler."""
+    """Return `sampler` itself if it is an order, or an order over a batch sampler."""
     if isinstance(sampler, Batches):
         return sampler.order
     return sampler if isinstance(sampler, Order) else GivenOrder(sampler)
@@ -48,13 +48,13 @@ def as_order(sampler: Any) -> Order:
 class GivenOrder:
     """The batches of a torch batch sampler, or of any iterable of lists of row numbers.
 
-    Such an order cannot begin in the middle: to continue, it is gone through again, and what was done is left
-    out. A digest of the row numbers tells whether it is the same order.
+    Such an order cannot begin in the middle. To continue, it is iterated again from its beginning, and
+    batches that were done are skipped. A digest of the row numbers tells whether it is the same order.
 
     Parameters
     ----------
     sampler
-        Iterable any number of times.
+        Batches of row numbers, which can be iterated any number of times.
     """
 
     def __init__(self, sampler: Iterable[Any]) -> None:
@@ -67,12 +67,12 @@ class GivenOrder:
 
     @property
     def batch_size(self) -> int | None:
-        """Of the sampler, if it tells."""
+        """Batch size of the sampler; None if it does not tell."""
         return getattr(self.sampler, "batch_size", None)
 
     @property
     def drop_last(self) -> bool:
-        """Of the sampler, if it tells."""
+        """Whether the sampler drops a partial batch, if it tells."""
         return bool(getattr(self.sampler, "drop_last", False))
 
     @property
@@ -86,7 +86,7 @@ class GivenOrder:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """See :class:`Order`; told to the sampler, and to the sampler of rows inside it."""
+        """See :class:`Order`; the sampler, and the sampler of rows inside it, are told too."""
         if epoch != self.epoch:
             self._skip, self._digest, self._begun = 0, "", None
         self.epoch = epoch
@@ -105,7 +105,8 @@ class GivenOrder:
         Raises
         ------
         ValueError
-            The batches that were done before are others now; the sampler yields row numbers one by one.
+            The batches before the position differ from those of the saved run, or the sampler yields single
+            row numbers instead of batches.
         """
         skip, expected = self._skip, self._digest
         self._begun, self._skip, self._digest = (self.epoch, skip), 0, ""
@@ -172,7 +173,7 @@ def _name(sampler: object) -> str:
 
 
 class Batches:
-    """The `batch_sampler` of a loader, in the shape in which frameworks look at one.
+    """The `batch_sampler` of a loader, with the attributes that frameworks look for.
 
     Lightning, for example, calls `set_epoch` on its `sampler` only, and makes another one of its class from
     that sampler when it predicts.
@@ -180,10 +181,10 @@ class Batches:
     Parameters
     ----------
     sampler
-        The view of the order.
+        Sampler of the rows of the order.
     batch_size, drop_last
-        Of the order, which has decided them. Warns where the order leaves rows out and `drop_last` does not
-        ask for it.
+        Batch size of the order, and whether it drops a partial batch. Warns where the order leaves rows out
+        and `drop_last` does not ask for it.
     """
 
     def __init__(self, sampler: RankSampler, batch_size: int | None = None, drop_last: bool = False) -> None:
@@ -205,7 +206,7 @@ class Batches:
 
     @property
     def order(self) -> Order:
-        """Where the batches come from."""
+        """Order that the batches come from."""
         return self.sampler.order
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -220,15 +221,15 @@ class Batches:
 
 
 class RankSampler(DistributedSampler):
-    """The rows of this rank, one by one, as a sampler that frameworks take for distributed.
+    """The rows of this rank, one by one, as a sampler that frameworks recognize as distributed.
 
-    They leave such a sampler in its place, and tell it the epoch. It needs no process group: the order finds
-    its ranks when an iteration begins.
+    Frameworks do not replace such a sampler, and they tell it the epoch. It needs no process group: the order
+    finds its ranks when an iteration begins.
 
     Parameters
     ----------
     order
-        Whose rows.
+        The order whose rows the sampler yields.
     """
 
     def __init__(self, order: Order) -> None:  # the constructor of torch asks for a process group
@@ -236,12 +237,12 @@ class RankSampler(DistributedSampler):
 
     @property
     def epoch(self) -> int:  # type: ignore[override]
-        """Of the order."""
+        """Epoch of the order."""
         return self.order.epoch
 
     @property
     def rank(self) -> int:  # type: ignore[override]
-        """Of the order, 0 if it does not know of ranks."""
+        """Rank of the order, 0 if it does not know of ranks."""
         return int(getattr(self.order, "rank", 0))
 
     @property

@@ -1,6 +1,6 @@
-"""How much the loader makes at once and how far ahead, from what it measures.
+"""Choose the size of windows and the depth of read-ahead from measurements of the running loader.
 
-Decides when batches are made and how many share a plan, never what is in them.
+This decides when batches are made and how many share a plan, never what they contain.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 _GROWTH = 8  # windows of at most this many times their first size
 _DEPTH = 4  # windows made ahead, per thread, at most
-_BETTER = 0.9  # of the cost per cell before, for a larger window to be worth its memory
+_BETTER = 0.9  # a larger window must lower the cost per cell to this share to be worth its memory
 _WAITS = 0.03  # share of its time that the consumer may wait
 _IDLES = 0.1  # share of their time that threads may idle while it does
 PATIENCE = 10.0
-"""Seconds of loading before larger windows are tried: a trial touches new memory, which a short run would
-never earn back."""
+"""Seconds of loading before larger windows are tried: a trial touches fresh memory, which costs time that a
+short run would not gain back."""
 _DRIFT = 2.0  # a cost that changed by this factor is worth another look
 
 
@@ -26,11 +26,11 @@ class Made:
     Attributes
     ----------
     factor
-        Of the sizing when its batches were taken.
+        Factor of the sizing when the batches of the window were taken.
     cells, nbytes
-        What is in it.
+        Cells and bytes in the window.
     seconds
-        That a thread spent on it.
+        Seconds that a thread spent on the window.
     """
 
     factor: int
@@ -42,24 +42,24 @@ class Made:
 class Sizing:
     """Size of windows and depth of read-ahead.
 
-    The consumer waits while threads idle: what is made ahead is too short to even out windows that take
-    longer, so there is one more. The consumer waits and no thread idles: making is what limits, so windows
-    twice as large are tried for a round after some seconds, and kept if a cell then costs less. A consumer
-    that never waits leaves all as it is.
+    If the consumer waits while threads idle, too little is made ahead to even out windows that take longer,
+    so one more window is made ahead. If the consumer waits and no thread idles, making batches is the limit,
+    so windows twice as large are tried after some seconds, and kept if a cell then costs less. If the
+    consumer never waits, nothing changes.
 
     Parameters
     ----------
     threads
-        That make windows.
+        Number of threads that make windows.
     fixed
-        Stay as at first.
+        Whether size and depth stay as they are at first.
 
     Attributes
     ----------
     factor
-        By which windows are larger than at first: a power of two.
+        Factor by which windows are larger than at first: a power of two.
     depth
-        Windows made or in the making beside the one that is consumed.
+        Number of windows that are made or being made, besides the one that is consumed.
     """
 
     def __init__(self, threads: int, *, fixed: bool = False) -> None:
@@ -85,10 +85,10 @@ class Sizing:
         Parameters
         ----------
         elapsed, waited, idle
-            Seconds since the window before: in all, of the consumer waiting, and of the threads (summed)
-            with nothing to do.
+            Seconds since the previous window: in all, those that the consumer waited, and those that threads
+            had nothing to do, summed over threads.
         budget
-            Bytes that read-ahead may take up.
+            Bytes that read-ahead may use.
         """
         if self._fixed or made.factor != self.factor or not made.cells:
             return
@@ -106,7 +106,7 @@ class Sizing:
             self._reset()
 
     def _decide(self, budget: int) -> None:
-        cost = statistics.median(self._costs)  # whatever else the machine does hits single windows
+        cost = statistics.median(self._costs)  # other work of the machine slows single windows down
         waits = self._waited > _WAITS * self._elapsed
         idles = self._idle > _IDLES * self._elapsed * self._threads
         if self._before is not None:

@@ -1,4 +1,4 @@
-"""What torch makes of datasets and samplers - splits, concatenations, samplers of rows - as our own."""
+"""Turn torch's subsets, concatenations and samplers of rows into datasets and batch samplers of ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hbx_gpu._datasets.joined import joined
 from hbx_gpu._loading.order import Batches, GivenOrder, Order
 from hbx_gpu.sampler import CellSampler
 
-_BATCH_SIZE = 1024  # of CellSampler
+_BATCH_SIZE = 1024  # default of CellSampler
 _SAMPLERS_OF_ROWS = (
     DistributedSampler,
     RandomSampler,
@@ -31,9 +31,9 @@ _SAMPLERS_OF_ROWS = (
 
 
 def unwrapped(dataset: Any) -> Any:
-    """A torch `Subset` (as `random_split` makes them) or `ConcatDataset` of our datasets as one of ours.
+    """Turn a torch `Subset` (as from `random_split`) or `ConcatDataset` of our datasets into one of ours.
 
-    Rows are numbered as torch numbers them. Anything else is returned as it is.
+    Rows are numbered as torch numbers them. Any other dataset is returned as it is.
     """
     if isinstance(dataset, Subset):
         whole = unwrapped(dataset.dataset)
@@ -60,7 +60,7 @@ def order_for(
     Raises
     ------
     ValueError
-        `batch_size`, `shuffle`, `drop_last` or `seed` beside a sampler that has decided them.
+        `batch_size`, `shuffle`, `drop_last` or `seed` is given together with a sampler that decides them.
     """
     if sampler is None:
         groups = getattr(dataset, "groups_np", None)

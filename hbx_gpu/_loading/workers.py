@@ -1,4 +1,4 @@
-"""What goes wrong when worker processes start, in words."""
+"""Explain errors at the start of worker processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def refuse_in_workers() -> None:
     Raises
     ------
     RuntimeError
-        Names the guard that the script lacks.
+        The script lacks a guard, which the message names.
     """
-    # As multiprocessing finds out, which would say so at greater length.
+    # multiprocessing makes the same check, with a longer message.
     if getattr(multiprocessing.process.current_process(), "_inheriting", False):
         raise RuntimeError(f"this script starts worker processes without a __main__ guard: {_GUARD}")
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Add to the error of a worker that died what may have been the reason."""
+    """Add likely reasons to the error of a worker that died."""
     try:
         yield
     except (RuntimeError, BrokenPipeError, EOFError) as error:

@@ -93,7 +93,7 @@ def read_sizes(sizes: Mapping[str, int] | str | os.PathLike[str]) -> dict[str, i
     Raises
     ------
     InvalidDataError
-        A size is no positive whole number, or a chromosome occurs twice.
+        A size is not a positive whole number, or a chromosome occurs twice.
     """
     if isinstance(sizes, Mapping):
         return {str(name): _size(name, value, "chromosome_sizes") for name, value in sizes.items()}

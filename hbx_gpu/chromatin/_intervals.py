@@ -143,9 +143,9 @@ def fragments_frame(
     dataset
         Fragments with both layers.
     uids
-        Of every row of the dataset.
+        uid of every row of the dataset.
     chromosome_names
-        Of every column of the dataset.
+        Name of every column of the dataset.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 FRAGMENTS, INSERTIONS, PAIRED, BINARY = range(4)
-"""As in `hbx_gpu.chromatin._regions.COUNTS`."""
+"""Positions of these modes in `hbx_gpu.chromatin._regions.COUNTS`."""
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -116,7 +116,7 @@ def _row_peaks(
                 continue
             bucket = first[c] + (start >> shift)
             slot, high = np.int64(buckets[bucket]), np.int64(buckets[bucket + 1])
-            while slot < high:  # to the first slot from which on a peak may end behind `start`
+            while slot < high:  # find the first slot from which on a peak may end after `start`
                 middle = (slot + high) >> 1
                 if reach[middle] > start:
                     high = middle
@@ -161,7 +161,7 @@ def count_rows(
     chromosomes, starts, lengths, row_bounds
         Fragments; row ``i`` has ``row_bounds[i]:row_bounds[i + 1]``.
     mode
-        See above.
+        One of the modes `FRAGMENTS`, `INSERTIONS`, `PAIRED` and `BINARY`.
     where, peaks
         From :meth:`hbx_gpu.chromatin._regions.Regions.lookup`.
     line

@@ -33,7 +33,7 @@ class Regions:
     Attributes
     ----------
     names
-        object, (n_chromosomes,). Of the dataset's chromosomes by number; None where one is left out.
+        object, (n_chromosomes,). Names of the dataset's chromosomes by number; None where one is left out.
     chromosomes
         object. Names of the chromosomes that columns lie on, whether the dataset has them or not.
     count
@@ -162,7 +162,7 @@ class Bins:
         names
             Name of every chromosome number; None for one to leave out.
         sizes
-            Registered or observed sizes, where `chromosome_sizes` is no mapping and no path.
+            Registered or observed sizes, used if `chromosome_sizes` is neither a mapping nor a path.
 
         Raises
         ------
@@ -222,7 +222,7 @@ class Peaks:
     Raises
     ------
     InvalidDataError
-        An interval is empty, negative or listed twice, a column is missing, a line is no interval.
+        An interval is empty, negative or listed twice, a column is missing, or a line is not an interval.
     ValueError
         An unknown `count`.
     """
@@ -296,7 +296,7 @@ def _check_count(count: str) -> str:
 
 
 def _check_shared(names: list[str | None], others: Any, what: str) -> None:
-    """Two spellings of all chromosomes would give a matrix of zeros without a word."""
+    """Raise an error if no chromosome is shared; other spellings would silently give a matrix of zeros."""
     if not set(names) & set(others):
         raise InvalidDataError(
             f"{what} and the dataset have no chromosome in common: {_some(others)} against {_some(names)}; "

@@ -1,4 +1,4 @@
-"""Peaks made searchable: what `kernels` look up to find those that a position lies in."""
+"""Build the tables in which `kernels` find the peaks that a position lies in."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ class PeakSearch:
     first
         int64, (n_chromosomes,). First bucket of each chromosome.
     size
-        int64, (n_chromosomes,). Where its last peak ends; 0 where there is none.
+        int64, (n_chromosomes,). End of the last peak of each chromosome; 0 where it has none.
     stop
-        int64, (n_chromosomes,). Its last slot + 1.
+        int64, (n_chromosomes,). Last slot of each chromosome, plus 1.
     shift
         Position ``p`` lies in bucket ``p >> shift`` of its chromosome.
     start, end
-        int64, (n_slots,). The peaks.
+        int64, (n_slots,). Start and end of each peak.
     reach
-        int64, (n_slots,). The furthest end so far on the chromosome: it ascends even where peaks overlap.
+        int64, (n_slots,). The largest end of this and all earlier peaks of the chromosome. It ascends even
+        where peaks overlap.
     column
-        int32, (n_slots,). Output column of each.
+        int32, (n_slots,). Output column of each peak.
     buckets
-        int32. First slot whose reach lies behind the bucket's beginning; each chromosome has one bucket more
-        than it fills, as the end of the last.
+        int32. For each bucket, the first slot whose reach lies after the bucket's beginning. Each chromosome
+        has one more bucket than it fills, as the end of its last one.
     """
 
     first: np.ndarray
@@ -45,7 +46,7 @@ class PeakSearch:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What kernels unpack."""
+        """Return the arrays that kernels take, in their order."""
         return self.start, self.end, self.reach, self.column, self.buckets
 
 

@@ -1,4 +1,4 @@
-"""Image tiles on their way to the model: crop, flip, rotate, resize, colour and normalise, through DALI.
+"""Image tiles on their way to the model: crop, flip, rotate, resize, color and normalize, through DALI.
 
 Importing it imports neither DALI nor torch; making a pipeline does.
 """

@@ -30,7 +30,7 @@ class TileCollate(Collating):
     Attributes
     ----------
     epoch
-        Of the batches that are collated now; see :meth:`set_epoch`.
+        Epoch of the batches that are collated now; see :meth:`set_epoch`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TileCollate(Collating):
         return self.pipeline.device_id is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw as in this epoch from the next call on; call it between epochs."""
+        """Set the epoch that random steps depend on; call this between epochs."""
         if not 0 <= epoch < 2**32:
             raise ValueError(f"epoch must be in 0 .. 2**32 - 1, got {epoch}")
         self.epoch = int(epoch)
@@ -76,7 +76,7 @@ class TileCollate(Collating):
             bool (n,), as in ``MultimodalBatch.present``: False for cells without a tile. In a ragged batch
             arrays without elements say so too.
         epoch
-            In place of the one set, for loaders that work ahead across epochs.
+            Epoch to use instead of the one set, for loaders that read ahead across epochs.
 
         Returns
         -------

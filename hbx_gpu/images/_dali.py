@@ -36,9 +36,9 @@ class ImagePipeline:
     Parameters
     ----------
     transform
-        What to do.
+        Steps to apply to tiles.
     seed
-        Of what is drawn, with epoch and cell.
+        Seed of random steps, which also depend on epoch and cell.
     device_id
         The GPU to work on; None: the CPU.
     num_threads

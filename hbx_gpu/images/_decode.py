@@ -82,9 +82,9 @@ class Decoder:
         Raises
         ------
         CorruptDataError
-            One is no image; names its cell row.
+            One of them is not an image; the message names its cell row.
         UnsupportedError
-            One cannot be decoded right.
+            One of them would not be decoded correctly.
         """
         headers = [self._header(image, row) for image, row in zip(images, rows, strict=True)]
         try:
@@ -103,12 +103,12 @@ class Decoder:
         return found, shapes
 
     def decode(self, images: list[np.ndarray], rows: np.ndarray, decoding: Decoding) -> list[np.ndarray]:
-        """Arrays (C, h, w).
+        """Decode images to arrays (C, h, w).
 
         Raises
         ------
         CorruptDataError
-            One cannot be decoded; names its cell row.
+            An image cannot be decoded; the message names its cell row.
         """
         try:
             output = self._run(decoding, images)
@@ -181,7 +181,7 @@ class Decoder:
 
         colors = self.colors
         if colors == "any":
-            # DALI writes outside its memory for grey JPEGs that are asked for "as stored"; grey and RGB
+            # DALI writes outside its memory for gray JPEGs that are asked for "as stored"; gray and RGB
             # are what is stored, for one and three channels.
             colors = {1: "gray", 3: "rgb"}.get(channels, "any")
         if colors == "any" and header.kind not in ("png", "tiff"):
@@ -231,7 +231,7 @@ def decode_images(
     CorruptDataError
         An image that cannot be decoded; names its cell row.
     UnsupportedError
-        TIFFs with several pages, separate planes, or samples that are no unsigned integers.
+        A TIFF has several pages, separate planes, or samples that are not unsigned integers.
     DeviceUnavailableError
         DALI is not installed.
     """

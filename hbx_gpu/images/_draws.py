@@ -141,7 +141,7 @@ def color_matrices(saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
     saturation
         (n,), factors of the distance from the luma of ITU-R BT.601.
     hue
-        (n,), parts of a full turn about the grey axis; a third turns red into green.
+        (n,), parts of a full turn about the gray axis; a third turns red into green.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Headers of encoded images: only what DALI would otherwise get wrong without a word.
+"""Read headers of encoded images, to find those that DALI would decode wrongly without an error.
 
 PNG: ISO/IEC 15948, chunk IHDR. TIFF: the TIFF 6.0 specification and the BigTIFF design, first directory.
 """
@@ -21,7 +21,7 @@ _FORMATS = {2: "signed integers", 3: "floating point", 5: "complex integers", 6:
 
 
 class ImageHeader(NamedTuple):
-    """What decides how an image is decoded.
+    """The properties that decide how an image is decoded.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class ImageHeader(NamedTuple):
     dtype
         uint8 or uint16: type that holds the samples.
     mixed
-        Whether its channels are no colours, and decoding it as RGB or grey would drop some.
+        Whether its channels are no colors, and decoding it as RGB or gray would drop some.
     """
 
     kind: str
@@ -51,8 +51,8 @@ def read_header(image: np.ndarray) -> ImageHeader:
     CorruptDataError
         The header ends early.
     UnsupportedError
-        Something that DALI decodes into wrong pixels: several pages, planes, samples that are no unsigned
-        integers of up to 16 bits.
+        DALI would decode the image into wrong pixels: it has several pages or planes, or samples that are not
+        unsigned integers of up to 16 bits.
     """
     start = image[:32].tobytes()
     if start.startswith(_PNG):

@@ -179,16 +179,16 @@ def _finish(tiles: DataNode, transform: ImageTransform, stored: np.dtype[Any], *
 def arguments(
     transform: ImageTransform, drawn: Drawn, heights: np.ndarray, widths: np.ndarray
 ) -> dict[str, Any]:
-    """What is fed to the inputs of :func:`transform_graph` beside the tiles, one entry per tile.
+    """Return what is fed to the inputs of :func:`transform_graph` besides the tiles, one entry per tile.
 
     Parameters
     ----------
     transform
         The steps.
     drawn
-        For these tiles.
+        Random numbers drawn for these tiles.
     heights, widths
-        int64 (m,), of the tiles.
+        int64 (m,). Heights and widths of the tiles.
     """
     found: dict[str, Any] = {}
     if drawn.top is not None and drawn.left is not None and transform.crop:
@@ -226,7 +226,7 @@ def build(
         num_threads=num_threads,
         device_id=device_id,
         prefetch_queue_depth=1,
-        seed=0,  # of no matter: there are no random operators
+        seed=0,  # has no effect, because there are no random operators
     )
     with pipe:
         pipe.set_outputs(graph())

@@ -59,7 +59,7 @@ def crop(x: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarra
 
 
 def rotate(x: np.ndarray, degrees: float, fill: float, nearest: bool) -> np.ndarray:
-    """Turn counter-clockwise about the centre; (0, 0) is the upper left, size stays."""
+    """Turn counter-clockwise about the center; (0, 0) is the upper left, size stays."""
     from scipy.ndimage import affine_transform
 
     angle = np.deg2rad(degrees)
@@ -135,7 +135,7 @@ def brightness_contrast(x: np.ndarray, brightness: float, contrast: float) -> np
 
 
 def finish(x: np.ndarray, mean: Sequence[float], std: Sequence[float], dtype: str) -> np.ndarray:
-    """Normalise in float32 and convert."""
+    """Normalize in float32 and convert."""
     center, spread = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
     normal = (x.astype(np.float32) - center) * (np.float32(1) / spread)
     if dtype == "uint8":

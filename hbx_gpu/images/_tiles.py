@@ -1,4 +1,4 @@
-"""What a caller hands in, sorted: which cells have a tile, of which shape and type, and if DALI takes it."""
+"""Check the tiles that a caller passes: which cells have one, their shapes, and dtypes that DALI takes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Tiles:
 def collect(
     tiles: np.ndarray | Sequence[np.ndarray], cells: np.ndarray, present: np.ndarray | None = None
 ) -> Tiles:
-    """Sort out what was handed in.
+    """Check the tiles of a batch, and collect those of cells that have one.
 
     Parameters
     ----------

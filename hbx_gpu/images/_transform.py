@@ -33,7 +33,7 @@ class ImageTransform:
     vertical_flip, horizontal_flip
         Probability of turning a tile upside down, and of mirroring left and right.
     rotation
-        Degrees: turned about its centre by an angle from [-rotation, rotation], counter-clockwise if
+        Degrees: turned about its center by an angle from [-rotation, rotation], counter-clockwise if
         positive. The size stays; what comes from outside the tile, or the crop, is `fill`. Bilinear, or
         nearest if that is the `interpolation`.
     fill
@@ -52,13 +52,13 @@ class ImageTransform:
         Distances from the luma 0.299 R + 0.587 G + 0.114 B are multiplied by a factor, given likewise. For
         three channels only.
     hue
-        Colours are turned about the grey axis of RGB by a part of a full turn from [-hue, hue], at most 0.5,
+        Colors are turned about the gray axis of RGB by a part of a full turn from [-hue, hue], at most 0.5,
         or from the (low, high) given. For three channels only.
     scale
         Divide by the largest value of the stored integer type (255, 65535), as torchvision's
         ``ToDtype(scale=True)``. Stored floats stay.
     mean, std
-        Normalise: subtract `mean`, divide by `std`, one number for all channels or one each, in units behind
+        Normalize: subtract `mean`, divide by `std`, one number for all channels or one each, in units behind
         `scale`.
     dtype
         ``"float32"``, ``"float16"`` (the nearest; of two equally near either), or ``"uint8"``: rounded,
@@ -135,7 +135,7 @@ class ImageTransform:
 
     @property
     def crop(self) -> Size | None:
-        """(height, width) behind the crop; None if there is none."""
+        """(height, width) after the crop; None without a crop."""
         size: Any = self.random_crop or self.center_crop
         return size
 
@@ -151,7 +151,7 @@ class ImageTransform:
 
     @property
     def interpolates(self) -> bool:
-        """Whether pixels are computed between crop and normalisation, and not only moved."""
+        """Whether pixels are computed between crop and normalization, and not only moved."""
         return bool(self.rotation or self.resize or self.jitter or self.recolor)
 
     @property

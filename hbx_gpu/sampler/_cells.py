@@ -17,7 +17,7 @@ LOCALITIES = ("group", "block", "none")
 
 
 class CellSampler(EpochSampler):
-    """Every cell exactly once per epoch, in full batches but for at most one.
+    """Visits every cell exactly once per epoch, in full batches except at most one.
 
     Parameters
     ----------
@@ -34,8 +34,8 @@ class CellSampler(EpochSampler):
         Leave out the partial batch and, on several ranks, the batches of an incomplete last round;
         `n_dropped` counts the cells, and a warning says so once.
     num_workers
-        Worker processes among which a rank's batches go round; decides when a batch comes, never what is in
-        it.
+        Number of worker processes that take a rank's batches in turn. It decides when a batch comes, never
+        what it contains.
     locality
         ``"none"``: a uniform permutation. ``"group"``: each batch comes from one group, and the batches a
         worker gets in a row come from the same group as long as it lasts; what groups hold beyond their full
@@ -48,10 +48,10 @@ class CellSampler(EpochSampler):
         Row numbers to draw from, for instance those of the training split; all rows by default. Batches hold
         row numbers of the whole dataset.
     length_group
-        Batches of cells of like length, as transformers take them: every so many batches of the shuffled
-        order are sorted by falling length, and the epoch begins with its longest cell, so that memory that
-        does not suffice is noticed at once (the rule of Hugging Face's LengthGroupedSampler). None: no
-        sorting.
+        Number of batches that are sorted together, so that a batch holds cells of similar length, as
+        transformers need: so many batches of the shuffled order at a time are sorted by descending length.
+        The epoch begins with its longest cell, so that too little memory is noticed at once. This is the rule
+        of Hugging Face's LengthGroupedSampler. None: no sorting.
     lengths
         Number of stored values of each cell, (n_cells,), for `length_group`: ``dataset.row_lengths``.
     rank, world_size
@@ -63,10 +63,10 @@ class CellSampler(EpochSampler):
     Raises
     ------
     ValueError
-        For groups that are not one-dimensional, sizes below 1, an unknown locality, a rank outside the world,
-        fewer than two cells per rank.
+        Groups are not one-dimensional, a size is below 1, the locality is unknown, the rank is not below the
+        world size, or there are fewer than two cells per rank.
     IndexError
-        A row number outside the dataset, or one given twice.
+        A row number lies outside the dataset or is given twice.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CellSampler(EpochSampler):
         self.block_size = at_least("block_size", block_size, 1)
         self.blocks_per_window = at_least("blocks_per_window", blocks_per_window, 1)
         groups = integers("groups_np", groups_np)
-        # Kept as long as the sampler lives, so at half the width wherever 32 bits suffice.
+        # The array lives as long as the sampler, so it is kept in 32 bits where these suffice.
         width = np.int32 if len(groups) < 2**31 else np.int64
         self._rows = None if rows is None else _checked_rows(rows, len(groups)).astype(width)
         self._length_group, self._lengths = 0, np.empty(0, np.int32)
@@ -134,7 +134,7 @@ class CellSampler(EpochSampler):
         return self._by_length(cells) if self._length_group else cells
 
     def _by_length(self, cells: np.ndarray) -> np.ndarray:
-        """Every `length_group` batches of cells sorted by falling length, the longest cell in front."""
+        """Sort `length_group` batches of cells at a time by descending length, the longest cell in front."""
         batches = max(1, min(len(cells) // (4 * self.batch_size), self._length_group))
         megabatch = np.arange(len(cells)) // (batches * self.batch_size)
         lengths = self._lengths[cells]

@@ -1,6 +1,6 @@
-"""Who gets which batch of an epoch, and where a run stands: ranks, rounds, seeds, resuming.
+"""Deal the batches of an epoch to ranks, and save and resume positions.
 
-Orders live in :mod:`hbx_gpu.sampler`; nothing here knows what a group or a label is.
+The other modules of :mod:`hbx_gpu.sampler` define orders; this one knows nothing of groups or labels.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class EpochSampler(_TorchSampler):
     Attributes
     ----------
     batch_size, drop_last, num_workers
-        As given.
+        The arguments of these names.
     seed
         The seed in use. Without one, a new seed is drawn for each iteration; several ranks, which must agree,
         take 0.
     epoch
-        Of the next iteration, or of the one that runs.
+        Epoch of the running or the next iteration.
     """
 
     #: The last round re-cuts single batches instead of the cells of all of them together.
@@ -157,7 +157,7 @@ class EpochSampler(_TorchSampler):
         return self._walk(progress, edges, rank)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
-        """Where this run stands, as plain ints and strings.
+        """Return the position of this run as plain ints and strings.
 
         Once all batches of an epoch were delivered, the state is that of the next epoch at its beginning,
         whether or not the iteration has ended.
@@ -214,7 +214,7 @@ class EpochSampler(_TorchSampler):
         Raises
         ------
         ValueError
-            If the state is no sampler state, or belongs to another order: the message names each difference.
+            The state is not a sampler's, or it belongs to another order; the message names each difference.
         """
         progress = self._checked(state)
         self.seed, self.epoch = progress.seed, progress.epoch
@@ -350,7 +350,7 @@ class EpochSampler(_TorchSampler):
         return dict(self._order_id)
 
     def _check_world(self) -> None:
-        """Refuse more ranks than there are cells for; say once what `drop_last` leaves out."""
+        """Raise an error for more ranks than there are cells for; warn once about what `drop_last` drops."""
         world_size, progress = self.world_size, self._pending or self._fresh_at(self.seed)
         if progress.loaded:
             return

@@ -28,7 +28,7 @@ class WeightedCellSampler(EpochSampler):
     n_samples
         Draws per epoch; by default as many as there are cells of positive weight.
     replacement
-        False: no cell twice in an epoch; the earlier of two draws still favours the heavier cell.
+        False: no cell twice in an epoch; the earlier of two draws still favors the heavier cell.
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class BalancedCellSampler(EpochSampler):
 class GroupedCellSampler(EpochSampler):
     """Batches of one label combination each, completed with matched controls.
 
-    Every cell that is labelled and no control comes exactly once per epoch. The cells of a combination are
-    cut into as few batches as they need, of nearly equal size; each gets controls in proportion.
+    Every cell that has labels and is not a control comes exactly once per epoch. The cells of a combination
+    are cut into as few batches as possible, of nearly equal size; each batch gets controls in proportion.
 
     Parameters
     ----------
@@ -312,7 +312,8 @@ class GroupedCellSampler(EpochSampler):
         if self._n_controls == 0:
             return targets
         controls = self._draw_controls(self._pool_of[positions], n_targets, n_controls, rng)
-        # Controls are spread evenly, each behind its target: a batch cut smaller keeps their share and match.
+        # Controls are spread evenly, each after its target, so that a batch that is cut keeps their share and
+        # match.
         sizes = n_targets + n_controls
         place = ranges(np.zeros_like(sizes), sizes)
         of, among = np.repeat(n_controls, sizes), np.repeat(sizes, sizes)

@@ -1,4 +1,4 @@
-"""What is done to counts on their way into a dense batch: the recipe only; engines carry it out."""
+"""Transforms of counts in dense batches: plain data that describe the steps, which engines carry out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def normalize_total(target_sum: float = 1e4) -> Transform:
     """Scale each cell to `target_sum`, as scanpy's ``normalize_total``; an empty cell stays zero.
 
     The total is taken over the columns of the batch: with a panel, over the panel. A batch with values that
-    are no counts is refused (InvalidDataError).
+    are not counts is an error (InvalidDataError).
     """
     if not target_sum > 0:
         raise ValueError(f"target_sum must be positive, got {target_sum}")
@@ -36,12 +36,12 @@ def normalize_total(target_sum: float = 1e4) -> Transform:
 
 
 def not_counts(where: str) -> InvalidDataError:
-    """The error for values that a transform was asked to take for counts.
+    """Make the error for a transform of values that are not counts.
 
     Parameters
     ----------
     where
-        What holds them.
+        Name of the matrix that holds the values.
     """
     return InvalidDataError(
         f"{where}: normalize_total and log1p are for counts, but some values are negative or no whole "
@@ -51,7 +51,7 @@ def not_counts(where: str) -> InvalidDataError:
 
 
 log1p = Transform(log1p=True)
-"""``log(1 + x)`` of every value; of counts, as above."""
+"""``log(1 + x)`` of every value, which must be a count, as for :func:`normalize_total`."""
 
 
 def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
@@ -60,7 +60,7 @@ def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
     Raises
     ------
     ValueError
-        An order that is not normalise, then log1p.
+        An order that is not normalize, then log1p.
     """
     if steps is None:
         return Transform()

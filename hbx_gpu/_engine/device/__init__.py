@@ -128,8 +128,8 @@ class DeviceEngine:
         Returns
         -------
         Pending
-            Of ``(indices, [values per layer], offsets)``: int32 or int64 (nnz,), (nnz,) each, int64
-            (n_rows + 1,).
+            The batch in the making; its result is ``(indices, [values per layer], offsets)``: int32 or int64
+            (nnz,), (nnz,) each, int64 (n_rows + 1,).
         """
         import torch
 
@@ -184,7 +184,7 @@ class DeviceEngine:
         Returns
         -------
         Pending
-            Of one tensor, (n_rows, n_features).
+            The batch in the making; its result is one tensor, (n_rows, n_features).
 
         Raises
         ------
@@ -212,7 +212,7 @@ class DeviceEngine:
         Parameters
         ----------
         shape
-            Of the result. Elements that no piece of the plan brings are 0.
+            Shape of the result. Elements that no piece of the plan fills are 0.
         placed
             Whether rows are brought to their columns by way of the table's remaps (output column -> column of
             the row); else the plan says where every element goes.
@@ -220,7 +220,7 @@ class DeviceEngine:
         Returns
         -------
         Pending
-            Of one tensor of the first layer's dtype.
+            The batch in the making; its result is one tensor of the first layer's dtype.
         """
         import torch
 

@@ -64,7 +64,7 @@ class Event(Protocol):
 
 
 STREAM_ALIGNMENT = 16
-"""Of compressed streams in bytes; what they become may lie anywhere."""
+"""Alignment of compressed streams in bytes; their decompressed content may lie anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Backend(Protocol):
         """Bytes of device memory that nobody has taken."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
-        """An output: an uninitialised torch tensor, allocated on the decode stream."""
+        """An output: an uninitialized torch tensor, allocated on the decode stream."""
 
     def upload(self, host: np.ndarray, target: Memory) -> None:
         """Copy to the start of `target` on the copy stream; later launches wait for it."""
@@ -159,7 +159,7 @@ class Backend(Protocol):
         """torch operations inside run on the decode stream."""
 
     def event(self) -> Event:
-        """A point behind everything ordered on the decode stream so far."""
+        """Return the point after everything ordered on the decode stream so far."""
 
     def hand_over(self, event: Event, tensors: Sequence[Any]) -> None:
         """Let the caller's current stream use `tensors` from now on.
@@ -183,7 +183,7 @@ class Slot:
     side
         Page-locked memory for what goes straight to an output (metadata), and for what comes back (status).
     busy
-        Behind the last use; None: free.
+        Event after the last use of the slot; None if it is free.
     areas
         Where room in the arena of resident chunks comes from; None: there are none.
     area

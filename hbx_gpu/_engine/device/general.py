@@ -61,7 +61,7 @@ def lay_out(jobs: np.ndarray, contents: Sequence[Contents], sizes: np.ndarray, c
     jobs
         int64, (n,). Chunks of the plan.
     contents
-        Of each.
+        Streams of each of these chunks.
     sizes
         int64, (n,). Decompressed bytes of each.
     cursor

@@ -29,11 +29,11 @@ class Pending:
     Attributes
     ----------
     tensors
-        As allocated: ``[indices, *values, offsets]``, of which `nnz` elements count, or ``[rows]``.
+        Tensors as allocated: ``[indices, *values, offsets]``, of which `nnz` elements count, or ``[rows]``.
     event
-        Behind all that was ordered for it.
+        Event after all work that was ordered for the batch.
     nnz
-        Elements; known after `check`.
+        Number of elements; known after `check`.
     ascending
         Whether columns ascend strictly in every row; CSR only, known after `check`.
     """
@@ -253,7 +253,7 @@ class Launches:
         if self._staging.resident is None:
             self._backend.upload(host, self._device)
             return
-        # Chunk bytes go beside the resident chunks, tables to where they would lie behind chunk bytes.
+        # Chunk bytes go beside the resident chunks, tables to where they would lie after chunk bytes.
         first = self._staging.staged_bytes
         if first:
             self._backend.upload(host[:first], self._slot.area)

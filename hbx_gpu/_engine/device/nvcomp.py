@@ -1,7 +1,7 @@
 """nvCOMP: decompression of many streams at once on a GPU, through the batched C API of libnvcomp.
 
 Loading the library and asking it for sizes takes no driver. Signatures are those of the headers of nvCOMP 5
-and 6; another major version is refused, because a wrong signature would be undefined behaviour.
+and 6; another major version is refused, because a wrong signature would be undefined behavior.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Library:
     Parameters
     ----------
     path
-        Of the shared library, or a name that the system's loader finds.
+        Path of the shared library, or a name that the system's loader finds.
 
     Attributes
     ----------
@@ -211,7 +211,7 @@ class NvcompDecompressor:
     library
         nvCOMP.
     allocate
-        Device memory, 256-byte aligned.
+        Function that allocates device memory, 256-byte aligned.
     wait
         Blocks until `stream` has passed all that was ordered on it so far.
     stream
@@ -248,7 +248,7 @@ class NvcompDecompressor:
 
     def decompress(self, algorithm: str, streams: Streams) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Decompressor`."""
-        # Calls that share scratch stand on the stream one behind the other, never interleaved.
+        # Calls that share scratch follow each other on the stream, never interleaved.
         with self._lock, self._on_device():
             for first, n, nbytes in self._calls(algorithm, streams.sizes):
                 if nbytes and (self._temp is None or self._temp.nbytes < nbytes):

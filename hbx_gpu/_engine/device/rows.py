@@ -68,7 +68,7 @@ class DenseRows:
     length, inner
         int64, (n_sources,). Positions on the first axis of each array, and elements of each position.
     shapes
-        Of a position in each array.
+        Shape of one position on the first axis, for each array.
     width
         Elements of every row; None where rows differ.
     placed
@@ -88,12 +88,12 @@ class DenseRows:
 
     @classmethod
     def of(cls, dataset: Boxes, dtype: str | None = None) -> DenseRows | None:
-        """Those of a dataset; None where its rows are no stretches of chunks, or kernels do not take them.
+        """Return the rows of a dataset; None if they are not stretches of chunks that kernels can take.
 
         Parameters
         ----------
         dataset
-            Of one layer.
+            A dataset with one layer.
         dtype
             What its own dtype becomes, once rows have it; None: nothing else.
         """
@@ -183,7 +183,7 @@ class DenseRows:
         return np.where(source >= 0, count, 0)
 
     def shape_of(self, plan: BatchPlan, row: int) -> tuple[int, ...]:
-        """Of one row of a plan, where rows differ."""
+        """Return the shape of one row of a plan, for datasets whose rows differ in shape."""
         source = int(plan.source[row])
         if source < 0:
             return (0,)

@@ -58,7 +58,7 @@ class Staging:
     host_bytes, arena_bytes
         Room needed in the page-locked buffer and in the arena.
     status_bytes
-        Of the status words.
+        Bytes of the status words.
     tables
         Record arrays by name, `at` says where each lies. Those of kernels' records, and ``offsets``: int64,
         (n_rows + 1,), and, where there are no column indices, ``sources``: int32, (n_rows,), the plan's.
@@ -66,7 +66,7 @@ class Staging:
         Offset of every table, of ``outputs`` and ``total`` (left to the engine), ``status``, and of the
         scratch ``flat<role>`` (a flat CSR of all elements, values of 8 bytes at most) and ``kept``.
     counts
-        Status words of each part, in their order: `PARTS` and ``rows``, behind `ANY` and `UNSORTED`.
+        Number of status words of each part, in their order: `PARTS` and ``rows``, after `ANY` and `UNSORTED`.
     jobs
         For each of `PARTS`: chunks of the plan, and the number of status words of each.
     flat_bytes
@@ -76,8 +76,8 @@ class Staging:
     resident
         Chunks that are in device memory already; None: everything is staged.
     staged_bytes
-        Of the front of the buffer, chunk bytes and their runs, which must lie in the arena of resident chunks
-        where there are any.
+        Bytes at the front of the buffer that hold chunk bytes and their runs. If there are resident chunks,
+        they must lie in the arena of these.
     area_bytes
         Room needed in that arena: the staged bytes and what is decoded there.
     opened
@@ -126,7 +126,7 @@ class Staging:
 
 
 class Cursor:
-    """Hands out places one behind the other."""
+    """Hands out places one after the other."""
 
     def __init__(self, at: int) -> None:
         self.at = at

@@ -64,13 +64,14 @@ class Stager:
     dtypes
         Output dtype of each layer.
     compressions
-        Of each array, where its chunks are to be decompressed on the device; None: no array's are.
+        Compression of each array whose chunks are decompressed on the device, None for the other arrays. None
+        instead of the list if there are no such arrays.
 
     Attributes
     ----------
     kinds, codecs, itemsize, elements, packed_bytes
-        Of every array: what happens to its chunks, what decodes them, bytes per element, elements per chunk,
-        and bytes of a bitpacking chunk that mean anything.
+        For every array: what happens to its chunks, the codec that decodes them, bytes per element, elements
+        per chunk, and the bytes of a bitpacking chunk that have a meaning.
     decompresses
         bool, (n_arrays,). Whether the device decompresses their chunks, where these do not stay there.
     leaves_to_host
@@ -102,7 +103,7 @@ class Stager:
         self.itemsize = np.array([layout.dtype.itemsize for layout in layouts], np.int64)
         self.elements = np.array([math.prod(layout.chunk_shape) for layout in layouts], np.int64)
         self._type = np.array([element_type(la.dtype, f"array {la.name!r}") for la in layouts], np.uint32)
-        # Bytes behind the last block of a bitpacking chunk are ignored, so they need not cross.
+        # Bytes after the last block of a bitpacking chunk are ignored, so they need not be copied.
         words = [co.bitpacking or 4 for co in self.codecs]
         n_words = self.elements * self.itemsize // words
         self.packed_bytes = np.array([max_encoded_size(*size) for size in zip(n_words, words, strict=True)])
@@ -275,7 +276,7 @@ class Stager:
         first = np.flatnonzero(np.diff(job, prepend=-1))
         records["first_word"] = np.minimum.reduceat(begin, first) // word
         records["last_word"] = -(-np.maximum.reduceat(end, first) // word)
-        # Decoded chunks lie behind all that is staged, whose end is not known yet: `_lay_out` adds it.
+        # Decoded chunks lie after all that is staged, whose end is not known yet: `_lay_out` adds it.
         scratch = Cursor(0)
         records["out"] = scratch.take_each(records["n_words"].astype(np.int64) * word, 16)
         staging.tables[name] = records
@@ -414,7 +415,7 @@ class Stager:
                 staging.tables[f"row_ptr{layer}"] = row_ptr
 
     def _lay_out(self, staging: Staging, cursor: Cursor, layout: Layout | None) -> None:
-        """Give every table its place, and the scratch behind what is staged."""
+        """Give every table its place, and the scratch its place after what is staged."""
         plan, at, tables = staging.plan, staging.at, staging.tables
         at["runs"] = cursor.take(tables["runs"].nbytes, RUN.itemsize)
         staging.staged_bytes = round_up(cursor.at, 16)

@@ -21,7 +21,7 @@ MAX_GAP = 4
 RANGE = np.dtype([("source", "<u8"), ("target", "<u8"), ("nbytes", "<u8")])
 """One copy: address, place in the staged bytes, length."""
 SLACK = 8
-"""Bytes behind the patches of a run: decoders load eight from any byte of them."""
+"""Bytes after the patches of a run, because decoders load eight bytes from any byte of the patches."""
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 _HEADER_BYTES = HEADER.size
@@ -79,16 +79,16 @@ def size_runs(
     jobs, address, nbytes, elements, element_size, source, role, resident, piece_ptr, skip, count, out, row,
     runs, ranges, pieces, piece_row, status,
 ):  # fmt: skip
-    """Cut what the pieces of rowpack chunks need into runs of blocks, one behind the other from byte 0.
+    """Cut what the pieces of rowpack chunks need into runs of blocks, one after the other from byte 0.
 
     Parameters
     ----------
     jobs
         int64, (k,). Chunks of the plan.
     address, nbytes
-        Of every chunk of the plan, as in a Slab.
+        Address and stored bytes of every chunk of the plan, as in a Slab.
     elements, element_size, source, role
-        int64, (k,). Of each job: values of a chunk, bytes per value, its HbxSource and HbxOutput.
+        int64, (k,). For each job: values of its chunk, bytes per value, its HbxSource and its HbxOutput.
     resident
         int64, (k,). The run of a job whose chunk is in device memory, of which nothing is staged; else -1.
     piece_ptr, skip, count, out, row
@@ -152,7 +152,7 @@ def whole_runs(address, nbytes, elements, element_size, place, runs, status):
     Parameters
     ----------
     address, nbytes, elements, element_size
-        Of each chunk, as in `size_runs`.
+        Address, stored bytes, number of values and bytes per value of each chunk, as in `size_runs`.
     place
         int64, (k,). Where the chunk lies in the arena.
     runs, status

@@ -1,4 +1,4 @@
-"""Chunks that stay: whole, verified once, in memory that kernels reach; and room for those that do not.
+"""Keep resident chunks, verified once, in memory that kernels reach, with areas for other chunks.
 
 The memory is one allocation, so that one base address serves resident chunks and those staged beside them.
 Chunks come in blocks: the HbxRun of its rowpack chunks, then the chunks, each at a multiple of 16 bytes.
@@ -34,7 +34,7 @@ _AREA_ALIGN = 256
 
 
 class FreeList:
-    """Parts of a stretch of memory, first fit; neighbours that come back are joined.
+    """Parts of a stretch of memory, first fit; neighbors that come back are joined.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class _Block:
     held
         int64, (k,). Bytes of each that stay.
     at
-        int64, (k,). Their places in the block, behind `n_runs` HbxRun.
+        int64, (k,). Places of the chunks in the block, after `n_runs` HbxRun.
     """
 
     chunks: np.ndarray
@@ -175,7 +175,7 @@ class ChunkStore:
 
     @property
     def host_range(self) -> tuple[int, int]:
-        """Addresses that chunks have in host memory: the first, and the one behind the last."""
+        """Addresses that chunks have in host memory: the first, and the one after the last."""
         if self._host is None:
             return 0, 0
         begin = int(self._host.ctypes.data)
@@ -227,7 +227,7 @@ class ChunkStore:
         self._fill(block, begin)
         self._run[block.chunks] = begin // RUN.itemsize + np.cumsum(block.kind == ROWPACK) - 1
         self._held[block.chunks] = block.held
-        # Places last: other threads go by them, and what they order comes behind the upload.
+        # Places are written last: other threads go by them, and what they order comes after the upload.
         self._at[block.chunks] = begin + block.at + 1
         return block.nbytes
 

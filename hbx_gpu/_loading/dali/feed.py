@@ -1,4 +1,4 @@
-"""What goes into a DALI pipeline and comes out: batches as fields, fed by a thread, rebuilt behind it."""
+"""Pass batches through a DALI pipeline: a thread feeds their fields, and the outputs become batches again."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class Packed:
     Attributes
     ----------
     tensors
-        By field, in types that DALI has.
+        Tensors by field, in dtypes that DALI has.
     keys
-        Of the batch, in its order: paths, where it holds dicts. A field is called by its path, with dots.
+        Keys of the batch in its order, as paths where it holds dicts. The name of a field is its path, with
+        dots.
     kept
-        By path: what is no tensor.
+        Entries of the batch that are not tensors, by path.
     sparse
         Shape of each sparse tensor.
     bfloat16
-        Fields whose bits travel as uint16.
+        Fields whose bits are passed as uint16.
     cells
-        Rows.
+        Number of rows.
     """
 
     cells: int
@@ -51,7 +52,7 @@ def pack(batch: dict[str, Any], cells: int) -> Packed:
     Raises
     ------
     ValueError
-        Two of its fields are called the same.
+        Two fields have the same name.
     """
     import torch
 
@@ -128,7 +129,7 @@ def take_outputs(built: Built, packed: Packed, device_id: int | None) -> list[An
 
 
 def rebuild(built: Built, packed: Packed, outputs: list[Any]) -> Any:
-    """The batch that the outputs make: keys in their order, what travelled beside DALI in its place."""
+    """Make a batch of the outputs, with keys in their order and the entries that DALI does not carry."""
     import torch
 
     if not built.named:
@@ -177,20 +178,20 @@ class Feeder:
     Parameters
     ----------
     batches
-        From :func:`finished`.
+        Batches, from :func:`finished`.
     ahead
-        Where they come from; closed with the feeder.
+        Iteration that the batches come from; it is closed with the feeder.
     room
-        Batches fed and not yet given room for.
+        Number of batches that may be fed before one must be taken.
     start
-        Whether to start a run for each batch; if not, whoever takes it does.
+        Whether to start a run for each batch; otherwise the consumer starts runs.
 
     Attributes
     ----------
     built
-        The pipeline; let go of at the end.
+        The pipeline; the reference is dropped at the end.
     lock
-        Held while the pipeline is called.
+        Lock that is held while the pipeline is called.
     """
 
     def __init__(
@@ -285,7 +286,7 @@ class Built:
     inputs
         Operator that each field is fed to; fields that no output needs are left out.
     names
-        Of the outputs.
+        Names of the outputs.
     named
         Whether batches are dicts.
     """

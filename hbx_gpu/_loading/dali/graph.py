@@ -31,7 +31,7 @@ def build(
     Raises
     ------
     TypeError
-        The user's graph returns something else than outputs of DALI operators.
+        The user's graph returns values that are not outputs of DALI operators.
     """
     pipe = kind(
         batch_size=1,
@@ -108,7 +108,7 @@ class FedPipeline(Pipeline):
     Attributes
     ----------
     names
-        Of the outputs, in order.
+        Names of the outputs, in order.
     """
 
     names: tuple[str, ...] = ()

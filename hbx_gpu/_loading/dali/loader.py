@@ -65,7 +65,7 @@ class CellPipeline(CellLoader):
         return self._run
 
     def noise_seed(self) -> int:
-        """Of DALI's random operators; after the sampler's iteration began, which may draw a seed."""
+        """Seed of DALI's random operators; read after the sampler began, which may draw a seed."""
         seed = self.dali.seed
         if seed is None:
             seed = int(getattr(self._order, "seed", 0))
@@ -112,11 +112,11 @@ class CellPipeline(CellLoader):
     def pipeline(self) -> Any:
         """A ``nvidia.dali.Pipeline`` for an iterator of DALI's, such as ``DALIGenericIterator``.
 
-        Its attribute `names` says what the outputs are called, in order. It ends with ``StopIteration``
-        behind the last batch of an epoch; ``reset()`` begins the next one, whose order is that of
-        :meth:`set_epoch`. Outputs only: metadata that is no number is not there, bfloat16 comes as uint16,
-        sparse batches in three parts, and positions are not counted for :meth:`state_dict`. Waits for the
-        first batch. ``close()`` ends its thread.
+        Its attribute `names` holds the names of the outputs, in order. It raises ``StopIteration`` after the
+        last batch of an epoch; ``reset()`` begins the next epoch, or the one chosen with :meth:`set_epoch`.
+        It has DALI outputs only: metadata that are not numbers are left out, bfloat16 comes as uint16, sparse
+        batches come in three parts, and :meth:`state_dict` does not count its batches. This call waits for
+        the first batch; ``close()`` ends the pipeline's thread.
         """
         from hbx_gpu._loading.dali.graph import FedPipeline
 
@@ -186,7 +186,7 @@ class _Run(Ahead):
         return self._feeder
 
     def checkpoint(self) -> bytes | None:
-        """State of random operators behind the batch received last; None: as at the begin of an epoch."""
+        """State of random operators after the last batch received; None at the beginning of an epoch."""
         feeder = self._feeder
         if self._options.graph is not None and self._received and feeder is not None and not feeder.closed:
             with feeder.lock:

@@ -254,7 +254,7 @@ class _Window:
     Attributes
     ----------
     pending, event
-        What the engine ordered, and the point behind all of it.
+        Batch that the engine makes, and the event after all work that was ordered for it.
     slot, free
         Staging memory, given up when the first batch is delivered or nobody can ask for one any more; and
         where it goes. Whoever takes it from there waits until the device is done with it.

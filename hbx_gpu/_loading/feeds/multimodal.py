@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 16
 PRESENT = "present of "
-"""Column of a part that says which cells have the modality named behind it."""
+"""Prefix of the columns of a part that say which cells have a modality; its name follows."""
 
 
 class CopiedFeed:
@@ -175,7 +175,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
     engine
         Decodes them; made of the table of `rows`.
     dtype
-        Of matrices; None: as the dataset has it.
+        dtype of matrices; None for that of the dataset.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class MultimodalFeed:
     backend
         The device.
     options
-        Of all spaces; `collate` knows those of each.
+        Options of all spaces together; `collate` knows those of each space.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The chunks of a loader on a device: which stay there, which come with a batch, and by which way.
+"""Get the chunks of a loader to a device: some stay there, the others are staged for each window.
 
-One object per loader. Its `bring` runs on the loader's threads and knows nothing of batches or streams.
+Each loader has one object of this kind, which its threads share.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from hbx_gpu._loading.options import LoaderOptions
 
 AREA_BYTES = 256 << 20
-"""At least, beside resident chunks where not all are, for what crosses and what is decoded."""
-_AREA_SHARE = 8  # or this part of the resident bytes, if that is more
+"""Least bytes next to resident chunks for what is staged or decoded, where not all chunks are resident."""
+_AREA_SHARE = 8  # or the resident bytes divided by this, if that is more
 _TRIAL_ROWS = 256
 
 
 class DeviceChunks:
-    """Brings the chunks of plans: resident ones by their place, others as bytes.
+    """Provides the chunks of plans: resident ones as places in memory, others as stored bytes.
 
     Parameters
     ----------
     dataset, engine
-        Whose chunks.
+        Dataset whose chunks are loaded, and the engine that decodes them.
     options
         `layout`: what the engine makes of them; `io`, `residency`, `residency_budget`, `residency_load` and
         `threads` as for :func:`hbx_gpu.dataloader.make_loader`.
@@ -49,9 +49,9 @@ class DeviceChunks:
     Attributes
     ----------
     residency, io
-        What was chosen.
+        Residency and reader that were chosen.
     store
-        Resident chunks; None where nothing stays.
+        Store of resident chunks; None where none stay.
     in_place
         Whether kernels read page-locked memory over the bus, instead of getting blocks of it packed.
     """
@@ -85,14 +85,14 @@ class DeviceChunks:
         return Slot(self._engine.backend, areas=self.store.areas, reads=self.store)
 
     def stage(self, selection: np.ndarray, slot: Slot) -> Staging:
-        """Plan rows, bring what they need, and pack what of it crosses.
+        """Plan rows, read what they need, and pack the part of it that is copied to the device.
 
         Parameters
         ----------
         selection
             int64, (n,). Row numbers.
         slot
-            From `slot`, free.
+            A free slot, from `slot`.
         """
         slot.release()
         if self.store is not None and (self.in_place or self.residency != "host"):
@@ -100,7 +100,7 @@ class DeviceChunks:
                 plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
             try:
                 return self._pack(plan, *self._bring(plan, slot), slot)
-            except NoRoom:  # as if nothing were resident
+            except NoRoom:  # stream the window, as if no chunk were resident
                 slot.release()
         elif self.store is None:
             return self._pack(*self._dataset.read(selection, self._reader), None, slot)
@@ -116,7 +116,7 @@ class DeviceChunks:
         return staging
 
     def _bring(self, plan: BatchPlan, slot: Slot) -> tuple[Slab, Resident]:
-        """What of a plan is resident, and stored bytes of the rest."""
+        """Return the resident chunks of a plan, and the stored bytes of the others."""
         assert self.store is not None
         resident = self.store.lookup(plan)
         missing = resident.at < 0
@@ -131,13 +131,13 @@ class DeviceChunks:
         return self._completed(plan, Slab(none, none.astype(np.int64), self), resident.at < 0), resident
 
     def _stream(self, plan: BatchPlan) -> Slab:
-        """Stored bytes of all of a plan, of resident chunks those in host memory."""
+        """Return the stored bytes of all chunks of a plan; those of resident chunks come from host memory."""
         assert self.store is not None
         slab = self.store.slab(plan)
         return self._completed(plan, slab, slab.address == 0)
 
     def _completed(self, plan: BatchPlan, slab: Slab, missing: np.ndarray) -> Slab:
-        """A slab with what is missing read from files."""
+        """Return a slab completed with the missing chunks, which are read from files."""
         if not missing.any():
             return slab
         with stage("read") as reading:
@@ -199,7 +199,7 @@ class DeviceChunks:
             self.in_place = self._in_place_is_faster()
 
     def _needs_area(self, load: str, sizes: np.ndarray, n: int) -> bool:
-        """Whether anything will ever be staged or decoded beside resident chunks."""
+        """Return whether anything will be staged or decoded next to resident chunks."""
         decoded = np.isin(self._engine.stager.kinds, (PACKED_32, PACKED_64)).any()
         return load == "touch" or n < len(sizes) or bool(decoded or (sizes == 0).any())
 
@@ -214,7 +214,7 @@ class DeviceChunks:
         )
 
     def _in_place_is_faster(self) -> bool:
-        """Make some rows both ways: kernels read page-locked memory, or get packed blocks of it."""
+        """Measure whether kernels are faster reading page-locked memory in place or getting packed blocks."""
         n = len(self._dataset)
         rows = np.random.default_rng(0).integers(0, n, min(n, _TRIAL_ROWS))
         cost: dict[bool, float] = {}
@@ -229,7 +229,7 @@ class DeviceChunks:
             dense = self._layout == "dense"
             submit = self._engine.submit_dense if dense else self._engine.submit_csr
             submit(staging, slot).check()
-            # Threads pack side by side, the device makes one batch after the other.
+            # Threads pack in parallel, while the device makes one batch after the other.
             cost[in_place] = max((packed - begin) / self._threads, time.perf_counter() - packed)
         faster = cost[True] < cost[False]
         ways = f"{1e3 * cost[True]:.2f} ms in place, {1e3 * cost[False]:.2f} ms packed"
@@ -238,7 +238,7 @@ class DeviceChunks:
         return faster
 
     def _choose(self, io: str) -> str:
-        """What ``"auto"`` stands for: measured on rows of this dataset."""
+        """Return the reader to use for ``io="auto"``, measured on rows of this dataset."""
         if io != "auto":
             return io
         candidates: dict[str, Callable[[np.ndarray], object]] = {
@@ -269,7 +269,7 @@ def _copy_both(
     ranges: np.ndarray,
     target: np.ndarray,
 ) -> None:
-    """Copy ranges: from memory where their addresses lie in `held`, the others as `copy` does."""
+    """Copy ranges: from memory where their addresses lie in `held`, and with `copy` elsewhere."""
     own = (ranges["source"] >= held[0]) & (ranges["source"] < held[1])
     copy_ranges(ranges[own], np.uint64(0), np.uint64(target.ctypes.data))
     copy(ranges[~own], target)

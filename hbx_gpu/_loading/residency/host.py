@@ -1,6 +1,6 @@
-"""Which chunks of a dataset stay in memory, in whose, and how they get there.
+"""Decide where the chunks of a dataset stay between batches, and keep them in host memory.
 
-The order of rows is nobody's business here: what stays is decided from the query, within a budget.
+The chunks that stay are chosen from the query, within a budget of bytes; the order of rows plays no role.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 LoadableT = TypeVar("LoadableT", bound=Loadable[Any])
 
 LOAD_BYTES = 32 << 20
-"""Loaded at a time, per thread."""
+"""Bytes that each thread loads at a time."""
 SHARE = 0.8
-"""Of free memory that chunks may take without being told a budget."""
+"""Share of free memory that chunks may take if no budget is given."""
 _LOG = logging.getLogger(__name__)
 
 
 def fitting(sizes: np.ndarray, budget: int) -> int:
-    """How many chunks of a list, from its beginning, fit a budget in bytes."""
+    """Return how many chunks from the beginning of a list fit a budget in bytes."""
     return int(np.searchsorted(np.cumsum(sizes), budget, "right"))
 
 
@@ -47,23 +47,23 @@ def decide(
     free_host: int,
     budget: int | None,
 ) -> tuple[str, str]:
-    """What ``"auto"`` stands for, and why.
+    """Return the residency that ``"auto"`` stands for, and the reason.
 
     Parameters
     ----------
     residency
         One of :data:`~hbx_gpu._loading.options.RESIDENCIES`; others than ``"auto"`` stay what they are.
     device_bytes, host_bytes
-        That all chunks of the query take there.
+        Bytes that all chunks of the query take in device memory and in host memory.
     free_device, free_host
-        Memory there is.
+        Free bytes of device memory and of host memory.
     budget
         Bytes that chunks may take; None: `SHARE` of the free memory.
     """
     if residency != "auto":
         return residency, "asked for"
     on_device = int(SHARE * free_device) if budget is None else min(budget, free_device)
-    # Page-locked memory is taken from everybody: half as much.
+    # Page-locked memory is not available to any other process, so only half as much is used.
     on_host = int(SHARE / 2 * free_host) if budget is None else min(budget, free_host)
     if device_bytes <= on_device:
         return "device", f"{_size(device_bytes)} of chunks fit {_size(on_device)} of device memory"
@@ -81,16 +81,16 @@ def decide(
 def load_all(
     load: Callable[[np.ndarray], int], chunks: np.ndarray, sizes: np.ndarray, *, threads: int, where: str
 ) -> None:
-    """Bring chunks in parts, on several threads, with a progress bar where there is a terminal.
+    """Load chunks in parts on several threads, with a progress bar on a terminal.
 
     Parameters
     ----------
     load
-        Brings chunks; bytes brought.
+        Function that loads chunks and returns the number of bytes.
     chunks, sizes
-        Which, and the bytes of each.
+        Chunks to load, and the bytes of each.
     where
-        For the bar: where they go.
+        Name of the memory that they are loaded to, for the progress bar.
     """
     from tqdm import tqdm
 
@@ -114,18 +114,18 @@ def load_all(
 
 
 class HeapReader(Reader):
-    """Keeps stored chunks in ordinary memory, copied once; asks another reader for the rest.
+    """Reader that keeps a copy of stored chunks in ordinary memory, and uses another reader for the others.
 
     Parameters
     ----------
     reader
-        That other one.
+        Reader of the chunks that are not kept.
     chunks
         int64, (k,). Global numbers of chunks to keep, in order of preference.
     budget
-        Bytes for them.
+        Most bytes of kept chunks.
     threads
-        That copy.
+        Number of threads that copy.
     """
 
     def __init__(self, reader: Reader, chunks: np.ndarray, *, budget: int, threads: int) -> None:
@@ -159,7 +159,7 @@ class HeapReader(Reader):
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
+        """Bytes of the kept chunks."""
         return len(self._memory)
 
     def read(self, extents: Extents) -> Slab:
@@ -190,7 +190,7 @@ class HeapReader(Reader):
 
 
 def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
-    """A dataset for the CPU whose chunks are read and stay as `options` says: page cache, or the heap.
+    """Return a dataset for the CPU whose chunks stay in the page cache or on the heap, as `options` says.
 
     Parameters
     ----------
@@ -204,7 +204,7 @@ def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
     Raises
     ------
     UnsupportedError
-        The dataset has no chunks that could be read or kept.
+        The dataset has no stored chunks.
     """
     residency = options.residency
     if not options.reads_on_its_own:
@@ -261,7 +261,7 @@ def free_host_memory() -> int:
 
 
 def tell(message: str) -> None:
-    """Say in the log what was decided."""
+    """Log what was decided."""
     _LOG.info("%s", message)
 
 
