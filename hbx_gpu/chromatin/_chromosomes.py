@@ -1,4 +1,4 @@
-"""What the columns of a fragment dataset are called and how long they are, from its registry or a file."""
+"""Names and sizes of the chromosomes of a fragment dataset, from its registry or a file."""
 
 from __future__ import annotations
 

@@ -70,12 +70,12 @@ def _room(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fragment_layers(batch: SparseBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of a batch of fragments.
+    """Return the starts and lengths of a batch of fragments.
 
     Raises
     ------
     InvalidDataError
-        It has only one of them.
+        The batch lacks one of them.
     """
     if missing := [name for name in LAYERS if name not in batch.layers]:
         raise InvalidDataError(

@@ -1,4 +1,4 @@
-"""Counting as it is defined: every fragment against every region. Slow, and what `kernels` must equal."""
+"""The reference for counting, which `kernels` must equal: it compares every fragment with every region."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where fragments are counted: fixed-width bins or peaks, and both laid over the chromosomes of a dataset."""
+"""Regions in which fragments are counted: fixed-width bins or peaks on the chromosomes of a dataset."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Image tiles on their way to the model: crop, flip, rotate, resize, color and normalize, through DALI.
+"""Transforms of image tiles through DALI: crop, flip, rotate, resize, change colors and normalize.
 
-Importing it imports neither DALI nor torch; making a pipeline does.
+Importing this package imports neither DALI nor torch; making a pipeline does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs tiles through DALI: a pipeline per calling thread, fed with tiles and what was drawn for them."""
+"""Transform tiles with DALI: each calling thread has a pipeline, fed with tiles and their random numbers."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class ImagePipeline:
         return self.transform.output_shape(known)
 
     def _look(self, found: Tiles, rows: np.ndarray) -> tuple[list[_Part], np.ndarray]:
-        """What is run together, and the shapes (C, h, w) of all."""
+        """Return the parts that are run together, and the shapes (C, h, w) of all tiles."""
         if not found.encoded:
             return [_Part(positions, stored) for stored, positions in found.by_dtype()], found.shapes()
         assert isinstance(found.data, list)

@@ -1,4 +1,4 @@
-"""What is drawn for each tile: the steps of a transform, as numbers that belong to a cell."""
+"""Draw the random numbers of a transform's steps for each tile, as a function of seed, epoch and cell."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Step(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What each of n tiles undergoes; None for steps that are off.
+    """The random numbers drawn for n tiles; None for steps that are off.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ def draw(
     seed, epoch, cells
         As for :func:`hbx_gpu._draws.uniform`.
     heights, widths
-        int64 (n,), of the tiles, no smaller than the crop.
+        int64 (n,). Heights and widths of the tiles, not smaller than the crop.
     """
     steps = _steps(transform)
     # All at once: for few cells the cost is that of NumPy's calls.
@@ -111,7 +111,7 @@ def draw(
 
 
 def _steps(transform: ImageTransform) -> list[Step]:
-    """Those that draw."""
+    """Return the steps that draw random numbers."""
     on = {
         Step.CROP: transform.random_crop,
         Step.VERTICAL_FLIP: transform.vertical_flip,

@@ -30,7 +30,8 @@ class ImageHeader(NamedTuple):
     dtype
         uint8 or uint16: type that holds the samples.
     mixed
-        Whether its channels are no colors, and decoding it as RGB or gray would drop some.
+        Whether the channels are not colors, so that decoding the image as RGB or gray would drop some of
+        them.
     """
 
     kind: str

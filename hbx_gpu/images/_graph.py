@@ -71,7 +71,7 @@ def _decoded(decoding: Decoding, gpu: bool) -> DataNode:
 
 
 def decode_graph(decoding: Decoding, *, gpu: bool = False) -> DataNode:
-    """Images (C, h, w)."""
+    """Return the node of decoded images (C, h, w)."""
     return fn.transpose(_decoded(decoding, gpu), perm=[2, 0, 1], output_layout="CHW")
 
 
@@ -82,7 +82,7 @@ def transform_graph(
     gpu: bool = False,
     decoding: Decoding | None = None,
 ) -> DataNode:
-    """Tiles (C, H, W) of the transform's dtype; one sample per tile.
+    """Return the node of transformed tiles (C, H, W), of the transform's dtype; one sample is one tile.
 
     Random numbers come in through the inputs that :func:`arguments` names.
 

@@ -1,4 +1,4 @@
-"""Every step in plain NumPy and scipy, one tile at a time: what the fast path is held against."""
+"""The reference for image transforms: every step in NumPy and scipy, one tile at a time."""
 
 from __future__ import annotations
 

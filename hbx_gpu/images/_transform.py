@@ -1,4 +1,4 @@
-"""What is done to a tile, as plain data: the steps, their order and their bounds. Others carry it out."""
+"""`ImageTransform`: the steps for a tile, their order and their bounds, as plain data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""In which order cells are visited and which of them share a batch: index arithmetic, no data and no I/O.
+"""Orders of cells and their cutting into batches: index arithmetic without data or I/O.
 
-Content is a function of (seed, epoch) alone; ranks and workers only decide who gets a batch, and when
-(:mod:`hbx_gpu.sampler._epoch`). What each order does to the composition of batches is measured in
+The content of batches is a function of (seed, epoch) alone; ranks and workers only decide who gets a batch,
+and when (:mod:`hbx_gpu.sampler._epoch`). What each order does to the composition of batches is measured in
 ``docs/orders.md``.
 """
 

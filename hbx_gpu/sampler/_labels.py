@@ -300,7 +300,7 @@ class GroupedCellSampler(EpochSampler):
         _, n_targets, n_controls = self._cut()
         return (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
 
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels are no places
+    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels have no lanes
         starts, n_targets, n_controls = self._cut()
         order = self._time_order(rng, len(starts))
         starts, n_targets, n_controls = starts[order], n_targets[order], n_controls[order]

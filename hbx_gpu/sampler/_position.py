@@ -1,4 +1,4 @@
-"""Where an iteration stands, and among how many ranks its batches are dealt."""
+"""The position of an iteration, and the number of ranks that its batches are dealt to."""
 
 from __future__ import annotations
 

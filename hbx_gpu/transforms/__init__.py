@@ -60,7 +60,7 @@ def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
     Raises
     ------
     ValueError
-        An order that is not normalize, then log1p.
+        The steps are in another order than normalize_total, then log1p.
     """
     if steps is None:
         return Transform()

@@ -44,16 +44,16 @@ class DeviceEngine:
     backend
         The device.
     decode
-        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: ``"auto"``,
-        ``"host"`` or ``"device"``, which trusts chunks without a CRC32C: damaged
-        ones may then do anything, as nvCOMP says of itself.
+        Where chunks of general codecs (zstd, lz4, gzip, zlib, blosc) are decoded: ``"auto"``, ``"host"`` or
+        ``"device"``. The latter trusts chunks without a CRC32C, although nvCOMP's behavior is undefined for
+        damaged ones.
 
     Raises
     ------
     UnsupportedError
-        A stored or wanted dtype that no kernel takes.
+        No kernel takes a stored dtype or an output dtype.
     DeviceUnavailableError
-        ``decode="device"``, and nothing here that decompresses on the device.
+        ``decode="device"`` was given, and there is no decompressor for the device.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The launches that turn one uploaded batch into tensors, and what comes back of them."""
+"""The kernel launches that turn one uploaded batch into tensors, and the status that they report."""
 
 from __future__ import annotations
 

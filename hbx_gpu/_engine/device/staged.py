@@ -1,4 +1,4 @@
-"""One plan as it is staged: what crosses, what is resident, what lies where. Sizes and places only."""
+"""The sizes and places of a staged plan: what is copied to the device, what is resident, and where it lies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Resident:
     Attributes
     ----------
     arena
-        That memory; a run's number counts HbxRun from its start.
+        Memory that holds the chunks; the number of a run counts HbxRun records from its start.
     at
         int64, (n_chunks,). Place of each chunk of the plan in the arena; -1: not there.
     run

@@ -1,4 +1,4 @@
-"""What of a plan's chunks crosses to the device, and where it lies: sizes first, then one packed buffer.
+"""Stage a plan: compute which bytes of its chunks are copied to the device, then pack them into one buffer.
 
 A staged buffer begins with the bytes of chunks, followed by the tables of records that tell kernels what
 lies where, and the words they report to. Behind it, in device memory only, is room for what is decoded

@@ -107,9 +107,9 @@ class ChunkStore:
     Parameters
     ----------
     engine
-        Whose chunks, and how they are decoded.
+        Engine that decodes the chunks.
     reader
-        Brings stored bytes.
+        Reader of stored bytes.
     capacity
         Bytes for resident chunks, as `resident_sizes` counts them.
     area_bytes

@@ -1,4 +1,4 @@
-"""How a window of batches is made: on the host, or staged there and decoded on a GPU.
+"""The feed of sparse rows that are staged on the host and decoded on a GPU.
 
 A feed's `make` runs on the loader's threads, several at a time; `deliver` on the consumer's thread, batch by
 batch in order. What a feed delivers belongs to the consumer.
@@ -46,7 +46,7 @@ class StagedFeed(Generic[DatasetT]):
     Parameters
     ----------
     dataset, backend
-        What is read, and the device.
+        Dataset to read, and the device.
     """
 
     one_batch_per_window = False

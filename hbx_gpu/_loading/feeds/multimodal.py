@@ -1,4 +1,4 @@
-"""Feeds of a device for rows of dense spaces, for what the host decodes, and for several modalities."""
+"""Feeds of a device for dense rows, for batches that the host decodes, and for several modalities."""
 
 from __future__ import annotations
 
