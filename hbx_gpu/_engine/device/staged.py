@@ -1,4 +1,4 @@
-"""The sizes and places of a staged plan: what is copied to the device, what is resident, and where it lies."""
+"""The sizes and places of a staged plan: what is copied to the device, what is resident, and where."""
 
 from __future__ import annotations
 
