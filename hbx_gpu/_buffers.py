@@ -1,6 +1,6 @@
 """Reuse the memory of outputs, because getting fresh pages from the system takes longer than filling them.
 
-An array taken here looks like any other. When nobody refers to it any more, nor to a view or tensor of
+An array from a pool is used like any other. When nothing refers to it any more, nor to a view or tensor of
 it, its memory goes back to the pool instead of to the system.
 """
 

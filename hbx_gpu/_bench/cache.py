@@ -30,7 +30,7 @@ def forget(files: Sequence[Path]) -> str:
     """Drop files from the page cache; returns why that is not possible here, or "".
 
     Pages that some process maps or has not written back stay, and so do those of file systems in memory.
-    What is left is looked at, not assumed.
+    The share that is left is measured, not assumed.
     """
     if not hasattr(os, "posix_fadvise"):
         return "this system has no posix_fadvise"

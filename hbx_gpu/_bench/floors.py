@@ -1,4 +1,4 @@
-"""What the machine allows: bandwidths measured here and now, and the bytes that a cell needs."""
+"""Compute floors from bandwidths measured on this machine and the bytes that a cell needs."""
 
 from __future__ import annotations
 

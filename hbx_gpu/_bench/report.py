@@ -12,7 +12,7 @@ from hbx_gpu._bench.runs import Report
 
 
 def text(report: Report) -> str:
-    """What a person reads."""
+    """Return the report as text for people."""
     parts = [_loading(report)]
     if report.trained:
         parts.append(_training(report))
@@ -86,7 +86,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def content(report: Report) -> dict[str, Any]:
-    """The same for machines."""
+    """Return the report as plain values for JSON."""
     return {
         "what": report.what,
         "conditions": report.conditions,

@@ -128,7 +128,7 @@ def run(
     make
         Function to use instead of :func:`hbx_gpu.make_loader`.
     advance
-        Told the number of steps first; what it returns is called before each with its name.
+        Function that gets the number of steps, and returns a function to call before each step with its name.
 
     Raises
     ------
@@ -174,7 +174,7 @@ def _silently(steps: int) -> Advance:  # noqa: ARG001
 
 @contextmanager
 def _said(report: Report, name: str) -> Iterator[None]:
-    """What cannot be measured here is left out, and the report says why."""
+    """Leave out what cannot be measured here, and note the reason in the report."""
     try:
         yield
     except (UnsupportedError, ImportError) as error:
@@ -284,7 +284,7 @@ class _Bench:
 
 
 def conditions(gpu: int | None) -> dict[str, Any]:
-    """What a figure needs beside it: machine and versions."""
+    """Return what must accompany every figure: the machine and versions of software."""
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": cores(),

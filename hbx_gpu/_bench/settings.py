@@ -1,4 +1,4 @@
-"""What is measured: one setting per line of the table, and why some are left out."""
+"""The settings to measure, one per line of the table, and the reasons why some are left out."""
 
 from __future__ import annotations
 

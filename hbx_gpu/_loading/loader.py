@@ -65,13 +65,15 @@ class CellLoader(DataLoader):
     batch_sampler
         As torch calls a sampler of batches; instead of `sampler`.
     batch_size, shuffle, drop_last
-        The sampler decides these. They are here for frameworks that make a loader of this class anew from its
-        attributes, with another `batch_sampler` and torch's defaults beside it, as Lightning does to predict.
+        The sampler decides these. They are here for frameworks that make a loader of this class again from
+        its attributes, with another `batch_sampler` and torch's defaults beside it, as Lightning does to
+        predict.
 
     Attributes
     ----------
     options, feed
-        As given, with what `sampler` decided filled in: what another loader is made from.
+        The given options, completed with what `sampler` decided, so that another loader can be made from
+        them.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class CellLoader(DataLoader):
         self._runs: list[_Run] = []
         self._recorder = self._new_recorder()
         self._live: list[Ahead] = []
-        # As torch sets it where it makes the batch sampler itself; it protects the attribute by now.
+        # torch sets this attribute where it makes the batch sampler itself, and refuses later assignments.
         self.__dict__["sampler"] = RankSampler(self._order)
 
     @property

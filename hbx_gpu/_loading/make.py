@@ -71,8 +71,8 @@ def make_loader(
     Parameters
     ----------
     dataset
-        What to load: a dataset, what has ``to_cell_dataset``, such as an SCDL archive, or a torch ``Subset``,
-        ``random_split`` or ``ConcatDataset`` of these, whose rows are numbered as torch does.
+        What to load: a dataset, an object with ``to_cell_dataset`` such as an SCDL archive, or a torch
+        ``Subset``, ``random_split`` or ``ConcatDataset`` of these, whose rows are numbered as torch does.
     sampler
         Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, any torch batch
         sampler, or a torch sampler of rows, such as ``RandomSampler``. None: a CellSampler of the dataset.

@@ -31,13 +31,13 @@ class TokenCollate(Collating):
     Parameters
     ----------
     compiled
-        What the model is fed.
+        Recipe of the model's inputs, made for the dataset.
     categories
         Values of the obs columns that batches carry as codes.
     seed
-        What is drawn depends on it, the epoch, the cell and the gene.
+        Seed of random choices, which also depend on the epoch, the cell and the gene.
     where
-        What holds the counts, for messages.
+        Name of the matrix that holds the counts, for messages.
     padding, pad_to_multiple_of, ids_dtype
         As for :func:`hbx_gpu.tokens.encode`.
     """

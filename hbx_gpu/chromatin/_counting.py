@@ -10,7 +10,7 @@ from hbx_gpu.chromatin._regions import COUNTS, Regions
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 LAYERS = ("starts", "lengths")
-"""What a batch of fragments must hold beside the chromosomes in its indices."""
+"""Layers that a batch of fragments must hold besides the chromosomes in its indices."""
 
 
 def count_fragments(batch: SparseBatch, matrix: Regions) -> SparseBatch:

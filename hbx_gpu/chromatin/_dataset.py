@@ -56,7 +56,7 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
     dtype
         uint32, of batch values.
     fragments, regions
-        What is read, and where it is counted.
+        The dataset that is read, and the regions in which its fragments are counted.
 
     Raises
     ------
@@ -155,7 +155,7 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
         return [self._counted(batch) for batch in self.fragments.read_rows(selections)]
 
     def plan(self, selection: np.ndarray) -> BatchPlan:
-        """Which chunks of the fragments some rows need."""
+        """Plan the rows `selection`: find the chunks of fragments that they need."""
         return self.fragments.plan(selection)
 
     def needed_chunks(self) -> np.ndarray:

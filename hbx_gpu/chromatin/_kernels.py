@@ -60,7 +60,7 @@ def _sort(line: Any, number: Any) -> Any:
 
 @_jit
 def _piece(start: Any, end: Any, mode: Any, piece: Any) -> Any:
-    """What of a fragment counts: all of it, or piece 0 and 1, its first and its last base."""
+    """Return the part of a fragment that counts: all of it, or its first (piece 0) or last (piece 1) base."""
     if mode == FRAGMENTS:
         return start, end
     return (start, start + 1) if piece == 0 else (end - 1, end)
@@ -98,7 +98,7 @@ def _row_bins(chromosomes: Any, starts: Any, lengths: Any, mode: Any, where: Any
 def _row_peaks(
     chromosomes: Any, starts: Any, lengths: Any, mode: Any, where: Any, peaks: Any, line: Any
 ) -> Any:
-    """As `_row_bins` for peaks."""
+    """Do what `_row_bins` does, for peaks."""
     _, _, shift, first, size, stop = where
     slot_start, slot_end, reach, column, buckets = peaks
     n = 0

@@ -16,7 +16,7 @@ from hbx_gpu.chromatin._search import PeakSearch, no_peaks, peak_search
 from hbx_gpu.errors import InvalidDataError
 
 COUNTS = ("fragments", "insertions", "paired", "binary")
-"""What a region counts; see :class:`Bins`."""
+"""Accepted values of `count`; see :class:`Bins`."""
 
 OBSERVED = "observed"
 """``Bins(chromosome_sizes=OBSERVED)``: as far as the dataset's fragments reach."""
@@ -86,7 +86,7 @@ class Regions:
         return chromosome, start, np.minimum(start + self.width, self.bases[chromosome])
 
     def lookup(self) -> tuple[tuple[Any, ...], tuple[np.ndarray, ...]]:
-        """What :func:`hbx_gpu.chromatin._kernels.count_rows` takes as `where` and `peaks`."""
+        """Return the arguments `where` and `peaks` of :func:`hbx_gpu.chromatin._kernels.count_rows`."""
         found = self.search
         inverse = 1.0 / self.width if self.width else 0.0
         return (self.width, inverse, found.shift, found.first, found.size, found.stop), found.arrays

@@ -91,6 +91,6 @@ def peak_search(chromosome: Any, start: Any, end: Any, n_chromosomes: int) -> Pe
 
 
 def no_peaks(first: np.ndarray, size: np.ndarray) -> PeakSearch:
-    """For bins, which need no search: the column of each chromosome's first bin, and the bases they cover."""
+    """Return tables for bins, which need no search: the first column and the bases of each chromosome."""
     wide, narrow = np.empty(0, np.int64), np.empty(0, np.int32)
     return PeakSearch(first, size, np.zeros(len(size), np.int64), 0, wide, wide, wide, narrow, narrow)

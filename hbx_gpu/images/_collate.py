@@ -23,7 +23,7 @@ class TileCollate(Collating):
     Parameters
     ----------
     transform
-        What is done to tiles.
+        Steps to apply to tiles.
     seed, device_id, num_threads, decode, tile_shape
         As for :class:`~hbx_gpu.images._dali.ImagePipeline`.
 

@@ -193,7 +193,7 @@ class Decoder:
 
 
 def reason(error: RuntimeError) -> str:
-    """What DALI says went wrong, without where in its graph."""
+    """Return DALI's reason for an error, without the place in its graph."""
     _, _, text = str(error).rpartition("encountered:")
     lines = [line.strip(" :") for line in text.splitlines() if line.strip(" :")]
     kept = [line for line in lines if not line.startswith("Current pipeline object")]

@@ -134,7 +134,7 @@ def _middle(sizes: np.ndarray, crop: Any, axis: int) -> np.ndarray:
 
 
 def color_matrices(saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
-    """What RGB vectors are multiplied by to change their saturation, then their hue.
+    """Return the matrices by which RGB vectors are multiplied to change their saturation, then their hue.
 
     Parameters
     ----------

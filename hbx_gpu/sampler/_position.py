@@ -82,7 +82,7 @@ def distributed_rank() -> tuple[int, int]:
 
 
 def caller_depth() -> int:
-    """How far up the stack, as `warnings.warn` counts, the first frame outside this package lies."""
+    """Return the stack level, as `warnings.warn` counts, of the first frame outside this package."""
     frame, depth = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hbx_gpu."):
         frame, depth = frame.f_back, depth + 1

@@ -1,4 +1,4 @@
-"""What the device engine asks of a device. CUDA answers in `cuda`; the tests answer on the CPU.
+"""The protocols of a device for the device engine; `cuda` implements them, and the tests do so on the CPU.
 
 Work goes through two queues. The *copy* stream moves staged bytes to an arena, the *decode* stream runs
 kernels and writes outputs; a kernel waits for the uploads that were ordered before it, nothing else orders
@@ -97,8 +97,8 @@ class Decompressor(Protocol):
     def decompress(self, algorithm: str, streams: Streams) -> None:
         """Order the work; `algorithm` is one of :data:`hbx_gpu._codecs.containers.ALGORITHMS`.
 
-        Bytes of a stream that are damaged may make it do anything: whoever calls has verified them, or was
-        told to do without.
+        Its behavior is undefined for damaged streams: the caller must have verified them, unless the user
+        chose to go without.
         """
 
 
@@ -127,7 +127,7 @@ class Backend(Protocol):
         """
 
     def free_memory(self) -> int:
-        """Bytes of device memory that nobody has taken."""
+        """Return the free bytes of device memory."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
         """An output: an uninitialized torch tensor, allocated on the decode stream."""
@@ -153,7 +153,7 @@ class Backend(Protocol):
         """
 
     def decompressor(self) -> Decompressor:
-        """For general codecs. Raises DeviceUnavailableError where there is none; says what is missing."""
+        """Return the decompressor for general codecs; raise DeviceUnavailableError where there is none."""
 
     def on_decode_stream(self) -> AbstractContextManager[Any]:
         """torch operations inside run on the decode stream."""
@@ -179,15 +179,15 @@ class Slot:
     Attributes
     ----------
     host, device
-        What is staged, and where it is copied to. They grow, never shrink.
+        Page-locked buffer with what is staged, and the device memory it is copied to. They never shrink.
     side
         Page-locked memory for what goes straight to an output (metadata), and for what comes back (status).
     busy
         Event after the last use of the slot; None if it is free.
     areas
-        Where room in the arena of resident chunks comes from; None: there are none.
+        Free areas next to the resident chunks; None where no chunk is resident.
     area
-        That room: chunk bytes that cross to resident ones, and what is decoded of either.
+        Area in use: it takes chunk bytes staged beside resident chunks, and what is decoded of either.
     borrowed
         Parts of the arena that hold whole chunks for this batch only; given back with its end.
     reads

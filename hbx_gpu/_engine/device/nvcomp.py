@@ -98,7 +98,7 @@ class Library:
             raise DeviceUnavailableError(f"nvCOMP at {path} lacks a function: {error}; {_INSTALL}") from error
 
     def alignments(self, algorithm: str) -> Alignments:
-        """What an algorithm asks of its buffers."""
+        """Return the alignments that an algorithm needs for its buffers."""
         found = _Alignments()
         self._call(self._function(algorithm, "GetRequiredAlignments"), self._options(), ctypes.byref(found))
         return Alignments(found.input, found.output, found.temp)

@@ -26,7 +26,7 @@ _MAX_ELEMENTS = 1 << 31  # of a chunk: kernels count those of a stretch in 31 bi
 
 
 class Boxes(Protocol):
-    """What is asked of a dense dataset; see :class:`~hbx_gpu.dataloader.DenseCellDataset`."""
+    """The part of :class:`~hbx_gpu.dataloader.DenseCellDataset` that is used here."""
 
     per_cell_shape: tuple[int, ...] | None
 
@@ -62,9 +62,9 @@ class DenseRows:
     Attributes
     ----------
     table
-        Its arrays, without column indices. Remaps go from output column to local column.
+        Table of the dataset's arrays, without column indices. Remaps go from output column to local column.
     dtype
-        What kernels make of their elements.
+        dtype that kernels convert elements to.
     length, inner
         int64, (n_sources,). Positions on the first axis of each array, and elements of each position.
     shapes

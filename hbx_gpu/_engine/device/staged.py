@@ -54,7 +54,7 @@ class Staging:
     Attributes
     ----------
     plan, slab
-        What was measured. The slab's memory must stay until `pack` has returned.
+        The plan and the slab that were measured. The slab's memory must stay until `pack` has returned.
     host_bytes, arena_bytes
         Room needed in the page-locked buffer and in the arena.
     status_bytes
@@ -108,7 +108,7 @@ class Staging:
     staged: np.ndarray | None = None
 
     def there(self, jobs: np.ndarray) -> np.ndarray:
-        """Which chunks of the plan are resident."""
+        """Return whether each of the chunks `jobs` of the plan is resident."""
         if self.resident is None:
             return np.zeros(len(jobs), bool)
         there: np.ndarray = self.resident.at[jobs] >= 0

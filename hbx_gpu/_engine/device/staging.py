@@ -124,7 +124,7 @@ class Stager:
         plan, slab
             As for the host engine's `csr`.
         layout
-            What will be made of it; None: either. Only saves room.
+            Layout of the batch, which saves room if it is known; None for either one.
         resident
             Chunks that need not cross; of these the slab may say anything.
 

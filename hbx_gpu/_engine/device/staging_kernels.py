@@ -17,7 +17,7 @@ from hbx_gpu._codecs.rowpack_numba import BAD_REQUEST, OK, block_range, parse_he
 from hbx_gpu._engine.host.kernels import _bytes_at
 
 MAX_GAP = 4
-"""Blocks nobody asked for that are copied along rather than beginning another run."""
+"""Most unneeded blocks between two needed ones that are copied too, instead of beginning another run."""
 RANGE = np.dtype([("source", "<u8"), ("target", "<u8"), ("nbytes", "<u8")])
 """One copy: address, place in the staged bytes, length."""
 SLACK = 8
@@ -102,7 +102,7 @@ def size_runs(
     Returns
     -------
     tuple
-        (runs, bytes staged). Good for nothing unless every status is OK.
+        (runs, bytes staged). They must not be used unless every status is OK.
     """
     n_runs, n_pieces, at = 0, 0, np.int64(0)
     for j in range(len(jobs)):

@@ -1,4 +1,4 @@
-"""What kernels report of a piece or chunk, in words."""
+"""Explain the status words that kernels report for a piece or a chunk."""
 
 from __future__ import annotations
 

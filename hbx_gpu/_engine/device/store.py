@@ -39,7 +39,7 @@ class FreeList:
     Parameters
     ----------
     memory
-        Whose addresses the parts have.
+        Memory that the parts belong to.
     begin, end
         The stretch, as offsets; whole multiples of 256 are handed out.
     """
@@ -118,7 +118,8 @@ class ChunkStore:
         ``"device"``, or ``"host"``: page-locked, and kernels read it over the bus. There, chunks of general
         codecs do not stay: nothing would be saved.
     direct
-        Brings stored bytes to device memory past the host; general codecs take the other way.
+        Reader that brings stored bytes to device memory directly; chunks of general codecs go through the
+        host.
 
     Attributes
     ----------
@@ -169,7 +170,7 @@ class ChunkStore:
         return self._used
 
     def lookup(self, plan: BatchPlan) -> Resident:
-        """Which chunks of a plan are here, and where."""
+        """Return which chunks of a plan are in this store, and their places."""
         at = self._at[plan.chunks] - 1
         return Resident(self._arena, at, self._run[plan.chunks], self._held[plan.chunks])
 

@@ -63,7 +63,7 @@ def build(
 
 
 def _by_name(found: Any) -> dict[str, DataNode]:
-    """What the user's graph returned, checked; without names, outputs are numbered."""
+    """Check what the user's graph returned, and return it by name; outputs without names are numbered."""
     outputs = found
     if isinstance(found, DataNode):
         outputs = {"output_0": found}
@@ -91,7 +91,7 @@ def _is_used(pipe: Pipeline, operator: str) -> bool:
 
 
 class Epochs(Protocol):
-    """What a pipeline asks of the loader that it belongs to."""
+    """The part of a loader that its pipeline uses."""
 
     dali: DaliOptions
 

@@ -99,7 +99,7 @@ class CellPipeline(CellLoader):
         """See :meth:`CellLoader.load_state_dict`.
 
         Random operators go on where they were on the rank that the state is from; on another rank, or with a
-        state of a loader without a graph, they begin anew with a seed of their own.
+        state of a loader without a graph, they start again with a seed of their own.
         """
         super().load_state_dict(state)
         self._run = None
@@ -123,7 +123,7 @@ class CellPipeline(CellLoader):
         return FedPipeline.begin(self)
 
     def begin_epoch(self, feed: Callable[[Ahead], Feeder]) -> Feeder:
-        """What a pipeline for DALI's iterators is fed by in the coming epoch; ended by :meth:`close`."""
+        """Return the feeder of a pipeline for DALI's iterators in the coming epoch; :meth:`close` ends it."""
         ahead = super()._read_ahead()
         try:
             feeder = feed(ahead)

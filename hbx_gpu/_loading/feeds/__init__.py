@@ -1,1 +1,1 @@
-"""How a window of batches is made: on the host, on a device, or of several modalities."""
+"""Feeds, which make windows of batches: on the host, on a device, or of several modalities."""

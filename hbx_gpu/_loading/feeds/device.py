@@ -41,7 +41,7 @@ _STAGED_BYTES = 4
 class StagedFeed(Generic[DatasetT]):
     """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
 
-    What they become is said by `_stage` and `_submit`.
+    Subclasses define `_stage` and `_submit`, which decide the form of the batches.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
     backend
         The device.
     options
-        What batches become, how stored bytes reach page-locked memory (``"mmap"`` copies them out of the page
+        Form of the batches, how stored bytes reach page-locked memory (``"mmap"`` copies them out of the page
         cache, ``"pinned"`` reads them with ``preadv``, ``"kvikio"`` brings whole chunks to device memory,
         ``"auto"`` measures; default: ``"mmap"``), which chunks stay where, and where those of general codecs
         are decoded.
@@ -190,7 +190,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
         return pending, *self._csr(pending, staging.plan, self._dataset.n_features)
 
     def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Any], Callable[..., Any]]:
-        """What sparse tensors are cut from."""
+        """Return the tensors of a window, and the function that cuts sparse tensors from them."""
         import torch
 
         indices, values, offsets = pending.tensors
@@ -259,7 +259,7 @@ class _Window:
         Staging memory, given up when the first batch is delivered or nobody can ask for one any more; and
         where it goes. Whoever takes it from there waits until the device is done with it.
     tensors
-        What the device writes, as allocated.
+        Tensors that the device writes, as allocated.
     x
         Cuts the batch of rows [first, last) out of them.
     columns

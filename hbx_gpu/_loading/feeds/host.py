@@ -24,7 +24,7 @@ class HostFeed(Generic[BatchT, OutT]):
     Parameters
     ----------
     dataset, collate
-        What is read, and what becomes of each batch.
+        Dataset to read, and the collate that is applied to each batch.
     options
         How stored bytes are read and whether chunks stay on the heap; None: as the dataset does.
     """

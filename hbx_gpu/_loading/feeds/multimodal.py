@@ -49,7 +49,7 @@ class CopiedFeed:
     Parameters
     ----------
     dataset, collate
-        What is read, and what makes tensors of each batch.
+        Dataset to read, and the collate that makes tensors of each batch.
     backend
         The device.
     """
@@ -169,7 +169,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
     Parameters
     ----------
     dataset, backend
-        What is read, and the device.
+        Dataset to read, and the device.
     rows
         How its rows lie in chunks.
     engine
@@ -199,7 +199,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
         Parameters
         ----------
         collate
-            What makes tensors on the host.
+            Collate that makes tensors on the host.
         decode
             As for :class:`~hbx_gpu._engine.device.DeviceEngine`.
 
@@ -273,7 +273,7 @@ class LayersFeed:
     Parameters
     ----------
     feeds
-        By layer; they deliver the same rows.
+        Feed of each layer; they all deliver the same rows.
     """
 
     def __init__(self, feeds: Mapping[str, AnyFeed]) -> None:
@@ -321,9 +321,9 @@ def cells_feed(
     backend
         The device.
     collate
-        What makes the same tensors on the host.
+        Collate that makes the same tensors on the host.
     options
-        Those of one space.
+        Options of one space.
     """
     if isinstance(dataset, PlainDataset):
         raise UnsupportedError(
@@ -366,7 +366,7 @@ class MultimodalFeed:
     dataset
         What is read.
     collate
-        What its spaces become.
+        Collate of the batches, which says what each space becomes.
     backend
         The device.
     options

@@ -1,1 +1,1 @@
-"""Which chunks stay in memory between batches: on the heap, page-locked, or on the device."""
+"""Keep chunks in memory between batches: on the heap, in page-locked memory, or on the device."""

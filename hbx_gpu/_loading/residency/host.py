@@ -195,7 +195,7 @@ def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
     Parameters
     ----------
     dataset
-        What is loaded.
+        Dataset to load.
     options
         `residency`: ``"none"`` and ``"auto"`` leave chunks to the page cache, ``"host"`` and ``"device"``
         keep a copy. `io`: how files are read; None: as the dataset was opened. `residency_budget`: bytes for
