@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 def common_type(types: Sequence[pa.DataType], *, booleans: bool = True) -> pa.DataType | None:
-    """The type that holds columns of all these types; None where there is none, as of text and numbers.
+    """The type that holds columns of all these types; None if there is none, as for text and numbers.
 
     Numbers join as NumPy promotes them, texts become strings, categories of texts stay categories, and a
     column without values (null) joins whatever there is.

@@ -12,7 +12,7 @@ from hbx_gpu.errors import UnsupportedError
 # renameat2(2) of Linux.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What the system says where it, or the file system, cannot exchange two names.
+# Errors of systems and file systems that cannot exchange two names.
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -103,7 +103,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     OSError
         The file system has no locks.
     UnsupportedError
-        The system has none.
+        The operating system has no locks.
     """
     try:
         import fcntl

@@ -1,7 +1,7 @@
-"""Files that anybody may have made: regular ones only, opened without waiting, inside their folder.
+"""Opens untrusted files safely: only regular files, without waiting, inside their folder.
 
-A path inside an atlas or an archive may be a FIFO, a device or a link that leads anywhere. Opening the first
-would wait for ever, reading the second would never end, following the third would read, or replace, what is
+A path inside an atlas or an archive may be a FIFO, a device or a link that leads anywhere. Opening a FIFO
+could wait forever, reading a device might never end, following the third would read, or replace, what is
 not part of the atlas.
 """
 
@@ -106,7 +106,7 @@ def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> byt
     """
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        # Not to the end: files of the kernel say 0 bytes and may go on for ever.
+        # Do not read to the end: kernel files report 0 bytes and may be endless.
         content = file.read(size) if size <= limit else b""
     if size > limit:
         raise CorruptDataError(

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hbx-gpu: interrupted; {args.if_interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough of it; nothing more may be written, not even on exit.
+        # The reader of our output has closed the pipe; nothing more may be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -222,7 +222,7 @@ def train(dataset: CellDataset, label: str | None, *, epochs: int, batch_size: i
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     sampler = CellSampler(dataset.groups_np, batch_size=batch_size, seed=seed, locality="none")
-    # Kernels compile at their first call, once per machine; that is no part of an epoch.
+    # Kernels compile at their first call, once per machine; that time is not part of an epoch.
     sparse_to_dense_collate(dataset[: min(8, len(dataset))])
     with (
         make_loader(dataset, sampler, collate_fn=sparse_to_dense_collate, num_workers=0) as loader,

@@ -191,7 +191,7 @@ def write_h5ad(
     compression
         HDF5 filter of X's arrays (``"gzip"``, ``"lzf"``), None for plain bytes.
     dtype
-        Of X's values.
+        Dtype of the values of X.
     extra_obs
         Further obs columns, each of length n_obs.
     progress

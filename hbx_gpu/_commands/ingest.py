@@ -28,7 +28,7 @@ examples:
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
 """
-# Options that mean one matrix, and what says the same of several.
+# Options for one matrix, and the option that does the same for several.
 _SINGLE = {"layer": "--layer-of", "target_layer": "--layer-of", "field": "the names of the modalities"}
 _SEVERAL = ("join", "obs_from", "layer_of", "tiles_table", "barcodes")
 
@@ -226,7 +226,7 @@ def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
 
 
 def _discard(atlas: RaggedAtlas, is_new: bool) -> None:
-    """A refused first file leaves nothing behind."""
+    """Remove a new, empty atlas after its first file was refused."""
     if is_new:
         from hbx_gpu.atlas._catalogue.creation import discard_empty
 
@@ -235,7 +235,7 @@ def _discard(atlas: RaggedAtlas, is_new: bool) -> None:
 
 
 def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) -> dict[str, FilePlan]:
-    """What is chosen for all files of one matrix together, before anything is added."""
+    """Make the choices that concern all files together, before anything is added."""
     from hbx_gpu.atlas._ingest.plan import plan_files
 
     files = [job.file for job in jobs if not job.several and job.file is not None]
@@ -340,7 +340,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
 
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        # Before anything is made: a misspelled name should not leave an empty atlas behind.
+        # Checked before anything is created, so that a misspelled name does not leave an empty atlas.
         raise InvalidDataError(f"no such file: {', '.join(missing)}")
     table = args.table or "cells"
     named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)
@@ -354,7 +354,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     for name, data in named if not exists else ():
         field_name, space = resolve_modality(name, fields, table, data)
         fields[field_name] = space.name
-    # Of an atlas that exists, nothing of this is asked: each dataset says what it adds.
+    # Not needed for an existing atlas, because each dataset says what it adds.
     return create_or_open_atlas(
         args.atlas,
         cell_table_name=table,
@@ -525,7 +525,7 @@ def _id_columns(args: argparse.Namespace) -> str | dict[str, str] | None:
 
 
 def _has_news(atlas: RaggedAtlas) -> bool:
-    """Whether an earlier run left cells that no snapshot has."""
+    """Whether an earlier run added cells that are in no snapshot."""
     versions = atlas.list_versions(atlas.path)
     stored = sum(atlas.catalogue.obs(table).count_rows() for table in atlas.obs_tables)
     return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))

@@ -29,7 +29,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rewrite the atlas and print what became of its groups."""
+    """Rewrite the atlas and print what happened to its groups."""
     from hbx_gpu.atlas import repack
     from hbx_gpu.atlas._upkeep.summary import describe_repack
 

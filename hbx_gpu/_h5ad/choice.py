@@ -1,4 +1,4 @@
-"""Which matrix of a file is taken where nobody names one: the same in every command, and said."""
+"""Chooses the matrix of a file when the user names none, by one rule for all commands, and reports it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class MatrixChoice:
     name
         ``X``, ``raw`` or a layer.
     reason
-        What it holds, and why it was not ``X``, in words.
+        Sentence that says what the matrix holds and, if it is not ``X``, why.
     evidence
-        What its values look like.
+        Evidence about the kind of its values.
     """
 
     name: str
@@ -37,14 +37,14 @@ class MatrixChoice:
 def choose_matrix(available: Sequence[str], read: Callable[[str], Matrix]) -> MatrixChoice:
     """Choose the matrix that holds counts: ``X`` if it does, else ``raw``, else a layer called ``counts``.
 
-    Where none of them does it is ``X``, so that whoever needs counts can say what was found there.
+    If none of them does, ``X`` is chosen, so that callers that need counts can report what ``X`` holds.
 
     Parameters
     ----------
     available
         Matrices of the file, at least one.
     read
-        Opens one of them.
+        Function that opens a matrix by name.
     """
     layers = [name for name in _COUNT_LAYERS if name in available and name != "raw"]
     order = [name for name in ("X", "raw", *layers) if name in available] or list(available[:1])

@@ -13,7 +13,7 @@ from hbx_gpu._h5ad.matrix import CsrMatrix, DenseMatrix, Matrix
 
 ValueKind = Literal["counts", "logarithms", "normalized", "scaled", "fractional counts", "fractions"]
 
-# Values that are looked at: a part from the beginning, whole rows, and windows spread over the rest.
+# Sample sizes: a part from the beginning, whole rows, and windows spread over the rest.
 _BEGINNING = 1 << 16
 _WINDOWS, _WINDOW = 16, 1 << 12
 # Sums of cells, and ratios to a cell's smallest value, that differ by less are taken as equal.
@@ -24,14 +24,14 @@ _LARGEST_LOGARITHM = 20.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a sample of the values says.
+    """Evidence from a sample of the values.
 
     Attributes
     ----------
     kind
-        What they look like.
+        Kind that the values look like.
     text
-        Why, in words that can follow "because".
+        The reason, as a clause that can follow "because".
     """
 
     kind: ValueKind
@@ -57,7 +57,7 @@ _WORDS: dict[ValueKind, str] = {
 
 
 def look_at(matrix: Matrix) -> Evidence:
-    """Say what the values of a matrix look like, from a sample of them.
+    """Determine what the values of a matrix look like, from a sample of them.
 
     Counts are whole and not negative. Of other values: negative ones are scaled; cells that sum to the same
     number are normalized; cells whose ``expm1`` sums to the same number, or whose values are logarithms of

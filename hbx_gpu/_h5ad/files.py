@@ -32,7 +32,7 @@ class AnnDataGroup(ABC):
     modality
         Name of its part in a MuData store, ``""`` for a store that is one AnnData.
     source
-        What it is called in messages.
+        Name used in error messages.
     """
 
     path: Path
@@ -166,7 +166,7 @@ class H5adFile(_File, HdfAnnData):
     FileNotFoundError
         No such file.
     InvalidDataError
-        Not HDF5, damaged, or no AnnData.
+        The file is not HDF5, is damaged, or is not an AnnData.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -185,7 +185,7 @@ class H5muFile(_File):
     FileNotFoundError
         No such file.
     InvalidDataError
-        Not HDF5, damaged, no MuData, or modalities that do not share their cells.
+        The file is not HDF5, is damaged, is not a MuData, or its modalities do not share their cells.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -213,7 +213,7 @@ class H5muFile(_File):
         Raises
         ------
         InvalidDataError
-            No such modality, or it is no AnnData.
+            There is no such modality, or it is not an AnnData.
         """
         if name not in self.modalities():
             raise InvalidDataError(f"{self.path} has no modality {name!r}; it has {self.modalities()}")

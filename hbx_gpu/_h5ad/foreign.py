@@ -1,4 +1,4 @@
-"""Files that are no .h5ad: what they are, and the way from there to one."""
+"""Recognizes files that are not .h5ad, and says how to convert them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILTERS = {
 
 
 def describe_path(path: Path) -> str:
-    """What lies at a path that is no HDF5 file, and what to do; an empty string if that is not known."""
+    """What a path that is not an HDF5 file holds, and what to do; an empty string if unknown."""
     name = path.name.lower()
     if path.is_dir():
         if {".zgroup", ".zattrs", "zarr.json"} & {p.name for p in path.iterdir()}:
@@ -54,7 +54,7 @@ def describe_path(path: Path) -> str:
 
 
 def describe_hdf5(file: h5py.Group) -> str:
-    """What an HDF5 file without obs and var is, and what to do; an empty string if that is not known."""
+    """What an HDF5 file without obs and var is, and what to do; an empty string if unknown."""
     keys = set(file)
     if "matrix" in keys and isinstance(file["matrix"], h5py.Group) and "barcodes" in file["matrix"]:
         return (

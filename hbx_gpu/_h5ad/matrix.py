@@ -44,7 +44,7 @@ class CsrBlock:
 
     @property
     def last_row(self) -> int:
-        """Number of the row behind the last one."""
+        """Number of the row after the last one."""
         return self.first_row + len(self.indptr) - 1
 
     def place(self, at: int) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class DenseBlock:
 
     @property
     def last_row(self) -> int:
-        """Number of the row behind the last one."""
+        """Number of the row after the last one."""
         return self.first_row + len(self.values)
 
     def rows(self, first: int, last: int) -> DenseBlock:
@@ -99,11 +99,11 @@ class Matrix(Protocol):
     Attributes
     ----------
     name
-        File and place in it, for messages.
+        File and place in it, used in error messages.
     shape
         (n_rows, n_columns).
     dtype
-        Of the stored values.
+        Dtype of the stored values.
     """
 
     name: str

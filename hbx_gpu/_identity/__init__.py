@@ -1,1 +1,1 @@
-"""Which gene is which: the column that identifies features, chosen for all files of a collection together."""
+"""Identification of genes: the column of feature ids, chosen for all files of a collection together."""

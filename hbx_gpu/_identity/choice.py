@@ -1,4 +1,4 @@
-"""Choosing the column that identifies features: for all files together, and as the collection has it."""
+"""Chooses the column that identifies features, for all files together and in accord with the collection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hbx_gpu._advice import option
 from hbx_gpu._identity.tables import INDEX, SYMBOLS, USUAL, FeatureTable, mostly_stable, without_versions
 from hbx_gpu.errors import InvalidDataError
 
-# Columns by which writers of atlases say what the ids are.
+# Columns in which writers of atlases store the ids.
 _DECLARED = ("global_feature_uid", "uid")
 _SHOWN = 5
 
@@ -27,7 +27,7 @@ class FeatureChoice:
     reason
         Why this column, in a few words.
     said
-        Whether somebody has compared the ids with those of the atlas and said what there was to say.
+        Whether the ids have been compared with those of the atlas and any warnings given.
     """
 
     column: str
@@ -98,7 +98,7 @@ def _repeated(ids: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class KnownFeatures:
-    """What a collection uses already.
+    """Features that a collection already has.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ _ENOUGH = 0.5
 
 @dataclass(frozen=True)
 class Overlap:
-    """How the ids of one file meet those of a collection.
+    """Overlap of the ids of one file with those of a collection.
 
     Attributes
     ----------
@@ -27,7 +27,7 @@ class Overlap:
     n_file, n_known, n_shared
         Number of ids in the file, in the collection, in both.
     remedies
-        What would make more of them meet, in words.
+        Sentences that say how more ids could be matched.
     example
         An id of the file, and one of the collection.
     """
@@ -48,7 +48,7 @@ class Overlap:
 
     @property
     def is_small(self) -> bool:
-        """Whether a person should know."""
+        """Whether the user should be warned."""
         return self.fraction < _ENOUGH
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ def require(overlap: Overlap, fraction: float | None) -> None:
     Raises
     ------
     InvalidDataError
-        It does.
+        The file shares less.
     """
     if fraction is not None and overlap.fraction < fraction:
         raise InvalidDataError(

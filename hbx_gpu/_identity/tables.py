@@ -1,4 +1,4 @@
-"""The columns by which features may be told apart, whatever file they come from."""
+"""Columns that may identify features, whatever file they come from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FeatureTable:
     Parameters
     ----------
     where
-        File and table, for messages.
+        File and table, used in error messages.
     readers
         Column -> a function that gives its values; :data:`INDEX` stands for the names.
     """

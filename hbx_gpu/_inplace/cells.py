@@ -307,7 +307,7 @@ class Cells:
         feature_id_column
             Column of var that identifies features; by default their names.
         dtype
-            Of batches of dense matrices; by default as stored, promoted where stores differ.
+            Dtype of batches of dense matrices. By default the stored dtype, promoted where stores differ.
 
         Raises
         ------
@@ -347,7 +347,7 @@ class Cells:
         feature_spaces
             Modalities; by default all.
         layers
-            By modality; ``"X"`` elsewhere.
+            Modality -> layer; ``"X"`` for other modalities.
         metadata_columns, join, feature_id_column
             As in :meth:`to_cell_dataset`.
 

@@ -40,7 +40,7 @@ def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
     Raises
     ------
     UnknownNameError
-        There is no such column.
+        The column does not exist.
     InvalidDataError
         The column has missing values.
     """

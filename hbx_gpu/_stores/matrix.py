@@ -23,7 +23,7 @@ class StoredMatrix:
     Attributes
     ----------
     name
-        File and place in it, for messages.
+        File and place in it, used in error messages.
     shape
         (number of cells, number of features).
     form

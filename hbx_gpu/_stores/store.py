@@ -26,9 +26,9 @@ class Part:
     Attributes
     ----------
     name
-        Store and place in it, for messages.
+        Store and place in it, used in error messages.
     matrices
-        By name: ``X``, ``raw`` and the layers, as far as they exist.
+        Name -> matrix: ``X``, ``raw`` and the layers, as far as they exist.
     read_obs
         Reads the table of cells, their names as index.
     read_var
@@ -82,7 +82,7 @@ class Part:
         Raises
         ------
         UnknownNameError
-            There is no such matrix.
+            The matrix does not exist.
         """
         if name not in self.matrices:
             raise UnknownNameError(
@@ -108,7 +108,7 @@ class Store:
     path
         Where it lies.
     format
-        What it is, for people: ``"AnnData zarr"``, ``"10x Genomics HDF5"``, ...
+        Readable name of the format: ``"AnnData zarr"``, ``"10x Genomics HDF5"``, ...
     parts
         Parts of one modality, whose cells follow one another; one for all formats but collections.
     modalities

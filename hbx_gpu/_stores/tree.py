@@ -37,7 +37,7 @@ class Tree(Protocol):
     path: Path
 
     def names(self, key: str = "") -> list[str]:
-        """Names inside a group, sorted; none where there is no such group."""
+        """Names inside a group, sorted; empty if the group does not exist."""
         ...
 
     def is_array(self, key: str) -> bool:

@@ -38,7 +38,7 @@ _PUBLIC = {
 
 __all__ = list(_PUBLIC)
 
-if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
+if not TYPE_CHECKING:  # a type checker takes the names above and rejects all others
 
     def __getattr__(name: str) -> Any:
         if name in _PUBLIC:

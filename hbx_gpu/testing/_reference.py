@@ -1,4 +1,4 @@
-"""What a sparse dataset must return, by the engine that decodes everything with NumPy."""
+"""Expected content of a sparse dataset, decoded by the NumPy reference engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hbx_gpu.dataloader import CellDataset
 
 
 def read_reference(dataset: CellDataset, rows: Sequence[int] | np.ndarray) -> SparseBatch:
-    """Rows of a dataset, read and decoded by the obvious code: slow, and right.
+    """Rows of a dataset, read and decoded by simple code that is slow and easy to check.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def read_reference(dataset: CellDataset, rows: Sequence[int] | np.ndarray) -> Sp
     Returns
     -------
     SparseBatch
-        What ``dataset[rows]`` must equal; without metadata.
+        The batch that ``dataset[rows]`` must equal, without metadata.
     """
     engine = ReferenceEngine(dataset.table, dataset.directory, list(dataset.dtypes.values()))
     plan = dataset.plan(np.asarray(rows, np.int64))

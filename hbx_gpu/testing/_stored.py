@@ -104,7 +104,7 @@ def write_sources(
     groups
         The matrices.
     layer
-        What their values are called.
+        Name of the layer that holds their values.
 
     Returns
     -------

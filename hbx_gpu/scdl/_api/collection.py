@@ -143,7 +143,7 @@ class SingleCellCollection:
         directory_path
             The folder, searched with all its subfolders; or one file.
         max_workers
-            Most files that are converted at once.
+            Largest number of files that are converted at once.
         use_processes
             Convert in processes of their own instead of threads.
         progress
@@ -156,7 +156,7 @@ class SingleCellCollection:
         FileNotFoundError
             No .h5ad file there.
         RuntimeError
-            A file could not be converted: then none is added and none left behind.
+            A file could not be converted. Then no archive is added and none stays on disk.
         """
         check_dtype(data_dtype)
         options = ConvertOptions(
@@ -179,7 +179,7 @@ class SingleCellCollection:
         except Exception:  # a file that cannot be read: its own conversion says which and why
             _log.debug("the values of the files could not be compared", exc_info=True)
         else:
-            options = replace(options, allow_normalized=True)  # what there was to say has been said
+            options = replace(options, allow_normalized=True)  # the warnings have been given
         jobs = [(file, path, options, data_dtype, tolerance) for file, path in zip(files, paths, strict=True)]
         results = _run(jobs, max_workers, use_processes, progress)
         failed = [(file, error) for file, error in zip(files, results, strict=True) if error is not None]
@@ -215,7 +215,7 @@ class SingleCellCollection:
         overwrite
             Whether an archive at the output may be replaced.
         data_dtype
-            Of the values: by default the widest of all, which must be all integers or all floats; see
+            Dtype of the values: by default the widest of all, which must be all integers or all floats; see
             :func:`hbx_gpu.scdl._writing.concat.concat_archives`.
 
         Raises

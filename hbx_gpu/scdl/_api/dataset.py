@@ -57,12 +57,12 @@ class SingleCellMemMapDataset(NeighborReader):
     neighbor_key
         Name in `.obsp` of the source.
     neighbor_sampling_strategy, fallback_to_identity
-        How :meth:`sample_neighbor_index` draws; without fallback it warns of cells without neighbors.
+        How :meth:`sample_neighbor_index` draws, and whether cells without neighbors pass without a warning.
     data_dtype
         Creating: dtype of the stored values, float32 if None, ``auto`` for the smallest exact one.
         Opening: the dtype that the values have, where header and values do not tell.
     data_dtype_tolerance
-        Largest difference between source and stored values that is none.
+        Largest difference between source and stored values that counts as equal.
     use_X_not_raw
         Store `.X` even if the source has `.raw.X`.
     matrix

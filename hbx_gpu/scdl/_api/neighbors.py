@@ -23,7 +23,7 @@ class NeighborReader(RowReader):
     load_neighbors
         Whether neighbors were asked for. Only then the next two exist.
     neighbor_sampling_strategy, fallback_to_identity
-        How one is drawn; whether cells without neighbors pass without a warning.
+        How a neighbor is drawn, and whether cells without neighbors pass without a warning.
     neighbor_seed
         Seed of the generator, or None.
     """

@@ -21,7 +21,7 @@ from hbx_gpu.scdl._format.neighbors import NEIGHBOR_DTYPES
 
 
 class RowReader:
-    """What can be asked of an archive; :class:`hbx_gpu.scdl.SingleCellMemMapDataset` opens it.
+    """Read access to an archive; :class:`hbx_gpu.scdl.SingleCellMemMapDataset` opens it.
 
     Attributes
     ----------
@@ -52,12 +52,12 @@ class RowReader:
 
     @property
     def header(self) -> Header | None:
-        """As stored."""
+        """The header as stored, or None."""
         return self.archive.header
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """As stored; its row count may be stale."""
+        """Content of `metadata.json` as stored; its row count may be stale."""
         return self.archive.metadata
 
     @property

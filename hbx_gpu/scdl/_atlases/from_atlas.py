@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Values that are copied at once.
 _PIECE = 1 << 21
-# Columns of an obs table that are the atlas's own.
+# Columns of an obs table that belong to the atlas and not to the data.
 _OWN = ("uid", "dataset_uid", "obs_name")
 
 

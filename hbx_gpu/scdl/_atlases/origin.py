@@ -1,4 +1,4 @@
-"""What tables of an atlas cannot hold of an archive, kept beside them: so that the way back is exact.
+"""Keeps the parts of an archive that the tables of an atlas cannot hold, so that converting back is exact.
 
 ``scdl_origin/`` in an atlas holds the archive's feature folders, names and neighbors as they were, and
 ``origin.json``: the snapshot that was taken right after the conversion, and the archive's dtypes. It speaks
@@ -47,11 +47,11 @@ class Origin:
     Attributes
     ----------
     path
-        Folder of what was kept.
+        Folder with the parts that were kept.
     n_rows, data_dtype, n_columns
-        Of the archive: rows, dtype of its values, and what its columns are below.
+        Number of rows of the archive, dtype of its values, and upper bound of its column numbers.
     layer
-        Where the atlas has its values.
+        Layer of the atlas that holds the values.
     """
 
     def __init__(self, path: Path, record: _Record) -> None:
@@ -86,7 +86,7 @@ class Origin:
 
 
 def keep(archive: Archive, atlas: Path, snapshot: int, layer: str) -> None:
-    """Keep what the tables of an atlas do not hold of an archive."""
+    """Store the parts of an archive that the tables of an atlas do not hold."""
     folder, temporary = atlas / FOLDER, atlas / f".{FOLDER}.new"
     for path in (folder, temporary):
         shutil.rmtree(path, ignore_errors=True)
@@ -104,7 +104,7 @@ def keep(archive: Archive, atlas: Path, snapshot: int, layer: str) -> None:
 
 
 def find(atlas: Path, snapshot: int) -> Origin | None:
-    """What was kept of the archive that a snapshot is an image of; None if it is not one.
+    """The kept parts of the archive from which a snapshot was converted; None if there was none.
 
     Raises
     ------

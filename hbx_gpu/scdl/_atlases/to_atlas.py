@@ -51,7 +51,7 @@ def archive_to_atlas(
     source
         The archive.
     target
-        The atlas; made if it is not there. A conversion that was stopped is taken up where it was.
+        The atlas; created if it does not exist. An interrupted conversion continues where it stopped.
     layer
         Where values go: ``counts`` (whole numbers) or a layer of float32 such as ``log_normalized``; ``auto``
         looks at all values and takes `counts` where they are whole numbers that fit.
@@ -69,7 +69,7 @@ def archive_to_atlas(
     Returns
     -------
     int
-        Number of cells added; 0 if they were there.
+        Number of cells added; 0 if they were already in the atlas.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def _var_frame(archive: Archive, block: int, axis: GeneAxis) -> pd.DataFrame:
 
 
 def _warn_of_differences(archive: Archive, axis: GeneAxis, frames: list[pd.DataFrame]) -> None:
-    """Say which column describes a gene differently in two blocks, the first such gene of each."""
+    """Warn about columns that describe a gene differently in two blocks, and show the first such gene."""
     known: dict[str, np.ndarray] = {}
     where: dict[str, np.ndarray] = {}
     for b, frame in enumerate(frames):
@@ -203,7 +203,7 @@ def _block_input(archive: Archive, block: int, var: pd.DataFrame, axis: GeneAxis
         obs=_obs_frame(archive, first, last),
         var=var,
         available=["X"],
-        keeps_order=True,  # an archive made of the atlas again is this one, byte by byte
+        keeps_order=True,  # an archive made from the atlas again equals this one byte by byte
     )
 
 

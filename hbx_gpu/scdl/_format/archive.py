@@ -110,7 +110,7 @@ class Archive:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         with warnings.catch_warnings():
-            # Said when it was opened first.
+            # The warning was given when it was first opened.
             warnings.simplefilter("ignore", UserWarning)
             self.__init__(**state)  # type: ignore[misc]
 
@@ -121,7 +121,7 @@ class Archive:
         Raises
         ------
         CorruptDataError
-            They are those of another number of cells.
+            The columns belong to another number of cells.
         """
         if self._obs is not None and len(self._obs) and self._obs.number_of_rows() != self.n_rows:
             raise CorruptDataError(_obs_mismatch(self.path, self._obs, self.n_rows))

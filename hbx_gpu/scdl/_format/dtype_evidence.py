@@ -1,7 +1,7 @@
 """Which dtype the values of an archive really have, where the header is missing, stale or contradicted.
 
-The real package leaves a stale header behind a cast of a reopened archive, and old releases recorded no
-dtype at all. File size and number of values give the width; inside a width only the values can tell. Where
+The real package leaves a stale header after it casts a reopened archive, and old releases recorded no dtype
+at all. File size and number of values give the width; inside a width only the values can tell. Where
 they do not, opening is refused: a wrong dtype gives wrong numbers without any error.
 """
 
@@ -119,7 +119,7 @@ def _stated(raw: np.ndarray, stated: np.dtype[Any], *, old: bool, where: str) ->
     elif stated.kind == "u" and _whole_floats(nonzero, width):
         truth = np.dtype(_FLOAT[width])
         if width == 2 and (nonzero > _LARGEST_EXACT_HALF).mean() > 0.5:
-            # All larger ones are whole, and so say nothing.
+            # All larger values are whole, so they are not evidence.
             _refuse(where, f"the header says {stated}, but the values would be {truth} as well", width)
     else:
         return stated, ""

@@ -86,7 +86,7 @@ class FeatureIndex:
         Raises
         ------
         IndexError
-            Not a row; row numbers below 0 are none.
+            The row does not exist; negative row numbers are not allowed.
         """
         row = operator.index(row)
         if row < 0:
@@ -242,7 +242,7 @@ class VariableFeatureIndex(FeatureIndex):
         Raises
         ------
         TypeError
-            `features` is no mapping.
+            `features` is not a mapping.
         ValueError
             Columns of different lengths.
         """
@@ -277,7 +277,7 @@ class ObservedFeatureIndex(FeatureIndex):
         Raises
         ------
         TypeError
-            `features` is no mapping.
+            `features` is not a mapping.
         ValueError
             Columns of different lengths, or text that joins numbers.
         """

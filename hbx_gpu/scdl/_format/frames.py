@@ -17,9 +17,9 @@ from hbx_gpu._untrusted import check_regular
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 MAX_ROWS = 1 << 31
-"""Of one feature block."""
+"""Largest number of rows of one feature block."""
 LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
-"""Of the footer of a parquet file, beyond which nothing is allocated for it."""
+"""Size limits of a parquet footer; a footer that needs more memory is refused."""
 _ROW_BYTES, _SPARE_BYTES = 1 << 12, 64 << 20
 
 
@@ -147,7 +147,7 @@ class StoredFrame(Frame):
     Raises
     ------
     CorruptDataError
-        At first use: the file is missing or is no parquet file.
+        At first use: the file is missing or is not a parquet file.
     """
 
     def __init__(self, file: Path) -> None:

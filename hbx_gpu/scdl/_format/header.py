@@ -141,7 +141,7 @@ class Header:
         Raises
         ------
         CorruptDataError
-            Text that is no such export; names the field.
+            The text is not such an export; the message names the field.
         """
         try:
             return _imported(json.loads(text))
@@ -191,7 +191,7 @@ class Header:
         Raises
         ------
         CorruptDataError
-            Bytes that are no header of this layout; names field and offset.
+            The bytes are not a header of this layout; the message names field and offset.
         UnsupportedError
             A major schema version above 0.
         """

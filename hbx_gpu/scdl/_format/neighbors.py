@@ -58,11 +58,11 @@ class NeighborTable:
     Attributes
     ----------
     indptr
-        uint64, (n_rows + 1,).
+        uint64, (n_rows + 1,). Start of each row in `indices` and `weights`.
     indices
         uint32, (n_links,). Row numbers in the archive.
     weights
-        float32, (n_links,). As stored: similarities or distances. Zeros count as neighbors.
+        float32, (n_links,). Stored weights: similarities or distances. A weight of zero is still a neighbor.
     """
 
     indptr: np.ndarray
@@ -225,8 +225,8 @@ def open_neighbors(path: Path, n_rows: int) -> NeighborTable | None:
     Raises
     ------
     NeighborsUnusableError
-        They are those of another number of rows (the real package leaves them behind when it appends rows),
-        or damaged.
+        The files are damaged, or were made for another number of rows (the real package does not update them
+        when it appends rows).
     """
     files = [path / name for name in NEIGHBOR_FILES]
     if not all(file.exists() for file in files):

@@ -70,7 +70,7 @@ class Tolerance:
     Attributes
     ----------
     absolute
-        Largest difference that is none.
+        Largest difference that counts as equal.
     allow_loss
         Whether values beyond it are stored nevertheless, with a warning, instead of raising.
     """

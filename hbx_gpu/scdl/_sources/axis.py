@@ -82,7 +82,7 @@ def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> Gen
         ``position`` for the number of the column, which takes the genes of all blocks to be the same ones.
         By default what identifies genes in all blocks, see :func:`hbx_gpu._identity.choice.choose`: ids of
         a database, else their names, else one of the usual columns, else the only column of text
-        without repeats. Blocks that share few genes are said in a warning. A single block needs no ids.
+        without repeats. A warning names blocks that share few genes. A single block needs no ids.
 
     Raises
     ------

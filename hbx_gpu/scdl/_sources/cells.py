@@ -54,7 +54,7 @@ class ArchiveRecipe:
     def rebuild(self) -> CellDataset:
         """Same rows, same columns, in the same order."""
         with warnings.catch_warnings():
-            # Said when they were opened first.
+            # The warnings were given when they were first opened.
             warnings.simplefilter("ignore", UserWarning)
             archives = [
                 open_archive(path, data_dtype=dtype)
@@ -271,7 +271,8 @@ def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray | None]:
         Numbers as stored, as float64 with NaN where whole ones are missing; int64 codes of text and truth
         values, -1 where missing.
     vocabulary
-        Of codes: object, in the order of the stored categories or sorted; bool ``[False, True]``. Else None.
+        Vocabulary of codes: object, in the order of the stored categories or sorted, or bool ``[False,
+        True]``. None for numbers.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Reader
 
 KEYS = ("neighbor_X", "neighbor_index", "neighbor_weight")
-"""What a batch dict holds of the neighbors."""
+"""Keys of the neighbors in a batch dict."""
 
 
 @dataclass(slots=True)
 class PairBatch:
-    """Rows, and of each of them one neighbor.
+    """Rows, each with one neighbor.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class PairBatch:
 
     @property
     def metadata(self) -> dict[str, np.ndarray] | None:
-        """That of the cells."""
+        """Metadata of the cells."""
         return self.cells.metadata
 
     @metadata.setter
@@ -74,7 +74,7 @@ class PairedDataset(Dataset[PairBatch]):
         ``random``, ``first`` or ``weighted``; see
         :class:`~hbx_gpu.scdl._format.neighbors.NeighborSamplingStrategy`.
     seed
-        Of the draws.
+        Seed of the draws.
 
     Raises
     ------

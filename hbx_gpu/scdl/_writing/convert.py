@@ -36,7 +36,7 @@ _SHOWN = 3
 
 
 class MixedValuesError(InvalidDataError):
-    """Files that hold counts and files that do not, on their way into one archive."""
+    """Files with counts and files without were to be converted into one archive."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ConvertOptions:
         Take the matrix that holds counts by the rule of `hbx_gpu._h5ad.choice`, and not as `use_X_not_raw`
         says.
     allow_normalized
-        Take values that do not look like counts without a word. Otherwise there is a warning where no file
-        holds counts, as the package that we follow accepts such files, and an error where only some do.
+        Accept values that do not look like counts without a warning. Otherwise there is a warning where no
+        file holds counts, as the package that we follow accepts such files, and an error where only some do.
     paginated_load_cutoff
         Size in MiB from which on a file is read at most `load_block_row_size` rows at a time.
     load_block_row_size
@@ -91,7 +91,7 @@ class Conversion:
     Attributes
     ----------
     file
-        The file.
+        Path of the file.
     n_rows, n_vars
         Number of cells and genes.
     matrix
@@ -139,7 +139,7 @@ def convert_h5ad(
     Parameters
     ----------
     h5ad
-        The file.
+        Path of the file.
     target
         Folder of the archive.
     options
@@ -227,7 +227,7 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
     Raises
     ------
     MixedValuesError
-        Some files hold counts and others do not; names one of each.
+        Some files hold counts and others do not; the message names one of each.
     """
     chosen = []
     for path in files:

@@ -1,4 +1,4 @@
-"""A folder is built beside its place and put there in one step; what a kill left behind is put in order."""
+"""Builds a folder beside its target and moves it there in one step; cleans up after killed writers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class NewFolder:
     Attributes
     ----------
     target
-        The same, resolved.
+        The resolved target.
     folder
         The folder in work; exists and is empty.
     scratch
-        For temporary files; exists, and goes with the staging place.
+        Existing folder for temporary files, removed with the staging place.
     """
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
@@ -43,7 +43,7 @@ class NewFolder:
         self._place = self.target.with_name(f".{self.target.name}{_MARK}{secrets.token_hex(6)}")
         with _parent_locked(self.target):
             self._place.mkdir()
-            # Held as long as the process lives, so that others can tell work from leftovers.
+            # Held while the process lives, so that other processes can tell active work from leftovers.
             self._lock = os.open(self._place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             lock(self._lock)
         self.folder, self.scratch = self._place / _NEW, self._place / "scratch"
@@ -75,7 +75,7 @@ class NewFolder:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the staging place and what is in it; may be repeated."""
+        """Remove the staging place and its content; safe to repeat."""
         if self._lock >= 0:
             shutil.rmtree(self._place, ignore_errors=True)
             os.close(self._lock)
@@ -83,7 +83,7 @@ class NewFolder:
 
 
 def recover(target: str | os.PathLike[str]) -> bool:
-    """Put back a folder that a killed writer had moved aside, and remove what killed writers left.
+    """Put back a folder that a killed writer had moved aside, and remove the remains of killed writers.
 
     Parameters
     ----------

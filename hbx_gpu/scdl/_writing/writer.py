@@ -1,4 +1,4 @@
-"""Archives are written here and nowhere else: streamed beside their place, put there in one step."""
+"""The only writer of archives: it streams them beside their target and moves them there in one step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ArchiveWriter:
     target
         Folder of the archive.
     n_columns
-        Column indices are below this; fixes the width in which they are stored.
+        Upper bound of column indices; determines the width in which they are stored.
     data_dtype
         Dtype of the stored values, one of `values.DATA_DTYPES`, or ``auto`` for the smallest one that
         holds all values exactly.
@@ -130,7 +130,7 @@ class ArchiveWriter:
         indices, values
             (nnz,). Kept in their order, repeats and explicit zeros included.
         where
-            What the values are, for messages.
+            Description of the values, used in error messages.
 
         Raises
         ------
@@ -404,12 +404,12 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool, foreign: bo
     overwrite
         Whether an archive there may be replaced.
     foreign
-        Whether files of others in it are no hindrance, because they are taken over.
+        Whether foreign files in the target are allowed, because they are taken over.
 
     Raises
     ------
     FileExistsError
-        It may not be; says why.
+        The target must not be replaced; the message says why.
     """
     path = Path(checked(target))
     if not os.path.lexists(path):
