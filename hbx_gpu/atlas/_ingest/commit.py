@@ -44,9 +44,9 @@ class Settings:
     Attributes
     ----------
     obs_table
-        Where the cells go.
+        Obs table that receives the cells.
     storage, codec_asked
-        Of the arrays, and whether the codec was asked for.
+        Storage of the arrays, and whether the user named the codec.
     record
         The row of a dataset that is one group; None to make rows.
     dataset_uid
@@ -89,11 +89,11 @@ class Dataset:
     Attributes
     ----------
     parts
-        Its modalities.
+        Modalities of the dataset.
     joined
-        Its cells.
+        Joined cells of the modalities.
     source
-        For messages.
+        Name of the source, used in error messages.
     common
         Tables of obs that belong to no modality: name, table, and per cell the row of the table.
     """
@@ -106,7 +106,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of a dataset.
+    """Result of adding a dataset.
 
     Attributes
     ----------
@@ -115,11 +115,11 @@ class IngestReport:
     n_cells
         Rows added; 0 where the same data were ingested before.
     n_complete
-        Of these, cells that have every modality.
+        Number of added cells that have every modality.
     n_measured
         Pointer column -> cells that have it.
     n_left_out
-        Pointer column -> ids of its file that became no cell.
+        Pointer column -> number of ids in its file that did not become cells.
     """
 
     dataset_uid: str

@@ -30,9 +30,9 @@ class SameCells:
     Attributes
     ----------
     dataset_uid, source_name
-        The stored one.
+        Uid of the stored dataset, and the name of its file.
     n_names
-        Names of cells that both have.
+        Number of cell names that both datasets have.
     """
 
     dataset_uid: str

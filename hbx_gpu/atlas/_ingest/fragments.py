@@ -43,7 +43,7 @@ class FragmentsInput:
         Coordinates are half-open and begin at 0. In any order.
     barcodes
         Barcodes that are cells: a sequence, or a file with one per line. Others are left out. By default
-        those of the other modalities, or all where there is no other.
+        the cells of the other modalities, or all barcodes if there is no other modality.
     """
 
     path: str | os.PathLike[str]
@@ -90,7 +90,7 @@ class FragmentsPart(Part):
     FileNotFoundError
         No such file.
     InvalidDataError
-        A line is no fragment; too many chromosomes; no fragment belongs to a cell.
+        A line is not a fragment, there are too many chromosomes, or no fragment belongs to a cell.
     """
 
     def __init__(self, name: str, field_name: str, space: FeatureSpace, given: FragmentsInput) -> None:

@@ -35,7 +35,7 @@ class StoredImage:
     source, source_name
         For messages, and as recorded with the dataset.
     shape, dtype
-        Of the array; the byte order is the machine's.
+        Shape and dtype of the array, in native byte order.
     axes
         One lower-case letter per axis.
     array
@@ -84,7 +84,7 @@ def open_image(image: Any, *, axes: str | None = None) -> StoredImage:
     FileNotFoundError
         There is nothing.
     InvalidDataError
-        It is no image, or no image of this kind.
+        It is not an image, or not an image of this kind.
     """
     if isinstance(image, str | os.PathLike):
         opened = _open_path(Path(image))

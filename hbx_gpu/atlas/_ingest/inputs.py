@@ -36,7 +36,7 @@ class Input:
     source_name
         As recorded with the dataset.
     sha256
-        Of the file, or of the content of an AnnData in memory.
+        SHA-256 of the file, or of the content of an AnnData in memory.
     matrix_name
         ``X``, ``raw`` or a layer.
     matrix, obs, var
@@ -82,7 +82,7 @@ def from_h5ad(
     file, matrix
         Where it is.
     sha256
-        Of the file, where that is known.
+        SHA-256 of the file, where it is known.
     backed
         The AnnData that is backed by the file. Its obs, var and layers are taken as they are in memory.
     """
@@ -230,7 +230,7 @@ def obs_columns(names: Sequence[str], found: pa.Table, dataset_uid: str, *, sour
     Parameters
     ----------
     names
-        Of the cells.
+        Names of the cells.
     found
         Columns of obs; one called ``uid`` gives the cells' uids, which otherwise follow from `dataset_uid`.
     dataset_uid

@@ -35,9 +35,9 @@ class CellIds:
     Attributes
     ----------
     name
-        Of the modality, for messages.
+        Name of the modality, used in error messages.
     source
-        The file, for messages.
+        Path of the file, used in error messages.
     ids
         One per row of the file.
     role
@@ -57,7 +57,7 @@ class Joined:
     Attributes
     ----------
     ids
-        Of the rows.
+        Ids of the rows.
     rows
         Per file, int64, (n_rows,): the row of the file that belongs to it, -1 where it has none.
     """
@@ -67,12 +67,12 @@ class Joined:
 
 
 def check_join(join: str) -> None:
-    """Refuse what is no :data:`Join`.
+    """Refuse a value that is not a :data:`Join`.
 
     Raises
     ------
     ValueError
-        It is none.
+        The value is not valid.
     """
     if join not in get_args(Join):
         raise ValueError(f"unknown join {join!r}; choose one of {list(get_args(Join))}")
@@ -89,7 +89,8 @@ def join_cells(files: Sequence[CellIds], join: Join) -> Joined:
         At least one.
     join
         ``outer`` keeps a cell that any file has. Two kinds of files add none where others say what the cells
-        are: in a table of images an unknown id is an error, barcodes of reads that are no cells are left out.
+        are: in a table of images an unknown id is an error, barcodes of reads that are not cells are left
+        out.
 
     Raises
     ------
@@ -146,7 +147,7 @@ def _check_equal(files: Sequence[CellIds], indices: Sequence[pd.Index]) -> None:
     reads_only = all(file.role == "reads" for file in files)
     for i, file in enumerate(files):
         if file.role == "reads" and not reads_only:
-            continue  # most barcodes of a sequencing run are no cells
+            continue  # most barcodes of a sequencing run are not cells
         for j, other in enumerate(files):
             alone = indices[i].difference(indices[j], sort=False)
             if len(alone):

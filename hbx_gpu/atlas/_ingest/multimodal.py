@@ -127,7 +127,7 @@ def add_multimodal(
     join
         ``outer``: a cell that any matrix has is kept, its other modalities absent. ``inner``: cells of all
         modalities. ``exact``: ids without a partner are an error. A table of images must name cells of the
-        matrices, and barcodes of fragments that are no such cells are left out, whatever the join.
+        matrices, and barcodes of fragments from other cells are left out, whatever the join.
     obs_from
         Modality whose obs columns count. Otherwise a column that several modalities have must hold the same
         values in all, where it holds any.

@@ -55,7 +55,7 @@ class Features:
     id_column
         Where the ids come from, for the record.
     ids
-        In the order of the group's columns.
+        Feature ids, in the order of the columns of the group.
     table
         Gives rows for the registry: those with these numbers.
     """
@@ -75,9 +75,9 @@ class Part(ABC):
     field_name, space
         Pointer column, and the space it points into.
     source
-        For messages.
+        Name of the source, used in error messages.
     ids
-        Per cell of the part its id.
+        Id of each cell of the part.
     role
         What the ids say, see `joining`.
     obs

@@ -44,7 +44,7 @@ class LayerCast:
     looks_like: Callable[[], str] = str
 
     def check_dtype(self, dtype: np.dtype[Any]) -> None:
-        """Refuse what is no number."""
+        """Refuse dtypes that are not numbers."""
         if dtype.kind not in "biuf":
             raise InvalidDataError(f"{self.source}: expected numbers, found dtype {dtype}. {self.advice}")
 
