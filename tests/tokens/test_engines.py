@@ -103,7 +103,7 @@ def batches(draw: st.DrawFn) -> SparseBatch:
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(batch=batches(), padding=st.sampled_from(["longest", "max_length", "packed"]))
 def test_host_makes_the_bits_of_the_reference(name: str, batch: SparseBatch, padding: str) -> None:
     if name == "split" and padding == "packed":
