@@ -92,6 +92,24 @@ def _read_atlas(folder: Path) -> Content:
     return read(folder)
 
 
+def _build_journal(folder: Path) -> None:
+    """An atlas with one note of each kind that a killed writer leaves."""
+    from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal, RemoveNote, RepackNote
+
+    _build_atlas(folder)
+    group = GroupNote("a/b", "gene_expression", "gene_expression", "c", ("gene",))
+    ingest = IngestNote("d", "cells", "e", (group,), {"cells": ("age",)}, ("registry",), ("f",))
+    for note in (ingest, RepackNote("a/b", "g"), RemoveNote("h", "i", (("gene_expression", "c"),))):
+        Journal(folder).write(note)
+
+
+def _read_journal(folder: Path) -> Content:
+    from hbx_gpu.atlas._catalogue.journal import Journal
+
+    journal = Journal(folder)
+    return (np.array([repr([*journal.notes(), *journal.repacks(), *journal.removals()])]),)
+
+
 def targets(names: Sequence[str] = ()) -> list[Target]:
     """All targets, or those whose names contain one of `names`."""
     from hbx_gpu.atlas._writing.arrays import codec_names
@@ -113,6 +131,7 @@ def targets(names: Sequence[str] = ()) -> list[Target]:
             },
         )
     )
+    found.append(Target("journal", 0.008, _build_journal, _read_journal, {".hbx_gpu/*.json": False}))
     return [t for t in found if not names or any(name in t.name for name in names)]
 
 

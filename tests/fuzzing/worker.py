@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def main(name: str, folder: str, seed: int, first: int, last: int) -> None:
     files = files_of(target, root)
     whole = {path: path.read_bytes() for path, _, _ in files}
     for case in range(first, last):
-        rng = np.random.default_rng([seed, case])
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), case])
         path, pattern, checked = files[int(rng.integers(len(files)))]
         _tell({"case": case})
         path.write_bytes(damaged(rng, whole[path]))
