@@ -397,7 +397,7 @@ def test_what_fits() -> None:
 
 @pytest.mark.parametrize(
     ("device", "host", "budget", "expected"),
-    [(70, 70, None, "device"), (90, 30, None, "host"), (90, 90, None, "none"), (70, 70, 60, "none"),
+    [(45, 70, None, "device"), (70, 30, None, "host"), (90, 90, None, "none"), (70, 70, 60, "none"),
      (70, 50, 60, "host"), (30, 30, 60, "device")],
 )  # fmt: skip
 def test_auto_decides_by_size(device: int, host: int, budget: int | None, expected: str) -> None:
@@ -408,6 +408,19 @@ def test_auto_decides_by_size(device: int, host: int, budget: int | None, expect
     assert chosen == expected
     assert "GiB" in reason
     assert decide("host", **sizes, **free, budget=budget)[0] == "host"
+
+
+@pytest.mark.parametrize("residency", ["auto", "device"])
+def test_resident_chunks_leave_room_for_a_model(dataset: CellDataset, residency: str) -> None:
+    """Made before the model, a loader takes half of what is free, staging included, whatever would fit."""
+    backend = EmulatedBackend()
+    backend.free = 6 << 20  # half of it is less than chunks and the area beside them would take
+    taken: list[int] = []
+    allocate = backend.device_buffer
+    backend.device_buffer = lambda n: (taken.append(n), allocate(n))[1]
+    feed = feed_for(dataset, backend, residency=residency)
+    assert feed.chunks.residency == "device"
+    assert 0 < max(taken) <= backend.free // 2
 
 
 def test_auto_says_so_once(rowpack: CellDataset, caplog: pytest.LogCaptureFixture) -> None:

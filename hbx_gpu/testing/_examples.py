@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hbx_gpu._source import ObsColumns
-from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.testing._stored import StoredGroup, write_sources
+
+if TYPE_CHECKING:
+    from hbx_gpu.atlas import RaggedAtlas
 
 N_FEATURES = 50
 """Features of :func:`example_dataset`."""
@@ -79,7 +81,7 @@ def example_atlas(root: str | Path, n_cells: int = 60) -> RaggedAtlas:
     import pandas as pd
     from anndata import AnnData
 
-    from hbx_gpu.atlas import create_or_open_atlas
+    from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 
     atlas = create_or_open_atlas(root)
     for number, group in enumerate(example_groups(n_cells)):

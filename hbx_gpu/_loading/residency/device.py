@@ -17,7 +17,15 @@ from hbx_gpu._engine.device.backend import NoRoom, Slot
 from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64, Layout, Resident, Staging
 from hbx_gpu._engine.device.staging_kernels import copy_ranges
 from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, resident_sizes, with_slack
-from hbx_gpu._loading.residency.host import SHARE, decide, fitting, free_host_memory, load_all, tell
+from hbx_gpu._loading.residency.host import (
+    DEVICE_SHARE,
+    SHARE,
+    decide,
+    fitting,
+    free_host_memory,
+    load_all,
+    tell,
+)
 from hbx_gpu._plan.rows import BatchPlan, needed_chunks, plan_rows
 from hbx_gpu._storage import kvikio
 from hbx_gpu._storage.choice import choose
@@ -75,7 +83,7 @@ class DeviceChunks:
             self._hold(options.residency_budget, options.residency_load, reason)
         elif self._direct is not None:
             # Whole chunks go straight to the device, for one batch each.
-            area = min(4 * AREA_BYTES, int(SHARE * engine.backend.free_memory()))
+            area = min(4 * AREA_BYTES, int(DEVICE_SHARE * engine.backend.free_memory()))
             self.store = self._new_store(0, area, "device")
 
     def slot(self) -> Slot:
@@ -176,14 +184,18 @@ class DeviceChunks:
         """Make the store, and fill it."""
         on_device = self.residency == "device"
         sizes = self._sizes(self.residency)
-        if budget is None:
-            budget = int(SHARE * (self._engine.backend.free_memory() if on_device else free_host_memory()))
+        most = MAX_ARENA
+        if budget is None and on_device:  # room for the model: what is staged beside chunks is counted too
+            budget = int(DEVICE_SHARE * self._engine.backend.free_memory())
+            most = min(most, budget)
+        elif budget is None:
+            budget = int(SHARE * free_host_memory())
         n = fitting(sizes, budget)
         capacity = int(sizes[:n].sum())
         area = max(AREA_BYTES, capacity // _AREA_SHARE) if self._needs_area(load, sizes, n) else 0
-        if on_device and with_slack(capacity) + area > MAX_ARENA:
-            area = MAX_ARENA // _AREA_SHARE
-            n = fitting(sizes, int(0.97 * (MAX_ARENA - area)))
+        if on_device and with_slack(capacity) + area > most:
+            area = most // _AREA_SHARE
+            n = fitting(sizes, int(0.97 * (most - area)))
             capacity = int(sizes[:n].sum())
         self.store = self._new_store(capacity, area, "device" if on_device else "host")
         self._touch = on_device and load == "touch"

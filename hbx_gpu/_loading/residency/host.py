@@ -28,6 +28,11 @@ LoadableT = TypeVar("LoadableT", bound=Loadable[Any])
 
 LOAD_BYTES = 32 << 20
 """Bytes that each thread loads at a time."""
+DEVICE_SHARE = 0.5
+"""Part of the free device memory that chunks and what is staged beside them may take without a budget.
+
+The model, its gradients and its activations are allocated later and need the rest.
+"""
 SHARE = 0.8
 """Share of free memory that chunks may take if no budget is given."""
 _LOG = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ def decide(
     """
     if residency != "auto":
         return residency, "asked for"
-    on_device = int(SHARE * free_device) if budget is None else min(budget, free_device)
+    on_device = int(DEVICE_SHARE * free_device) if budget is None else min(budget, free_device)
     # Page-locked memory is not available to any other process, so only half as much is used.
     on_host = int(SHARE / 2 * free_host) if budget is None else min(budget, free_host)
     if device_bytes <= on_device:
