@@ -25,7 +25,8 @@ from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.measured import MeasuredCollate, MeasuredFeed, with_groups
 from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps, Tokens
-from hbx_gpu._loading.tokens import TokenCollate, with_token_collates
+from hbx_gpu._loading.token_collate import TokenCollate
+from hbx_gpu._loading.tokens import with_token_collates
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
 from hbx_gpu.images import TileCollate
 from hbx_gpu.transforms import Transform, chain

@@ -10,7 +10,7 @@ from hbx_gpu._storage.choice import check_io
 from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
-    from hbx_gpu._loading.tokens import TokenCollate
+    from hbx_gpu._loading.token_collate import TokenCollate
     from hbx_gpu.images import ImageTransform, TileCollate
     from hbx_gpu.tokens import Compiled, Recipe
 

@@ -7,102 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-from hbx_gpu._protocols import Collating, Loadable
-from hbx_gpu._tensors import check_columns, metadata_tensors
-from hbx_gpu.batch import SparseBatch
+from hbx_gpu._loading.token_collate import TokenCollate
+from hbx_gpu._protocols import Loadable
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.tokens import Compiled, Recipe, compile, encode  # noqa: A004
-from hbx_gpu.tokens._cells import Options, check_options
+from hbx_gpu.tokens import Compiled, Recipe, compile  # noqa: A004
 
 if TYPE_CHECKING:
     from hbx_gpu._loading.options import LoaderOptions
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = ("tokens", "padding", "pad_to_multiple_of", "ids_dtype", "token_seed")
-
-
-class TokenCollate(Collating):
-    """Sparse batches to tokens of a model.
-
-    Parameters
-    ----------
-    compiled
-        Recipe of the model's inputs, made for the dataset.
-    categories
-        Values of the obs columns that batches carry as codes.
-    seed
-        Seed of random choices, which also depend on the epoch, the cell and the gene.
-    where
-        Name of the matrix that holds the counts, for messages.
-    padding, pad_to_multiple_of, ids_dtype
-        As for :func:`hbx_gpu.tokens.encode`.
-    """
-
-    def __init__(
-        self,
-        compiled: Compiled,
-        *,
-        categories: Mapping[str, np.ndarray],
-        seed: int,
-        where: str,
-        padding: str = "longest",
-        pad_to_multiple_of: int | None = None,
-        ids_dtype: str = "int64",
-    ) -> None:
-        import torch
-
-        check_options(compiled, Options(padding, pad_to_multiple_of or 1, ids_dtype))
-        self.compiled, self.seed, self.where = compiled, seed, where
-        self._categories = {
-            name: values for name, values in categories.items() if name in compiled.recipe.obs_columns
-        }
-        self._options: dict[str, Any] = {
-            "padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "ids_dtype": ids_dtype
-        }  # fmt: skip
-        # Worker processes are started once and must learn of later epochs: they map this memory.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """See :class:`~hbx_gpu._protocols.Collate`."""
-        self._epoch[0] = epoch
-
-    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
-        """Tokens as :func:`hbx_gpu.tokens.encode` makes them, as tensors, and the batch's metadata."""
-        import torch
-
-        metadata = batch.metadata or {}
-        obs = {name: _decoded(metadata[name], values) for name, values in self._categories.items()}
-        made = encode(
-            batch,
-            self.compiled,
-            seed=self.seed,
-            epoch=int(self._epoch[0]),
-            obs=obs,
-            where=self.where,
-            **self._options,
-        )
-        check_columns([*made, *metadata])
-        tensors = {
-            name: torch.from_numpy(array) if isinstance(array, np.ndarray) else int(array)
-            for name, array in made.items()
-        }
-        return {**tensors, **metadata_tensors(metadata)}
-
-    def nbytes(self, n_rows: int, n_features: Any, /) -> int:  # noqa: ARG002
-        """Bytes of a batch at its widest."""
-        return n_rows * int(self.compiled.program.length) * 24
-
-
-def _decoded(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values of a column of codes; None where a cell has none."""
-    found = np.full(len(codes), None, object)
-    known = codes >= 0
-    found[known] = np.asarray(values, object)[codes[known]]
-    return found
 
 
 def with_token_collates(dataset: Loadable[Any], sampler: Any, options: LoaderOptions) -> LoaderOptions:

@@ -23,7 +23,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._datasets.plain import PlainDataset
 from hbx_gpu._loading.feeds.device import DatasetT, DecodedBytes, DeviceFeed, StagedFeed
-from hbx_gpu._loading.tokens import TokenCollate
+from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Collate, Loadable, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import stage
