@@ -217,8 +217,8 @@ def test_differing_obs_columns(tmp_path: Path) -> None:
     message = r"column 'n' differs between 'rna' and 'protein' for 1 cell\(s\), first 'b': 2 and 5; .*--obs"
     with pytest.raises(InvalidDataError, match=message):
         atlas.add_multimodal({"rna": first, "protein": second})
-    third = protein("abc", t=[1, 2, 3])
-    with pytest.raises(InvalidDataError, match="column 't' holds string in 'rna' and int64 in 'protein'"):
+    third = protein("abc", t=[1, 2, 4])  # joined as text, where 1 and "1" are the same
+    with pytest.raises(InvalidDataError, match=r"column 't' differs .* first 'c': '3' and '4'"):
         atlas.add_multimodal({"rna": first, "protein": third})
     with pytest.raises(
         UnknownNameError, match=r"obs_from= .* names \['prot'\], but the modalities are \['rna', 'pr"
@@ -294,7 +294,6 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
             AtlasError,
             "'rna' and 'gex' both mean pointer column 'gene_express",
         ),
-        ({"atac": rna()}, InvalidDataError, "holds fragments .*, no cells x features matrix"),
         (
             {"tiles": rna()},
             InvalidDataError,
@@ -521,7 +520,7 @@ def test_bad_mudata(tmp_path: Path, mdata: Any) -> None:
         atlas.add_multimodal(path)
     rna().write_h5ad(tmp_path / "r.h5ad")
     with pytest.raises(
-        InvalidDataError, match=r"no MuData file: expected mod and obs, found \['X', 'layers', 'obs'"
+        InvalidDataError, match=r"not a MuData file: expected mod and obs, found \['X', 'layers', 'obs'"
     ):
         atlas.add_multimodal(tmp_path / "r.h5ad")
     path.write_bytes(b"MuData, but no HDF5")
