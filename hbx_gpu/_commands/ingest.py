@@ -306,7 +306,7 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
         label = str(file) if file else ", ".join(f"{name}={path}" for name, path in given.items())
         paths = [_existing(path) for path in given.values()]
         return [_Job(label, paths + ([file] if file else []), file, given)]
-    jobs = []
+    jobs: list[_Job] = []
     for path in args.files:
         file, matrix = file_and_matrix(path)
         if any(job.file == file for job in jobs):
