@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_slow(item: pytest.Item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("data") == "deep" and params.get("engine") == "reference"
+    return (params.get("engine"), str(params.get("data"))) == ("reference", "deep")
 
 
 @pytest.fixture(scope="session", params=SIZES)
