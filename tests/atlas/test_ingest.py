@@ -414,7 +414,9 @@ def test_a_record_identifies_the_dataset(tmp_path: Path) -> None:
     with pytest.raises(InvalidDataError, match=r"12 cell uid\(s\) are in table 'cells' already"):
         atlas.add_from_anndata(make(counts()), dataset_record=again)
     other = again.model_copy(update={"dataset_uid": "d2"})
-    assert atlas.add_from_anndata(make(counts()), dataset_record=other) == 12
+    with pytest.raises(AlreadyIngestedError, match="12 of its 12 cells are in the atlas already"):
+        atlas.add_from_anndata(make(counts()), dataset_record=other)
+    assert atlas.add_from_anndata(make(counts()), dataset_record=other, accept_duplicates=True) == 12
     for change, message in (
         ({"feature_space": "protein_abundance"}, "dataset_record is for feature space 'protein_abundance'"),
         ({"zarr_group": "../outside"}, "must be a relative path"),
@@ -433,7 +435,8 @@ def test_the_same_data_are_added_once(tmp_path: Path) -> None:
     (tmp_path / "copy.h5ad").write_bytes((tmp_path / "a.h5ad").read_bytes())
     atlas = create_or_open_atlas(tmp_path / "a", obs_schemas={"cells": None, "more": None})
     for source, copy in ((tmp_path / "a.h5ad", tmp_path / "copy.h5ad"), (adata, adata.copy())):
-        assert atlas.add_from_anndata(source, obs_table="cells") == 12
+        # The object holds the cells of the file, which is accepted when it is said.
+        assert atlas.add_from_anndata(source, obs_table="cells", accept_duplicates=True) == 12
         before = atlas.catalogue.obs("cells").count_rows()
         with pytest.raises(
             AlreadyIngestedError, match=r"is in the atlas already as dataset '.*nothing was added"

@@ -83,6 +83,9 @@ def test_our_own_flags(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(table.indices)
     h5ad(sources / "b.h5ad", counts(3, 6) * 0.5)
     assert run(*base, "--data-dtype", "uint8", "--overwrite", "--use-X-not-raw") == 1
+    assert "--allow-normalized" in capsys.readouterr().err
+    base.append("--allow-normalized")
+    assert run(*base, "--data-dtype", "uint8", "--overwrite", "--use-X-not-raw") == 1
     assert "--allow-loss" in capsys.readouterr().err
     assert open_archive(tmp_path / "a").neighbors is not None
     assert run(*base, "--data-dtype", "uint8", "--overwrite", "--use-X-not-raw", "--allow-loss") == 0
