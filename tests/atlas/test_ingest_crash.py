@@ -256,7 +256,7 @@ def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: 
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError
 
-    for step in ("_remove_group", "_remove_layout", "_remove_features"):
+    for step in ("_remove_group", "remove_layout", "_remove_features"):
         with monkeypatch.context() as patch:
             patch.setattr(ingest, "_commit_cells", fail)
             patch.setattr(Catalogue, step, fail)

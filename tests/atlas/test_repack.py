@@ -17,10 +17,9 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from hbx_gpu import cli
+from hbx_gpu import _files, cli
 from hbx_gpu._storage import ChunkDirectory, read_layout
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
-from hbx_gpu.atlas._catalogue import swap
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._upkeep.summary import summarise_groups
@@ -349,7 +348,7 @@ def test_a_damaged_chunk_is_named_and_kept(atlas: Path) -> None:
 
 def test_without_an_exchange_of_names(atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = contents(atlas)
-    monkeypatch.setattr(swap, "exchange", lambda *_: False)
+    monkeypatch.setattr(_files, "exchange", lambda *_: False)
     repack(atlas, ROWPACK)
     assert contents(atlas) == stored
     assert nothing_left_over(atlas)

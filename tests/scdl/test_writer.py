@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hbx_gpu import _files
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format import values
 from hbx_gpu.scdl._format.archive import open_archive
@@ -142,7 +143,7 @@ def test_replaces_in_one_step_and_readers_keep_what_they_have(
 ) -> None:
     if not exchange:
         # As on file systems that cannot exchange two names.
-        monkeypatch.setattr(swap, "exchange", lambda a, b: False)  # noqa: ARG005
+        monkeypatch.setattr(_files, "exchange", lambda a, b: False)  # noqa: ARG005
     with ArchiveWriter(tmp_path / "a", n_columns=3) as writer:
         fill(writer)
     before = open_archive(tmp_path / "a")
@@ -157,7 +158,7 @@ def test_replaces_in_one_step_and_readers_keep_what_they_have(
 def test_what_was_replaced_is_never_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(swap, "exchange", lambda a, b: False)  # noqa: ARG005
+        patch.setattr(_files, "exchange", lambda a, b: False)  # noqa: ARG005
         # As if killed while sweeping up.
         patch.setattr(swap.shutil, "rmtree", lambda *a, **k: None)  # noqa: ARG005
         _write(tmp_path / "a", overwrite=True)

@@ -47,6 +47,7 @@ INGEST = {
     "dataset_uid": "",
     "groups": [],
     "new_columns": {},
+    "replaces": [],
     "new_registries": [],
 }
 GROUP = {
