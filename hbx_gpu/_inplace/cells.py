@@ -221,9 +221,12 @@ class Cells:
         """The obs of all stores as a table in memory, which answers the same SQL as an atlas."""
         import lancedb
 
+        from hbx_gpu.atlas._catalogue.guarded import guarded
+
         table = pa.table({name: self._column(name) for name in self.obs_columns})
         table = table.append_column(_ROW, pa.array(np.arange(self.n_cells, dtype=np.int64)))
-        return lancedb.connect("memory://").create_table("obs", table)
+        made = lancedb.connect("memory://").create_table("obs", table)
+        return guarded(made, self.stores[0].path, "obs")
 
     @cached_property
     def _rows(self) -> np.ndarray | None:

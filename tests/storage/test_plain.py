@@ -89,7 +89,7 @@ def test_npy_files(tmp_path: Path) -> None:
     with pytest.raises(CorruptDataError, match=r"one dimension, found float32 in shape \(10, 10\)"):
         npy_layout(tmp_path / "b.npy")
     (tmp_path / "c.npy").write_bytes(b"no header")
-    with pytest.raises(CorruptDataError, match=r"c\.npy is no \.npy file"):
+    with pytest.raises(CorruptDataError, match=r"c\.npy is not an \.npy file"):
         npy_layout(tmp_path / "c.npy")
 
 
