@@ -177,5 +177,6 @@ def test_refused_files(tmp_path: Path) -> None:
         atlas.add_multimodal({"atac": path})
     x = np.ones((2, 2), np.float32)
     anndata.AnnData(x).write_h5ad(tmp_path / "peaks.h5ad")
-    with pytest.raises(InvalidDataError, match="holds fragments"):
-        atlas.add_multimodal({"atac": tmp_path / "peaks.h5ad"})
+    # A matrix of peaks is no error: it has a space of its own.
+    atlas.add_multimodal({"atac": tmp_path / "peaks.h5ad"})
+    assert [row["feature_space"] for row in atlas.catalogue.dataset_rows()] == ["chromatin_peaks"]
