@@ -174,7 +174,8 @@ def test_pandas_keeps_missing_values(ragged: AtlasQuery) -> None:
     frame = ragged.to_pandas()
     assert frame.is_doublet.dtype == pd.BooleanDtype()
     assert frame.is_doublet.isna().any()
-    assert frame.age.dtype == np.float64
+    assert frame.age.dtype == pd.Int64Dtype()
+    assert frame.age.isna().any()
     assert frame.quality.dtype == "category"
     assert frame.collected.dtype.kind == "M"
 

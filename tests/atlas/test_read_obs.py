@@ -101,8 +101,8 @@ def test_every_kind_of_column(with_obs: Callable) -> None:
     assert vocabularies["Cell Type"].dtype == object
     assert np.array_equal(got["Cell Type"], np.where(missing, -1, 2 - rows % 3))
     assert got["Cell Type"].dtype == np.int64
-    assert got["start"].dtype == np.float64
-    assert np.array_equal(got["start"], np.where(missing, np.nan, rows - 3), equal_nan=True)
+    assert got["start"].dtype == np.int16
+    assert np.array_equal(got["start"], np.where(missing, np.iinfo(np.int16).min, rows - 3))
     assert got["end"].dtype == np.uint32
     assert np.array_equal(got["end"], rows)
     assert got["fraction"].dtype == np.float32
