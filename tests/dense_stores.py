@@ -27,7 +27,7 @@ CODECS = (
 )  # fmt: skip
 CHECKSUMMED = ("zstd+crc32c", "lz4+crc32c", "gzip+crc32c", "blosc+crc32c", "blosc-lz4-bits+crc32c")
 THOROUGH = ("zstd+crc32c", "blosc", "none")  # with every dtype
-LEFT_TO_THE_HOST = ("blosc-blosclz", "none+crc32c")
+LEFT_TO_THE_HOST = ("blosc-blosclz",)
 DTYPES = ("uint8", "uint16", "int64", "float32", "float64", "bool")
 FILL = 1
 WIDTH = 9

@@ -65,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 EVERY = [
-    *(("emulated", codec) for codec in (*CODECS, *CHECKSUMMED, *LEFT_TO_THE_HOST)),
+    *(("emulated", codec) for codec in (*CODECS, *CHECKSUMMED, "none+crc32c", *LEFT_TO_THE_HOST)),
     *(("streams", codec) for codec in THOROUGH),
     *(pytest.param("cuda", codec, marks=pytest.mark.gpu) for codec in (*CODECS, *CHECKSUMMED)),
 ]

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 
 from hbx_gpu import _files
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
-from hbx_gpu.atlas._catalogue import journal, swap
+from hbx_gpu.atlas._catalogue import journal, paths, swap
 from hbx_gpu.atlas._catalogue.names import set_default_codec
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._writing import arrays
@@ -265,7 +265,7 @@ def test_a_note_waits_for_its_store(atlas: Path, tmp_path: Path, before: list[tu
     note = journal.RepackNote(f"{group}/gene_expression", "s")
     notes = journal.Journal(atlas)
     notes.write(note)
-    old = swap.staging(atlas / "zarr_store", "s") / swap.OLD
+    old = paths.staging_path(atlas / "zarr_store", "s") / swap.OLD
     old.parent.mkdir(parents=True)
     (atlas / "zarr_store" / note.zarr_group).rename(old)
     (tmp_path / "other").mkdir()

@@ -23,6 +23,7 @@ from hbx_gpu.scdl._writing.cast import cast_archive
 from hbx_gpu.scdl._api.collection import SingleCellCollection
 from hbx_gpu.scdl._writing.concat import concat_archives
 from hbx_gpu.scdl._writing.convert import convert_h5ad
+from hbx_gpu.scdl._writing import new_folder
 from hbx_gpu.scdl._writing.new_folder import recover
 from tests.scdl.files import content, leftovers
 
@@ -115,15 +116,15 @@ def count():
         nonlocal steps
         steps += touches(event, args)
     def publish(*args, **kwargs):
-        discard = swap.NewFolder.discard
+        discard = new_folder.NewFolder.discard
         def measured(self):
             nonlocal before
             before = before or steps
             discard(self)
-        swap.NewFolder.discard = measured
+        new_folder.NewFolder.discard = measured
         original(*args, **kwargs)
-    before, original = 0, swap.NewFolder.publish
-    swap.NewFolder.publish = publish
+    before, original = 0, new_folder.NewFolder.publish
+    new_folder.NewFolder.publish = publish
     sys.addaudithook(hook)
     run()
     (root / "steps").write_text(str(steps))
