@@ -28,6 +28,7 @@ from hbx_gpu.atlas import (
     create_or_open_atlas,
 )
 from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalogue.session import WriteSession
 from hbx_gpu.atlas._model.schema import AtlasVersion, Cell, FeatureLayout, Gene
 from hbx_gpu.errors import AtlasError, AtlasLockedError, InvalidDataError, UnknownNameError
 
@@ -118,7 +119,7 @@ def test_create_refuses_an_existing_atlas_and_open_a_missing_one(tmp_path: Path)
 
 
 def test_an_interrupted_creation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RaggedAtlas, "_ensure_tables", lambda _self: None)
+    monkeypatch.setattr(WriteSession, "ensure_tables", lambda _self: None)
     RaggedAtlas.create(tmp_path / "a")
     monkeypatch.undo()
     assert "cells" not in tables.table_names(tmp_path / "a")
