@@ -35,23 +35,11 @@ LAYOUTS = {
 }
 
 
-class Ready:
-    """A feed whose batches are made already."""
-
-    def __init__(self, batch: dict[str, Any]) -> None:
-        self.batch = batch
-
-    def make(self, selections: list[np.ndarray]) -> list[dict[str, Any]]:
-        """The batch, as often as asked for."""
-        return [self.batch] * len(selections)
-
-    def deliver(self, made: dict[str, Any]) -> dict[str, Any]:
-        """The batch."""
-        return made
-
-    def nbytes(self, rows: np.ndarray) -> int:  # noqa: ARG002
-        """Nothing is made."""
-        return 0
+def ready(feed: Any, batch: dict[str, Any]) -> None:
+    """Let a loader's feed answer with a batch that is made already: only handing over is left."""
+    feed.make = lambda selections: [batch] * len(selections)
+    feed.deliver = lambda made: made
+    feed.nbytes = lambda batches: [0] * len(batches)
 
 
 def nbytes(batch: dict[str, Any]) -> int:
@@ -95,11 +83,14 @@ def alternate(loaders: dict[str, Any], rounds: int, most: int | None) -> dict[st
     return found
 
 
-def by_executor(dataset: Any, sampler: Any, executor: str, **options: Any) -> Any:
-    """A loader."""
+def by_executor(dataset: Any, sampler: Any, executor: str, made: Any = None, **options: Any) -> Any:
+    """A loader; with `made`, one that hands this batch over again and again."""
     from hbx_gpu.dataloader import make_loader
 
-    return make_loader(dataset, sampler, executor=executor, **options)
+    loader = make_loader(dataset, sampler, executor=executor, **options)
+    if made is not None:
+        ready(loader.feed, made)
+    return loader
 
 
 def measure(make: Callable[[str], Any], rounds: int, most: int | None) -> dict[str, Any]:
@@ -140,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             size = nbytes(batch)
             few = max(20, min(options.batches, (8 << 30) // size))
             again = [np.arange(n)] * (few + 1)
-            ready = partial(by_executor, dataset, again, feed=Ready(batch), **LAYOUTS[layout])
-            for title, make, most in (("hand-over", ready, few), ("loading", load, None)):
+            handing = partial(by_executor, dataset, again, made=batch, **LAYOUTS[layout])
+            for title, make, most in (("hand-over", handing, few), ("loading", load, None)):
                 found = measure(make, options.rounds, most)
                 results.append({"table": title, "layout": layout, "rows": n, "nbytes": size, **found})
                 times = [found[name]["median"] for name in EXECUTORS] + [found["added"]]
