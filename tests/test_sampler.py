@@ -494,6 +494,9 @@ def test_what_remains_is_the_same_on_any_ranks_and_workers(data: st.DataObject) 
         alone = MAKERS[kind](rank=0, world_size=1, **options)
         least = 2 if size > 1 and max(map(len, alone)) > 1 else 1
         if expected is not None and len(expected) < least * size:
+            if kind == "grouped" and cells:  # the last batch of a label is cut alone, so nothing is dropped
+                assert cells == expected
+                return
             assert cells == []
             assert samplers[0].n_dropped >= len(expected)
             return
