@@ -130,6 +130,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("demo/benchmark-data"))
     parser.add_argument("--out", type=Path, default=Path("demo/gpu"))
     parser.add_argument("--fresh", action="store_true", help="convert the data anew")
+    parser.set_defaults(gene_orders="mixed")
     options = parser.parse_args(argv)
     options.python = dict(entry.split("=", 1) for entry in options.python)
     options.cells_given = options.cells

@@ -19,7 +19,9 @@ except ImportError:  # Windows: no locks between processes, so tests that measur
     fcntl = None  # type: ignore[assignment]
 
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ and fcntl is not None
-HERE = Path(__file__).resolve().parent
+# The locks: files that are there in any case.
+DOOR = Path(__file__).resolve().with_name("conftest.py")
+ROOM = Path(__file__).resolve()
 
 
 @contextmanager
@@ -40,9 +42,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if not SIDE_BY_SIDE:
         return (yield)
     with ExitStack() as room:
-        with locked(HERE / "conftest.py", fcntl.LOCK_EX):  # the door
+        with locked(DOOR, fcntl.LOCK_EX):  # the door
             alone = item.get_closest_marker("timing") is not None
-            room.enter_context(locked(Path(__file__), fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+            room.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         return (yield)
 
 

@@ -25,6 +25,7 @@ from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import JUNK, StreamBackend, read_later
 from tests.kernels.conftest import on_gpu
+from tests.threads import loader_threads
 
 TOLERANCE = {"float32": 5e-6, "float64": 5e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
@@ -161,7 +162,7 @@ def test_a_corrupt_chunk_never_yields_a_batch(backend: Any, tmp_path: Path) -> N
     assert raised.value.chunk == 0
     assert raised.value.file.endswith(path.name)
     assert next(batches, None) is None
-    assert not [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-loader")]
+    assert not loader_threads()
 
 
 def test_transforms_refuse_what_is_no_count(backend: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali
+from tests.threads import loader_threads
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +63,6 @@ def load(request: pytest.FixtureRequest) -> Executor:
     if request.param == "dali":
         need_dali()
     return Executor(request.param)
-
-
-def loader_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-loader")]
 
 
 def sampler_for(dataset: CellDataset, **kwargs: object) -> CellSampler:

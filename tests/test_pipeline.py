@@ -28,7 +28,8 @@ from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
 from tests.ids import stable
 from tests.pages import blocks
-from tests.test_loader import Slow, loader_threads
+from tests.test_loader import Slow
+from tests.threads import loader_threads
 
 Fields = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -43,6 +42,7 @@ from tests.emulation.streams import StreamBackend
 from tests.kernels.conftest import on_gpu
 from tests.storage.kvikio_stand_in import StandIn
 from tests.test_device_loader import brought, codec_dataset, on_cpu, same
+from tests.threads import loader_threads
 
 CODECS = ("hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "none")
 
@@ -329,7 +329,7 @@ def test_a_corrupt_chunk_is_named_when_it_is_loaded(tmp_path: Path, load: str, b
     with pytest.raises(CorruptChunkError, match="g1/csr/layers/counts") as raised:
         load_and_iterate()
     assert raised.value.chunk == 0
-    assert not [t for t in threading.enumerate() if t.name.startswith("hbx_gpu-")]
+    assert not loader_threads("hbx_gpu-")
 
 
 def test_a_chunk_that_only_kernels_find_wrong(tmp_path: Path) -> None:

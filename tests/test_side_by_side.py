@@ -11,7 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CONFTEST = "from tests.side_by_side import pytest_runtest_protocol"
+CONFTEST = """
+from pathlib import Path
+from tests import side_by_side
+from tests.side_by_side import pytest_runtest_protocol
+
+# Locks of its own: this test holds those of the suite that it runs in.
+side_by_side.DOOR, side_by_side.ROOM = Path(__file__), Path(__file__).with_name("test_it.py")
+"""
 
 KERNEL = """
 import numba

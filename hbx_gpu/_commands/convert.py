@@ -150,8 +150,8 @@ def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
     options = set().union(*_USED.values())
     unused = [name for name in options if getattr(args, name) and name not in _USED[kind]]
     if unused:
-        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-        raise InvalidDataError(f"{args.source} is taken as {kind}: {flags} says nothing about its conversion")
+        flags = ", ".join(sorted(_FLAGS.get(name, "--" + name.replace("_", "-")) for name in unused))
+        raise InvalidDataError(f"{args.source} is an {kind}: {flags} cannot be used for its conversion")
 
 
 def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:

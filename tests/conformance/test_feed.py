@@ -114,12 +114,15 @@ def test_windows_made_on_several_threads_stay_apart(feed: Any, expected: list[An
 
 def test_windows_that_nobody_takes_disturb_no_others(name: str, dataset: Any, expected: list[Any]) -> None:
     """On streams that lag behind: what the device still reads and writes is nobody else's."""
-    feed = made(name, dataset, StreamBackend(delay=0.003))
+    backend = StreamBackend(delay=0.003)
+    feed = made(name, dataset, backend)
     for _ in range(2):
         first, second = feed.make([A, B])
         kept = feed.make([B, A])
         del first
-        same([on_cpu(feed.deliver(entry)) for entry in kept], expected[::-1])
+        delivered = [feed.deliver(entry) for entry in kept]
+        backend.consumer.synchronize()  # a hand-over makes the consumer's stream wait, not this thread
+        same([on_cpu(batch) for batch in delivered], expected[::-1])
         del second
 
 

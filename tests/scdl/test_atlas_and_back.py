@@ -246,7 +246,7 @@ def test_the_command(scdl_cases: dict[str, Case], tmp_path: Path, capsys: pytest
     assert run(atlas, back, "--overwrite", "--data-dtype", "float64")[0] == 0
     assert open_archive(back).data.dtype == np.float64
     status, _, err = run(atlas, tmp_path / "b", "--codec", "zstd", "--feature-id", "x")
-    assert (status, "--feature-id, --codec says nothing" in err) == (1, True)
+    assert (status, "--codec, --feature-id-column cannot be used" in err) == (1, True)
     status, _, err = run(tmp_path / "none", tmp_path / "b")
     assert (status, "nothing is there" in err) == (1, True)
     source = files.h5ad(tmp_path / "s.h5ad", files.counts(9, 5))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair
 from tests.emulation.backend import EmulatedBackend
 from tests.kernels.conftest import on_gpu
+from tests.threads import loader_threads
 
 HAS_DALI = (
     importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -98,7 +98,7 @@ def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
 
 def our_threads() -> list[str]:
     """Names of the threads that loaders started and that still run."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hbx_gpu")]
+    return [thread.name for thread in loader_threads("hbx_gpu")]
 
 
 def descriptors() -> int:
