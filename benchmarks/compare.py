@@ -125,7 +125,7 @@ def prepare(options: argparse.Namespace, peer: Peer, data: Data) -> dict[str, An
     """
     (found,) = ask(options, peer, "probe")
     chosen = {"groups": str(options.groups), "codec": options.codec or "", "gene_orders": options.gene_orders}
-    work = _work(options, peer, data)
+    work = work_folder(options, peer, data)
     record = work.with_suffix(".json")
     asked = {"versions": found["versions"], "options": chosen}
     if record.exists() and not options.fresh:
@@ -143,7 +143,7 @@ def prepare(options: argparse.Namespace, peer: Peer, data: Data) -> dict[str, An
     return {**made, **found}
 
 
-def _work(options: argparse.Namespace, peer: Peer, data: Data) -> Path:
+def work_folder(options: argparse.Namespace, peer: Peer, data: Data) -> Path:
     """Folder of a peer's conversion; peers that are made of datasets have one per order of genes."""
     mixed = peer.of_datasets and options.gene_orders == "mixed"
     return data.h5ad.parent / (f"{peer.name}-mixed" if mixed else peer.name)
@@ -152,7 +152,7 @@ def _work(options: argparse.Namespace, peer: Peer, data: Data) -> Path:
 def _opening(
     options: argparse.Namespace, contender: Contender, data: Data, layouts: Sequence[str]
 ) -> list[object]:
-    return ["--source", data.h5ad, "--work", _work(options, contender.peer, data),
+    return ["--source", data.h5ad, "--work", work_folder(options, contender.peer, data),
             "--variant", contender.key, "--layout", *layouts, "--seed", options.seed]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def peers(options: argparse.Namespace, data: Any, device: str) -> tuple[list[dic
             if contender.peer.name in failures:
                 continue
             compare.prepare(options, contender.peer, data)
-            work = data.h5ad.parent / contender.peer.name
+            work = compare.work_folder(options, contender.peer, data)
             measure = [
                 "measure",
                 *("--source", data.h5ad, "--work", work, "--truth", data.truth),
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     residencies = ("none",) if gpu is None else ("none", "host", "device")
     ours = run(
         Options(
-            path=data.h5ad.parent / "ours" / "atlas",
+            path=compare.work_folder(options, PEERS["ours"], data) / "atlas",
             device=device,
             batches=(options.batch,),
             residencies=residencies,
