@@ -401,6 +401,77 @@ def test_the_last_round_is_even_and_no_rank_gets_a_single_cell(
     assert len(whole) == 0 or whole[0] >= len(got) - 3 * size, "only the last rounds are cut anew"
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    natural=st.lists(st.integers(1, 8), min_size=1, max_size=40),
+    size=st.integers(2, 9),
+    stopped=st.integers(0, 40),
+    before=st.integers(1, 9),
+)
+def test_batches_of_one_label_are_cut_into_two_cells_or_more(
+    natural: list[int], size: int, stopped: int, before: int
+) -> None:
+    batches = np.array(natural)
+    cuts = cut_rounds(batches, start=0, world_size=before, drop_last=False, inside=True)
+    start = int(cuts[min(stopped * before, len(cuts) - 1)])
+    left = int(batches.sum()) - start
+    edges = cut_rounds(batches, start=start, world_size=size, drop_last=False, inside=True)
+    got = np.diff(edges)
+    least = 1 if batches.max() == 1 else 2
+    if left < least * size:
+        assert len(got) == 0, "too few for the ranks"
+        return
+    assert len(got) % size == 0
+    assert got.sum() == left
+    assert got.min() >= least
+    assert got.max() <= max(batches.max() + 1, 3)
+    if start == 0 and batches.min() >= 2:
+        ends = np.cumsum(batches)
+        mixed = np.searchsorted(ends, edges[:-1], side="right") != np.searchsorted(ends, edges[1:])
+        if batches.min() >= 4:
+            assert not mixed.any(), "large batches are only cut"
+        whole = np.isin(edges, np.append(0, ends))
+        n_kept = len(whole) if whole.all() else int(np.argmin(whole))
+        assert not mixed[: max(n_kept - 1, 0)].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    batch_size=st.integers(1, 9),
+    size=st.integers(2, 6),
+    with_controls=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_no_rank_gets_a_single_cell_whatever_the_labels(
+    counts: list[int], batch_size: int, size: int, with_controls: bool, seed: int
+) -> None:
+    labels = np.repeat(np.arange(len(counts) + 1), [*counts, 20])
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    if with_controls:
+        options |= {"controls": labels == len(counts), "batch_size": batch_size + 1}
+    alone = [len(batch) for batch in GroupedCellSampler(labels, **options)]
+    least = 1 if max(alone) == 1 else 2
+    if sum(alone) < least * size:
+        return
+    batches = rounds(world(lambda **o: GroupedCellSampler(labels, **options, **o), size))
+    assert min(map(len, batches)) >= least
+    targets = [c for c in joined(batches) if not (with_controls and labels[c] == len(counts))]
+    assert sorted(targets) == list(range(sum(counts) + (0 if with_controls else 20)))
+
+
+def test_labels_of_one_cell_are_named_on_several_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.array([0] * 6 + [1] + [2] * 7 + [3])
+    with caplog.at_level(logging.WARNING, "hbx_gpu.sampler"):
+        assert [1] in [sorted(labels[b].tolist()) for b in GroupedCellSampler(labels, 4, seed=0)]
+        assert not caplog.records
+        samplers = world(lambda **o: GroupedCellSampler(labels, 4, seed=0, **o), 2)
+    assert [
+        r.message.startswith("2 batches of GroupedCellSampler hold a single") for r in caplog.records
+    ] == [True]
+    assert min(map(len, rounds(samplers))) >= 2
+
+
 def test_fewer_cells_than_ranks_in_the_last_round_take_from_the_round_before() -> None:
     # 26 cells in batches of 4 on 6 ranks: one round of 24, and 2 cells for 6 ranks.
     batches = rounds(world(lambda **o: CellSampler(np.zeros(26, int), 4, seed=0, **o), 6))
@@ -494,13 +565,11 @@ def test_what_remains_is_the_same_on_any_ranks_and_workers(data: st.DataObject) 
         alone = MAKERS[kind](rank=0, world_size=1, **options)
         least = 2 if size > 1 and max(map(len, alone)) > 1 else 1
         if expected is not None and len(expected) < least * size:
-            if kind == "grouped" and cells:  # the last batch of a label is cut alone, so nothing is dropped
-                assert cells == expected
-                return
             assert cells == []
             assert samplers[0].n_dropped >= len(expected)
             return
         assert expected is None or cells == expected
+        assert min(map(len, got), default=least) >= least or size == 1
         step = data.draw(st.integers(0, len(got) // size))
         state = samplers[data.draw(st.integers(0, size - 1))].state_dict(delivered=step)
         expected = joined(got[step * size :])

@@ -79,7 +79,7 @@ class EpochSampler(_TorchSampler):
         self.seed = 0 if seed is None else at_least("seed", seed, 0)
         self.epoch = 0
         self._next_seed: int | None = None
-        self._told_of_loss = False
+        self._told_of_loss = self._told_of_single_cells = False
         self._pending: Progress | None = self._fresh()
         self._progress = self._pending
         self._check_world()
@@ -361,6 +361,15 @@ class EpochSampler(_TorchSampler):
             raise ValueError(
                 f"{n_cells} cells cannot be shared among {world_size} ranks: each rank needs at least {least}"
                 f"{' (with batch_size=1, one is enough)' if least > 1 else ''}; use fewer ranks"
+            )
+        single = int(np.count_nonzero(sizes < least))
+        if self._cut_inside_batches and self.rank == 0 and single and not self._told_of_single_cells:
+            self._told_of_single_cells = True
+            logger.warning(
+                "%d batches of %s hold a single cell, because their labels have no other: on several ranks "
+                "these cells are joined to batches of other labels. Give them the label -1 to leave them out",
+                single,
+                type(self).__name__,
             )
         if self.rank == 0 and self.n_dropped and not self._told_of_loss:
             self._told_of_loss = True

@@ -200,8 +200,10 @@ class GroupedCellSampler(EpochSampler):
         Keep only batches of the full size; what a combination has beyond is left out, other cells of it in
         each epoch.
     shuffle, seed, num_workers, rank, world_size
-        As in :class:`CellSampler`. The last round of several ranks cuts single batches smaller, so that no
-        batch mixes two combinations; a cut may part one control from the cell it stands for.
+        As in :class:`CellSampler`. The last round of several ranks cuts single batches into pieces of two
+        cells or more, so that no batch mixes two combinations as long as batches hold four cells; a cut may
+        part one control from the cell it stands for. On several ranks, the cell of a combination that has
+        only one, without controls, joins another batch, and a warning says so.
 
     Notes
     -----

@@ -44,7 +44,9 @@ def cut_rounds(
     start
         Cells of the epoch that are already done.
     inside
-        Share out by cutting single batches, so that none mixes the cells of two (label-pure batches).
+        Complete the last round by cutting single batches, so that none mixes the cells of two (label-pure
+        batches), as far as each piece keeps two cells. On several ranks, batches of a single cell are joined
+        to others.
 
     Returns
     -------
@@ -55,25 +57,27 @@ def cut_rounds(
     edges = every
     if start:
         edges = np.concatenate([[start], every[np.searchsorted(every, start, side="right") :]])
-    full, rest = divmod(len(edges) - 1, world_size)
     if drop_last:
-        return edges[: full * world_size + 1]
+        return edges[: (len(edges) - 1) // world_size * world_size + 1]
     if world_size == 1 or len(edges) == 1:
         return edges
-    least = least_per_rank(sizes, world_size)
+    most, least = int(sizes.max()), least_per_rank(sizes, world_size)
     if inside:
-        return _cut_last_batches(edges, full, rest, world_size, least)
+        edges = _without_single_cells(edges, least)
+        if (pure := _cut_last_batches(edges, world_size, least)) is not None:
+            return pure
     # The saved run stopped between batches that it had cut anew: no batch of the epoch begins here.
     amid = start > 0 and start not in every
+    full, rest = divmod(len(edges) - 1, world_size)
     if not amid and rest == 0:
         last = np.diff(edges[-world_size - 1 :])
         if np.ptp(last) <= 1 and last.min() >= least:
             return edges
-    whole = 0 if amid else full - (rest == 0)
+    whole = 0 if amid and not inside else full - (rest == 0)
     for again in range(_MOST_ROUNDS_CUT_AGAIN):
         keep = max(0, whole - again) * world_size
         n_cells = int(edges[-1] - edges[keep])
-        rounds = -(-n_cells // (world_size * int(sizes.max())))
+        rounds = -(-n_cells // (world_size * most))
         if n_cells >= least * world_size * rounds or keep == 0:
             break
     rounds = min(rounds, n_cells // (least * world_size))
@@ -84,36 +88,57 @@ def cut_rounds(
     return np.concatenate([edges[:keep], pieces])
 
 
-def _cut_last_batches(edges: np.ndarray, full: int, rest: int, world_size: int, least: int) -> np.ndarray:
-    """An incomplete last round, completed by cutting single batches."""
+def _without_single_cells(edges: np.ndarray, least: int) -> np.ndarray:
+    """Join batches of a single cell: two in a row to each other, a lone one to the batch before it.
+
+    The first batch has none before it, and is joined to the next one.
+    """
+    single = np.diff(edges) < least
+    if not single.any():
+        return edges
+    index = np.arange(len(single))
+    place_in_run = index - np.maximum.accumulate(np.where(single, -1, index)) - 1
+    next_is_single = np.append(single[1:], False)
+    begins = ~single | ((place_in_run % 2 == 0) & next_is_single)
+    if single[0] and not next_is_single[0] and len(single) > 1:
+        begins[1] = False
+    begins[0] = True
+    return edges[np.append(begins, True)]
+
+
+def _cut_last_batches(edges: np.ndarray, world_size: int, least: int) -> np.ndarray | None:
+    """An incomplete last round, completed by cutting single batches into pieces of at least `least` cells.
+
+    As few rounds as possible are cut with it. None if the batches are too small for that.
+    """
+    full, rest = divmod(len(edges) - 1, world_size)
     if rest == 0:
         return edges
-    for again in range(_MOST_ROUNDS_CUT_AGAIN):
-        keep = max(0, full - again) * world_size
-        last = edges[keep:]
-        n_pieces = -(-(len(last) - 1) // world_size) * world_size
-        pieces = _cut_each(last, n_pieces)
-        if keep == 0 or np.diff(pieces).min() >= min(least, int(np.diff(last).min())):
-            break
-    if np.diff(pieces).min() < 1:
-        # Fewer cells than batches needed: one round less, of batches that are put together.
-        n_pieces -= world_size
-        if n_pieces == 0:
-            return edges[:1]
-        pieces = last[0] + (last[-1] - last[0]) * np.arange(n_pieces + 1) // n_pieces
+    most_pieces = np.maximum(np.diff(edges) // least, 1)
+    kept_rounds = np.arange(full + 1)
+    possible = np.cumsum(most_pieces[::-1])[::-1][kept_rounds * world_size]
+    enough = np.flatnonzero(possible >= (full + 1 - kept_rounds) * world_size)
+    if not len(enough):
+        return None
+    keep = int(enough[-1]) * world_size
+    pieces = _cut_each(edges[keep:], (full + 1) * world_size - keep, most_pieces[keep:])
     return np.concatenate([edges[:keep], pieces])
 
 
-def _cut_each(edges: np.ndarray, n_pieces: int) -> np.ndarray:
-    """Refine `edges` to n_pieces intervals, always cutting on where the pieces are largest."""
-    sizes = np.diff(edges).tolist()
+def _cut_each(edges: np.ndarray, n_pieces: int, most_pieces: np.ndarray) -> np.ndarray:
+    """Refine `edges` to n_pieces intervals, always cutting on where the pieces are largest.
+
+    No interval is cut into more than its number in `most_pieces`.
+    """
+    sizes, most = np.diff(edges).tolist(), most_pieces.tolist()
     parts = [1] * len(sizes)
-    heap = [(-size, i) for i, size in enumerate(sizes)]
+    heap = [(-size, i) for i, size in enumerate(sizes) if most[i] > 1]
     heapq.heapify(heap)
     for _ in range(n_pieces - len(sizes)):
-        _, i = heap[0]
+        _, i = heapq.heappop(heap)
         parts[i] += 1
-        heapq.heapreplace(heap, (-sizes[i] / parts[i], i))
+        if parts[i] < most[i]:
+            heapq.heappush(heap, (-sizes[i] / parts[i], i))
     cuts = [
         lo + size * np.arange(n) // n for lo, size, n in zip(edges[:-1].tolist(), sizes, parts, strict=True)
     ]
