@@ -1,1 +1,1 @@
-"""Measurements behind the project's published figures; each module runs with ``python -m``."""
+"""Measurements for the published figures; ``python -m benchmarks`` lists them with their questions."""

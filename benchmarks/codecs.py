@@ -17,9 +17,11 @@ import google_crc32c
 import numcodecs
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, table, write_json
+from benchmarks.common import conditions
 from benchmarks.datasets import Model, SpecA, SpecB, blocks, copied
 from benchmarks.peers.protocol import Csr
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table, write_json
 from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
 from hbx_gpu._codecs.bitpacking_numba import decode_into
 from hbx_gpu._codecs.rowpack_numba import decode_rowpack_into
@@ -223,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"same process: memcpy {one['memcpy_values_per_s'] / 1e9:.1f}e9 values/s, "
         f"CRC32C {one['crc32c_gb_per_s']:.1f} GB/s"
     )
-    print(describe_conditions(found))
+    print(describe(found))
     write_json(options.out / "codecs.json", {"conditions": found, "results": results})
     return 0
 

@@ -1,22 +1,13 @@
-"""What the benchmarks share: data, conditions, measuring in a process of its own, tables."""
+"""What the benchmarks share: generated data, and the conditions of a run."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 import subprocess
-import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Python keeps no import of a peer or of torch up here: measured processes import what they measure.
-
-_PACKAGES = ("hbx_gpu", "numpy", "numba", "torch", "zarr", "lancedb", "anndata", "h5py", "scipy")
+from hbx_gpu._bench import machine
 
 
 @dataclass(frozen=True)
@@ -95,39 +86,17 @@ def _rename_genes(path: Path, seed: int) -> None:
     """Give the columns of an .h5ad each other's names; all are drawn alike, so their order is another."""
     import h5py
     import numpy as np
+    from anndata.io import read_elem, write_elem
 
     with h5py.File(path, "r+") as file:
-        names = file["var"][file["var"].attrs["_index"]]
-        names[:] = np.random.default_rng(seed).permutation(names[:])
+        var = read_elem(file["var"])
+        var.index = np.random.default_rng(seed).permutation(var.index.to_numpy())
+        write_elem(file, "var", var)
 
 
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    files: Iterable[Path] = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def conditions() -> dict[str, Any]:
+def conditions(gpu: int | None = None) -> dict[str, Any]:
     """What a figure needs beside it: machine, versions, commit."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
-        "commit": _commit(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return {**machine.conditions(gpu), "commit": _commit()}
 
 
 def _commit() -> str:
@@ -136,64 +105,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def describe_conditions(found: dict[str, Any]) -> str:
-    """Conditions as two lines of text."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return (
-        f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB; {found['system']}; "
-        f"commit {found['commit']}\nPython {found['python']}; {versions}"
-    )
-
-
-def measure_in_process(module: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run ``python -m module --job JSON`` and return the JSON object on its last line.
-
-    A process of its own per measurement: its peak memory is that of the one thing measured, and no
-    cache of an earlier measurement helps it.
-
-    Raises
-    ------
-    RuntimeError
-        The process failed; the message holds what it wrote.
-    """
-    command = [sys.executable, "-m", module, "--job", json.dumps(job)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} failed on {job}:\n{done.stderr or done.stdout}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process, memory-mapped file pages included."""
-    import resource
-
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned for a terminal, the first to the left, the others to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for line in lines
-    )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` for machines, readable by people."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import mixing
-from benchmarks.common import conditions, spread, write_json
+from benchmarks.common import conditions
 from benchmarks.datasets import SPECS, Data, blocks, copied, write
 from benchmarks.peers import annbatch, annloader, homeobox, in_place, memory, ours, scdataset, scdl, slaf
 from benchmarks.peers.protocol import Peer, Variant
+from hbx_gpu._bench.tables import spread, write_json
 
 LAYOUTS = ("csr", "dense")
 PEERS: dict[str, Peer] = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import describe_conditions, table
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table
 
 _ORDERS = {"random": "random rows", "stream": "shuffled stream", "floor": "floor"}
 # A colour per peer; variants of a peer differ in line and marker.
@@ -136,7 +137,7 @@ def _conditions(content: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in store["versions"].items())
         lines.append(f"{name}: Python {store['python']}; {versions}")
     lines += [f"{name}: skipped ({reason})" for name, reason in content["skipped"].items()]
-    lines.append(describe_conditions(content["conditions"]))
+    lines.append(describe(content["conditions"]))
     return "\n".join(lines)
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, spread, table, write_json
+from benchmarks.common import conditions
 from benchmarks.datasets import SpecA
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import spread, table, write_json
 from hbx_gpu._devices import resolve
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._loading.make import device_loader, make_loader
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = written(options.data, codec, options.cells, options.genes, options.chunk)
         results[codec] = measure(dataset, backend, options.batch, options.repeat, torch.cuda.synchronize)
         lines += rows_of(codec, results[codec])
-    machine = {**conditions(), "gpu": torch.cuda.get_device_name(gpu)}
+    machine = conditions(gpu)
     text = "\n".join(
         (
             table(("", "cells/s", "host, ms per window", "device, ms per window"), lines),
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"per chunk, CRC32C; batches of {options.batch:,} random cells, dense float32; page cache warm, "
             f"median of {options.repeat} (range) after one more; a window is one batch's rows as CSR, on one "
             "thread",
-            f"{machine['gpu']}; {describe_conditions(machine)}",
+            describe(machine),
         )
     )
     print(text)

@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import DataSpec, conditions, describe_conditions, prepare, spread, table, write_json
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench import floors
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.settings import open_dataset
+from hbx_gpu._bench.tables import spread, table, write_json
 from hbx_gpu._devices import resolve
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._loading.make import device_loader, make_loader
@@ -97,41 +101,6 @@ def staged_bytes(dataset: CellDataset, backend: Any, rows: int) -> int:
     return int(staging.host_bytes)
 
 
-def link_seconds(nbytes: int, device: int) -> float:
-    """Seconds that a copy from page-locked memory takes, best of ten."""
-    import torch
-
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
-    return _best(lambda: target.copy_(host, non_blocking=True), device)
-
-
-def memory_seconds(nbytes: int, device: int) -> float:
-    """Seconds that a copy on the device takes, best of ten."""
-    import torch
-
-    source = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
-    target = torch.empty_like(source)
-    return _best(lambda: target.copy_(source), device)
-
-
-def _best(work: Any, device: int) -> float:
-    import torch
-
-    best = float("inf")
-    for _ in range(10):
-        torch.cuda.synchronize(device)
-        clock = time.perf_counter()
-        work()
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - clock)
-    return best
-
-
-def _described(rate: dict[str, float]) -> str:
-    return f"{rate['median']:,.0f} ({rate['min']:,.0f} .. {rate['max']:,.0f})"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status: 1 for wrong values, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
@@ -153,20 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from hbx_gpu._engine.device.cuda import CudaBackend
-    from hbx_gpu.atlas import RaggedAtlas
 
     spec = DataSpec(cells=options.cells, genes=options.genes)
     data = prepare(options.data, spec)
-    dataset = RaggedAtlas.checkout_latest(str(data.atlas)).query().to_cell_dataset("gene_expression")
+    dataset = open_dataset(data.atlas, "gene_expression")
     backend = CudaBackend(gpu)
     backend.warm_up()
     wrong = differences(dataset, backend, 512)
+    speed = floors.bandwidth(gpu, 1)
+    assert speed.link is not None
     rows, results = [], []
     for batch in options.batch_sizes:
         crossing = staged_bytes(dataset, backend, batch)
-        floors = {
-            "link_cells_per_s": batch / link_seconds(crossing, gpu),
-            "memory_cells_per_s": batch / memory_seconds(4 * batch * dataset.n_features, gpu),
+        bounds = {
+            "link_cells_per_s": batch * speed.link / crossing,
+            "memory_cells_per_s": speed.copy / (4 * dataset.n_features),
             "staged_bytes_per_cell": crossing / batch,
         }
         for setting in SETTINGS:
@@ -176,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     epoch_rate(loader, 0, torch.cuda.synchronize)
                     found = [epoch_rate(loader, 1 + k, torch.cuda.synchronize) for k in range(options.repeat)]
                 rates[place] = spread(found)
-            results.append({"batch": batch, "setting": setting.describe(), **rates, **floors})
+            results.append({"batch": batch, "setting": setting.describe(), **rates, **bounds})
             rows.append(
                 (
                     f"{setting.describe()}, batch {batch:,}",
@@ -184,17 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                         f"{rates[p]['median']:,.0f} ({rates[p]['min']:,.0f} .. {rates[p]['max']:,.0f})"
                         for p in rates
                     ),
-                    f"{floors['link_cells_per_s']:,.0f}",
-                    f"{floors['memory_cells_per_s']:,.0f}",
+                    f"{bounds['link_cells_per_s']:,.0f}",
+                    f"{bounds['memory_cells_per_s']:,.0f}",
                 )
             )
-    machine = {**conditions(), "gpu": torch.cuda.get_device_name(gpu), "wrong_elements": wrong}
+    machine = {**conditions(gpu), "wrong_elements": wrong}
     text = "\n".join(
         (
             table(("cells/s", "GPU", "CPU", "floor: link", "floor: float32 copy"), rows),
             f"{spec.describe()}; page cache warm, whole epochs, median of {options.repeat} (range) after one "
             f"more; first batch equal to the CPU's but for {wrong} elements",
-            f"{machine['gpu']}; {describe_conditions(machine)}",
+            describe(machine),
         )
     )
     print(text)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare
-from benchmarks.common import spread, table, write_json
 from benchmarks.compare import PEERS, Contender, PeerFailure
 from hbx_gpu._bench import report
 from hbx_gpu._bench.runs import Options, run
+from hbx_gpu._bench.tables import spread, table, write_json
 from hbx_gpu._devices import resolve
 from hbx_gpu.errors import DeviceUnavailableError
 

@@ -17,15 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import (
-    DataSpec,
-    conditions,
-    describe_conditions,
-    prepare,
-    spread,
-    table,
-    write_json,
-)
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.settings import open_dataset
+from hbx_gpu._bench.tables import spread, table, write_json
 
 EXECUTORS = ("direct", "dali")
 LAYOUTS = {
@@ -117,10 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = prepare(options.data, spec)
     from tqdm import tqdm
 
-    from hbx_gpu.atlas import RaggedAtlas
     from hbx_gpu.sampler import CellSampler
 
-    dataset = RaggedAtlas.checkout_latest(str(data.atlas)).query().to_cell_dataset("gene_expression")
+    dataset = open_dataset(data.atlas, "gene_expression")
     rows, results = [], []
     cases = [(layout, n) for layout in options.layouts for n in options.rows]
     with tqdm(total=2 * len(cases), unit="case", desc="executors") as bar:
@@ -144,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{spec.describe()}; random rows, page cache warm, num_workers=0, median of {options.rounds} rounds"
     )
-    print(describe_conditions(machine))
+    print(describe(machine))
     write_json(options.out / "executors.json", {"conditions": machine, "results": results})
     return 0
 

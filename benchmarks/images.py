@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, spread, table, write_json
+from benchmarks.common import conditions
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import spread, table, write_json
 
 TILE, CROP = 96, 64
 MEAN, STD = (100.0, 110.0, 120.0), (50.0, 51.0, 52.0)
@@ -167,15 +169,15 @@ def measure(ways: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, 
     return found
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns the exit status."""
     import torch
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
     parser.add_argument("--tiles", type=int, default=256, help="tiles per batch")
     parser.add_argument("--seconds", type=float, default=14, help="of measuring, together")
     parser.add_argument("--out", type=Path, help="folder for images.txt and images.json")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     # More only slow such small tensors down.
     torch.set_num_threads(1)
     known = conditions()
@@ -193,7 +195,7 @@ def main() -> None:
             )  # fmt: skip
     text = "\n".join(
         [
-            describe_conditions(known),
+            describe(known),
             f"{options.tiles} uint8 tiles {TILE} x {TILE} x 3, crop {CROP} x {CROP}, float32 out; "
             "ways in turns, torch on one thread",
             table(["case", "ms, median", "range", "tiles/ms", "times as fast", "best to best"], rows),
@@ -203,7 +205,8 @@ def main() -> None:
     if options.out:
         write_json(options.out / "images.json", {"conditions": known, "results": results})
         (options.out / "images.txt").write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

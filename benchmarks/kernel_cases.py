@@ -201,19 +201,22 @@ def plain_records(batch: Batch, staged: Staged, chunk: int) -> np.ndarray:
 # --- expected results ---------------------------------------------------------------------------------------
 
 
-def flat(counts: Block, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, counts) of the batch's rows."""
+def flat(counts: Block, batch: Batch, remap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, counts) of the batch's rows, in stored order; `remap`: stored column -> column."""
     at = np.repeat(batch.starts - batch.offsets[:-1], np.diff(batch.offsets)) + np.arange(batch.nnz)
-    return counts.indices[at], counts.counts[at]
+    return remap[counts.indices[at]], counts.counts[at]
 
 
-def check_dense(counts: Block, batch: Batch, genes: int, kind: str, transform: bool, out: np.ndarray) -> None:
+def check_dense(
+    counts: Block, batch: Batch, remap: np.ndarray, kind: str, transform: bool, out: np.ndarray
+) -> None:
     """Raise AssertionError unless `out` (bytes) holds the batch's dense rows.
 
     Raw counts must be equal; after normalise and log1p a float32 may be off by 2e-6 of its size, a 16-bit
     float by one step.
     """
-    columns, values = flat(counts, batch)
+    columns, values = flat(counts, batch, remap)
+    genes = len(remap)
     found = out.view({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[kind]).reshape(-1, genes)
     for first in range(0, len(batch.rows), _CHECKED_AT_ONCE):
         last = min(first + _CHECKED_AT_ONCE, len(batch.rows))
@@ -277,19 +280,30 @@ class Knobs:
 
 
 class Bench:
-    """One data set on one device; makes cases."""
+    """One data set on one device; makes cases.
 
-    def __init__(self, device: Device, counts: Block, genes: int, *, chunk: int = CHUNK) -> None:
+    Attributes
+    ----------
+    remap
+        Column of each gene of the data set, int32 (genes,): a permutation, because an atlas has the genes of
+        most data sets in another order than the data set itself; or ascending, with `mixed` false.
+    """
+
+    def __init__(
+        self, device: Device, counts: Block, genes: int, *, chunk: int = CHUNK, mixed: bool = True
+    ) -> None:
         self.device, self.counts, self.genes, self.chunk = device, counts, genes, chunk
+        order = np.random.default_rng(7).permutation(genes) if mixed else np.arange(genes)
+        self.remap = order.astype(np.int32)
         self.rowpack, self.packed = stage_rowpack(counts, chunk), stage_bitpacking(counts, chunk)
-        source, remap = np.zeros(1, SOURCE), np.arange(genes, dtype=np.int32)
+        source = np.zeros(1, SOURCE)
         source["remap_length"] = genes
         self._kept: list[Any] = []
         self._rowpack_at = self._place(self.rowpack.arena)
         self._runs_at = self._place(self.rowpack.records)
         self._packed_at = self._place(self.packed.arena)
         self._jobs_at = self._place(self.packed.records)
-        self._lookup = (self._place(source), np.uint32(1), self._place(remap), np.uint64(genes))
+        self._lookup = (self._place(source), np.uint32(1), self._place(self.remap), np.uint64(genes))
 
     def _place(self, host: np.ndarray) -> np.uint64:
         self._kept.append(self.device.array(host))
@@ -343,7 +357,7 @@ class Bench:
             self.device.poison(memory[0])
             run(0)
             check_status()
-            check_dense(self.counts, batch, self.genes, kind, transform, self.device.host(memory[0]))
+            check_dense(self.counts, batch, self.remap, kind, transform, self.device.host(memory[0]))
 
         read = round(self.rowpack.packed_bytes * batch.nnz / max(1, len(self.counts.indices)))
         name = kernel + (" normalise log1p" if transform else "")
@@ -363,7 +377,7 @@ class Bench:
 
     def _check_csr(self, batch: Batch, memory: Any) -> None:
         columns, values = np.split(self.device.host(memory).view(np.uint32), 2)
-        expected = flat(self.counts, batch)
+        expected = flat(self.counts, batch, self.remap)
         np.testing.assert_array_equal(columns[: batch.nnz], expected[0])
         np.testing.assert_array_equal(values[: batch.nnz], expected[1])
 
@@ -444,9 +458,43 @@ class Bench:
             shared,
         )
 
+    def sort(self, batch: Batch, knobs: Knobs) -> Case:
+        """Flat CSR to rows whose columns ascend, as int64: what sparse tensors are made of."""
+        columns, values = flat(self.counts, batch, self.remap)
+        n_rows, nnz, kernel = len(batch.rows), batch.nnz, "sort_rows"
+        words = max(1, min(-(-self.genes // 32), self.device.max_shared // 8))
+        check_status, _, flag = self._status(0)
+        memory, outputs = self._outputs(12 * max(1, nnz), knobs)
+        offsets = self._place(batch.offsets.astype(np.int64))
+        head = (
+            self._place(columns.astype(np.int32)), offsets, np.uint32(n_rows), np.uint64(nnz), offsets,
+        )  # fmt: skip
+        counts = self._place(values.astype(np.uint32))
+
+        def run(k: int) -> None:
+            at = outputs[k % len(outputs)]
+            arguments = (
+                *head, at, counts, at + np.uint64(8 * max(1, nnz)), np.uint32(4), np.uint64(nnz),
+                np.uint32(self.genes), np.uint32(words), flag,
+            )  # fmt: skip
+            self.device.launch(kernel, max(1, n_rows), knobs.block, arguments, 8 * words)
+
+        def check() -> None:
+            self.device.poison(memory[0])
+            run(0)
+            check_status()
+            found = self.device.host(memory[0])
+            order = np.lexsort((columns, np.repeat(np.arange(n_rows), np.diff(batch.offsets))))
+            np.testing.assert_array_equal(found[: 8 * nnz].view(np.int64), columns[order])
+            np.testing.assert_array_equal(found[8 * max(1, nnz) :].view(np.uint32)[:nnz], values[order])
+
+        return Case(
+            kernel, kernel, n_rows, 8 * nnz, 12 * nnz, len(outputs), run, check, knobs.block, 8 * words
+        )
+
     def densify(self, batch: Batch, kind: str, transform: bool, knobs: Knobs) -> Case:
         """Flat CSR to dense rows."""
-        columns, values = flat(self.counts, batch)
+        columns, values = flat(self.counts, batch, self.remap)
         n_rows, tile, kernel = len(batch.rows), self._tile(knobs), f"densify_{kind}"
         check_status, status, flag = self._status(n_rows)
         written = n_rows * self.genes * FLOATS[kind]
@@ -469,7 +517,7 @@ class Bench:
             self.device.poison(memory[0])
             run(0)
             check_status()
-            check_dense(self.counts, batch, self.genes, kind, transform, self.device.host(memory[0]))
+            check_dense(self.counts, batch, self.remap, kind, transform, self.device.host(memory[0]))
 
         name = kernel + (" normalise log1p" if transform else "")
         return Case(

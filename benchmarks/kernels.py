@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common
 from benchmarks.kernel_cases import CHUNK, DATA, FLOATS, Batch, Bench, Case, Knobs, cut, draw
+from hbx_gpu._bench import tables
 from hbx_gpu._engine.device import sources
 
 MISSING = 2
@@ -211,6 +211,8 @@ def cases(bench: Bench, batch: Batch, options: argparse.Namespace) -> Iterator[C
             yield partial(bench.bitpacking, knobs)  # all chunks, whatever the batch
         if "gather" in options.cases:
             yield partial(bench.gather, batch, knobs)
+        if "sort" in options.cases:
+            yield partial(bench.sort, batch, knobs)
     if "densify" in options.cases:
         for knobs, (kind, transform) in product(dense, kinds):
             yield partial(bench.densify, batch, kind, transform, knobs)
@@ -251,7 +253,7 @@ def measure(device: Any, case: Case, ceiling: Ceiling, repeat: int) -> dict[str,
     moved = case.read + case.written
     return {
         **found,
-        "seconds": common.spread(times),
+        "seconds": tables.spread(times),
         "cells_per_s": case.cells / median,
         "written_gb_per_s": case.written / median / 1e9,
         "moved_gb_per_s": moved / median / 1e9,
@@ -269,7 +271,8 @@ def run_all(device: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for name in options.data:
         counts = draw(name, options.cells, options.genes, options.density, options.seed)
-        bench = Bench(device, counts, options.genes, chunk=options.chunk)
+        mixed = options.gene_orders == "mixed"
+        bench = Bench(device, counts, options.genes, chunk=options.chunk, mixed=mixed)
         nnz = max(1, len(counts.indices))
         print(
             f"\n{name}: {options.cells:,} cells x {options.genes:,} genes, {nnz / options.cells:.0f} "
@@ -327,10 +330,10 @@ def write(
     """kernels.json and kernels.txt below `folder`; returns the text."""
     chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     content = {"conditions": conditions, "options": chosen, "defaults": asdict(Knobs()), "results": results}
-    common.write_json(folder / "kernels.json", content)
+    tables.write_json(folder / "kernels.json", content)
     machine = ", ".join(f"{key} {value}" for key, value in conditions.items() if key != "versions")
     versions = ", ".join(f"{name} {version}" for name, version in conditions.get("versions", {}).items())
-    text = f"{machine}\n{versions}\n\n{common.table(HEADER, map(line, results))}\n"
+    text = f"{machine}\n{versions}\n\n{tables.table(HEADER, map(line, results))}\n"
     (folder / "kernels.txt").write_text(text)
     return text
 
@@ -338,7 +341,7 @@ def write(
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    all_cases = ("rowpack_dense", "rowpack_csr", "bitpacking", "gather", "densify")
+    all_cases = ("rowpack_dense", "rowpack_csr", "bitpacking", "gather", "sort", "densify")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--cases", nargs="+", choices=all_cases, default=list(all_cases))
     parser.add_argument("--dtypes", nargs="+", choices=list(FLOATS), default=list(FLOATS))
@@ -346,6 +349,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=4096)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--density", type=float, default=0.07, help="of the uniform data")
+    parser.add_argument("--gene-orders", choices=("mixed", "one"), default="mixed",
+                        help="whether columns come out in another order than stored (default)")  # fmt: skip
     parser.add_argument("--chunk", type=int, default=CHUNK, help="values per chunk")
     parser.add_argument("--block", nargs="+", type=int, default=[256], help="threads per block")
     parser.add_argument(

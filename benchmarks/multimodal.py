@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, table, write_json
+from benchmarks.common import conditions
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table, write_json
 
 SPACES = ("gene_expression", "protein_abundance", "image_tiles")
 
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = compare(start(whole), [start(part) for part in parts], args.repeat)
             results.append({"batch": size, "way": way, **found})
     report = {"conditions": conditions(), "data": sizes, "results": results}
-    print(describe_conditions(report["conditions"]))
+    print(describe(report["conditions"]))
     print(
         f"{args.cells:,} cells: {args.genes:,} genes, {args.proteins} proteins, tiles 3 x {args.tile} x "
         f"{args.tile} uint8; page cache warm; random rows; ms per batch"

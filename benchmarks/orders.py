@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, table, write_json
+from benchmarks.common import conditions
+from benchmarks.mixing import entropies
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table, write_json
 from hbx_gpu.sampler import (
     BalancedCellSampler,
     CellSampler,
@@ -60,13 +63,10 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def entropies(codes: np.ndarray, size: int, n_codes: int) -> np.ndarray:
+def _of_runs(codes: np.ndarray, size: int, n_codes: int) -> np.ndarray:
     """Entropy in bits of each run of `size` codes; what is left at the end does not count."""
     n_runs = len(codes) // size
-    run = np.repeat(np.arange(n_runs), size)
-    counts = np.bincount(run * n_codes + codes[: n_runs * size], minlength=n_runs * n_codes)
-    shares = counts.reshape(n_runs, n_codes) / size
-    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1)
+    return entropies(codes[: n_runs * size], np.full(n_runs, size), n_codes)
 
 
 def orders(atlas: MadeUpAtlas) -> dict[str, Make]:
@@ -111,7 +111,7 @@ def measure(make: Make, atlas: MadeUpAtlas, *, batch_size: int, epochs: int, spa
             ("label_span", atlas.labels, atlas.n_labels, size * span),
         ):
             if len(order) >= run:
-                ratio = entropies(codes[order], run, n_codes) / entropies(codes[uniform], run, n_codes).mean()
+                ratio = _of_runs(codes[order], run, n_codes) / _of_runs(codes[uniform], run, n_codes).mean()
                 ratios[name].append(ratio)
     joined = {name: np.concatenate(parts) if parts else np.array([np.nan]) for name, parts in ratios.items()}
     return {
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"(log-normal), {options.labels} labels, Dirichlet({options.concentration}) shares per group, "
         f"batch size {options.batch_size:,}, {options.epochs} epochs, seed 0"
     )
-    print(describe_conditions(found))
+    print(describe(found))
     write_json(
         options.out / "orders.json",
         {

@@ -8,8 +8,6 @@ part of the rate; the time to open is reported beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import (
-    DataSpec,
-    Prepared,
-    conditions,
-    describe_conditions,
-    measure_in_process,
-    peak_rss,
-    prepare,
-    size_on_disk,
-    spread,
-    table,
-    write_json,
-)
+from benchmarks.common import DataSpec, Prepared, conditions, prepare
+from benchmarks.jobs import in_process, peak_rss
+from benchmarks.peers.protocol import bytes_below
+from hbx_gpu._bench import cache
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.settings import open_dataset
+from hbx_gpu._bench.tables import spread, table, write_json
 
 OUTPUTS = ("csr", "dense")
 ORDERS = ("none", "group")
@@ -57,9 +49,7 @@ Epoch = Callable[[int], Iterator[int]]
 
 
 def _dataset(job: Job) -> Any:
-    from hbx_gpu.atlas import RaggedAtlas
-
-    return RaggedAtlas.checkout_latest(job.atlas).query().to_cell_dataset("gene_expression", layer="counts")
+    return open_dataset(Path(job.atlas), "gene_expression", "counts")
 
 
 def _sampler(job: Job, groups: np.ndarray) -> Any:
@@ -133,11 +123,7 @@ def _memset(job: Job) -> Epoch:
     """The floor of dense output: fresh memory, written once."""
     import torch
 
-    from hbx_gpu.atlas import RaggedAtlas
-
-    dataset = (
-        RaggedAtlas.checkout_latest(job.atlas).query().to_cell_dataset("gene_expression", layer="counts")
-    )
+    dataset = _dataset(job)
 
     def epoch(number: int) -> Iterator[int]:  # noqa: ARG001
         for first in range(0, dataset.n_cells, job.batch):
@@ -183,11 +169,12 @@ def jobs(options: argparse.Namespace, data: Prepared) -> list[Job]:
     ]
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Measure one job in this process."""
-    if job.cache == "cold":
-        for folder in (job.atlas, job.h5ad):
-            _forget(Path(folder))
+def run(**settings: Any) -> dict[str, Any]:
+    """Measure one `Job` in this process."""
+    job = Job(**settings)
+    files = [Path(job.h5ad), *cache.files_below(Path(job.atlas))]
+    if job.cache == "cold" and (reason := cache.forget(files)):
+        raise RuntimeError(f"the page cache does not let go of the files: {reason}")
     clock = time.perf_counter()
     epoch = READERS[job.reader](job)
     opened = time.perf_counter() - clock
@@ -195,8 +182,7 @@ def run(job: Job) -> dict[str, Any]:
     for _, _ in zip(epoch(0), range(3), strict=False):
         pass
     if job.cache == "cold":
-        for folder in (job.atlas, job.h5ad):
-            _forget(Path(folder))
+        cache.forget(files)  # but for the pages that three batches have mapped
     cells, number = 0, 1
     clock = time.perf_counter()
     while (elapsed := time.perf_counter() - clock) < job.seconds:
@@ -211,24 +197,6 @@ def run(job: Job) -> dict[str, Any]:
     return {"cells_per_s": cells / elapsed, "open_s": opened, "peak_rss": peak_rss()}
 
 
-def _load(file: Path) -> None:
-    """Bring `file` into the page cache."""
-    with file.open("rb") as stream:
-        while stream.read(2**24):
-            pass
-
-
-def _forget(path: Path) -> None:
-    """Drop the files below `path` from the page cache."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-
-
 def collect(all_jobs: Sequence[Job], repeat: int) -> list[dict[str, Any]]:
     """Measure every job `repeat` times, one repeat of all after the other; medians and ranges."""
     from tqdm import tqdm
@@ -238,7 +206,7 @@ def collect(all_jobs: Sequence[Job], repeat: int) -> list[dict[str, Any]]:
         for _ in range(repeat):
             for job in all_jobs:
                 bar.set_postfix_str(f"{job.reader}, {job.output}, {job.order}, {job.batch}")
-                runs[job].append(measure_in_process("benchmarks.throughput", asdict(job)))
+                runs[job].append(in_process("benchmarks.throughput:run", asdict(job)))
                 bar.update()
     return [
         {
@@ -351,15 +319,11 @@ def _panel(axis: Any, results: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write JSON and picture; returns the exit status."""
     options = _parse(argv)
-    if options.job:
-        print(json.dumps(run(Job(**json.loads(options.job)))))
-        return 0
     spec = DataSpec(options.cells, options.genes, options.density, options.groups, options.codec)
     data = prepare(options.data, spec)
-    sizes = {"atlas": size_on_disk(data.atlas / "zarr_store"), "h5ad": size_on_disk(data.h5ad)}
+    sizes = {"atlas": bytes_below(data.atlas / "zarr_store"), "h5ad": bytes_below(data.h5ad)}
     if options.cache == "warm":
-        for file in (data.h5ad, *(path for path in data.atlas.rglob("*") if path.is_file())):
-            _load(file)
+        cache.load([data.h5ad, *cache.files_below(data.atlas)])
     results = collect(jobs(options, data), options.repeat)
     found = conditions()
     state = {"warm": "page cache warm", "cold": "page cache dropped before the measured epoch"}[options.cache]
@@ -368,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{sizes['h5ad'] / 1e6:,.0f} MB\n"
         f"{state}; {options.repeat} repeats of {options.seconds:g} s, each in its own process; "
         f"median and range\n"
-        f"{describe_conditions(found)}"
+        f"{describe(found)}"
     )
     print(report(results))
     print(facts)
@@ -403,7 +367,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, default=Path("demo/benchmark-data"), help="where data are generated"
     )
     parser.add_argument("--out", type=Path, default=Path("demo/benchmarks"), help="where results go")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

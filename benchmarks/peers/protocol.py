@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
+
+from benchmarks.jobs import peak_rss
 
 # Rows of a timed batch that are compared with the truth after the clock has stopped.
 _CHECKED_ROWS = 256
@@ -175,8 +176,10 @@ class Source:
         import h5py
 
         with h5py.File(self.path) as file:
-            var = file["var"]
-            return [name.decode() for name in var[var.attrs["_index"]][:]]
+            index = file["var"][file["var"].attrs["_index"]]
+            # anndata writes an index of pandas 3 as a group: values, and a mask of which none is set.
+            values = index["values"] if isinstance(index, h5py.Group) else index
+            return [name.decode() for name in values[:]]
 
     def groups(self, count: int) -> list[tuple[int, int]]:
         """Borders of `count` datasets of about equal size."""
@@ -259,17 +262,6 @@ def unknown_rows(found: np.ndarray, truth: np.ndarray) -> int:
 
 
 # --- measuring ---------------------------------------------------------------------------------------
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process so far, pages of memory maps included."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: on Linux that begins with the peak of the process that started this one.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024
 
 
 def measure(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._bench import machine
 from hbx_gpu._bench.runs import Report
+from hbx_gpu._bench.tables import table, write_json
 
 
 def text(report: Report) -> str:
@@ -56,32 +56,17 @@ def _training(report: Report) -> str:
 
 
 def _conditions(report: Report) -> str:
-    found, speed, sizes = report.conditions, report.bandwidth, report.bytes_per_cell
+    speed, sizes = report.bandwidth, report.bytes_per_cell
     rates = f"fill {speed.fill / 1e9:.1f} GB/s, copy {speed.copy / 1e9:.1f} GB/s"
     if speed.link is not None:
         rates += f", link {speed.link / 1e9:.1f} GB/s"
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return "\n".join(
         (
             f"{report.what}; {sizes.values:,.0f} values and {sizes.stored:,.0f} stored bytes per cell",
             f"floor: every stored byte crosses once, every byte made is written once, at {rates}, "
             "measured in this process",
-            f"{found['gpu'] or 'no GPU'}; {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB; "
-            f"{found['system']}",
-            f"Python {found['python']}; {versions}",
+            machine.describe(report.conditions),
         )
-    )
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned for a terminal, the first to the left, the others to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for line in lines
     )
 
 
@@ -114,7 +99,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "bench.txt", folder / "bench.json"]
     files[0].write_text(text(report) + "\n")
-    files[1].write_text(json.dumps(content(report), indent=2) + "\n")
+    write_json(files[1], content(report))
     if report.results and draw(report, folder / "bench.png"):
         files.append(folder / "bench.png")
     return files
@@ -144,8 +129,8 @@ def draw(report: Report, path: Path) -> bool:
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    machine = report.conditions["gpu"] or f"{report.conditions['cpu']}, {report.conditions['cores']} cores"
-    axis.set_title(machine, fontsize=10)
+    where = report.conditions["gpu"] or f"{report.conditions['cpu']}, {report.conditions['cores']} cores"
+    axis.set_title(where, fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hbx_gpu._bench import cache, floors
 from hbx_gpu._bench.check import Checker
+from hbx_gpu._bench.machine import conditions
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
 from hbx_gpu._bench.training import Trained, train
 from hbx_gpu._devices import cores, resolve
@@ -23,7 +21,6 @@ from hbx_gpu.stats import LoaderStats
 
 _WARM_UP_S = 1.0
 _CHECKED = 2  # batches per setting
-_PACKAGES = ("hbx_gpu", "numpy", "numba", "torch", "cupy-cuda13x", "nvidia-dali-cuda130", "kvikio-cu13")
 
 Advance = Callable[[str], object]
 
@@ -281,38 +278,3 @@ class _Bench:
             import torch
 
             torch.cuda.synchronize(self._gpu)
-
-
-def conditions(gpu: int | None) -> dict[str, Any]:
-    """Return what must accompany every figure: the machine and versions of software."""
-    found: dict[str, Any] = {
-        "cpu": _cpu(),
-        "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": dict(_versions(_PACKAGES)),
-        "gpu": None,
-    }
-    if gpu is not None:
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name(gpu)
-    return found
-
-
-def _versions(names: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for name in names:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -1,4 +1,4 @@
-"""Time to plan a batch: ``python -m benchmarks.planning``.
+"""Time to plan a batch: ``python -m benchmarks.stages planning``.
 
 No I/O and no data: row pointers over made-up groups, as a large atlas has them.
 """
@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, spread, table, write_json
+from benchmarks.common import conditions
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import spread, table, write_json
 from hbx_gpu._plan.rows import SourceTable, plan_rows, source_table
 from hbx_gpu._source import ArrayLayout, RowIndex, Source
 
@@ -68,7 +70,7 @@ def measure(n_groups: int, batch: int, *, n_rows: int, repeat: int) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages planning", description=__doc__)
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 16, 256, 1_024])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512, 4_096])
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -91,10 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(f"planning random batches of {options.rows:,} rows, about 1,400 values each")
     print(table(("groups", "batch", "ms per 1,000 rows", "fastest", "slowest"), rows))
-    print(describe_conditions(found))
+    print(describe(found))
     write_json(options.out / "planning.json", {"conditions": found, "results": results})
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

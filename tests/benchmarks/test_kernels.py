@@ -78,7 +78,7 @@ def test_every_case_passes_its_check(device: EmulatedDevice, tmp_path: Path) -> 
     assert [result for result in results if "error" in result] == []
     names = {result["case"] for result in results}
     dense = {f"{kernel}_{kind}" for kernel in ("rowpack_dense", "densify") for kind in ("f32", "f16", "bf16")}
-    assert names == {"rowpack_csr", "gather_pieces", "bitpacking_decode_u32"} | dense | {
+    assert names == {"rowpack_csr", "gather_pieces", "bitpacking_decode_u32", "sort_rows"} | dense | {
         f"{name} normalise log1p" for name in dense
     }
     assert {result["data"] for result in results} == {"uniform", "realistic"}
@@ -93,7 +93,7 @@ def test_every_case_passes_its_check(device: EmulatedDevice, tmp_path: Path) -> 
         assert result["floor_seconds"] / result["seconds"]["median"] == pytest.approx(result["share_of_copy"])
 
 
-@pytest.mark.parametrize("case", ["rowpack_dense", "rowpack_csr", "bitpacking", "gather", "densify"])
+@pytest.mark.parametrize("case", ["rowpack_dense", "rowpack_csr", "bitpacking", "gather", "sort", "densify"])
 def test_wrong_results_are_told(device: EmulatedDevice, case: str) -> None:
     """The reference is given other counts than the kernels: no case may pass."""
     bench = kernel_cases.Bench(device, kernel_cases.draw("uniform", 6, 150, 0.2), 150, chunk=256)
@@ -107,8 +107,8 @@ def test_wrong_results_are_told(device: EmulatedDevice, case: str) -> None:
     for make in makers:
         made = make()
         result = {"data": "uniform", **kernels.measure(device, made, ceiling, 1)}
-        # densify is fed from the same counts, so its result follows them.
-        assert ("error" in result) == (case != "densify"), made.name
+        # densify and sort are fed from the same counts, so their results follow them.
+        assert ("error" in result) == (case not in ("densify", "sort")), made.name
         assert len(kernels.line(result)) == len(kernels.HEADER)
 
 
@@ -122,6 +122,7 @@ def test_outputs_that_a_kernel_leaves_are_told(device: EmulatedDevice) -> None:
         bench.rowpack_csr(batch, knobs),
         bench.densify(batch, "bf16", True, knobs),
         bench.bitpacking(knobs),
+        bench.sort(batch, knobs),
     ):
         with pytest.raises(AssertionError):
             made.check()

@@ -1,4 +1,4 @@
-"""Rows of an SCDL archive as CSR batches, ours against bionemo-scdl: ``python -m benchmarks.scdl_rows``.
+"""Rows of an SCDL archive as CSR batches, ours against bionemo-scdl: ``python -m benchmarks.scdl rows``.
 
 Same archive, same run, taking turns; bionemo-scdl runs in its own interpreter (``--python PATH``). Every
 batch kept for checking is compared with the bytes of the archive.
@@ -7,9 +7,7 @@ batch kept for checking is compared with the bytes of the archive.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import conditions, describe_conditions, spread, table, write_json
+from benchmarks.common import conditions
+from benchmarks.jobs import in_process
 from benchmarks.peers.protocol import Csr, fingerprints, gene_weights
-from benchmarks.scdl_rows_loader import LOADERS
+from benchmarks.scdl.rows_loader import LOADERS
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import spread, table, write_json
 
 _LABELS = {
     "ours": "hbx_gpu, SparseBatch",
@@ -72,16 +73,9 @@ def row_fingerprints(archive: Path, out: Path) -> int:
 def measure(options: argparse.Namespace, loader: str, order: str, batch: int, truth: Path) -> dict[str, Any]:
     """One loader at one setting, in a process of its own."""
     python = options.python if loader.startswith("scdl") else sys.executable
-    told = {"loader": loader, "order": order, "batch": batch, "archive": options.archive, "truth": truth,
-            "seconds": options.seconds, "warmup": options.warmup}  # fmt: skip
-    command = [python, "-m", "benchmarks.scdl_rows_loader"]
-    command += [part for name, value in told.items() for part in (f"--{name}", str(value))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{loader} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    job = {"loader": loader, "order": order, "batch": batch, "archive": str(options.archive),
+           "truth": str(truth), "seconds": options.seconds, "warmup": options.warmup}  # fmt: skip
+    return in_process("benchmarks.scdl.rows_loader:measure", job, python=python)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for loader in loaders:  # in turns: what else the machine does hits all of them
                     runs.append({**measure(options, loader, order, batch, truth), "repeat": repeat})
     here = conditions()
-    print(describe_conditions(here))
+    print(describe(here))
     print(
         f"{options.archive}: {n_rows:,} rows; {options.repeats} runs of {options.seconds:g} s each after "
         f"{options.warmup:g} s of warm-up\n"
@@ -168,7 +162,7 @@ def _table(summary: list[dict[str, Any]]) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl_rows", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl rows", description=__doc__)
     parser.add_argument("--archive", type=Path, help="an archive with one block of genes; else one is made")
     parser.add_argument("--cells", type=int, default=40_000)
     parser.add_argument("--genes", type=int, default=20_000)
@@ -186,7 +180,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where made data go")
     parser.add_argument("--out", type=Path, metavar="JSON")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """A .h5ad file becomes an SCDL archive: time and peak memory, ours against bionemo-scdl's paginated path.
 
-``python -m benchmarks.scdl_convert``; bionemo-scdl runs in its own interpreter (``--python PATH``). The
+``python -m benchmarks.scdl convert``; bionemo-scdl runs in its own interpreter (``--python PATH``). The
 archives are compared byte by byte.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import filecmp
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.jobs import in_process, peak_rss
 
 LOADERS = {
     "hbx_gpu": "hbx_gpu",
@@ -26,34 +26,28 @@ LOADERS = {
 _FILES = ("data.npy", "col_ptr.npy", "row_ptr.npy")
 
 
-def convert(job: dict[str, Any]) -> dict[str, Any]:
+def convert(how: str, source: str, target: str, rows: int) -> dict[str, Any]:
     """Convert within this process; imports are not timed."""
-    import resource
-
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    if job["how"] == "hbx_gpu":
+    if how == "hbx_gpu":
         from hbx_gpu.scdl import SingleCellMemMapDataset
     else:
         from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
-    imported = peak()
-    options: dict[str, Any] = {"load_block_row_size": job["rows"]}
-    if job["how"] != "regular":
+    imported = peak_rss()
+    options: dict[str, Any] = {"load_block_row_size": rows}
+    if how != "regular":
         options["paginated_load_cutoff"] = 0
     clock = time.perf_counter()
-    dataset = SingleCellMemMapDataset(job["target"], job["source"], use_X_not_raw=True, **options)
+    dataset = SingleCellMemMapDataset(target, source, use_X_not_raw=True, **options)
     dataset.save()
-    return {"seconds": time.perf_counter() - clock, "peak_rss": peak(), "import_rss": imported}
+    return {"seconds": time.perf_counter() - clock, "peak_rss": peak_rss(), "import_rss": imported}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert with each, compare, print; returns the exit status: 1 where the archives differ."""
     options = _parse(argv)
-    if options.job:
-        print(json.dumps(convert(json.loads(options.job))))
-        return 0
-    from benchmarks.common import conditions, describe_conditions, spread, table, write_json
+    from benchmarks.common import conditions
+    from hbx_gpu._bench.machine import describe
+    from hbx_gpu._bench.tables import spread, table, write_json
 
     source = _source(options)
     hows = [how for how in options.how if how == "hbx_gpu" or options.python]
@@ -65,10 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(target, ignore_errors=True)
             job = {"how": how, "source": str(source), "target": str(target), "rows": options.rows}
             python = sys.executable if how == "hbx_gpu" else options.python
-            runs.append({**job, "repeat": repeat, **_in_process(python, job)})
+            runs.append(
+                {**job, "repeat": repeat, **in_process("benchmarks.scdl.convert:convert", job, python=python)}
+            )
         differing |= _differing([options.folder.absolute() / f"converted-{how}" for how in hows])
     here = conditions()
-    print(describe_conditions(here))
+    print(describe(here))
     print(f"{source} ({source.stat().st_size / 1e9:.2f} GB), {options.rows:,} rows per page\n")
     lines = []
     for how in hows:
@@ -107,16 +103,6 @@ def _source(options: argparse.Namespace) -> Path:
     return path
 
 
-def _in_process(python: str, job: dict[str, Any]) -> dict[str, Any]:
-    command = [python, "-m", "benchmarks.scdl_convert", "--job", json.dumps(job)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{job['how']} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
 def _differing(folders: Sequence[Path]) -> set[str]:
     first, *others = folders
     return {
@@ -128,7 +114,7 @@ def _differing(folders: Sequence[Path]) -> set[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl_convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl convert", description=__doc__)
     parser.add_argument("--input", type=Path, help="a .h5ad file with sparse X; else one is made")
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=20_000)
@@ -140,9 +126,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where made data go")
     parser.add_argument("--out", type=Path, metavar="JSON")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Where the time of a batch goes, on one thread: ``python -m benchmarks.stages``.
+"""Where the time of a batch goes, on one thread: ``python -m benchmarks.stages cells``.
 
 Microseconds per cell of planning, finding and addressing chunks, decoding and gathering, and making rows
 dense; random and stored order, one plan of `--rows` cells at a time, best of several passes.
@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import DataSpec, conditions, describe_conditions, prepare, table, write_json
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.settings import open_dataset
+from hbx_gpu._bench.tables import table, write_json
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu._plan.rows import plan_rows
@@ -52,7 +55,7 @@ def measure(dataset: CellDataset, order: np.ndarray, rows: int, repeat: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages cells", description=__doc__)
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--codec", default=None, help="codec of the atlas (default: that of new ones)")
@@ -64,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     spec = DataSpec(cells=options.cells, genes=options.genes, codec=options.codec)
     data = prepare(options.data, spec)
-    from hbx_gpu.atlas import RaggedAtlas
 
-    dataset = RaggedAtlas.checkout_latest(str(data.atlas)).query().to_cell_dataset("gene_expression")
+    dataset = open_dataset(data.atlas, "gene_expression")
     stored = np.arange(len(dataset))
     orders = {"random": np.random.default_rng(0).permutation(len(dataset)), "stored": stored}
     rows, results = [], []
@@ -78,10 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = conditions()
     print(table(("microseconds per cell", *STAGES), rows))
     print(f"{spec.describe()}; one thread, page cache warm, best of {options.repeat}")
-    print(describe_conditions(machine))
+    print(describe(machine))
     write_json(options.out / "stages.json", {"conditions": machine, "spec": spec.describe(), "runs": results})
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

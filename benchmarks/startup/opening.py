@@ -1,4 +1,4 @@
-"""What a large atlas costs before and while it is read: ``python -m benchmarks.opening``.
+"""What a large atlas costs before and while it is read: ``python -m benchmarks.startup opening``.
 
 Time to open and to the first batch, resident memory of the row index, and peak memory of random batches
 over the whole atlas, each in a process of its own.
@@ -7,23 +7,15 @@ over the whole atlas, each in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    DataSpec,
-    conditions,
-    describe_conditions,
-    measure_in_process,
-    peak_rss,
-    prepare,
-    spread,
-    table,
-    write_json,
-)
+from benchmarks.common import DataSpec, conditions, prepare
+from benchmarks.jobs import in_process, peak_rss
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import spread, table, write_json
 
 
 def measure(atlas: str, batch_size: int, rows: int) -> dict[str, Any]:
@@ -64,22 +56,18 @@ def measure(atlas: str, batch_size: int, rows: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.opening", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup opening", description=__doc__)
     parser.add_argument("--cells", type=int, default=1_000_000)
     parser.add_argument("--genes", type=int, default=2_000)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("demo/benchmark-data"))
     parser.add_argument("--out", type=Path, default=Path("demo/benchmarks"))
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.job:
-        print(json.dumps(measure(**json.loads(options.job))))
-        return 0
 
     spec = DataSpec(cells=options.cells, genes=options.genes)
     data = prepare(options.data, spec)
     job = {"atlas": str(data.atlas), "batch_size": 512, "rows": options.cells}
-    runs = [measure_in_process("benchmarks.opening", job) for _ in range(options.repeat)]
+    runs = [in_process("benchmarks.startup.opening:measure", job) for _ in range(options.repeat)]
     found = conditions()
     found_in = {key: spread([run[key] for run in runs]) for key in runs[0]}
     median = {key: value["median"] for key, value in found_in.items()}
@@ -97,10 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             ],
         )
     )
-    print(f"{spec.describe()}; page cache warm; {options.repeat} runs\n{describe_conditions(found)}")
+    print(f"{spec.describe()}; page cache warm; {options.repeat} runs\n{describe(found)}")
     write_json(options.out / "opening.json", {"conditions": found, "spec": spec.describe(), "runs": runs})
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,50 +1,59 @@
 """One loader over one SCDL archive, timed and checked: runs under our interpreter or that of bionemo-scdl.
 
-``python -m benchmarks.scdl_rows_loader --loader NAME ...`` prints JSON on its last line. Needs NumPy and what
-the loader imports.
+Needs Python 3.10, NumPy and what the loader imports.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.protocol import Csr, fingerprints, gene_weights, peak_rss
+from benchmarks.jobs import peak_rss
+from benchmarks.peers.protocol import Csr, fingerprints, gene_weights
 
 LOADERS = ("ours", "ours-csr", "scdl", "scdl-workers")
 Epoch = Callable[[int], Iterator[Csr]]
 
 
-def main() -> None:
-    """Measure one batch size: a process of its own, so that its peak memory is that of this setting."""
-    options = _parse()
-    with contextlib.redirect_stdout(sys.stderr):
-        answer = _measure(options, options.batch)
-    print(json.dumps(answer))
-    sys.stdout.flush()
-    os._exit(0)
+@dataclass(frozen=True)
+class Job:
+    """What to measure: some seconds of a loader, after a warm-up.
+
+    Attributes
+    ----------
+    window
+        Cells that are read in one go.
+    truth
+        Fingerprints of the archive's rows (.npy).
+    """
+
+    loader: str
+    archive: str
+    order: str
+    batch: int
+    seconds: float
+    warmup: float
+    truth: str
+    window: int = 4096
 
 
-def _measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
-    open_loader = _open_scdl if options.loader.startswith("scdl") else _open_ours
+def measure(**settings: Any) -> dict[str, Any]:
+    """Measure one `Job` in this process, so that its peak memory is that of this setting."""
+    job = Job(**settings)
+    open_loader = _open_scdl if job.loader.startswith("scdl") else _open_ours
     clock = time.perf_counter()
-    epoch, n_genes = open_loader(options, batch)
+    epoch, n_genes = open_loader(job)
     warm = epoch(0)
     first = next(warm)
     opened = time.perf_counter() - clock
     clock, number = time.perf_counter(), 0
-    while time.perf_counter() - clock < options.warmup:
+    while time.perf_counter() - clock < job.warmup:
         for _ in warm:
-            if time.perf_counter() - clock >= options.warmup:
+            if time.perf_counter() - clock >= job.warmup:
                 break
         _close(warm)
         number += 1
@@ -53,7 +62,7 @@ def _measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
     cells, elapsed = 0, 0.0
     kept: list[tuple[int, Csr]] = [(0, first)]
     clock, busy = time.perf_counter(), time.process_time()
-    while elapsed < options.seconds:
+    while elapsed < job.seconds:
         rows = epoch(number)
         at = 0
         for found in rows:
@@ -61,7 +70,7 @@ def _measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
             cells += len(found)
             elapsed = time.perf_counter() - clock
             # At the end of a window: nothing that was read ahead is left out of the clock.
-            if elapsed >= options.seconds and at % options.window == 0:
+            if elapsed >= job.seconds and at % job.window == 0:
                 break
         kept = [*kept[-3:], (at - len(found), found)]
         elapsed = time.perf_counter() - clock
@@ -69,50 +78,50 @@ def _measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
         number += 1
     busy = time.process_time() - busy
     return {
-        "loader": options.loader,
-        "order": options.order,
-        "batch": batch,
+        "loader": job.loader,
+        "order": job.order,
+        "batch": job.batch,
         "cells_per_s": cells / elapsed,
         "cells": cells,
         "elapsed_s": elapsed,
         # Of this process and its threads; unknown where workers do the work.
-        "cpu_s": None if options.loader == "scdl-workers" else busy,
+        "cpu_s": None if job.loader == "scdl-workers" else busy,
         "first_batch_s": opened,
         "peak_rss": peak_rss(),
-        **_check(options, kept, n_genes),
+        **_check(job, kept, n_genes),
     }
 
 
-def _check(options: argparse.Namespace, kept: list[tuple[int, Csr]], n_genes: int) -> dict[str, int]:
+def _check(job: Job, kept: list[tuple[int, Csr]], n_genes: int) -> dict[str, int]:
     """Compare delivered rows with the archive's: as rows of it, and in their place where order is stored."""
-    truth = np.load(options.truth)
+    truth = np.load(job.truth)
     checked = wrong = 0
     for begin, rows in kept:
         found = fingerprints(rows, gene_weights(n_genes))
         checked += len(found)
-        if options.order == "sequential":
+        if job.order == "sequential":
             wrong += int((found != truth[begin : begin + len(found)]).sum())
         else:
             wrong += int((~np.isin(found, truth)).sum())
     return {"checked_rows": checked, "wrong_rows": wrong}
 
 
-def _open_ours(options: argparse.Namespace, batch: int) -> tuple[Epoch, int]:
+def _open_ours(job: Job) -> tuple[Epoch, int]:
     """`make_loader` on the archive: threads of this process; NumPy CSR, or torch CSR tensors."""
     from hbx_gpu.dataloader import make_loader
     from hbx_gpu.sampler import CellSampler
     from hbx_gpu.scdl import SingleCellMemMapDataset
 
-    dataset = SingleCellMemMapDataset(options.archive).to_cell_dataset()
+    dataset = SingleCellMemMapDataset(job.archive).to_cell_dataset()
     sampler = CellSampler(
         dataset.groups_np,
-        batch_size=batch,
-        shuffle=options.order == "random",
+        batch_size=job.batch,
+        shuffle=job.order == "random",
         locality="none",
         seed=0,
         num_workers=0,
     )
-    layout = "csr" if options.loader == "ours-csr" else None
+    layout = "csr" if job.loader == "ours-csr" else None
     loader = make_loader(dataset, sampler, layout=layout, executor="direct")
 
     def epoch(number: int) -> Iterator[Csr]:
@@ -127,18 +136,18 @@ def _open_ours(options: argparse.Namespace, batch: int) -> tuple[Epoch, int]:
     return epoch, dataset.n_features
 
 
-def _open_scdl(options: argparse.Namespace, batch: int) -> tuple[Epoch, int]:
+def _open_scdl(job: Job) -> tuple[Epoch, int]:
     """The loop of its README: torch DataLoader with `collate_sparse_matrix_batch`."""
     import torch
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
     from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
 
-    dataset = SingleCellMemMapDataset(options.archive)
-    workers = 2 if options.loader == "scdl-workers" else 0
+    dataset = SingleCellMemMapDataset(job.archive)
+    workers = 2 if job.loader == "scdl-workers" else 0
     loader: Any = torch.utils.data.DataLoader(
         dataset,
-        batch_size=batch,
-        shuffle=options.order == "random",
+        batch_size=job.batch,
+        shuffle=job.order == "random",
         collate_fn=collate_sparse_matrix_batch,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -156,20 +165,3 @@ def _open_scdl(options: argparse.Namespace, batch: int) -> tuple[Epoch, int]:
 def _close(rows: Iterator[Csr]) -> None:
     if hasattr(rows, "close"):
         rows.close()
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl_rows_loader")
-    parser.add_argument("--loader", choices=LOADERS, required=True)
-    parser.add_argument("--archive", required=True)
-    parser.add_argument("--order", choices=("random", "sequential"), required=True)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--warmup", type=float, required=True)
-    parser.add_argument("--window", type=int, default=4096, help="cells that are read in one go")
-    parser.add_argument("--truth", type=Path, required=True, help="fingerprints of the archive's rows (.npy)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

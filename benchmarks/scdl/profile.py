@@ -1,4 +1,4 @@
-"""Profile loading of any SCDL archive or .h5ad file: ``python -m benchmarks.scdl_profile INPUT``.
+"""Profile loading of any SCDL archive or .h5ad file: ``python -m benchmarks.scdl profile INPUT``.
 
 The counterpart of the script with which BioNeMo-SCDL profiles Tahoe-100M: time to open, cells per second in
 shuffled, sequential or random order, peak memory and size on disk; beside it, in the same run, a dataset over
@@ -9,17 +9,16 @@ process of its own and gets the same time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.jobs import in_process, peak_rss
 
 ORDERS = ("shuffle", "sequential", "random")
 LOADERS = ("hbx_gpu", "bionemo-scdl", "anndata")
@@ -128,10 +127,8 @@ def _torch_loader(
     return torch.utils.data.DataLoader(dataset, batch_size, shuffle=order == "shuffle", collate_fn=collate)
 
 
-def profile(job: dict[str, Any]) -> dict[str, Any]:
+def profile(**job: Any) -> dict[str, Any]:
     """Run one loader for some seconds after a warm-up, within this process."""
-    import resource
-
     openers: dict[str, Callable[..., Opened]] = {
         "hbx_gpu": partial(open_ours, executor=job["executor"]),
         "bionemo-scdl": open_scdl,
@@ -155,7 +152,6 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         cells, values = cells + found[0], values + found[1]
         elapsed = time.perf_counter() - clock
         number += 1
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "cells_per_s": cells / elapsed,
         "values_per_s": values / elapsed,
@@ -163,7 +159,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": elapsed,
         "open_s": opened,
         "first_batch_s": first,
-        "peak_rss_mb": kib / (1024 if sys.platform != "darwin" else 1 << 20) * 1.048576,
+        "peak_rss_mb": peak_rss() / 1e6,
     }
 
 
@@ -183,14 +179,10 @@ def _run(batches: Iterator[tuple[int, int]], seconds: float) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile and print; returns the exit status."""
     options = _parse(argv)
-    if options.job:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = profile(json.loads(options.job))
-        print(json.dumps(found))
-        sys.stdout.flush()
-        os._exit(0)
-
-    from benchmarks.common import conditions, describe_conditions, size_on_disk, table, write_json
+    from benchmarks.common import conditions
+    from benchmarks.peers.protocol import bytes_below
+    from hbx_gpu._bench.machine import describe
+    from hbx_gpu._bench.tables import table, write_json
 
     archive, h5ad = _inputs(options)
     paths = {"hbx_gpu": archive, "bionemo-scdl": archive if options.python else None, "anndata": h5ad}
@@ -205,10 +197,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             job = {"loader": loader, "path": str(path), "order": order, "batch_size": options.batch_size,
                    "seconds": options.seconds, "warmup": options.warmup,
                    "executor": options.executor}  # fmt: skip
-            found = _in_process(options.python if loader == "bionemo-scdl" else sys.executable, job)
-            rows.append({**job, **found, "disk_mb": size_on_disk(path) / 1e6})
+            found = in_process(
+                "benchmarks.scdl.profile:profile",
+                job,
+                python=options.python if loader == "bionemo-scdl" else sys.executable,
+            )
+            rows.append({**job, **found, "disk_mb": bytes_below(path) / 1e6})
     here = conditions()
-    print(describe_conditions(here))
+    print(describe(here))
     print(f"{archive}; {options.seconds:g} s each after {options.warmup:g} s of warm-up\n")
     print(table(_COLUMNS, [[_text(row[name]) for name in _COLUMNS] for row in rows]))
     if options.csv:
@@ -236,16 +232,6 @@ def _inputs(options: argparse.Namespace) -> tuple[Path, Path | None]:
     return archive, source
 
 
-def _in_process(python: str, job: dict[str, Any]) -> dict[str, Any]:
-    command = [python, "-m", "benchmarks.scdl_profile", "--job", json.dumps(job)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{job['loader']} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
 def _text(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, float) and value >= 100 else (
         f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
@@ -253,7 +239,7 @@ def _text(value: Any) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl_profile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scdl profile", description=__doc__)
     parser.add_argument("input", type=Path, nargs="?", help="an SCDL archive or a .h5ad file")
     parser.add_argument("--h5ad", type=Path, help="the file that an archive was made of, for the baseline")
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=["shuffle"])
@@ -268,12 +254,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where a made archive goes")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--out", type=Path, metavar="JSON")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if not options.job and options.input is None:
+    if options.input is None:
         parser.error("an SCDL archive or a .h5ad file is needed")
     return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a spawned worker costs until its first batch: ``python -m benchmarks.workers``.
+"""What a spawned worker costs until its first batch: ``python -m benchmarks.startup workers``.
 
 Time and resident memory of a bare spawned process and of a torch DataLoader worker, and the bytes
 that a dataset pickles to.
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DataSpec, conditions, describe_conditions, prepare, table, write_json
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table, write_json
 
 
 def _resident() -> int:
@@ -75,7 +77,7 @@ def loader_worker(dataset: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup workers", description=__doc__)
     parser.add_argument("--cells", type=int, default=40_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--repeat", type=int, default=3)
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(("until", "s (median)", "resident MB"), rows))
     print(f"the dataset of {len(dataset):,} rows pickles to {pickled:,} bytes")
     print(f"heavy imports in the bare process: {', '.join(bare[-1]['heavy_imports']) or 'none'}")
-    print(f"{spec.describe()}; page cache warm; {options.repeat} repeats\n{describe_conditions(found)}")
+    print(f"{spec.describe()}; page cache warm; {options.repeat} repeats\n{describe(found)}")
     write_json(
         options.out / "workers.json",
         {
@@ -122,7 +124,3 @@ def _row(name: str, runs: Sequence[dict[str, Any]], stage: str) -> tuple[str, st
     seconds = statistics.median(run[f"{stage}_s"] for run in runs)
     resident = statistics.median(run[f"{stage}_rss"] for run in runs)
     return name, f"{seconds:.2f}", f"{resident / 1e6:,.0f}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

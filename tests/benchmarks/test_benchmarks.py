@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, device, planning, throughput, workers
+from benchmarks import common, device, throughput
+from benchmarks.jobs import in_process
+from benchmarks.stages import planning
+from benchmarks.startup import workers
+from hbx_gpu._bench import tables
 
 SMALL = ("--cells", "600", "--genes", "300")
 
@@ -111,7 +115,7 @@ def test_markdown_has_a_row_per_reader() -> None:
 
 def test_a_failing_measurement_says_why() -> None:
     with pytest.raises(RuntimeError, match="unexpected keyword argument 'nonsense'"):
-        common.measure_in_process("benchmarks.throughput", {"nonsense": 1})
+        in_process("benchmarks.throughput:run", {"nonsense": 1})
 
 
 def test_planning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +150,7 @@ def test_workers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_table_aligns() -> None:
-    assert common.table(("a", "bb"), [("ccc", "1"), ("d", "22")]) == "a    bb\nccc   1\nd    22"
+    assert tables.table(("a", "bb"), [("ccc", "1"), ("d", "22")]) == "a    bb\nccc   1\nd    22"
 
 
 def test_device_measures_epochs_and_compares_values(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""The benchmarks and what each of them asks: ``python -m benchmarks [NAME ...]``."""
+
+from __future__ import annotations
+
+from benchmarks.commands import dispatch
+
+QUESTIONS = {
+    "compare": "How fast is this loader beside every other one that installs, on the same data?",
+    "throughput": "How fast are its own paths (loader, map, workers) beside plain AnnData?",
+    "stages": "Where does the time of a batch go, and what does planning cost as an atlas grows?",
+    "startup": "What do an atlas and a worker cost until the first batch, in seconds and in memory?",
+    "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
+    "orders": "How well does each order of cells mix a batch?",
+    "executors": "What does DALI cost per batch?",
+    "multimodal": "Does a multimodal batch cost less than its parts?",
+    "images": "How fast are image steps through DALI, beside torch and Pillow?",
+    "scdl": "How fast is an SCDL archive read and written, here and in bionemo-scdl?",
+    "kernels": "How fast is each kernel on a GPU, beside a copy of the same bytes?",
+    "device": "How fast is the loader on a GPU, beside the link, its memory and the CPU loader?",
+    "decompression": "Are general codecs decoded faster on host threads or by nvCOMP on a GPU?",
+    "end_to_end": "How fast do batches of this loader and of others reach a GPU, and does training wait?",
+}
+
+if __name__ == "__main__":
+    raise SystemExit(dispatch("benchmarks", QUESTIONS))
