@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,12 +12,11 @@ import numpy as np
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.stored import Kind
+from hbx_gpu._float16 import overflow_said
 from hbx_gpu._protocols import AnyCollate, Collate, Collating, TensorBatch
 from hbx_gpu._tensors import metadata_tensors
 from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
 from hbx_gpu.transforms import Transform
-
-_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hbx_gpu.images import TileCollate
@@ -31,7 +29,8 @@ class DenseCollate(Collating):
     Attributes
     ----------
     dtype
-        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``. In float16, values of 65,520 and more
+        become infinite; the log says so once.
     transform
         Steps from :mod:`hbx_gpu.transforms`, done in float32 before rounding to `dtype`.
     """
@@ -45,8 +44,6 @@ class DenseCollate(Collating):
 
         from hbx_gpu._engine.host.dense import densify
 
-        if self.dtype == "float16" and self.transform in (None, Transform()):
-            _warn_of_overflow(batch.values)
         x = torch.from_numpy(densify(batch, dtype=self.dtype, transform=self.transform, pool=POOL))
         if self.dtype == "bfloat16":  # NumPy has no such type: the bits came as uint16
             x = x.view(torch.bfloat16)
@@ -55,22 +52,6 @@ class DenseCollate(Collating):
     def nbytes(self, n_rows: int, n_features: int, /) -> int:
         """Bytes of `X` for a batch of n_rows."""
         return n_rows * n_features * (2 if self.dtype.endswith("16") else int(self.dtype[-2:]) // 8)
-
-
-_LARGEST_FLOAT16 = 65504
-_warned: set[int] = set()
-
-
-def _warn_of_overflow(values: np.ndarray) -> None:
-    """Say once per process that counts become infinite in float16."""
-    if len(values) and values.max() > _LARGEST_FLOAT16 and not _warned:
-        _warned.add(_LARGEST_FLOAT16)
-        _log.warning(
-            "a value of %s is larger than float16 holds (%d) and becomes infinite; use dtype='bfloat16' or "
-            "'float32', or a transform that makes it smaller, such as log1p",
-            values.max(),
-            _LARGEST_FLOAT16,
-        )
 
 
 def sparse_to_dense_collate(batch: SparseBatch) -> TensorBatch:
@@ -305,7 +286,8 @@ class MatrixCollate(Collating):
         data = batch.data
         if data.dtype != name:
             data = POOL.empty(batch.data.shape, name)
-            np.copyto(data, batch.data, casting="unsafe")
+            with overflow_said(name):
+                np.copyto(data, batch.data, casting="unsafe")
         x = torch.from_numpy(data).to(getattr(torch, self.dtype))
         return {"X": x, **metadata_tensors(batch.metadata)}
 

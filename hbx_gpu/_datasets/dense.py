@@ -11,6 +11,7 @@ import numpy as np
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.stored import Kind, Recipe, StoredDataset, common_dtype
+from hbx_gpu._float16 import overflow_said
 from hbx_gpu._plan.boxes import BoxPlan, box_table, full_boxes, needed_chunks, plan_boxes
 from hbx_gpu._source import BoxIndex, ObsColumns, Source, rows_by_source
 from hbx_gpu.batch import DenseBatch, RaggedBatch
@@ -147,7 +148,7 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
     ) -> list[DenseBatch | RaggedBatch]:
         """See :meth:`StoredDataset.decode`."""
         found: Any
-        with stage("decode") as decoding:
+        with stage("decode") as decoding, overflow_said(*self.dtypes.values()):
             if self._matrix:
                 found = self._arrays.matrix(plan, slab, self.n_features, self._remaps)
             elif self.per_cell_shape is not None:

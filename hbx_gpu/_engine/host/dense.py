@@ -6,6 +6,7 @@ import numpy as np
 
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._engine.host.dense_kernels import BFLOAT16, FLOAT16, NATIVE, add_rows, convert_rows
+from hbx_gpu._float16 import FIRST_INFINITE, say_overflow
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.transforms import Transform, not_counts
 
@@ -31,6 +32,8 @@ def densify(
     pool: BufferPool | None = None,
 ) -> np.ndarray:
     """Return a sparse batch as a dense matrix; columns that repeat within a row are summed.
+
+    Values that are too large for float16 become infinite in it, with a warning.
 
     Parameters
     ----------
@@ -72,7 +75,7 @@ def densify(
     else:
         tile = np.zeros(batch.n_features, np.float32)
         sums = np.empty(int(np.diff(batch.offsets).max(initial=0)), np.float32)
-        bad = convert_rows(
+        bad, largest = convert_rows(
             batch.offsets,
             batch.indices,
             values,
@@ -83,6 +86,8 @@ def densify(
             sums,
             out,
         )
+        if largest >= FIRST_INFINITE:
+            say_overflow(float(largest))
     if bad >= 0:
         raise ValueError(f"row {bad} of the batch has a column outside [0, {batch.n_features})")
     return out.view(np.float16) if kind == FLOAT16 else out

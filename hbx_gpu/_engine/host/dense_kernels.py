@@ -126,12 +126,14 @@ def convert_rows(offsets, indices, values, target_sum, log, kind, tile, sums, ou
     """Do what `add_rows` does, then apply log1p to each sum or convert it to a narrower float.
 
     `tile` is one row of float32 zeros, in which repeated columns are added up first; it is all zeros again
-    afterwards. `sums` has room for the values of the longest row.
+    afterwards. `sums` has room for the values of the longest row. Returns the first row with a column
+    outside the matrix, or -1, and the largest finite absolute value that was written as float16, or 0.
     """
+    largest = np.float32(0)
     for row in range(len(offsets) - 1):
         a, b = offsets[row], offsets[row + 1]
         if not _inside(indices, a, b, out.shape[1]):
-            return row
+            return row, largest
         line = out[row]
         line[:] = 0
         scale = _scale_of(values, a, b, target_sum)
@@ -147,8 +149,11 @@ def convert_rows(offsets, indices, values, target_sum, log, kind, tile, sums, ou
             if kind == BFLOAT16:
                 line[column] = bfloat16_bits(x[k])
             elif kind == FLOAT16:
+                size = abs(x[k])
+                if size > largest and size < np.float32(np.inf):
+                    largest = size
                 line[column] = float16_bits(x[k])
             else:
                 line[column] = x[k]
             tile[column] = 0
-    return -1
+    return -1, largest

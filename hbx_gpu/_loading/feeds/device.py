@@ -20,6 +20,7 @@ from hbx_gpu._collates import (
 )
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.stored import StoredDataset
+from hbx_gpu._float16 import may_overflow, say_overflow, was_said
 from hbx_gpu._protocols import Rows
 from hbx_gpu._tensors import check_columns
 from hbx_gpu.stats import stage
@@ -61,6 +62,7 @@ class StagedFeed(Generic[DatasetT]):
         check_columns([*dataset.columns, "index"])
         self._dataset: DatasetT = dataset
         self._backend = backend
+        self._may_overflow = True  # in float16
         # Staging memory that no window uses now. Windows in flight bound its number, the loader bounds those.
         self._free: deque[Slot] = deque()
         self._submitting = threading.Lock()
@@ -88,6 +90,7 @@ class StagedFeed(Generic[DatasetT]):
             with stage("decode") as ordering, self._submitting:
                 try:
                     pending, tensors, cut = self._submit(staging, slot)
+                    overflow = self._overflow(tensors)
                     tensors = [*tensors, *columns.send(slot, self._backend)]
                     ordering.nbytes = sum(x.numel() * x.element_size() for x in tensors)
                 finally:
@@ -95,7 +98,7 @@ class StagedFeed(Generic[DatasetT]):
         except BaseException:
             self._free.append(slot)
             raise
-        window = _Window(pending, slot.busy, slot, self._free, tensors, cut, columns)
+        window = _Window(pending, slot.busy, slot, self._free, tensors, cut, columns, overflow)
         last = np.cumsum([len(part) for part in selections]).tolist()
         return [_Made(window, stop - len(part), stop) for part, stop in zip(selections, last, strict=True)]
 
@@ -108,8 +111,20 @@ class StagedFeed(Generic[DatasetT]):
                 window.pending.check()
             finally:
                 window.give_back()
+            if window.overflow is not None and bool(window.overflow):
+                say_overflow()
         self._backend.hand_over(window.event, window.tensors)
         return {"X": window.x(made.first, made.last), **window.columns.batch(made.first, made.last)}
+
+    def _overflow(self, tensors: Sequence[Any]) -> Any:
+        """Order the search for infinite float16 values: a bool tensor; None where there can be none."""
+        import torch
+
+        half = [x for x in tensors if x.dtype == torch.float16]
+        if not half or not self._may_overflow or was_said():
+            return None
+        with self._backend.on_decode_stream():
+            return half[-1].isinf().any()
 
     def _slot(self) -> Slot:
         try:
@@ -158,6 +173,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
         self._engine = dataset.device_engine(backend, decode=options.decode)
         self._layout = options.one_layout
         self._dtype, self._transform = options.one_dtype, options.steps
+        self._may_overflow = may_overflow(self._transform)
         self.chunks = DeviceChunks(dataset, self._engine, options)
         self._decoded = DecodedBytes(self._engine)
         # Whether batches of a window could not be told apart before the device has counted.
@@ -264,6 +280,8 @@ class _Window:
         Cuts the batch of rows [first, last) out of them.
     columns
         Metadata.
+    overflow
+        Tensor that says whether float16 values became infinite; None where they cannot.
     """
 
     pending: Pending
@@ -273,6 +291,7 @@ class _Window:
     tensors: list[Any]
     x: Callable[[int, int], Any]
     columns: _Columns
+    overflow: Any = None
 
     def give_back(self) -> None:
         """Give the staging memory up, if that has not been done."""
