@@ -30,6 +30,11 @@ def in_command() -> bool:
     return bool(_flags)
 
 
+def spelled(python: str, command: str) -> str:
+    """One of two texts, by the place where the user is."""
+    return command if in_command() else python
+
+
 def option(name: str, value: str | None = None) -> str:
     """How the user passes a parameter, with a value where one is advised.
 
@@ -43,14 +48,16 @@ def option(name: str, value: str | None = None) -> str:
     Returns
     -------
     str
-        ``feature_id_column='gene_ids'`` in Python, ``--feature-id-column gene_ids`` in a command that has it.
+        ``feature_id_column='gene_ids'`` in Python, ``--feature-id-column gene_ids`` in a command that has it;
+        a command that lacks it sends the user to Python.
     """
     flag = _flags[-1].get(name) if _flags else None
     if flag is None:
+        elsewhere = " in Python" if _flags else ""
         if value is None:
-            return f"{name}="
+            return f"{name}={elsewhere}"
         plain = value in ("True", "False") or value[:1] in "[{'\"" or value.replace(".", "").isdigit()
-        return f"{name}={value if plain else repr(value)}"
+        return f"{name}={value if plain else repr(value)}{elsewhere}"
     if "{}" in flag:
         return flag.replace("{}", value or name.upper())
     return flag if value in (None, "True") else f"{flag} {value}"

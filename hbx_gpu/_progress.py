@@ -1,10 +1,15 @@
-"""How far a conversion is: what is called meanwhile, and the bar that a terminal shows."""
+"""How far a conversion is: what is called meanwhile, the bar that a terminal shows, and notes beside it."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Progress = Callable[[int, int], object]
 """Called with what is done and its total."""
@@ -17,13 +22,42 @@ def silent(done: int, total: int) -> None:
 
 @contextmanager
 def bar(unit: str, title: str | None = None) -> Iterator[Progress]:
-    """A progress bar on stderr, as long as the context lasts."""
+    """A progress bar on stderr, as long as the context lasts. It begins when there is something to show."""
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, mininterval=0.2) as shown:
+    shown: tqdm[Any] | None = None
 
-        def show(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if not total:
+            return
+        if shown is None:
+            shown = tqdm(
+                desc=title, unit=unit, unit_scale=True, total=total, file=sys.stderr, mininterval=0.2
+            )
+        shown.total = total
+        shown.update(done - shown.n)
 
+    try:
         yield show
+    finally:
+        if shown is not None:
+            shown.close()
+
+
+def note(text: str) -> None:
+    """Print a line on stderr. A bar that is shown there makes room for it and follows below."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+class NoteHandler(logging.Handler):
+    """Prints log records by way of :func:`note`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See ``logging.Handler``."""
+        try:
+            note(self.format(record))
+        except Exception:
+            self.handleError(record)

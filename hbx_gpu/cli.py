@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hbx_gpu._commands import bench, convert, info, ingest, remove, repack
+from hbx_gpu._progress import NoteHandler
 from hbx_gpu._version import __version__
 
 # Heavy imports happen in the commands, so that --help and --version answer at once.
@@ -18,7 +19,11 @@ _CODECS = "hbx_gpu.rowpack, homeobox.bitpacking (which Homeobox reads), zstd, bl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0 for success, 1 for an error, 130 when interrupted."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(format="hbx-gpu: %(message)s", level=logging.INFO if args.debug else logging.WARNING)
+    logging.basicConfig(
+        format="hbx-gpu: %(message)s",
+        level=logging.INFO if args.debug else logging.WARNING,
+        handlers=[NoteHandler()],
+    )
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)

@@ -129,7 +129,7 @@ def test_dense_spaces(tmp_path: Path, asked: str, where: str, caplog: pytest.Log
             found = on_host(dense, batches, **of_batch)
         else:
             found, _ = on_device(dense, batches, EmulatedBackend(), "auto", **of_batch)
-    assert all(bool(np.isinf(batch["X"]).any()) for batch in found if len(batch["X"]))
+    assert any(bool(np.isinf(batch["X"]).any()) for batch in found)
     assert SAID in caplog.text
 
 

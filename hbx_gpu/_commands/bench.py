@@ -88,6 +88,17 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench, if_interrupted="nothing was written")
 
 
+# Python's parameters, as the options of this command.
+_FLAGS = FLAGS | {
+    "device": "--device",
+    "executor": "--executor",
+    "io": "--io",
+    "residency": "--residency",
+    "layer": "--layer",
+    "field_name": "--field",
+}
+
+
 def _bench(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -119,7 +130,7 @@ def _bench(args: argparse.Namespace) -> int:
         layer=args.layer,
         allow_links=args.allow_links,
     )
-    with from_command(FLAGS), tqdm(desc="bench", unit="setting", file=sys.stderr, mininterval=0.2) as bar:
+    with from_command(_FLAGS), tqdm(desc="bench", unit="setting", file=sys.stderr, mininterval=0.2) as bar:
 
         def begin(steps: int) -> Any:
             bar.reset(total=steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
-from hbx_gpu._progress import Progress, bar
+from hbx_gpu._progress import Progress, bar, note
 from hbx_gpu.errors import InvalidDataError
 
 
@@ -47,8 +46,20 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--feature-id",
         dest="feature_id",
         metavar="NAME",
-        help="column of var that identifies a gene across the files of an archive; by default chosen for all "
-        "of them together: ids of a database, else the names",
+        help="to an atlas: column of var that identifies a gene across the files of an archive; by default "
+        "chosen for all of them together: as the atlas has them, ids of a database, else the names",
+    )
+    parser.add_argument(
+        "--strip-versions",
+        action="store_true",
+        help="to an atlas: drop the versions of Ensembl ids: ENSG....15",
+    )
+    parser.add_argument(
+        "--require-shared-genes",
+        type=float,
+        metavar="FRACTION",
+        help="to an atlas: refuse genes of which less than this fraction of the smaller set is shared with "
+        "the atlas and the blocks before; by default a fraction under one half is said",
     )
     parser.add_argument(
         "--codec", metavar="NAME", help="compression of a new atlas; hbx_gpu.rowpack by default"
@@ -111,24 +122,35 @@ def _convert(args: argparse.Namespace) -> int:
     _refuse_unused(args, kind)
     begin = time.perf_counter()
     convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]
-    with from_command(_FLAGS), warnings.catch_warnings(), bar(" cells", args.source.name) as progress:
+    used = {name: flag for name, flag in _FLAGS.items() if _attribute(flag) in _USED[kind]}
+    with from_command(used), warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
-        n = convert(args, progress)
+        with bar(" cells", args.source.name) as progress:
+            n, said = convert(args, progress)
+    if said:
+        print(said)
     took = time.perf_counter() - begin
-    done = f"{n:,} cells of {args.source} in {took:.1f} s" if n else "was there"
-    print(f"{args.target}: {done}")
+    done = f"{n:,} cells of {args.source} in {took:.1f} s"
+    print(f"{args.target}: {done if n else f'all cells of {args.source} are in it already'}")
     return 0
 
 
+def _attribute(flag: str) -> str:
+    """Where argparse keeps an option."""
+    return {"--feature-id-column": "feature_id"}.get(flag, flag.removeprefix("--").replace("-", "_"))
+
+
 def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"hbx-gpu: warning: {message}", file=sys.stderr)
+    note(f"hbx-gpu: warning: {message}")
 
 
 # Python's parameters, as the options of this command.
 _FLAGS = links.FLAGS | {
     "feature_id": "--feature-id-column",
     "feature_id_column": "--feature-id-column",
+    "strip_versions": "--strip-versions",
+    "require_shared_genes": "--require-shared-genes",
     "layer": "--layer",
     "zarr_layer": "--layer",
     "matrix": "--layer",
@@ -138,9 +160,18 @@ _FLAGS = links.FLAGS | {
     "allow_rounding": "--allow-loss",
     "allow_normalized": "--allow-normalized",
     "overwrite": "--overwrite",
+    "union": "--union",
 }
 _USED = {
-    "archive": {"layer", "feature_id", "codec", "allow_loss", "allow_links"},
+    "archive": {
+        "layer",
+        "feature_id",
+        "strip_versions",
+        "require_shared_genes",
+        "codec",
+        "allow_loss",
+        "allow_links",
+    },
     "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "allow_links", "overwrite"},
     "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "overwrite"},
 }
@@ -151,28 +182,35 @@ def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
     unused = [name for name in options if getattr(args, name) and name not in _USED[kind]]
     if unused:
         flags = ", ".join(sorted(_FLAGS.get(name, "--" + name.replace("_", "-")) for name in unused))
-        raise InvalidDataError(f"{args.source} is an {kind}: {flags} cannot be used for its conversion")
+        what = {"atlas": "an atlas", "archive": "an archive", "file": "a file of cells"}[kind]
+        raise InvalidDataError(f"{args.source} is {what}: {flags} cannot be used for its conversion")
 
 
-def _to_atlas(args: argparse.Namespace, progress: Progress) -> int:
+# Each gives the number of cells, and a line about the choices that it made.
+
+
+def _to_atlas(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     from hbx_gpu.scdl._atlases.to_atlas import archive_to_atlas
 
-    return archive_to_atlas(
+    n = archive_to_atlas(
         args.source,
         args.target,
         layer=args.layer or "auto",
         feature_id=args.feature_id,
+        strip_versions=args.strip_versions,
+        require_shared_genes=args.require_shared_genes,
         codec=args.codec,
         allow_loss=args.allow_loss,
         allow_links=args.allow_links,
         progress=progress,
     )
+    return n, ""
 
 
-def _from_atlas(args: argparse.Namespace, progress: Progress) -> int:
+def _from_atlas(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     from hbx_gpu.scdl._atlases.from_atlas import atlas_to_archive
 
-    return atlas_to_archive(
+    n = atlas_to_archive(
         args.source,
         args.target,
         layer=args.layer,
@@ -184,9 +222,10 @@ def _from_atlas(args: argparse.Namespace, progress: Progress) -> int:
         overwrite=args.overwrite,
         progress=progress,
     )
+    return n, ""
 
 
-def _from_file(args: argparse.Namespace, progress: Progress) -> int:
+def _from_file(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     from hbx_gpu.scdl._format.values import Tolerance
     from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
 
@@ -201,5 +240,4 @@ def _from_file(args: argparse.Namespace, progress: Progress) -> int:
         overwrite=args.overwrite,
         progress=progress,
     )
-    print(f"{args.source}: matrix {done.matrix}" + (f" ({done.reason})" if done.reason else ""))
-    return done.n_rows
+    return done.n_rows, f"{args.source}: matrix {done.matrix}" + (f" ({done.reason})" if done.reason else "")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._paths import argument as local_argument
-from hbx_gpu._progress import bar
+from hbx_gpu._progress import NoteHandler, bar, note
 from hbx_gpu._version import __version__
 
 # Heavy imports happen in the functions, so that --help and --version answer at once.
@@ -29,6 +29,7 @@ _FLAGS = {
         "use_X_not_raw",
         "allow_normalized",
         "allow_loss",
+        "require_shared_genes",
         "data_dtype",
         "data_dtype_tolerance",
         "overwrite",
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0 for success, 1 for an error, 130 when interrupted."""
     args = _parser().parse_args(argv)
     logging.basicConfig(
-        format=f"{_PROGRAM}: %(message)s", level=logging.INFO if args.debug else logging.WARNING
+        format=f"{_PROGRAM}: %(message)s",
+        level=logging.INFO if args.debug else logging.WARNING,
+        handlers=[NoteHandler()],
     )
     try:
         with from_command(_FLAGS), warnings.catch_warnings():
@@ -116,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     add("use-X-not-raw", action="store_true", help="take X; by default raw.X where a file has it, else X")
     add("matrix", metavar="NAME", help="matrix to take: X, raw, or a layer; instead of --use-X-not-raw")
     add("allow-normalized", action="store_true", help="accept values that are not counts, also beside counts")
+    add(
+        "require-shared-genes",
+        type=float,
+        metavar="FRACTION",
+        help="refuse files that share less than this fraction of the smaller set of genes with those before "
+        "them; by default a fraction under one half is said",
+    )
     add("load-neighbors", action="store_true", help="take the neighbours of the cells too")
     add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")
     add("overwrite", action="store_true", help="replace an archive at the save path; by default refused")
@@ -147,6 +157,7 @@ def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
         allow_normalized=args.allow_normalized,
         paginated_load_cutoff=args.paginated_load_cutoff,
         load_block_row_size=args.load_block_row_size,
+        require_shared_genes=args.require_shared_genes,
         neighbor_key=args.neighbor_key if args.load_neighbors else None,
     )
     with bar(" cells") as show:
@@ -188,14 +199,19 @@ def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
                 progress=show,
             )
         dtype = "auto" if args.data_dtype == "auto" else None
-        collection.flatten(args.save_path, overwrite=args.overwrite, data_dtype=dtype)
+        collection.flatten(
+            args.save_path,
+            overwrite=args.overwrite,
+            data_dtype=dtype,
+            require_shared_genes=args.require_shared_genes,
+        )
         return collection.number_of_rows()
     finally:
         place.discard()
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"{_PROGRAM}: warning: {message}", file=sys.stderr)
+    note(f"{_PROGRAM}: warning: {message}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Overlap:
         Sentences that say how more ids could be matched.
     example
         An id of the file, and one of the collection.
+    parameter
+        Name of the parameter that takes the column, for messages.
     """
 
     where: str
@@ -39,6 +41,7 @@ class Overlap:
     n_shared: int
     remedies: tuple[str, ...]
     example: tuple[str, str]
+    parameter: str = "feature_id_column"
 
     @property
     def fraction(self) -> float:
@@ -61,7 +64,7 @@ class Overlap:
             if self.remedies
             else (
                 f"if they are the same genes under other names, name the column that joins them with "
-                f"{option('feature_id_column')}"
+                f"{option(self.parameter)}"
             )
         )
         return (
@@ -99,7 +102,7 @@ def compare(
     if smaller and n_shared < _ENOUGH * smaller:
         remedies = _remedies(table, choice, ids, there, columns or {}, n_shared, parameter)
     example = (min(ids, default=""), min(there, default=""))
-    return Overlap(table.where, choice, len(ids), len(there), n_shared, tuple(remedies), example)
+    return Overlap(table.where, choice, len(ids), len(there), n_shared, tuple(remedies), example, parameter)
 
 
 def _remedies(

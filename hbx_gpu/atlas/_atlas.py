@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from hbx_gpu._advice import spelled
 from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
@@ -568,7 +569,7 @@ def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None
         if creation.is_unfinished(root):
             raise AtlasError(
                 f"the making of the atlas at {root} was interrupted, and nothing is in it; "
-                "create_or_open_atlas (hbx-gpu ingest) makes it anew"
+                f"{spelled('create_or_open_atlas', 'hbx-gpu ingest')} makes it anew"
             )
     return Names.load(root, version_table=version_table, allow_links=allow_links)
 

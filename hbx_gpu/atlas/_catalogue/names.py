@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hbx_gpu._advice import option
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import parse_json, read_small
 from hbx_gpu.atlas._catalogue import tables
@@ -171,6 +172,6 @@ def only_table(names: Sequence[str]) -> str:
     """
     if len(names) != 1:
         raise ValueError(
-            f"the atlas has several obs tables ({list(names)}); pass obs_table= (--table) to select one"
+            f"the atlas has several obs tables ({list(names)}); pass {option('obs_table')} to select one"
         )
     return names[0]

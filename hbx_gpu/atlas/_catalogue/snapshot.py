@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._advice import option
 from hbx_gpu.atlas._catalogue import manifest
 from hbx_gpu.atlas._catalogue.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalogue.paths import check_database, group_path
@@ -225,7 +226,7 @@ class Snapshot:
         if table is None:
             if len(names) != 1:
                 raise ValueError(
-                    f"Atlas has multiple obs tables ({names}); pass obs_table_name= to select one."
+                    f"Atlas has multiple obs tables ({names}); pass {option('obs_table_name')} to select one."
                 )
             return names[0]
         if table not in names:

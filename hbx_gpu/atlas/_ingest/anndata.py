@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._advice import option, spelled
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.source import open_source
@@ -221,7 +222,7 @@ def check_matrix_space(field_name: str, space: FeatureSpace) -> None:
     what = "fragments" if space.repeats else "images"
     raise AtlasError(
         f"pointer column {field_name!r} is of feature space {space.name!r}, which holds {what}, no cells x "
-        f"features matrix: add {what} with add_multimodal (--modality)"
+        f"features matrix: add {what} with {spelled('add_multimodal', '--modality')}"
     )
 
 
@@ -291,6 +292,6 @@ def field_of(wanted: str, fields: Mapping[str, str], table: str) -> str:
     if len(found) != 1:
         raise UnknownNameError(
             f"obs table {table!r} has {len(found)} pointer columns of feature space {wanted!r} ({found}); "
-            f"name one of {sorted(fields)} with field_name= (--field)"
+            f"name one of {sorted(fields)} with {option('field_name')}"
         )
     return found[0]

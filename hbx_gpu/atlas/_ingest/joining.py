@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._advice import option
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.column_types import Column, convert, is_empty, join_types
@@ -154,7 +155,8 @@ def _check_equal(files: Sequence[CellIds], indices: Sequence[pd.Index]) -> None:
                 raise InvalidDataError(
                     f"{len(alone)} cell id(s) of {file.name!r} ({file.source}) are not in {other.name!r} "
                     f"({other.source}), first {min(_SHOWN, len(alone))}: {alone[:_SHOWN].tolist()}; "
-                    "join='outer' keeps such cells without the other modality, join='inner' leaves them out"
+                    f"{option('join', 'outer')} keeps such cells without the other modality, "
+                    f"{option('join', 'inner')} leaves them out"
                 )
 
 
@@ -164,7 +166,7 @@ def _check_known(file: CellIds, index: pd.Index, ids: pd.Index) -> None:
         raise InvalidDataError(
             f"{file.source}: {len(unknown)} cell id(s) are in no other modality, first "
             f"{min(_SHOWN, len(unknown))}: {unknown[:_SHOWN].tolist()}; correct or remove them, or leave "
-            "them out with join='inner' (--join inner)"
+            f"them out with {option('join', 'inner')}"
         )
 
 
@@ -257,7 +259,7 @@ def _merge(
             raise InvalidDataError(
                 f"obs column {column!r} differs between {a!r} and {b!r} for {at.size} cell(s), first "
                 f"{ids[i]!r}: {left[i].as_py()!r} and {right[i].as_py()!r}; rename one of the columns, or "
-                "name the modality that counts with obs_from= (--obs-from)"
+                f"name the modality that counts with {option('obs_from')}"
             )
     return (
         pa.array(

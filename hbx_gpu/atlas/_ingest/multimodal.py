@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._advice import option, spelled
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
@@ -256,11 +257,11 @@ def resolve_modality(
     if space == "chromatin_accessibility" and _is_matrix(data):
         space = "chromatin_peaks"  # counted already: cells x peaks
     if space not in known_spaces():
+        other = spelled("{name: 'file.h5mu:modality'}", "--modality NAME=FILE.h5mu:MODALITY")
         raise UnknownNameError(
             f"unknown modality {name!r}; name it by a pointer column ({sorted(fields)}), a feature space "
             f"({known_spaces()}) or a short name ({sorted(SHORT_NAMES)}). A modality of another name "
-            "in an .h5mu file is taken with --modality NAME=FILE.h5mu:MODALITY, in Python "
-            "{name: 'file.h5mu:modality'}"
+            f"in an .h5mu file is taken with {other}"
         )
     if space not in fields.values():
         return space, get_space(space)
@@ -280,12 +281,14 @@ def _check_targets(targets: Mapping[str, tuple[str, FeatureSpace]]) -> None:
 
 def _check_names(opened: Mapping[str, Any], layers: Layers, id_column: Any, obs_from: str | None) -> None:
     """Options that name a modality must name one that is there."""
-    named = {"layers= (--layer-of)": list(layers), "obs_from= (--obs-from)": [obs_from] if obs_from else []}
-    if isinstance(id_column, Mapping):
-        named["feature_id_column= (--feature-id-column)"] = list(id_column)
-    for option, names in named.items():
+    named = {
+        option("layers", spelled("...", "NAME:LAYER=MATRIX")): list(layers),
+        option("obs_from"): [obs_from] if obs_from else [],
+        option("feature_id_column"): list(id_column) if isinstance(id_column, Mapping) else [],
+    }
+    for where, names in named.items():
         if unknown := [name for name in names if name not in opened]:
-            raise UnknownNameError(f"{option} names {unknown}, but the modalities are {list(opened)}")
+            raise UnknownNameError(f"{where} names {unknown}, but the modalities are {list(opened)}")
 
 
 def _is_matrix(data: Any) -> bool:
@@ -384,7 +387,7 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _
         if not isinstance(data, ImageInput):
             raise InvalidDataError(
                 f"modality {name!r}: images of feature space {space.name!r} need a table that maps cells "
-                "to them: ImageInput(image, table), --tiles-table TABLE"
+                f"to them: {spelled('ImageInput(image, table)', '--tiles-table TABLE')}"
             )
         return image_part(name, field_name, space, data)
     check_matrix_space(field_name, space)

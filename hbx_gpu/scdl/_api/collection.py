@@ -200,6 +200,7 @@ class SingleCellCollection:
         *,
         overwrite: bool = False,
         data_dtype: str | None = None,
+        require_shared_genes: float | None = None,
     ) -> None:
         """Write all rows into one archive, in the order of the datasets.
 
@@ -217,6 +218,9 @@ class SingleCellCollection:
         data_dtype
             Dtype of the values: by default the widest of all, which must be all integers or all floats; see
             :func:`hbx_gpu.scdl._writing.concat.concat_archives`.
+        require_shared_genes
+            Refuse archives that share less than this fraction of the smaller set of genes with those before
+            them. By default a fraction under one half is said in a warning.
 
         Raises
         ------
@@ -224,12 +228,14 @@ class SingleCellCollection:
             The output exists and may not be replaced.
         ValueError
             The collection is empty, or mixes integers and floats.
+        InvalidDataError
+            Archives share fewer genes than `require_shared_genes` says.
         """
         if not self.fname_to_mmap:
             raise ValueError(
                 f"the collection at {self.data_path} is empty: load .h5ad files before flattening"
             )
-        self._say_differences()
+        self._say_differences(require_shared_genes)
         concat_archives(
             list(self.fname_to_mmap),
             output_path,
@@ -241,15 +247,18 @@ class SingleCellCollection:
             self.fname_to_mmap.clear()
             shutil.rmtree(self.data_path)
 
-    def _say_differences(self) -> None:
+    def _say_differences(self, require_shared: float | None) -> None:
         """Warn of archives that share few genes with the others, or whose genes nothing identifies."""
         from hbx_gpu.scdl._sources.axis import gene_axis
         from hbx_gpu.scdl._sources.cells import gene_blocks
 
         archives = [dataset.archive for dataset in self.fname_to_mmap.values()]
         try:
-            gene_axis([block for archive in archives for block in gene_blocks(archive)])
+            blocks = [block for archive in archives for block in gene_blocks(archive)]
+            gene_axis(blocks, require_shared=require_shared)
         except InvalidDataError as error:
+            if require_shared is not None:
+                raise
             warnings.warn(str(error), UserWarning, stacklevel=3)
 
     def number_of_rows(self) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._advice import option
 from hbx_gpu._progress import Progress, silent
-from hbx_gpu.errors import AtlasError, UnsupportedError
+from hbx_gpu.errors import AtlasError, InvalidDataError, UnsupportedError
 from hbx_gpu.scdl._atlases import origin
 from hbx_gpu.scdl._format.values import Tolerance
 from hbx_gpu.scdl._writing.concat import append_frames, append_neighbors
@@ -117,6 +118,8 @@ def atlas_to_archive(
             f"layer {dataset.layer!r} of {source} holds {dataset.dtype}; archives hold unsigned integers and "
             "floating point numbers. Choose another layer"
         )
+    if not len(dataset):
+        raise InvalidDataError(f"{source} has no cells in this snapshot, so there is nothing to convert")
     runs, rows = list(_runs(dataset, union=union)), dataset
     genes = [np.arange(dataset.n_features)]
     if not union:
@@ -174,7 +177,8 @@ def _with_own_columns(dataset: CellDataset) -> tuple[CellDataset, list[np.ndarra
         if (source.remap < 0).any():
             raise AtlasError(
                 f"group {source.name!r} has {int((source.remap < 0).sum())} features that are registered no "
-                "more: they have no name. Convert with union=True (--union), which leaves their values out"
+                f"more: they have no name. Convert with {option('union', 'True')}, which leaves "
+                "their values out"
             )
     own = [replace(s, remap=np.arange(len(s.remap), dtype=np.int32)) for s in sources]
     width = max((len(s.remap) for s in sources), default=0)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._progress import Progress, silent
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._atlases import origin
 from hbx_gpu.scdl._format.archive import Archive, open_archive
 from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
 from hbx_gpu.scdl._sources.axis import NAMES, POSITION, GeneAxis, gene_axis
-from hbx_gpu.scdl._sources.cells import gene_blocks
+from hbx_gpu.scdl._sources.cells import SPACE, gene_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +36,8 @@ def archive_to_atlas(
     *,
     layer: str = "auto",
     feature_id: str | None = None,
+    strip_versions: bool = False,
+    require_shared_genes: float | None = None,
     codec: str | None = None,
     allow_loss: bool = False,
     allow_links: bool = False,
@@ -57,6 +60,12 @@ def archive_to_atlas(
         looks at all values and takes `counts` where they are whole numbers that fit.
     feature_id
         Column of var that identifies genes across blocks; see :func:`hbx_gpu.scdl._sources.axis.gene_axis`.
+        By default the one that shares most genes with an atlas that exists.
+    strip_versions
+        Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
+    require_shared_genes
+        Refuse genes of which less than this fraction of the smaller set is shared, among the blocks of the
+        archive and with the atlas. By default a fraction under one half is said in a warning.
     codec
         Compression of the arrays; by default the atlas's own.
     allow_loss
@@ -74,27 +83,36 @@ def archive_to_atlas(
     Raises
     ------
     InvalidDataError
-        Values that the layer cannot hold; genes that cannot be told apart.
+        Values that the layer cannot hold; genes that cannot be told apart, or share less than
+        `require_shared_genes`.
     AlreadyIngestedError
         The cells are in the atlas in another form.
     """
     from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+    from hbx_gpu.atlas._ingest.identity import known_features
 
     archive = source if isinstance(source, Archive) else open_archive(source)
     if not archive.n_rows or not archive.nnz:
         raise InvalidDataError(f"{archive.path} holds no values: there is nothing to convert")
     archive.check_pointers()
     blocks = gene_blocks(archive)
-    axis = gene_axis(blocks, feature_id)
+    path = Path(target)
+    there = (path / "lance_db").is_dir()
+    atlas = RaggedAtlas.open(path, allow_links=allow_links) if there else None
+    axis = gene_axis(
+        blocks,
+        feature_id,
+        strip_versions=strip_versions,
+        require_shared=require_shared_genes,
+        known=known_features(atlas.catalogue, SPACE) if atlas is not None else None,
+    )
     frames = [_var_frame(archive, b, axis) for b in range(len(blocks))]
     _warn_of_differences(archive, axis, frames)
     layer = _layer_for(archive) if layer == "auto" else layer
-    path = Path(target)
-    atlas = (
-        RaggedAtlas.open(path, allow_links=allow_links)
-        if (path / "lance_db").is_dir()
-        else create_or_open_atlas(path, codec=codec)
-    )
+    if atlas is None:
+        atlas = create_or_open_atlas(path, codec=codec)
+    # Compared with the atlas above, so that nothing is written before the last block is.
+    choice = FeatureChoice("index" if axis.column in (NAMES, POSITION) else axis.column, strip_versions)
     added, done = 0, 0
     for b, frame in enumerate(frames):
         block = _block_input(archive, b, frame, axis)
@@ -104,7 +122,7 @@ def archive_to_atlas(
         added += atlas.add_from_anndata(
             block,
             zarr_layer=layer,
-            feature_id_column="index" if axis.column in (NAMES, POSITION) else axis.column,
+            feature_id_column=choice,
             codec=codec,
             allow_rounding=allow_loss,
             exist_ok=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu.errors import InvalidDataError
 
 UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
@@ -125,8 +126,9 @@ class Tolerance:
         )
         if not self.allow_loss:
             raise InvalidDataError(
-                f"{said}. Choose a wider data_dtype ('auto' for the smallest exact one), a larger "
-                "data_dtype_tolerance, or accept the loss with allow_loss=True (--allow-loss)"
+                f"{said}. Choose a wider dtype with {option('data_dtype')} (auto for the smallest exact "
+                f"one), a larger {option('data_dtype_tolerance')}, or accept the loss with "
+                f"{option('allow_loss', 'True')}"
             )
         warnings.warn(said, UserWarning, stacklevel=2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu._advice import option
-from hbx_gpu._identity.choice import FeatureChoice, choose
-from hbx_gpu._identity.overlap import compare
-from hbx_gpu._identity.tables import INDEX, FeatureTable
+from hbx_gpu._identity.choice import FeatureChoice, KnownFeatures, choose
+from hbx_gpu._identity.overlap import compare, require
+from hbx_gpu._identity.tables import INDEX, FeatureTable, without_versions
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -70,7 +70,14 @@ class GeneAxis:
     remaps: list[np.ndarray]
 
 
-def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> GeneAxis:
+def gene_axis(
+    blocks: Sequence[GeneBlock],
+    feature_id: str | None = None,
+    *,
+    strip_versions: bool = False,
+    require_shared: float | None = None,
+    known: KnownFeatures | None = None,
+) -> GeneAxis:
     """Lay the genes of several blocks onto one axis.
 
     Parameters
@@ -83,21 +90,35 @@ def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> Gen
         By default what identifies genes in all blocks, see :func:`hbx_gpu._identity.choice.choose`: ids of
         a database, else their names, else one of the usual columns, else the only column of text
         without repeats. A warning names blocks that share few genes. A single block needs no ids.
+    strip_versions
+        Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
+    require_shared
+        Refuse a block that shares less than this fraction of the smaller set of genes with the blocks before
+        it. None: a fraction under one half is said in a warning.
+    known
+        Genes of the collection that the blocks are to join; the column that shares most with them is chosen.
 
     Raises
     ------
     UnknownNameError
         A block lacks the column.
     InvalidDataError
-        Genes cannot be told apart: ids repeat within a block or are missing, or no column qualifies.
+        Genes cannot be told apart: ids repeat within a block or are missing, or no column qualifies. A block
+        shares less than `require_shared`.
     """
     wide = [block for block in blocks if block.width > block.n_genes]
     if feature_id is None and wide and len(blocks) == 1:
         # Raw's matrix beside the genes of X: the recorded ids belong to other columns.
         feature_id = POSITION
-    column = feature_id or _choose(blocks)
+    column = feature_id or _choose(blocks, known)
     if column not in (POSITION,) and not wide:
-        say_differences(blocks, column)
+        say_differences(
+            blocks,
+            column,
+            known.uids if known is not None else (),
+            strip_versions=strip_versions,
+            require_shared=require_shared,
+        )
     if column == POSITION:
         width = max((block.width for block in blocks), default=0)
         remaps = {block.width: np.arange(block.width, dtype=np.int32) for block in blocks}
@@ -106,13 +127,13 @@ def gene_axis(blocks: Sequence[GeneBlock], feature_id: str | None = None) -> Gen
         raise InvalidDataError(
             f"{wide[0].where}: rows use {wide[0].width} columns, but {wide[0].n_genes} genes are recorded: "
             "the real package stores raw.X beside the genes of X. Which gene a column is cannot be known; "
-            f"feature_id={POSITION!r} numbers them instead"
+            f"{option('feature_id', POSITION)} numbers them instead"
         )
     place: dict[Any, int] = {}
     known: dict[bytes, np.ndarray] = {}
     remaps_of: list[np.ndarray] = []
     for block in blocks:
-        ids = _ids(block, column, unique=len(blocks) > 1)
+        ids = _ids(block, column, unique=len(blocks) > 1, strip_versions=strip_versions)
         digest = hashlib.blake2b("\0".join(ids).encode(), digest_size=16).digest()
         if digest not in known:
             if len(blocks) == 1:
@@ -132,11 +153,16 @@ def _texts(values: Any) -> np.ndarray:
     return out
 
 
-def _choose(blocks: Sequence[GeneBlock]) -> str:
+def _choose(blocks: Sequence[GeneBlock], known: KnownFeatures | None = None) -> str:
     """What identifies the genes of all blocks."""
     if not blocks:
         return POSITION
     tables = [_table(block) for block in blocks]
+    if known is not None and known.uids:
+        columns = {choice.column for choice in choose(tables, known)}
+        if len(columns) == 1 and all(table.identifies(*columns) for table in tables):
+            (column,) = columns
+            return NAMES if column == INDEX else column
     if chosen := choose(tables, same_column=True):
         column = chosen[0].column
         if len(blocks) > 1 and all(table.names_positions(column) for table in tables):
@@ -175,12 +201,36 @@ def _values(frame: Frame, name: str) -> list[object]:
     return list(frame.arrow(name).to_pylist())
 
 
-def say_differences(blocks: Sequence[GeneBlock], column: str) -> None:
-    """Warn of blocks that share less than half of the smaller set with the blocks before them."""
-    known: set[str] = set()
-    choice = FeatureChoice(INDEX if column == NAMES else column)
+def say_differences(
+    blocks: Sequence[GeneBlock],
+    column: str,
+    before: Collection[str] = (),
+    *,
+    strip_versions: bool = False,
+    require_shared: float | None = None,
+) -> None:
+    """Warn of blocks that share less than half of the smaller set with what comes before them.
+
+    Parameters
+    ----------
+    blocks
+        Each is compared with the genes in `before` and the blocks before it.
+    column
+        What identifies the genes.
+    before
+        Ids of the collection that the blocks are to join.
+    strip_versions, require_shared
+        As for :func:`gene_axis`.
+
+    Raises
+    ------
+    InvalidDataError
+        A block shares less than `require_shared`.
+    """
+    known = set(before)
+    choice = FeatureChoice(INDEX if column == NAMES else column, strip_versions)
     seen: set[bytes] = set()
-    for block in blocks if len(blocks) > 1 else ():
+    for block in blocks if len(blocks) > 1 or known else ():
         table = _table(block)
         if table.texts(choice.column) is None or not table.identifies(choice.column):
             continue  # numbers as ids, or ids that repeat, which is an error elsewhere
@@ -188,13 +238,16 @@ def say_differences(blocks: Sequence[GeneBlock], column: str) -> None:
         digest = hashlib.blake2b("\0".join(ids).encode(), digest_size=16).digest()
         if digest not in seen and known:
             overlap = compare(table, choice, known, parameter="feature_id")
+            require(overlap, require_shared)
             if overlap.is_small:
                 warnings.warn(str(overlap), UserWarning, stacklevel=4)
         seen.add(digest)
         known.update(ids)
 
 
-def _ids(block: GeneBlock, column: str, *, unique: bool, text_only: bool = False) -> list[str]:
+def _ids(
+    block: GeneBlock, column: str, *, unique: bool, text_only: bool = False, strip_versions: bool = False
+) -> list[str]:
     if column in block.frame.names:
         values = block.frame.arrow(column)
     elif column == NAMES and block.names is not None:
@@ -210,11 +263,12 @@ def _ids(block: GeneBlock, column: str, *, unique: bool, text_only: bool = False
             f"type {kind}; ids must be texts or whole numbers, one for every gene"
         )
     ids = [str(value) for value in values.to_pylist()]
+    ids = without_versions(ids) if strip_versions else ids
     if unique and len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = list(dict.fromkeys(uid for uid in ids if uid in seen or seen.add(uid)))  # type: ignore[func-returns-value]
         raise InvalidDataError(
             f"{block.where}: column {column!r} of var names {len(twice)} genes more than once, for example "
-            f"{twice[:_SHOWN]}; choose another with feature_id="
+            f"{twice[:_SHOWN]}; choose another with {option('feature_id')}"
         )
     return ids

@@ -41,7 +41,7 @@ class ArchiveRecipe:
     ----------
     paths, dtypes
         The archives, and the dtypes of their values as established when they were opened first.
-    metadata_columns, feature_id, reader
+    metadata_columns, feature_id, strip_versions, reader
         As for :func:`to_cell_dataset`.
     """
 
@@ -49,6 +49,7 @@ class ArchiveRecipe:
     dtypes: tuple[str, ...]
     metadata_columns: tuple[str, ...]
     feature_id: str | None
+    strip_versions: bool
     reader: str
 
     def rebuild(self) -> CellDataset:
@@ -64,6 +65,7 @@ class ArchiveRecipe:
             archives,
             metadata_columns=list(self.metadata_columns),
             feature_id=self.feature_id,
+            strip_versions=self.strip_versions,
             reader=self.reader,
         )
 
@@ -73,6 +75,8 @@ def to_cell_dataset(
     *,
     metadata_columns: Sequence[str] | None = None,
     feature_id: str | None = None,
+    strip_versions: bool = False,
+    require_shared_genes: float | None = None,
     reader: str = "mmap",
 ) -> CellDataset:
     """A dataset over the cells of archives, read in place: what loaders, samplers and engines take.
@@ -87,6 +91,11 @@ def to_cell_dataset(
     feature_id
         Column of var by which genes of different blocks are the same; see
         :func:`hbx_gpu.scdl._sources.axis.gene_axis`.
+    strip_versions
+        Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
+    require_shared_genes
+        Refuse blocks that share less than this fraction of the smaller set of genes with those before them.
+        By default a fraction under one half is said in a warning.
     reader
         ``"mmap"`` or ``"preadv"``.
 
@@ -108,7 +117,12 @@ def to_cell_dataset(
         archives = [archives]
     opened = [a if isinstance(a, Archive) else open_archive(a) for a in archives]
     blocks = [(archive, b) for archive in opened for b in range(len(_bounds(archive)) - 1)]
-    axis = gene_axis([_gene_block(archive, b) for archive, b in blocks], feature_id)
+    axis = gene_axis(
+        [_gene_block(archive, b) for archive, b in blocks],
+        feature_id,
+        strip_versions=strip_versions,
+        require_shared=require_shared_genes,
+    )
     sources = [_source(archive, b, remap) for (archive, b), remap in zip(blocks, axis.remaps, strict=True)]
     names = list(dict.fromkeys(metadata_columns or ()))
     recipe = ArchiveRecipe(
@@ -116,6 +130,7 @@ def to_cell_dataset(
         tuple(archive.data.dtype.name for archive in opened),
         tuple(names),
         feature_id,
+        strip_versions,
         reader,
     )
     return CellDataset(
@@ -309,13 +324,16 @@ def dataset_of(
     archives: Sequence[Archive],
     *,
     metadata_columns: Sequence[str] | None = None,
-    feature_id: str | None = None,
-    reader: str = "mmap",
     neighbors: str | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> CellDataset | PairedDataset:
-    """:func:`to_cell_dataset`, with a drawn neighbor beside every cell if `neighbors` names a strategy."""
-    cells = to_cell_dataset(archives, metadata_columns=metadata_columns, feature_id=feature_id, reader=reader)
+    """:func:`to_cell_dataset`, with a drawn neighbor beside every cell if `neighbors` names a strategy.
+
+    `options` are those of :func:`to_cell_dataset`: ``feature_id``, ``strip_versions``,
+    ``require_shared_genes`` and ``reader``.
+    """
+    cells = to_cell_dataset(archives, metadata_columns=metadata_columns, **options)
     if neighbors is None:
         return cells
     from hbx_gpu.scdl._sources.pairs import PairedDataset

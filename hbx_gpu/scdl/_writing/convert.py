@@ -14,11 +14,14 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu._advice import option
+from hbx_gpu._advice import option, spelled
 from hbx_gpu._h5ad.choice import MatrixChoice, choose_matrix
 from hbx_gpu._h5ad.evidence import look_at
 from hbx_gpu._h5ad.files import AnnDataGroup, open_matrix
 from hbx_gpu._h5ad.matrix import CsrBlock, DenseMatrix, Matrix
+from hbx_gpu._identity.choice import choose
+from hbx_gpu._identity.overlap import compare, require
+from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._progress import Progress, silent
 from hbx_gpu._stores.source import open_source
 from hbx_gpu.errors import InvalidDataError
@@ -62,6 +65,9 @@ class ConvertOptions:
         See above. Blocks are never larger than some million values, whatever the two say.
     var_feature_index_name, obs_feature_index_name
         Columns for the names of genes and cells where var or obs has no column.
+    require_shared_genes
+        Refuse files that share less than this fraction of the smaller set of genes with those before them.
+        None: a fraction under one half is said in a warning.
     neighbor_key
         Matrix of ``obsp`` that holds the neighbors; None for none.
     """
@@ -74,6 +80,7 @@ class ConvertOptions:
     load_block_row_size: int = 1_000_000
     var_feature_index_name: str = "var_feature_id"
     obs_feature_index_name: str = "obs_feature_id"
+    require_shared_genes: float | None = None
     neighbor_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -201,6 +208,8 @@ def convert_h5ad_files(
             raise FileNotFoundError(f"Error: could not find h5ad path {file}")
     check_target(target, overwrite=overwrite)
     chosen = look_at_files(files, options)
+    if len(files) > 1:
+        _compare_genes(files, chosen, options.require_shared_genes)
     shapes = [_shape(file, choice.name) for file, choice in zip(files, chosen, strict=True)]
     total = sum(n for n, _ in shapes)
     if not total and options.choose:
@@ -254,6 +263,32 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
     return chosen
 
 
+def _compare_genes(
+    files: Sequence[str | os.PathLike[str]], chosen: Sequence[MatrixChoice], require_shared: float | None
+) -> None:
+    """Warn of files that share few genes with those before them, or refuse them.
+
+    Raises
+    ------
+    InvalidDataError
+        A file shares less than `require_shared` of the smaller set of genes.
+    """
+    tables = []
+    for path, choice in zip(files, chosen, strict=True):
+        with open_source(path) as file:
+            tables.append(FeatureTable.of_frame(file.var(choice.name), str(path)))
+    known: set[str] = set()
+    for table, by in zip(tables, choose(tables, same_column=True), strict=False):
+        if not table.identifies(by.column):
+            continue  # an archive keeps all columns: that none identifies its genes is said when it is read
+        if known:
+            overlap = compare(table, by, known, parameter="feature_id")
+            require(overlap, require_shared)
+            if overlap.is_small:
+                warnings.warn(str(overlap), UserWarning, stacklevel=4)
+        known.update(by.ids(table))
+
+
 def _shape(h5ad: str | os.PathLike[str], matrix: str) -> tuple[int, int]:
     with open_source(h5ad) as file:
         return file.matrix(matrix).shape
@@ -301,7 +336,8 @@ def _as_followed(file: AnnDataGroup, options: ConvertOptions, available: Sequenc
     if options.use_X_not_raw:
         if "X" not in available:
             raise InvalidDataError(
-                f"{file.path} does not have count data in X, it holds {available}; set use_X_not_raw=False"
+                f"{file.path} does not have count data in X, it holds {available}; "
+                f"{spelled('set use_X_not_raw=False', 'leave --use-X-not-raw out')}"
             )
         return "X"
     if "raw" in available:

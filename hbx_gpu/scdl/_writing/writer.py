@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._advice import option
 from hbx_gpu._paths import checked
 from hbx_gpu._version import __version__
 from hbx_gpu.errors import InvalidDataError
@@ -417,7 +418,7 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool, foreign: bo
     if not overwrite:
         raise FileExistsError(
             f"Output directory already exists: {path}. Open it without a source, choose another path, or "
-            "replace it with overwrite=True (--overwrite)"
+            f"replace it with {option('overwrite', 'True')}"
         )
     others = (
         sorted(p.name for p in path.iterdir() if p.name not in OWN_FILES) if path.is_dir() else [path.name]
