@@ -130,18 +130,18 @@ def gene_axis(
             f"{option('feature_id', POSITION)} numbers them instead"
         )
     place: dict[Any, int] = {}
-    known: dict[bytes, np.ndarray] = {}
+    found: dict[bytes, np.ndarray] = {}
     remaps_of: list[np.ndarray] = []
     for block in blocks:
         ids = _ids(block, column, unique=len(blocks) > 1, strip_versions=strip_versions)
         digest = hashlib.blake2b("\0".join(ids).encode(), digest_size=16).digest()
-        if digest not in known:
+        if digest not in found:
             if len(blocks) == 1:
                 place = dict.fromkeys(ids, 0)
-                known[digest] = np.arange(len(ids), dtype=np.int32)
+                found[digest] = np.arange(len(ids), dtype=np.int32)
             else:
-                known[digest] = np.array([place.setdefault(uid, len(place)) for uid in ids], np.int32)
-        remaps_of.append(known[digest])
+                found[digest] = np.array([place.setdefault(uid, len(place)) for uid in ids], np.int32)
+        remaps_of.append(found[digest])
     uids = _texts(ids if len(blocks) == 1 else place)
     return GeneAxis(column, uids, remaps_of)
 
