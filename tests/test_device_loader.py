@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,12 +352,14 @@ def test_nothing_synchronises_the_consumer(tmp_path: Path) -> None:
         group.matrix.sort_indices()
         group.remap = np.sort(group.remap)
     dataset = example_dataset(tmp_path, groups)
+    # DALI waits for each batch on a thread of its own, which is not the consumer's.
+    make = partial(make_loader, dataset, sampler_for(dataset), device="cuda", executor="direct")
     for layout in ("dense", "csr"):  # compile and allocate first
-        list(make_loader(dataset, sampler_for(dataset), device="cuda", layout=layout))
+        list(make(layout=layout))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for layout in ("dense", "csr"):
-            for batch in make_loader(dataset, sampler_for(dataset), device="cuda", layout=layout):
+            for batch in make(layout=layout):
                 assert batch["X"].is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")

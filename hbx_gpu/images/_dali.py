@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._devices import require_dali
+from hbx_gpu._streams import Held, own_stream
 from hbx_gpu.images._decode import Decoder, Pipelines, threads
 from hbx_gpu.images._draws import draw
 from hbx_gpu.images._tiles import Tiles, check_sizes, collect
@@ -81,6 +82,7 @@ class ImagePipeline:
         self.tile_shape = None if tile_shape is None else tuple(map(int, tile_shape))
         self._decoder = Decoder(decode, threads(num_threads))
         self._pipelines = Pipelines(device_id, threads(num_threads))
+        self._held = Held()
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {
@@ -225,19 +227,22 @@ class ImagePipeline:
         current = torch.cuda.current_stream(self.device_id)
         moved: list[Any] = []
         if not encoded:
+            assert self.device_id is not None
             moved, data = _to_gpu(data, self.device_id)
         output = run(pipe, {"tiles": data, **feeds}, stream=current)
         for tensor in moved:
             # DALI is done with what it was fed when the current stream gets here, and not before.
             tensor.record_stream(current)
-        return torch.from_dlpack(output.as_tensor())
+        made = torch.from_dlpack(output.as_tensor())
+        self._held.hand_over([made], current)
+        return made
 
 
 def _rebuild(transform: ImageTransform, options: dict[str, Any]) -> ImagePipeline:
     return ImagePipeline(transform, **options)
 
 
-def _to_gpu(data: Any, device_id: int | None) -> tuple[list[Any], Any]:
+def _to_gpu(data: Any, device_id: int) -> tuple[list[Any], Any]:
     """(tensors on the GPU, what to feed): one copy out of page-locked memory, finished.
 
     DALI waits for no event of what it is fed without a copy.
@@ -253,10 +258,11 @@ def _to_gpu(data: Any, device_id: int | None) -> tuple[list[Any], Any]:
     starts = [0, *ends[:-1].tolist()]
     for array, start, size in zip(arrays, starts, sizes, strict=True):
         memory[start : start + size] = array.reshape(-1).view(np.uint8)
-    stream = torch.cuda.Stream(device_id)
+    stream, written = own_stream(device_id, "images"), torch.cuda.Event(blocking=True)
     with torch.cuda.stream(stream):
         slab = staged.to(f"cuda:{device_id}", non_blocking=True)
-    stream.synchronize()
+        written.record(stream)
+    written.synchronize()
     parts = [
         slab[start : start + size].view(_torch_type(array.dtype)).view(array.shape)
         for array, start, size in zip(arrays, starts, sizes, strict=True)

@@ -129,6 +129,6 @@ class EmulatedBackend:
     def event(self) -> Event:
         return Passed()
 
-    def hand_over(self, event: Event, tensors: Sequence[Any]) -> None:
+    def hand_over(self, event: Event, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
         event.wait()
-        assert all(tensor.device.type == "cpu" for tensor in tensors)
+        assert all(tensor.device.type == "cpu" for tensor in (*tensors, *foreign))

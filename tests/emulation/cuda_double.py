@@ -1,9 +1,9 @@
 """Doubles of cupy and of torch's CUDA side on several devices: which device each call finds current.
 
-Rules are those of CUDA 13, cupy 14 and torch 2.14, read off their sources: the current device belongs to the
-thread and is 0 to begin with; setting a device gives it a context, even when that only sets it back;
-functions, their attributes and streams belong to one device; torch sets a device back only where it has a
-context. Kernels do not run.
+Rules are those of CUDA 13, cupy 14 and torch 2.14 as this project understands them; no GPU has confirmed
+them yet. The current device belongs to the thread and is 0 to begin with; setting a device gives it a
+context, even when that only sets it back; functions, their attributes and streams belong to one device; torch
+sets a device back only where it has a context. Kernels do not run.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Devices:
         Devices that have one.
     launches
         (device, kernel, dynamic shared memory) of each launch.
-    warnings
-        What a newer cupy calls deprecated, and was used.
+    streams
+        How many streams torch handed out, per device and priority.
     """
 
     def __init__(self, n: int = 2) -> None:
         self.n = n
         self.contexts: set[int] = set()
         self.launches: list[tuple[int, str, int]] = []
+        self.streams: dict[tuple[int, int], int] = defaultdict(int)
         self._thread = threading.local()
         self._memory: dict[int, Any] = {}
 
@@ -81,7 +82,7 @@ class Devices:
             @contextlib.contextmanager
             def from_external(cls, stream: Any) -> Iterator[None]:
                 version, handle = stream.__cuda_stream__()
-                assert (version, handle) == (0, devices.current), "a stream of another device"
+                assert (version, handle % devices.n) == (0, devices.current), "a stream of another device"
                 yield
 
         def host_alloc(nbytes: int, _flags: int) -> int:
@@ -95,7 +96,7 @@ class Devices:
             del devices._memory[address]
 
         def memcpy(target: int, source: int, nbytes: int, _kind: int, stream: int) -> None:
-            assert devices.touch() == stream, "a copy on a stream of another device"
+            assert devices.touch() == stream % devices.n, "a copy on a stream of another device"
             ctypes.memmove(int(target), int(source), int(nbytes))
 
         runtime = SimpleNamespace(
@@ -111,9 +112,13 @@ class Devices:
         devices = self
 
         class Stream:
-            def __init__(self, device: Any) -> None:
+            def __init__(self, device: Any, priority: int = 0) -> None:
+                assert priority in (0, -1)
                 self.device = device
-                self.cuda_stream = device.index  # stands for its handle
+                # The handle: one of a pool of 32 per device and priority, in turn.
+                taken = devices.streams[device.index, priority]
+                devices.streams[device.index, priority] += 1
+                self.cuda_stream = device.index + devices.n * (taken % 32 - 32 * priority)
 
             def wait_event(self, event: Any) -> None:
                 """Everything happens at once."""
@@ -134,6 +139,9 @@ class Devices:
                     devices.set(self.before)
 
         class Event:
+            def __init__(self, blocking: bool = False) -> None:
+                """Whether a wait leaves the core to others makes no difference here."""
+
             def record(self, stream: Any) -> None:
                 """Passed already."""
 

@@ -194,13 +194,13 @@ class StreamBackend(EmulatedBackend):
     def event(self) -> StreamEvent:
         return self.decode.event()
 
-    def hand_over(self, event: Any, tensors: Sequence[Any]) -> None:
+    def hand_over(self, event: Any, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
         if self.waits:
             self.consumer.wait_for(event)
         if self.records:
             # What the consumer has ordered by now used the tensors before these: behind it they may go.
             self._recorded.append((self.consumer.event(), self._handed_over))
-            self._handed_over = list(tensors)
+            self._handed_over = [*tensors, *foreign]
 
 
 class _OnStream:

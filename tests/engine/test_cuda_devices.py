@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from hbx_gpu import _streams
 from hbx_gpu._engine.device.cuda import CudaBackend
 from tests.emulation.cuda_double import Devices
 
@@ -18,6 +19,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
     found = Devices(2)
     monkeypatch.setitem(sys.modules, "cupy", found.cupy())
     monkeypatch.setitem(sys.modules, "torch", found.torch())
+    monkeypatch.setattr(_streams, "_STREAMS", {})
     return found
 
 
@@ -59,3 +61,16 @@ def test_two_devices_of_one_process(devices: Devices) -> None:
         for _ in [*pool.map(use, backends * 6)]:
             pass
     assert sorted(device for device, _, _ in devices.launches) == [0] * 6 + [1] * 6
+
+
+def test_epochs_and_loaders_take_no_streams_of_others(devices: Devices) -> None:
+    """torch has 32 streams per device: whoever takes one for each epoch soon has that of the decoder."""
+    for _ in range(40):
+        CudaBackend(0)
+        found = {purpose: _streams.own_stream(0, purpose) for purpose in ("copy", "dali", "images")}
+    assert len({stream.cuda_stream for stream in found.values()}) == 3
+    assert sum(devices.streams.values()) == 4
+    for _ in range(31):  # others take the rest of the pool
+        sys.modules["torch"].cuda.Stream(sys.modules["torch"].device("cuda", 0))
+    late = _streams.own_stream(0, "late")
+    assert late.cuda_stream not in {stream.cuda_stream for stream in found.values()}

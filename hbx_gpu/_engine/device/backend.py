@@ -161,11 +161,11 @@ class Backend(Protocol):
     def event(self) -> Event:
         """Return the point after everything ordered on the decode stream so far."""
 
-    def hand_over(self, event: Event, tensors: Sequence[Any]) -> None:
-        """Let the caller's current stream use `tensors` from now on.
+    def hand_over(self, event: Event, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
+        """Let the caller's current stream use `tensors`, and `foreign` ones, from now on.
 
         It waits for `event` before its next operation, and memory of the tensors is not given away before
-        what that stream did with them is done.
+        what that stream did with them is done. `foreign` are tensors over memory of other libraries.
         """
 
 

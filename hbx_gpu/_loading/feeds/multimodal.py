@@ -101,8 +101,9 @@ class CopiedFeed:
 
     def deliver(self, made: _Copied) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
+        # Tensors that are on the device already are outputs of DALI, in its memory.
         there = [value for value in made.batch.values() if getattr(value, "is_cuda", False)]
-        self._backend.hand_over(made.event, [made.buffer, *there])
+        self._backend.hand_over(made.event, [made.buffer], there)
         return made.batch
 
     def set_epoch(self, epoch: int) -> None:
