@@ -305,7 +305,7 @@ def test_pages_partition_the_result(homeobox_fixtures: Path, page: int, clause: 
 def test_malformed_filter_is_shown(ragged: AtlasQuery, clause: str) -> None:
     ragged.where(clause)
     for read in (ragged.count, ragged.to_pandas, ragged.limit(3).to_arrow, ragged.to_cell_dataset):
-        with pytest.raises(ValueError, match="is no valid filter: ") as caught:
+        with pytest.raises(ValueError, match="is not a valid filter: ") as caught:
             read()
         assert repr(clause) in str(caught.value)
         assert ".rs" not in str(caught.value)

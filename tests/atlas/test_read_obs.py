@@ -202,10 +202,10 @@ def test_rows_are_sorted_whatever_the_scan_delivers(
     paged = AtlasQuery(snapshot).limit(9).offset(4).to_pandas()
     scan = obs.scan
 
-    def shuffled(*args: object, **kwargs: object) -> Iterator[pa.RecordBatch]:
+    def shuffled(*args: object, limit: int | None = None, **kwargs: object) -> Iterator[pa.RecordBatch]:
         batches = list(scan(*args, **kwargs))  # type: ignore[arg-type]
         rows = pa.Table.from_batches(batches)
-        order = np.random.default_rng(0).permutation(len(rows))
+        order = np.random.default_rng(0).permutation(len(rows))[:limit]
         yield from rows.take(pa.array(order)).to_batches(max_chunksize=11)
 
     monkeypatch.setattr(obs, "scan", shuffled)
@@ -218,6 +218,27 @@ def test_rows_are_sorted_whatever_the_scan_delivers(
             assert np.array_equal(a, b) or (a != a and b != b)
     assert obs.read_table(snapshot.obs_table(), columns).to_pylist() == table.to_pylist()
     assert AtlasQuery(snapshot).limit(9).offset(4).to_pandas().uid.tolist() == paged.uid.tolist()
+
+
+def test_limit_reads_few_rows(homeobox_fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas")
+    pointer = snapshot.pointer_fields()["gene_expression"]
+    scan, read = obs.scan, []
+
+    def counted(*args: object, **kwargs: object) -> Iterator[pa.RecordBatch]:
+        for batch in scan(*args, **kwargs):  # type: ignore[arg-type]
+            read.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(obs, "scan", counted)
+    everything = AtlasQuery(snapshot)
+    assert len(everything.to_pandas()) == 70
+    assert sum(read) == 70
+    read.clear()
+    rows = everything.limit(4).selection.read_rows(pointer, [])
+    assert len(rows.rowids) == 4
+    # Four ids as found, the ids up to the largest of them, and then the four rows.
+    assert sum(read) == 12
 
 
 def test_many_row_ids_are_read_by_scan_and_few_by_id(

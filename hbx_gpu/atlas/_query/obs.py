@@ -60,7 +60,7 @@ def explain_filter(where: str | None) -> Iterator[None]:
         if where is None or not (isinstance(error, ValueError) or _OF_FILTERS.search(str(error))):
             raise
         reason = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error))
-        raise ValueError(f"where({where!r}) is no valid filter: {reason}") from error
+        raise ValueError(f"where({where!r}) is not a valid filter: {reason}") from error
 
 
 def scan(
@@ -69,6 +69,7 @@ def scan(
     *,
     where: str | None = None,
     rowids: np.ndarray | None = None,
+    limit: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Stream the rows of a table, in no promised order.
 
@@ -82,6 +83,8 @@ def scan(
         SQL filter.
     rowids
         uint64, ascending, distinct: return only these of the matching rows.
+    limit
+        Return so many of the matching rows, whichever the database finds first; None for all.
 
     Yields
     ------
@@ -104,6 +107,8 @@ def scan(
         yield from taken.to_batches()
         return
     query = table.search() if where is None else table.search().where(where)
+    if limit is not None:
+        query = query.limit(limit)
     with explain_filter(where):
         for batch in query.select(wanted).with_row_id(True).to_batches(_BATCH_ROWS):
             if rowids is not None:
@@ -112,6 +117,37 @@ def scan(
                 batch = batch.filter(pa.array(rowids[at] == ids))
             if batch.num_rows:
                 yield batch
+
+
+def first_rowids(table: Table, count: int, *, where: str | None) -> np.ndarray:
+    """Row ids of the first `count` matching rows, without reading those of all rows.
+
+    A scan usually delivers ascending row ids, but not once a table was compacted. So `count` matching rows are
+    read in whatever order: the largest of their ids bounds the ids wanted, and a second query returns the
+    matching rows up to that bound, which are few more than `count` where the order was the usual one.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint64, ascending, at most `count`.
+    """
+    ids = _rowids(scan(table, [], where=where, limit=count)) if count else np.empty(0, np.uint64)
+    if len(ids) < count or not count:
+        return ids
+    bound = f"{ROWID} <= {ids[-1]}"
+    return _rowids(scan(table, [], where=bound if where is None else both(where, bound)))[:count]
+
+
+def _rowids(batches: Iterator[pa.RecordBatch]) -> np.ndarray:
+    return np.sort(np.concatenate([np.empty(0, np.uint64), *(b.column(ROWID).to_numpy() for b in batches)]))
+
+
+def both(one: str, other: str) -> str:
+    """SQL filter for the rows that match two filters.
+
+    Each is on its own line, so that a comment at the end of one does not swallow the other.
+    """
+    return f"({one}\n) AND ({other}\n)"
 
 
 def read_table(
@@ -337,6 +373,11 @@ def some_rows(found: ModalityRows, keep: np.ndarray) -> ModalityRows:
     rows = type(found.rows)(*(getattr(found.rows, name)[keep] for name in type(found.rows).__slots__))
     columns = {name: column[keep] for name, column in found.obs.columns.items()}
     return ModalityRows(found.rowids[keep], found.groups, rows, ObsColumns(columns, found.obs.categories))
+
+
+def is_present(pointer: PointerColumn) -> str:
+    """SQL filter for the rows that have the modality of a pointer column, as :func:`present` finds them."""
+    return f"{column_expression(pointer.name, 'zarr_group')} != ''"
 
 
 def present(groups: pa.Array) -> np.ndarray:

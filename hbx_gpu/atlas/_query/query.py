@@ -80,8 +80,7 @@ class AtlasQuery:
         before = self._selection.state.where
         if sql is None or before is None:
             return self._changed(where=sql)
-        # Each expression is on its own line, so that a comment at its end does not swallow the next.
-        return self._changed(where=f"({before}\n) AND ({sql}\n)")
+        return self._changed(where=obs.both(before, sql))
 
     def select(self, columns: list[str] | None) -> Self:
         """Obs columns of tables and AnnData; all by default. A second call replaces the first.

@@ -165,23 +165,21 @@ class Selection:
         state = self.state
         if state.limit is None and state.balanced is None and not state.offset:
             return None
-        wanted = {}
+        where = state.where
         if pointer is not None:
-            wanted["group"] = obs.column_expression(pointer.name, "zarr_group")
-        if state.balanced is not None:
-            wanted["value"] = obs.column_expression(state.balanced[1])
+            present = obs.is_present(pointer)
+            where = present if where is None else obs.both(where, present)
+        if state.balanced is None and state.limit is not None:
+            return obs.first_rowids(self.table, state.offset + state.limit, where=where)[state.offset :]
+        wanted = {} if state.balanced is None else {"value": obs.column_expression(state.balanced[1])}
         ids: list[np.ndarray] = [np.empty(0, np.uint64)]
         values: list[pa.Array] = []
-        for batch in self.scan(wanted or ["uid"], None):
-            if pointer is not None:
-                batch = batch.filter(pa.array(obs.present(batch.column("group"))))
+        for batch in obs.scan(self.table, wanted, where=where):
             ids.append(batch.column(obs.ROWID).to_numpy())
             if state.balanced is not None:
                 values.append(obs.plain(batch.column("value")))
         rowids = np.concatenate(ids)
-        order = np.argsort(rowids, kind="stable")
-        stop = None if state.limit is None else state.offset + state.limit
-        order = order[state.offset : stop]
+        order = np.argsort(rowids, kind="stable")[state.offset :]
         if state.balanced is not None:
             number, column = state.balanced
             codes = value_codes(values, self.schema.field(column))[order]
