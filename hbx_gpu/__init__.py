@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._version import __version__
 
@@ -57,7 +57,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if not TYPE_CHECKING:  # a type checker takes the names above, and knows no others
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         # PEP 562: importing the package must not import torch, lancedb or pandas.
         if name in _PUBLIC:
             return getattr(importlib.import_module(_PUBLIC[name]), name)

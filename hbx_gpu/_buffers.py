@@ -57,7 +57,8 @@ class BufferPool:
         if block is None:
             block = np.empty(size + _ALIGNMENT, np.uint8)
         lease = np.asarray(_Lease(self, block, size))
-        return lease[:nbytes].view(dtype).reshape(shape)
+        result: np.ndarray = lease[:nbytes].view(dtype).reshape(shape)
+        return result
 
     def _give_back(self, block: np.ndarray, size: int) -> None:
         with self._lock:

@@ -371,7 +371,7 @@ class LayersCollate(Collating):
 
     def __call__(self, batch: Any) -> TensorBatch:
         """See :class:`LayersCollate`."""
-        made = self.collate(batch)
+        made: TensorBatch = self.collate(batch)
         if batch.layers:
             field = "values" if isinstance(batch, SparseBatch) else "data"
             bare = replace(batch, metadata=None)
@@ -463,7 +463,7 @@ def register_with_torch() -> None:
     from torch.utils.data._utils.collate import default_collate_fn_map
 
     def whole(collate: Callable[[Any], Any]) -> Callable[..., Any]:
-        def collated(batch: Any, *, collate_fn_map: Any = None) -> Any:  # noqa: ARG001 - torch passes it
+        def collated(batch: object, *, collate_fn_map: object = None) -> object:  # noqa: ARG001 - torch passes it
             if isinstance(batch, list | tuple):
                 raise TypeError(
                     f"a list of {len(batch)} batches of one row each, as torch's ConcatDataset makes it: use "

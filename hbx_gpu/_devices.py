@@ -6,14 +6,13 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import Any
 
 from hbx_gpu.errors import DeviceUnavailableError
 
 _LOG = logging.getLogger(__name__)
 
 
-def resolve(device: Any) -> int | None:
+def resolve(device: object) -> int | None:
     """Index of the GPU that `device` stands for; None for the CPU.
 
     Parameters

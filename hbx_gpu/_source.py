@@ -79,7 +79,7 @@ class ArrayLayout:
     path: str
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     chunk_shape: tuple[int, ...]
     shard_shape: tuple[int, ...]
     codecs: tuple[dict[str, Any], ...]

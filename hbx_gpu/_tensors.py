@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ def check_columns(names: Sequence[str]) -> None:
             )
 
 
-def metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+def metadata_tensors(metadata: Mapping[str, np.ndarray] | None) -> dict[str, object]:
     import torch
 
     check_columns(list(metadata or {}))

@@ -167,17 +167,20 @@ class Trace:
     @property
     def seconds(self) -> np.ndarray:
         """float64, (n_batches,). Time of each batch, waiting and training together."""
-        return np.array(self.waited) + np.array(self.trained)
+        result: np.ndarray = np.array(self.waited) + np.array(self.trained)
+        return result
 
     @property
     def rate(self) -> float:
         """Cells per second over everything."""
-        return sum(self.cells) / max(self.seconds.sum(), 1e-9)
+        result: float = sum(self.cells) / max(self.seconds.sum(), 1e-9)
+        return result
 
     @property
     def wait_share(self) -> float:
         """Share of the time that the model waited for data."""
-        return sum(self.waited) / max(self.seconds.sum(), 1e-9)
+        result: float = sum(self.waited) / max(self.seconds.sum(), 1e-9)
+        return result
 
     def report(self) -> str:
         """What was learned and what it cost, in four lines."""

@@ -17,10 +17,10 @@ __all__ = ["CellPipeline", "DaliOptions", "Graph", "cell_pipeline", "jax_batches
 
 
 def cell_pipeline(
-    dataset: Any,
-    sampler: Any,
+    dataset: object,
+    sampler: object,
     *,
-    device: Any = "cpu",
+    device: object = "cpu",
     layout: str = "dense",
     dtype: str = "float32",
     transform: Transform | list[Transform] | None = None,
@@ -28,7 +28,7 @@ def cell_pipeline(
     prefetch_queue_depth: int = 2,
     num_threads: int | None = None,
     seed: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> CellPipeline:
     """A loader whose batches go through a DALI pipeline, and through DALI operators of yours.
 

@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any
 
 STAGES = ("plan", "read", "copy", "decode")
 """Stages of a window: planning, reading chunks, copying to page-locked memory, decoding to tensors."""
@@ -145,7 +144,7 @@ class LoaderStats:
         busy = sum(stage.seconds for stage in self.stages.values())
         return _per(self.wait_for_consumer, busy + self.wait_for_consumer)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain numbers, for JSON."""
         return {
             **asdict(self),

@@ -73,7 +73,8 @@ class GammaPoisson:
     @property
     def n_vars(self) -> int:
         """Number of genes."""
-        return self.profiles.shape[1]
+        result: int = self.profiles.shape[1]
+        return result
 
     def draw(self, rng: np.random.Generator, cell_type: np.ndarray, depth: np.ndarray) -> Block:
         """Poisson counts around gamma distributed rates."""
@@ -140,7 +141,8 @@ def expression_profiles(
     markers = rng.permutation(n_vars)[: n_types * n_markers].reshape(n_types, n_markers)
     for row, genes in zip(profiles, markers, strict=True):
         row[genes] = (means[genes] + np.median(means)) * rng.lognormal(mean=2.0, sigma=0.4, size=n_markers)
-    return profiles / profiles.sum(axis=1, keepdims=True)
+    result: np.ndarray = profiles / profiles.sum(axis=1, keepdims=True)
+    return result
 
 
 def gene_ids(n_vars: int) -> np.ndarray:
@@ -356,7 +358,7 @@ def _write(
 
 
 def _write_csr(
-    file: Any, counts: _Counts, dtype: np.dtype[Any], compression: str | None, progress: Progress
+    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     group = _sparse_group(file, "csr_matrix", counts, dtype, compression)
     totals, indptr = [], [np.zeros(1, np.int64)]
@@ -371,7 +373,7 @@ def _write_csr(
 
 
 def _write_csc(
-    file: Any, counts: _Counts, dtype: np.dtype[Any], compression: str | None, progress: Progress
+    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     group = _sparse_group(file, "csc_matrix", counts, dtype, compression)
     n_vars = counts.model.n_vars
@@ -394,7 +396,7 @@ def _write_csc(
     return np.concatenate(totals) if totals else np.empty(0, np.int64)
 
 
-def _columns(counts: _Counts, first: int, last: int, dtype: np.dtype[Any], progress: Progress | None) -> Any:
+def _columns(counts: _Counts, first: int, last: int, dtype: np.dtype, progress: Progress | None) -> Any:
     """CSC matrix of the columns [first, last)."""
     from scipy import sparse
 
@@ -411,7 +413,7 @@ def _columns(counts: _Counts, first: int, last: int, dtype: np.dtype[Any], progr
 
 
 def _write_dense(
-    file: Any, counts: _Counts, dtype: np.dtype[Any], compression: str | None, progress: Progress
+    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     n_vars = counts.model.n_vars
     chunks = (min(256, len(counts)), n_vars) if len(counts) else None
@@ -432,9 +434,7 @@ def _write_dense(
     return np.concatenate(totals) if totals else np.empty(0, np.int64)
 
 
-def _sparse_group(
-    file: Any, encoding: str, counts: _Counts, dtype: np.dtype[Any], compression: str | None
-) -> Any:
+def _sparse_group(file: Any, encoding: str, counts: _Counts, dtype: np.dtype, compression: str | None) -> Any:
     group = file.create_group("X")
     shape = np.array([len(counts), counts.model.n_vars])
     group.attrs.update({"encoding-type": encoding, "encoding-version": "0.1.0", "shape": shape})

@@ -28,7 +28,7 @@ class Checker:
         self._rng = np.random.default_rng(seed)
         self.rows = self.wrong = 0
 
-    def check(self, batch: dict[str, Any]) -> None:
+    def check(self, batch: dict[str, object]) -> None:
         """Look at some rows of a batch that carries ``index``, dense or CSR, on any device."""
         import torch
 

@@ -67,7 +67,7 @@ def _on_gpu(gpu: int) -> Bandwidth:
     return Bandwidth(8 * _PROBE / fill, 8 * _PROBE / copy, _PROBE / link)
 
 
-def _best(work: Callable[[], Any], finish: Callable[[], None] = lambda: None) -> float:
+def _best(work: Callable[[], object], finish: Callable[[], None] = lambda: None) -> float:
     best = float("inf")
     for _ in range(_REPEATS):
         finish()

@@ -109,7 +109,7 @@ def combinations(
 
 def open_dataset(
     path: Path, field: str | None = None, layer: str | None = None, *, allow_links: bool = False
-) -> Any:
+) -> object:
     """A dataset over all cells of what lies at `path`: an atlas, or an SCDL archive.
 
     Raises

@@ -9,7 +9,7 @@ Bytes are taken in machine order, so only little-endian hosts work; numba and CU
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llvmlite import ir
@@ -30,10 +30,17 @@ from hbx_gpu._codecs.bitpacking_format import (
     describe_status,
 )
 
+if TYPE_CHECKING:
+    from numba.core.base import BaseContext
+    from numba.core.typing.context import Context as TypingContext
+    from numba.core.typing.templates import Signature
+
+    from hbx_gpu._codecs.rowpack_vector import Typed
+
 __all__ = ["decode_into", "describe_status", "encode_into", "max_encoded_size"]
 
 _NONE, _DELTA, _ZIGZAG = 0, 1, 2
-_jit: Any = njit(nogil=True, cache=True, boundscheck=False)
+_jit = njit(nogil=True, cache=True, boundscheck=False)
 
 
 def max_encoded_size(n_words: int, element_size: int) -> int:
@@ -47,26 +54,39 @@ _I32 = ir.IntType(32)
 _ROW = ir.VectorType(_I32, 4)
 
 
-def _row_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def _row_pointer(
+    context: BaseContext, builder: ir.IRBuilder, array_type: types.Type, array: ir.Value, index: ir.Value
+) -> ir.Value:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), _ROW.as_pointer())
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     undefined = ir.Constant(_ROW, ir.Undefined)
     lane0 = builder.insert_element(undefined, value, _I32(0))
     return builder.shuffle_vector(lane0, undefined, ir.Constant(_ROW, [0] * 4))
 
 
 @intrinsic
-def _unpack_row(typingctx: Any, src: Any, lo: Any, hi: Any, shift: Any, mask: Any, out: Any, at: Any) -> Any:
+def _unpack_row(
+    typingctx: TypingContext,
+    src: types.Type,
+    lo: types.Type,
+    hi: types.Type,
+    shift: types.Type,
+    mask: types.Type,
+    out: types.Type,
+    at: types.Type,
+) -> Typed:
     """out[at:at + 4] = a row of four values whose words lie at byte lo of src, continued at byte hi."""
     signature = types.void(src, types.int64, types.int64, types.uint32, types.uint32, out, types.int64)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    def codegen(
+        context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+    ) -> ir.Value:
         src_value, lo_value, hi_value, shift_value, mask_value, out_value, at_value = args
 
-        def load(offset: Any) -> Any:
+        def load(offset: ir.Value) -> ir.Value:
             words = builder.load(_row_pointer(context, builder, sig.args[0], src_value, offset))
             words.align = 1  # a payload may begin at any byte of a chunk
             return words
@@ -84,16 +104,20 @@ def _unpack_row(typingctx: Any, src: Any, lo: Any, hi: Any, shift: Any, mask: An
 
 
 @intrinsic
-def _integrate_row(typingctx: Any, values: Any, at: Any, zigzag: Any, carry: Any) -> Any:
+def _integrate_row(
+    typingctx: TypingContext, values: types.Type, at: types.Type, zigzag: types.Type, carry: types.Type
+) -> Typed:
     """values[at:at + 4] = carry + running sum of the row, unzigzagged if zigzag is 1; returns the last."""
     signature = types.uint32(values, types.int64, types.uint32, types.uint32)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    def codegen(
+        context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+    ) -> ir.Value:
         array, at_value, zigzag_value, carry_value = args
         pointer = _row_pointer(context, builder, sig.args[0], array, at_value)
         zero = ir.Constant(_ROW, [0] * 4)
 
-        def lanes_before(row: Any, distance: int) -> Any:
+        def lanes_before(row: ir.Value, distance: int) -> ir.Value:
             picked = [4 if lane < distance else lane - distance for lane in range(4)]
             return builder.shuffle_vector(row, zero, ir.Constant(_ROW, picked))
 

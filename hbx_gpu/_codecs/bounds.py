@@ -64,7 +64,7 @@ class Room:
         return Room(self.nbytes + self.nbytes // 8 + 4096)
 
 
-def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[Any], Any], Room]:
+def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[object], object], Room]:
     """Return a decoder whose output fits `room`, and the room that its input has.
 
     Parameters
@@ -140,13 +140,13 @@ def _zstd(codec: Any, room: Room, data: Any) -> Any:
     return codec.decode(raw, out=np.empty(room.nbytes, np.uint8))
 
 
-def _lz4(codec: Any, room: Room, data: Any) -> Any:
+def _lz4(codec: Any, room: Room, data: Any) -> object:
     raw = as_bytes(data)
     room.check(_number(raw, 0, 4), "lz4")
     return codec.decode(raw)
 
 
-def _blosc(codec: Any, room: Room, data: Any) -> Any:
+def _blosc(codec: Any, room: Room, data: Any) -> object:
     raw = as_bytes(data)
     # The library trusts the lengths in the header, and would read past a chunk that was cut short.
     stored = _number(raw, 12, 4)
@@ -156,15 +156,15 @@ def _blosc(codec: Any, room: Room, data: Any) -> Any:
     return codec.decode(raw)
 
 
-def _deflate(bits: int, room: Room, data: Any) -> bytes:
+def _deflate(bits: int, room: Room, data: object) -> bytes:
     return _inflated(lambda: zlib.decompressobj(bits), "gzip" if bits == _GZIP else "zlib", room, data)
 
 
-def _bz2(_: Any, room: Room, data: Any) -> bytes:
+def _bz2(_: object, room: Room, data: object) -> bytes:
     return _inflated(bz2.BZ2Decompressor, "bz2", room, data)
 
 
-def _lzma(codec: Any, room: Room, data: Any) -> bytes:
+def _lzma(codec: Any, room: Room, data: object) -> bytes:
     raw = codec.format == lzma.FORMAT_RAW
     options = {"filters": codec.filters} if raw else {"memlimit": _LZMA_MEMORY}
     return _inflated(lambda: lzma.LZMADecompressor(codec.format, **options), "lzma", room, data, last=raw)
@@ -188,7 +188,7 @@ def _inflated(begin: Callable[[], Any], name: str, room: Room, data: Any, *, las
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-_STEPS: dict[str, Callable[[Any, Room, Any], Any]] = {
+_STEPS: dict[str, Callable[[object, Room, object], object]] = {
     "blosc": _blosc,
     "bz2": _bz2,
     "gzip": lambda _, room, data: _deflate(_GZIP, room, data),

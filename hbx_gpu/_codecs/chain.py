@@ -199,8 +199,8 @@ class ChunkCodec:
         return steps[::-1]
 
     def _array_step(
-        self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
+        self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
+    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype]:
         """Return the decoder of a codec whose encoder takes an array, and the shape and dtype it stores."""
         if name == "transpose":
             order = setting.get("order")
@@ -217,7 +217,7 @@ class ChunkCodec:
         return self._filter(name, name.removeprefix("numcodecs."), setting, shape, dtype)
 
     def _bytes_step(
-        self, name: str, setting: dict[str, Any], dtype: np.dtype[Any], room: Room
+        self, name: str, setting: dict[str, Any], dtype: np.dtype, room: Room
     ) -> tuple[Callable[[Any], Any], Room]:
         """Return the decoder of a codec whose encoder takes bytes, and the room of what it stores.
 
@@ -237,8 +237,8 @@ class ChunkCodec:
         return bounded(codec_id, self._numcodec(name, {"id": codec_id, **setting}), room)
 
     def _filter(
-        self, name: str, codec_id: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype[Any]]:
+        self, name: str, codec_id: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
+    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype]:
         if codec_id in ("fixedscaleoffset", "quantize"):
             setting = {"dtype": str(dtype), **setting}
         if codec_id == "astype":
@@ -264,7 +264,7 @@ class ChunkCodec:
                 f"{error}; is the package installed that numcodecs needs for it?"
             ) from error
 
-    def _with_endian(self, dtype: np.dtype[Any], endian: str | None) -> np.dtype[Any]:
+    def _with_endian(self, dtype: np.dtype, endian: str | None) -> np.dtype:
         if dtype.itemsize == 1:
             return dtype
         if endian not in ("little", "big"):
@@ -292,7 +292,7 @@ class ChunkCodec:
         )
 
 
-def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Callable[[Any], np.ndarray]:
+def _from_bytes(shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Callable[[Any], np.ndarray]:
     nbytes = math.prod(shape) * dtype.itemsize
 
     def view(data: Any) -> np.ndarray:
@@ -306,7 +306,7 @@ def _from_bytes(shape: tuple[int, ...], dtype: np.dtype[Any], order: Any) -> Cal
     return view
 
 
-def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[Any], np.ndarray]:
+def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any], np.ndarray]:
     """Return a decoder for chunks of a plain file, the last of which may be shorter than the others."""
 
     def view(data: Any) -> np.ndarray:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import google_crc32c
 
 
-def crc32c(data: Any) -> int:
+def crc32c(data: object) -> int:
     """CRC32C of a bytes-like object; ``crc32c(b"123456789") == 0xE3069283``."""
     return int(google_crc32c.value(data))
 

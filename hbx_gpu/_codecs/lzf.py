@@ -11,7 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking import BytesLike, as_bytes
+from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
 from hbx_gpu.errors import CorruptChunkError
 
 

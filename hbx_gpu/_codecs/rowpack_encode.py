@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
 from hbx_gpu._codecs import rowpack_vector as vector
 from hbx_gpu._codecs.rowpack_format import BLOCK, MAX_EXCEPTIONS, PATCH_BITS, RECORD_BLOCKS
 
-_jit: Any = njit(nogil=True, cache=True, boundscheck=False)
+_jit = njit(nogil=True, cache=True, boundscheck=False)
 _PATCH_BITS = np.array(PATCH_BITS, dtype=np.int64)
 
 

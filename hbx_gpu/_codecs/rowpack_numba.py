@@ -8,8 +8,6 @@ They return a status (see `describe_status`) because compiled code without the G
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import config, njit, types
 from numba.extending import overload
@@ -49,7 +47,7 @@ _REASONS = {
     NOT_ZERO: "reserved bytes are not zero",
 }
 
-_jit: Any = njit(nogil=True, cache=True, boundscheck=False)
+_jit = njit(nogil=True, cache=True, boundscheck=False)
 # The loads and stores of `rowpack_vector` check no bounds. Where tests make numba check indexing, these are
 # checked too.
 _CHECKED: bool = getattr(config, "BOUNDSCHECK", None) == 1

@@ -4,9 +4,13 @@ Nothing here checks a bound: `rowpack_numba` does so before it calls. The code i
 numba neither turns byte indexing into one load nor unrolls by width. It works on little-endian hosts only.
 """
 
+# numba prescribes the parameters of an intrinsic and of its code generator.
+# ruff: noqa: ARG001
+
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from llvmlite import ir
 from numba import types
@@ -14,33 +18,51 @@ from numba.extending import intrinsic
 
 from hbx_gpu._codecs.rowpack_format import BLOCK
 
+if TYPE_CHECKING:
+    from numba.core.base import BaseContext
+    from numba.core.typing.context import Context as TypingContext
+    from numba.core.typing.templates import Signature
+
+Codegen: TypeAlias = "Callable[[BaseContext, ir.IRBuilder, Signature, tuple[ir.Value, ...]], ir.Value]"
+Typed: TypeAlias = "tuple[Signature, Codegen]"
+"""What the function of an intrinsic returns to numba."""
+
 _I32 = ir.IntType(32)
 _LANES = 4
 _FOUR = ir.VectorType(_I32, _LANES)
 _EIGHT = ir.VectorType(_I32, 2 * _LANES)
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, to: Any) -> Any:
+def _pointer(
+    context: BaseContext,
+    builder: ir.IRBuilder,
+    array_type: types.Type,
+    array: ir.Value,
+    index: ir.Value,
+    to: ir.Type,
+) -> ir.Value:
     """Return a pointer to array[index], cast to a pointer to `to`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
 
 
-def _shifted(pointer: Any, builder: Any, index: int) -> Any:
+def _shifted(pointer: ir.Value, builder: ir.IRBuilder, index: int) -> ir.Value:
     return builder.gep(pointer, [_I32(index)]) if index else pointer
 
 
-def _splat(builder: Any, vector: Any, value: Any) -> Any:
+def _splat(builder: ir.IRBuilder, vector: ir.VectorType, value: ir.Value) -> ir.Value:
     undefined = ir.Constant(vector, ir.Undefined)
     lane0 = builder.insert_element(undefined, value, _I32(0))
     lanes = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
     return builder.shuffle_vector(lane0, undefined, lanes)
 
 
-def _loader(bits: int) -> Any:
+def _loader(bits: int) -> ir.Value:
     @intrinsic
-    def load(typingctx: Any, src: Any, at: Any) -> Any:  # noqa: ARG001 - numba's signature
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    def load(typingctx: TypingContext, src: types.Type, at: types.Type) -> Typed:
+        def codegen(
+            context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+        ) -> ir.Value:
             src_value, at_value = args
             place = _pointer(context, builder, sig.args[0], src_value, at_value, ir.IntType(bits))
             value = builder.load(place)
@@ -56,11 +78,13 @@ load8, load32, load64 = _loader(8), _loader(32), _loader(64)
 """``load8(src, at)`` reads a little-endian number of 8 (32, 64) bits at byte `at` of a uint8 array."""
 
 
-def _emit_unpack(builder: Any, width: int, source: Any, target: Any, add: Any) -> None:
+def _emit_unpack(
+    builder: ir.IRBuilder, width: int, source: ir.Value, target: ir.Value, add: ir.Value
+) -> None:
     """Emit code for all 32 rows of one width, with constant shifts; both pointers are to vectors of four."""
-    words: dict[int, Any] = {}
+    words: dict[int, ir.Value] = {}
 
-    def word(k: int) -> Any:
+    def word(k: int) -> ir.Value:
         if k not in words:
             words[k] = builder.load(_shifted(source, builder, k))
             words[k].align = 1  # a chunk may begin at any byte of a file
@@ -85,14 +109,24 @@ def _emit_unpack(builder: Any, width: int, source: Any, target: Any, add: Any) -
 
 
 @intrinsic
-def unpack_block(typingctx: Any, src: Any, at: Any, width: Any, add: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
+def unpack_block(
+    typingctx: TypingContext,
+    src: types.Type,
+    at: types.Type,
+    width: types.Type,
+    add: types.Type,
+    out: types.Type,
+    to: types.Type,
+) -> Typed:
     """out[to:to + 128] = add + 128 values of `width` <= 32 bits from src[at:at + 16 * width].
 
     `src` is uint8, `out` and `add` are uint32; sums are modulo 2**32.
     """
     signature = types.void(src, types.int64, types.int64, types.uint32, out, types.int64)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    def codegen(
+        context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+    ) -> ir.Value:
         source = _pointer(context, builder, sig.args[0], args[0], args[1], _FOUR)
         target = _pointer(context, builder, sig.args[4], args[4], args[5], _FOUR)
         add_row = _splat(builder, _FOUR, args[3])
@@ -111,15 +145,17 @@ def unpack_block(typingctx: Any, src: Any, at: Any, width: Any, add: Any, out: A
 
 
 @intrinsic
-def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa: ARG001 - numba's signature
+def running_sum(typingctx: TypingContext, values: types.Type, at: types.Type, base: types.Type) -> Typed:
     """values[at:at + 128] = base + their running sum, uint32, modulo 2**32."""
     signature = types.void(values, types.int64, types.uint32)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    def codegen(
+        context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+    ) -> ir.Value:
         pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _EIGHT)
         zero = ir.Constant(_EIGHT, [0] * 8)
 
-        def pick(row: Any, lanes: list[int]) -> Any:  # lane 8 stands for zero
+        def pick(row: ir.Value, lanes: list[int]) -> ir.Value:  # lane 8 stands for zero
             return builder.shuffle_vector(row, zero, ir.Constant(_EIGHT, lanes))
 
         carry = _splat(builder, _EIGHT, args[2])
@@ -141,10 +177,12 @@ def running_sum(typingctx: Any, values: Any, at: Any, base: Any) -> Any:  # noqa
 
 
 @intrinsic
-def leading_zeros(typingctx: Any, value: Any) -> Any:  # noqa: ARG001 - numba's signature
+def leading_zeros(typingctx: TypingContext, value: types.Type) -> Typed:
     """Count the leading zero bits of a uint64; 64 for 0."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ARG001
+    def codegen(
+        context: BaseContext, builder: ir.IRBuilder, sig: Signature, args: tuple[ir.Value, ...]
+    ) -> ir.Value:
         return builder.ctlz(args[0], ir.IntType(1)(0))
 
     return types.uint64(types.uint64), codegen

@@ -141,7 +141,7 @@ def _attribute(flag: str) -> str:
     return {"--feature-id-column": "feature_id"}.get(flag, flag.removeprefix("--").replace("-", "_"))
 
 
-def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+def _say(message: Warning | str, *_: object, **__: object) -> None:
     note(f"hbx-gpu: warning: {message}")
 
 

@@ -404,7 +404,7 @@ def _print_modalities(report: IngestReport) -> None:
         print(f"  {name}: {n:,} cells{', ' if more else ''}{', '.join(more)}")
 
 
-def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dict[str, Any]:
+def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dict[str, object]:
     return {
         "codec": args.codec,
         "obs_table": args.table,
@@ -468,13 +468,13 @@ def _add_several(
     )
 
 
-def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> Any:
+def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> object:
     from hbx_gpu.atlas import FragmentsInput, ImageInput
     from hbx_gpu.atlas._ingest.multimodal import resolve_modality
 
     if not job.given:
         return job.file
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if job.file is not None:
         found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, list(job.given))}
     table = args.table or atlas.obs_tables[0]

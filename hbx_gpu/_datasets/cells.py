@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
 
         return HostEngine(self._table, self._directory, list(self.dtypes.values()), POOL)
 
-    def _dtype(self, layer: str) -> np.dtype[Any]:
+    def _dtype(self, layer: str) -> np.dtype:
         """Return the dtype of a layer in batches, which is float32 where batches become sparse tensors."""
         return np.dtype(np.float32) if self._view.wide else super()._dtype(layer)
 

@@ -109,9 +109,9 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
         self._arrays = BoxEngine(self._boxes, self._directory, list(self.dtypes.values()), POOL)
         self._remaps = [source.remap for source in self._sources]
 
-    def _dtype(self, layer: str) -> np.dtype[Any]:
+    def _dtype(self, layer: str) -> np.dtype:
         stored = common_dtype(self._sources, layer)
-        wanted = self._asked.get(layer, stored)
+        wanted: np.dtype = np.dtype(self._asked.get(layer, stored))
         if not np.can_cast(stored, wanted, "same_kind"):
             raise ValueError(
                 f"layer {layer!r} of {self.feature_space!r} is stored as {stored}, which {wanted} cannot "
@@ -191,7 +191,7 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
                 total += int(count.prod(axis=1).sum()) * dtype.itemsize
         return total
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         own = ("_positions", "_matrix", "_asked", "kind", "per_cell_shape")
         return super()._state() | {name: getattr(self, name) for name in own}
 

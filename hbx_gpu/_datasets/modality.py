@@ -65,7 +65,7 @@ class Modality(Loadable[Any], Chunked, Protocol):
     def subset(self, rows: Rows) -> Self:
         """Return the dataset of some rows."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return plain values that identify the rows."""
 
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:

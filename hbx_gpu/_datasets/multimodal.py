@@ -148,7 +148,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         return self._read(selections, map)
 
     def _read(
-        self, selections: Sequence[np.ndarray], apply: Callable[..., Iterator[Any]]
+        self, selections: Sequence[np.ndarray], apply: Callable[..., Iterator[object]]
     ) -> list[MultimodalBatch]:
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         plans, slabs = self.read(selection)
@@ -208,7 +208,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         parts = {name: part.subset(chosen) for name, part in self.datasets.items()}
         return MultimodalCellDataset(parts, reader=self._reader_kind)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Which rows these are; see :meth:`CellDataset.identity`."""
         parts = {name: part.identity() for name, part in self.datasets.items()}
         first = next(iter(parts.values()))
@@ -252,7 +252,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         for part in self.datasets.values():
             part.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"datasets": self.datasets, "reader": self._reader_kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,7 +283,8 @@ class Measured(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         masks, number = self.distinct(name)
-        return masks[number]
+        result: np.ndarray = masks[number]
+        return result
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -291,7 +292,7 @@ class Measured(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # A pickle holds the masks that occur, not the dataset.
         return _restored, ({name: self.distinct(name) for name in self},)
 

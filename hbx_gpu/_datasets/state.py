@@ -52,7 +52,7 @@ class Spill:
         return self.folder
 
 
-def spill(owner: object, arrays: Mapping[str, np.ndarray], state: Any) -> str:
+def spill(owner: object, arrays: Mapping[str, np.ndarray], state: object) -> str:
     """Write `arrays` and `state` to a temporary folder that lives as long as `owner`.
 
     Folders of processes that were killed are removed first.
@@ -126,10 +126,11 @@ def _check_room(place: str, nbytes: int) -> None:
 def _machine() -> str:
     """Return a name of host, boot and process namespace: processes that share it see each other's ids."""
     parts = [socket.gethostname()]
-    for read in (
+    reads: tuple[Callable[[], str], ...] = (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
         lambda: os.readlink("/proc/self/ns/pid"),
-    ):
+    )
+    for read in reads:
         try:
             parts.append(read())
         except OSError:

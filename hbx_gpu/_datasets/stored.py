@@ -100,7 +100,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     kind: Kind
     per_cell_shape: tuple[int, ...] | None = None
     _index_type: type[IndexT]
-    _identity: dict[str, Any] | None = None
+    _identity: dict[str, object] | None = None
     _directory: ChunkDirectory
     _reader: Reader
 
@@ -179,16 +179,16 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         return self.layers[0]
 
     @property
-    def dtypes(self) -> dict[str, np.dtype[Any]]:
+    def dtypes(self) -> dict[str, np.dtype]:
         """dtype of each layer in batches: one for the whole dataset."""
         return {name: self._dtype(name) for name in self.layers}
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype:
         """dtype of batch values."""
         return self.dtypes[self.layer]
 
-    def _dtype(self, layer: str) -> np.dtype[Any]:
+    def _dtype(self, layer: str) -> np.dtype:
         return common_dtype(self._sources, layer)
 
     @property
@@ -321,7 +321,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
             _identity=None,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Which rows these are: ``cells``, ``rows`` (a digest) and ``snapshot`` (None outside an atlas).
 
         The digest follows from the stored matrices and the place of each row in them. It does not change
@@ -380,7 +380,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     # -- pickling ----------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         if self._recipe is None:
             return {"view": self._view, "whole": self._state(), "rows": self._rows, "obs": self._obs.columns}
         columns = self._obs.columns
@@ -392,7 +392,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         folder = self._spill.write(arrays, lambda: (self._state(), list(columns), list(plain), objects))
         return {"view": self._view, "recipe": self._recipe, "spill": folder}
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         """Return what a pickle holds besides rows, columns and view."""
         return {
             "_sources": self._sources,
@@ -433,7 +433,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         self._open()
 
 
-def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype[Any]:
+def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype:
     """Return the dtype that NumPy promotes a layer of all Sources to; float32 without Sources."""
     dtypes = {source.layers[layer].dtype for source in sources}
     return np.result_type(*dtypes) if dtypes else np.dtype(np.float32)

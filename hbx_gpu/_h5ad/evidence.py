@@ -112,7 +112,8 @@ def _sample(matrix: Any) -> np.ndarray:
     if whole.dtype.kind not in "biuf":
         return np.array([np.nan])
     whole = whole.astype(np.float64)
-    return whole[whole != 0]
+    result: np.ndarray = whole[whole != 0]
+    return result
 
 
 def _windows(length: int, width: int) -> Iterator[tuple[int, int]]:

@@ -281,7 +281,7 @@ def read_frame(file: h5py.Group, key: str, source: str) -> pd.DataFrame:
     return frame
 
 
-def _is_matrix(node: Any) -> bool:
+def _is_matrix(node: object) -> bool:
     if isinstance(node, h5py.Group):
         return {"data", "indices", "indptr"} <= set(node)
     return isinstance(node, h5py.Dataset) and node.ndim == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 import h5py
 
@@ -93,11 +92,11 @@ def describe_error(error: OSError, path: Path) -> str:
     return f"{text}; it is truncated or damaged"
 
 
-def missing_filters(node: Any) -> str:
+def missing_filters(node: object) -> str:
     """Filters of stored arrays that this installation lacks, and what to do; an empty string if none."""
     found: set[str] = set()
 
-    def note(_: str, item: Any) -> None:
+    def note(_: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
             plan = item.id.get_create_plist()
             for i in range(plan.get_nfilters()):

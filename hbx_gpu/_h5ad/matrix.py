@@ -108,7 +108,7 @@ class Matrix(Protocol):
 
     name: str
     shape: tuple[int, int]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
 
     def blocks(self, scratch: Path) -> Iterator[CsrBlock]:
         """All rows in order; `scratch` is an existing folder for temporary files."""
@@ -196,7 +196,7 @@ class CscMatrix:
             per_row += np.bincount(rows, minlength=self.shape[0])
         return per_row
 
-    def _scatter(self, runs: list[tuple[int, int]], files: list[Path], record: np.dtype[Any]) -> None:
+    def _scatter(self, runs: list[tuple[int, int]], files: list[Path], record: np.dtype) -> None:
         bounds = np.array([last for _, last in runs])
         size = _block_size(self.values)
         for begin in range(0, int(self._indptr[-1]), size):
@@ -310,7 +310,7 @@ def _in_step(streams: Sequence[Iterator[_B]], rows: Callable[[_B, int, int], _B]
         blocks = rest
 
 
-def _block_size(values: Any) -> int:
+def _block_size(values: object) -> int:
     chunk = (getattr(values, "chunks", None) or (1,))[0]
     return min(max(BLOCK_VALUES, chunk), _MAX_BLOCK_VALUES)
 

@@ -45,7 +45,8 @@ def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
         The column has missing values.
     """
     if column is None:
-        return var.index.to_numpy().astype(str).astype(object)
+        result: np.ndarray = var.index.to_numpy().astype(str).astype(object)
+        return result
     if column not in var.columns:
         raise UnknownNameError(f"{where}: var has no column {column!r}; it has {list(map(str, var.columns))}")
     values = var[column]
@@ -54,7 +55,8 @@ def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
             f"{where}: column {column!r} of var misses {int(values.isna().sum())} values, so it cannot "
             "identify features; pass another feature_id_column="
         )
-    return values.astype(str).to_numpy().astype(object)
+    result = values.astype(str).to_numpy().astype(object)
+    return result
 
 
 def joined(

@@ -78,7 +78,7 @@ class ReadAhead(Ahead):
         self._timeout = timeout or None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREADS)
         self._pending: deque[_Window] = deque()
-        self._ready: deque[tuple[Any, int, int]] = deque()
+        self._ready: deque[tuple[object, int, int]] = deque()
         self._held = 0  # bytes of windows made or in the making, until their batches are handed over
         self._upcoming: deque[tuple[np.ndarray, int]] = deque()  # batches and their bytes, looked at together
         self._closed = False

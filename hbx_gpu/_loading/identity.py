@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Identified(Protocol):
     """A dataset that can tell its rows from others."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Plain values: ``cells``, ``rows`` (a digest), and if they are from an atlas ``snapshot``."""
 
 
-def identity_of(dataset: object) -> dict[str, Any] | None:
+def identity_of(dataset: object) -> dict[str, object] | None:
     """Return the identity of a dataset's rows; None if the dataset does not tell."""
     return dataset.identity() if isinstance(dataset, Identified) else None
 
 
-def check_identity(saved: Mapping[str, Any] | None, dataset: object) -> None:
+def check_identity(saved: Mapping[str, object] | None, dataset: object) -> None:
     """Raise an error for a state that was saved over other rows.
 
     Raises

@@ -29,11 +29,11 @@ from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 ROWS_PER_WINDOW = 4096
 
 
-def _identity(batch: Any) -> Any:
+def _identity(batch: object) -> object:
     return batch
 
 
-def default_window(sampler: Any) -> int:
+def default_window(sampler: object) -> int:
     """Return the number of batches that make a window of about `ROWS_PER_WINDOW` rows."""
     return max(1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW)))
 
@@ -51,7 +51,7 @@ class _Run:
     ended: bool = False
 
 
-class CellLoader(DataLoader):
+class CellLoader(DataLoader[Any]):
     """A torch DataLoader that reads ahead with threads (num_workers 0) or spawned workers, and resumes.
 
     Parameters
@@ -283,7 +283,7 @@ class CellLoader(DataLoader):
             run.ended = True
             if run.ahead is not None:
                 run.ahead.close()
-        workers: Any = getattr(self, "_iterator", None)
+        workers: object = getattr(self, "_iterator", None)
         if workers is not None and hasattr(workers, "_shutdown_workers"):
             workers._shutdown_workers()
             self._iterator = None

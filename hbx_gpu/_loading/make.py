@@ -189,7 +189,7 @@ def make_loader(
     return build_loader(dataset, sampler, collate_fn, device, options)
 
 
-def _through_dali(executor: str, sampler: Any, device: Any, options: LoaderOptions) -> bool:
+def _through_dali(executor: str, sampler: object, device: object, options: LoaderOptions) -> bool:
     """Return whether batches go through DALI; raise an error where DALI was asked for and cannot be used."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor must be one of {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
@@ -216,10 +216,10 @@ def _through_dali(executor: str, sampler: Any, device: Any, options: LoaderOptio
 
 
 def build_loader(
-    dataset: Any,
-    sampler: Any,
-    collate_fn: Callable[[Any], Any] | None,
-    device: Any,
+    dataset: object,
+    sampler: object,
+    collate_fn: Callable[[Any], object] | None,
+    device: object,
     options: LoaderOptions,
 ) -> CellLoader:
     """Do the work of :func:`make_loader` after it was decided whether DALI hands batches over."""
@@ -272,7 +272,7 @@ def build_loader(
     return _loader(whole, sampler, collate_fn or collate, feed, options)
 
 
-def _columns_for(dataset: Loadable[Any], collate: AnyCollate) -> Loadable[Any]:
+def _columns_for(dataset: Loadable[object], collate: AnyCollate) -> Loadable[object]:
     """Return the dataset, with columns in the form of sparse tensors where the collate makes these."""
     if isinstance(collate, MultimodalCollate) and isinstance(dataset, MultimodalCellDataset):
         sparse = [name for name, part in dataset.datasets.items() if part.kind == "sparse"]
@@ -282,12 +282,12 @@ def _columns_for(dataset: Loadable[Any], collate: AnyCollate) -> Loadable[Any]:
     return dataset.with_wide_columns() if collate.sparse else dataset
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: object) -> object:
     return batch
 
 
 def _loader(
-    dataset: Any, sampler: Any, collate: Callable[[Any], Any], feed: AnyFeed, options: LoaderOptions
+    dataset: object, sampler: object, collate: Callable[[Any], object], feed: AnyFeed, options: LoaderOptions
 ) -> CellLoader:
     if options.dali is None:
         from hbx_gpu._loading.loader import CellLoader
@@ -329,7 +329,7 @@ def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderO
     return _loader(cells, sampler, collate, feed, options)
 
 
-def collate_for(dataset: Loadable[Any], options: LoaderOptions) -> AnyCollate:
+def collate_for(dataset: Loadable[object], options: LoaderOptions) -> AnyCollate:
     """Return the collate that makes batches of the option `layout` on the host."""
     if isinstance(dataset, MultimodalCellDataset):
         return _multimodal_collate(dataset, options)
@@ -401,7 +401,7 @@ def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) 
 
 
 def _with_image_collates(
-    dataset: Loadable[Any], sampler: Any, options: LoaderOptions, gpu: int | None
+    dataset: Loadable[object], sampler: object, options: LoaderOptions, gpu: int | None
 ) -> LoaderOptions:
     """Return options whose image transforms are replaced by collates; by space for a multimodal dataset."""
     images, seed = options.images, options.image_seed

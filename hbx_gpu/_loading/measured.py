@@ -38,7 +38,7 @@ class HasFeatures(Loadable[Any], Protocol):
         """This dataset with more metadata columns."""
 
 
-def with_groups(dataset: Loadable[Any]) -> tuple[HasFeatures, Masks]:
+def with_groups(dataset: Loadable[object]) -> tuple[HasFeatures, Masks]:
     """The dataset with the stored matrix of each row as a column, and the masks that take its place.
 
     Raises
@@ -138,11 +138,11 @@ class MeasuredFeed:
         found = zip(self._feed.nbytes(selections), selections, strict=True)
         return [nbytes + self._masks.nbytes(len(rows)) for nbytes, rows in found]
 
-    def make(self, selections: Sequence[np.ndarray]) -> list[Any]:
+    def make(self, selections: Sequence[np.ndarray]) -> list[object]:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         return self._feed.make(selections)
 
-    def deliver(self, made: Any) -> TensorBatch:
+    def deliver(self, made: object) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         batch: TensorBatch = self._feed.deliver(made)
         if self._there is None:

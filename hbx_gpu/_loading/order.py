@@ -31,10 +31,10 @@ class Order(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
 
-    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+    def state_dict(self, delivered: int | None = None) -> dict[str, object]:
         """Return the state after the consumer has received `delivered` batches of this iteration."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue from a state with the next iteration."""
 
 
@@ -137,7 +137,7 @@ class GivenOrder:
             "give the sampler a generator with the seed that it had"
         )
 
-    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+    def state_dict(self, delivered: int | None = None) -> dict[str, object]:
         """See :class:`Order`."""
         if self._begun is None:
             return {"epoch": self.epoch, "batches": self._skip, "rows": self._digest}
@@ -220,7 +220,7 @@ class Batches:
         self.order.set_epoch(epoch)
 
 
-class RankSampler(DistributedSampler):
+class RankSampler(DistributedSampler[int]):
     """The rows of this rank, one by one, as a sampler that frameworks recognize as distributed.
 
     Frameworks do not replace such a sampler, and they tell it the epoch. It needs no process group: the order

@@ -54,7 +54,7 @@ def order_for(
     shuffle: bool | None = None,
     drop_last: bool | None = None,
     seed: int | None = None,
-) -> Any:
+) -> object:
     """The sampler of batches that a loader's arguments ask for.
 
     Raises

@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 _SETTINGS = ("tokens", "padding", "pad_to_multiple_of", "ids_dtype", "token_seed")
 
 
-def with_token_collates(dataset: Loadable[Any], sampler: Any, options: LoaderOptions) -> LoaderOptions:
+def with_token_collates(dataset: Loadable[object], sampler: object, options: LoaderOptions) -> LoaderOptions:
     """Options with collates in the place of recipes.
 
     Raises
@@ -48,7 +48,7 @@ def with_token_collates(dataset: Loadable[Any], sampler: Any, options: LoaderOpt
 
 
 def _by_space(
-    dataset: MultimodalCellDataset, sampler: Any, options: LoaderOptions
+    dataset: MultimodalCellDataset, sampler: object, options: LoaderOptions
 ) -> dict[str, TokenCollate]:
     """Collates of the spaces whose layout is tokens."""
     sparse = [name for name, part in dataset.datasets.items() if isinstance(part, CellDataset)]
@@ -71,7 +71,7 @@ def _by_space(
 
 
 def _collate(
-    dataset: Any, recipe: Any, sampler: Any, options: LoaderOptions, categories: Any = None
+    dataset: object, recipe: object, sampler: object, options: LoaderOptions, categories: Any = None
 ) -> TokenCollate:
     if isinstance(recipe, TokenCollate):
         return recipe

@@ -115,7 +115,7 @@ class ChunkDirectory:
         self._watched = np.array([layout.watched for layout in layouts], bool)
         self._has_skips = any(la.table is not None and la.table.skipped is not None for la in layouts)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (ChunkDirectory, (self.layouts,))
 
     def _too_many(self) -> CorruptDataError:

@@ -124,7 +124,7 @@ def _contiguous(dataset: h5py.Dataset, path: str, name: str) -> ArrayLayout:
     )
 
 
-def _chain(dataset: h5py.Dataset, path: str, name: str) -> dict[str, Any]:
+def _chain(dataset: h5py.Dataset, path: str, name: str) -> dict[str, object]:
     """Return the filter pipeline as a zarr v2 chain; if the last filter compresses, it is the compressor."""
     pipeline = dataset.id.get_create_plist()
     filters: list[dict[str, Any]] = []

@@ -41,7 +41,7 @@ class Future(Protocol):
 class File(Protocol):
     """The part of ``kvikio.CuFile`` that is used here."""
 
-    def pread(self, buf: Any, size: int, file_offset: int, task_size: int) -> Future: ...
+    def pread(self, buf: object, size: int, file_offset: int, task_size: int) -> Future: ...
 
     def close(self) -> None: ...
 
@@ -129,7 +129,7 @@ class KvikioReader(Reader):
         self._process: int | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         options = (self._threads, self._task_bytes, self._max_gap, self._max_size, self._given)
         return (_reader, (self.directory, *options))
 

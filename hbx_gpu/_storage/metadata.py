@@ -313,7 +313,7 @@ class _Metadata:
             self._corrupt(f"{what} is {_short(value)}, {length}integers >= {least} are expected")
         return tuple(value)
 
-    def _v2_dtype(self, value: Any) -> np.dtype[Any]:
+    def _v2_dtype(self, value: Any) -> np.dtype:
         try:
             dtype = np.dtype(value) if isinstance(value, str) else None
         except TypeError:
@@ -322,7 +322,7 @@ class _Metadata:
             self._unsupported(f"dtype {value!r} ({', '.join(sorted(_DTYPES))} are read)")
         return dtype
 
-    def _fill_value(self, dtype: np.dtype[Any], value: Any) -> Any:
+    def _fill_value(self, dtype: np.dtype, value: Any) -> Any:
         """Return the fill value as a scalar of `dtype`."""
         if dtype.kind == "f" and isinstance(value, str):
             number = _NAMED_FLOATS.get(value)

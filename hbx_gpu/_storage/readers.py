@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -237,7 +237,7 @@ class Reader(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.directory,))
 
     def _too_short(self, extents: Extents, file: int, size: int) -> CorruptChunkError:
@@ -296,7 +296,7 @@ class PreadReader(Reader):
         self._max_gap, self._max_size = max_gap, max_size
         self._files = _Cache(_Descriptor, _MAX_OPEN)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (_pread_reader, (self.directory, self._max_gap, self._max_size))
 
     def read(self, extents: Extents) -> Slab:

@@ -72,7 +72,7 @@ def transposed(layout: ArrayLayout) -> ArrayLayout:
     order = np.arange(math.prod(chunk_grid(layout))).reshape(chunk_grid(layout)).T.ravel()
     table = layout.table
     skipped = None if table.skipped is None else table.skipped[order]
-    chain: dict[str, Any] = {**layout.codecs[0]["configuration"], "order": "F"}
+    chain: dict[str, object] = {**layout.codecs[0]["configuration"], "order": "F"}
     return replace(
         layout,
         shape=layout.shape[::-1],

@@ -143,7 +143,7 @@ class _Following:
     def __post_init__(self) -> None:
         self.name = self.parts[0].name
         self.shape = (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
-        self.dtype: np.dtype[Any] = np.result_type(*(part.dtype for part in self.parts))
+        self.dtype: np.dtype = np.result_type(*(part.dtype for part in self.parts))
 
     @property
     def values(self) -> Any:

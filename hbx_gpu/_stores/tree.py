@@ -258,7 +258,7 @@ def _is_node(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _document(path: Path) -> dict[str, object]:
     found = parse_json(read_small(path), path)
     if not isinstance(found, dict):
         raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
@@ -276,7 +276,7 @@ def _texts(values: np.ndarray) -> np.ndarray:
     return values.astype(object) if values.dtype.kind in "UT" else values
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """An HDF5 attribute as a Python value: fixed-length strings are text as well."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")

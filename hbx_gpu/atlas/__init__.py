@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas._atlas import RaggedAtlas as RaggedAtlas
@@ -70,7 +70,7 @@ __all__ = list(_PUBLIC)
 
 if not TYPE_CHECKING:  # a type checker takes the names above and rejects all others
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name in _PUBLIC:
             return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,11 +17,11 @@ from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import WriteLock
 from hbx_gpu.atlas._catalogue.names import Names, only_table
-from hbx_gpu.atlas._catalogue.paths import check_store
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store
 from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
-from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, VERSION_TABLE, list_versions
+from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE, list_versions
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import (
     AtlasVersion,
@@ -122,9 +122,9 @@ class RaggedAtlas:
             stack.enter_context(creation.making(root))
             (root / "zarr_store").mkdir(exist_ok=True)
             make_group(root / "zarr_store")
-            tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())
-            tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())
-            tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())
+            tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
+            tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())  # type: ignore[no-untyped-call]
+            tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())  # type: ignore[no-untyped-call]
             # Last, because saving the names marks the atlas as complete.
             session.ensure_tables()
         return cls(root, session=session, schemas=schemas)
@@ -478,7 +478,7 @@ class RaggedAtlas:
 
         return add_from_anndata(self, adata, **kwargs)
 
-    def add_from_h5ad(self, path: str | os.PathLike[str], **kwargs: Any) -> int:
+    def add_from_h5ad(self, path: str | os.PathLike[str], **kwargs: object) -> int:
         """See :func:`hbx_gpu.atlas.add_from_h5ad`."""
         from hbx_gpu.atlas._ingest.anndata import add_from_h5ad
 
@@ -495,7 +495,7 @@ def create_or_open_atlas(
     cell_table_name: str = "cells",
     cell_schema: type[HoxBaseSchema] | None = None,
     codec: str | None = None,
-    store: Any = None,
+    store: object = None,
     version_table_name: str = VERSION_TABLE,
     pointer_fields: Mapping[str, str] | None = None,
     allow_links: bool = False,

@@ -15,7 +15,7 @@ from hbx_gpu.errors import InvalidDataError
 _COLUMNS = ("chrom", "start", "end")
 
 
-def region_table(table: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def region_table(table: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chromosome names (object), starts and ends (int64) of a list of intervals, in its order.
 
     Parameters
@@ -78,7 +78,7 @@ def _columns(table: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return chrom, _whole(table["start"], "start"), _whole(table["end"], "end")
 
 
-def _whole(values: Any, name: str) -> np.ndarray:
+def _whole(values: object, name: str) -> np.ndarray:
     array = np.asarray(values)
     if not len(array):
         return np.empty(0, np.int64)

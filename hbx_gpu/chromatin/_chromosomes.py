@@ -60,7 +60,7 @@ def registered(
     return names, {name: int(length) for name, length in known if length == length and length is not None}
 
 
-def check_unique(names: Sequence[str | None] | np.ndarray, uids: Sequence[Any] | None = None) -> None:
+def check_unique(names: Sequence[str | None] | np.ndarray, uids: Sequence[object] | None = None) -> None:
     """Every chromosome needs a name of its own, or regions could not say which they mean.
 
     Raises
@@ -112,7 +112,7 @@ def read_sizes(sizes: Mapping[str, int] | str | os.PathLike[str]) -> dict[str, i
     return found
 
 
-def _size(name: Any, value: Any, where: str) -> int:
+def _size(name: object, value: Any, where: str) -> int:
     try:
         size = int(value)
     except (TypeError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -180,7 +180,7 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
         none = np.zeros((len(groups), 1), dtype=bool)
         return np.hstack([chromosomes, none])[:, self.regions.column_numbers()]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """See :meth:`hbx_gpu.dataloader.CellDataset.identity`."""
         return self.fragments.identity()
 

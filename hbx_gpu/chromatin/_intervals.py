@@ -134,7 +134,7 @@ def read_fragments(
 
 
 def fragments_frame(
-    dataset: Any, uids: Sequence[str] | np.ndarray, chromosome_names: Sequence[str | None] | np.ndarray
+    dataset: object, uids: Sequence[str] | np.ndarray, chromosome_names: Sequence[str | None] | np.ndarray
 ) -> pd.DataFrame:
     """All fragments of a dataset as one table, see :meth:`Fragments.to_frame`.
 

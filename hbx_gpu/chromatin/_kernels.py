@@ -5,8 +5,6 @@ All positions are int64: a start may lie just below 2^32, and its end beyond.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 
@@ -17,7 +15,7 @@ _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
 @_jit
-def _bin(position: Any, width: Any, inverse: Any) -> Any:
+def _bin(position, width, inverse):
     """position // width, for 0 <= position < 2^52: the product may miss by one, but is quicker."""
     number = np.int64(position * inverse)
     if number * width > position:
@@ -28,7 +26,7 @@ def _bin(position: Any, width: Any, inverse: Any) -> Any:
 
 
 @_jit
-def _without_repeats(line: Any, begin: Any, number: Any) -> Any:
+def _without_repeats(line, begin, number):
     """Keep one of each in line[begin:number], the columns of one fragment; -> the new number."""
     kept = begin
     for k in range(begin, number):
@@ -42,7 +40,7 @@ def _without_repeats(line: Any, begin: Any, number: Any) -> Any:
 
 
 @_jit
-def _sort(line: Any, number: Any) -> Any:
+def _sort(line, number):
     """Sort line[:number]; fragments mostly lie in genome order, and then little is out of place."""
     moves = 8 * number
     for k in range(1, number):
@@ -59,7 +57,7 @@ def _sort(line: Any, number: Any) -> Any:
 
 
 @_jit
-def _piece(start: Any, end: Any, mode: Any, piece: Any) -> Any:
+def _piece(start, end, mode, piece):
     """Return the part of a fragment that counts: all of it, or its first (piece 0) or last (piece 1) base."""
     if mode == FRAGMENTS:
         return start, end
@@ -67,7 +65,7 @@ def _piece(start: Any, end: Any, mode: Any, piece: Any) -> Any:
 
 
 @_jit
-def _row_bins(chromosomes: Any, starts: Any, lengths: Any, mode: Any, where: Any, line: Any) -> Any:
+def _row_bins(chromosomes, starts, lengths, mode, where, line):
     """Bins that the fragments of a row hit; -> their number. What `line` has no room for is not written."""
     width, inverse, _, first, size, _ = where
     n = 0
@@ -95,9 +93,7 @@ def _row_bins(chromosomes: Any, starts: Any, lengths: Any, mode: Any, where: Any
 
 
 @_jit
-def _row_peaks(
-    chromosomes: Any, starts: Any, lengths: Any, mode: Any, where: Any, peaks: Any, line: Any
-) -> Any:
+def _row_peaks(chromosomes, starts, lengths, mode, where, peaks, line):
     """Do what `_row_bins` does, for peaks."""
     _, _, shift, first, size, stop = where
     slot_start, slot_end, reach, column, buckets = peaks
@@ -134,7 +130,7 @@ def _row_peaks(
 
 
 @_jit
-def _sum_equal(line: Any, n: Any, binary: Any, indices: Any, values: Any) -> Any:
+def _sum_equal(line, n, binary, indices, values):
     """Columns of line[:n], ascending, each once, and how often they occur; -> number of different ones."""
     number = 0
     k = 0
@@ -151,9 +147,9 @@ def _sum_equal(line: Any, n: Any, binary: Any, indices: Any, values: Any) -> Any
 
 @_jit
 def count_rows(
-    row: Any, chromosomes: Any, starts: Any, lengths: Any, row_bounds: Any, mode: Any, where: Any, peaks: Any,
-    line: Any, indices: Any, values: Any, offsets: Any,
-) -> Any:  # fmt: skip
+    row, chromosomes, starts, lengths, row_bounds, mode, where, peaks,
+    line, indices, values, offsets,
+):  # fmt: skip
     """Count rows from `row` on until room runs out; -> the first row that was not counted.
 
     Parameters

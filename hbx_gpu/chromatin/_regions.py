@@ -73,7 +73,8 @@ class Regions:
         """int64, (n_features,). The dataset's number of every column's chromosome; -1 where it has none."""
         number = {name: c for c, name in enumerate(self.names) if name is not None}
         numbers = np.array([number.get(name, -1) for name in self.chromosomes], np.int64)
-        return numbers[self.table()[0]]
+        result: np.ndarray = numbers[self.table()[0]]
+        return result
 
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every column's chromosome (index into `chromosomes`), start and end, bins written out."""
@@ -85,7 +86,7 @@ class Regions:
         start = within * self.width
         return chromosome, start, np.minimum(start + self.width, self.bases[chromosome])
 
-    def lookup(self) -> tuple[tuple[Any, ...], tuple[np.ndarray, ...]]:
+    def lookup(self) -> tuple[tuple[object, ...], tuple[np.ndarray, ...]]:
         """Return the arguments `where` and `peaks` of :func:`hbx_gpu.chromatin._kernels.count_rows`."""
         found = self.search
         inverse = 1.0 / self.width if self.width else 0.0
@@ -99,7 +100,7 @@ class Regions:
         texts = [f"{c}:{a}-{b}" for c, a, b in zip(names, start.tolist(), end.tolist(), strict=True)]
         return np.array(texts, dtype=object) if texts else np.empty(0, dtype=object)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Millions of names are made again faster than they travel to a worker, and few workers ask.
         return {name: value for name, value in self.__dict__.items() if name != "feature_uids"}
 

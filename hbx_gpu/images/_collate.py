@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ class TileCollate(Collating):
 
     def __call__(
         self, batch: DenseBatch | RaggedBatch, *, present: np.ndarray | None = None, epoch: int | None = None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Collate a batch.
 
         Parameters

@@ -24,7 +24,7 @@ class _Part:
     """Tiles that one run takes: of one stored type, or images that are decoded alike."""
 
     positions: np.ndarray
-    stored: np.dtype[Any]
+    stored: np.dtype
     decoding: Decoding | None = None
 
 
@@ -210,9 +210,10 @@ class ImagePipeline:
         try:
             if gpu:
                 return self._run_on_gpu(pipe, data, feeds, encoded=found.encoded)
-            import torch
 
-            return torch.from_dlpack(run(pipe, {"tiles": data, **feeds}).as_tensor())
+            from torch.utils.dlpack import from_dlpack
+
+            return from_dlpack(run(pipe, {"tiles": data, **feeds}).as_tensor())
         except RuntimeError:
             self._pipelines.drop(key)
             if part.decoding is not None and isinstance(data, list):
@@ -233,7 +234,9 @@ class ImagePipeline:
         for tensor in moved:
             # DALI is done with what it was fed when the current stream gets here, and not before.
             tensor.record_stream(current)
-        made = torch.from_dlpack(output.as_tensor())
+        from torch.utils.dlpack import from_dlpack
+
+        made = from_dlpack(output.as_tensor())
         self._held.hand_over([made], current)
         return made
 
@@ -248,7 +251,7 @@ def _to_gpu(data: Any, device_id: int) -> tuple[list[Any], Any]:
     DALI waits for no event of what it is fed without a copy.
     """
     import torch
-    from torch.utils.dlpack import to_dlpack
+    from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # torch lacks a stub of it
 
     arrays = [data] if isinstance(data, np.ndarray) else data
     sizes = [array.nbytes for array in arrays]
@@ -271,7 +274,7 @@ def _to_gpu(data: Any, device_id: int) -> tuple[list[Any], Any]:
     return [slab], feeds[0] if isinstance(data, np.ndarray) else feeds
 
 
-def _torch_type(dtype: np.dtype[Any]) -> Any:
+def _torch_type(dtype: np.dtype) -> Any:
     import torch
 
     return getattr(torch, dtype.name)

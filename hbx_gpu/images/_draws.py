@@ -81,7 +81,8 @@ def draw(
 
     def between(step: Step, span: Any) -> np.ndarray:
         low, high = span
-        return (low + (high - low) * numbers[step][0]).astype(np.float32)
+        result: np.ndarray = (low + (high - low) * numbers[step][0]).astype(np.float32)
+        return result
 
     top = left = None
     if transform.random_crop:
@@ -126,11 +127,15 @@ def _steps(transform: ImageTransform) -> list[Step]:
 
 
 def _random_start(place: np.ndarray, sizes: np.ndarray, crop: Any, axis: int) -> np.ndarray:
-    return np.floor(place * (sizes - crop[axis] + 1)).astype(np.int64)
+    result: np.ndarray = np.floor(place * (sizes - crop[axis] + 1)).astype(np.int64)
+    return result
 
 
 def _middle(sizes: np.ndarray, crop: Any, axis: int) -> np.ndarray:
-    return np.rint((sizes - crop[axis]) / 2).astype(np.int64)  # halves to even, as torchvision rounds
+    result: np.ndarray = np.rint((sizes - crop[axis]) / 2).astype(
+        np.int64
+    )  # halves to even, as torchvision rounds
+    return result
 
 
 def color_matrices(saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
@@ -155,4 +160,5 @@ def color_matrices(saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
     # Rodrigues' formula for the axis (1, 1, 1) / sqrt(3).
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     turn = np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) / 3
-    return (turn @ saturate).astype(np.float32)
+    result: np.ndarray = (turn @ saturate).astype(np.float32)
+    return result

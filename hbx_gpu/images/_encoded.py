@@ -6,7 +6,7 @@ PNG: ISO/IEC 15948, chunk IHDR. TIFF: the TIFF 6.0 specification and the BigTIFF
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class ImageHeader(NamedTuple):
     """
 
     kind: str
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     mixed: bool = False
 
 

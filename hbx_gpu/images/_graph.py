@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline
 from nvidia.dali import fn as dali_fn
 from nvidia.dali import types as dali_types
+from nvidia.dali.pipeline import Pipeline
 
 from hbx_gpu.images._draws import Drawn
 from hbx_gpu.images._transform import ImageTransform
@@ -50,7 +50,7 @@ class Decoding:
     dtype: str
 
 
-def _source(name: str, **options: Any) -> DataNode:
+def _source(name: str, **options: object) -> DataNode:
     return fn.external_source(name=name, batch=True, no_copy=True, **options)
 
 
@@ -77,7 +77,7 @@ def decode_graph(decoding: Decoding, *, gpu: bool = False) -> DataNode:
 
 def transform_graph(
     transform: ImageTransform,
-    stored: np.dtype[Any],
+    stored: np.dtype,
     *,
     gpu: bool = False,
     decoding: Decoding | None = None,
@@ -122,7 +122,7 @@ def transform_graph(
     return _finish(_colored(tiles, transform, layout, gpu), transform, stored)
 
 
-def _window(transform: ImageTransform) -> dict[str, Any]:
+def _window(transform: ImageTransform) -> dict[str, object]:
     if not transform.crop:
         return {}
     return {
@@ -133,7 +133,7 @@ def _window(transform: ImageTransform) -> dict[str, Any]:
     }
 
 
-def _interpolated(tiles: DataNode, transform: ImageTransform, stored: np.dtype[Any]) -> DataNode:
+def _interpolated(tiles: DataNode, transform: ImageTransform, stored: np.dtype) -> DataNode:
     kind = _INTERPOLATION[transform.interpolation]
     if transform.rotation:
         if stored == np.uint16:  # which DALI does not rotate
@@ -169,7 +169,7 @@ def _colored(tiles: DataNode, transform: ImageTransform, layout: str, gpu: bool)
     return tiles
 
 
-def _finish(tiles: DataNode, transform: ImageTransform, stored: np.dtype[Any], **options: Any) -> DataNode:
+def _finish(tiles: DataNode, transform: ImageTransform, stored: np.dtype, **options: object) -> DataNode:
     mean, std = transform.normalisation(stored)
     return fn.crop_mirror_normalize(
         tiles, mean=mean, std=std, dtype=_DTYPES[transform.dtype], output_layout="CHW", **options
@@ -190,7 +190,7 @@ def arguments(
     heights, widths
         int64 (m,). Heights and widths of the tiles.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if drawn.top is not None and drawn.left is not None and transform.crop:
         top, room = drawn.top, heights - transform.crop[0]
         if not transform.interpolates and drawn.vertical_flip is not None:
@@ -214,7 +214,8 @@ def arguments(
 
 def _relative(start: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Starts as parts of the room; DALI rounds back to whole pixels, exactly below 2**22 of them."""
-    return (start / np.maximum(room, 1)).astype(np.float32)
+    result: np.ndarray = (start / np.maximum(room, 1)).astype(np.float32)
+    return result
 
 
 def build(

@@ -82,7 +82,8 @@ def rotate(x: np.ndarray, degrees: float, fill: float, nearest: bool) -> np.ndar
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
-    return np.clip(1 - np.abs(x), 0, None)
+    result: np.ndarray = np.clip(1 - np.abs(x), 0, None)
+    return result
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
@@ -125,13 +126,15 @@ def resize(x: np.ndarray, size: tuple[int, int], interpolation: str, antialias: 
     """Resample both axes."""
     rows = resize_matrix(x.shape[1], size[0], interpolation, antialias)
     columns = resize_matrix(x.shape[2], size[1], interpolation, antialias)
-    return rows @ x.astype(np.float64) @ columns.T
+    result: np.ndarray = rows @ x.astype(np.float64) @ columns.T
+    return result
 
 
 def brightness_contrast(x: np.ndarray, brightness: float, contrast: float) -> np.ndarray:
     """Multiply by `brightness`, and distances from each channel's mean by `contrast`."""
     mean = x.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
-    return float(brightness) * (mean + float(contrast) * (x - mean))
+    result: np.ndarray = float(brightness) * (mean + float(contrast) * (x - mean))
+    return result
 
 
 def finish(x: np.ndarray, mean: Sequence[float], std: Sequence[float], dtype: str) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,11 +49,11 @@ class Tiles:
             return np.tile(np.array(self.data.shape[1:], np.int64), (len(self.data), 1))
         return np.array([tile.shape for tile in self.data], np.int64).reshape(-1, 3)
 
-    def by_dtype(self) -> list[tuple[np.dtype[Any], np.ndarray]]:
+    def by_dtype(self) -> list[tuple[np.dtype, np.ndarray]]:
         """(type, positions among the m tiles); a pipeline takes one type at a time."""
         if isinstance(self.data, np.ndarray):
             return [(self.data.dtype, np.arange(len(self.data)))]
-        kinds: dict[np.dtype[Any], list[int]] = {}
+        kinds: dict[np.dtype, list[int]] = {}
         for position, tile in enumerate(self.data):
             kinds.setdefault(tile.dtype, []).append(position)
         return [(dtype, np.array(positions)) for dtype, positions in kinds.items()]
@@ -64,7 +63,8 @@ class Tiles:
         if len(positions) == len(self.data):
             return self.data
         if isinstance(self.data, np.ndarray):
-            return self.data[positions]
+            result: np.ndarray | list[np.ndarray] = self.data[positions]
+            return result
         return [self.data[position] for position in positions]
 
 

@@ -89,7 +89,7 @@ class ImageTransform:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
+        def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         for name in ("random_crop", "center_crop"):
@@ -136,7 +136,8 @@ class ImageTransform:
     @property
     def crop(self) -> Size | None:
         """(height, width) after the crop; None without a crop."""
-        size: Any = self.random_crop or self.center_crop
+        size = self.random_crop or self.center_crop
+        assert not isinstance(size, int)  # the constructor made it a pair
         return size
 
     @property
@@ -162,7 +163,7 @@ class ImageTransform:
                 return len(value)
         return 3 if self.recolor else None
 
-    def normalisation(self, stored: np.dtype[Any]) -> tuple[list[float], list[float]]:
+    def normalisation(self, stored: np.dtype) -> tuple[list[float], list[float]]:
         """`mean` and `std` in units of stored values, `scale` included.
 
         Parameters
@@ -201,7 +202,7 @@ class ImageTransform:
             )
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
@@ -209,19 +210,19 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _between(name: str, value: Any, low: float, high: float, what: str) -> float:
+def _between(name: str, value: object, low: float, high: float, what: str) -> float:
     number = _number(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name} is {what} and must be in [{low}, {high}], got {value}")
     return number
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _size(name: str, value: Any, *, square: bool) -> Size | None:
+def _size(name: str, value: object, *, square: bool) -> Size | None:
     if value is None:
         return None
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
@@ -239,7 +240,7 @@ def _size(name: str, value: Any, *, square: bool) -> Size | None:
     return int(pair[0]), int(pair[1])
 
 
-def _range(name: str, value: Any) -> Range | None:
+def _range(name: str, value: object) -> Range | None:
     """(low, high) if that is what was given; None for one number."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return None
@@ -251,7 +252,7 @@ def _range(name: str, value: Any) -> Range | None:
     return low, high
 
 
-def _factor(name: str, value: Any) -> Range:
+def _factor(name: str, value: object) -> Range:
     span = _range(name, value)
     if span is None:
         strength = _number(name, value)
@@ -263,7 +264,7 @@ def _factor(name: str, value: Any) -> Range:
     return span
 
 
-def _hue(value: Any) -> Range:
+def _hue(value: object) -> Range:
     span = _range("hue", value)
     if span is None:
         strength = _between("hue", value, 0, 0.5, "a part of a full turn")
@@ -273,7 +274,7 @@ def _hue(value: Any) -> Range:
     return span
 
 
-def _channels(name: str, value: Any) -> tuple[float, ...] | None:
+def _channels(name: str, value: object) -> tuple[float, ...] | None:
     if value is None:
         return None
     if isinstance(value, np.ndarray):

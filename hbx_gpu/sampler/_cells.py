@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -187,12 +186,12 @@ class CellSampler(EpochSampler):
         lengths = np.minimum(self.block_size, np.repeat(ends, per_group) - starts)
         order = rng.permutation(len(starts))
         starts, lengths = starts[order], lengths[order]
-        cells = self._by_group[ranges(starts, lengths)].astype(np.int64)
+        cells: np.ndarray = self._by_group[ranges(starts, lengths)].astype(np.int64)
         window_ends = np.cumsum(lengths)[self.blocks_per_window - 1 :: self.blocks_per_window]
         shuffle_runs(cells, np.append(window_ends, len(cells)), rng)
         return cells
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         blocks = {"block_size": self.block_size, "blocks_per_window": self.blocks_per_window}
         return {
             "shuffle": self.shuffle,

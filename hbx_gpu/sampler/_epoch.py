@@ -10,18 +10,22 @@ import operator
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hbx_gpu.sampler._position import Progress, at_least, caller_depth, checked_rank, distributed_rank
 from hbx_gpu.sampler._rounds import cut_rounds, least_per_rank
 
-_TorchSampler: Any
-try:
-    from torch.utils.data import Sampler as _TorchSampler
-except ImportError:  # orders are plain NumPy; only the isinstance check of torch users is lost
-    _TorchSampler = object
+if TYPE_CHECKING:
+    from torch.utils.data import Sampler
+
+    _TorchSampler = Sampler[list[int]]
+else:
+    try:
+        from torch.utils.data import Sampler as _TorchSampler
+    except ImportError:  # orders are plain NumPy; only the isinstance check of torch users is lost
+        _TorchSampler = object
 
 logger = logging.getLogger("hbx_gpu.sampler")
 
@@ -156,7 +160,7 @@ class EpochSampler(_TorchSampler):
         progress.begun, self._pending, self._progress = True, None, progress
         return self._walk(progress, edges, rank)
 
-    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+    def state_dict(self, delivered: int | None = None) -> dict[str, object]:
         """Return the position of this run as plain ints and strings.
 
         Once all batches of an epoch were delivered, the state is that of the next epoch at its beginning,
@@ -204,7 +208,7 @@ class EpochSampler(_TorchSampler):
             }
         return {"version": _STATE_VERSION, "order": self._fingerprint(), **position}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where `state` was taken, on any number of ranks and workers.
 
         The first iteration afterwards is what remains of the epoch in progress, in the very order the saved
@@ -275,7 +279,7 @@ class EpochSampler(_TorchSampler):
     def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
         raise NotImplementedError
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         raise NotImplementedError
 
     @property
@@ -338,7 +342,7 @@ class EpochSampler(_TorchSampler):
             yield cells[edges[p] : edges[p + 1]].copy()
         progress.done = True
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, object]:
         # Computed once: it hashes arrays of one entry per cell, and a state may be taken at every step.
         if not hasattr(self, "_order_id"):
             self._order_id = {

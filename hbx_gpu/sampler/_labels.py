@@ -109,9 +109,10 @@ class WeightedCellSampler(EpochSampler):
         drawn = np.searchsorted(cumulated, spacings[:-1] * (cumulated[-1] / spacings[-1]), side="right")
         np.minimum(drawn, len(cumulated) - 1, out=drawn)  # rounding may reach the total itself
         rng.shuffle(drawn)
-        return self._drawable[drawn]
+        result: np.ndarray = self._drawable[drawn]
+        return result
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {
             "n_samples": self._n_epoch,
             "replacement": self.replacement,
@@ -170,9 +171,10 @@ class BalancedCellSampler(EpochSampler):
         if self.shuffle:
             shuffle_runs(rows, ends, rng)
         # One cell of each category in turn: any cut of the result is balanced to within one cell.
-        return rows[np.arange(self._n_each)[:, None] + (ends - self._counts)].ravel()
+        result: np.ndarray = rows[np.arange(self._n_each)[:, None] + (ends - self._counts)].ravel()
+        return result
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"shuffle": self.shuffle, "balance_values": digest(self._by_code, self._counts)}
 
 
@@ -300,7 +302,8 @@ class GroupedCellSampler(EpochSampler):
 
     def _sizes(self, rng: np.random.Generator) -> np.ndarray:
         _, n_targets, n_controls = self._cut()
-        return (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
+        result: np.ndarray = (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
+        return result
 
     def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels have no lanes
         starts, n_targets, n_controls = self._cut()
@@ -310,7 +313,7 @@ class GroupedCellSampler(EpochSampler):
         if self.shuffle:
             shuffle_runs(positions, np.cumsum(self._counts), rng)
         positions = positions[ranges(starts, n_targets)]
-        targets = self._targets[positions]
+        targets: np.ndarray = self._targets[positions]
         if self._n_controls == 0:
             return targets
         controls = self._draw_controls(self._pool_of[positions], n_targets, n_controls, rng)
@@ -339,9 +342,10 @@ class GroupedCellSampler(EpochSampler):
         asked = np.bincount(pool, minlength=len(ends))
         times = np.empty(len(pool), np.int64)
         times[rows_by_code(pool)] = ranges(np.zeros_like(asked), asked)
-        return pools[(ends - self._pool_sizes)[pool] + times % self._pool_sizes[pool]]
+        result: np.ndarray = pools[(ends - self._pool_sizes)[pool] + times % self._pool_sizes[pool]]
+        return result
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         pools = (self._pool_of, self._pools, self._pool_sizes) if self._n_controls else ()
         return {
             "shuffle": self.shuffle,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hbx_gpu.scdl._api.collate import (
@@ -49,7 +49,7 @@ __all__ = list(_PUBLIC)
 
 if not TYPE_CHECKING:  # a type checker takes the names above and rejects all others
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         # PEP 562: importing the package must not import torch, pyarrow or pandas.
         if name in _PUBLIC:
             return getattr(importlib.import_module(_PUBLIC[name]), name)

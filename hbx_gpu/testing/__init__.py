@@ -7,7 +7,7 @@ hypothesis, which hbx_gpu does not install. docs/testing.md shows how the parts 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hbx_gpu.testing._examples import N_FEATURES as N_FEATURES
@@ -40,7 +40,7 @@ __all__ = list(_PUBLIC)
 
 if not TYPE_CHECKING:  # a type checker takes the names above and rejects all others
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name in _PUBLIC:
             return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,7 +56,7 @@ def compressors(codec: str, transform: str, itemsize: int) -> list[Any]:
 
         return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
     name, _, checksum = codec.partition("+")
-    by_name: dict[str, list[Any]] = {
+    by_name: dict[str, list[object]] = {
         "zstd": [ZstdCodec(level=0)],
         "blosc": [BloscCodec(cname="lz4")],
         "blosc-lz4-bits": [BloscCodec(cname="lz4", shuffle="bitshuffle", blocksize=256)],

@@ -6,6 +6,8 @@ steps too: those of C libraries differ in the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hbx_gpu.tokens._program import Curve, Norm
@@ -78,7 +80,7 @@ def normalise(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, ta
     one, n = np.float32(1), np.float32(target)
     y, t, t_known = x.astype(np.float32), np.float32(total), np.float32(known)
     with np.errstate(invalid="ignore", divide="ignore"):
-        result = {
+        ways: dict[Norm, Callable[[], np.ndarray]] = {
             Norm.COUNT: lambda: y,
             Norm.F32_RECIP: lambda: y * (one / t) * n,
             Norm.F32_DIV: lambda: y / t_known * n,
@@ -87,17 +89,20 @@ def normalise(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, ta
             Norm.F32_KNOWN_EPS: lambda: y / (t_known + np.float32(1e-9)) * n,
             Norm.F32_KEPT: lambda: y / np.float32(kept) * n,
             Norm.F32_TIMES: lambda: y * n / t,
-        }[norm]()
+        }
+        result = ways[norm]()
     return result.astype(np.float64)
 
 
 def rank_keys(norm: Norm, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """float64. Scaled counts by the scales of their genes, reciprocals where the arithmetic takes those."""
     if norm in (Norm.F64_RECIP, Norm.F32_RECIP):
-        return values * scale
+        result: np.ndarray = values * scale
+        return result
     if norm == Norm.F32_EPS:
         return (values.astype(np.float32) / scale.astype(np.float32)).astype(np.float64)
-    return values / scale
+    result = values / scale
+    return result
 
 
 def bend(curve: Curve, values: np.ndarray, clip: float) -> np.ndarray:
@@ -127,7 +132,8 @@ def edges_numpy(values: np.ndarray, bins: int) -> np.ndarray:
     g = t - f
     a, b = s[f], s[np.minimum(f + 1, n - 1)]
     d = (b - a).astype(np.float64)
-    return np.where(g < 0.5, a + d * g, b - d * (1.0 - g))
+    result: np.ndarray = np.where(g < 0.5, a + d * g, b - d * (1.0 - g))
+    return result
 
 
 def edges_torch(values: np.ndarray, bins: int) -> np.ndarray:
@@ -144,7 +150,8 @@ def edges_torch(values: np.ndarray, bins: int) -> np.ndarray:
     w = t - np.floor(t)
     a, b = s[f], s[h]
     d = b - a
-    return np.where(w < np.float32(0.5), a + w * d, b - d * (np.float32(1) - w))
+    result: np.ndarray = np.where(w < np.float32(0.5), a + w * d, b - d * (np.float32(1) - w))
+    return result
 
 
 def linspace32(steps: int) -> np.ndarray:

@@ -72,7 +72,8 @@ class Draws:
     def keys(self, step: Step, index: np.ndarray, block: int = 0) -> np.ndarray:
         """uint64 (n,): 64-bit keys; the k smallest are a uniform choice of k, their order a shuffle."""
         words = self.words(step, index, block)
-        return words[0] << _HALF | words[1]
+        result: np.ndarray = words[0] << _HALF | words[1]
+        return result
 
     def units(self, step: Step, index: np.ndarray) -> np.ndarray:
         """float64 (n,) in [0, 1)."""
@@ -105,7 +106,8 @@ def mulhi(keys: np.ndarray, span: int) -> np.ndarray:
     high, low = keys >> _HALF, keys & _LOW
     span_high, span_low = np.uint64(span >> 32), np.uint64(span & 0xFFFFFFFF)
     middle = high * span_low + (low * span_low >> _HALF)
-    return high * span_high + (middle >> _HALF) + (low * span_high + (middle & _LOW) >> _HALF)
+    result: np.ndarray = high * span_high + (middle >> _HALF) + (low * span_high + (middle & _LOW) >> _HALF)
+    return result
 
 
 def smallest(keys: np.ndarray, columns: np.ndarray, k: int) -> np.ndarray:

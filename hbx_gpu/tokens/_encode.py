@@ -133,7 +133,7 @@ def finish(
     return {names.get(name, name): array for name, array in made.items()}
 
 
-def front_ids(compiled: Compiled, obs: Mapping[str, Any], n: int) -> np.ndarray:
+def front_ids(compiled: Compiled, obs: Mapping[str, object], n: int) -> np.ndarray:
     """int64 (n, k), or (1, k) where all cells have the same."""
     if not any(isinstance(token, ObsTokens) for token in compiled.front):
         return np.array([compiled.front], np.int64).reshape(1, len(compiled.front))
@@ -143,7 +143,7 @@ def front_ids(compiled: Compiled, obs: Mapping[str, Any], n: int) -> np.ndarray:
     return ids
 
 
-def aux_ids(compiled: Compiled, obs: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+def aux_ids(compiled: Compiled, obs: Mapping[str, object], n: int) -> dict[str, np.ndarray]:
     """int64 (n,) or (n, k) by name."""
     found = {}
     for name, entry in compiled.recipe.aux.items():
@@ -154,7 +154,7 @@ def aux_ids(compiled: Compiled, obs: Mapping[str, Any], n: int) -> dict[str, np.
     return found
 
 
-def obs_ids(tokens: ObsTokens, obs: Mapping[str, Any], n: int) -> np.ndarray:
+def obs_ids(tokens: ObsTokens, obs: Mapping[str, object], n: int) -> np.ndarray:
     """int64 (n,). Values of one obs column as ids."""
     if tokens.column not in obs:
         raise InvalidDataError(

@@ -15,7 +15,7 @@ Lowered = tuple[Any, "tuple[int | ObsTokens, ...]", "tuple[int, ...]"]
 
 
 @singledispatch
-def lower(recipe: Any, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
+def lower(recipe: object, names: list[str], tables: p.Tables) -> Lowered:  # noqa: ARG001
     """The program of a recipe, and its special tokens before and after the genes."""
     raise TypeError(
         f"tokens must be one of the recipes of hbx_gpu.tokens, such as tokens.geneformer_v2(...), got a "

@@ -136,7 +136,10 @@ def _values(program: Sequence, tables: Tables, row: Row, draws: Draws, genes: np
     if program.value == Value.KEPT_BINS:
         return bins(program, counts, tables.index[row.columns[genes]], draws).astype(np.float32)
     if program.value == Value.BINS:
-        return bins(program, row.counts, tables.index[row.columns], draws)[genes].astype(np.float32)
+        result: np.ndarray = bins(program, row.counts, tables.index[row.columns], draws)[genes].astype(
+            np.float32
+        )
+        return result
     values = a.normalise(program.norm, counts, row.total, row.known, float(counts.sum()), program.target)
     if program.norm == Norm.COUNT and program.curve == Curve.NONE and program.clip == np.inf:
         return values.astype(np.float32)
@@ -201,7 +204,8 @@ def hide(program: Sequence, index: np.ndarray, draws: Draws) -> np.ndarray:
     ratios = program.ratios
     ratio = ratios[draws.below(Step.RATIO, len(ratios)) if len(ratios) > 1 else 0]
     if program.mask == Mask.BERNOULLI:
-        return draws.units(Step.MASK, index) < ratio
+        result: np.ndarray = draws.units(Step.MASK, index) < ratio
+        return result
     hidden = np.zeros(len(index), bool)
     hidden[smallest(draws.keys(Step.MASK, index), index, int(len(index) * ratio))] = True
     return hidden

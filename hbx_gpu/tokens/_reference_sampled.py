@@ -83,7 +83,8 @@ def _absent_genes(tables: Tables, row: Row, absent: np.ndarray, draws: Draws, n:
     """int64 (n,). Genes that are not expressed: at random, or with replacement where they are too few."""
     if len(absent) >= n:
         index = tables.index[absent]
-        return absent[smallest(draws.keys(Step.ZEROS, index), index, n)]
+        result: np.ndarray = absent[smallest(draws.keys(Step.ZEROS, index), index, n)]
+        return result
     return _with_replacement(absent if len(absent) else row.columns, draws, Step.ZEROS, 1, n)
 
 

@@ -249,7 +249,7 @@ class DeviceEngine:
         dtype: str = "float32",
         transform: Transform | None = None,
         layer: int = 0,
-    ) -> Any:
+    ) -> object:
         """Dense rows of `plan`, as a tensor (n_rows, n_features); otherwise as `densify` on the host."""
         staging, slot = self._packed(plan, slab, "dense")
         return self._received(self.submit_dense(staging, slot, dtype, transform, layer))

@@ -135,7 +135,7 @@ class Backend(Protocol):
     def upload(self, host: np.ndarray, target: Memory) -> None:
         """Copy to the start of `target` on the copy stream; later launches wait for it."""
 
-    def send(self, host: np.ndarray, target: Any) -> None:
+    def send(self, host: np.ndarray, target: object) -> None:
         """Copy page-locked host memory to an output tensor of as many bytes, on the decode stream."""
 
     def download(self, address: int, target: np.ndarray) -> None:
@@ -145,7 +145,7 @@ class Backend(Protocol):
         """Copy between two places of device memory, on the decode stream."""
 
     def launch(
-        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
+        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[object], shared: int = 0
     ) -> None:
         """Run a kernel of ``kernels/*.cu`` on the decode stream.
 
@@ -155,13 +155,13 @@ class Backend(Protocol):
     def decompressor(self) -> Decompressor:
         """Return the decompressor for general codecs; raise DeviceUnavailableError where there is none."""
 
-    def on_decode_stream(self) -> AbstractContextManager[Any]:
+    def on_decode_stream(self) -> AbstractContextManager[object]:
         """torch operations inside run on the decode stream."""
 
     def event(self) -> Event:
         """Return the point after everything ordered on the decode stream so far."""
 
-    def hand_over(self, event: Event, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
+    def hand_over(self, event: Event, tensors: Sequence[object], foreign: Sequence[object] = ()) -> None:
         """Let the caller's current stream use `tensors`, and `foreign` ones, from now on.
 
         It waits for `event` before its next operation, and memory of the tensors is not given away before

@@ -195,12 +195,12 @@ class Launches:
             grid = min(max(1, plan.n_rows), _MAX_GRID)
             self._backend.launch("sort_rows", grid, _BLOCK, (*flat, *target, *tiles), _SET_BYTES * words)
 
-    def send_offsets(self, offsets: Any) -> None:
+    def send_offsets(self, offsets: object) -> None:
         """The plan's own offsets, where nothing is dropped."""
         at = self._staging.at["offsets"]
         self._backend.send(self._slot.host[at : at + self._staging.plan.offsets.nbytes], offsets)
 
-    def see_order(self, indices: Any, offsets: Any) -> None:
+    def see_order(self, indices: object, offsets: object) -> None:
         """Note whether columns ascend in every row of the outputs."""
         n_rows = self._staging.plan.n_rows
         grid = min(max(1, -(-n_rows // _WARPS)), _MAX_GRID)
@@ -208,7 +208,7 @@ class Launches:
         unsorted = self._at("status") + np.uint64(4 * UNSORTED)
         self._backend.launch("csr_ascending", grid, _BLOCK, (indices, offsets, *sizes, unsorted))
 
-    def rowpack_dense(self, out: Any, dtype: str, transform: Transform, layer: int) -> None:
+    def rowpack_dense(self, out: object, dtype: str, transform: Transform, layer: int) -> None:
         """Upload, and go from rowpack chunks to dense rows in one kernel."""
         self._upload(np.zeros(0, OUTPUT))
         tables = (*self._runs(), *self._table("pieces"), *self._table(f"segments{layer}"))
@@ -234,7 +234,7 @@ class Launches:
         args = (*rows, *self._columns, *target, *self._status("rows"))
         self._backend.launch("place_columns", grid, _BLOCK, args)
 
-    def finish(self, tensors: list[Any], seen: Callable[[bool], None] | None = None) -> Pending:
+    def finish(self, tensors: list[object], seen: Callable[[bool], None] | None = None) -> Pending:
         """Ask for the status words; the slot is busy until they are there. `seen` hears of `ascending`."""
         staging, slot = self._staging, self._slot
         # They come back to where they lie in the page-locked buffer: the upload has read it by then.
@@ -303,7 +303,7 @@ class Launches:
         self._launch(kernel, len(jobs), self._table(part), sizes, (), part, shared=8 * max_blocks + stage)
 
     def _dense(
-        self, kernel: str, out: Any, dtype: str, transform: Transform, args: tuple[Any, ...], part: str
+        self, kernel: str, out: Any, dtype: str, transform: Transform, args: tuple[object, ...], part: str
     ) -> None:
         n_rows, n_features = (int(n) for n in out.shape)
         if not n_rows or not n_features:
@@ -330,7 +330,7 @@ class Launches:
         args = (*self._arena(), *first, *second, *third, *self._status(part))
         self._backend.launch(kernel, min(grid, _MAX_GRID), _BLOCK, args, shared)
 
-    def _arena(self) -> tuple[Any, Any]:
+    def _arena(self) -> tuple[object, object]:
         """Memory that holds all chunk bytes of the batch."""
         if (resident := self._staging.resident) is not None:
             return np.uint64(resident.arena.address), np.uint64(resident.arena.nbytes)
@@ -339,7 +339,7 @@ class Launches:
     def _at(self, name: str) -> np.uint64:
         return np.uint64(self._device.address + self._staging.at[name])
 
-    def _runs(self) -> tuple[Any, Any]:
+    def _runs(self) -> tuple[object, object]:
         """HbxRun of staged chunks; with resident ones all of the arena, by which theirs are numbered."""
         if (resident := self._staging.resident) is not None:
             return np.uint64(resident.arena.address), np.uint32(resident.arena.nbytes // RUN.itemsize)
@@ -351,7 +351,7 @@ class Launches:
     def _count(self, part: str) -> int:
         return self._staging.counts[part]
 
-    def _status(self, part: str) -> tuple[Any, Any]:
+    def _status(self, part: str) -> tuple[object, object]:
         """Words of a part, and the one that sums them up."""
         status = self._at("status")
         return status + np.uint64(4 * self._staging.first_word(part)), status + np.uint64(4 * ANY)

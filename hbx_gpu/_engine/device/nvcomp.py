@@ -160,7 +160,7 @@ class Library:
     def _options(self) -> _Options:
         return _Options(backend=_CUDA_BACKEND)
 
-    def _call(self, name: str, *args: Any) -> None:
+    def _call(self, name: str, *args: object) -> None:
         function = getattr(self._library, name)
         function.restype = ctypes.c_int
         status = function(*args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Boxes(Protocol):
     def layers(self) -> tuple[str, ...]: ...
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype: ...
 
     @property
     def n_features(self) -> int: ...
@@ -78,7 +78,7 @@ class DenseRows:
     """
 
     table: SourceTable
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     length: np.ndarray
     inner: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
@@ -197,7 +197,7 @@ def _in_one_piece(layout: ArrayLayout) -> bool:
     return whole and 0 < math.prod(layout.chunk_shape) < _MAX_ELEMENTS
 
 
-def _converts(stored: np.dtype[Any], between: np.dtype[Any], final: np.dtype[Any]) -> bool:
+def _converts(stored: np.dtype, between: np.dtype, final: np.dtype) -> bool:
     """Whether `gather_pieces` makes the final dtype of the stored one as NumPy does by way of another."""
     if any(dtype != BOOL and dtype.name not in ELEMENT_TYPES for dtype in (stored, final)):
         return False
@@ -207,7 +207,9 @@ def _converts(stored: np.dtype[Any], between: np.dtype[Any], final: np.dtype[Any
         if rounds or not np.can_cast(stored, between, "safe"):
             return False
     # bool is a number for kernels.
-    return stored == final or (final != BOOL and (stored, final) != (np.float64, np.float16))
+    return stored == final or (
+        final != BOOL and (stored, final) != (np.dtype(np.float64), np.dtype(np.float16))
+    )
 
 
 def _take_all(layouts: Sequence[ArrayLayout], rows: BoxIndex) -> bool:

@@ -139,7 +139,8 @@ class Cursor:
     def take_each(self, nbytes: np.ndarray, align: int) -> np.ndarray:
         sizes = -(-nbytes // align) * align
         begin = self.take(int(sizes.sum()), align)
-        return begin + np.cumsum(sizes) - sizes
+        result: np.ndarray = begin + np.cumsum(sizes) - sizes
+        return result
 
 
 def round_up(x: int, step: int) -> int:

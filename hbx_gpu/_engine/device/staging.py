@@ -222,7 +222,8 @@ class Stager:
     def _moves(self, staging: Staging, jobs: np.ndarray) -> np.ndarray:
         """Which chunks lie, as elements, in staged bytes or scratch; all of these stand before the others."""
         packed = np.isin(self.kinds[staging.plan.chunk_array[jobs]], (PACKED_32, PACKED_64))
-        return packed | ~staging.there(jobs)
+        result: np.ndarray = packed | ~staging.there(jobs)
+        return result
 
     def _rowpack(self, staging: Staging, jobs: np.ndarray) -> int:
         """Runs and pieces of rowpack chunks; returns the bytes they take, from byte 0 on."""
@@ -283,7 +284,8 @@ class Stager:
         staging.jobs[name] = (jobs, np.ones(len(jobs), np.int64))
         ranges = _ranges(slab.address[jobs], records["data"], nbytes)
         staging.ranges.append(ranges[~there])
-        return records["out"][job].astype(np.int64) + begin
+        result: np.ndarray = records["out"][job].astype(np.int64) + begin
+        return result
 
     def _opened(self, plan: BatchPlan, slab: Slab, kind: np.ndarray) -> dict[int, Contents]:
         """Take chunks apart that the device decompresses, by number; these become STREAMS in `kind`."""
@@ -364,7 +366,8 @@ class Stager:
             values = np.full(longest, fills[members[0]], self.directory.layouts[array].dtype)
             place[members] = cursor.take(values.nbytes)
             staging.fills.append((int(place[members[0]]), values))
-        return place[job]
+        result: np.ndarray = place[job]
+        return result
 
     def _held(self, staging: Staging, jobs: np.ndarray) -> np.ndarray:
         """Elements of resident chunks; returns where each piece begins, in the arena they lie in."""
@@ -373,7 +376,8 @@ class Stager:
             return _NONE
         pieces, job = _pieces_of(staging.plan, jobs)
         begin, _ = self._extent(staging.plan, pieces, staging.plan.chunk_array[jobs][job])
-        return resident.at[jobs][job] + begin
+        result: np.ndarray = resident.at[jobs][job] + begin
+        return result
 
     def _extent(
         self, plan: BatchPlan, pieces: np.ndarray, array: np.ndarray

@@ -43,7 +43,7 @@ class BoxEngine:
         self,
         table: BoxTable,
         directory: ChunkDirectory,
-        dtypes: Sequence[np.dtype[Any]],
+        dtypes: Sequence[np.dtype],
         pool: BufferPool | None = None,
         *,
         keep: int = 64 << 20,
@@ -209,7 +209,7 @@ class BoxEngine:
                     self._kept.add(number, chunk)
             yield chunk, pieces
 
-    def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    def _zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         out = self._empty(shape, dtype)
         out[...] = 0
         return out

@@ -129,7 +129,9 @@ def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held
             # DALI is done with what it was fed when `stream` gets here, and not before.
             tensor.record_stream(stream)
     built.pipe.release_outputs()
-    outputs = [torch.from_dlpack(output.as_tensor())[0] for output in found]
+    from torch.utils.dlpack import from_dlpack
+
+    outputs = [from_dlpack(output.as_tensor())[0] for output in found]
     if device_id is not None:
         held.hand_over(outputs, stream)
     return outputs
@@ -305,7 +307,7 @@ class Built:
 
     def feed(self, packed: Packed) -> None:
         """Hand a batch to the inputs, one sample per field. It is not copied: keep it until it came out."""
-        from torch.utils.dlpack import to_dlpack
+        from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # torch lacks a stub of it
 
         for name, operator in self.inputs.items():
             # DLPack says which device it is on, and has every type that fields have.

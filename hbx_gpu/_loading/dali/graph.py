@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from nvidia.dali import Pipeline, fn
+from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
 
 from hbx_gpu._devices import cores
 from hbx_gpu._loading.ahead import Ahead
@@ -62,7 +63,7 @@ def build(
     return Built(pipe, inputs, tuple(outputs), named)
 
 
-def _by_name(found: Any) -> dict[str, DataNode]:
+def _by_name(found: object) -> dict[str, DataNode]:
     """Check what the user's graph returned, and return it by name; outputs without names are numbered."""
     outputs = found
     if isinstance(found, DataNode):
@@ -162,7 +163,7 @@ class FedPipeline(Pipeline):
                 return Feeder(batches, built, ahead, room=options.prefetch_queue_depth, start=False)
 
             self._feeder = self._loader.begin_epoch(feed)
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]  # DALI does not annotate it
 
     def close(self) -> None:
         """End the thread that feeds."""

@@ -159,7 +159,7 @@ class HeapReader(Reader):
 
         load_all(copy, chunks, sizes, threads=threads, where="memory")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("chunks in memory do not travel to other processes: leave num_workers at 0")
 
     @property
@@ -191,7 +191,8 @@ class HeapReader(Reader):
         self._reader.close()
 
     def _keys(self, extents: Extents) -> np.ndarray:
-        return extents.file.astype(np.int64) * self._stride + extents.offset
+        result: np.ndarray = extents.file.astype(np.int64) * self._stride + extents.offset
+        return result
 
 
 def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:

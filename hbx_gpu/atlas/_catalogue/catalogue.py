@@ -18,8 +18,7 @@ from hbx_gpu._files import sync
 from hbx_gpu.atlas._catalogue import swap, tables, unfinished
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal
 from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import group_path, staging_path
-from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, group_path, staging_path
 from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._writing.arrays import make_group

@@ -72,7 +72,7 @@ class _Guarded:
     def __init__(self, inner: Any, root: Path, table: str) -> None:
         self._inner, self._root, self._table = inner, root, table
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         with lance_errors(self._root, self._table):
@@ -83,22 +83,22 @@ class _Guarded:
         with lance_errors(self._root, self._table):
             return len(self._inner)
 
-    def _passed(self, found: Any) -> Any:
+    def _passed(self, found: object) -> object:
         if type(found).__module__.partition(".")[0] == "lancedb":
             return _Guarded(found, self._root, self._table)
         if isinstance(found, Iterator):
             return self._each(found)
         return self._called(found) if callable(found) else found
 
-    def _called(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def _called(self, method: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
             with lance_errors(self._root, self._table):
                 result = method(*args, **kwargs)
             return self._passed(result)
 
         return call
 
-    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
+    def _each(self, items: Iterator[object]) -> Iterator[object]:
         while True:
             with lance_errors(self._root, self._table):
                 try:

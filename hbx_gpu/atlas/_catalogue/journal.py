@@ -178,7 +178,7 @@ class Journal:
     def repacks(self) -> list[RepackNote]:
         """All notes of repacks that did not finish; raises as :meth:`notes`."""
 
-        def parse(data: dict[str, Any]) -> RepackNote:
+        def parse(data: dict[str, object]) -> RepackNote:
             return RepackNote(**_texts(data, "zarr_group", "staging"))
 
         return [self._parsed(path, parse) for path in self._paths("repack")]
@@ -207,7 +207,7 @@ class Journal:
     def _paths(self, kind: str) -> list[Path]:
         return sorted(_checked(self._folder).glob(f"{kind}-*.json"))
 
-    def _parsed(self, path: Path, parse: Callable[[dict[str, Any]], _N]) -> _N:
+    def _parsed(self, path: Path, parse: Callable[[dict[str, object]], _N]) -> _N:
         data = parse_json(read_small(path, _NOTE_BYTES), path)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise _refused(path, f"its format is not {_FORMAT}, the one of this release")
@@ -254,7 +254,7 @@ def _texts(data: dict[str, Any], *keys: str) -> dict[str, str]:
     return found
 
 
-def _names(values: Any) -> tuple[str, ...]:
+def _names(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("a list of texts is expected")
     return tuple(values)

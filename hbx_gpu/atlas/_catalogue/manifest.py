@@ -129,7 +129,7 @@ def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
     return dict(document)
 
 
-def _plain(record: SnapshotRecord) -> Any:
+def _plain(record: SnapshotRecord) -> object:
     return json.loads(json.dumps(asdict(record)))
 
 

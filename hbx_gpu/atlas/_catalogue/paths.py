@@ -19,7 +19,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
 _MOST = 4096  # characters in the name of a group
 
 
-def plain_name(name: Any, what: str) -> str:
+def plain_name(name: object, what: str) -> str:
     """Check that a name is one path component without characters special to a file system.
 
     Raises
@@ -61,7 +61,7 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
             f"zarr_group {_short(zarr_group)} must be a relative path below {store}; the atlas was damaged, "
             "or made to reach files outside of it"
         )
-    path = store / zarr_group
+    path: Path = store / zarr_group
     if not allow_links:
         Within(str(store)).check(str(path))
     return path
@@ -82,7 +82,7 @@ def plain_column(name: str) -> str:
     return name
 
 
-def staging_path(store: Path, name: Any) -> Path:
+def staging_path(store: Path, name: object) -> Path:
     """Folder for unfinished files of one writer, inside the store so that moving them out is a rename.
 
     Raises
@@ -124,6 +124,6 @@ def check_store(root: Path, store: Path, *, allow_links: bool = False) -> Path:
     return store
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:120]}..."

@@ -79,7 +79,8 @@ class Registry:
         return self.table.to_pandas().set_index("uid")
 
     def _global_index(self) -> np.ndarray:
-        return self.table.column("global_index").to_numpy()
+        result: np.ndarray = self.table.column("global_index").to_numpy()
+        return result
 
     def find(self, uids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """int32, (len(uids),). Global index of every uid, -1 where it is not registered."""

@@ -45,7 +45,8 @@ def find_dataset(catalogue: Catalogue, name: str) -> str:
         return name
     found = [uid for uid, source in uids.items() if source == name]
     if len(found) == 1:
-        return found[0]
+        result: str = found[0]
+        return result
     known = ", ".join(f"{uid} ({source or 'no file name'})" for uid, source in uids.items()) or "none"
     what = (
         f"{len(found)} datasets come from {name!r}; name one by its uid" if found else f"no dataset {name!r}"

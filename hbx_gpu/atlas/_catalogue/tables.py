@@ -98,7 +98,7 @@ class Addition:
     name: str
     data: pa.Table
     merge: Merge
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, object]
     source: str
 
     def commit(self, extra: Mapping[str, pa.Array] | None = None) -> None:
@@ -128,7 +128,7 @@ def prepare(
     data: pa.Table,
     *,
     allow_new: bool,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
     later: Collection[str] = (),
     source: str,
     lenient: bool = False,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal
 from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import plain_column
-from hbx_gpu.atlas._catalogue.snapshot_records import LAYOUT_TABLE, SnapshotRecord, read_records
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_column
+from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, read_records
 from hbx_gpu.atlas._model.schema import default_registry
 from hbx_gpu.atlas._model.spaces import known_spaces
 

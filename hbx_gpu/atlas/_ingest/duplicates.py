@@ -110,7 +110,7 @@ class _Values:
         self._store, self._space = store, space
         self._opened: dict[tuple[str, str], Any] = {}
 
-    def same(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool | None:
+    def same(self, one: Mapping[str, object], other: Mapping[str, object]) -> bool | None:
         """Whether two cells hold the same values, in any order.
 
         None where neither holds any, or no layer is common.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -224,11 +224,13 @@ class FragmentsPart(Part):
 
 
 def _starts(block: pa.Table) -> np.ndarray:
-    return block.column("start").to_numpy()
+    result: np.ndarray = block.column("start").to_numpy()
+    return result
 
 
 def _ends(block: pa.Table) -> np.ndarray:
-    return block.column("end").to_numpy()
+    result: np.ndarray = block.column("end").to_numpy()
+    return result
 
 
 def _natural(uid: str) -> tuple[bool, int, str]:
@@ -237,11 +239,10 @@ def _natural(uid: str) -> tuple[bool, int, str]:
     return not number.isdecimal(), int(number) if number.isdecimal() else 0, uid
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    opened: Any = gzip.open(path, "rb") if packed else open(path, "rb")  # noqa: SIM115 - the caller closes it
-    return opened
+    return gzip.GzipFile(path) if packed else path.open("rb")
 
 
 def _parse(path: Path) -> Iterator[tuple[pa.Table, int]]:
@@ -293,7 +294,7 @@ class _Rest:
 
     closed = False
 
-    def __init__(self, first: bytes, file: BinaryIO) -> None:
+    def __init__(self, first: bytes, file: BinaryIO | gzip.GzipFile) -> None:
         self._first, self._file = first, file
 
     def read(self, size: int = -1) -> bytes:

@@ -47,7 +47,7 @@ class StoredImage:
     source: str
     source_name: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     axes: str
     array: Any
     digest: Callable[[], str]
@@ -215,7 +215,7 @@ class _TileFiles:
 
     files: tuple[Path, ...]
     tile_shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -225,7 +225,7 @@ class _TileFiles:
         return np.stack([_read_tile(file) for file in self.files[region[0] if region else slice(None)]])
 
 
-def _tile_form(file: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _tile_form(file: Path) -> tuple[tuple[int, ...], np.dtype]:
     if file.suffix.lower() in _TIFF:
         opened = _open_tiff(file)
         return _channels_first(opened.shape, opened.axes, file)[0], opened.dtype

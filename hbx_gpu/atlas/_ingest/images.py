@@ -109,7 +109,8 @@ class _Table:
                 f"{self.source}: column {name!r} holds {str(self.frame[name].iloc[row])!r} for "
                 f"{self.who(row)}, expected a whole number"
             )
-        return values.astype(np.int64)
+        result: np.ndarray = values.astype(np.int64)
+        return result
 
     def who(self, row: int) -> str:
         """A row, for messages."""
@@ -357,7 +358,7 @@ class _EncodedPart(_ImagePart):
         )
 
 
-def _paths(names: Sequence[str], folder: Any) -> list[Path]:
+def _paths(names: Sequence[str], folder: object) -> list[Path]:
     if folder is None:
         return [Path(name) for name in names]
     if not isinstance(folder, str | os.PathLike):

@@ -155,7 +155,7 @@ def _matrices_of(adata: AnnData) -> list[str]:
     return available + [str(name) for name in adata.layers if name is not None]
 
 
-def _values_of(adata: AnnData, matrix: str) -> Any:
+def _values_of(adata: AnnData, matrix: str) -> object:
     return adata.X if matrix == "X" else adata.raw.X if matrix == "raw" else adata.layers[matrix]
 
 

@@ -275,4 +275,5 @@ def _differ(left: pa.Array, right: pa.Array) -> np.ndarray:
     if pa.types.is_nested(left.type):
         pairs = zip(left.to_pylist(), right.to_pylist(), strict=True)
         return np.array([x != y for x, y in pairs], bool)
-    return pc.not_equal(left, right).to_numpy(zero_copy_only=False).astype(bool)
+    result: np.ndarray = pc.not_equal(left, right).to_numpy(zero_copy_only=False).astype(bool)
+    return result

@@ -230,7 +230,7 @@ def add_multimodal(
 
 
 def resolve_modality(
-    name: str, fields: Mapping[str, str], table: str, data: Any = None
+    name: str, fields: Mapping[str, str], table: str, data: object = None
 ) -> tuple[str, FeatureSpace]:
     """Pointer column and feature space that a modality is meant for.
 
@@ -279,7 +279,9 @@ def _check_targets(targets: Mapping[str, tuple[str, FeatureSpace]]) -> None:
         seen[field_name] = name
 
 
-def _check_names(opened: Mapping[str, Any], layers: Layers, id_column: Any, obs_from: str | None) -> None:
+def _check_names(
+    opened: Mapping[str, object], layers: Layers, id_column: object, obs_from: str | None
+) -> None:
     """Options that name a modality must name one that is there."""
     named = {
         option("layers", spelled("...", "NAME:LAYER=MATRIX")): list(layers),
@@ -291,7 +293,7 @@ def _check_names(opened: Mapping[str, Any], layers: Layers, id_column: Any, obs_
             raise UnknownNameError(f"{where} names {unknown}, but the modalities are {list(opened)}")
 
 
-def _is_matrix(data: Any) -> bool:
+def _is_matrix(data: object) -> bool:
     """Whether data are a matrix of cells and features, or a path that says so."""
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
@@ -303,12 +305,12 @@ def _is_matrix(data: Any) -> bool:
 
 
 def _open_all(
-    modalities: Any, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], list[tuple[str, pd.DataFrame]], str]:
+    modalities: object, stack: contextlib.ExitStack
+) -> tuple[dict[str, object], list[tuple[str, pd.DataFrame]], str]:
     """Modality -> its data, opened; tables of obs that belong to none; and what to call the whole."""
     if isinstance(modalities, str | os.PathLike):
         file = stack.enter_context(H5muFile(modalities))
-        found: dict[str, Any] = {name: file.modality(name) for name in file.modalities()}
+        found: dict[str, object] = {name: file.modality(name) for name in file.modalities()}
         if not found:
             raise InvalidDataError(f"{file.path} has no modalities: nothing to ingest")
         return found, [(str(file.path), file.obs())], str(file.path)
@@ -344,13 +346,13 @@ class _Backed:
         return self.file.source
 
 
-def _name_of(data: Any) -> str:
+def _name_of(data: object) -> str:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
     return str(getattr(data, "source", "") or getattr(data, "path", "")) or type(data).__name__
 
 
-def _open_one(data: Any, stack: contextlib.ExitStack, files: dict[str, H5muFile]) -> Any:
+def _open_one(data: object, stack: contextlib.ExitStack, files: dict[str, H5muFile]) -> object:
     if not isinstance(data, str | os.PathLike):
         if getattr(data, "isbacked", False):
             return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
@@ -371,7 +373,7 @@ def _open_one(data: Any, stack: contextlib.ExitStack, files: dict[str, H5muFile]
     return Path(path)
 
 
-def _part(name: str, field_name: str, space: FeatureSpace, data: Any, options: _Options) -> Part:
+def _part(name: str, field_name: str, space: FeatureSpace, data: object, options: _Options) -> Part:
     if space.repeats:
         given = data if isinstance(data, FragmentsInput) else None
         if given is None and isinstance(data, Path) and data.suffix != ".h5ad":
@@ -437,7 +439,9 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
     )
 
 
-def _read_layers(data: Any, name: str, wanted: Sequence[str], backed: AnnData | None = None) -> list[Input]:
+def _read_layers(
+    data: object, name: str, wanted: Sequence[str], backed: AnnData | None = None
+) -> list[Input]:
     """One input per matrix; the first identifies them all."""
     if isinstance(data, Input):
         if list(wanted) != ["X"]:
@@ -462,4 +466,5 @@ def _rows_of(frame: pd.DataFrame, ids: Sequence[str], source: str) -> np.ndarray
     if not frame.index.is_unique:
         twice = frame.index[frame.index.duplicated()].unique()[:5].tolist()
         raise InvalidDataError(f"{source}: cell ids occur more than once in obs, for example {twice}")
-    return frame.index.astype(str).get_indexer(list(ids)).astype(np.int64)
+    result: np.ndarray = frame.index.astype(str).get_indexer(list(ids)).astype(np.int64)
+    return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class LayerCast:
     allow_rounding: bool = False
     looks_like: Callable[[], str] = str
 
-    def check_dtype(self, dtype: np.dtype[Any]) -> None:
+    def check_dtype(self, dtype: np.dtype) -> None:
         """Refuse dtypes that are not numbers."""
         if dtype.kind not in "biuf":
             raise InvalidDataError(f"{self.source}: expected numbers, found dtype {dtype}. {self.advice}")

@@ -95,7 +95,8 @@ def kind_of_type(found: pa.DataType) -> Kind:
 def is_text(found: pa.DataType) -> bool:
     """Whether a type holds texts."""
     types = pa.types
-    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+    result: bool = types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+    return result
 
 
 def is_empty(values: pa.Array | pa.ChunkedArray) -> bool:
@@ -273,7 +274,8 @@ def _time_text(value: Any) -> str:
     micros = value.microsecond
     if micros:
         text += f".{micros // 1000:03d}" if micros % 1000 == 0 else f".{micros:06d}"
-    return text + ("Z" if value.tzinfo else "")
+    result: str = text + ("Z" if value.tzinfo else "")
+    return result
 
 
 def cast_sql(name: str, there: Column, wanted: pa.DataType) -> str:

@@ -356,7 +356,12 @@ def fits(found: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def fit(
-    data: pa.Table, schema: pa.Schema, *, defaults: Mapping[str, Any] | None = None, source: str, table: str
+    data: pa.Table,
+    schema: pa.Schema,
+    *,
+    defaults: Mapping[str, object] | None = None,
+    source: str,
+    table: str,
 ) -> pa.Table:
     """`data` with exactly the columns of a table, in its order and types; nothing is rounded.
 
@@ -423,7 +428,7 @@ def check_exact(array: pa.Array | pa.ChunkedArray, where: str) -> None:
             )
 
 
-def _constant(value: Any, kind: pa.DataType, length: int) -> pa.Array:
+def _constant(value: object, kind: pa.DataType, length: int) -> pa.Array:
     if value is None:
         return pa.nulls(length, kind)
     if pa.types.is_dictionary(kind):

@@ -144,7 +144,7 @@ class HoxBaseSchema(LanceModel):
     dataset_uid: str
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         declared = [
             _check_pointer(cls, name) for name, info in cls.model_fields.items() if _pointer_class(info)
@@ -167,7 +167,7 @@ class HoxBaseSchema(LanceModel):
     @classmethod
     def to_arrow_schema(cls) -> pa.Schema:
         """Arrow schema of the table, pointer columns marked with their feature space."""
-        schema = super().to_arrow_schema()
+        schema = super().to_arrow_schema()  # type: ignore[no-untyped-call]  # lancedb does not annotate it
         for name, pointer in cls.pointer_fields().items():
             at = schema.get_field_index(name)
             mark = {FEATURE_SPACE_KEY: pointer.feature_space.encode("utf-8")}
@@ -208,7 +208,7 @@ class FeatureBaseSchema(LanceModel):
     @classmethod
     def to_arrow_schema(cls) -> pa.Schema:
         """Arrow schema of the registry, the identifying field marked."""
-        schema = super().to_arrow_schema()
+        schema = super().to_arrow_schema()  # type: ignore[no-untyped-call]  # lancedb does not annotate it
         for name in cls._identity_fields():
             at = schema.get_field_index(name)
             schema = schema.set(at, schema.field(at).with_metadata({_STABLE_UID_KEY: b"true"}))
@@ -265,7 +265,7 @@ class AtlasVersion(LanceModel):
     created_at: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat())
 
 
-def _extra(info: Any) -> dict[str, Any]:
+def _extra(info: Any) -> dict[str, object]:
     extra = info.json_schema_extra
     return extra if isinstance(extra, dict) else {}
 
@@ -329,7 +329,8 @@ def pointer_column(name: str, feature_space: str) -> pa.Field:
 
 def _pointer_of(feature_space: str) -> type[Pointer]:
     kind = get_space(feature_space).pointer
-    return next(pointer for pointer in _POINTERS if pointer.pointer_kind == kind)
+    result: type[Pointer] = next(pointer for pointer in _POINTERS if pointer.pointer_kind == kind)
+    return result
 
 
 def default_registry(feature_space: str) -> str:

@@ -16,7 +16,10 @@ def value_codes(values: list[pa.Array], column: pa.Field) -> np.ndarray:
     try:
         distinct = pc.drop_null(whole.unique())
         distinct = distinct.take(pc.sort_indices(distinct))
-        return pc.fill_null(pc.index_in(whole, value_set=distinct).cast(pa.int64()), -1).to_numpy()
+        result: np.ndarray = pc.fill_null(
+            pc.index_in(whole, value_set=distinct).cast(pa.int64()), -1
+        ).to_numpy()
+        return result
     except pa.ArrowNotImplementedError as error:
         raise ValueError(
             f"balanced_limit() needs a column of plain values; {column.name!r} is {column.type}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +122,7 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
     frame = table.to_pandas()
     for i, column in enumerate(table.schema):
         if has_gaps(column) or table.column(i).null_count:
-            kind: Any = None
+            kind: object = None
             if pa.types.is_boolean(column.type):
                 kind = pd.BooleanDtype()
             elif pa.types.is_integer(column.type):

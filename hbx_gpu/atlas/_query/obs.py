@@ -122,9 +122,9 @@ def scan(
 def first_rowids(table: Table, count: int, *, where: str | None) -> np.ndarray:
     """Row ids of the first `count` matching rows, without reading those of all rows.
 
-    A scan usually delivers ascending row ids, but not once a table was compacted. So `count` matching rows are
-    read in whatever order: the largest of their ids bounds the ids wanted, and a second query returns the
-    matching rows up to that bound, which are few more than `count` where the order was the usual one.
+    A scan usually delivers ascending row ids, but not once a table was compacted. So `count` matching rows
+    are read in whatever order: the largest of their ids bounds the ids wanted, and a second query returns
+    the matching rows up to that bound, which are few more than `count` where the order was the usual one.
 
     Returns
     -------
@@ -217,13 +217,14 @@ def is_categorical(kind: pa.DataType) -> bool:
     """Whether a column of this type becomes integer codes over a vocabulary."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return (
+    result: bool = (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
         or pa.types.is_string_view(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
     )
+    return result
 
 
 def categories(snapshot: Snapshot, table: str, column: str) -> np.ndarray | None:
@@ -246,11 +247,15 @@ def categories(snapshot: Snapshot, table: str, column: str) -> np.ndarray | None
         return None
     if _is_bool(kind):
         return np.array([False, True])
-    return _vocabulary(snapshot, table, column).to_numpy(zero_copy_only=False).astype(object)
+    result: np.ndarray | None = (
+        _vocabulary(snapshot, table, column).to_numpy(zero_copy_only=False).astype(object)
+    )
+    return result
 
 
 def _is_bool(kind: pa.DataType) -> bool:
-    return pa.types.is_boolean(kind.value_type if pa.types.is_dictionary(kind) else kind)
+    result: bool = pa.types.is_boolean(kind.value_type if pa.types.is_dictionary(kind) else kind)
+    return result
 
 
 def _vocabulary(snapshot: Snapshot, table: str, column: str) -> pa.Array:
@@ -331,7 +336,7 @@ def _vectors(array: pa.Array) -> np.ndarray:
     return out
 
 
-def _objects(array: pa.Array, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+def _objects(array: pa.Array, dtype: np.dtype | None = None) -> np.ndarray:
     """Python values; lists become arrays of `dtype`, or of objects where elements are missing."""
     out = np.empty(len(array), dtype=object)
     for i, value in enumerate(array.to_pylist()):

@@ -20,6 +20,7 @@ from hbx_gpu.errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars
     from anndata import AnnData
     from mudata import MuData
 
@@ -64,7 +65,7 @@ class AtlasQuery:
         """The selection made by the steps so far."""
         return self._selection
 
-    def _changed(self, **changes: Any) -> Self:
+    def _changed(self, **changes: object) -> Self:
         self._selection = self._selection.changed(**changes)
         return self
 
@@ -249,7 +250,7 @@ class AtlasQuery:
         """Obs rows as a pandas frame, without pointer columns."""
         return to_pandas(self._selection.read_table(self._selection.plain_columns()))
 
-    def to_polars(self) -> Any:
+    def to_polars(self) -> polars.DataFrame:
         """Obs rows as a polars frame, without pointer columns.
 
         Raises
@@ -264,7 +265,9 @@ class AtlasQuery:
                 "to_polars() needs polars, which hbx_gpu does not install: pip install polars, "
                 "or use to_pandas()"
             ) from error
-        return polars.from_arrow(self._selection.read_table(self._selection.plain_columns()))
+        frame = polars.from_arrow(self._selection.read_table(self._selection.plain_columns()))
+        assert isinstance(frame, polars.DataFrame)  # a table never becomes a Series
+        return frame
 
     # Results with measurements
 
@@ -309,7 +312,7 @@ class AtlasQuery:
         """
         pointer = self._selection.fields.one(feature_space, field_name)
         self._selection.check_panels([pointer])
-        dataset = self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
+        dataset: CellDataset = self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
         self._selection.warn_if_empty(dataset)
         return dataset
 
@@ -320,7 +323,7 @@ class AtlasQuery:
         metadata_columns: list[str] | None = None,
         *,
         field_names: Sequence[str] | None = None,
-        dtypes: Mapping[str, Any] | None = None,
+        dtypes: Mapping[str, object] | None = None,
         matrices: Mapping[str, Bins | Peaks] | None = None,
     ) -> MultimodalCellDataset:
         """A map-style dataset over all rows, with several modalities of each row.

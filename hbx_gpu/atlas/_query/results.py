@@ -154,7 +154,7 @@ def read_multimodal(modalities: Iterable[Modality]) -> MultimodalResult:
     return result
 
 
-def _read(modality: Modality) -> Any:
+def _read(modality: Modality) -> object:
     pointer = modality.pointer
     if _is_fragments(pointer):
         return read_fragments(modality)

@@ -360,7 +360,7 @@ def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _
         shutil.copymode(Path(layout.path) / "zarr.json", file)
 
 
-def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict[str, Any]]) -> None:
+def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict[str, object]]) -> None:
     """The array's own metadata, attributes and all, with another codec chain."""
     document = json.loads(old.read_text(encoding="utf-8"))
     if layout.sharded:

@@ -116,7 +116,7 @@ def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
     )
 
 
-def _ids_of(row: dict[str, Any]) -> str:
+def _ids_of(row: dict[str, object]) -> str:
     column, versions = row.get("feature_id_column"), row.get("feature_id_versions")
     if not isinstance(column, str) or not column or not row.get("layout_uid"):
         return "-"

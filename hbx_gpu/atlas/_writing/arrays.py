@@ -37,7 +37,7 @@ _BATCH_VALUES = 1 << 20
 _ABSENT = 2**64 - 1
 
 
-def _rowpack(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:  # noqa: ARG001
+def _rowpack(role: Role, dtype: np.dtype, chunk: int) -> object:  # noqa: ARG001
     if dtype.kind not in "iu":
         return ZstdCodec(level=0, checksum=False)
     from hbx_gpu._codecs.zarr_codec import RowpackCodec
@@ -45,7 +45,7 @@ def _rowpack(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:  # noqa: ARG0
     return RowpackCodec(transform="gaps" if role == "index" else "none", element_size=dtype.itemsize)
 
 
-def _bitpacking(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:
+def _bitpacking(role: Role, dtype: np.dtype, chunk: int) -> object:
     # Homeobox does the same: words of 4 bytes whatever the item size, and zstd for single bytes.
     if dtype.kind not in "iu" or dtype.itemsize == 1 or chunk * dtype.itemsize % 4:
         return ZstdCodec(level=0, checksum=False)
@@ -55,7 +55,7 @@ def _bitpacking(role: Role, dtype: np.dtype[Any], chunk: int) -> Any:
 
 
 # Codec name -> compressor of the chunks of an array, None for no compression. Floats keep a general codec.
-_CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
+_CODECS: Mapping[str, Callable[[Role, np.dtype, int], object]] = {
     DEFAULT_CODEC: _rowpack,
     HOMEOBOX_CODEC: _bitpacking,
     "zstd": lambda *_: ZstdCodec(level=0, checksum=False),
@@ -67,7 +67,7 @@ _CODECS: Mapping[str, Callable[[Role, np.dtype[Any], int], Any]] = {
 }
 
 
-def compressor_for(name: str, role: Role, dtype: np.dtype[Any] | str, chunk: int) -> tuple[Any, ...]:
+def compressor_for(name: str, role: Role, dtype: np.dtype | str, chunk: int) -> tuple[object, ...]:
     """The zarr bytes-to-bytes codecs that compress an array under a codec name.
 
     A CRC32C follows the stored bytes, so that damage is found before they are decompressed, possibly on a
@@ -179,7 +179,7 @@ class ChunkEncoder:
         return [self._encoded[f"c/{i}"].to_bytes() for i in range(n)]
 
 
-def _packer(compressors: Any) -> Callable[[np.ndarray], bytes] | None:
+def _packer(compressors: object) -> Callable[[np.ndarray], bytes] | None:
     """A direct encoder of one chunk where we have one, because zarr takes several times as long."""
     from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec, RowpackCodec
@@ -354,7 +354,7 @@ class ShardedArrayWriter:
         self._pending = ()
 
 
-def layout_of(dtype: str, compressor: Any) -> dict[str, Any]:
+def layout_of(dtype: str, compressor: object) -> dict[str, Any]:
     """Arguments of zarr.create_array that all arrays here share."""
     return {
         "dtype": dtype,

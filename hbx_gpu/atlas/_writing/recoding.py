@@ -83,9 +83,9 @@ def n_chunks(layout: ArrayLayout) -> int:
     return -(-layout.shape[0] // layout.chunk_shape[0])
 
 
-def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, object]]]:
     return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
 
 
-def _unchecked(chain: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _unchecked(chain: list[tuple[str, dict[str, object]]]) -> list[tuple[str, dict[str, object]]]:
     return chain[:-1] if chain and chain[-1][0] == "crc32c" else chain

@@ -275,7 +275,9 @@ class RowReader:
             )
         return dense
 
-    def get_row_column(self, index: int, column: int | None, impute_missing_zeros: bool = True) -> Any:
+    def get_row_column(
+        self, index: int, column: int | None, impute_missing_zeros: bool = True
+    ) -> np.generic | float | None:
         """One element.
 
         Parameters
@@ -294,6 +296,7 @@ class RowReader:
         if column is None:
             return None
         found = values[columns == column]
-        if len(found) > 1:
-            return found.sum()
-        return found[0] if len(found) else 0.0 if impute_missing_zeros else None
+        if len(found):
+            element: np.generic = found.sum() if len(found) > 1 else found[0]
+            return element
+        return 0.0 if impute_missing_zeros else None

@@ -266,7 +266,7 @@ def _obs_frame(archive: Archive, first: int, last: int) -> pd.DataFrame:
     return pd.DataFrame(columns, index=index)
 
 
-def _exact(kind: pa.DataType) -> Any:
+def _exact(kind: pa.DataType) -> object:
     """pandas' own nullable types, which keep whole numbers and truth values beside missing ones."""
     import pandas as pd
 

@@ -38,7 +38,7 @@ from hbx_gpu.scdl._format.neighbors import NeighborTable, open_neighbors
 _log = logging.getLogger(__name__)
 
 # Without a header.
-_ASSUMED: dict[str, np.dtype[Any]] = {ROW_PTR: np.dtype("u8"), COL_PTR: np.dtype("u4"), DATA: np.dtype("f4")}
+_ASSUMED: dict[str, np.dtype] = {ROW_PTR: np.dtype("u8"), COL_PTR: np.dtype("u4"), DATA: np.dtype("f4")}
 _WIDTHS = (1, 2, 4, 8)
 # Pointers are checked in stretches of so many rows, when their first row is read.
 _STRETCH = 1 << 20
@@ -104,11 +104,11 @@ class Archive:
         self._override = data_dtype
         self._obs = _open_obs(path, self.n_rows)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Workers map the files themselves.
         return {"path": self.path, "data_dtype": self._override}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         with warnings.catch_warnings():
             # The warning was given when it was first opened.
             warnings.simplefilter("ignore", UserWarning)
@@ -164,7 +164,8 @@ class Archive:
 
     def block_of(self, rows: Any) -> np.ndarray:
         """int64, like `rows`. The gene block of each row; rows must be in range."""
-        return np.searchsorted(self.bounds, rows, side="right") - 1
+        result: np.ndarray = np.searchsorted(self.bounds, rows, side="right") - 1
+        return result
 
     @cached_property
     def max_width(self) -> int:
@@ -238,7 +239,7 @@ class Archive:
             )
         self._checked[stretch] = True
 
-    def _stated(self, name: str) -> np.dtype[Any] | None:
+    def _stated(self, name: str) -> np.dtype | None:
         dtype = self.header.dtype(name) if self.header is not None else None
         return dtype if dtype is None or name == "DATA" or dtype.kind == "u" else None
 
@@ -294,7 +295,7 @@ class Archive:
             self._check_width(file, columns, stated)
         return columns
 
-    def _check_width(self, file: Path, columns: np.ndarray, stated: np.dtype[Any]) -> None:
+    def _check_width(self, file: Path, columns: np.ndarray, stated: np.dtype) -> None:
         """Columns of another width than stated are believed only where they are columns of genes."""
         genes = max(self.n_vars, default=0)
         too_narrow = genes - 1 > np.iinfo(columns.dtype).max
@@ -337,7 +338,7 @@ class Archive:
             _say(notice)
         return np.memmap(file, dtype, mode=self._mode)
 
-    def _no_values(self, file: Path, size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    def _no_values(self, file: Path, size: int, dtype: np.dtype) -> np.ndarray:
         """The array of an archive whose pointers are all 0: one element of padding, or room to be filled."""
         if len(self.var) and size not in (0, *_WIDTHS):
             raise CorruptDataError(
@@ -416,7 +417,7 @@ def _refuse_unfinished(path: Path) -> None:
             )
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> dict[str, object]:
     file = path / METADATA
     try:
         found = parse_json(read_small(file), file)

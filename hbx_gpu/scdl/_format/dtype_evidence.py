@@ -7,8 +7,6 @@ they do not, opening is refused: a wrong dtype gives wrong numbers without any e
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from hbx_gpu.errors import CorruptDataError
@@ -40,8 +38,8 @@ def sample(array: np.ndarray) -> np.ndarray:
 
 
 def value_dtype(
-    raw: np.ndarray, n_values: int, stated: np.dtype[Any] | None, *, old: bool, where: str
-) -> tuple[np.dtype[Any], str]:
+    raw: np.ndarray, n_values: int, stated: np.dtype | None, *, old: bool, where: str
+) -> tuple[np.dtype, str]:
     """Establish the dtype of stored values.
 
     Parameters
@@ -86,7 +84,7 @@ def value_dtype(
     return found, notice and f"{notice}; they are {found}. Pass data_dtype to decide yourself"
 
 
-def contradiction(raw: np.ndarray, dtype: np.dtype[Any]) -> str:
+def contradiction(raw: np.ndarray, dtype: np.dtype) -> str:
     """Why values cannot have a dtype of the right width that somebody asks for; an empty string if they can.
 
     Parameters
@@ -106,7 +104,7 @@ def contradiction(raw: np.ndarray, dtype: np.dtype[Any]) -> str:
     return ""
 
 
-def _stated(raw: np.ndarray, stated: np.dtype[Any], *, old: bool, where: str) -> tuple[np.dtype[Any], str]:
+def _stated(raw: np.ndarray, stated: np.dtype, *, old: bool, where: str) -> tuple[np.dtype, str]:
     """The header's dtype, which has the right width, unless the values say that it cannot be."""
     width = stated.itemsize
     if width == 1:
@@ -130,7 +128,7 @@ def _stated(raw: np.ndarray, stated: np.dtype[Any], *, old: bool, where: str) ->
     )
 
 
-def _as_integers(nonzero: np.ndarray, stated: np.dtype[Any], where: str) -> bool:
+def _as_integers(nonzero: np.ndarray, stated: np.dtype, where: str) -> bool:
     """Whether what the header says to be floats are integers."""
     width = stated.itemsize
     if _many_nans(nonzero, width):
@@ -144,9 +142,7 @@ def _as_integers(nonzero: np.ndarray, stated: np.dtype[Any], where: str) -> bool
     return True
 
 
-def _found(
-    raw: np.ndarray, width: int, stated: np.dtype[Any] | None, *, old: bool, where: str
-) -> np.dtype[Any]:
+def _found(raw: np.ndarray, width: int, stated: np.dtype | None, *, old: bool, where: str) -> np.dtype:
     """The dtype among those of a width, when it is the only possible one."""
     truth = np.dtype("u1") if width == 1 else _integer_or_float(raw, width, old=old, where=where)
     if stated is None and width == _ASSUMED.itemsize:
@@ -170,7 +166,7 @@ def _found(
     return truth
 
 
-def _integer_or_float(raw: np.ndarray, width: int, *, old: bool, where: str) -> np.dtype[Any]:
+def _integer_or_float(raw: np.ndarray, width: int, *, old: bool, where: str) -> np.dtype:
     nonzero = _nonzero(raw, width)
     small = _share_small(nonzero, width)
     if small == 1 and (width > 2 or nonzero.min() <= _LEAST_COUNT):
@@ -193,7 +189,8 @@ def _refuse(where: str, reason: str, width: int) -> None:
 def _nonzero(raw: np.ndarray, width: int) -> np.ndarray:
     """Sampled bit patterns as signed integers, without positive and negative zero."""
     bits = sample(raw.view(f"i{width}"))
-    return bits[(bits != 0) & (bits != np.iinfo(bits.dtype).min)]
+    result: np.ndarray = bits[(bits != 0) & (bits != np.iinfo(bits.dtype).min)]
+    return result
 
 
 def _share_small(nonzero: np.ndarray, width: int) -> float:
@@ -209,7 +206,7 @@ def _many_nans(nonzero: np.ndarray, width: int) -> bool:
     return len(np.unique(nans[:_WINDOW])) >= 4
 
 
-def _widened(raw: np.ndarray, wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
+def _widened(raw: np.ndarray, wide: np.dtype, narrow: np.dtype) -> bool:
     """Whether all values of a wide float dtype are such of a narrow one, and not all alike."""
     values = sample(raw.view(wide))
     with np.errstate(all="ignore"):
@@ -228,7 +225,7 @@ def _whole_floats(nonzero: np.ndarray, width: int) -> bool:
         return bool(((values >= 1) & (values <= largest) & (values == np.floor(values))).all())
 
 
-def _genuine(raw: np.ndarray, dtype: np.dtype[Any]) -> bool:
+def _genuine(raw: np.ndarray, dtype: np.dtype) -> bool:
     """Whether bytes look like stored values of a dtype: hardly any zeros, and usual magnitudes."""
     whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize]
     values = sample(whole.view(dtype))

@@ -22,7 +22,7 @@ from hbx_gpu.scdl._format.layout import ENDS, LAYOUT_VERSION, OLD_FEATURES, VAR_
 from hbx_gpu.scdl._format.selection import ObservedRow, ObservedRows
 
 
-def are_dicts_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def are_dicts_equal(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     """Whether frames have the same columns, in any order, with equal elements; a NaN equals nothing."""
     return set(one) == set(other) and all(
         np.array_equal(np.asarray(one[name]), np.asarray(other[name])) for name in one
@@ -49,7 +49,7 @@ class FeatureIndex:
     def __init__(self) -> None:
         self._ends: list[int] = []
         self.frames: list[Frame] = []
-        self.labels: list[Any] = []
+        self.labels: list[object] = []
 
     @property
     def bounds(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class FeatureIndex:
             raise IndexError(f"Row index {row} is larger than number of rows ({self._ends[-1]}).")
         return bisect_right(self._ends, row)
 
-    def lookup(self, row: int, select_features: Sequence[str] | None = None) -> tuple[list[Any], Any]:
+    def lookup(self, row: int, select_features: Sequence[str] | None = None) -> tuple[list[Any], object]:
         """The columns of a row.
 
         Parameters
@@ -134,13 +134,13 @@ class FeatureIndex:
     def _dims(self, frame: Frame) -> int:
         raise NotImplementedError
 
-    def _value(self, block: int, name: str, row: int) -> Any:
+    def _value(self, block: int, name: str, row: int) -> object:
         raise NotImplementedError
 
-    def _append(self, n_rows: int, frame: Frame, label: Any) -> None:
+    def _append(self, n_rows: int, frame: Frame, label: object) -> None:
         raise NotImplementedError
 
-    def _add_block(self, n_rows: int, frame: Frame, label: Any) -> None:
+    def _add_block(self, n_rows: int, frame: Frame, label: object) -> None:
         self._ends.append(self.number_of_rows() + n_rows)
         self.frames.append(frame)
         self.labels.append(label)
@@ -227,7 +227,7 @@ def _read_ends(file: Path) -> list[int]:
 class VariableFeatureIndex(FeatureIndex):
     """The gene columns (`.var`) of every block of rows."""
 
-    def append_features(self, n_obs: int, features: Any, label: Any = None) -> None:
+    def append_features(self, n_obs: int, features: object, label: object = None) -> None:
         """Add rows with their gene columns; they join the last block if its columns are the same.
 
         Parameters
@@ -248,7 +248,7 @@ class VariableFeatureIndex(FeatureIndex):
         """
         self._append(int(n_obs), as_frame(features), label)
 
-    def _append(self, n_rows: int, frame: Frame, label: Any) -> None:
+    def _append(self, n_rows: int, frame: Frame, label: object) -> None:
         if self.frames and are_dicts_equal(self.frames[-1], frame):
             self._ends[-1] += n_rows
         else:
@@ -257,14 +257,14 @@ class VariableFeatureIndex(FeatureIndex):
     def _dims(self, frame: Frame) -> int:
         return frame.n_rows
 
-    def _value(self, block: int, name: str, row: int) -> Any:  # noqa: ARG002
+    def _value(self, block: int, name: str, row: int) -> object:  # noqa: ARG002
         return self.frames[block][name]
 
 
 class ObservedFeatureIndex(FeatureIndex):
     """The cell columns (`.obs`), one value per row."""
 
-    def append_features(self, features: Any, label: Any = None) -> None:
+    def append_features(self, features: object, label: object = None) -> None:
         """Add rows by their columns; they join the last block if the names of the columns are the same.
 
         Parameters
@@ -284,7 +284,7 @@ class ObservedFeatureIndex(FeatureIndex):
         frame = as_frame(features)
         self._append(frame.n_rows, frame, label)
 
-    def _append(self, n_rows: int, frame: Frame, label: Any) -> None:
+    def _append(self, n_rows: int, frame: Frame, label: object) -> None:
         if not n_rows:
             return
         if self.frames and set(self.frames[-1].names) == set(frame.names):
@@ -296,7 +296,7 @@ class ObservedFeatureIndex(FeatureIndex):
     def _dims(self, frame: Frame) -> int:
         return len(frame)
 
-    def _value(self, block: int, name: str, row: int) -> Any:
+    def _value(self, block: int, name: str, row: int) -> object:
         return self._checked(block).value(name, row - (self._ends[block - 1] if block else 0))
 
     def _checked(self, block: int) -> Frame:

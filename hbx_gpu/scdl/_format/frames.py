@@ -125,7 +125,8 @@ class MemoryFrame(Frame):
 def decoded(column: pa.ChunkedArray) -> np.ndarray:
     """A column as NumPy array: text as objects, None where it is missing; missing numbers as NaN."""
     # `to_numpy` of a dictionary makes its last value of a missing one.
-    return plain(column).to_numpy()
+    result: np.ndarray = plain(column).to_numpy()
+    return result
 
 
 def _stored_form(column: Any) -> Any:

@@ -97,7 +97,7 @@ class Header:
         """The record of one feature index, or None."""
         return next((f for f in self.features if f.name == name), None)
 
-    def dtype(self, name: str) -> np.dtype[Any] | None:
+    def dtype(self, name: str) -> np.dtype | None:
         """The dtype of one array; None where the header does not name the array or gives it a text dtype."""
         info = self.array(name)
         if info is None or "string" in info.dtype:
@@ -113,7 +113,7 @@ class Header:
         """Write the header to a file of its own; archives rebuild theirs from their arrays."""
         Path(path).write_bytes(self.to_bytes())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The header as plain values, by the names that bionemo-scdl's exports use."""
         return {
             "version": dict(zip(_VERSION_PARTS, self.version, strict=True)),
@@ -132,7 +132,8 @@ class Header:
         values = {**self.to_dict(), "version": ".".join(map(str, self.version))}
         import yaml
 
-        return yaml.safe_dump(values, default_flow_style=False)
+        result: str = yaml.safe_dump(values, default_flow_style=False)
+        return result
 
     @classmethod
     def from_json(cls, text: str) -> Header:
@@ -281,7 +282,7 @@ def _names(header: Header) -> list[str]:
     return [record.name for record in _records(header)]
 
 
-def _exported(record: ArrayInfo | FeatureIndexInfo) -> dict[str, Any]:
+def _exported(record: ArrayInfo | FeatureIndexInfo) -> dict[str, object]:
     files = {"index_files": list(record.files)} if isinstance(record, FeatureIndexInfo) else {}
     shape = None if record.shape is None else list(record.shape)
     dtype = f"{record.dtype.upper()}_ARRAY"

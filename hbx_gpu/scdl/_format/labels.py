@@ -42,7 +42,7 @@ class _Array:
     """Stands for a pickled array, and for its dtype; keeps the elements."""
 
     def __init__(self, *_: Any) -> None:
-        self.elements: list[Any] = []
+        self.elements: list[object] = []
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         # (version, shape, dtype, is_fortran, elements); a dtype's state is longer and of no use here.
@@ -64,7 +64,7 @@ class _LabelUnpickler(pickle.Unpickler):
             raise _Unexpected(f"a path of more than {_MAX_PATH} characters, or paths of {_MAX_BYTES} in all")
         return str(kind(*parts))
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """The stand-in for a class or function that the pickle names."""
         if module in ("pathlib", "pathlib._local"):
             if name in ("PosixPath", "PurePosixPath", "Path", "PurePath"):
@@ -107,7 +107,7 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
     return labels
 
 
-def _npy_labels(file: Path) -> list[Any]:
+def _npy_labels(file: Path) -> list[object]:
     if (size := file.stat().st_size) > _MAX_BYTES:
         raise _Unexpected(f"expected at most {_MAX_BYTES} bytes, found {size}")
     with file.open("rb") as stream:
@@ -123,7 +123,7 @@ def _npy_labels(file: Path) -> list[Any]:
     return [] if not array.size else list(array.ravel().tolist())
 
 
-def _unpickled(raw: bytes) -> list[Any]:
+def _unpickled(raw: bytes) -> list[object]:
     """The elements of a pickled 1-D object array of texts, paths and None."""
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name not in _OPCODES:

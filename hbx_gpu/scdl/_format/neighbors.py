@@ -12,7 +12,7 @@ import numpy as np
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 from hbx_gpu.scdl._format.layout import NEIGHBOR_FILES
 
-NEIGHBOR_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("u8"), np.dtype("u4"), np.dtype("f4"))
+NEIGHBOR_DTYPES: tuple[np.dtype, ...] = (np.dtype("u8"), np.dtype("u4"), np.dtype("f4"))
 
 
 # Rows or links that are checked at once.
@@ -209,7 +209,8 @@ class NeighborTable:
         before = np.concatenate([[0.0], line])[np.minimum(stop - count, len(line))]
         like = (len(rows), *[1] * (uniform.ndim - 1))
         found = np.searchsorted(line, before.reshape(like) + uniform, "right")
-        return found - (stop - count).reshape(like)
+        result: np.ndarray = found - (stop - count).reshape(like)
+        return result
 
 
 def _damaged(row: int) -> NeighborsUnusableError:

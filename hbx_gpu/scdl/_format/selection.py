@@ -12,7 +12,7 @@ class ObservedRow(tuple[Any, ...]):
 
     names: list[str]
 
-    def __new__(cls, values: list[Any], label: Any, names: list[str]) -> Self:
+    def __new__(cls, values: list[object], label: object, names: list[str]) -> Self:
         row = super().__new__(cls, (values, label))
         row.names = names
         return row
@@ -26,7 +26,7 @@ class ObservedRow(tuple[Any, ...]):
         """Names of the columns."""
         return list(self.names)
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
+    def __getnewargs__(self) -> tuple[object, ...]:
         return (*self, self.names)
 
 
@@ -39,7 +39,7 @@ class ObservedRows(tuple[Any, ...]):
 
     __slots__ = ()
 
-    def __new__(cls, parts: list[dict[str, np.ndarray]], labels: list[Any]) -> Self:
+    def __new__(cls, parts: list[dict[str, np.ndarray]], labels: list[object]) -> Self:
         return super().__new__(cls, (parts, labels))
 
     def _only(self) -> dict[str, np.ndarray]:
@@ -57,5 +57,5 @@ class ObservedRows(tuple[Any, ...]):
         """Names of the columns."""
         return list(self._only())
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
+    def __getnewargs__(self) -> tuple[object, ...]:
         return tuple(self)

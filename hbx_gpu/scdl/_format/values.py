@@ -22,7 +22,7 @@ _EXACT_IN_DOUBLE = 2**53
 _PIECE = 1 << 20
 
 
-def check_dtype(name: Any, *, auto: bool = True) -> str:
+def check_dtype(name: object, *, auto: bool = True) -> str:
     """The name of a data dtype, checked; None is the default.
 
     Raises
@@ -38,12 +38,12 @@ def check_dtype(name: Any, *, auto: bool = True) -> str:
     return name
 
 
-def smallest_unsigned(largest: int) -> np.dtype[Any]:
+def smallest_unsigned(largest: int) -> np.dtype:
     """The narrowest unsigned dtype that holds a number."""
     return np.dtype(next(name for name in UNSIGNED if largest <= np.iinfo(name).max))
 
 
-def widest(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
+def widest(dtypes: list[np.dtype]) -> np.dtype:
     """The widest of data dtypes of one family.
 
     Raises
@@ -83,7 +83,7 @@ class Tolerance:
         if not self.absolute >= 0:
             raise ValueError(f"the tolerance must be a number that is not negative, found {self.absolute}")
 
-    def cast(self, values: np.ndarray, dtype: np.dtype[Any], where: str) -> np.ndarray:
+    def cast(self, values: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
         """Values in another dtype.
 
         Parameters
@@ -133,7 +133,7 @@ class Tolerance:
         warnings.warn(said, UserWarning, stacklevel=2)
 
 
-def _surely_exact(values: np.ndarray, dtype: np.dtype[Any]) -> bool:
+def _surely_exact(values: np.ndarray, dtype: np.dtype) -> bool:
     # NumPy calls 64-bit integers safe as float64, which they are not.
     rounds = values.dtype.kind in "iu" and values.dtype.itemsize == 8 and dtype.kind == "f"
     if not len(values) or (np.can_cast(values.dtype, dtype, "safe") and not rounds):
@@ -144,16 +144,18 @@ def _surely_exact(values: np.ndarray, dtype: np.dtype[Any]) -> bool:
     if dtype.kind == "u":
         return low >= 0 and high <= np.iinfo(dtype).max
     exact = 2 ** (np.finfo(dtype).nmant + 1)
-    return -exact <= low and high <= min(exact, int(np.finfo(dtype).max))
+    result: bool = -exact <= low and high <= min(exact, int(np.finfo(dtype).max))
+    return result
 
 
-def _nearest(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def _nearest(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(all="ignore"):
         if dtype.kind == "f":
             return values.astype(dtype)
         if values.dtype.kind in "iu":
             top = min(int(np.iinfo(dtype).max), int(np.iinfo(values.dtype).max))
-            return np.clip(values, 0, top).astype(dtype)
+            result: np.ndarray = np.clip(values, 0, top).astype(dtype)
+            return result
         # The largest float below the limit: 2**64 - 1 itself is none, and casting 2**64 is undefined.
         top = np.nextafter(np.float64(2.0 ** (8 * dtype.itemsize)), 0)
         return np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), 0, top).astype(dtype)
@@ -205,7 +207,7 @@ class Range:
             values.dtype == np.float32 or not _error(values, _nearest(values, np.dtype("f4"))).any()
         )
 
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype:
         """The smallest dtype for all values seen."""
         if self.fractions or self.low < 0 or self.high >= 2**64:
             return np.dtype("f4" if self.single else "f8")

@@ -129,7 +129,7 @@ def gene_axis(
             "the real package stores raw.X beside the genes of X. Which gene a column is cannot be known; "
             f"{option('feature_id', POSITION)} numbers them instead"
         )
-    place: dict[Any, int] = {}
+    place: dict[object, int] = {}
     found: dict[bytes, np.ndarray] = {}
     remaps_of: list[np.ndarray] = []
     for block in blocks:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -147,11 +147,11 @@ class PairedDataset(Dataset[PairBatch]):
     def __len__(self) -> int:
         return len(self.cells)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         names = ("cells", "seed", "strategy", "_archives")
         return {name: self.__dict__[name] for name in names}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._open()
 
@@ -218,7 +218,7 @@ class PairedDataset(Dataset[PairBatch]):
         """See :meth:`CellDataset.with_wide_columns`."""
         return self._derived(cells=self.cells.with_wide_columns())
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """See :meth:`CellDataset.identity`."""
         return self.cells.identity()
 
@@ -297,14 +297,14 @@ class PairFeed:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         return self._feed.checked(batches)
 
-    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[Any, Any, np.ndarray]]:
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[object, object, np.ndarray]]:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         drawn = [self._dataset._draw(rows) for rows in selections]
         both = [part for rows, (index, _) in zip(selections, drawn, strict=True) for part in (rows, index)]
         made = self._feed.make(both)
         return list(zip(made[::2], made[1::2], [weight for _, weight in drawn], strict=True))
 
-    def deliver(self, made: tuple[Any, Any, np.ndarray]) -> TensorBatch:
+    def deliver(self, made: tuple[object, object, np.ndarray]) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         import torch
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +99,7 @@ class ArchiveWriter:
         self._var = FeatureFolder(folder / VAR_FEATURES, self._staging.scratch)
         self._obs = FeatureFolder(folder / OBS_FEATURES, self._staging.scratch)
         self._neighbors: _Neighbors | None = None
-        self._sources: list[dict[str, Any]] = []
+        self._sources: list[dict[str, object]] = []
         self.n_rows = 0
         self.n_values = 0
 
@@ -212,7 +212,7 @@ class ArchiveWriter:
         """Record where the next `n_rows` rows come from."""
         self._sources.append({"file": file, "rows": n_rows, "matrix": matrix})
 
-    def add_sources(self, sources: list[dict[str, Any]]) -> None:
+    def add_sources(self, sources: list[dict[str, object]]) -> None:
         """Record where the next rows come from, as `metadata.json` of another archive has it."""
         self._sources += sources
 
@@ -248,7 +248,7 @@ class ArchiveWriter:
         if wrong:
             raise InvalidDataError(f"{self.target}: expected {self.n_rows} rows in all parts, found {wrong}")
 
-    def _write_pointers(self, path: Path) -> np.dtype[Any]:
+    def _write_pointers(self, path: Path) -> np.dtype:
         dtype = smallest_unsigned(self.n_values)
         with open(path, "wb") as out:
             _write(out, np.zeros(1, dtype))
@@ -281,7 +281,7 @@ class _ValuesFile(contextlib.AbstractContextManager["_ValuesFile"]):
             self._widen(self._range.dtype(), where)
         _write(self._file, self._tolerance.cast(values, self.dtype, where))
 
-    def _widen(self, dtype: np.dtype[Any], where: str) -> None:
+    def _widen(self, dtype: np.dtype, where: str) -> None:
         if dtype == self.dtype:
             return
         self._file.close()
@@ -355,7 +355,7 @@ def allocate(target: str | os.PathLike[str], *, n_rows: int, n_elements: int) ->
     staging = NewFolder(target)
     try:
         folder = staging.folder
-        dtypes: dict[str, np.dtype[Any]] = {
+        dtypes: dict[str, np.dtype] = {
             "DATA": np.dtype("f4"),
             "ROWPTR": np.dtype("u8"),
             "COLPTR": np.dtype("u4"),
@@ -430,7 +430,7 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool, foreign: bo
         )
 
 
-def carry_extras(source: Path, folder: Path) -> dict[str, Any]:
+def carry_extras(source: Path, folder: Path) -> dict[str, object]:
     """Take over files that do not belong to the format; returns the metadata of `source`."""
     for path in source.iterdir():
         if path.name in OWN_FILES:
@@ -442,7 +442,7 @@ def carry_extras(source: Path, folder: Path) -> dict[str, Any]:
     return read_metadata(source)
 
 
-def read_metadata(archive: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(archive: str | os.PathLike[str]) -> dict[str, object]:
     """Content of an archive's `metadata.json`; empty if that is missing or no JSON object."""
     try:
         found = json.loads((Path(archive) / METADATA).read_text())
@@ -455,13 +455,13 @@ def _write(file: BinaryIO, array: np.ndarray) -> None:
     file.write(np.ascontiguousarray(array).data)
 
 
-def _pad(file: BinaryIO, dtype: np.dtype[Any]) -> None:
+def _pad(file: BinaryIO, dtype: np.dtype) -> None:
     """One zero where there would be nothing: a file without bytes cannot be mapped, SCDL fails on it."""
     if not file.tell():
         _write(file, np.zeros(1, dtype))
 
 
-def _pieces(path: Path, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+def _pieces(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     left = path.stat().st_size // dtype.itemsize
     with open(path, "rb") as file:
         while left:
