@@ -64,6 +64,9 @@ def imports(tree: ast.AST, kind: str = "at once") -> Iterator[tuple[str, str]]:
             inner = "on use" if kind == "at once" else kind
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             inner = "types"
+            for other in node.orelse:
+                yield from imports(ast.Module([other], []), kind)
+            node = ast.Module(node.body, [])
         yield from imports(node, inner)
 
 

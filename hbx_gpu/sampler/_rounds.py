@@ -103,7 +103,8 @@ def _without_single_cells(edges: np.ndarray, least: int) -> np.ndarray:
     if single[0] and not next_is_single[0] and len(single) > 1:
         begins[1] = False
     begins[0] = True
-    return edges[np.append(begins, True)]
+    result: np.ndarray = edges[np.append(begins, True)]
+    return result
 
 
 def _cut_last_batches(edges: np.ndarray, world_size: int, least: int) -> np.ndarray | None:
