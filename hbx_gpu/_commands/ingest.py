@@ -238,8 +238,8 @@ def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) ->
     """Make the choices that concern all files together, before anything is added."""
     from hbx_gpu.atlas._ingest.plan import plan_files
 
-    files = [job.file for job in jobs if not job.several and job.file is not None]
-    column = args.feature_id_column
+    files = [job.file for job in jobs if not job.given and job.file is not None]
+    several = any(job.several for job in jobs)
     return plan_files(
         atlas,
         files,
@@ -247,13 +247,20 @@ def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) ->
         zarr_layer=args.target_layer,
         field_name=args.field,
         obs_table=args.table,
-        feature_id_column=column[-1] if column else None,
+        feature_id_column=_id_columns(args) if several else (args.feature_id_column or [None])[-1],
         strip_versions=args.strip_versions,
         require_shared_genes=args.require_shared_genes,
         obs_types=dict(_pairs(args, "--obs-type", args.obs_type)),
         drop_obs=args.drop_obs,
         rename_obs=dict(_pairs(args, "--rename-obs", args.rename_obs)),
+        layers=_layers(args),
     )
+
+
+def _plans_of(job: _Job, plans: Mapping[str, FilePlan]) -> dict[str, FilePlan]:
+    """Modality of a job -> what was chosen for it."""
+    before = f"{job.file}:"
+    return {key.removeprefix(before): plan for key, plan in plans.items() if key.startswith(before)}
 
 
 class _FileError(Exception):
@@ -379,7 +386,7 @@ def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping
     title = job.file.name if job.file else "modalities"
     with bar(" cells", title) as show:
         report = (
-            _add_several(atlas, job, args, show)
+            _add_several(atlas, job, args, show, _plans_of(job, plans))
             if job.several
             else _add_one(atlas, job, args, show, plans.get(str(job.file)))
         )
@@ -389,8 +396,10 @@ def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping
     print(f"{job.label}: {report.n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
     if job.several:
         _print_modalities(report)
-    elif plan := plans.get(str(job.file)):
-        print(f"  matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
+        for name, plan in _plans_of(job, plans).items():
+            print(f"  {name}: matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
+    elif chosen := plans.get(str(job.file)):
+        print(f"  matrix {chosen.matrix}, features by {chosen.choice} ({chosen.choice.reason})")
     return report.n_cells
 
 
@@ -456,14 +465,23 @@ def _add_one(
 
 
 def _add_several(
-    atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, show: Callable[[int, int], object]
+    atlas: RaggedAtlas,
+    job: _Job,
+    args: argparse.Namespace,
+    show: Callable[[int, int], object],
+    plans: Mapping[str, FilePlan],
 ) -> IngestReport:
+    columns: Any = _id_columns(args)
+    if plans:
+        modalities = _modalities_of(job.file, []) if job.file else []
+        given = columns if isinstance(columns, dict) else dict.fromkeys(modalities, columns)
+        columns = given | {name: plan.choice for name, plan in plans.items()}
     return atlas.add_multimodal(
         _modalities(atlas, job, args),
         join=args.join or "outer",
         obs_from=args.obs_from,
         layers=_layers(args),
-        feature_id_column=_id_columns(args),
+        feature_id_column=columns,
         **_common(args, show),
     )
 

@@ -28,7 +28,7 @@ from hbx_gpu.atlas._ingest.anndata import (
 )
 from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Settings, ingest
 from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
-from hbx_gpu.atlas._ingest.identity import identify
+from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
 from hbx_gpu.atlas._ingest.images import ImageInput, image_part
 from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad, hash_file
 from hbx_gpu.atlas._ingest.joining import CellIds, Join, check_join, join_cells
@@ -64,7 +64,7 @@ class _Options:
     """Arguments that several modalities share."""
 
     layers: Layers
-    feature_id_column: str | Mapping[str, str] | None
+    feature_id_column: GivenColumn | Mapping[str, GivenColumn]
     allow_rounding: bool
     strip_versions: bool
     require_shared_genes: float | None
@@ -80,8 +80,8 @@ class _Options:
             check_layer(space, layer)
         return {layer: matrix.removeprefix("layers/") for layer, matrix in given.items()}
 
-    def id_column_of(self, name: str) -> str | None:
-        """Column of var with the feature ids."""
+    def id_column_of(self, name: str) -> GivenColumn:
+        """How the features of a modality are identified."""
         given = self.feature_id_column
         return given.get(name) if isinstance(given, Mapping) else given
 
@@ -93,7 +93,7 @@ def add_multimodal(
     join: Join = "outer",
     obs_from: str | None = None,
     layers: Layers | None = None,
-    feature_id_column: str | Mapping[str, str] | None = None,
+    feature_id_column: GivenColumn | Mapping[str, GivenColumn] = None,
     dataset_uid: str | None = None,
     obs_table: str | None = None,
     chunk_shape: int | tuple[int, ...] | None = None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hbx_gpu._h5ad.files import AnnDataGroup, H5muFile
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._stores.source import open_source
@@ -15,6 +16,7 @@ from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import field_of, first_layer
 from hbx_gpu.atlas._ingest.identity import choose_together
 from hbx_gpu.atlas._ingest.inputs import choose_for
+from hbx_gpu.atlas._ingest.multimodal import Layers, resolve_modality
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.errors import HbxError
@@ -24,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What was chosen for one file.
+    """What was chosen for one file, or for one modality of it.
 
     Attributes
     ----------
@@ -35,13 +37,39 @@ class FilePlan:
     choice
         How its features are identified.
     edits
-        What is changed about its obs columns.
+        What is changed about its obs columns; of a modality nothing, because all share one table.
     """
 
     layer: str
     matrix: str
     choice: FeatureChoice
-    edits: ObsEdits
+    edits: ObsEdits = field(default_factory=ObsEdits)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One matrix that was looked at.
+
+    Attributes
+    ----------
+    space
+        Feature space that it is meant for.
+    layer, words
+        See :class:`FilePlan`.
+    features
+        Columns that may identify its features.
+    column
+        The one that the user names.
+    obs_columns
+        Names of the obs columns of the file; None for a modality.
+    """
+
+    space: str
+    layer: str
+    words: str
+    features: FeatureTable
+    column: str | None
+    obs_columns: Sequence[str] | None = None
 
 
 def plan_files(
@@ -52,21 +80,30 @@ def plan_files(
     zarr_layer: str | None = None,
     field_name: str | None = None,
     obs_table: str | None = None,
-    feature_id_column: str | None = None,
+    feature_id_column: str | Mapping[str, str] | None = None,
     strip_versions: bool = False,
     require_shared_genes: float | None = None,
     obs_types: Mapping[str, str] | None = None,
     drop_obs: Sequence[str] = (),
     rename_obs: Mapping[str, str] | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, FilePlan]:
-    """Choose for all files together; parameters as of :func:`add_from_anndata`, `layer` by file.
+    """Choose for all files together; parameters as of :func:`add_from_anndata` and :func:`add_multimodal`.
 
     A file that cannot be read, or whose features nothing identifies, gets no plan: adding it says why.
+
+    Parameters
+    ----------
+    files
+        Files of one matrix, and .h5mu files, of which each modality is chosen for together with the files
+        that have the same feature space.
+    layer
+        Matrix to read, by file.
 
     Returns
     -------
     dict
-        Path as text -> plan.
+        Path as text -> plan; of a modality ``"path:modality"``.
 
     Raises
     ------
@@ -80,35 +117,80 @@ def plan_files(
     session = atlas.session
     table = obs_table or only_table(session.obs_tables)
     fields = session.catalogue.pointer_spaces(table)
-    space = get_space(fields[field_of(field_name or "gene_expression", fields, table)])
-    counts = (zarr_layer or first_layer(space)) == "counts"
-    found: dict[str, tuple[str, str, FeatureTable, list[str]]] = {}
+    found: dict[str, _Seen] = {}
     for path in files:
         try:
+            if path.suffix == ".h5mu":
+                found |= _look_at_modalities(path, fields, table, feature_id_column, layers or {})
+                continue
+            space = get_space(fields[field_of(field_name or "gene_expression", fields, table)])
+            column = feature_id_column if isinstance(feature_id_column, str) else None
             with open_source(path) as file:
                 wanted = (layer or {}).get(path)
-                chosen = choose_for(file, wanted, counts=counts)
-                name = wanted or (chosen.name if chosen else "X")
-                features = FeatureTable.of_frame(file.var(name), str(path))
-                words = str(chosen) if chosen else name
-                found[str(path)] = (name, words, features, file.obs_columns())
+                counts = (zarr_layer or first_layer(space)) == "counts"
+                found[str(path)] = _look_at(file, space.name, wanted, column, counts=counts)
         except (HbxError, OSError) as error:
             _log.info("%s is not planned: %s", path, error)
     edits = ObsEdits(obs_types or {}, drop_obs, rename_obs or {})
-    if found:
-        edits.check([name for *_, columns in found.values() for name in columns], ", ".join(found))
+    alone = {path: seen.obs_columns for path, seen in found.items() if seen.obs_columns is not None}
+    if alone and all(path.suffix != ".h5mu" for path in files):
+        edits.check([name for names in alone.values() for name in names], ", ".join(alone))
+    choices: dict[str, FeatureChoice | None] = {}
     with session.writing() as catalogue:
-        choices = choose_together(
-            catalogue,
-            space.name,
-            [features for _, _, features, _ in found.values()],
-            column=feature_id_column,
-            strip_versions=strip_versions,
-            require_shared=require_shared_genes,
-            lenient=True,
-        )
+        for space_name, column in dict.fromkeys((seen.space, seen.column) for seen in found.values()):
+            group = [p for p, seen in found.items() if (seen.space, seen.column) == (space_name, column)]
+            chosen = choose_together(
+                catalogue,
+                space_name,
+                [found[path].features for path in group],
+                column=column,
+                strip_versions=strip_versions,
+                require_shared=require_shared_genes,
+                lenient=True,
+            )
+            choices |= dict(zip(group, chosen, strict=True))
     return {
-        path: FilePlan(name, words, choice, edits.limited_to(columns))
-        for (path, (name, words, _, columns)), choice in zip(found.items(), choices, strict=True)
-        if choice is not None
+        path: FilePlan(seen.layer, seen.words, choice, edits.limited_to(seen.obs_columns or ()))
+        for path, seen in found.items()
+        if (choice := choices[path]) is not None
     }
+
+
+def _look_at(
+    file: AnnDataGroup,
+    space: str,
+    wanted: str | None,
+    column: str | None,
+    *,
+    counts: bool,
+    of_file: bool = True,
+) -> _Seen:
+    chosen = choose_for(file, wanted, counts=counts)
+    name = wanted or (chosen.name if chosen else "X")
+    features = FeatureTable.of_frame(file.var(name), file.source)
+    obs_columns = file.obs_columns() if of_file else None
+    return _Seen(space, name, str(chosen) if chosen else name, features, column, obs_columns)
+
+
+def _look_at_modalities(
+    path: Path,
+    fields: Mapping[str, str],
+    table: str,
+    columns: str | Mapping[str, str] | None,
+    layers: Layers,
+) -> dict[str, _Seen]:
+    """The matrices of an .h5mu file."""
+    found: dict[str, _Seen] = {}
+    with H5muFile(path) as file:
+        for name in file.modalities():
+            data = file.modality(name)
+            _, space = resolve_modality(name, fields, table, data)
+            if not space.has_features or space.repeats:
+                continue
+            target, wanted = next(iter(layers.get(name, {first_layer(space): None}).items()))
+            column = columns.get(name) if isinstance(columns, Mapping) else columns
+            wanted = wanted.removeprefix("layers/") if wanted is not None else None
+            found[f"{path}:{name}"] = _look_at(
+                data, space.name, wanted, column, counts=target == "counts", of_file=False
+            )
+    return found
