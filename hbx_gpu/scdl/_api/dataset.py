@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu.scdl._api.neighbors import NeighborReader
+from hbx_gpu.scdl._api.neighbors import NeighborDraws
+from hbx_gpu.scdl._api.rows import RowReader
 from hbx_gpu.scdl._format.archive import open_archive
-from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy, NeighborsUnusableError
+from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy
 from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, check_dtype
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Mode(StrEnum):
     CREATE = "w"
 
 
-class SingleCellMemMapDataset(NeighborReader):
+class SingleCellMemMapDataset(RowReader):
     """Cells of an SCDL archive: a map-style dataset for PyTorch, and SCDL's API.
 
     An archive that exists is opened in place, for reading only: nothing is written, and the cost does not
@@ -95,6 +96,8 @@ class SingleCellMemMapDataset(NeighborReader):
     dtypes
         File name -> name of the dtype.
     """
+
+    _neighbors: NeighborDraws | None
 
     def __init__(
         self,
@@ -180,26 +183,15 @@ class SingleCellMemMapDataset(NeighborReader):
     ) -> None:
         self.archive = open_archive(path, data_dtype=data_dtype, writable=writable)
         self.data_path = path
-        self._neighbors, self._no_neighbors = None, ""
+        self._neighbors = None
         if self.load_neighbors:
-            try:
-                self._neighbors = self.archive.neighbors
-                if self._neighbors is None:
-                    self._no_neighbors = f"neighbor files are missing at {path}"
-            except NeighborsUnusableError as error:
-                self._no_neighbors = str(error)
-            if self._no_neighbors:
-                warnings.warn(f"{self._no_neighbors}: there is no neighbor data", UserWarning, stacklevel=4)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A path and what was asked for, never arrays: a worker maps the files itself.
-        dropped = ("_neighbors", "_generator", "_generator_process")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.load_neighbors and not self._no_neighbors:
-            self._neighbors = self.archive.neighbors
+            self._neighbors = NeighborDraws(
+                self.archive, self.neighbor_sampling_strategy, self.fallback_to_identity, self.neighbor_seed
+            )
+            if self._neighbors.missing:
+                warnings.warn(
+                    f"{self._neighbors.missing}: there is no neighbor data", UserWarning, stacklevel=4
+                )
 
     @property
     def groups_np(self) -> np.ndarray:
@@ -207,6 +199,117 @@ class SingleCellMemMapDataset(NeighborReader):
         from hbx_gpu.scdl._sources.cells import groups_of
 
         return groups_of([self.archive])
+
+    def get_neighbor_indices_for_cell(self, cell_index: int) -> np.ndarray:
+        """uint32, (n_neighbors,). Row numbers of the neighbors of a cell; empty without `load_neighbors`.
+
+        Raises
+        ------
+        ValueError
+            The archive has no neighbors.
+        IndexError
+            No such row.
+        """
+        return np.empty(0, np.uint32) if self._neighbors is None else self._neighbors.of(cell_index)[0]
+
+    def get_neighbor_weights_for_cell(self, cell_index: int) -> np.ndarray:
+        """float32, (n_neighbors,). Weights of the neighbors; otherwise as the method for their indices."""
+        return np.empty(0, np.float32) if self._neighbors is None else self._neighbors.of(cell_index)[1]
+
+    def sample_neighbor_index(self, cell_index: int) -> int | np.uint32:
+        """Row number of one neighbor, drawn as `neighbor_sampling_strategy` says.
+
+        The cell itself if it has none, or without `load_neighbors`. Errors as
+        :meth:`get_neighbor_indices_for_cell`.
+        """
+        return cell_index if self._neighbors is None else self._neighbors.one(cell_index)
+
+    def sample_neighbor_indices(
+        self, cell_indices: Sequence[int] | np.ndarray, n: int | None = None
+    ) -> np.ndarray:
+        """Neighbors of many cells, drawn together.
+
+        Parameters
+        ----------
+        cell_indices
+            Row numbers.
+        n
+            Neighbors per cell, with replacement; None for one.
+
+        Returns
+        -------
+        np.ndarray
+            int64, (n_cells,) or (n_cells, n). A cell without neighbors is its own.
+        """
+        rows = np.array([self._row(index) for index in cell_indices], np.int64)
+        if self._neighbors is None:
+            return rows if n is None else np.repeat(rows[:, None], n, axis=1)
+        return self._neighbors.many(rows, n)
+
+    def get_row_with_neighbor(
+        self,
+        index: int,
+        return_var_features: bool = False,
+        var_feature_names: Sequence[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """One cell and a neighbor of it.
+
+        Parameters and errors are those of :meth:`get_row`.
+
+        Returns
+        -------
+        dict
+            ``current_cell`` and ``next_cell``: values and columns; ``current_cell_index``,
+            ``next_cell_index``; ``var_features``, ``obs_features`` of the current cell, or None.
+
+        Raises
+        ------
+        ValueError
+            Opened without `load_neighbors`, or no neighbors in the archive.
+        """
+        if self._neighbors is None or self._neighbors.missing:
+            reason = self._neighbors.missing if self._neighbors else ""
+            raise ValueError(
+                "Cannot include neighbor data: "
+                + (reason or "no neighbors were loaded; open with load_neighbors=True")
+            )
+        row = self._row(index)
+        current, var, obs = self.get_row(
+            row, return_var_features, var_feature_names, return_obs_features, obs_feature_names
+        )
+        other = self.sample_neighbor_index(row)
+        return {
+            "current_cell": current,
+            "next_cell": self.get_row(int(other))[0],
+            "current_cell_index": row,
+            "next_cell_index": other,
+            "var_features": var,
+            "obs_features": obs,
+        }
+
+    def get_row_padded_with_neighbor(
+        self,
+        index: int,
+        return_var_features: bool = False,
+        var_feature_names: Sequence[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """As :meth:`get_row_with_neighbor`, with dense rows as :meth:`get_row_padded` has them."""
+        found = self.get_row_with_neighbor(
+            index, return_var_features, var_feature_names, return_obs_features, obs_feature_names
+        )
+        for cell in ("current_cell", "next_cell"):
+            found[cell] = self._padded(int(found[f"{cell}_index"]), found[cell])
+        return found
+
+    def get_neighbor_stats(self) -> dict[str, bool | int | float]:
+        """``has_neighbors``; with neighbors also counts of them over all cells."""
+        if self._neighbors is None or self._neighbors.missing:
+            return {"has_neighbors": False}
+        return self._neighbors.stats()
 
     def to_cell_dataset(
         self, metadata_columns: Sequence[str] | None = None, **options: Any
