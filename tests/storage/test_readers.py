@@ -155,15 +155,18 @@ def test_files_that_shrink_vanish_or_change_between_reads(tmp_path: Path, kind: 
         reader.read(extents)
 
 
+@pytest.mark.parametrize("size", [100, 7], ids=["as long", "shorter"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replaced_file_is_read_on_if_open_and_refused_otherwise(tmp_path: Path, kind: str) -> None:
+def test_a_replaced_file_is_read_on_if_open_and_refused_otherwise(
+    tmp_path: Path, kind: str, size: int
+) -> None:
     contents = write_chunks(tmp_path, [100, 100])
     directory = ChunkDirectory([plain_array(tmp_path, 2)])
     reader = open_reader(kind, directory)
     first, second = (directory.extents(np.array([i])) for i in (0, 1))
     reader.read(first)
     for i in ("0", "1"):
-        (tmp_path / "new").write_bytes(bytes(100))
+        (tmp_path / "new").write_bytes(bytes(size))
         os.replace(tmp_path / "new", tmp_path / "c" / i)
     assert reader.read(first).view(0).tobytes() == contents[0]
     with pytest.raises(CorruptChunkError, match=r"chunk 1, file .*c/1\): the array was replaced by another"):
