@@ -322,6 +322,12 @@ def test_largest_first_lowest_lane_on_ties() -> None:
     assert order[1::2].tolist() == [3, 4, 5, 8, 9]
 
 
+def test_the_lane_with_the_fewest_batches_gets_the_next_group() -> None:
+    # Batches, not groups, are counted: 5 on one lane, 2 + 2 + 1 on the other, so that no group is split.
+    order = pack_lanes(np.array([5, 2, 2, 1]), 2, queue_ranks=np.arange(4))
+    assert [lane.tolist() for lane in lanes_of(order, 2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
 def test_one_huge_group_is_spread_over_all_lanes() -> None:
     order = pack_lanes(np.array([4, 80, 4]), 4, queue_ranks=np.arange(3))
     for lane in lanes_of(order, 4):

@@ -275,14 +275,15 @@ def test_an_interpreter_must_be_named_after_a_peer(capsys: pytest.CaptureFixture
     assert "is not NAME=PATH with a name of" in capsys.readouterr().err
 
 
-def test_genes_whose_index_is_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_genes_whose_index_is_a_group(tmp_path: Path) -> None:
     """As anndata writes the index of pandas 3: values, and a mask."""
     import anndata
     import pandas as pd
 
-    monkeypatch.setattr(anndata.settings, "allow_write_nullable_strings", True)
     var = pd.DataFrame(index=pd.Index(["a", "b", "c"], dtype="string"))
-    anndata.AnnData(sparse.csr_matrix(np.eye(2, 3, dtype=np.float32)), var=var).write_h5ad(tmp_path / "x")
+    adata = anndata.AnnData(sparse.csr_matrix(np.eye(2, 3, dtype=np.float32)), var=var)
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(tmp_path / "x")
     with h5py.File(tmp_path / "x") as file:
         assert isinstance(file["var"][file["var"].attrs["_index"]], h5py.Group)
     assert protocol.Source(tmp_path / "x").genes() == ["a", "b", "c"]
