@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from hbx_gpu.errors import HbxError, ResourceError
+
 # Not a context variable: threads that convert files must name options as the command does, too.
 _flags: list[Mapping[str, str]] = []
 
@@ -23,6 +25,36 @@ def from_command(flags: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _flags.pop()
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Turn a want of memory into an error that names what it was wanted for.
+
+    Libraries that cannot be mapped for want of address space raise OSError or ImportError.
+
+    Parameters
+    ----------
+    what
+        What needs the memory, as the object of "there is too little memory for".
+
+    Raises
+    ------
+    ResourceError
+        The memory, or the limit of this process, does not suffice.
+    """
+    try:
+        yield
+    except HbxError:
+        raise
+    except (MemoryError, ImportError, OSError) as error:
+        mapped = "shared object" in str(error) or "cannot allocate memory" in str(error).lower()
+        if not isinstance(error, MemoryError) and not mapped:
+            raise
+        raise ResourceError(
+            f"there is too little memory for {what} ({str(error) or type(error).__name__}); end other "
+            "programs, or raise the limit of this process (ulimit -v; libraries alone take 4 GiB of it)"
+        ) from error
 
 
 def in_command() -> bool:

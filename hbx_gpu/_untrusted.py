@@ -178,11 +178,29 @@ def leads_out(
     )
 
 
+def own_folder(folder: Path) -> Path:
+    """A folder of ours inside a store: made where it is missing, and nothing else in its place.
+
+    Raises
+    ------
+    UnsafePathError
+        There is a link or another thing that is not a folder; what we write or remove there would be
+        somewhere else.
+    """
+    if folder.is_symlink():
+        raise leads_out(folder, folder.parent, NO_LINK)
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = _KINDS.get(stat.S_IFMT(os.lstat(folder).st_mode), "a file")
+        raise UnsafePathError(f"{os.fspath(folder)} is {kind}, a folder is expected; remove it")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 NO_LINK = "nothing is written through that link: put what it leads to in its place"
 """What to do about a link that no option allows."""
 
 
-def check_tree(folder: Path, *, links: bool, remedy: str | None = None) -> None:
+def check_tree(folder: Path, *, links: bool, remedy: str | None = None, root: Path | None = None) -> None:
     """Refuse a folder that holds anything but regular files and folders.
 
     Parameters
@@ -193,13 +211,17 @@ def check_tree(folder: Path, *, links: bool, remedy: str | None = None) -> None:
         Allow links, to regular files and to folders, which are not looked through.
     remedy
         What to do about a link that leads out; by default to allow links.
+    root
+        The folder that links may not lead out of; by default `folder` itself.
 
     Raises
     ------
     UnsafePathError
         Names the entry.
     """
-    within = Within(str(folder), remedy)
+    within = Within(str(root or folder), remedy)
+    if root is not None and not links:
+        within.check(str(folder))
     pending = [str(folder)]
     while pending:
         with os.scandir(pending.pop()) as entries:

@@ -60,6 +60,10 @@ class DeviceUnavailableError(HbxError, RuntimeError):
     """This machine or installation cannot use the requested device; the message says what is missing."""
 
 
+class ResourceError(HbxError, RuntimeError):
+    """The system has too little memory, shared memory or room for what was asked."""
+
+
 class AtlasError(HbxError):
     """The catalogue of an atlas contradicts itself or the request."""
 

@@ -23,13 +23,15 @@ from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.base import Dataset
 from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.workers import Handover
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
-from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.errors import CorruptChunkError, ResourceError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali
+from tests.limits import no_shared_memory
 from tests.threads import loader_threads
 
 
@@ -125,6 +127,26 @@ def test_errors_reach_the_consumer(load: Executor, tmp_path: Path) -> None:
         list(batches)
     assert next(batches, None) is None  # it ended; it does not hang
     assert not loader_threads()
+
+
+def test_full_shared_memory_is_an_error(dataset: CellDataset) -> None:
+    sampler = sampler_for(dataset)
+    list(make_loader(dataset, sampler, layout="dense"))  # what is compiled is written to a file
+    loader = make_loader(
+        dataset, sampler, layout="dense", num_workers=1, worker_init_fn=no_shared_memory, timeout=60
+    )
+    with loader, pytest.raises(ResourceError, match=r"Shared memory.*num_workers=0"):
+        list(loader)
+
+
+def test_batches_of_workers_lie_in_shared_memory() -> None:
+    csr = torch.eye(3).to_sparse_csr()
+    batch = {"X": torch.ones(3), "more": [torch.zeros(2), {"csr": csr}], "text": "a", "array": np.ones(3)}
+    handed = Handover(lambda batch: batch)(batch)
+    assert handed is batch
+    parts = [batch["X"], batch["more"][0], csr.values(), csr.crow_indices(), csr.col_indices()]  # type: ignore[index]
+    assert all(part.is_shared() for part in parts)
+    assert torch.equal(csr.to_dense(), torch.eye(3))
 
 
 def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ _USED = {
         "allow_links",
     },
     "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "allow_links", "overwrite"},
-    "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "overwrite"},
+    "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "allow_links", "overwrite"},
 }
 
 
@@ -233,7 +233,10 @@ def _from_file(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
         args.source,
         args.target,
         options=ConvertOptions(
-            matrix=args.layer, choose=args.layer is None, allow_normalized=args.allow_normalized
+            matrix=args.layer,
+            choose=args.layer is None,
+            allow_normalized=args.allow_normalized,
+            allow_links=args.allow_links,
         ),
         data_dtype=args.data_dtype or "auto",
         tolerance=Tolerance(allow_loss=args.allow_loss),

@@ -352,7 +352,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     table = args.table or "cells"
     named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)
     for file in args.files:
-        others = _modalities_of(file, [name for name, _ in named]) if file.suffix == ".h5mu" else []
+        others = _modalities_of(file, args, [name for name, _ in named]) if file.suffix == ".h5mu" else []
         named += [(name, f"{file}:{name}") for name in others]
         if file.suffix != ".h5mu":
             named.append(("gene_expression", str(file)))
@@ -371,13 +371,13 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     )
 
 
-def _modalities_of(file: Path, given: Sequence[str]) -> list[str]:
+def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -> list[str]:
     """Modalities of an .h5mu file, without those that are given otherwise."""
     from hbx_gpu._h5ad.files import H5muFile
     from hbx_gpu.atlas._ingest.multimodal import SHORT_NAMES
 
     named = {SHORT_NAMES.get(name.lower(), name) for name in given}
-    with H5muFile(file) as opened:
+    with H5muFile(file, allow_links=args.allow_links) as opened:
         return [name for name in opened.modalities() if SHORT_NAMES.get(name.lower(), name) not in named]
 
 
@@ -473,7 +473,7 @@ def _add_several(
 ) -> IngestReport:
     columns: Any = _id_columns(args)
     if plans:
-        modalities = _modalities_of(job.file, []) if job.file else []
+        modalities = _modalities_of(job.file, args, []) if job.file else []
         given = columns if isinstance(columns, dict) else dict.fromkeys(modalities, columns)
         columns = given | {name: plan.choice for name, plan in plans.items()}
     return atlas.add_multimodal(
@@ -494,7 +494,7 @@ def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> obje
         return job.file
     found: dict[str, object] = {}
     if job.file is not None:
-        found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, list(job.given))}
+        found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, args, list(job.given))}
     table = args.table or atlas.obs_tables[0]
     fields = atlas.catalogue.pointer_spaces(table)
     spaces = {name: resolve_modality(name, fields, table, path)[1] for name, path in job.given.items()}

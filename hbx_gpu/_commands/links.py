@@ -1,4 +1,4 @@
-"""The option ``--allow-links`` of the commands that open an atlas."""
+"""The option ``--allow-links`` of the commands that open atlases, archives and other stores."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def add_allow_links(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-links",
         action="store_true",
-        help="follow links that lead out of the atlas; only for an atlas whose links you made",
+        help="follow links that lead out of a store or a file; only where you made these links",
     )

@@ -14,9 +14,10 @@ import h5py
 import numpy as np
 
 from hbx_gpu._h5ad.foreign import describe_error, describe_hdf5, describe_path, missing_filters
+from hbx_gpu._h5ad.links import check_inside
 from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
 from hbx_gpu._paths import checked
-from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.errors import InvalidDataError, UnsafePathError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,9 +134,13 @@ class HdfAnnData(AnnDataGroup):
 class _File:
     """An open HDF5 file; a context manager."""
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, needs: set[str], what: str) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, needs: set[str], what: str, *, allow_links: bool
+    ) -> None:
         self.path = Path(checked(path))
         self._file = _open_hdf5(self.path, kind)
+        if not allow_links:
+            self._check_inside()
         if not needs <= set(self._file):
             found = sorted(self._file) or "nothing"
             known = describe_hdf5(self._file)
@@ -146,6 +151,16 @@ class _File:
                 else f"{self.path} is HDF5 but not {what}: expected {' and '.join(sorted(needs))}, "
                 f"found {found}"
             )
+
+    def _check_inside(self) -> None:
+        try:
+            check_inside(self._file, self.path)
+        except UnsafePathError:
+            self._file.close()
+            raise
+        except Exception as error:  # h5py raises whatever it meets in a damaged file
+            self._file.close()
+            raise InvalidDataError(f"{self.path} cannot be read: {error}; it is damaged") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,6 +175,8 @@ class H5adFile(_File, HdfAnnData):
     ----------
     path
         The file. Written by anndata of any release, the oldest ones included.
+    allow_links
+        Follow external links, external storage and virtual datasets that lead out of the file.
 
     Raises
     ------
@@ -169,8 +186,9 @@ class H5adFile(_File, HdfAnnData):
         The file is not HDF5, is damaged, or is not an AnnData.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        _File.__init__(self, path, ".h5ad", {"obs", "var"}, "an AnnData file")
+    def __init__(self, path: str | os.PathLike[str], *, allow_links: bool = False) -> None:
+        needs = {"obs", "var"}
+        _File.__init__(self, path, ".h5ad", needs, "an AnnData file", allow_links=allow_links)
         HdfAnnData.__init__(self, self._file, self.path)
 
     def __enter__(self) -> H5adFile:
@@ -188,8 +206,8 @@ class H5muFile(_File):
         The file is not HDF5, is damaged, is not a MuData, or its modalities do not share their cells.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path, ".h5mu", {"mod", "obs"}, "a MuData file")
+    def __init__(self, path: str | os.PathLike[str], *, allow_links: bool = False) -> None:
+        super().__init__(path, ".h5mu", {"mod", "obs"}, "a MuData file", allow_links=allow_links)
         axis = int(self._file.attrs.get("axis", 0))
         if axis == 1:
             self._file.close()

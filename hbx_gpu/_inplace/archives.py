@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_scdl(path: Path) -> Store:
-    """An SCDL archive.
+def open_scdl(path: Path, *, allow_links: bool = False) -> Store:
+    """An SCDL archive; `allow_links` follows links that lead out of it.
 
     Raises
     ------
     CorruptDataError
         Files that contradict each other.
     """
-    archive = open_archive(path)
+    archive = open_archive(path, allow_links=allow_links)
     archive.check_pointers()
     bounds = archive.bounds if len(archive.bounds) > 1 else np.array([0, archive.n_rows])
-    return Store(path, "SCDL archive", [_part(archive, block, bounds) for block in range(len(bounds) - 1)])
+    parts = [_part(archive, block, bounds) for block in range(len(bounds) - 1)]
+    return Store(path, "SCDL archive", parts, allow_links=allow_links)
 
 
 def _part(archive: Archive, block: int, bounds: np.ndarray) -> Part:

@@ -72,12 +72,15 @@ class StoresRecipe:
         Arguments of :meth:`Cells.to_cell_dataset`.
     n_cells
         Number of cells that all stores held when the query was made.
+    allow_links
+        Whether links that lead out of the stores are followed.
     """
 
     paths: tuple[str, ...]
     steps: Steps
     arguments: dict[str, Any]
     n_cells: int
+    allow_links: bool = False
 
     def rebuild(self) -> FeatureDataset:
         """Same rows and columns, in the same order.
@@ -89,7 +92,7 @@ class StoresRecipe:
         """
         from hbx_gpu._inplace.stores import open_stores
 
-        cells = Cells(open_stores(self.paths), self.steps)
+        cells = Cells(open_stores(self.paths, allow_links=self.allow_links), self.steps)
         if cells.n_cells != self.n_cells:
             raise InvalidDataError(
                 f"the stores held {self.n_cells} cells when the dataset was made and hold {cells.n_cells} "
@@ -517,7 +520,8 @@ class Cells:
 
     def _recipe(self, arguments: dict[str, Any]) -> StoresRecipe:
         paths = tuple(str(store.path.absolute()) for store in self.stores)
-        return StoresRecipe(paths, self._steps, arguments, self.n_cells)
+        links = any(store.allow_links for store in self.stores)
+        return StoresRecipe(paths, self._steps, arguments, self.n_cells, links)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,9 @@ def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noq
         Files, directories, globs, folders of stores, or lists of them. Several stores become one query,
         their cells one after the other.
     allow_links
-        Follow links that lead out of an atlas, which are refused otherwise. Other stores are a file, or a
-        folder whose links are followed.
+        Follow links that lead out of a store, which are refused otherwise: symbolic links of an atlas, a zarr
+        store or an archive; external links, external storage and virtual datasets of an HDF5 file. A path
+        that you pass may be a link itself.
 
     Returns
     -------
@@ -61,4 +62,4 @@ def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noq
         from hbx_gpu.atlas import RaggedAtlas
 
         return RaggedAtlas.checkout_latest(atlases[0], allow_links=allow_links).query()
-    return Cells(open_stores(found))
+    return Cells(open_stores(found, allow_links=allow_links))

@@ -22,7 +22,7 @@ from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.order import Batches, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
-from hbx_gpu._loading.workers import explained, refuse_in_workers
+from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
@@ -192,6 +192,15 @@ class CellLoader(DataLoader[Any]):
                 except StopIteration:
                     return
             yield batch
+
+    def _get_iterator(self) -> Any:
+        """Start worker processes, as torch does, with a collate that finds out where shared memory ends."""
+        given: Any = self.collate_fn
+        self.collate_fn = Handover(given) if self.num_workers > 0 else given
+        try:
+            return super()._get_iterator()
+        finally:
+            self.collate_fn = given
 
     def _length(self) -> int | None:
         return len(self._order) if isinstance(self._order, Sized) else None

@@ -1,10 +1,16 @@
-"""Explain errors at the start of worker processes."""
+"""Worker processes: why they did not start or ended, and how their batches are handed over."""
 
 from __future__ import annotations
 
 import multiprocessing.process
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hbx_gpu.errors import ResourceError
 
 _GUARD = (
     "worker processes are started by running the script again, up to what "
@@ -39,3 +45,51 @@ def explained() -> Iterator[None]:
             f"__main__: {_GUARD}. Otherwise it was killed, most often for want of memory: fewer workers, or "
             "num_workers=0, take less"
         ) from error
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A collate whose tensors lie in shared memory when a worker process returns them.
+
+    Torch puts them there on a thread of its own, which drops a batch that does not fit: the consumer would
+    wait for it forever.
+
+    Parameters
+    ----------
+    collate
+        What makes a batch.
+    """
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        """Make a batch and move its tensors to shared memory.
+
+        Raises
+        ------
+        ResourceError
+            There is too little shared memory.
+        """
+        batch = self.collate(samples)
+        try:
+            _share(batch)
+        except RuntimeError as error:
+            raise ResourceError(
+                f"a worker process cannot hand over a batch: {error}. Shared memory (/dev/shm) is full or "
+                "limited: give the container more (docker run --shm-size), use smaller batches, or "
+                "num_workers=0, where threads read ahead and nothing is handed over"
+            ) from error
+        return batch
+
+
+def _share(batch: Any) -> None:
+    if isinstance(batch, torch.Tensor):
+        if batch.layout is torch.strided:
+            batch.share_memory_()
+        elif batch.layout is torch.sparse_csr:
+            _share([batch.crow_indices(), batch.col_indices(), batch.values()])
+    elif isinstance(batch, Mapping):
+        _share(list(batch.values()))
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            _share(part)

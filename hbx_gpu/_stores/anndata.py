@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hbx_gpu._stores.matrix import Form, StoredMatrix
 from hbx_gpu._stores.store import RAW, Part, Store
-from hbx_gpu._stores.tree import Tree, open_tree
+from hbx_gpu._stores.tree import Tree
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def open_mudata(tree: Tree, kind: str) -> Store:
     modalities = {}
     n_cells = tree.n_rows("obs")
     if n_cells is None:
-        n_cells = len(_obs(tree.path, ""))
+        n_cells = len(_obs(tree, ""))
     for name in names:
         part = part_of(tree, f"mod/{name}")
         rows = (
@@ -79,7 +78,7 @@ def open_mudata(tree: Tree, kind: str) -> Store:
                 f"{n_cells} cells and {part.n_cells} rows of the modality"
             )
         modalities[name] = (part, rows)
-    return Store(tree.path, f"MuData {kind}", [], modalities, lambda: _own_obs(tree.path, names))
+    return Store(tree.path, f"MuData {kind}", [], modalities, lambda: _own_obs(tree, names))
 
 
 def part_of(tree: Tree, root: str) -> Part:
@@ -107,8 +106,8 @@ def part_of(tree: Tree, root: str) -> Part:
     return Part(
         name,
         matrices,
-        lambda: _obs(path, prefix),
-        lambda matrix: _frame(path, f"{prefix}raw/var" if matrix == RAW else f"{prefix}var"),
+        lambda: _obs(tree, prefix),
+        lambda matrix: _frame(tree, f"{prefix}raw/var" if matrix == RAW else f"{prefix}var"),
     )
 
 
@@ -145,17 +144,17 @@ def _matrix(tree: Tree, key: str, name: str) -> StoredMatrix:
     return StoredMatrix(name, (int(shape[0]), int(shape[1])), _FORMS[encoding], values, index, indptr)
 
 
-def _frame(path: Path, key: str) -> pd.DataFrame:
-    with open_tree(path) as tree:
+def _frame(closed: Tree, key: str) -> pd.DataFrame:
+    with closed.again() as tree:
         return tree.frame(key)
 
 
-def _obs(path: Path, prefix: str) -> pd.DataFrame:
-    return _frame(path, f"{prefix}obs")
+def _obs(tree: Tree, prefix: str) -> pd.DataFrame:
+    return _frame(tree, f"{prefix}obs")
 
 
-def _own_obs(path: Path, modalities: list[str]) -> pd.DataFrame:
+def _own_obs(tree: Tree, modalities: list[str]) -> pd.DataFrame:
     """The common table of a MuData without the copies ``modality:column`` that it keeps of its parts."""
-    frame = _obs(path, "")
+    frame = _obs(tree, "")
     copies = [name for name in frame.columns if name.split(":", 1)[0] in modalities and ":" in name]
     return frame.drop(columns=copies)

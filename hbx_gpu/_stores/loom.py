@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from hbx_gpu._source import ArrayLayout, ChunkTable
 from hbx_gpu._storage.chunks import chunk_grid
 from hbx_gpu._stores.matrix import StoredMatrix
 from hbx_gpu._stores.store import Part, Store
-from hbx_gpu._stores.tree import Tree, open_tree
+from hbx_gpu._stores.tree import Tree
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ def open_loom(tree: Tree) -> Store:
     part = Part(
         str(path),
         matrices,
-        lambda: _attributes(path, "col_attrs", _CELL_NAMES, n_cells),
-        lambda _: _attributes(path, "row_attrs", _GENE_NAMES, n_genes),
+        lambda: _attributes(tree, "col_attrs", _CELL_NAMES, n_cells),
+        lambda _: _attributes(tree, "row_attrs", _GENE_NAMES, n_genes),
     )
     return Store(path, "loom", [part])
 
@@ -83,11 +82,12 @@ def transposed(layout: ArrayLayout) -> ArrayLayout:
     )
 
 
-def _attributes(path: Path, key: str, names: tuple[str, ...], n: int) -> pd.DataFrame:
+def _attributes(closed: Tree, key: str, names: tuple[str, ...], n: int) -> pd.DataFrame:
     """Attributes of one axis; those of several columns are left out, which no table can hold."""
     import pandas as pd
 
-    with open_tree(path) as tree:
+    path = closed.path
+    with closed.again() as tree:
         columns: dict[str, Any] = {}
         for name in tree.names(key):
             values = tree.array(f"{key}/{name}")

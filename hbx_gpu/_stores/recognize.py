@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +86,8 @@ def format_of_file(path: Path) -> str | None:
     return "HDF5" if h5py.is_hdf5(path) else None
 
 
-def open_store(path: Path) -> Store:
-    """Open one store.
+def open_store(path: Path, *, allow_links: bool = False) -> Store:
+    """Open one store; `allow_links` follows links that lead out of it.
 
     Raises
     ------
@@ -95,14 +96,14 @@ def open_store(path: Path) -> Store:
     """
     if path.is_file():
         _refuse_packed(path)
-    with open_tree(path) as tree:
+    with open_tree(path, allow_links=allow_links) as tree:
         opener = _opener(tree)
         if opener is None:
             names = ", ".join(tree.names()[:8]) or "nothing"
             raise InvalidDataError(
                 f"{path} is not a store that is known: it holds {names}. Known are {_KNOWN}"
             )
-        return opener(tree)
+        return replace(opener(tree), allow_links=allow_links)
 
 
 def _opener(tree: Tree) -> Callable[[Tree], Store] | None:

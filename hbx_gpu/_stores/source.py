@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def open_source(path: str | os.PathLike[str]) -> Iterator[AnnDataGroup]:
+def open_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> Iterator[AnnDataGroup]:
     """Open a file or directory that is one AnnData, whatever program wrote it.
 
     Parts that follow one another, as in an annbatch collection, become one AnnData.
+
+    Parameters
+    ----------
+    path
+        The store.
+    allow_links
+        Follow links that lead out of it.
 
     Raises
     ------
@@ -42,10 +49,10 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[AnnDataGroup]:
     """
     path = Path(checked(path))
     if not is_other_store(path):
-        with H5adFile(path) as file:
+        with H5adFile(path, allow_links=allow_links) as file:
             yield file
         return
-    store = open_store(path)
+    store = open_store(path, allow_links=allow_links)
     if store.modalities:
         raise UnsupportedError(
             f"{path} holds several modalities; write it as .h5mu, whose modalities are taken together: "

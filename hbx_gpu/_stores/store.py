@@ -115,6 +115,8 @@ class Store:
         Modality -> (part, row of the part for each cell of the store, -1 where a cell lacks it), for MuData.
     read_obs
         Reads the table of all cells of a store with modalities.
+    allow_links
+        Whether links that lead out of the store are followed.
     """
 
     path: Path
@@ -122,3 +124,4 @@ class Store:
     parts: list[Part]
     modalities: dict[str, tuple[Part, np.ndarray]] = field(default_factory=dict)
     read_obs: Callable[[], pd.DataFrame] | None = None
+    allow_links: bool = False

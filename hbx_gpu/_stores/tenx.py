@@ -6,14 +6,13 @@ Columns of the stored CSC matrix are barcodes, so its arrays are the CSR arrays 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hbx_gpu._stores.matrix import StoredMatrix
 from hbx_gpu._stores.store import Part, Store
-from hbx_gpu._stores.tree import Tree, open_tree
+from hbx_gpu._stores.tree import Tree
 from hbx_gpu.errors import CorruptDataError
 
 if TYPE_CHECKING:
@@ -33,27 +32,27 @@ def open_tenx(tree: Tree) -> Store:
 
 
 def _part(tree: Tree, key: str) -> Part:
-    path, name = tree.path, f"{tree.path}:{key}"
+    name = f"{tree.path}:{key}"
     shape = tree.array(f"{key}/shape").astype(np.int64).ravel()
     if len(shape) != 2:
         raise CorruptDataError(f"{name}: shape has {len(shape)} entries; features and barcodes are expected")
     values, index, indptr = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
     matrix = StoredMatrix(name, (int(shape[1]), int(shape[0])), "csr", values, index, indptr)
-    return Part(name, {"X": matrix}, lambda: _obs(path, key), lambda _: _var(path, key))
+    return Part(name, {"X": matrix}, lambda: _obs(tree, key), lambda _: _var(tree, key))
 
 
-def _obs(path: Path, key: str) -> pd.DataFrame:
+def _obs(closed: Tree, key: str) -> pd.DataFrame:
     import pandas as pd
 
-    with open_tree(path) as tree:
+    with closed.again() as tree:
         return pd.DataFrame(index=pd.Index(tree.array(f"{key}/barcodes").astype(str)))
 
 
-def _var(path: Path, key: str) -> pd.DataFrame:
+def _var(closed: Tree, key: str) -> pd.DataFrame:
     """Features by id, their other fields as columns (``feature_type``, ``genome``, ``name``, ...)."""
     import pandas as pd
 
-    with open_tree(path) as tree:
+    with closed.again() as tree:
         if not tree.names(f"{key}/features"):
             ids = tree.array(f"{key}/genes").astype(str)
             return pd.DataFrame({"name": tree.array(f"{key}/gene_names").astype(str)}, index=pd.Index(ids))

@@ -7,22 +7,29 @@ through h5py, zarr-python and anndata, which know every encoding that was ever w
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import h5py
 import numpy as np
 
+from hbx_gpu._h5ad.links import check_inside
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.hdf5 import hdf5_layout
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._untrusted import parse_json, read_small
+from hbx_gpu._untrusted import Within, check_tree, parse_json, read_small
 from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+MAX_ROWS = 1 << 31
+"""Largest number of elements of an array that is read whole: a column of a table, row pointers."""
 
 
 class Tree(Protocol):
@@ -35,6 +42,10 @@ class Tree(Protocol):
     """
 
     path: Path
+
+    def again(self) -> AbstractContextManager[Tree]:
+        """Open the same store once more, in the same way."""
+        ...
 
     def names(self, key: str = "") -> list[str]:
         """Names inside a group, sorted; empty if the group does not exist."""
@@ -66,8 +77,16 @@ class Tree(Protocol):
 
 
 @contextlib.contextmanager
-def open_tree(path: str | os.PathLike[str]) -> Iterator[Tree]:
+def open_tree(path: str | os.PathLike[str], *, allow_links: bool = False) -> Iterator[Tree]:
     """Open the store at `path`: a directory is zarr, a file is HDF5.
+
+    Parameters
+    ----------
+    path
+        The store; it may be reached through links itself.
+    allow_links
+        Follow links that lead out of the store: symbolic links of a zarr store; external links, external
+        storage and virtual datasets of an HDF5 file.
 
     Raises
     ------
@@ -80,10 +99,10 @@ def open_tree(path: str | os.PathLike[str]) -> Iterator[Tree]:
     if path.is_dir():
         if not _is_node(path):
             raise InvalidDataError(f"{path} is not a zarr store: there is neither zarr.json nor .zgroup")
-        yield ZarrTree(path)
+        yield ZarrTree(path, allow_links=allow_links)
         return
     with _open_hdf5(path) as file:
-        yield HdfTree(path, file)
+        yield HdfTree(path, file, allow_links=allow_links)
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -132,7 +151,9 @@ class _Tables:
         except Exception as error:  # anndata raises whatever it meets in a damaged store
             plugin = isinstance(error, OSError) and "plugin" in str(error)
             advice = "; install hdf5plugin, which reads the filter it is stored with" if plugin else ""
-            raise CorruptDataError(f"table {key!r} of {self.path} cannot be read: {error}{advice}") from error
+            raise CorruptDataError(
+                f"table {key!r} of {self.path} cannot be read: {_said(error)}{advice}"
+            ) from error
         frame.index = frame.index.astype(str)
         return frame
 
@@ -170,33 +191,65 @@ class _Tables:
 class HdfTree(_Tables):
     """An open HDF5 file."""
 
-    def __init__(self, path: Path, file: h5py.File) -> None:
-        self.path, self._file = path, file
+    def __init__(self, path: Path, file: h5py.File, *, allow_links: bool = False) -> None:
+        self.path, self._file, self._allow_links = path, file, allow_links
+
+    def again(self) -> AbstractContextManager[Tree]:
+        return open_tree(self.path, allow_links=self._allow_links)
 
     def names(self, key: str = "") -> list[str]:
-        node = self._file.get(key) if key else self._file
+        node = self._at(key)
         return sorted(node) if isinstance(node, h5py.Group) else []
 
     def is_array(self, key: str) -> bool:
-        return isinstance(self._file.get(key), h5py.Dataset)
+        return isinstance(self._at(key), h5py.Dataset)
 
     def attributes(self, key: str = "") -> dict[str, Any]:
-        return {name: _plain(value) for name, value in self._file[key or "/"].attrs.items()}
+        with self._damage(f"attributes of {key!r}"):
+            return {name: _plain(value) for name, value in self._found(key).attrs.items()}
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(map(int, self._file[key].shape))
+        return tuple(map(int, self._found(key).shape))
 
     def layout(self, key: str) -> ArrayLayout:
-        return hdf5_layout(self._file[key], self.path, f"{self.path.name}/{key}")
+        with self._damage(f"array {key!r}"):
+            return hdf5_layout(self._found(key), self.path, f"{self.path.name}/{key}")
 
     def array(self, key: str) -> np.ndarray:
-        try:
-            return _texts(np.atleast_1d(self._file[key][()]))
-        except OSError as error:
-            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {error}") from error
+        with self._damage(f"array {key!r}"):
+            node = self._found(key)
+            _check_rows(node.shape, f"array {key!r} of {self.path}")
+            return _texts(np.atleast_1d(node[()]))
 
     def _node(self, key: str) -> Any:
-        return self._file[key]
+        node = self._found(key)
+        if not self._allow_links:
+            check_inside(node, self.path)
+        return node
+
+    def _found(self, key: str) -> Any:
+        node = self._at(key)
+        if node is None:
+            raise CorruptDataError(f"{self.path} has no {key!r}, which other parts of it refer to")
+        return node
+
+    def _at(self, key: str) -> Any:
+        """The group or the dataset there, None without one."""
+        with self._damage(f"node {key!r}"):
+            node = self._file.get(key) if key else self._file
+        if node is not None and not self._allow_links:
+            check_inside(node, self.path, deep=False)
+        return node
+
+    @contextlib.contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Whatever h5py raises about damaged bytes, as one error."""
+        try:
+            yield
+        except HbxError:
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError) as error:
+            raise CorruptDataError(f"{what} of {self.path} cannot be read: {_said(error)}") from error
 
 
 class ZarrTree(_Tables):
@@ -206,8 +259,12 @@ class ZarrTree(_Tables):
     not matter until it is needed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, allow_links: bool = False) -> None:
+        self.path, self._allow_links = path, allow_links
+        self._within = Within("" if allow_links else str(path))
+
+    def again(self) -> AbstractContextManager[Tree]:
+        return contextlib.nullcontext(self)
 
     def names(self, key: str = "") -> list[str]:
         folder = self.path / key
@@ -219,50 +276,77 @@ class ZarrTree(_Tables):
         folder = self.path / key
         if (folder / ".zarray").exists():
             return True
-        return (folder / "zarr.json").exists() and _document(folder / "zarr.json").get("node_type") == "array"
+        document = folder / "zarr.json"
+        return document.exists() and self._document(document).get("node_type") == "array"
 
     def attributes(self, key: str = "") -> Mapping[str, Any]:
         folder = self.path / key
         if (folder / "zarr.json").exists():
-            found = _document(folder / "zarr.json").get("attributes", {})
+            found = self._document(folder / "zarr.json").get("attributes", {})
         else:
-            found = _document(folder / ".zattrs") if (folder / ".zattrs").exists() else {}
+            found = self._document(folder / ".zattrs") if (folder / ".zattrs").exists() else {}
         return found if isinstance(found, dict) else {}
 
     def shape(self, key: str) -> tuple[int, ...]:
         folder = self.path / key
-        document = folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray"
-        shape = _document(document).get("shape")
-        if not isinstance(shape, list) or not shape:
-            raise CorruptDataError(f"the zarr metadata {document} have the shape {shape!r}")
-        return tuple(map(int, shape))
+        return self._shape(folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray")
+
+    def _shape(self, document: Path) -> tuple[int, ...]:
+        shape = self._document(document).get("shape")
+        if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+            raise CorruptDataError(f"the zarr metadata {document} have the shape {str(shape)[:100]}")
+        return tuple(shape)
 
     def layout(self, key: str) -> ArrayLayout:
-        return read_layout(str(self.path / key), f"{self.path.name}/{key}", within=self.path)
+        within = "" if self._allow_links else self.path
+        return read_layout(str(self.path / key), f"{self.path.name}/{key}", within=within)
 
     def array(self, key: str) -> np.ndarray:
         try:
             return _texts(np.atleast_1d(self._node(key)[()]))
+        except HbxError:
+            raise
         except Exception as error:  # zarr raises whatever it meets in a damaged store
-            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {error}") from error
+            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {_said(error)}") from error
 
     def _node(self, key: str) -> Any:
         import zarr
 
-        if not _is_node(self.path / key):
+        folder = self.path / key
+        if not _is_node(folder):
             raise KeyError(key)
-        return zarr.open(str(self.path / key), mode="r")
+        # zarr-python would wait for a FIFO, follow any link, and make room for any shape.
+        check_tree(folder, links=self._allow_links, root=self.path)
+        for document in itertools.chain(folder.rglob("zarr.json"), folder.rglob(".zarray")):
+            if document.name == ".zarray" or self._document(document).get("node_type") == "array":
+                shape = self._document(document).get("shape")
+                if shape != []:  # a number alone
+                    _check_rows(self._shape(document), str(document))
+        return zarr.open(str(folder), mode="r")
+
+    def _document(self, path: Path) -> dict[str, Any]:
+        self._within.check(str(path))
+        found = parse_json(read_small(path), path)
+        if not isinstance(found, dict):
+            raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
+        return found
 
 
 def _is_node(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
-def _document(path: Path) -> dict[str, object]:
-    found = parse_json(read_small(path), path)
-    if not isinstance(found, dict):
-        raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
-    return found
+def _check_rows(shape: tuple[int, ...], what: str) -> None:
+    """Refuse what no table can hold, before room is made for it."""
+    if math.prod(shape) > MAX_ROWS:
+        raise CorruptDataError(
+            f"{what} has the shape {list(shape)}; tables of up to {MAX_ROWS:,} rows are read. It is damaged: "
+            "copy the store again from its origin"
+        )
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _texts(values: np.ndarray) -> np.ndarray:

@@ -90,6 +90,7 @@ class RaggedAtlas:
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
+        allow_links: bool = False,
     ) -> RaggedAtlas:
         """Make a new atlas; parameters as in :func:`create_or_open_atlas`.
 
@@ -104,7 +105,7 @@ class RaggedAtlas:
         schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
         names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
         session = WriteSession(
-            Catalogue(root, root / "zarr_store", names),
+            Catalogue(root, root / "zarr_store", names, allow_links=allow_links),
             obs_schemas=schemas,
             registry_schemas=registry_schemas,
             pointer_fields=pointer_fields,
@@ -120,7 +121,7 @@ class RaggedAtlas:
                 if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
                     raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
             stack.enter_context(creation.making(root))
-            (root / "zarr_store").mkdir(exist_ok=True)
+            check_store(root, root / "zarr_store", allow_links=allow_links).mkdir(exist_ok=True)
             make_group(root / "zarr_store")
             tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())  # type: ignore[no-untyped-call]
@@ -550,6 +551,7 @@ def create_or_open_atlas(
             codec=codec or DEFAULT_CODEC,
             version_table_name=version_table_name,
             pointer_fields=pointer_fields,
+            allow_links=allow_links,
         )
     return RaggedAtlas.open(
         root,

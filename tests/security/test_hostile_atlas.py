@@ -14,7 +14,7 @@ import pytest
 
 from hbx_gpu import cli
 from hbx_gpu._bench.settings import open_dataset
-from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal, RepackNote
 from hbx_gpu.errors import AtlasError, HbxError, UnsafePathError
 from tests.security.stores import anndata, arrays, content, edit, move_group, read, rewrite
@@ -172,6 +172,7 @@ LINKS: dict[str, Callable[[Path, Path], None]] = {
     "store": lambda root, to: link(root / "zarr_store", to),
     "database": lambda root, to: link(root / "lance_db", to),
     "table": lambda root, to: link(root / "lance_db" / "cells.lance", to),
+    "snapshots": lambda root, to: link(root / ".hbx_gpu" / "snapshots", to),
     "group": lambda root, to: link(arrays(root)[0].parents[1], to),
     "array": lambda root, to: link(arrays(root)[0], to),
     "chunks": lambda root, to: link(arrays(root)[0] / "c", to),
@@ -199,7 +200,16 @@ def test_links_that_lead_out(atlas: Path, outside: Path, tmp_path: Path, planted
     code = cli.main(commands(atlas, tmp_path)[command])
     assert content(outside) == before
     # Reading needs none of the first four; what only looks at a group leaves it alone and says so.
-    may_succeed = planted in ("lock", "notes", "staging", "new config", "group", "array", "chunks")
+    may_succeed = planted in (
+        "lock",
+        "notes",
+        "staging",
+        "new config",
+        "snapshots",
+        "group",
+        "array",
+        "chunks",
+    )
     assert code == 1 or may_succeed
     if command == "convert" and planted in ("group", "array", "chunks", "store", "database", "table"):
         assert code == 1
@@ -373,6 +383,122 @@ METADATA: dict[str, Callable[[Path], None]] = {
 def test_impossible_metadata(atlas: Path, name: str) -> None:
     METADATA[name](atlas)
     with pytest.raises(HbxError):
+        read(atlas)
+
+
+def planted_staging(root: Path, outside: Path) -> None:
+    """A folder of unfinished files that lies outside, where an interrupted repack would have left a group."""
+    (root / "zarr_store" / ".staging").mkdir()
+    (root / "zarr_store" / ".staging" / "x").symlink_to(outside)
+    (outside / "replaced").mkdir()
+    (outside / "replaced" / "zarr.json").write_text("{}")
+    note(root, "repack", "x", {"staging": "x", "zarr_group": "a"})
+
+
+def planted_parent(root: Path, outside: Path) -> None:
+    (root / "zarr_store" / "p").symlink_to(outside)
+    note(root, "ingest", "x", INGEST | {"groups": [GROUP | {"zarr_group": "p/deep"}]})
+
+
+def hard_link(name: str) -> Callable[[Path, Path], None]:
+    def plant(root: Path, outside: Path) -> None:
+        (root / name).unlink(missing_ok=True)
+        os.link(outside / "thesis.txt", root / name)
+
+    return plant
+
+
+HIDDEN: dict[str, tuple[Callable[[Path, Path], None], bool]] = {
+    "staging that is a link": (planted_staging, False),
+    "group below a link": (planted_parent, False),
+    "hard link to the lock": (hard_link(".hbx_gpu/lock"), False),
+    "hard link to a note": (hard_link(".hbx_gpu/ingest-x.json"), False),
+    "hard link to the names": (hard_link("hbx_gpu.json.new"), True),
+    "hard link to the next snapshot": (hard_link(".hbx_gpu/snapshots/1.json"), True),
+}
+
+
+@pytest.mark.parametrize("planted", HIDDEN)
+@pytest.mark.parametrize("options", [[], ["--allow-links"]], ids=["", "allow links"])
+def test_what_a_writer_would_reach(
+    atlas: Path, outside: Path, tmp_path: Path, planted: str, options: list[str]
+) -> None:
+    plant, succeeds = HIDDEN[planted]
+    plant(atlas, outside)
+    before = content(outside)
+    assert (cli.main([*commands(atlas, tmp_path)["ingest"], *options]) == 0) == succeeds
+    assert content(outside) == before
+
+
+def test_an_unfinished_atlas_that_leads_out(atlas: Path, outside: Path) -> None:
+    (atlas / "hbx_gpu.json").unlink()
+    (atlas / ".hbx_gpu" / "making").symlink_to(outside / "made")
+    link(atlas / "lance_db", outside)
+    before = content(outside)
+    with pytest.raises(HbxError):
+        create_or_open_atlas(atlas, pointer_fields={"gene_expression": "gene_expression"})
+    assert content(outside) == before
+    assert not (outside / "made").exists()
+
+
+def test_a_new_atlas_writes_into_no_link(tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "zarr_store").symlink_to(outside)
+    before = content(outside)
+    with pytest.raises(UnsafePathError, match="allow_links=True"):
+        create_or_open_atlas(tmp_path / "new")
+    assert content(outside) == before
+    create_or_open_atlas(tmp_path / "new", allow_links=True)
+    assert (outside / "zarr.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "file"])
+@pytest.mark.parametrize("place", [".hbx_gpu", ".hbx_gpu/snapshots", "zarr_store/.staging"])
+def test_what_is_not_a_folder(atlas: Path, place: str, kind: str) -> None:
+    shutil.rmtree(atlas / place, ignore_errors=True)
+    if kind == "fifo":
+        os.mkfifo(atlas / place)
+    else:
+        (atlas / place).write_text("x")
+
+    def write() -> None:
+        opened = RaggedAtlas.open(atlas)
+        opened.add_from_anndata(anndata(3))
+        opened.optimize()
+        opened.snapshot()
+
+    with pytest.raises(UnsafePathError, match="folder"):
+        write()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "x/" * 600 + "x", "a\nb"], ids=ascii)
+@pytest.mark.parametrize("kind", ["ingest", "repack"])
+def test_names_that_no_file_has(atlas: Path, name: str, kind: str) -> None:
+    fields = INGEST | {"groups": [GROUP | {"zarr_group": name}]}
+    note(atlas, kind, "x", fields if kind == "ingest" else {"staging": "x", "zarr_group": name})
+    with pytest.raises(AtlasError, match="zarr_group"):
+        RaggedAtlas.open(atlas)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "data/" + "a" * 5000, "data/..", "/etc/passwd", "_versions/../x"], ids=ascii
+)
+def test_files_that_a_manifest_names(atlas: Path, name: str) -> None:
+    def rename(document: dict[str, Any]) -> None:
+        for version in document["tables"]["cells"]:
+            document["tables"]["cells"][version] = {name: [1, "x"]}
+
+    edit(atlas / ".hbx_gpu" / "snapshots" / "0.json", rename)
+    with pytest.raises(AtlasError, match="is not the manifest of a snapshot"):
+        read(atlas)
+
+
+@pytest.mark.parametrize("index", [(1 << 31) - 1, 1 << 26])
+def test_an_index_far_beyond_all_features(atlas: Path, index: int) -> None:
+    rewrite(
+        atlas, "gene_registry", lambda row: row.update(global_index=index) if row["uid"] == "g3" else None
+    )
+    with pytest.raises(AtlasError, match="global_index"):
         read(atlas)
 
 

@@ -261,7 +261,7 @@ class Catalogue:
         self.journal.remove(note)
 
     def _remove_group(self, zarr_group: str) -> None:
-        path = self.group_path(zarr_group)
+        path = group_path(self.store, zarr_group)  # nothing is removed through a link, whoever made it
         shutil.rmtree(path, ignore_errors=True)
         folder = path.parent
         # Parent groups made for it hold nothing but their own metadata.

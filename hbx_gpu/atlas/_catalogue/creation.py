@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hbx_gpu._files import write_durably
+from hbx_gpu._untrusted import own_folder
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import FOLDER
 from hbx_gpu.atlas._catalogue.names import Names
+from hbx_gpu.atlas._catalogue.paths import check_database
 
 # This file exists from before the first table is made until the names of all tables are written.
 _MARK = "making"
@@ -27,12 +30,13 @@ def making(root: Path) -> Iterator[None]:
 
     Callers hold the write lock.
     """
+    check_database(root)  # tables are made in it and removed from it
     if is_unfinished(root):
         # Nobody could add anything to an unfinished atlas, so removing it loses nothing.
         shutil.rmtree(root / "lance_db", ignore_errors=True)
     mark = root / FOLDER / _MARK
-    mark.parent.mkdir(exist_ok=True)
-    mark.touch()
+    own_folder(mark.parent)
+    write_durably(mark, "")  # never through a link
     yield
     mark.unlink()
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
-from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, parse_json, read_small
+from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, own_folder, parse_json, read_small
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_name
-from hbx_gpu.errors import AtlasError, AtlasLockedError
+from hbx_gpu.errors import AtlasError, AtlasLockedError, UnsafePathError
 
 FOLDER = ".hbx_gpu"
 """Folder of an atlas with the lock and the notes of its writers."""
@@ -155,7 +155,7 @@ class Journal:
 
     def write(self, note: Note) -> None:
         """Record a note durably; it replaces an earlier note of the same work."""
-        _checked(self._folder).mkdir(exist_ok=True)
+        own_folder(self._folder)
         known = {"format": _FORMAT, "atlas": self._uid()}
         write_durably(self._path(note), json.dumps(asdict(note) | known))
 
@@ -306,13 +306,16 @@ class WriteLock:
                     os.close(self._file)
 
     def _take(self) -> int:
-        folder = _checked(self._root / FOLDER)
-        folder.mkdir(exist_ok=True)
+        folder = own_folder(self._root / FOLDER)
         path = folder / "lock"
         if path.is_symlink():  # writing through the link would overwrite its target
             raise leads_out(path, self._root, NO_LINK)
         file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
+            if os.fstat(file).st_nlink > 1:
+                raise UnsafePathError(
+                    f"{path} has another name too, whose content it would replace; remove it"
+                )
             free = lock(file)
             holder = "" if free else os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"
         except BaseException:

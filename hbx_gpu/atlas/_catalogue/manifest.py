@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hbx_gpu._files import write_durably
-from hbx_gpu._untrusted import Within, open_regular, parse_json, read_small
+from hbx_gpu._untrusted import Within, open_regular, own_folder, parse_json, read_small
+from hbx_gpu.atlas._catalogue.journal import FOLDER
 from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord
 from hbx_gpu.errors import AtlasError, TableError
 
@@ -28,6 +30,8 @@ MOST_BYTES = 1 << 30
 _FORMAT = 1
 _LARGEST = 256 << 20  # most bytes of a manifest
 _PIECE = 4 << 20
+# Files of a Lance table: a folder, and a plain name in it.
+_FILE = re.compile(r"(_versions|data|_deletions)/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 _NEWEST = (1 << 64) - 1  # Lance names its manifests by this number minus the version
 # (path, size, mtime, inode) of files that this process has verified.
 _seen: set[tuple[str, int, int, int]] = set()
@@ -36,7 +40,7 @@ _lock = threading.Lock()
 
 def path_of(root: Path, version: int) -> Path:
     """Path of the manifest of a snapshot."""
-    return root / ".hbx_gpu" / "snapshots" / f"{version}.json"
+    return root / FOLDER / "snapshots" / f"{version}.json"
 
 
 def write(root: Path, record: SnapshotRecord) -> None:
@@ -46,7 +50,8 @@ def write(root: Path, record: SnapshotRecord) -> None:
         for name, versions in record.pinned.items()
     }
     document = {"format": _FORMAT, "record": _plain(record), "tables": tables}
-    path_of(root, record.version).parent.mkdir(exist_ok=True, parents=True)
+    own_folder(root / FOLDER)
+    own_folder(path_of(root, record.version).parent)
     write_durably(path_of(root, record.version), json.dumps(document))
 
 
@@ -112,7 +117,7 @@ def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
         for versions in document["tables"].values():
             for files in versions.values():
                 for relative, (size, sha256) in files.items():
-                    if ".." in Path(relative).parts or relative.startswith("/"):
+                    if not _FILE.fullmatch(relative):
                         raise ValueError(f"file {relative!r}")
                     if type(size) is not int or not isinstance(sha256, str):
                         raise TypeError(f"file {relative!r}")

@@ -6,6 +6,7 @@ several, joined by ``/``. Anything else is refused before a file is touched.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hbx_gpu.errors import AtlasError, UnsafePathError
 STAGING = ".staging"
 LAYOUT_TABLE = "_feature_layouts"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
-_MOST = 4096  # characters in the name of a group
+_MOST = 1024  # characters in the name of a group
+_MOST_BYTES = 255  # of one component, which is what file systems take
 
 
 def plain_name(name: object, what: str) -> str:
@@ -55,8 +57,7 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
         A link leads out of it.
     """
     parts = zarr_group.split("/") if isinstance(zarr_group, str) else [""]
-    strange = any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts)
-    if strange or parts[0] == STAGING or len(zarr_group) > _MOST:
+    if any(map(_is_strange, parts)) or parts[0] == STAGING or len(zarr_group) > _MOST:
         raise AtlasError(
             f"zarr_group {_short(zarr_group)} must be a relative path below {store}; the atlas was damaged, "
             "or made to reach files outside of it"
@@ -65,6 +66,12 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
     if not allow_links:
         Within(str(store)).check(str(path))
     return path
+
+
+def _is_strange(part: str) -> bool:
+    if part in ("", ".", "..") or not part.isprintable() or "\\" in part:
+        return True
+    return len(part.encode()) > _MOST_BYTES
 
 
 def plain_column(name: str) -> str:
@@ -88,12 +95,18 @@ def staging_path(store: Path, name: object) -> Path:
     Raises
     ------
     UnsafePathError
-        The name is not plain, or the folder that holds all these folders is a link.
+        The name is not plain, or there is a link or a file in the place of the folder or of the one that
+        holds all these folders.
     """
     folder = store / STAGING
-    if folder.is_symlink():
-        raise leads_out(folder, store, NO_LINK)
-    return folder / plain_name(name, "the folder of unfinished files")
+    for path in (folder, folder / plain_name(name, "the folder of unfinished files")):
+        if path.is_symlink():
+            raise leads_out(path, store, NO_LINK)
+        if os.path.lexists(path) and not path.is_dir():
+            raise UnsafePathError(
+                f"{path} is not a folder, as it is expected for unfinished files; remove it"
+            )
+    return path
 
 
 def check_database(root: Path, *, allow_links: bool = False) -> None:

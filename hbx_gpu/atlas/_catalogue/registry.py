@@ -15,6 +15,9 @@ from hbx_gpu.errors import AtlasError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
+# Arrays are as long as the largest index. Features that were removed leave gaps.
+_SPARE_INDEX, _GAPS = 1 << 24, 64
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -50,7 +53,7 @@ class Registry:
         Raises
         ------
         AtlasError
-            A feature has no index, or an index or a uid occurs twice.
+            A feature has no index, or an index or a uid occurs twice; an index is far beyond their number.
         """
         index = table.column("global_index")
         if index.null_count:
@@ -62,6 +65,12 @@ class Registry:
         order = table.column("global_index").to_numpy()
         if len(order) and (order[0] < 0 or (np.diff(order) == 0).any()):
             raise AtlasError(f"registry {name!r} has negative or repeated values in global_index")
+        most = _SPARE_INDEX + _GAPS * len(order)
+        if len(order) and order[-1] >= most:
+            raise AtlasError(
+                f"registry {name!r} has a global_index of {order[-1]:,} for {len(order):,} features; indices "
+                f"below {most:,} are expected. The atlas was damaged, copy it again from its origin"
+            )
         if pc.count_distinct(table.column("uid")).as_py() != len(table):
             raise AtlasError(f"registry {name!r} lists some uid more than once")
         return cls(feature_space, table, int(order[-1]) + 1 if len(order) else 0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal
 from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_column
+from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, group_path, plain_column
 from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, read_records
 from hbx_gpu.atlas._model.schema import default_registry
 from hbx_gpu.atlas._model.spaces import known_spaces
@@ -22,15 +22,12 @@ class Written(Protocol):
     """The parts of a catalog open for writing that these checks read."""
 
     root: Path
+    store: Path
     names: Names
     journal: Journal
 
     def staging(self, name: str) -> Path:
         """Folder for the unfinished files of one ingest."""
-        ...
-
-    def group_path(self, zarr_group: str) -> Path:
-        """Folder of a group."""
         ...
 
 
@@ -63,7 +60,7 @@ def _fault(catalogue: Written, note: IngestNote) -> str | None:
             return f"table {table!r} was not made by an ingest that did not end"
     listed = _groups_of_snapshots(catalogue, records) if note.groups else set()
     for group in note.groups:
-        catalogue.group_path(group.zarr_group)
+        group_path(catalogue.store, group.zarr_group)  # what is removed is reached through no link
         plain_column(group.field_name)
         if group.zarr_group in listed:
             return f"group {group.zarr_group!r} is part of a snapshot"

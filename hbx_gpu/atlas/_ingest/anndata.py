@@ -153,7 +153,7 @@ def add_from_anndata(
         if isinstance(adata, Input):
             data = adata
         elif isinstance(adata, str | os.PathLike) or adata.isbacked:
-            file, backed = _open_file(adata, stack)
+            file, backed = _open_file(adata, stack, allow_links=session.catalogue.allow_links)
             chosen = choose_for(file, layer, counts=target == "counts")
             data = from_h5ad(file, layer or (chosen.name if chosen else "X"), backed=backed)
         else:
@@ -192,11 +192,11 @@ def add_from_h5ad(atlas: Writable, path: str | os.PathLike[str], **kwargs: Any) 
 
 
 def _open_file(
-    adata: AnnData | str | os.PathLike[str], stack: contextlib.ExitStack
+    adata: AnnData | str | os.PathLike[str], stack: contextlib.ExitStack, *, allow_links: bool
 ) -> tuple[AnnDataGroup, AnnData | None]:
     """The file of a path or of a backed AnnData, and the latter, whose obs and var may have been changed."""
     if isinstance(adata, str | os.PathLike):
-        return stack.enter_context(open_source(adata)), None
+        return stack.enter_context(open_source(adata, allow_links=allow_links)), None
     return stack.enter_context(H5adFile(backing_file(adata))), adata
 
 

@@ -190,7 +190,7 @@ def add_multimodal(
     storage = storage_of(session, codec, chunk_shape, shard_shape)
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.writing())
-        opened, common, source = _open_all(modalities, stack)
+        opened, common, source = _open_all(modalities, stack, allow_links=session.catalogue.allow_links)
         _check_names(opened, layers or {}, feature_id_column, obs_from)
         fields = session.catalogue.pointer_spaces(table)
         targets = {name: resolve_modality(name, fields, table, data) for name, data in opened.items()}
@@ -305,11 +305,11 @@ def _is_matrix(data: object) -> bool:
 
 
 def _open_all(
-    modalities: object, stack: contextlib.ExitStack
+    modalities: object, stack: contextlib.ExitStack, *, allow_links: bool
 ) -> tuple[dict[str, object], list[tuple[str, pd.DataFrame]], str]:
     """Modality -> its data, opened; tables of obs that belong to none; and what to call the whole."""
     if isinstance(modalities, str | os.PathLike):
-        file = stack.enter_context(H5muFile(modalities))
+        file = stack.enter_context(H5muFile(modalities, allow_links=allow_links))
         found: dict[str, object] = {name: file.modality(name) for name in file.modalities()}
         if not found:
             raise InvalidDataError(f"{file.path} has no modalities: nothing to ingest")
@@ -329,7 +329,7 @@ def _open_all(
             f"{type(modalities).__name__}"
         )
     files: dict[str, H5muFile] = {}
-    opened = {name: _open_one(data, stack, files) for name, data in modalities.items()}
+    opened = {name: _open_one(data, stack, files, allow_links) for name, data in modalities.items()}
     named = [f"{name}={_name_of(data)}" for name, data in modalities.items()]
     return opened, [(str(file.path), file.obs()) for file in files.values()], ", ".join(named)
 
@@ -352,7 +352,9 @@ def _name_of(data: object) -> str:
     return str(getattr(data, "source", "") or getattr(data, "path", "")) or type(data).__name__
 
 
-def _open_one(data: object, stack: contextlib.ExitStack, files: dict[str, H5muFile]) -> object:
+def _open_one(
+    data: object, stack: contextlib.ExitStack, files: dict[str, H5muFile], allow_links: bool
+) -> object:
     if not isinstance(data, str | os.PathLike):
         if getattr(data, "isbacked", False):
             return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
@@ -361,10 +363,10 @@ def _open_one(data: object, stack: contextlib.ExitStack, files: dict[str, H5muFi
     name, _, modality = path.rpartition(":")
     if name.endswith(".h5mu") and not Path(path).exists():
         if name not in files:
-            files[name] = stack.enter_context(H5muFile(name))
+            files[name] = stack.enter_context(H5muFile(name, allow_links=allow_links))
         return files[name].modality(modality)
     if path.endswith(".h5mu"):
-        with H5muFile(path) as file:
+        with H5muFile(path, allow_links=allow_links) as file:
             raise InvalidDataError(
                 f"{path} holds several modalities, {file.modalities()}; name one as {path}:MODALITY, or "
                 "ingest the file as a whole"
@@ -394,7 +396,7 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: object, options
         return image_part(name, field_name, space, data)
     check_matrix_space(field_name, space)
     if isinstance(data, Path):
-        data = options.stack.enter_context(H5adFile(data))
+        data = options.stack.enter_context(H5adFile(data, allow_links=options.catalogue.allow_links))
     return _matrix_part(name, field_name, space, data, options)
 
 

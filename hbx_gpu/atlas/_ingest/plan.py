@@ -121,11 +121,13 @@ def plan_files(
     for path in files:
         try:
             if path.suffix == ".h5mu":
-                found |= _look_at_modalities(path, fields, table, feature_id_column, layers or {})
+                links = session.catalogue.allow_links
+                with H5muFile(path, allow_links=links) as modalities:
+                    found |= _look_at_modalities(modalities, fields, table, feature_id_column, layers or {})
                 continue
             space = get_space(fields[field_of(field_name or "gene_expression", fields, table)])
             column = feature_id_column if isinstance(feature_id_column, str) else None
-            with open_source(path) as file:
+            with open_source(path, allow_links=session.catalogue.allow_links) as file:
                 wanted = (layer or {}).get(path)
                 counts = (zarr_layer or first_layer(space)) == "counts"
                 found[str(path)] = _look_at(file, space.name, wanted, column, counts=counts)
@@ -173,7 +175,7 @@ def _look_at(
 
 
 def _look_at_modalities(
-    path: Path,
+    file: H5muFile,
     fields: Mapping[str, str],
     table: str,
     columns: str | Mapping[str, str] | None,
@@ -181,16 +183,15 @@ def _look_at_modalities(
 ) -> dict[str, _Seen]:
     """The matrices of an .h5mu file."""
     found: dict[str, _Seen] = {}
-    with H5muFile(path) as file:
-        for name in file.modalities():
-            data = file.modality(name)
-            _, space = resolve_modality(name, fields, table, data)
-            if not space.has_features or space.repeats:
-                continue
-            target, wanted = next(iter(layers.get(name, {first_layer(space): None}).items()))
-            column = columns.get(name) if isinstance(columns, Mapping) else columns
-            wanted = wanted.removeprefix("layers/") if wanted is not None else None
-            found[f"{path}:{name}"] = _look_at(
-                data, space.name, wanted, column, counts=target == "counts", of_file=False
-            )
+    for name in file.modalities():
+        data = file.modality(name)
+        _, space = resolve_modality(name, fields, table, data)
+        if not space.has_features or space.repeats:
+            continue
+        target, wanted = next(iter(layers.get(name, {first_layer(space): None}).items()))
+        column = columns.get(name) if isinstance(columns, Mapping) else columns
+        wanted = wanted.removeprefix("layers/") if wanted is not None else None
+        found[f"{file.path}:{name}"] = _look_at(
+            data, space.name, wanted, column, counts=target == "counts", of_file=False
+        )
     return found

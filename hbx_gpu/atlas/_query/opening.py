@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._advice import within_memory
 from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu._storage.metadata import check_last_object, read_layout
@@ -203,6 +204,20 @@ def open_dataset(
     dtypes: Mapping[str, str] | None = None,
 ) -> FeatureDataset:
     """Open and check the Sources of rows that were found, and make a dataset over them."""
+    with within_memory(f"a dataset over the atlas at {snapshot.path}"):
+        return _opened(snapshot, table, pointer, found, layers, columns, recipe, dtypes)
+
+
+def _opened(
+    snapshot: Snapshot,
+    table: str,
+    pointer: PointerColumn,
+    found: ModalityRows,
+    layers: Sequence[str],
+    columns: Columns,
+    recipe: Recipe | None,
+    dtypes: Mapping[str, str] | None,
+) -> FeatureDataset:
     from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu._datasets.dense import DenseCellDataset
 

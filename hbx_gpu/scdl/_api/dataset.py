@@ -77,6 +77,9 @@ class SingleCellMemMapDataset(RowReader):
     neighbor_seed
         Seed of the generator that draws neighbors. Workers of a DataLoader draw differently, by their
         number; without a seed, by torch's seed of the worker.
+    allow_links
+        Follow links that lead out of the archive, or out of a zarr store that it is made of; refused
+        otherwise.
 
     Raises
     ------
@@ -123,8 +126,10 @@ class SingleCellMemMapDataset(RowReader):
         allow_loss: bool = False,
         overwrite: bool = False,
         neighbor_seed: int | None = None,
+        allow_links: bool = False,
     ) -> None:
         check_dtype(data_dtype)
+        self.allow_links = allow_links
         self.data_path = data_path
         self.mode = Mode(mode)
         self.paginated_load_cutoff = paginated_load_cutoff
@@ -181,7 +186,9 @@ class SingleCellMemMapDataset(RowReader):
     def _open(
         self, path: str | os.PathLike[str], *, data_dtype: str | None = None, writable: bool = False
     ) -> None:
-        self.archive = open_archive(path, data_dtype=data_dtype, writable=writable)
+        self.archive = open_archive(
+            path, data_dtype=data_dtype, writable=writable, allow_links=self.allow_links
+        )
         self.data_path = path
         self._neighbors = None
         if self.load_neighbors:
@@ -353,6 +360,7 @@ class SingleCellMemMapDataset(RowReader):
                 var_feature_index_name=self.var_feature_index_name,
                 obs_feature_index_name=self.obs_feature_index_name,
                 neighbor_key=self.neighbor_key if self.load_neighbors else None,
+                allow_links=self.allow_links,
             ),
             data_dtype=data_dtype,
             tolerance=Tolerance(self.data_dtype_tolerance, self.allow_loss),

@@ -100,6 +100,8 @@ def atlas_to_archive(
         The target exists.
     UnsupportedError
         Values of a dtype that archives do not have (signed numbers); a dense space.
+    InvalidDataError
+        No cells.
     """
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery

@@ -91,7 +91,7 @@ def archive_to_atlas(
     from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
     from hbx_gpu.atlas._ingest.identity import known_features
 
-    archive = source if isinstance(source, Archive) else open_archive(source)
+    archive = source if isinstance(source, Archive) else open_archive(source, allow_links=allow_links)
     if not archive.n_rows or not archive.nnz:
         raise InvalidDataError(f"{archive.path} holds no values: there is nothing to convert")
     archive.check_pointers()

@@ -76,12 +76,22 @@ class Archive:
         Content of `metadata.json`; its row count may be stale.
     version
         Release that wrote the archive, as it says, or an empty string.
+    allow_links
+        Whether links that lead out of the folder are followed.
     """
 
-    def __init__(self, path: Path, *, data_dtype: str | None = None, writable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        data_dtype: str | None = None,
+        writable: bool = False,
+        allow_links: bool = False,
+    ) -> None:
         self.path = path
+        self.allow_links = allow_links
         # A FIFO would be waited for, a device read without end; what is written goes through no link.
-        check_tree(path, links=not writable, remedy=NO_LINK)
+        check_tree(path, links=allow_links and not writable, remedy=NO_LINK if writable else None)
         self._mode: Literal["r", "r+"] = "r+" if writable else "r"
         self.metadata = _read_metadata(path)
         self.version = _read_version(path)
@@ -106,7 +116,7 @@ class Archive:
 
     def __getstate__(self) -> dict[str, object]:
         # Workers map the files themselves.
-        return {"path": self.path, "data_dtype": self._override}
+        return {"path": self.path, "data_dtype": self._override, "allow_links": self.allow_links}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         with warnings.catch_warnings():
@@ -351,7 +361,11 @@ class Archive:
 
 
 def open_archive(
-    path: str | os.PathLike[str], *, data_dtype: str | None = None, writable: bool = False
+    path: str | os.PathLike[str],
+    *,
+    data_dtype: str | None = None,
+    writable: bool = False,
+    allow_links: bool = False,
 ) -> Archive:
     """Open an archive that is there, for reading only.
 
@@ -363,6 +377,8 @@ def open_archive(
         Dtype of the stored values, where you know better than header and values.
     writable
         Map the files for writing, to fill an archive that was made with room only.
+    allow_links
+        Follow links that lead out of the folder. Nothing is written through them in any case.
 
     Raises
     ------
@@ -372,6 +388,8 @@ def open_archive(
         Files disagree in a way that leaves more than one possible content.
     UnsupportedError
         A header of a later major version.
+    UnsafePathError
+        A link that leads out of the folder; a FIFO, a socket or a device in it.
 
     Warns
     -----
@@ -381,7 +399,7 @@ def open_archive(
     folder = Path(os.path.abspath(checked(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"expected the folder of an SCDL archive, found nothing at {folder}")
-    return Archive(folder, data_dtype=data_dtype, writable=writable)
+    return Archive(folder, data_dtype=data_dtype, writable=writable, allow_links=allow_links)
 
 
 def _say(notice: str) -> None:

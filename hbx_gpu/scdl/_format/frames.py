@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbx_gpu import _arrow
 from hbx_gpu._untrusted import check_regular
 from hbx_gpu.errors import CorruptDataError, InvalidDataError
+from hbx_gpu.scdl._format.parquet_pages import check_pages
 
 MAX_ROWS = 1 << 31
 """Largest number of rows of one feature block."""
 LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
 """Size limits of a parquet footer; a footer that needs more memory is refused."""
 _ROW_BYTES, _SPARE_BYTES = 1 << 12, 64 << 20
+# A column of one value takes next to nothing; one page for so many rows is what writers make of it.
+_ROWS_PER_BYTE, _SPARE_ROWS = 1 << 12, 1 << 24
 
 
 class Frame(Mapping[str, np.ndarray]):
@@ -157,12 +161,14 @@ class StoredFrame(Frame):
         self._edges = np.zeros(1, np.int64)  # rows before each row group, and all
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._groups: dict[tuple[str, int], pa.ChunkedArray] = {}
+        self._checked: set[str] = set()
 
-    def _open(self) -> pq.ParquetFile:
+    def _open(self, texts: Sequence[str] = ()) -> pq.ParquetFile:
+        """The open file; columns `texts` are read as dictionaries."""
         try:
             check_regular(self.file, self.file.stat())
             with self._decoding("the footer"):
-                return pq.ParquetFile(self.file, **LIMITS)
+                return pq.ParquetFile(self.file, read_dictionary=list(texts), **LIMITS)
         except FileNotFoundError:
             raise CorruptDataError(
                 f"{self.file} is missing: expected one parquet file per feature block. Restore it, or "
@@ -214,11 +220,63 @@ class StoredFrame(Frame):
         """A column, or its part in one row group."""
         if name not in self._footer().names:
             raise KeyError(name)
-        with self._decoding(f"column {name!r}"), self._open() as parquet:
-            whole = group is None
-            found = parquet.read([name]) if whole else parquet.read_row_group(group, [name])
-            found.validate(full=True)
-        return found.column(0)
+        self._check_column(name)
+        with self._decoding(f"column {name!r}"), self._open(self._texts([name])) as parquet:
+            return self._decoded(parquet, [name], group).column(0)
+
+    def pieces(self) -> Iterator[pa.Table]:
+        """The row groups one after the other; at least one table, with the schema."""
+        names = self._footer().names
+        if len(self._edges) < 2:
+            yield self._footer().empty_table()
+            return
+        for name in names:
+            self._check_column(name)
+        with self._open(self._texts(names)) as parquet:
+            for group in range(len(self._edges) - 1):
+                with self._decoding(f"row group {group}"):
+                    table = self._decoded(parquet, names, group)
+                yield table
+
+    def _texts(self, names: Sequence[str]) -> list[str]:
+        """Columns of text, read as dictionaries: a text that is stored once may be meant in every row."""
+        kinds = {name: self._footer().field(name).type for name in names}
+        return [n for n, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+
+    def _decoded(self, parquet: pq.ParquetFile, names: Sequence[str], group: int | None) -> pa.Table:
+        whole = group is None
+        found = parquet.read(names) if whole else parquet.read_row_group(group, names)
+        found.validate(full=True)
+        for name in names:
+            kind, column = self._footer().field(name).type, found.column(name)
+            if column.type != kind:
+                self._check_length(column, name)
+                found = found.set_column(found.column_names.index(name), name, column.cast(kind))
+        return found
+
+    def _check_column(self, name: str) -> None:
+        """Refuse pages that claim bytes without end, once."""
+        if name in self._checked:
+            return
+        fields = list(self._footer())
+        place = self._footer().names.index(name)
+        first = sum(_n_leaves(field.type) for field in fields[:place])
+        most = [_most(rows) for rows in np.diff(self._edges).tolist()]
+        for leaf in range(first, first + _n_leaves(fields[place].type)):
+            check_pages(self.file, leaf, most)
+        self._checked.add(name)
+
+    def _check_length(self, column: pa.ChunkedArray, name: str) -> None:
+        """Refuse text that repeats without end."""
+        claimed, most = 0, _most(len(column))
+        for chunk in column.chunks:
+            lengths = pc.fill_null(pc.binary_length(chunk.dictionary), 0).take(chunk.indices)
+            claimed += pc.sum(lengths.cast(pa.int64())).as_py() or 0
+        if claimed > most:
+            raise CorruptDataError(
+                f"{self.file}: {len(column):,} texts of column {name!r} have {claimed:,} bytes, at most "
+                f"{most:,} are read; the file is damaged, restore it or convert the source again"
+            )
 
     @contextmanager
     def _decoding(self, what: str) -> Iterator[None]:
@@ -232,12 +290,16 @@ class StoredFrame(Frame):
 
     def _check_sizes(self, footer: pq.FileMetaData, sizes: Sequence[int]) -> None:
         """Refuse what cannot be: few bytes may claim rows, and text in rows, without end."""
-        rows = sum(sizes)
-        if min(sizes, default=0) < 0 or rows > MAX_ROWS:
-            raise CorruptDataError(f"{self.file}: {rows:,} rows; a feature block has {MAX_ROWS:,} at most")
+        rows, size = sum(sizes), self.file.stat().st_size
+        most = min(MAX_ROWS, _SPARE_ROWS + _ROWS_PER_BYTE * size)
+        if min(sizes, default=0) < 0 or rows > most:
+            raise CorruptDataError(
+                f"{self.file}: {rows:,} rows in {size:,} bytes; at most {most:,} are read. The file is "
+                "damaged, restore it or convert the source again"
+            )
         # Of row groups: asking a damaged footer for its columns ends the process in some releases of Arrow.
         claimed = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-        most = _SPARE_BYTES + _ROW_BYTES * max(rows, 1) * max(footer.num_columns, 1)
+        most = _SPARE_BYTES + (_most(rows) - _SPARE_BYTES) * max(footer.num_columns, 1)
         if claimed > most:
             raise CorruptDataError(
                 f"{self.file}: {rows:,} rows in {footer.num_columns} columns claim {claimed:,} bytes, at "
@@ -317,6 +379,18 @@ def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column without dictionaries."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _n_leaves(kind: pa.DataType) -> int:
+    """How many columns of a parquet file hold a column of this type: one, unless it is nested."""
+    if pa.types.is_dictionary(kind) or not pa.types.is_nested(kind):
+        return 1
+    return sum(_n_leaves(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _most(rows: int) -> int:
+    """Bytes that a column of so many rows may have."""
+    return _SPARE_BYTES + _ROW_BYTES * max(rows, 1)
 
 
 def as_frame(columns: Any) -> Frame:

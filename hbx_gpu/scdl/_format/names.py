@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hbx_gpu.scdl._format.frames import iter_parquet
+from hbx_gpu.scdl._format.frames import StoredFrame
 
 FOLDER = "names"
 _OBS, _VAR = "obs.parquet", "var.parquet"
@@ -68,9 +67,8 @@ def read_var_names(archive: str | os.PathLike[str], n_blocks: int) -> list[np.nd
     path = Path(archive) / FOLDER / _VAR
     if not path.is_file():
         return [None] * n_blocks
-    table = pq.read_table(path)
-    block = table["block"].to_numpy()
-    names = table["name"].to_numpy()
+    frame = StoredFrame(path)
+    block, names = frame["block"], frame["name"]
     found = [names[block == i] for i in range(n_blocks)]
     return [these if len(these) else None for these in found]
 
@@ -81,7 +79,9 @@ def read_obs_names(archive: str | os.PathLike[str], n_rows: int) -> pa.Array | N
     A program that does not know of names may have appended cells: then the file's length is another.
     """
     path = Path(archive) / FOLDER / _OBS
-    if not path.is_file() or pq.ParquetFile(path).metadata.num_rows != n_rows:
+    if not path.is_file():
         return None
-    columns: list[Any] = [table["name"].combine_chunks() for table in iter_parquet(path)]
-    return pc.cast(pa.concat_arrays(columns), pa.string())
+    frame = StoredFrame(path)
+    if frame.n_rows != n_rows:
+        return None
+    return pc.cast(frame.arrow("name").combine_chunks(), pa.string())

@@ -43,6 +43,8 @@ class ArchiveRecipe:
         The archives, and the dtypes of their values as established when they were opened first.
     metadata_columns, feature_id, strip_versions, reader
         As for :func:`to_cell_dataset`.
+    allow_links
+        Whether links that lead out of each archive are followed.
     """
 
     paths: tuple[str, ...]
@@ -51,6 +53,7 @@ class ArchiveRecipe:
     feature_id: str | None
     strip_versions: bool
     reader: str
+    allow_links: tuple[bool, ...]
 
     def rebuild(self) -> CellDataset:
         """Same rows, same columns, in the same order."""
@@ -58,8 +61,8 @@ class ArchiveRecipe:
             # The warnings were given when they were first opened.
             warnings.simplefilter("ignore", UserWarning)
             archives = [
-                open_archive(path, data_dtype=dtype)
-                for path, dtype in zip(self.paths, self.dtypes, strict=True)
+                open_archive(path, data_dtype=dtype, allow_links=links)
+                for path, dtype, links in zip(self.paths, self.dtypes, self.allow_links, strict=True)
             ]
         return to_cell_dataset(
             archives,
@@ -132,6 +135,7 @@ def to_cell_dataset(
         feature_id,
         strip_versions,
         reader,
+        tuple(archive.allow_links for archive in opened),
     )
     return CellDataset(
         sources,

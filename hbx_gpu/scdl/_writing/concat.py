@@ -16,7 +16,7 @@ from hbx_gpu._progress import Progress, silent
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.archive import Archive, open_archive
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex
-from hbx_gpu.scdl._format.frames import Frame, StoredFrame, iter_parquet
+from hbx_gpu.scdl._format.frames import Frame, StoredFrame
 from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
 from hbx_gpu.scdl._format.neighbors import NeighborsUnusableError, NeighborTable
 from hbx_gpu.scdl._format.values import Tolerance, check_dtype, widest
@@ -190,7 +190,7 @@ def _has_obs(archive: Annotated) -> bool:
 
 
 def _pieces(frame: Frame) -> Iterator[pa.Table]:
-    return iter_parquet(frame.file) if isinstance(frame, StoredFrame) else iter([frame.table()])
+    return frame.pieces() if isinstance(frame, StoredFrame) else iter([frame.table()])
 
 
 def _append_source(writer: ArchiveWriter, archive: Archive) -> None:

@@ -70,6 +70,8 @@ class ConvertOptions:
         None: a fraction under one half is said in a warning.
     neighbor_key
         Matrix of ``obsp`` that holds the neighbors; None for none.
+    allow_links
+        Follow links that lead out of a file or a store.
     """
 
     matrix: str | None = None
@@ -82,6 +84,7 @@ class ConvertOptions:
     obs_feature_index_name: str = "obs_feature_id"
     require_shared_genes: float | None = None
     neighbor_key: str | None = None
+    allow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.load_block_row_size < 1 or self.paginated_load_cutoff < 0:
@@ -107,6 +110,8 @@ class Conversion:
         Whether neighbors were stored.
     reason
         What the matrix holds and why it was chosen, where that was looked at.
+    allow_links
+        Whether links that lead out of the file were followed.
     """
 
     file: str | os.PathLike[str]
@@ -115,17 +120,18 @@ class Conversion:
     matrix: str
     has_neighbors: bool
     reason: str = ""
+    allow_links: bool = False
 
     @property
     def var(self) -> pd.DataFrame:
         """Table of the genes as the file has it, read again; names as index."""
-        with open_source(self.file) as file:
+        with open_source(self.file, allow_links=self.allow_links) as file:
             return file.var(self.matrix)
 
     @property
     def obs(self) -> pd.DataFrame:
         """Table of the cells as the file has it, read again; names as index."""
-        with open_source(self.file) as file:
+        with open_source(self.file, allow_links=self.allow_links) as file:
             return file.obs()
 
 
@@ -209,8 +215,8 @@ def convert_h5ad_files(
     check_target(target, overwrite=overwrite)
     chosen = look_at_files(files, options)
     if len(files) > 1:
-        _compare_genes(files, chosen, options.require_shared_genes)
-    shapes = [_shape(file, choice.name) for file, choice in zip(files, chosen, strict=True)]
+        _compare_genes(files, chosen, options)
+    shapes = [_shape(file, choice.name, options) for file, choice in zip(files, chosen, strict=True)]
     total = sum(n for n, _ in shapes)
     if not total and options.choose:
         raise InvalidDataError(
@@ -240,7 +246,7 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
     """
     chosen = []
     for path in files:
-        with open_source(path) as file:
+        with open_source(path, allow_links=options.allow_links) as file:
             chosen.append(_choose_matrix(file, options))
     if options.allow_normalized:
         return chosen
@@ -264,18 +270,18 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
 
 
 def _compare_genes(
-    files: Sequence[str | os.PathLike[str]], chosen: Sequence[MatrixChoice], require_shared: float | None
+    files: Sequence[str | os.PathLike[str]], chosen: Sequence[MatrixChoice], options: ConvertOptions
 ) -> None:
     """Warn of files that share few genes with those before them, or refuse them.
 
     Raises
     ------
     InvalidDataError
-        A file shares less than `require_shared` of the smaller set of genes.
+        A file shares less than `require_shared_genes` of the smaller set of genes.
     """
     tables = []
     for path, choice in zip(files, chosen, strict=True):
-        with open_source(path) as file:
+        with open_source(path, allow_links=options.allow_links) as file:
             tables.append(FeatureTable.of_frame(file.var(choice.name), str(path)))
     known: set[str] = set()
     for table, by in zip(tables, choose(tables, same_column=True), strict=False):
@@ -283,14 +289,14 @@ def _compare_genes(
             continue  # an archive keeps all columns: that none identifies its genes is said when it is read
         if known:
             overlap = compare(table, by, known, parameter="feature_id")
-            require(overlap, require_shared)
+            require(overlap, options.require_shared_genes)
             if overlap.is_small:
                 warnings.warn(str(overlap), UserWarning, stacklevel=4)
         known.update(by.ids(table))
 
 
-def _shape(h5ad: str | os.PathLike[str], matrix: str) -> tuple[int, int]:
-    with open_source(h5ad) as file:
+def _shape(h5ad: str | os.PathLike[str], matrix: str, options: ConvertOptions) -> tuple[int, int]:
+    with open_source(h5ad, allow_links=options.allow_links) as file:
         return file.matrix(matrix).shape
 
 
@@ -308,7 +314,7 @@ def _add_file(
     options: ConvertOptions,
     progress: Callable[[int], None],
 ) -> Conversion:
-    with open_source(h5ad) as file:
+    with open_source(h5ad, allow_links=options.allow_links) as file:
         name = choice.name
         matrix, obs, var = file.matrix(name), file.obs(), file.var(name)
         _check_shape(matrix, obs, var)
@@ -319,7 +325,7 @@ def _add_file(
         neighbors = options.neighbor_key is not None and _write_neighbors(
             writer, h5ad, first_row, len(obs), options.neighbor_key
         )
-    return Conversion(h5ad, len(obs), len(var), name, neighbors, choice.reason)
+    return Conversion(h5ad, len(obs), len(var), name, neighbors, choice.reason, options.allow_links)
 
 
 def _choose_matrix(file: AnnDataGroup, options: ConvertOptions) -> MatrixChoice:
