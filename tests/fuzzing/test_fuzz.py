@@ -1,22 +1,39 @@
-"""The fuzz, in small: 2,000 cases in CI, fewer at a desk (HBX_FUZZ_CASES), a million with `make fuzz`."""
+"""The fuzz, in small: 20,000 cases in CI, fewer at a desk (FUZZ_CASES), a million with `make fuzz`."""
 
 from __future__ import annotations
 
 import os
 
 import numpy as np
+import pytest
 
-from tests.fuzzing.__main__ import Report, fuzz
+from tests.fuzzing.__main__ import FAMILIES, Report, fuzz
 from tests.fuzzing.mutate import damaged
+from tests.fuzzing.targets import share_out, targets
+
+CASES = int(os.environ.get("FUZZ_CASES", "20000" if os.environ.get("CI") else "1000"))
 
 
-def test_no_damage_is_more_than_an_error() -> None:
-    cases = int(os.environ.get("HBX_FUZZ_CASES", "2000" if os.environ.get("CI") else "500"))
-    report = fuzz(cases)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_damage_is_more_than_an_error(family: str) -> None:
+    report = fuzz(CASES, families=[family])
     assert not report.faults, str(report)
-    assert sum(report.counts.values()) >= 0.99 * cases
+    counts, mine = share_out(targets(), CASES), [t for t in targets() if t.family == family]
+    assert sum(report.counts.values()) == sum(counts[target.name] for target in mine)
+    for target in mine:
+        for pattern in target.files:
+            of_kind = {k: n for k, n in report.counts.items() if k[:2] == (target.name, pattern)}
+            assert sum(of_kind.values()) == counts[target.name] // len(target.files)
     refused = sum(n for (_, _, outcome), n in report.counts.items() if outcome == "refused")
-    assert refused > cases / 4, str(report)  # the damage is seen at all
+    assert refused > sum(report.counts.values()) / 5, str(report)  # the damage is seen at all
+
+
+def test_every_kind_of_file_gets_its_part() -> None:
+    chosen = targets()
+    assert {target.family for target in chosen} == set(FAMILIES)
+    counts = share_out(chosen, 20_000)
+    assert sum(counts.values()) >= 20_000
+    assert min(counts[t.name] / len(t.files) for t in chosen) >= 100
 
 
 def test_damage_is_damage() -> None:

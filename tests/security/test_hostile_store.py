@@ -21,8 +21,16 @@ from hbx_gpu.scdl._writing.convert import convert_h5ad
 from tests.security.stores import anndata, content, edit
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Kernels are compiled, so that no test's time goes into that."""
+    file = tmp_path_factory.mktemp("compiled") / "a.h5ad"
+    anndata(1).write_h5ad(file)
+    whole(file)
+
+
 @pytest.fixture
-def zarr_store(tmp_path: Path) -> Path:
+def zarr_store(tmp_path: Path, compiled: None) -> Path:  # noqa: ARG001
     """A small AnnData store."""
     with ad.settings.override(zarr_write_format=3):
         anndata(1).write_zarr(tmp_path / "store.zarr")
@@ -30,7 +38,7 @@ def zarr_store(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def h5ad(tmp_path: Path) -> Path:
+def h5ad(tmp_path: Path, compiled: None) -> Path:  # noqa: ARG001
     """A small AnnData file."""
     anndata(1).write_h5ad(tmp_path / "file.h5ad")
     return tmp_path / "file.h5ad"
