@@ -14,6 +14,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,7 @@ def _worker(plan: list[tuple[str, str, int, int]], seed: int, jobs: dict[str, _J
         outcome = "crash"
         while True:
             running = bool(name) and jobs[name].left
-            if not selector.select(_CASE_SECONDS if running else _START_SECONDS):
+            if not _readable(selector, _CASE_SECONDS if running else _START_SECONDS):
                 process.kill()
                 outcome = "hang"
                 break
@@ -145,6 +146,14 @@ def _worker(plan: list[tuple[str, str, int, int]], seed: int, jobs: dict[str, _J
     report.add(name, jobs[name].next, {"outcome": outcome, "what": f"exit status {process.returncode}"})
     jobs[name].restore()
     jobs[name].next += 1
+
+
+def _readable(selector: selectors.BaseSelector, seconds: float) -> bool:
+    """Whether there is something to read in time; a signal ends a wait early."""
+    end = time.monotonic() + seconds
+    while not (ready := selector.select(max(end - time.monotonic(), 0))) and time.monotonic() < end:
+        pass
+    return bool(ready)
 
 
 def main() -> int:

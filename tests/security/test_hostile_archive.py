@@ -229,6 +229,9 @@ def test_names_of_cells_are_bounded_too(archive: Path) -> None:
     pq.write_table(pa.table({"name": ["x" * (8 << 20)] * n}), file)
     with pytest.raises(CorruptDataError, match="texts of column"):
         read_obs_names(archive, n)
+    pq.write_table(pa.table({"nume": ["x"] * n}), file)
+    with pytest.raises(CorruptDataError, match="'name' is missing"):
+        read_obs_names(archive, n)
     file.write_bytes(b"PAR1")
     with pytest.raises(CorruptDataError, match="parquet"):
         read_obs_names(archive, n)

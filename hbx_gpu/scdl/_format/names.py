@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.frames import StoredFrame
 
 FOLDER = "names"
@@ -67,7 +68,7 @@ def read_var_names(archive: str | os.PathLike[str], n_blocks: int) -> list[np.nd
     path = Path(archive) / FOLDER / _VAR
     if not path.is_file():
         return [None] * n_blocks
-    frame = StoredFrame(path)
+    frame = _opened(path, _VAR_SCHEMA)
     block, names = frame["block"], frame["name"]
     found = [names[block == i] for i in range(n_blocks)]
     return [these if len(these) else None for these in found]
@@ -81,7 +82,17 @@ def read_obs_names(archive: str | os.PathLike[str], n_rows: int) -> pa.Array | N
     path = Path(archive) / FOLDER / _OBS
     if not path.is_file():
         return None
-    frame = StoredFrame(path)
+    frame = _opened(path, _OBS_SCHEMA)
     if frame.n_rows != n_rows:
         return None
     return pc.cast(frame.arrow("name").combine_chunks(), pa.string())
+
+
+def _opened(path: Path, schema: pa.Schema) -> StoredFrame:
+    frame = StoredFrame(path)
+    if missing := [name for name in schema.names if name not in frame.names]:
+        raise CorruptDataError(
+            f"{path}: column {missing[0]!r} is missing, the file has {', '.join(frame.names[:8]) or 'none'}; "
+            "restore it or convert the source again"
+        )
+    return frame
