@@ -22,7 +22,7 @@ from hbx_gpu.atlas._writing.arrays import codec_names
 def write(
     path: Path, seed: int = 0, n: int = 8, genes: str = "abcd", *, scale: float = 1, **obs: list
 ) -> Path:
-    x = sp.random(n, len(genes), 0.6, "csr", rng=np.random.default_rng(seed))
+    x = sp.random(n, len(genes), 0.6, "csr", random_state=np.random.default_rng(seed))
     x.data = np.ceil(x.data * 9) * scale
     frame = pd.DataFrame(obs, index=[f"s{seed}c{i}" for i in range(n)])
     adata = anndata.AnnData(x.astype(np.float32), obs=frame, var=pd.DataFrame(index=list(genes)))

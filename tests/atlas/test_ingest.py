@@ -38,7 +38,7 @@ from tests.frames import texts
 
 
 def counts(n: int = 12, m: int = 5, seed: int = 0, density: float = 0.4) -> sp.csr_matrix:
-    found = sp.random(n, m, density, "csr", rng=np.random.default_rng(seed))
+    found = sp.random(n, m, density, "csr", random_state=np.random.default_rng(seed))
     found.data = np.ceil(found.data * 100)
     found.sort_indices()
     return found.astype(np.float32)

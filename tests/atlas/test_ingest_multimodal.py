@@ -33,7 +33,7 @@ mudata = pytest.importorskip("mudata")
 
 
 def counts(n: int, m: int, seed: int) -> sp.csr_matrix:
-    found = sp.random(n, m, 0.5, "csr", rng=np.random.default_rng(seed))
+    found = sp.random(n, m, 0.5, "csr", random_state=np.random.default_rng(seed))
     found.data = np.ceil(found.data * 100)
     found.sort_indices()
     return found.astype(np.float32)

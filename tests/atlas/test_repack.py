@@ -35,7 +35,7 @@ ATLASES = ["all_spaces", "cite_multimodal", "legacy_0_2_3", "missing_shards", "r
 
 
 def make(n: int, seed: int = 0, genes: str = "abcdefgh", **obs: Any) -> anndata.AnnData:
-    x = sp.random(n, len(genes), 0.5, "csr", rng=np.random.default_rng(seed))
+    x = sp.random(n, len(genes), 0.5, "csr", random_state=np.random.default_rng(seed))
     x.data = np.ceil(x.data * 9)
     frame = pd.DataFrame(obs, index=[f"s{seed}c{i}" for i in range(n)])
     return anndata.AnnData(x.astype(np.float32), obs=frame, var=pd.DataFrame(index=list(genes)))

@@ -96,7 +96,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template") / "a"
     made = create_or_open_atlas(root, codec=HOMEOBOX)
     for seed, n in enumerate((60, 40)):
-        x = sp.random(n, 8, 0.5, "csr", rng=np.random.default_rng(seed))
+        x = sp.random(n, 8, 0.5, "csr", random_state=np.random.default_rng(seed))
         x.data = np.ceil(x.data * 9)
         obs = pd.DataFrame(index=[f"s{seed}c{i}" for i in range(n)])
         adata = anndata.AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=list("abcdefgh")))

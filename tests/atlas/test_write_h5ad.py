@@ -48,7 +48,7 @@ def assert_same_rows(found: sp.csr_matrix, expected: sp.csr_matrix) -> None:
 
 
 def random_csr(n: int, m: int, density: float, seed: int, dtype: Any = np.float32) -> sp.csr_matrix:
-    found = sp.random(n, m, density, "csr", rng=np.random.default_rng(seed))
+    found = sp.random(n, m, density, "csr", random_state=np.random.default_rng(seed))
     found.data = np.ceil(found.data * 9)
     found.sort_indices()
     return found.astype(dtype)
