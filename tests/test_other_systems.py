@@ -43,12 +43,14 @@ for module in pkgutil.walk_packages(hbx_gpu.__path__, "hbx_gpu."):
 """
 
 USE = """
+from hbx_gpu._bench.machine import conditions, describe
 from hbx_gpu._devices import cores
 from hbx_gpu._files import exchange, lock
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu.errors import UnsupportedError
 
 assert cores() >= 1
+assert "memory unknown" in describe(conditions())
 new, old = pathlib.Path(sys.argv[1], "new"), pathlib.Path(sys.argv[1], "old")
 for path in (new, old):
     path.write_text(path.name)

@@ -30,7 +30,7 @@ def conditions(gpu: int | None = None, packages: Sequence[str] = PACKAGES) -> di
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": dict(_versions(packages)),
@@ -47,8 +47,9 @@ def describe(found: dict[str, Any]) -> str:
     """Return conditions as two lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     commit = f"; commit {found['commit']}" if "commit" in found else ""
+    memory = f"{found['memory_gib']} GiB" if found["memory_gib"] else "memory unknown"
     return (
-        f"{found.get('gpu') or 'no GPU'}; {found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB; "
+        f"{found.get('gpu') or 'no GPU'}; {found['cpu']}, {found['cores']} cores, {memory}; "
         f"{found['system']}{commit}\nPython {found['python']}; {versions}"
     )
 
@@ -59,6 +60,13 @@ def _versions(names: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+
+
+def _memory() -> float | None:
+    """Return the memory of the machine in GiB; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _cpu() -> str:
