@@ -19,8 +19,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(optional)
     config.pluginmanager.register(side_by_side)
     config.pluginmanager.register(threads)
+    _no_deadlines()
     if os.environ.get("HBX_PLAIN_MEMORY") == "1":  # under compute-sanitizer
         allocate_plainly()
+
+
+def _no_deadlines() -> None:
+    """Let examples of hypothesis take as long as a busy machine needs."""
+    try:
+        from hypothesis import settings
+    except ImportError:  # a machine with a GPU and little else
+        return
+    settings.register_profile("hbx_gpu", deadline=None)
+    settings.load_profile("hbx_gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

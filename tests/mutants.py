@@ -105,11 +105,12 @@ class _Places(ast.NodeVisitor):
 
     visit_JoinedStr = visit_AnnAssign = visit_Import = visit_ImportFrom = visit_Raise  # type: ignore[assignment]
 
-    def _function(self, node: ast.FunctionDef) -> None:
+    def _body(self, node: ast.FunctionDef | ast.ClassDef) -> None:
+        """Neither decorators (``frozen=True``) nor defaults and types."""
         for statement in node.body:
             self.visit(statement)
 
-    visit_FunctionDef = visit_AsyncFunctionDef = _function  # type: ignore[assignment]
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _body  # type: ignore[assignment]
 
     def visit_Compare(self, node: ast.Compare) -> None:
         """Another comparison."""

@@ -148,6 +148,7 @@ def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600,
     return loader
 
 
+@pytest.mark.timing
 def test_the_loader_makes_larger_windows_where_each_costs_much() -> None:
     feed = SlowFeed(per_window=0.004, per_batch=0.0)
     loader = run(feed, epochs=3)
@@ -156,6 +157,7 @@ def test_the_loader_makes_larger_windows_where_each_costs_much() -> None:
     assert loader.stats().batches_per_window >= 8
 
 
+@pytest.mark.timing
 def test_the_loader_leaves_windows_alone_where_batches_cost() -> None:
     feed = SlowFeed(per_window=0.0, per_batch=0.002)
     assert run(feed, epochs=2)._sizing.factor <= 2  # at most a trial, which is taken back
