@@ -48,7 +48,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test fast lint typecheck changelog bench fuzz mutants gpu clean
+.PHONY: help demo test fast lint typecheck changelog bench fuzz races mutants gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -82,6 +82,10 @@ bench: $(STAMP)  ## cells per second beside an AnnData baseline, with peak memor
 fuzz: $(STAMP)  ## FUZZ_CASES=1000000 damaged files; corrupt bytes under AddressSanitizer, FUZZ_SECONDS=300
 	@$(PY) -m tests.fuzzing --cases $(FUZZ_CASES) $(ARGS)
 	@HBX_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m tests.emulation.sanitized $(ARGS)
+
+races: $(STAMP)  ## kernels under ThreadSanitizer; is each barrier missed where it is missing?
+	@$(PY) -m tests.emulation.races $(ARGS)
+	@$(PY) -m tests.emulation.races --barriers $(ARGS)
 
 mutants: $(STAMP)  ## does a test notice when the code is wrong? ARGS="--named" or ARGS="hbx_gpu/sampler --count 40 --seed 1"
 	@$(PY) -m tests.mutants $(ARGS)

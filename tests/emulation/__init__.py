@@ -74,9 +74,10 @@ class EmulatedLauncher:
     order
         Which thread runs next where several could, and which block: `"forward"` (lowest number), `"reverse"`
         (highest), `"random:SEED"`. Results of a kernel without races are the same in all of them.
-    sanitize
-        Use the build with AddressSanitizer and UBSan; None asks the environment (`HBX_EMULATED_SANITIZE=1`,
-        set by `python -m tests.emulation.sanitized`). An invalid access ends the process.
+    watch
+        Use a build with a sanitizer, a key of `build.WATCHES`; None asks the environment
+        (`HBX_EMULATED_WATCH`, set by `python -m tests.emulation.sanitized` and `.races`). What the sanitizer
+        reports ends the process.
     files
         Kernel files to use instead of the project's.
     """
@@ -84,16 +85,17 @@ class EmulatedLauncher:
     emulated = True
 
     def __init__(
-        self, order: str = "forward", sanitize: bool | None = None, *, files: Sequence[Path] | None = None
+        self, order: str = "forward", watch: str | None = None, *, files: Sequence[Path] | None = None
     ) -> None:
         name, _, seed = order.partition(":")
         if name not in _ORDERS or (name == "random") != seed.isdigit():
             raise ValueError(f"order is {order!r}; expected 'forward', 'reverse' or 'random:SEED'")
         self.order = order
         self._order, self._seed = _ORDERS[name], int(seed or 0)
-        self.sanitize = os.environ.get("HBX_EMULATED_SANITIZE") == "1" if sanitize is None else sanitize
+        self.watch = os.environ.get("HBX_EMULATED_WATCH", "") if watch is None else watch
         if files is None:
-            folder = sources.kernels_folder()
+            # Kernels from elsewhere: copies that are made wrong on purpose.
+            folder = Path(os.environ.get("HBX_EMULATED_KERNELS") or sources.kernels_folder())
             self._files = {kernel: folder / file for kernel, file in sources.kernel_names().items()}
         else:
             self._files = {kernel: file for file in files for kernel in sources.kernels_in(file)}
@@ -164,7 +166,7 @@ class EmulatedLauncher:
                 raise ValueError(
                     f"There is no kernel {name}; there are: {', '.join(sorted(self._files)) or 'none'}"
                 )
-            handle = _load(library(self._files[name], sanitize=self.sanitize))
+            handle = _load(library(self._files[name], self.watch))
             self._kernels[name] = _Kernel(handle, name)
         return self._kernels[name]
 
@@ -175,7 +177,7 @@ class EmulatedLauncher:
         if len(args) != len(kernel.parameters):
             raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments; {len(args)} given")
         copies: list[tuple[np.ndarray, np.ndarray]] = []
-        if self.sanitize:
+        if self.watch == "accesses":
             copies = _exact_copies([arg for arg in args if isinstance(arg, np.ndarray)])
         stand_in = {id(array): copy for array, copy in copies}
         values = []

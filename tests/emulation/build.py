@@ -25,14 +25,19 @@ COMMON = [
     *("-ffp-contract=off", "-fno-strict-aliasing"),
     *("-Wall", "-Wno-unused", "-Wno-unknown-pragmas"),
 ]
-PLAIN = ["-O2"]
-SANITIZED = [
-    "-O1",
-    "-fno-omit-frame-pointer",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fsanitize-sections=hbx_shared",
-]
+# What watches the kernels, and the flags of its build. Only a process that was started with the library of a
+# sanitizer preloaded can load what is built for it.
+WATCHES = {
+    "": ["-O2"],
+    "accesses": [
+        "-O1",
+        "-fno-omit-frame-pointer",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fsanitize-sections=hbx_shared",
+    ],
+    "races": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+}
 
 
 class CompilerMissing(RuntimeError):
@@ -55,6 +60,25 @@ def compiler() -> tuple[str, str]:
     return path, version.splitlines()[0]
 
 
+def compiler_library(name: str) -> str:
+    """Path of a library that comes with g++, such as that of a sanitizer.
+
+    Raises
+    ------
+    FileNotFoundError
+        g++ has none.
+    """
+    done = subprocess.run(
+        [compiler()[0], f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    path = done.stdout.strip()
+    if not Path(path).is_absolute():
+        raise FileNotFoundError(
+            f"g++ has no {name}; install its sanitizer libraries (Debian, Ubuntu: libasan8, libtsan2)"
+        )
+    return path
+
+
 @lru_cache(maxsize=1)
 def cache_folder() -> Path:
     """Folder of the built libraries; only this user can write to it, since what lies there is executed."""
@@ -66,21 +90,21 @@ def cache_folder() -> Path:
     return folder
 
 
-def library(path: Path, *, sanitize: bool = False) -> Path:
+def library(path: Path, watch: str = "") -> Path:
     """Shared library with every kernel of a `.cu` file, built if the cache lacks it.
 
     Parameters
     ----------
     path
         The kernel file.
-    sanitize
-        With AddressSanitizer and UBSan. Only a process started with libasan preloaded can load the result.
+    watch
+        ``"accesses"``: with AddressSanitizer and UBSan; ``"races"``: with ThreadSanitizer. See `WATCHES`.
 
     Raises
     ------
     CompilerMissing, KernelDoesNotCompile
     """
-    flags = [*COMMON, *(SANITIZED if sanitize else PLAIN)]
+    flags = [*COMMON, *WATCHES[watch]]
     wrapper = _wrapper(path)
     parts = [
         wrapper,

@@ -21,6 +21,20 @@
 #else
 #define HBX_EMUL_ASAN 0
 #endif
+#if defined(__SANITIZE_THREAD__)
+#define HBX_EMUL_TSAN 1
+extern "C" {  // of libtsan; gcc ships no header with them
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#else
+#define HBX_EMUL_TSAN 0
+#endif
+// What the emulation does itself is ordered by running on one CPU thread, and is nobody's race.
+#define HBX_EMUL_OWN __attribute__((no_sanitize("thread")))
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -88,6 +102,8 @@ struct Context {
     void* bottom;
     size_t size;
     void* fake_stack;
+    void* tsan;          // what ThreadSanitizer calls a thread
+    unsigned met[2];     // barriers of the block, and of the warp, that the thread has met
 #if !defined(__x86_64__)
     ucontext_t machine;
 #endif
@@ -135,6 +151,44 @@ static unsigned char* dynamic_shared;
 static void (*kernel_entry)(void**);
 static void** kernel_arguments;
 
+// --- memory order for ThreadSanitizer --------------------------------------------------------------------
+// Threads of a block know of one another's writes by barriers only. A place has two sides, used in turn: who runs
+// ahead to the next barrier must not pass on what it did to those that still leave this one. Blocks run one after
+// another, so a race between two blocks is not seen.
+
+struct Place {
+    char sides[2];
+};
+static Place launch_place, block_place, warp_places[MAX_THREADS / 32];
+
+HBX_EMUL_OWN inline void publish(Place& place, unsigned turn) {
+#if HBX_EMUL_TSAN
+    __tsan_release(&place.sides[turn & 1]);
+#else
+    (void)place, (void)turn;
+#endif
+}
+
+HBX_EMUL_OWN inline void learn(Place& place, unsigned turn) {
+#if HBX_EMUL_TSAN
+    __tsan_acquire(&place.sides[turn & 1]);
+#else
+    (void)place, (void)turn;
+#endif
+}
+
+// Tells TSan that another context runs from here on. Switching orders nothing.
+HBX_EMUL_OWN inline void announce(Context* from, Context* to) {
+#if HBX_EMUL_TSAN
+    constexpr unsigned no_sync = 1;
+    if (from == &host) host.tsan = __tsan_get_current_fiber();
+    if (!to->tsan) to->tsan = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(to->tsan, no_sync);
+#else
+    (void)from, (void)to;
+#endif
+}
+
 // --- switching -----------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
@@ -154,7 +208,7 @@ asm(".text\n"
 #endif
 
 // Where a context continues: tells ASan, and learns the bounds of the host's stack, which differ per OS thread.
-inline void arrived(Context* here) {
+HBX_EMUL_OWN inline void arrived(Context* here) {
 #if HBX_EMUL_ASAN
     const void* bottom = nullptr;
     size_t size = 0;
@@ -168,8 +222,9 @@ inline void arrived(Context* here) {
 #endif
 }
 
-__attribute__((noinline)) static void switch_to(Context* from, Context* to) {
+HBX_EMUL_OWN __attribute__((noinline)) static void switch_to(Context* from, Context* to) {
     previous = from;
+    announce(from, to);
 #if HBX_EMUL_ASAN
     __sanitizer_start_switch_fiber(&from->fake_stack, to->bottom, to->size);
 #endif
@@ -183,7 +238,7 @@ __attribute__((noinline)) static void switch_to(Context* from, Context* to) {
 
 static void fiber_main();
 
-static void prepare(Fiber* fiber) {
+HBX_EMUL_OWN static void prepare(Fiber* fiber) {
     Context* context = &fiber->context;
     context->fake_stack = nullptr;
 #if defined(__x86_64__)
@@ -200,7 +255,7 @@ static void prepare(Fiber* fiber) {
 #endif
 }
 
-static void ensure_fibers(unsigned wanted) {
+HBX_EMUL_OWN static void ensure_fibers(unsigned wanted) {
     if (!stacks) {
         void* memory = mmap(nullptr, MAX_THREADS * (STACK + GUARD), PROT_NONE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -226,13 +281,13 @@ static void ensure_fibers(unsigned wanted) {
 
 // --- reports -------------------------------------------------------------------------------------------
 
-[[noreturn]] static void give_up() {
+[[noreturn]] HBX_EMUL_OWN static void give_up() {
     failed = true;
     switch_to(&self->context, &host);
     abort();  // the host never comes back to a dropped fiber
 }
 
-__attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
+HBX_EMUL_OWN __attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
     size_t used = strlen(launch_now->report);
     if (used + 1 >= launch_now->report_bytes) return;
     va_list arguments;
@@ -241,7 +296,7 @@ __attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
     va_end(arguments);
 }
 
-inline bool same_wait(const Fiber& a, const Fiber& b) {
+HBX_EMUL_OWN inline bool same_wait(const Fiber& a, const Fiber& b) {
     if (a.op != b.op) return false;
     if (a.op == RUNNING || a.op == LEFT) return true;
     if (a.site.line != b.site.line || strcmp(a.site.file, b.site.file) != 0) return false;
@@ -249,7 +304,7 @@ inline bool same_wait(const Fiber& a, const Fiber& b) {
 }
 
 // Names what each thread of the block waits for, runs of threads with equal waits on one line.
-static void say_waits() {
+HBX_EMUL_OWN static void say_waits() {
     for (unsigned begin = 0; begin < n_threads;) {
         unsigned end = begin + 1;
         while (end < n_threads && same_wait(fibers[begin], fibers[end])) ++end;
@@ -272,7 +327,7 @@ static void say_waits() {
 }
 
 // Ends the launch. What happened comes from the caller, where every thread stands is added here.
-[[noreturn]] static void divergent(const char* what) {
+[[noreturn]] HBX_EMUL_OWN static void divergent(const char* what) {
     say("%s, in block (%u, %u, %u):", what, blockIdx.x, blockIdx.y, blockIdx.z);
     say_waits();
     give_up();
@@ -280,30 +335,30 @@ static void say_waits() {
 
 // --- scheduling ----------------------------------------------------------------------------------------
 
-inline uint64_t draw() {
+HBX_EMUL_OWN inline uint64_t draw() {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
     random_state ^= random_state << 17;
     return random_state;
 }
 
-inline unsigned lowest(uint32_t bits) { return static_cast<unsigned>(__builtin_ctz(bits)); }
-inline unsigned highest(uint32_t bits) { return 31u - static_cast<unsigned>(__builtin_clz(bits)); }
+HBX_EMUL_OWN inline unsigned lowest(uint32_t bits) { return static_cast<unsigned>(__builtin_ctz(bits)); }
+HBX_EMUL_OWN inline unsigned highest(uint32_t bits) { return 31u - static_cast<unsigned>(__builtin_clz(bits)); }
 
 // A set bit at or above a random place, around the end.
-inline unsigned any_of(uint32_t bits, unsigned place) {
+HBX_EMUL_OWN inline unsigned any_of(uint32_t bits, unsigned place) {
     uint32_t above = bits & (0xffffffffu << (place & 31u));
     return lowest(above ? above : bits);
 }
 
-inline unsigned choose(uint32_t bits) {
+HBX_EMUL_OWN inline unsigned choose(uint32_t bits) {
     if (launch_now->order == FORWARD) return lowest(bits);
     if (launch_now->order == REVERSE) return highest(bits);
     return any_of(bits, static_cast<unsigned>(draw() >> 33));
 }
 
 // Takes the next thread to run: lowest number first, highest first, or any. Null when none can run.
-inline Fiber* take_next() {
+HBX_EMUL_OWN inline Fiber* take_next() {
     if (!warps_ready) return nullptr;
     unsigned w = choose(warps_ready);
     unsigned lane = choose(warps[w].ready);
@@ -312,14 +367,14 @@ inline Fiber* take_next() {
     return &fibers[w * 32 + lane];
 }
 
-inline void make_ready(unsigned w, uint32_t lanes) {
+HBX_EMUL_OWN inline void make_ready(unsigned w, uint32_t lanes) {
     warps[w].ready |= lanes;
     warps_ready |= 1u << w;
     for (uint32_t rest = lanes; rest; rest &= rest - 1) fibers[w * 32 + lowest(rest)].op = RUNNING;
 }
 
 // The running thread cannot go on: another one does.
-static void yield_self() {
+HBX_EMUL_OWN static void yield_self() {
     Fiber* me = self;
     Fiber* next = take_next();
     if (!next) divergent("divergent threads: none can go on");
@@ -328,10 +383,13 @@ static void yield_self() {
     switch_to(&me->context, &next->context);
 }
 
-static void fiber_main() {
+HBX_EMUL_OWN static void fiber_main() {
     arrived(&self->context);
     for (;;) {
+        learn(launch_place, 0);
+        self->context.met[0] = self->context.met[1] = 0;
         kernel_entry(kernel_arguments);
+        publish(launch_place, 0);
         Fiber* me = self;
         me->op = LEFT;
         ++n_left;
@@ -349,12 +407,14 @@ static void fiber_main() {
 
 // --- collectives ---------------------------------------------------------------------------------------
 
-__attribute__((noinline)) static uint64_t barrier(Op op, uint64_t value, Site site) {
+HBX_EMUL_OWN __attribute__((noinline)) static uint64_t barrier(Op op, uint64_t value, Site site) {
     Fiber* me = self;
     ++launch_now->collectives;
     me->op = op;
     me->site = site;
     me->value = value;
+    unsigned turn = me->context.met[0]++;
+    publish(block_place, turn);
     if (++n_at_barrier == n_threads) {
         uint64_t sum = 0;
         for (unsigned t = 0; t < n_threads; ++t) {
@@ -366,10 +426,11 @@ __attribute__((noinline)) static uint64_t barrier(Op op, uint64_t value, Site si
         for (unsigned w = 0; w * 32 < n_threads; ++w) make_ready(w, warps[w].exists);
     }
     yield_self();
+    learn(block_place, turn);
     return me->result;
 }
 
-static uint64_t reduce(Op op, const Fiber* base, uint32_t lanes) {
+HBX_EMUL_OWN static uint64_t reduce(Op op, const Fiber* base, uint32_t lanes) {
     uint32_t sum = static_cast<uint32_t>(base[lowest(lanes)].value);
     for (uint32_t rest = lanes & (lanes - 1); rest; rest &= rest - 1) {
         uint32_t x = static_cast<uint32_t>(base[lowest(rest)].value);
@@ -387,7 +448,7 @@ static uint64_t reduce(Op op, const Fiber* base, uint32_t lanes) {
     return sum;
 }
 
-static uint32_t ballot(const Fiber* base, uint32_t lanes) {
+HBX_EMUL_OWN static uint32_t ballot(const Fiber* base, uint32_t lanes) {
     uint32_t bits = 0;
     for (uint32_t rest = lanes; rest; rest &= rest - 1) {
         unsigned lane = lowest(rest);
@@ -397,7 +458,7 @@ static uint32_t ballot(const Fiber* base, uint32_t lanes) {
 }
 
 // Results of a warp operation that all lanes have met.
-static void finish(Op op, Fiber* base, uint32_t lanes) {
+HBX_EMUL_OWN static void finish(Op op, Fiber* base, uint32_t lanes) {
     uint64_t common = 0;
     if (op == BALLOT || op == ANY || op == ALL) {
         uint32_t bits = ballot(base, lanes);
@@ -421,7 +482,7 @@ static void finish(Op op, Fiber* base, uint32_t lanes) {
     }
 }
 
-__attribute__((noinline)) static uint64_t collective(Op op, uint32_t mask, uint64_t value, uint32_t source,
+HBX_EMUL_OWN __attribute__((noinline)) static uint64_t collective(Op op, uint32_t mask, uint64_t value, uint32_t source,
                                                      Site site) {
     Fiber* me = self;
     Warp& warp = warps[me->warp];
@@ -434,6 +495,9 @@ __attribute__((noinline)) static uint64_t collective(Op op, uint32_t mask, uint6
     if (!(mask >> me->lane & 1u)) {
         divergent("a mask leaves out the lane that passes it");
     }
+    // Of the warp operations __syncwarp alone orders memory (CUDA programming guide, memory fence functions).
+    unsigned turn = op == SYNCWARP ? me->context.met[1]++ : 0;
+    if (op == SYNCWARP) publish(warp_places[me->warp], turn);
     warp.parked |= 1u << me->lane;
     uint32_t lanes = mask & warp.exists;
     if ((lanes & ~warp.parked) == 0) {
@@ -446,6 +510,7 @@ __attribute__((noinline)) static uint64_t collective(Op op, uint32_t mask, uint6
         make_ready(me->warp, lanes);
     }
     yield_self();
+    if (op == SYNCWARP) learn(warp_places[me->warp], turn);
     return me->result;
 }
 
@@ -453,7 +518,7 @@ __attribute__((noinline)) static uint64_t collective(Op op, uint32_t mask, uint6
 
 // Shared memory starts with a pattern in every block: what is read before it is written shows. Red zones
 // between arrays are written too, so this must not be instrumented (nor become a call of memset, which is).
-__attribute__((no_sanitize("address"), no_sanitize("undefined"), noinline)) static void fill(unsigned char* begin,
+__attribute__((no_sanitize("address"), no_sanitize("undefined"), no_sanitize("thread"), noinline)) static void fill(unsigned char* begin,
                                                                                            unsigned char* end) {
     unsigned char* p = begin;
     for (; p < end && reinterpret_cast<uintptr_t>(p) % 8; ++p) *static_cast<volatile unsigned char*>(p) = PATTERN;
@@ -461,7 +526,7 @@ __attribute__((no_sanitize("address"), no_sanitize("undefined"), noinline)) stat
     for (; p < end; ++p) *static_cast<volatile unsigned char*>(p) = PATTERN;
 }
 
-static void run_block() {
+HBX_EMUL_OWN static void run_block() {
     fill(__start_hbx_shared, __stop_hbx_shared);
     memset(dynamic_shared, PATTERN, launch_now->shared);
     n_left = n_at_barrier = 0;
@@ -473,16 +538,18 @@ static void run_block() {
         make_ready(w, exists);
     }
     self = take_next();
+    publish(launch_place, 0);
     switch_to(&host, &self->context);
+    learn(launch_place, 0);
 }
 
-static void set_block(uint64_t number) {
+HBX_EMUL_OWN static void set_block(uint64_t number) {
     blockIdx = dim3(static_cast<unsigned>(number % gridDim.x), static_cast<unsigned>(number / gridDim.x % gridDim.y),
                     static_cast<unsigned>(number / gridDim.x / gridDim.y));
 }
 
 // Blocks run one after another: ascending, descending, or from a random one on around the end.
-static void run_blocks() {
+HBX_EMUL_OWN static void run_blocks() {
     uint64_t n = static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z;
     uint64_t start = launch_now->order == RANDOM ? draw() % n : 0;
     for (uint64_t k = 0; k < n && !failed; ++k) {
@@ -492,7 +559,7 @@ static void run_blocks() {
 }
 
 // Runs a kernel; 0, or 1 with the launch's report filled in. One launch at a time.
-static int run(Launch* launch, void (*entry)(void**), void** arguments) {
+HBX_EMUL_OWN static int run(Launch* launch, void (*entry)(void**), void** arguments) {
     launch_now = launch;
     launch->report[0] = 0;
     launch->collectives = 0;

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.emulation.build import compiler
+from tests.emulation.build import compiler_library
 
 ROOT = Path(__file__).resolve().parents[2]
 _PYTEST = ["-v", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
@@ -26,7 +26,7 @@ KERNEL_TESTS = ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]
 def environment(*, reports: Path | None = None) -> dict[str, str]:
     """Environment of a process that can load sanitised kernels; report files are named `reports`.PID."""
     # The sanitiser must be loaded first, and knows C++ exceptions only if their library came with it.
-    libraries = [_library("libasan.so"), _library("libstdc++.so")]
+    libraries = [compiler_library("libasan.so"), compiler_library("libstdc++.so")]
     log = f":log_path={reports}" if reports else ""
     return {
         **os.environ,
@@ -35,24 +35,12 @@ def environment(*, reports: Path | None = None) -> dict[str, str]:
         # report, before the system ends it without one.
         "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:hard_rss_limit_mb=6000{log}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1{log}",
-        "HBX_EMULATED_SANITIZE": "1",
+        "HBX_EMULATED_WATCH": "accesses",
         "HBX_EMULATED_ORDERS": os.environ.get("HBX_EMULATED_ORDERS", "forward"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         # What a test was doing is lost in a buffer when the sanitiser ends the process.
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _library(name: str) -> str:
-    done = subprocess.run(
-        [compiler()[0], f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    )
-    path = done.stdout.strip()
-    if not Path(path).is_absolute():
-        raise FileNotFoundError(
-            f"g++ has no {name}; install its sanitiser libraries (Debian, Ubuntu: libasan8)"
-        )
-    return path
 
 
 def run(

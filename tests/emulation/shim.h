@@ -156,8 +156,10 @@ inline void __threadfence_block() {}
     template <class T>                                                                                       \
     inline T name(T* place, typename hbx_emul::same<T>::type value) {                                        \
         static_assert(hbx_emul::one_of<T, __VA_ARGS__>(), #name " has no version for this type");            \
-        T old = *place;                                                                                      \
-        *place = expression;                                                                                 \
+        T old, made;                                                                                         \
+        __atomic_load(place, &old, __ATOMIC_RELAXED);                                                        \
+        made = expression;                                                                                   \
+        __atomic_store(place, &made, __ATOMIC_RELAXED);                                                      \
         return old;                                                                                          \
     }
 // Sums wrap around as on the device, where signed overflow is defined.
@@ -183,8 +185,8 @@ HBX_EMUL_ATOMIC(atomicExch, value, int, unsigned, unsigned long long, float)
 template <class T>
 inline T atomicCAS(T* place, typename hbx_emul::same<T>::type expected, typename hbx_emul::same<T>::type value) {
     static_assert(hbx_emul::one_of<T, int, unsigned, unsigned long long, unsigned short>(), "no atomicCAS for this");
-    T old = *place;
-    if (old == expected) *place = value;
+    T old = expected, wanted = value;
+    __atomic_compare_exchange(place, &old, &wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return old;
 }
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("gxx")
 
 @pytest.fixture(params=ORDERS)
 def planted(request: pytest.FixtureRequest) -> EmulatedLauncher:
-    return EmulatedLauncher(request.param, sanitize=False, files=FILES)
+    return EmulatedLauncher(request.param, watch="", files=FILES)
 
 
 def numbers(n: int, seed: int = 0) -> np.ndarray:
@@ -191,7 +191,7 @@ def outcomes(kernel: str, grid: int, args: Any) -> set[bytes]:
     found = set()
     for order in ORDERS:
         out = np.zeros(1024, U32)
-        EmulatedLauncher(order, sanitize=False, files=FILES).run(kernel, grid, 256, args(out))
+        EmulatedLauncher(order, watch="", files=FILES).run(kernel, grid, 256, args(out))
         found.add(out.tobytes())
     return found
 
@@ -250,7 +250,7 @@ import numpy as np
 from pathlib import Path
 from tests.emulation import EmulatedLauncher, EmulationError
 files = sorted(Path(sys.argv[1]).glob("*.cu"))
-launcher = EmulatedLauncher(sys.argv[2], sanitize=True, files=files)
+launcher = EmulatedLauncher(sys.argv[2], watch="accesses", files=files)
 data, out, view = np.arange(1024, dtype=np.uint32), np.zeros(64, np.uint32), np.zeros(100, np.uint32)[:64]
 big, u32 = np.zeros(1024, np.uint32), np.uint32
 try:

@@ -1,0 +1,149 @@
+"""Runs kernel tests under ThreadSanitizer: `python -m tests.emulation.races [--barriers] [pytest options]`.
+
+Threads of a block know of one another's writes by barriers alone, so two accesses without a barrier between
+them are a race whatever order they ran in. `--barriers` asks whether this notices: each barrier of each
+kernel is removed once, and a run that reports nothing then fails. Races between blocks are not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hbx_gpu._engine.device import sources
+from tests.emulation.build import compiler_library
+
+ROOT = Path(__file__).resolve().parents[2]
+BARRIER = re.compile(r"\b__sync(?:threads|warp)\(\w*\);")
+# What meets every barrier of a file; the tests of all of them for a header.
+TESTS = {
+    "bitpacking.cu": ["test_bitpacking.py"],
+    "compact.cu": ["test_compact.py"],
+    "densify.cu": ["test_densify.py"],
+    "rowpack_csr.cu": ["test_rowpack_csr.py"],
+    "rowpack_dense.cu": ["test_rowpack_dense.py"],
+    "rowpack.cuh": ["test_rowpack_csr.py", "test_rowpack_dense.py"],
+    "sort_rows.cu": ["test_sort_rows.py"],
+}
+# Their cases are those of the plain tests, drawn at random: slow under a sanitizer, and no new barriers.
+LEFT_OUT = ["--ignore-glob=*_properties.py", "--ignore-glob=*test_compile.py", "--ignore-glob=*_real.py"]
+
+_PYTEST = ["-q", "-x", "-m", "not gpu and not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+_INSIDE = "--inside"
+_RACE = 66  # exit status of a process that ThreadSanitizer ends
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A barrier in the text of a kernel file; lines count from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def barriers() -> Iterator[Barrier]:
+    """Yield all barriers of all kernels."""
+    for path in sorted(sources.kernels_folder().iterdir()):
+        if path.suffix in (".cu", ".cuh"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if BARRIER.search(line):
+                    yield Barrier(path.name, number)
+
+
+def without(barrier: Barrier, folder: Path) -> None:
+    """Copy the kernels to a folder, all but one barrier."""
+    shutil.copytree(sources.kernels_folder(), folder)
+    path = folder / barrier.file
+    lines = path.read_text().splitlines()
+    lines[barrier.line - 1] = BARRIER.sub(";", lines[barrier.line - 1])
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run(arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit status of pytest over some tests, and its output with reports. The first race ends the process."""
+    return _watched(["-m", "pytest", *_PYTEST, *arguments])
+
+
+def reported(chosen: Sequence[Barrier]) -> list[bool]:
+    """Whether tests report a race where each of these barriers is missing."""
+    status, output = _watched(["-m", __spec__.name, _INSIDE, *map(str, chosen)])
+    found = re.findall(r"^barrier (\S+) (reported|missed)$", output, re.MULTILINE)
+    if [name for name, _ in found] != [str(barrier) for barrier in chosen]:
+        raise RuntimeError(f"not every barrier has an answer (status {status}):\n{output[-8000:]}")
+    return [answer == "reported" for _, answer in found]
+
+
+def _watched(arguments: Sequence[str]) -> tuple[int, str]:
+    """Status and output of a Python with ThreadSanitizer, and its reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": compiler_library("libtsan.so"),
+            "TSAN_OPTIONS": f"halt_on_error=1:exitcode={_RACE}:log_path={folder}/report",
+            "HBX_EMULATED_WATCH": "races",
+            "HBX_EMULATED_ORDERS": "forward",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONUNBUFFERED": "1",
+            # Threads of BLAS are none of ours, and a process with threads cannot be forked.
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        # The sanitizer's shadow memory has a fixed place, which randomized addresses may take.
+        command = ["setarch", "-R", sys.executable, *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        reports = [file.read_text(errors="replace") for file in sorted(Path(folder).iterdir())]
+    return done.returncode or int(bool(reports)), "\n".join([done.stdout, *reports])
+
+
+def _inside(names: Sequence[str]) -> None:
+    """In the watched process: one fork per barrier, since a race ends the process that has it."""
+    import hypothesis  # noqa: F401 - imported once for all forks
+    import pytest
+
+    known = {str(barrier): barrier for barrier in barriers()}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(names):
+            kernels = Path(folder) / str(number)
+            without(known[name], kernels)
+            child = os.fork()
+            if child == 0:
+                os.environ["HBX_EMULATED_KERNELS"] = str(kernels)
+                tests = [str(ROOT / "tests" / "kernels" / test) for test in TESTS[known[name].file]]
+                os._exit(int(pytest.main([*_PYTEST, *tests])))
+            _, status = os.waitpid(child, 0)
+            race = os.waitstatus_to_exitcode(status) == _RACE
+            print(f"\nbarrier {name} {'reported' if race else 'missed'}", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry of the command."""
+    if arguments and arguments[0] == _INSIDE:
+        _inside(arguments[1:])
+        return 0
+    rest = [argument for argument in arguments if argument != "--barriers"]
+    if len(rest) == len(arguments):
+        status, output = run([*LEFT_OUT, *(rest or ["tests/kernels"])])
+        print(output)
+        return status
+    chosen = [barrier for barrier in barriers() if not rest or str(barrier) in rest or barrier.file in rest]
+    answers = reported(chosen)
+    for barrier, answer in zip(chosen, answers, strict=True):
+        print(f"{barrier}: {'reported' if answer else 'NOT REPORTED'}")
+    print(f"{sum(answers)} of {len(chosen)} missing barriers are reported")
+    return int(not chosen or not all(answers))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

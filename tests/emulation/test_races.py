@@ -1,0 +1,31 @@
+"""Kernels under ThreadSanitizer: no races, and every barrier is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulation import races
+
+pytestmark = pytest.mark.usefixtures("gxx")
+
+FILES = sorted({barrier.file for barrier in races.barriers()})
+
+
+@pytest.mark.slow
+def test_threads_of_a_block_meet_before_they_read() -> None:
+    status, output = races.run([*races.LEFT_OUT, "tests/kernels"])
+    assert status == 0, output[-20_000:]
+    assert " passed" in output
+
+
+def test_every_kernel_with_barriers_has_tests_that_meet_them() -> None:
+    assert sorted(races.TESTS) == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_barrier_is_reported(file: str) -> None:
+    chosen = [barrier for barrier in races.barriers() if barrier.file == file]
+    missed = [str(b) for b, found in zip(chosen, races.reported(chosen), strict=True) if not found]
+    assert chosen
+    assert missed == [], "no race is reported without these barriers: needless, or not met by any test"
