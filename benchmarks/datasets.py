@@ -41,7 +41,7 @@ class SpecA:
     """The throughput data of Homeobox's published benchmark: no structure, geometric counts.
 
     Every entry is nonzero with probability `density`; nonzero values are 1 + Geometric(0.3), the geometric
-    variable itself starting at 1, as the script behind that benchmark draws them.
+    variable itself starting at 1, as the script of that benchmark draws them.
     """
 
     n_genes: int = 20_000

@@ -1,6 +1,6 @@
 """General codecs decoded on host threads and by nvCOMP: ``python -m benchmarks.decompression``.
 
-One synthetic CSR matrix, written once per codec with a CRC32C behind each chunk. Two measurements of each:
+One synthetic CSR matrix, written once per codec with a CRC32C after each chunk. Two measurements of each:
 whole epochs of the loader (cells/s), and one window of rows on one thread, split into what the host does
 (measure, decode or copy) and what the device does (upload, decompress, kernels). Windows are checked against
 the CPU's.

@@ -51,7 +51,7 @@ def nbytes(batch: dict[str, Any]) -> int:
 
 
 def per_batch(loader: Any, most: int | None) -> float:
-    """Microseconds per batch of an epoch, or of `most` batches behind the first."""
+    """Microseconds per batch of an epoch, or of `most` batches after the first."""
     begin, n = time.perf_counter(), 0
     batches = iter(loader)
     if most is not None:

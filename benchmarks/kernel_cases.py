@@ -112,7 +112,7 @@ def stage_rowpack(counts: Block, chunk: int) -> Staged:
 
 
 def stage_bitpacking(counts: Block, chunk: int) -> Staged:
-    """All chunks as homeobox.bitpacking; behind them room for the words: indices, then counts."""
+    """All chunks as homeobox.bitpacking; after them room for the words: indices, then counts."""
     encoded = [encode_bitpacking(part, "delta_zigzag") for part in _chunks(counts.indices, chunk)]
     encoded += [encode_bitpacking(part) for part in _chunks(counts.counts, chunk)]
     jobs, parts, at = np.zeros(len(encoded), PACKED), [], 0
@@ -183,7 +183,7 @@ def rowpack_records(batch: Batch, staged: Staged, chunk: int) -> tuple[np.ndarra
 
 
 def plain_records(batch: Batch, staged: Staged, chunk: int) -> np.ndarray:
-    """Pieces of the decoded words behind bitpacked chunks."""
+    """Pieces of the decoded words after bitpacked chunks."""
     n = len(batch.begin)
     pieces = np.zeros(2 * n, PLAIN)
     for role in (0, 1):

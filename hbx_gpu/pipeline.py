@@ -71,7 +71,7 @@ def cell_pipeline(
     if graph is not None and dtype == "bfloat16":
         raise ValueError(
             "DALI has no bfloat16, so a graph would compute on its bits; ask for float32 or float16 and turn "
-            'the batch into bfloat16 behind the graph: batch["X"].bfloat16()'
+            'the batch into bfloat16 after the graph: batch["X"].bfloat16()'
         )
     require_dali(instead="make_loader hands batches over without it")
     dali = DaliOptions(graph, prefetch_queue_depth, num_threads, seed)

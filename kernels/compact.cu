@@ -63,7 +63,7 @@ HBX_DEVICE void hbx_compact_move(void* to, u64 at, const void* from, u64 i, u32 
 }
 
 // Moves what is kept, in order: a warp per row, 32 elements at a time. Launched once per layer; indices_out may be
-// null. Nothing is written behind offsets_out[r + 1] or `capacity`. `itemsize` is 1, 2, 4 or 8.
+// null. Nothing is written after offsets_out[r + 1] or `capacity`. `itemsize` is 1, 2, 4 or 8.
 HBX_KERNEL compact_rows(const i32* indices, const i64* offsets, u32 n_rows, u64 n_elements, const i64* offsets_out,
                         i32* indices_out, const void* values, void* values_out, u32 itemsize, u64 capacity) {
     for (u64 r = hbx_compact_warp(); r < n_rows; r += hbx_compact_warps()) {

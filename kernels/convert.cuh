@@ -214,7 +214,7 @@ HBX_DEVICE void hbx_store_row(typename Format::Element* out, const T* tile, u32 
 
 // --- numbers by type number ------------------------------------------------------------------------------
 
-// Bytes of an element; 0 for a number that is no type.
+// Bytes of an element; 0 for a number that is not a type.
 HBX_DEVICE u32 hbx_size_of(u32 type) {
     if (type == HBX_U8 || type == HBX_I8) return 1;
     if (type == HBX_U16 || type == HBX_I16 || type == HBX_F16 || type == HBX_BF16) return 2;

@@ -58,7 +58,7 @@ HBX_DEVICE void hbx_fail(u32* status, u32* any, u32 bits) {
 
 // --- records shared with the host (numpy dtypes in hbx_gpu/_engine/device/records.py) ------------------
 // All offsets called "arena" count bytes from the start of the arena: the device memory that a batch's staged
-// bytes were copied to, with room behind them for decoded chunks.
+// bytes were copied to, with room after them for decoded chunks.
 
 // Consecutive directory records of one rowpack chunk with their payload and patches, as staged. A whole
 // chunk is the run with first_record = payload_begin = patch_begin = 0.

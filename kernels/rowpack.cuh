@@ -212,7 +212,7 @@ HBX_DEVICE u32 hbx_patch(const HbxLoaded& loaded, const u8* patches, HbxScratch<
     if (lane < x && !wrong) {
         scratch->high[position] = (Word)high << HBX_FIELD_WIDTH(loaded.fields);
     }
-    u32 last = 0;  // in front of all resets: the first one stands at 1 or behind
+    u32 last = 0;  // in front of all resets: the first one stands at 1 or later
     position = loaded.reset;
 #pragma unroll 1
     for (u32 done = 0; done < resets; done += HBX_WARP) {
@@ -256,7 +256,7 @@ HBX_DEVICE u64 hbx_add_up(u64 x, u32 by) {
     return hbx_lane() >= by ? x + below : x;
 }
 
-// Running sums of all 128 values behind `base`.
+// Running sums of all 128 values, starting from `base`.
 template <class Word>
 HBX_DEVICE void hbx_sum_gaps(Word* values, Word base) {
     if (hbx_lane() == 0) values[0] += base;

@@ -1,4 +1,4 @@
-// What is left to do behind decompressors: stored streams are copied to their places, shuffled blocks are put back in
+// What is left to do after decompressors: stored streams are copied to their places, shuffled blocks are put back in
 // order, and what a decompressor says of its streams is compared with what was expected.
 #include "convert.cuh"
 
@@ -84,8 +84,8 @@ HBX_DEVICE u32 hbx_block_check(u64 arena_bytes, const HbxBlock& block) {
     return 0;
 }
 
-// Equals what c-blosc 1 does to a block behind its decompressor: elements of `typesize` bytes whose bytes, or bits, lie
-// together; bytes behind the last whole element are copied, and so is a block of bits whose elements are no multiple
+// Equals what c-blosc 1 does to a block after its decompressor: elements of `typesize` bytes whose bytes, or bits, lie
+// together; bytes after the last whole element are copied, and so is a block of bits whose elements are no multiple
 // of eight. A block of threads takes one of `slices` parts of one HbxBlock at a time, grid-stride. No shared memory.
 // Checked: both stretches lie in the arena and apart.
 HBX_KERNEL unshuffle_blocks(u8* arena, u64 arena_bytes, const HbxBlock* blocks, u32 n_blocks, u32 slices, u32* status,

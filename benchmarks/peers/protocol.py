@@ -95,7 +95,7 @@ class Loader:
     lingers
         An epoch that is abandoned keeps threads busy or leaves rows behind: warm up with a whole one.
     checks
-        False where the rows are no rows (floors).
+        False where what is delivered is not rows (floors).
     columns
         Gene ids of its columns, where it keeps another order than the source.
     close
@@ -257,7 +257,7 @@ def column_weights(loader: Loader, genes: Sequence[str]) -> np.ndarray:
 
 
 def unknown_rows(found: np.ndarray, truth: np.ndarray) -> int:
-    """How many delivered rows are no row of the source."""
+    """How many delivered rows are not rows of the source."""
     return int((~np.isin(found, truth)).sum())
 
 

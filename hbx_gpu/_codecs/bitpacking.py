@@ -145,7 +145,7 @@ def _as_words(data: BytesLike, element_size: int) -> np.ndarray:
     src = as_bytes(data)
     if len(src) % element_size:
         raise ValueError(
-            f"bitpacking packs words of {element_size} bytes, the input has {len(src)} bytes, which is no "
+            f"bitpacking packs words of {element_size} bytes, the input has {len(src)} bytes, which is not a "
             "multiple; choose an even chunk length or another codec"
         )
     if len(src) // element_size > MAX_WORDS:

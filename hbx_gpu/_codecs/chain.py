@@ -312,7 +312,7 @@ def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any]
     def view(data: Any) -> np.ndarray:
         raw = as_bytes(data)
         if len(raw) % dtype.itemsize or len(raw) > math.prod(shape) * dtype.itemsize:
-            raise CorruptChunkError(f"{len(raw)} bytes are no part of a file of {dtype} elements")
+            raise CorruptChunkError(f"{len(raw)} bytes are not a whole number of elements of {dtype}")
         return raw.view(dtype)
 
     return view

@@ -126,7 +126,7 @@ def read_header(chunk: BytesLike, *, check: bool = True) -> ChunkHeader:
     data = as_bytes(chunk)
     if len(data) < HEADER.size + TAIL_BYTES:
         raise CorruptChunkError(
-            f"{len(data)} bytes are no rowpack chunk, which takes {HEADER.size + TAIL_BYTES} or more"
+            f"{len(data)} bytes are not a rowpack chunk, which takes {HEADER.size + TAIL_BYTES} or more"
         )
     magic, version, size, transform, base_bytes, n, patch_start, minimum, nbytes, reserved = HEADER.unpack(
         data[: HEADER.size].tobytes()

@@ -134,7 +134,7 @@ class RowpackCodec(_PackingCodec):
         nbytes = math.prod(spec.shape) * spec.dtype.to_native_dtype().itemsize
         if nbytes % self.element_size:
             raise ValueError(
-                f"hbx_gpu.rowpack: a chunk of {nbytes} bytes is no multiple of element_size "
+                f"hbx_gpu.rowpack: a chunk of {nbytes} bytes is not a multiple of element_size "
                 f"{self.element_size}; choose the array's item size"
             )
         return nbytes // self.element_size

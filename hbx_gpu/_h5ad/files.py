@@ -238,7 +238,8 @@ class H5muFile(_File):
         group = self._file["mod"][name]
         if not {"obs", "var"} <= set(group):
             raise InvalidDataError(
-                f"{self.path}: modality {name!r} is no AnnData: expected obs and var, found {sorted(group)}"
+                f"{self.path}: modality {name!r} is not an AnnData: expected obs and var, "
+                f"found {sorted(group)}"
             )
         return HdfAnnData(group, self.path, name)
 

@@ -342,7 +342,9 @@ def _checked_indptr(matrix: CsrMatrix | CscMatrix, n_major: int, axis: str) -> n
     falling = np.flatnonzero(np.diff(indptr) < 0)
     if indptr[0] != 0 or falling.size or indptr[-1] != n_values or n_values != n_indices:
         where = (
-            f"falls at {axis} {int(falling[0])}" if falling.size else f"runs from {indptr[0]} to {indptr[-1]}"
+            f"decreases at {axis} {int(falling[0])}"
+            if falling.size
+            else f"runs from {indptr[0]} to {indptr[-1]}"
         )
         raise InvalidDataError(
             f"{matrix.name}: indptr {where}, but must rise from 0 to the number of stored values "

@@ -339,7 +339,7 @@ class _Metadata:
             limits = np.iinfo(dtype)
             if limits.min <= value <= limits.max:
                 return dtype.type(value)
-        self._corrupt(f"fill_value {value!r} is no {dtype}")
+        self._corrupt(f"fill_value {value!r} is not a value of {dtype}")
 
     def _float_of_bits(self, text: str) -> float:
         try:

@@ -160,7 +160,8 @@ class Decoder:
             return self._peek([image])
         except RuntimeError as error:
             raise CorruptDataError(
-                f"cell row {row}: its {len(image):,} bytes are no image that DALI knows ({reason(error)}): "
+                f"cell row {row}: its {len(image):,} bytes are not an image that DALI can decode "
+                f"({reason(error)}): "
                 "it decodes JPEG, PNG, TIFF, BMP, PNM, WebP and JPEG 2000. Mend or leave out this cell"
             ) from None
 
@@ -171,7 +172,7 @@ class Decoder:
             raise type(error)(f"cell row {row}: {error}") from None
         if header.mixed and self.colors != "any":
             raise UnsupportedError(
-                f"cell row {row}: its TIFF has several channels that are no colours, which decoding as "
+                f"cell row {row}: its TIFF has several channels that are not colors, which decoding as "
                 f'"{self.colors}" would drop; decode with "any", which keeps them all'
             )
         return header

@@ -125,7 +125,7 @@ def _collect_dense(tiles: np.ndarray, has: np.ndarray) -> Tiles:
     return Tiles(_taken(kept, "tiles"), places, n)
 
 
-_AXES = "time, depth and other axes in front are no channels; choose one of them, or merge them into C; "
+_AXES = "time, depth and other leading axes are not channels; choose one of them, or merge them into C; "
 
 
 def _check_encoded(arrays: list[np.ndarray], rows: np.ndarray, flat: np.ndarray) -> None:

@@ -69,7 +69,7 @@ def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
     target_sum, log = None, False
     for step in steps:
         if log:
-            raise ValueError("log1p must come last: what it returns are no counts any more")
+            raise ValueError("log1p must come last: what it returns is no longer counts")
         if step.target_sum is not None:
             target_sum = step.target_sum  # of two, the later one decides the sum
         log = step.log1p

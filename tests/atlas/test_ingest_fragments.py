@@ -146,8 +146,8 @@ def test_exact_ignores_barcodes_of_no_cell(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("chr1\t5\t9\n", "at least 4 tab-separated columns .*, the first line has 3"),
-        ("chr1\t5\t9\tA\nchr1\tx\t9\tA\n", "cannot read fragments behind number 0: .*'x'"),
-        ("chr1\t5\t9\tA\nchr1\t5\n", "cannot read fragments behind number 0: .*Expected 4 columns, got 2"),
+        ("chr1\t5\t9\tA\nchr1\tx\t9\tA\n", "cannot read the fragments after number 0: .*'x'"),
+        ("chr1\t5\t9\tA\nchr1\t5\n", "cannot read the fragments after number 0: .*Expected 4 columns, got 2"),
         ("chr1\t5\t9\tA\nchr1\t9\t9\tA\n", "fragment 2 runs from 9 to 9; expected 0 <= start < end"),
         ("chr1\t-5\t9\tA\n", "fragment 1 runs from -5 to 9"),
         ("chr1\t5\t4294967296\tA\n", "fragment 1 runs from 5 to 4294967296"),

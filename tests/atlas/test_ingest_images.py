@@ -299,7 +299,7 @@ def test_refused_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidDataError, match=r"without OME-Zarr's multiscales; .* in it: \['inside'\]"):
         add("tiles", tiles_of(tmp_path / "g.zarr", tile=[0]))
     (tmp_path / "bad.tif").write_bytes(b"II*\0 and nothing")
-    with pytest.raises(InvalidDataError, match=r"bad\.tif is no TIFF file"):
+    with pytest.raises(InvalidDataError, match=r"bad\.tif cannot be read as a TIFF file"):
         add("tiles", tiles_of(tmp_path / "bad.tif", tile=[0]))
     with pytest.raises(InvalidDataError, match=r"0\.png: expected a zarr array or OME-Zarr folder"):
         add("tiles", tiles_of(tmp_path / "0.png", tile=[0]))

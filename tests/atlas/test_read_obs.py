@@ -275,10 +275,10 @@ def test_three_kinds_of_absent(with_obs: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"start": 9, "end": 8}, r"no valid range: \[9, 8\)"),
-        ({"start": -2}, r"no valid range: \[-2"),
-        ({"end": None}, "no valid range"),
-        ({"start": 0, "end": 2**31}, "no valid range"),
+        ({"start": 9, "end": 8}, r"not a valid range: \[9, 8\)"),
+        ({"start": -2}, r"not a valid range: \[-2"),
+        ({"end": None}, "not a valid range"),
+        ({"start": 0, "end": 2**31}, "not a valid range"),
         (
             {"end": 5000},
             r"pointer beyond the array: row 'single_rna-0004' claims elements \[\d+, 5000\) of array "

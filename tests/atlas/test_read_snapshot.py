@@ -227,7 +227,9 @@ def test_record_of_unknown_generation(copied: Callable) -> None:
     root = copied("single_rna")
     database = lancedb.connect(str(root / "lance_db"))
     database.create_table("atlas_versions", pa.table({"version": [0], "what": ["x"]}), mode="overwrite")
-    with pytest.raises(AtlasError, match=r"no snapshot record of a known generation.*\['version', 'what'\]"):
+    with pytest.raises(
+        AtlasError, match=r"not a snapshot record of a known generation.*\['version', 'what'\]"
+    ):
         Snapshot.open(root)
 
 

@@ -273,7 +273,7 @@ def test_missing_matrix_lists_the_others(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda p: np.append(p, p[-1]), "indptr has"),
-        (lambda p: np.where(np.arange(len(p)) == 5, p[-1], p), r"indptr falls at (row|column) 5"),
+        (lambda p: np.where(np.arange(len(p)) == 5, p[-1], p), r"indptr decreases at (row|column) 5"),
         (lambda p: p - (np.arange(len(p)) == len(p) - 1), "indptr runs from 0 to"),
         (lambda p: p + (np.arange(len(p)) == 0), "indptr runs from 1 to"),
         (lambda p: p.astype(np.float32), "indices and indptr must be integers"),

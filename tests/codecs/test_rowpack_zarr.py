@@ -125,7 +125,7 @@ def test_a_place_in_the_chain_that_cannot_be_checked_is_refused() -> None:
     array = zarr.create_array(
         MemoryStore(), shape=(9,), dtype="uint16", chunks=(3,), compressors=[RowpackCodec(element_size=4)]
     )
-    with pytest.raises(ValueError, match="6 bytes is no multiple of element_size 4; choose the array's"):
+    with pytest.raises(ValueError, match="6 bytes is not a multiple of element_size 4; choose the array's"):
         array[:] = 1
 
 

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._engine.device import records, status
-from hbx_gpu._engine.device.staging import Stager, Staging
+from hbx_gpu._engine.device.stager import StagedPlan, Stager
 from hbx_gpu._engine.device.staging_kernels import MAX_GAP, RANGE
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex
@@ -62,12 +62,12 @@ def opened(tmp_path: Path, groups: list[StoredGroup], n_features: int = 30) -> R
     return Rows(Stager, *write_sources(tmp_path, groups), n_features)
 
 
-def measured(rows: Rows, selection: Any, **options: Any) -> Staging:
+def measured(rows: Rows, selection: Any, **options: Any) -> StagedPlan:
     plan = plan_rows(rows.table, rows.rows, np.asarray(selection))
     return rows.engine.measure(plan, rows.reader.read(rows.directory.extents(plan.chunks)), **options)
 
 
-def packed(rows: Rows, selection: Any, **options: Any) -> tuple[Staging, np.ndarray]:
+def packed(rows: Rows, selection: Any, **options: Any) -> tuple[StagedPlan, np.ndarray]:
     """Measured and packed into a buffer that is larger than needed and must stay untouched there."""
     staging = measured(rows, selection, **options)
     host = np.full(staging.host_bytes + 64, 0xEE, np.uint8)
@@ -76,7 +76,7 @@ def packed(rows: Rows, selection: Any, **options: Any) -> tuple[Staging, np.ndar
     return staging, host[: staging.host_bytes]
 
 
-def table(staging: Staging, host: np.ndarray, name: str) -> np.ndarray:
+def table(staging: StagedPlan, host: np.ndarray, name: str) -> np.ndarray:
     """A table as it lies in the staged bytes."""
     expected = staging.tables[name]
     at = staging.at[name]
@@ -113,7 +113,7 @@ def run_block(host: np.ndarray, run: np.void, b: int) -> np.ndarray:
     return rowpack.decode_block(host, header, b, block)
 
 
-def staged_elements(rows: Rows, staging: Staging, host: np.ndarray) -> list[np.ndarray]:
+def staged_elements(rows: Rows, staging: StagedPlan, host: np.ndarray) -> list[np.ndarray]:
     """Flat output of every role, local columns, from rowpack runs and plain pieces."""
     flat = [np.full(staging.plan.n_elements, -1, np.float64) for _ in range(rows.table.n_roles)]
     runs = table(staging, host, "runs")

@@ -204,7 +204,7 @@ def test_smaller_than_the_crop() -> None:
         (tiff(RGB.astype(np.uint32), photometric=2), "rgb", "unsigned integers of 32 bits"),
         (tiff(RGB, planar=2, photometric=2), "rgb", "separate planes"),
         (tiff(RGB, following=8), "any", "several pages"),
-        (tiff(picture(channels=5)), "rgb", "several channels that are no colours"),
+        (tiff(picture(channels=5)), "rgb", "several channels that are not colors"),
         (encode(RGB, "JPEG", mode="CMYK"), "any", "4 channels that is neither PNG nor TIFF"),
     ],
 )

@@ -83,10 +83,10 @@ def test_text_of_a_real_header(scdl_cases: dict[str, Any], tmp_path: Path) -> No
     ],
 )
 def test_text_that_is_no_header(small: Header, change: dict[str, Any]) -> None:
-    with pytest.raises(CorruptDataError, match="no header in JSON"):
+    with pytest.raises(CorruptDataError, match="not a header in JSON"):
         Header.from_json(json.dumps(small.to_dict() | change))
     for text in ("", "[]", "{"):
-        with pytest.raises(CorruptDataError, match="no header in JSON"):
+        with pytest.raises(CorruptDataError, match="not a header in JSON"):
             Header.from_json(text)
 
 

@@ -296,7 +296,7 @@ class TestWidths:
         handmade.data = handmade.data.astype("u2")
         path = handmade.write()
         (path / file).write_bytes((path / file).read_bytes() * 2)
-        with pytest.raises(CorruptDataError, match=rf"{file}.*no convincing"):
+        with pytest.raises(CorruptDataError, match=rf"{file}.*unlikely to be"):
             quiet(path, **({"data_dtype": "uint16"} if file == "col_ptr.npy" else {}))
 
     def test_no_header(self, handmade: Handmade) -> None:

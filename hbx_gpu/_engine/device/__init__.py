@@ -14,17 +14,17 @@ import numpy as np
 
 from hbx_gpu._engine.device import status
 from hbx_gpu._engine.device.backend import Backend, Slot
-from hbx_gpu._engine.device.general import chosen
+from hbx_gpu._engine.device.compressed import chosen
 from hbx_gpu._engine.device.launches import DENSE_KERNELS, Launches, Pending
 from hbx_gpu._engine.device.records import SOURCE, element_type
-from hbx_gpu._engine.device.staged import ANY, PARTS, Layout, Resident, Staging
-from hbx_gpu._engine.device.staging import Stager
+from hbx_gpu._engine.device.staged_plan import ANY, PARTS, Layout, Resident, StagedPlan
+from hbx_gpu._engine.device.stager import Stager
 from hbx_gpu._plan.rows import BatchPlan, SourceTable
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.transforms import Transform, not_counts
 
-__all__ = ["DENSE_KERNELS", "DeviceEngine", "Pending", "Staging"]
+__all__ = ["DENSE_KERNELS", "DeviceEngine", "Pending", "StagedPlan"]
 
 
 class DeviceEngine:
@@ -86,11 +86,11 @@ class DeviceEngine:
         *,
         layout: Layout | None = None,
         resident: Resident | None = None,
-    ) -> Staging:
+    ) -> StagedPlan:
         """Decide what crosses for a plan and how much room it takes; see :meth:`Stager.measure`."""
         return self.stager.measure(plan, slab, layout=layout, resident=resident)
 
-    def pack(self, staging: Staging, slot: Slot) -> None:
+    def pack(self, staging: StagedPlan, slot: Slot) -> None:
         """Copy what crosses to the slot's page-locked buffer; the slab is not needed afterwards.
 
         Raises
@@ -108,7 +108,7 @@ class DeviceEngine:
 
     def submit_csr(
         self,
-        staging: Staging,
+        staging: StagedPlan,
         slot: Slot,
         *,
         value_dtypes: Sequence[str] | None = None,
@@ -164,7 +164,7 @@ class DeviceEngine:
 
     def submit_dense(
         self,
-        staging: Staging,
+        staging: StagedPlan,
         slot: Slot,
         dtype: str = "float32",
         transform: Transform | None = None,
@@ -206,7 +206,9 @@ class DeviceEngine:
             batch.densify(out, dtype, transform, layer)
         return batch.finish([out])
 
-    def submit_rows(self, staging: Staging, slot: Slot, shape: tuple[int, ...], *, placed: bool) -> Pending:
+    def submit_rows(
+        self, staging: StagedPlan, slot: Slot, shape: tuple[int, ...], *, placed: bool
+    ) -> Pending:
         """Order upload and kernels that bring the values of a packed plan without column indices to rows.
 
         Parameters
@@ -254,7 +256,7 @@ class DeviceEngine:
         staging, slot = self._packed(plan, slab, "dense")
         return self._received(self.submit_dense(staging, slot, dtype, transform, layer))
 
-    def _packed(self, plan: BatchPlan, slab: Slab, layout: Layout) -> tuple[Staging, Slot]:
+    def _packed(self, plan: BatchPlan, slab: Slab, layout: Layout) -> tuple[StagedPlan, Slot]:
         slot: Slot | None = getattr(self._slots, "slot", None)
         if slot is None:
             slot = self._slots.slot = Slot(self.backend)
@@ -268,7 +270,7 @@ class DeviceEngine:
         self.backend.hand_over(pending.event, pending.tensors)
         return result
 
-    def _launches(self, staging: Staging, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
+    def _launches(self, staging: StagedPlan, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
         return Launches(
             self.backend, self._columns, types, self._raise_for, staging, slot,
             flat=flat, first_role=self.table.first_role,
@@ -296,7 +298,7 @@ class DeviceEngine:
             np.uint64(len(table.remap)),
         )
 
-    def _raise_for(self, staging: Staging, words: np.ndarray) -> None:
+    def _raise_for(self, staging: StagedPlan, words: np.ndarray) -> None:
         """Raise what the status words of a batch say, if they say anything."""
         if not words[ANY]:
             return

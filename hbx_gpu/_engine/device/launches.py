@@ -9,7 +9,7 @@ import numpy as np
 
 from hbx_gpu._engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot, Streams
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
-from hbx_gpu._engine.device.staged import ANY, UNSORTED, Staging
+from hbx_gpu._engine.device.staged_plan import ANY, UNSORTED, StagedPlan
 from hbx_gpu.transforms import Transform
 
 DENSE_KERNELS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
@@ -42,9 +42,9 @@ class Pending:
         self,
         tensors: list[Any],
         event: Event,
-        staging: Staging,
+        staging: StagedPlan,
         slot: Slot,
-        raise_for: Callable[[Staging, np.ndarray], None],
+        raise_for: Callable[[StagedPlan, np.ndarray], None],
         *,
         counted: bool,
         seen: Callable[[bool], None] | None = None,
@@ -81,7 +81,7 @@ class Pending:
         return indices[: self.nnz], [v[: self.nnz] for v in values], offsets
 
 
-def _total(staging: Staging, slot: Slot) -> np.ndarray:
+def _total(staging: StagedPlan, slot: Slot) -> np.ndarray:
     """Where the number of elements comes back."""
     return slot.host[staging.at["total"] :][:8]
 
@@ -112,8 +112,8 @@ class Launches:
         backend: Backend,
         columns: tuple[Any, ...],
         types: Sequence[int],
-        raise_for: Callable[[Staging, np.ndarray], None],
-        staging: Staging,
+        raise_for: Callable[[StagedPlan, np.ndarray], None],
+        staging: StagedPlan,
         slot: Slot,
         *,
         flat: bool,

@@ -16,8 +16,8 @@ import numpy as np
 from hbx_gpu._codecs.rowpack_numba import describe_status
 from hbx_gpu._engine.device.backend import DeviceBuffer, Memory, NoRoom, Part, Slot
 from hbx_gpu._engine.device.records import RUN
-from hbx_gpu._engine.device.staged import DECODED, PACKED_32, PACKED_64, RAW, ROWPACK, Resident
-from hbx_gpu._engine.device.staging import Stager
+from hbx_gpu._engine.device.staged_plan import DECODED, PACKED_32, PACKED_64, RAW, ROWPACK, Resident
+from hbx_gpu._engine.device.stager import Stager
 from hbx_gpu._engine.device.staging_kernels import RANGE, copy_ranges, whole_runs
 from hbx_gpu._plan.rows import BatchPlan
 from hbx_gpu._storage.chunks import Extents

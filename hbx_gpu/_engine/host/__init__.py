@@ -165,16 +165,18 @@ class HostEngine:
         indices, values = self._outputs(plan, np.int64)
         # Pieces whose columns do not ascend are marked while they are in cache. Dropped columns, which are -1
         # then, make the marks meaningless, so all rows of a panel are looked at again.
-        falls = np.zeros(len(plan.piece_row), np.uint8)
-        self._decode(plan, slab, [indices, *values], falls)
-        offsets, falling = plan.offsets, np.full(plan.n_rows, self.table.drops)
+        unsorted = np.zeros(len(plan.piece_row), np.uint8)
+        self._decode(plan, slab, [indices, *values], unsorted)
+        offsets, unsorted_rows = plan.offsets, np.full(plan.n_rows, self.table.drops)
         if self.table.drops:
             offsets, indices, values = canonical.drop_columns(offsets, indices, values)
         else:
-            kernels.mark_falling_rows(plan.piece_row, plan.piece_out, offsets, indices, falls, falling)
+            kernels.mark_unsorted_rows(
+                plan.piece_row, plan.piece_out, offsets, indices, unsorted, unsorted_rows
+            )
         values = [as_float32(layer, self._empty) for layer in values]
         offsets, indices, values = canonical.sort_rows(
-            offsets, indices, values, self.table.n_features, falling
+            offsets, indices, values, self.table.n_features, unsorted_rows
         )
         return indices, values, offsets
 
@@ -182,14 +184,14 @@ class HostEngine:
         n = plan.n_elements
         return self._empty(n, columns), [self._empty(n, dtype) for dtype in self.dtypes]
 
-    def _decode(self, plan: BatchPlan, slab: Slab, outputs: list[np.ndarray], falls: np.ndarray) -> None:
+    def _decode(self, plan: BatchPlan, slab: Slab, outputs: list[np.ndarray], unsorted: np.ndarray) -> None:
         """Decode all elements to `outputs`, with column -1 where the remap drops one.
 
-        `falls`, unless it is empty, is set to 1 for pieces whose columns do not ascend.
+        `unsorted`, unless it is empty, is set to 1 for pieces whose columns do not ascend.
         """
         slab = self._checks.without_tails(plan, slab)
         absent = slab.address == 0
-        self._fill_absent(plan, np.flatnonzero(absent), outputs, falls)
+        self._fill_absent(plan, np.flatnonzero(absent), outputs, unsorted)
         kind = self._kind_of[plan.chunk_array]
         for k in np.unique(kind):
             jobs = np.flatnonzero((kind == k) & ~absent)
@@ -197,14 +199,20 @@ class HostEngine:
                 continue
             one = self._kinds[k]
             if one.codec == RAW:
-                self._raw(plan, slab, jobs, one, outputs[one.role], falls)
+                self._raw(plan, slab, jobs, one, outputs[one.role], unsorted)
             elif one.codec:
-                self._packed(plan, slab, jobs, one, outputs[one.role], falls)
+                self._packed(plan, slab, jobs, one, outputs[one.role], unsorted)
             else:
-                self._general(plan, slab, jobs, one.role, outputs[one.role], falls)
+                self._general(plan, slab, jobs, one.role, outputs[one.role], unsorted)
 
     def _packed(
-        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+        self,
+        plan: BatchPlan,
+        slab: Slab,
+        jobs: np.ndarray,
+        kind: _Kind,
+        out: np.ndarray,
+        unsorted: np.ndarray,
     ) -> None:
         """Decode and copy all chunks that a kernel can decode, in one call."""
         word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
@@ -228,7 +236,7 @@ class HostEngine:
             table = self.table
             source = plan.chunk_array[jobs] // table.n_roles
             remap = (table.remap, table.remap_start, table.remap_length, table.identity)
-            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, falls, status)
+            columns(jobs, slab.address, slab.nbytes, *buffers, *pieces, source, *remap, out, unsorted, status)
         else:
             values(jobs, slab.address, slab.nbytes, *buffers, *pieces, out, status)
         if status.any():
@@ -236,7 +244,13 @@ class HostEngine:
             raise self._error(plan, c, int(status[c]), describe)
 
     def _raw(
-        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, kind: _Kind, out: np.ndarray, falls: np.ndarray
+        self,
+        plan: BatchPlan,
+        slab: Slab,
+        jobs: np.ndarray,
+        kind: _Kind,
+        out: np.ndarray,
+        unsorted: np.ndarray,
     ) -> None:
         """Copy from chunks that are stored without a codec, touching only what the pieces need."""
         self._checks.raw_sizes(plan, slab, jobs)
@@ -252,13 +266,13 @@ class HostEngine:
         remap = (table.remap, table.remap_start, table.remap_length, table.identity)
         source = plan.chunk_array[jobs] // table.n_roles
         kernels.raw_columns(
-            jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, falls, status
+            jobs, slab.address, slab.nbytes, like, *pieces, source, *remap, out, unsorted, status
         )
         if status.any():
             raise self._error(plan, int(np.flatnonzero(status)[0]), kernels.COLUMN_OUT_OF_RANGE)
 
     def _general(
-        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray, falls: np.ndarray
+        self, plan: BatchPlan, slab: Slab, jobs: np.ndarray, role: int, out: np.ndarray, unsorted: np.ndarray
     ) -> None:
         """Decode chunks of any other codec, with one library call each, and copy their pieces."""
         table = self.table
@@ -272,7 +286,7 @@ class HostEngine:
                 first = table.remap_start[source]
                 remap = table.remap[first : first + table.remap_length[source]]
                 if not kernels.scatter_columns(
-                    decoded, p0, p1, *pieces, remap, table.identity[source], out, falls
+                    decoded, p0, p1, *pieces, remap, table.identity[source], out, unsorted
                 ):
                     raise self._error(plan, int(c), kernels.COLUMN_OUT_OF_RANGE)
             elif np.float16 in (decoded.dtype, out.dtype):
@@ -325,7 +339,7 @@ class HostEngine:
         return scratch.view(layout.dtype)
 
     def _fill_absent(
-        self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray], falls: np.ndarray
+        self, plan: BatchPlan, absent: np.ndarray, outputs: list[np.ndarray], unsorted: np.ndarray
     ) -> None:
         table = self.table
         for c in absent:
@@ -335,7 +349,7 @@ class HostEngine:
             value = self._checks.fill_value(plan, int(c))
             if role == INDEX_ROLE:
                 value = table.remap[table.remap_start[source] + int(value)]
-                falls[p0:p1] = plan.piece_count[p0:p1] > 1 if len(falls) else 0
+                unsorted[p0:p1] = plan.piece_count[p0:p1] > 1 if len(unsorted) else 0
             out = outputs[role]
             filling = np.array(value, out.dtype)
             if out.dtype == np.float16:

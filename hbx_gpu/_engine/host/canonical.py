@@ -41,7 +41,7 @@ def sort_rows(
     columns: np.ndarray,
     layers: Sequence[np.ndarray],
     n_features: int,
-    falling: np.ndarray,
+    unsorted_rows: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Rows in canonical form, in place: sorted by column, repeated columns summed in the order they had.
 
@@ -55,7 +55,7 @@ def sort_rows(
         Values of each layer, float32, (nnz,).
     n_features
         Width of the matrix.
-    falling
+    unsorted_rows
         bool, (n_rows,). False for rows whose columns are known to ascend, each once.
 
     Returns
@@ -67,14 +67,14 @@ def sort_rows(
     -----
     Equals ``scipy.sparse.csr_matrix.sum_duplicates``, which adds repeats in no particular order.
     """
-    if not falling.any():
+    if not unsorted_rows.any():
         return offsets, columns, list(layers)
     longest = int(np.diff(offsets).max(initial=0))
     # An index array sorted once says where the values of several layers go.
     several = len(layers) != 1
     moved = np.arange(len(columns)) if several else layers[0]
     scratch = np.empty(longest, np.uint32), np.empty(longest, moved.dtype)
-    repeats = kernels.sort_rows(offsets, n_features, falling, columns, moved, *scratch)
+    repeats = kernels.sort_rows(offsets, n_features, unsorted_rows, columns, moved, *scratch)
     layers = [values[moved] for values in layers] if several else layers
     if not repeats:
         return offsets, columns, list(layers)

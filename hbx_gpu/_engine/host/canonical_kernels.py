@@ -31,10 +31,10 @@ def _bits_of(typingctx, word):  # noqa: ARG001 - numba's signature
 @_jit
 def _ascends(line):
     """Return whether columns ascend and none repeats."""
-    falling = False
+    is_unsorted = False
     for k in range(1, len(line)):
-        falling |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
-    return not falling
+        is_unsorted |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
+    return not is_unsorted
 
 
 @_jit
@@ -102,8 +102,8 @@ def _repeats(line):
 
 
 @_jit
-def sort_rows(offsets, n_features, falling, columns, values, row_columns, row_values):
-    """Sort the rows that `falling` marks, by column, in place; equal columns keep their order.
+def sort_rows(offsets, n_features, unsorted_rows, columns, values, row_columns, row_values):
+    """Sort the rows that `unsorted_rows` marks, by column, in place; equal columns keep their order.
 
     `row_columns` and `row_values` have room for the longest row. Columns lie in [0, n_features). Returns
     whether any column repeats within a row.
@@ -115,7 +115,7 @@ def sort_rows(offsets, n_features, falling, columns, values, row_columns, row_va
         n_bytes += 1
     repeats = False
     for row in range(len(offsets) - 1):
-        if not falling[row]:
+        if not unsorted_rows[row]:
             continue
         line, counts = columns[offsets[row] : offsets[row + 1]], values[offsets[row] : offsets[row + 1]]
         if _ascends(line):

@@ -114,12 +114,12 @@ def _bytes_at(address, nbytes):
 
 
 @_jit
-def _falls(line):
+def _is_unsorted(line):
     """Return whether columns do not ascend or one repeats; call it while they are in cache."""
-    falling = False
+    is_unsorted = False
     for k in range(1, len(line)):
-        falling |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
-    return falling
+        is_unsorted |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
+    return is_unsorted
 
 
 @_jit
@@ -129,25 +129,25 @@ def _look_up_far(source, remap, target):
     They pass through a line that stays in the nearest cache, because what went past it is not read again.
     """
     line = np.empty(_LINE, remap.dtype)
-    falling, before = False, np.int64(-2)
+    is_unsorted, before = False, np.int64(-2)
     for first in range(0, len(source), _LINE):
         part = source[first : first + _LINE]
         mapped = line[: len(part)]
         for k in range(len(part)):
             mapped[k] = remap[np.uint64(part[k])]
-        falling |= mapped[0] <= before or _falls(mapped)
+        is_unsorted |= mapped[0] <= before or _is_unsorted(mapped)
         before = np.int64(mapped[len(mapped) - 1])
         _copy(mapped, target[first : first + len(part)], True)
-    return falling
+    return is_unsorted
 
 
 @_jit
-def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, falls):
+def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, unsorted):
     """Copy the pieces p0..p1 of one decoded index chunk to the output, as output columns.
 
     Returns False at a piece with a column number outside the remap. `identity` means that the remap changes
-    nothing, so that columns need not be looked up. `falls`, unless it is empty, is set to 1 for pieces whose
-    output columns do not ascend.
+    nothing, so that columns need not be looked up. `unsorted`, unless it is empty, is set to 1 for pieces
+    whose output columns do not ascend.
     """
     far = out.size * out.itemsize > _FAR
     for p in range(p0, p1):
@@ -165,17 +165,17 @@ def scatter_columns(decoded, p0, p1, skip, count, out_at, remap, identity, out, 
             return False
         if identity:
             _copy(source, target, far)
-            if len(falls):
-                falls[p] = _falls(source)
+            if len(unsorted):
+                unsorted[p] = _is_unsorted(source)
         elif far:
-            falling = _look_up_far(source, remap, target)
-            if len(falls):
-                falls[p] = falling
+            is_unsorted = _look_up_far(source, remap, target)
+            if len(unsorted):
+                unsorted[p] = is_unsorted
         else:
             for k in range(len(source)):
                 target[k] = remap[np.uint64(source[k])]
-            if len(falls):
-                falls[p] = _falls(target)
+            if len(unsorted):
+                unsorted[p] = _is_unsorted(target)
     return True
 
 
@@ -189,11 +189,11 @@ def scatter_values(decoded, p0, p1, skip, count, out_at, out):
 
 
 @_jit
-def mark_falling_rows(piece_row, piece_out, offsets, columns, falls, rows):
+def mark_unsorted_rows(piece_row, piece_out, offsets, columns, unsorted, rows):
     """Set `rows` where columns do not ascend or repeat, inside a piece or from one piece to the next."""
     for p in range(len(piece_row)):
         row, at = piece_row[p], piece_out[p]
-        if falls[p] or (at > offsets[row] and columns[at] <= columns[at - 1]):
+        if unsorted[p] or (at > offsets[row] and columns[at] <= columns[at - 1]):
             rows[row] = True
 
 
@@ -210,7 +210,7 @@ def _needed_words(skip, count, p0, p1, itemsize, element_size):
 @_jit
 def bitpacked_columns(
     jobs, address, nbytes, element_size, words, elements, piece_ptr, skip, count, out_at,
-    job_source, remap, remap_start, remap_length, identity, out, falls, status,
+    job_source, remap, remap_start, remap_length, identity, out, unsorted, status,
 ):  # fmt: skip
     """Decode `homeobox.bitpacking` index chunks and hand out their columns.
 
@@ -225,7 +225,7 @@ def bitpacked_columns(
         if status[c] == 0:
             r, same = remap_start[job_source[j]], identity[job_source[j]]
             part = remap[r : r + remap_length[job_source[j]]]
-            if not scatter_columns(elements, p0, p1, skip, count, out_at, part, same, out, falls):
+            if not scatter_columns(elements, p0, p1, skip, count, out_at, part, same, out, unsorted):
                 status[c] = COLUMN_OUT_OF_RANGE
     _fence()
 
@@ -249,7 +249,7 @@ def bitpacked_values(
 @_jit
 def raw_columns(
     jobs, address, nbytes, like, piece_ptr, skip, count, out_at,
-    job_source, remap, remap_start, remap_length, identity, out, falls, status,
+    job_source, remap, remap_start, remap_length, identity, out, unsorted, status,
 ):  # fmt: skip
     """Hand out the columns of index chunks that are stored as they are; `like` has their dtype."""
     for j in range(len(jobs)):
@@ -258,7 +258,7 @@ def raw_columns(
         r, same = remap_start[job_source[j]], identity[job_source[j]]
         part = remap[r : r + remap_length[job_source[j]]]
         if not scatter_columns(
-            elements, piece_ptr[c], piece_ptr[c + 1], skip, count, out_at, part, same, out, falls
+            elements, piece_ptr[c], piece_ptr[c + 1], skip, count, out_at, part, same, out, unsorted
         ):
             status[c] = COLUMN_OUT_OF_RANGE
     _fence()
@@ -322,7 +322,7 @@ def _decode_piece(src, geometry, skip, count, out, at, edge, held):
 @_jit
 def rowpack_columns(
     jobs, address, nbytes, element_size, elements, words, edge, piece_ptr, skip, count, out_at,
-    job_source, remap, remap_start, remap_length, identity, out, falls, status,
+    job_source, remap, remap_start, remap_length, identity, out, unsorted, status,
 ):  # fmt: skip
     """Decode the blocks of `hbx_gpu.rowpack` index chunks that the pieces touch, and hand out their columns.
 
@@ -342,7 +342,7 @@ def rowpack_columns(
                 break
             status[c], held = _decode_piece(src, geometry, skip[p], count[p], words, 0, edge, held)
             if status[c] == 0 and not scatter_columns(
-                words, 0, 1, origin, count[p : p + 1], out_at[p : p + 1], part, same, out, falls[p : p + 1]
+                words, 0, 1, origin, count[p : p + 1], out_at[p : p + 1], part, same, out, unsorted[p : p + 1]
             ):
                 status[c] = COLUMN_OUT_OF_RANGE
     _fence()

@@ -175,7 +175,7 @@ def _sparse(key: str, parts: list[Any], shape: tuple[int, ...]) -> Any:
     if len(indices) != len(values) or len(offsets) != shape[0] + 1:
         raise ValueError(
             f"the graph returns {len(values)} {key}.values, {len(indices)} {key}.indices and {len(offsets)} "
-            f"{key}.offsets for {shape[0]} rows; rename those that are no sparse matrix any more"
+            f"{key}.offsets for {shape[0]} rows; rename those that are not a sparse matrix any more"
         )
     # They came out of one, and checking would wait for the device.
     return torch.sparse_csr_tensor(offsets, indices, values, size=shape, check_invariants=False)

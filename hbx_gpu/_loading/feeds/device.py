@@ -26,7 +26,7 @@ from hbx_gpu._tensors import check_columns
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
-    from hbx_gpu._engine.device import DeviceEngine, Pending, Staging
+    from hbx_gpu._engine.device import DeviceEngine, Pending, StagedPlan
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._loading.options import LoaderOptions
     from hbx_gpu._plan.rows import BatchPlan
@@ -141,11 +141,11 @@ class StagedFeed(Generic[DatasetT]):
         """Bytes that the batch of `rows` takes up."""
         raise NotImplementedError
 
-    def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         """Plan rows, bring what they need, and pack what of it crosses."""
         raise NotImplementedError
 
-    def _submit(self, staging: Staging, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
         """Order what makes the rows: it, the tensors they lie in, and what cuts a batch out of these."""
         raise NotImplementedError
 
@@ -190,10 +190,10 @@ class DeviceFeed(StagedFeed[CellDataset]):
     def _new_slot(self) -> Slot:
         return self.chunks.slot()
 
-    def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         return self.chunks.stage(selection, slot)
 
-    def _submit(self, staging: Staging, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
         if self._layout == "dense":
             pending = self._engine.submit_dense(staging, slot, self._dtype, self._transform)
             (x,) = pending.tensors
@@ -232,7 +232,7 @@ class DecodedBytes:
     """Device memory that chunks take which are decoded whole there (homeobox.bitpacking, general codecs)."""
 
     def __init__(self, engine: DeviceEngine) -> None:
-        from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64
+        from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64
 
         stager, self._table = engine.stager, engine.table
         whole = np.isin(stager.kinds, (PACKED_32, PACKED_64)) | stager.decompresses

@@ -30,7 +30,7 @@ from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-    from hbx_gpu._engine.device import DeviceEngine, Pending, Staging
+    from hbx_gpu._engine.device import DeviceEngine, Pending, StagedPlan
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._engine.device.rows import DenseRows
     from hbx_gpu._loading.options import LoaderOptions
@@ -231,7 +231,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
         stretches = self._rows.stretches(self._dataset.row_index, rows)
         return out + self._decoded.of(stretches, np.arange(len(rows)))
 
-    def _stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         boxes, slab = self._dataset.read(selection)
         with stage("plan"):
             plan = self._rows.plan(boxes)
@@ -241,7 +241,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
             copying.nbytes = staging.host_bytes
         return staging
 
-    def _submit(self, staging: Staging, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
         plan, rows = staging.plan, self._rows
         if rows.width is None and not rows.placed:
             pending = self._engine.submit_rows(staging, slot, (plan.n_elements,), placed=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from hbx_gpu._devices import cores
 from hbx_gpu._engine.device.backend import NoRoom, Slot
-from hbx_gpu._engine.device.staged import PACKED_32, PACKED_64, Layout, Resident, Staging
+from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64, Layout, Resident, StagedPlan
 from hbx_gpu._engine.device.staging_kernels import copy_ranges
 from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, resident_sizes, with_slack
 from hbx_gpu._loading.residency.host import (
@@ -92,7 +92,7 @@ class DeviceChunks:
             return Slot(self._engine.backend)
         return Slot(self._engine.backend, areas=self.store.areas, reads=self.store)
 
-    def stage(self, selection: np.ndarray, slot: Slot) -> Staging:
+    def stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         """Plan rows, read what they need, and pack the part of it that is copied to the device.
 
         Parameters
@@ -115,7 +115,7 @@ class DeviceChunks:
         plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
         return self._pack(plan, self._stream(plan), None, slot)
 
-    def _pack(self, plan: BatchPlan, slab: Slab, resident: Resident | None, slot: Slot) -> Staging:
+    def _pack(self, plan: BatchPlan, slab: Slab, resident: Resident | None, slot: Slot) -> StagedPlan:
         with stage("plan"):
             staging = self._engine.measure(plan, slab, layout=self._layout, resident=resident)
         with stage("copy") as copying:

@@ -131,7 +131,7 @@ def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
         if isinstance(error, UnsafePathError):
             raise
         raise AtlasError(
-            f"{where} is no snapshot record of a known generation ({error!r}); its columns: {sorted(row)}"
+            f"{where} is not a snapshot record of a known generation ({error!r}); its columns: {sorted(row)}"
         ) from error
 
 

@@ -284,7 +284,7 @@ def _parse(path: Path) -> Iterator[tuple[pa.Table, int]]:
                     done += len(batch)
     except (pa.ArrowException, EOFError, gzip.BadGzipFile, OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(
-            f"{path}: cannot read fragments behind number {done}: {error}; expected lines of chromosome, "
+            f"{path}: cannot read the fragments after number {done}: {error}; expected lines of chromosome, "
             "start, end, barcode"
         ) from error
 

@@ -129,7 +129,7 @@ def _open_path(path: Path) -> StoredImage:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise InvalidDataError(f"{path} is no array that can be read: {error}") from error
+            raise InvalidDataError(f"{path} cannot be read as an array: {error}") from error
         return _opened(array, str(path), path.name, lambda: hash_file(path))
     raise InvalidDataError(
         f"{path}: expected a zarr array or OME-Zarr folder, or a .tif, .tiff or .npy file; encoded "
@@ -159,7 +159,7 @@ def _open_zarr(path: Path) -> StoredImage:
         node = node[level]
         path = path / level
     if not isinstance(node, zarr.Array):
-        raise InvalidDataError(f"{path} is no zarr array")
+        raise InvalidDataError(f"{path} is not a zarr array")
     return _opened(node, str(path), path.name, lambda: hash_file(path), axes)
 
 
@@ -172,7 +172,7 @@ def _open_tiff(path: Path) -> StoredImage:
             # A store of its own handle: regions are read and decoded as they are asked for.
             store = tifffile.imread(path, aszarr=True, series=0, level=0)
     except (tifffile.TiffFileError, IndexError) as error:
-        raise InvalidDataError(f"{path} is no TIFF file that can be read: {error}") from error
+        raise InvalidDataError(f"{path} cannot be read as a TIFF file: {error}") from error
     import zarr
 
     return _opened(zarr.open(store, mode="r"), str(path), path.name, lambda: hash_file(path), axes)
@@ -262,7 +262,7 @@ def _open_picture(file: Path) -> Any:
     try:
         return images.open(file)
     except OSError as error:
-        raise InvalidDataError(f"{file} is no picture that can be read: {error}") from error
+        raise InvalidDataError(f"{file} cannot be read as a picture: {error}") from error
 
 
 def _import(name: str, why: str) -> Any:

@@ -332,9 +332,9 @@ class MatrixPart(Part):
 
 def sorted_elements(indptr: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray | None:
     """int64, (nnz,). Elements of CSR rows by ascending column within each row; None where they lie so."""
-    falls = columns[1:] < columns[:-1]
-    falls[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(columns))] - 1] = False  # from row to row
-    if not falls.any():
+    decreases = columns[1:] < columns[:-1]
+    decreases[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(columns))] - 1] = False  # from row to row
+    if not decreases.any():
         return None
     shape = (len(indptr) - 1, width)
     elements = scipy.sparse.csr_matrix((np.arange(len(columns)), columns, indptr), shape=shape, copy=True)

@@ -561,7 +561,7 @@ def _bad_pointer(
 ) -> CorruptDataError:
     return CorruptDataError(
         f"pointer {pointer.name!r} of row {row_uid(snapshot, table, batch.column(ROWID)[row].as_py())!r} "
-        f"into group {batch.column('group')[row].as_py()!r} is no valid range: {found}"
+        f"into group {batch.column('group')[row].as_py()!r} is not a valid range: {found}"
     )
 
 

@@ -318,7 +318,7 @@ class Archive:
             raise CorruptDataError(
                 f"{file}: its size makes the columns {columns.dtype} "
                 f"({'the header says' if self.header is not None else 'expected without a header is'} "
-                f"{stated}), and they are no convincing columns of {genes} genes. {_advice(file)}"
+                f"{stated}), and they are unlikely to be columns of {genes} genes. {_advice(file)}"
             )
         if self.header is not None:
             _say(f"{file}: the header says {stated}, but {self.nnz} columns are {columns.dtype}")
@@ -442,7 +442,7 @@ def _read_metadata(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         raise IncompleteArchiveError(
             f"the metadata file {file} does not exist: a conversion was stopped before it was complete, or "
-            "this is no SCDL archive. Remove the folder and convert the source again"
+            "this is not an SCDL archive. Remove the folder and convert the source again"
         ) from None
     return found if isinstance(found, dict) else {}
 

@@ -72,7 +72,8 @@ def value_dtype(
     if rest or width not in _UNSIGNED:
         raise CorruptDataError(
             f"{where}: expected {n_values} values (the last entry of row_ptr.npy)"
-            f"{f' of {stated}' if stated else ''}, found {len(raw)} bytes, which is no dtype's multiple"
+            f"{f' of {stated}' if stated else ''}, found {len(raw)} bytes, which is "
+            "not a multiple of any dtype's size"
         )
     if stated is not None and stated.itemsize == width:
         return _stated(raw, stated, old=old, where=where)
@@ -148,14 +149,14 @@ def _found(raw: np.ndarray, width: int, stated: np.dtype | None, *, old: bool, w
     if stated is None and width == _ASSUMED.itemsize:
         # Twice as many values of two bytes take as much room.
         if (truth.kind != "f" and not _genuine(raw, truth)) or _genuine(raw, np.dtype("f2")):
-            _refuse(where, f"no header says what they are, and they are no convincing {truth}", width)
+            _refuse(where, f"no header says what they are, and they are unlikely to be {truth}", width)
         return truth
     stated = stated or _ASSUMED
     # The file may be cut or doubled instead of cast: then its bytes look right in the header's dtype.
     if not _genuine(raw, truth):
         _refuse(
             where,
-            f"values are expected to be {stated}, and the bytes are no convincing {truth} either",
+            f"values are expected to be {stated}, and the bytes are unlikely to be {truth} either",
             width,
         )
     # The halves of a float64 never look like float32 values, so a narrower float that does is one; and

@@ -210,7 +210,7 @@ def _read_ends(file: Path) -> list[int]:
         raw = read_small(file)
         stored = np.load(io.BytesIO(raw), allow_pickle=False)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: {file.parent} is no complete feature index") from None
+        raise FileNotFoundError(f"{file} is missing: {file.parent} is not a complete feature index") from None
     except Exception as error:  # NumPy parses the header as Python, and fails in as many ways
         raise CorruptDataError(f"{file} cannot be read: {error}") from None
     if stored.ndim != 1 or stored.dtype.kind not in "iu" or not len(stored) or stored[0] != -1:

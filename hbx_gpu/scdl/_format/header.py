@@ -147,7 +147,7 @@ class Header:
         try:
             return _imported(json.loads(text))
         except ValueError as error:
-            raise CorruptDataError(f"the text is no header in JSON: {error}") from None
+            raise CorruptDataError(f"the text is not a header in JSON: {error}") from None
 
     @classmethod
     def from_yaml(cls, text: str) -> Header:
@@ -163,7 +163,7 @@ class Header:
         try:
             return _imported(yaml.safe_load(text))
         except (yaml.YAMLError, ValueError) as error:
-            raise CorruptDataError(f"the text is no header in YAML: {error}") from None
+            raise CorruptDataError(f"the text is not a header in YAML: {error}") from None
 
     def to_bytes(self) -> bytes:
         """The header as stored.
@@ -377,7 +377,7 @@ class _Cursor:
             return self.take(self.uint32(f"length of {field}"), field).decode()
         except UnicodeDecodeError:
             raise CorruptDataError(
-                f"{self.where}: {field} before offset {self.at} is no UTF-8 text"
+                f"{self.where}: {field} before offset {self.at} is not UTF-8 text"
             ) from None
 
     def dtype(self, name: str) -> str:

@@ -98,8 +98,8 @@ class NeighborTable:
         """
         for first in range(0, len(self), _PIECE):
             pointers = self.indptr[first : first + _PIECE + 1]
-            if (falls := pointers[1:] < pointers[:-1]).any() or pointers[-1] > len(self.indices):
-                raise _damaged(first + int(falls.argmax()))
+            if (decreases := pointers[1:] < pointers[:-1]).any() or pointers[-1] > len(self.indices):
+                raise _damaged(first + int(decreases.argmax()))
         for at in range(0, len(self.indices), _PIECE):
             if (outside := self.indices[at : at + _PIECE] >= len(self)).any():
                 raise _damaged(int(np.searchsorted(self.indptr, at + outside.argmax(), "right")) - 1)

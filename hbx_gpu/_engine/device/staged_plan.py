@@ -48,7 +48,7 @@ class Resident:
 
 
 @dataclass(slots=True)
-class Staging:
+class StagedPlan:
     """One plan, measured: how much room it takes, and all that `pack` puts there.
 
     Attributes

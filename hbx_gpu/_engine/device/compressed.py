@@ -17,7 +17,7 @@ from hbx_gpu._codecs.containers import ALGORITHMS, NO_SHUFFLE, STREAM, Compressi
 from hbx_gpu._devices import say_once
 from hbx_gpu._engine.device.backend import STREAM_ALIGNMENT, Backend
 from hbx_gpu._engine.device.records import BLOCK
-from hbx_gpu._engine.device.staged import Cursor, Opened, round_up
+from hbx_gpu._engine.device.staged_plan import Cursor, Opened, round_up
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu.errors import DeviceUnavailableError
 

@@ -18,9 +18,9 @@ from hbx_gpu._codecs.bitpacking_numba import max_encoded_size
 from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._codecs.containers import Compression, Contents
 from hbx_gpu._codecs.rowpack_numba import describe_status
-from hbx_gpu._engine.device.general import lay_out
+from hbx_gpu._engine.device.compressed import lay_out
 from hbx_gpu._engine.device.records import BLOCK, OUTPUT, PACKED, PIECE, PLAIN, RUN, SEGMENT, element_type
-from hbx_gpu._engine.device.staged import (
+from hbx_gpu._engine.device.staged_plan import (
     ABSENT,
     DECODED,
     ELEMENTS,
@@ -33,7 +33,7 @@ from hbx_gpu._engine.device.staged import (
     Cursor,
     Layout,
     Resident,
-    Staging,
+    StagedPlan,
     round_up,
 )
 from hbx_gpu._engine.device.staging_kernels import RANGE, copy_ranges, cut_segments, size_runs
@@ -116,7 +116,7 @@ class Stager:
         *,
         layout: Layout | None = None,
         resident: Resident | None = None,
-    ) -> Staging:
+    ) -> StagedPlan:
         """Decide what crosses for the rows of a plan, and how much room that takes; exact.
 
         Parameters
@@ -134,7 +134,7 @@ class Stager:
             A checksum, a header or a directory is wrong, or an object is missing that cannot be.
         """
         slab = self.checks.without_tails(plan, slab, None if resident is None else resident.at >= 0)
-        staging = Staging(plan, slab, resident=resident)
+        staging = StagedPlan(plan, slab, resident=resident)
         kind = np.where(slab.address == 0, ABSENT, self.kinds[plan.chunk_array])
         if resident is not None:
             here = self.kinds[plan.chunk_array]
@@ -160,7 +160,7 @@ class Stager:
         self._lay_out(staging, cursor, layout)
         return staging
 
-    def pack(self, staging: Staging, host: np.ndarray, area: int | None = None) -> None:
+    def pack(self, staging: StagedPlan, host: np.ndarray, area: int | None = None) -> None:
         """Put everything that crosses into `host`, but the outputs' table. To be called once.
 
         Parameters
@@ -201,7 +201,7 @@ class Stager:
             _put(host, staging.at[name], table)
         host[staging.at["status"] :][: staging.status_bytes] = 0
 
-    def _settle(self, staging: Staging, area: int | None) -> None:
+    def _settle(self, staging: StagedPlan, area: int | None) -> None:
         """Add to places in staged bytes and scratch where these lie in the arena of resident chunks."""
         if area is None:
             return
@@ -219,13 +219,13 @@ class Stager:
         last = int(n_pieces[self._moves(staging, jobs)].sum())
         tables["plains"]["data"][:last] += base
 
-    def _moves(self, staging: Staging, jobs: np.ndarray) -> np.ndarray:
+    def _moves(self, staging: StagedPlan, jobs: np.ndarray) -> np.ndarray:
         """Which chunks lie, as elements, in staged bytes or scratch; all of these stand before the others."""
         packed = np.isin(self.kinds[staging.plan.chunk_array[jobs]], (PACKED_32, PACKED_64))
         result: np.ndarray = packed | ~staging.there(jobs)
         return result
 
-    def _rowpack(self, staging: Staging, jobs: np.ndarray) -> int:
+    def _rowpack(self, staging: StagedPlan, jobs: np.ndarray) -> int:
         """Runs and pieces of rowpack chunks; returns the bytes they take, from byte 0 on."""
         plan, slab, resident = staging.plan, staging.slab, staging.resident
         there = staging.there(jobs)
@@ -254,7 +254,7 @@ class Stager:
             staging.staged = np.repeat(~there, n_pieces)
         return int(nbytes)
 
-    def _packed(self, staging: Staging, jobs: np.ndarray, kind: int, cursor: Cursor) -> np.ndarray:
+    def _packed(self, staging: StagedPlan, jobs: np.ndarray, kind: int, cursor: Cursor) -> np.ndarray:
         """Whole homeobox.bitpacking chunks; returns where pieces begin, from the scratch they decode to."""
         plan, slab = staging.plan, staging.slab
         name, word = ("packed32", 4) if kind == PACKED_32 else ("packed64", 8)
@@ -303,7 +303,7 @@ class Stager:
         return found
 
     def _streams(
-        self, staging: Staging, jobs: np.ndarray, contents: dict[int, Contents], cursor: Cursor
+        self, staging: StagedPlan, jobs: np.ndarray, contents: dict[int, Contents], cursor: Cursor
     ) -> tuple[np.ndarray, np.ndarray]:
         """Chunks as compressed streams; returns them in order, and where pieces begin, from scratch."""
         plan, slab, tables = staging.plan, staging.slab, staging.tables
@@ -324,7 +324,7 @@ class Stager:
         begin, _ = self._extent(plan, pieces, plan.chunk_array[jobs][job])
         return jobs, opened.out[job] + begin
 
-    def _raw(self, staging: Staging, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
+    def _raw(self, staging: StagedPlan, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
         """Elements of chunks that are stored as they are; returns where each piece begins."""
         if not len(jobs):
             return _NONE
@@ -337,7 +337,7 @@ class Stager:
         staging.ranges.append(_ranges(slab.address[jobs][job] + begin.astype(np.uint64), place, nbytes))
         return place
 
-    def _decoded(self, staging: Staging, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
+    def _decoded(self, staging: StagedPlan, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
         """Elements of chunks that `pack` decodes; returns where each piece begins."""
         if not len(jobs):
             return _NONE
@@ -351,7 +351,7 @@ class Stager:
             staging.decode.append((int(c), ranges[a:b]))
         return place
 
-    def _absent(self, staging: Staging, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
+    def _absent(self, staging: StagedPlan, jobs: np.ndarray, cursor: Cursor) -> np.ndarray:
         """One stretch of fill values per array, as long as its longest piece; where each piece begins."""
         if not len(jobs):
             return _NONE
@@ -369,7 +369,7 @@ class Stager:
         result: np.ndarray = place[job]
         return result
 
-    def _held(self, staging: Staging, jobs: np.ndarray) -> np.ndarray:
+    def _held(self, staging: StagedPlan, jobs: np.ndarray) -> np.ndarray:
         """Elements of resident chunks; returns where each piece begins, in the arena they lie in."""
         resident = staging.resident
         if not len(jobs) or resident is None:
@@ -386,7 +386,7 @@ class Stager:
         itemsize = self.itemsize[array]
         return plan.piece_skip[pieces] * itemsize, plan.piece_count[pieces] * itemsize
 
-    def _plains(self, staging: Staging, jobs: np.ndarray, data: np.ndarray) -> np.ndarray:
+    def _plains(self, staging: StagedPlan, jobs: np.ndarray, data: np.ndarray) -> np.ndarray:
         """HbxPlain of all pieces of `jobs`, whose elements begin at `data`."""
         if not len(jobs):
             staging.jobs["plains"] = (jobs, jobs)
@@ -401,7 +401,7 @@ class Stager:
         staging.jobs["plains"] = (jobs, plan.piece_ptr[jobs + 1] - plan.piece_ptr[jobs])
         return records
 
-    def _segments(self, staging: Staging, kind: np.ndarray) -> None:
+    def _segments(self, staging: StagedPlan, kind: np.ndarray) -> None:
         """Pairs of index and value pieces of every layer, where rows can go dense without CSR between."""
         plan = staging.plan
         role = plan.chunk_array % self.table.n_roles
@@ -418,7 +418,7 @@ class Stager:
                 staging.tables[f"segments{layer}"] = segments[:n]
                 staging.tables[f"row_ptr{layer}"] = row_ptr
 
-    def _lay_out(self, staging: Staging, cursor: Cursor, layout: Layout | None) -> None:
+    def _lay_out(self, staging: StagedPlan, cursor: Cursor, layout: Layout | None) -> None:
         """Give every table its place, and the scratch its place after what is staged."""
         plan, at, tables = staging.plan, staging.at, staging.tables
         at["runs"] = cursor.take(tables["runs"].nbytes, RUN.itemsize)
