@@ -127,7 +127,7 @@ def finish(
         made["cu_seqlens"] = bounds
         made["max_seqlen"] = np.int32(lengths.max(initial=0))  # type: ignore[assignment]
     else:
-        made["attention_mask"] = np.arange(made["input_ids"].shape[1]) < lengths[:, None]
+        made["attention_mask"] = np.arange(made["input_ids"].shape[1], dtype=np.int32) < lengths[:, None]
     made.update(cells.obs)
     names = compiled.recipe.names
     return {names.get(name, name): array for name, array in made.items()}

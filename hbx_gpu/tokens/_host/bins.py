@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu.tokens._draws import Step
-from hbx_gpu.tokens._host.draws import HALF, jit, words
+from hbx_gpu.tokens._host.draws import HALF, jit
 from hbx_gpu.tokens._host.draws import keys as draw_keys
 from hbx_gpu.tokens._program import Side
 
@@ -16,63 +16,99 @@ _BOTH, _ONE = int(Side.BOTH), int(Side.ONE)
 
 
 @jit
-def bin_counts(
-    counts, index, n, torch_edges, side, quantiles, seed, epoch, cell, histogram, table, edges, keys, out
-):
-    """out[:n] = bin of each count, 0 for zeros; all of :func:`hbx_gpu.tokens._reference.bins`.
+def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges):
+    """Bin edges of the counts above 0; returns how :func:`assign` finds bins: 0 none, 1 table, 2 edges.
 
-    `histogram`: int64 (SMALL,) of zeros, left so; `table`: int32 (2, SMALL); `edges`: float64 of as many
-    entries as `quantiles`, which are j / (bins - 2) in the arithmetic asked for.
+    `histogram`: int32 (4, SMALL) of zeros, left so; `table`: int32 (2, SMALL), filled with the edges below
+    and not above each count that occurs; `edges`: float64 of as many entries as `quantiles`, which are
+    j / (bins - 2) in the arithmetic asked for.
     """
     top, expressed = 0.0, 0
     for i in range(n):
         top = max(top, counts[i])
         expressed += counts[i] > 0.0
-        out[i] = 0.0
     if not expressed:
-        return
-    if top < SMALL:
-        _edges_by_histogram(counts, n, expressed, torch_edges, quantiles, histogram, edges)
-        below, above = 0, 0
-        for value in range(1, np.int64(top) + 1):
-            if histogram[value]:
-                histogram[value] = 0
-                while below < len(edges) and edges[below] < value:
-                    below += 1
-                while above < len(edges) and edges[above] <= value:
-                    above += 1
-                table[0, value], table[1, value] = below, above
-        if side == _BOTH:
-            draw_keys(seed, epoch, cell, _BIN, 0, index, n, keys)
+        return 0
+    if top >= SMALL:
+        values = np.empty(expressed, np.float32)
+        k = 0
         for i in range(n):
-            value = np.int64(counts[i])
-            if value:
-                lt, le = table[0, value], table[1, value]
-                if side == _BOTH:
-                    out[i] = le - (
-                        np.int64(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF) if le > lt else 0
-                    )
-                else:
-                    out[i] = le if side == _ONE else lt + 1
-        return
-    values = np.empty(expressed, np.float32)
-    k = 0
-    for i in range(n):
-        if counts[i] > 0.0:
-            values[k] = np.float32(counts[i])
-            k += 1
-    values.sort()
+            if counts[i] > 0.0:
+                values[k] = np.float32(counts[i])
+                k += 1
+        values.sort()
+        for j in range(len(quantiles)):
+            t, a, b = _place(quantiles[j], expressed, torch_edges)
+            edges[j] = _edge(values[a], values[b], t, torch_edges)
+        return 2
+    # Four histograms in turn: equal counts that follow each other would wait for each other's increment.
+    for i in range(0, n - 3, 4):
+        histogram[0, np.int32(counts[i])] += 1
+        histogram[1, np.int32(counts[i + 1])] += 1
+        histogram[2, np.int32(counts[i + 2])] += 1
+        histogram[3, np.int32(counts[i + 3])] += 1
+    for i in range(n - n % 4, n):
+        histogram[0, np.int32(counts[i])] += 1
+    highest = np.int32(top)
+    for value in range(highest + 1):
+        histogram[0, value] += histogram[1, value] + histogram[2, value] + histogram[3, value]
+        histogram[1, value], histogram[2, value], histogram[3, value] = 0, 0, 0
+    histogram[0, 0] = 0
+    value, seen = 0, 0  # `seen` values are at most `value`
     for j in range(len(quantiles)):
-        t, a, b = _place(quantiles[j], expressed, torch_edges)
-        edges[j] = _edge(values[a], values[b], t, torch_edges)
+        t, first, second = _place(quantiles[j], expressed, torch_edges)
+        while seen <= first:
+            value += 1
+            seen += histogram[0, value]
+        after, seen_after = value, seen
+        while seen_after <= second:
+            after += 1
+            seen_after += histogram[0, after]
+        edges[j] = _edge(np.float32(value), np.float32(after), t, torch_edges)
+    below, above = 0, 0
+    for value in range(1, highest + 1):
+        if histogram[0, value]:
+            histogram[0, value] = 0
+            while below < len(edges) and edges[below] < value:
+                below += 1
+            while above < len(edges) and edges[above] <= value:
+                above += 1
+            table[0, value], table[1, value] = below, above
+    return 1
+
+
+@jit
+def assign(how, counts, index, n, side, seed, epoch, cell, table, edges, keys, out):
+    """out[:n] = bin of each count, 0 for zeros; `index` numbers genes in draws."""
+    if how == 0:
+        for i in range(n):
+            out[i] = 0.0
+        return
+    if side == _BOTH:
+        draw_keys(seed, epoch, cell, _BIN, 0, index, n, keys)
+    if how == 1:
+        table[0, 0], table[1, 0] = -1, 0
+        if side == _BOTH:
+            table[0, 0] = 0
+            for i in range(n):
+                value = np.int32(counts[i])
+                lt, le = table[0, value], table[1, value]
+                out[i] = le - np.int32(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF)
+        elif side == _ONE:
+            for i in range(n):
+                out[i] = table[1, np.int32(counts[i])]
+        else:
+            for i in range(n):
+                out[i] = table[0, np.int32(counts[i])] + 1
+        return
     for i in range(n):
+        out[i] = 0.0
         if counts[i] > 0.0:
             x = np.float64(np.float32(counts[i]))
             lt = np.searchsorted(edges, x, side="left")
             le = np.searchsorted(edges, x, side="right")
             if side == _BOTH:
-                a, _, _, _ = words(seed, epoch, cell, _BIN, index[i], 0)
-                out[i] = le - (np.int64((a * np.uint64(le - lt)) >> HALF) if le > lt else 0)
+                out[i] = le - np.int64(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF)
             else:
                 out[i] = le if side == _ONE else lt + 1
 
@@ -102,22 +138,3 @@ def _edge(a, b, t, torch_edges):
     if t < 0.5:
         return np.float64(a) + wide * t
     return np.float64(b) - wide * (1.0 - t)
-
-
-@jit
-def _edges_by_histogram(counts, n, expressed, torch_edges, quantiles, histogram, edges):
-    """Edges of small whole numbers, whose histogram, without zeros, is left in place."""
-    for i in range(n):
-        histogram[np.int64(counts[i])] += 1
-    histogram[0] = 0
-    value, seen = 0, 0  # `seen` values are at most `value`
-    for j in range(len(quantiles)):
-        t, first, second = _place(quantiles[j], expressed, torch_edges)
-        while seen <= first:
-            value += 1
-            seen += histogram[value]
-        after, seen_after = value, seen
-        while seen_after <= second:
-            after += 1
-            seen_after += histogram[after]
-        edges[j] = _edge(np.float32(value), np.float32(after), t, torch_edges)

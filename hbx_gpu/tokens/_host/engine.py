@@ -32,7 +32,7 @@ class Known:
     pointers
         int64 (n + 1,). Row i is ``genes[pointers[i] : pointers[i + 1]]``.
     genes, counts
-        int32 and float64.
+        uint32 and float64.
     totals, totals_known
         float64 (n,). Sums of all counts, and of those of known genes.
     """
@@ -44,7 +44,7 @@ class Known:
         if program.zeros:
             room = int(np.maximum(np.diff(cells.offsets), len(tables.known)).sum())
         self.pointers = np.empty(n + 1, np.int64)
-        self.genes, self.counts = np.empty(room + 1, np.int32), np.empty(room + 1, np.float64)
+        self.genes, self.counts = POOL.empty(room + 1, np.uint32), POOL.empty(room + 1, np.float64)
         self.totals, self.totals_known = np.empty(n, np.float64), np.empty(n, np.float64)
         values = cells.values
         if values.dtype == np.float16 or values.dtype == bool:
@@ -124,11 +124,11 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
         np.uint64(cells.epoch), cells.numbers, starts, widths, cut.generated, cut.ratio,
         every["input_ids"], every["values"], every["counts"], every["labels"], every["masked_values"],
         every["mask"], every["gen_ids"], every["gen_values"], gen_lengths, lengths,
-        np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.int32),
-        np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32),
-        np.empty(sorting.SCRATCH, np.int64), np.zeros(bins.SMALL, np.int64),
+        np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.uint64),
+        np.empty(room, np.uint32), np.empty(room, np.uint32), np.empty(room, np.float32),
+        np.empty(sorting.HISTOGRAM, np.int32), np.zeros((4, bins.SMALL), np.int32),
         np.empty((2, bins.SMALL), np.int32), np.empty(len(quantiles), np.float64),
-        np.empty(room, np.int32), np.empty(2 * room, np.float64),
+        np.empty(room, np.uint32), np.empty(room, np.float64),
         np.zeros(compiled.n_features if program.fill != Fill.NONE else 0, np.uint8),
     )  # fmt: skip
     if not packed:

@@ -9,9 +9,10 @@ import numpy as np
 from hbx_gpu.tokens._arithmetic import INV_LN10
 from hbx_gpu.tokens._draws import MAX_INDEX, Step
 from hbx_gpu.tokens._host.arithmetic import bend, log1p, normalise, rank_key
-from hbx_gpu.tokens._host.bins import bin_counts
-from hbx_gpu.tokens._host.draws import HALF, jit, keys, unit_bits, words
-from hbx_gpu.tokens._host.sorting import sort_keys
+from hbx_gpu.tokens._host.bins import assign, find_edges
+from hbx_gpu.tokens._host.draws import jit, keys, sums
+from hbx_gpu.tokens._host.hiding import hide_ids, hide_values
+from hbx_gpu.tokens._host.sorting import smallest
 from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Sequence, Value
 
 
@@ -109,19 +110,19 @@ _RANK_TARGET, _TARGET, _CLIP, _DEPTH_NUMBER = (
 )
 _PAD_VALUE, _MASK_VALUE = int(F.PAD_VALUE), int(F.MASK_VALUE)
 _BY_COLUMN, _BY_ID, _BY_VALUE = int(Order.COLUMN), int(Order.ID), int(Order.VALUE)
+_BY_DRAW = int(Order.RANDOM)
 _NO_VALUE, _SCALED_VALUE, _BINS, _KEPT_BINS = (
     int(Value.NONE),
     int(Value.SCALED),
     int(Value.BINS),
     int(Value.KEPT_BINS),
 )
-_TOKENS, _BERNOULLI, _EXACT, _SPLIT = int(Mask.TOKENS), int(Mask.BERNOULLI), int(Mask.EXACT), int(Mask.SPLIT)
+_TOKENS, _SPLIT = int(Mask.TOKENS), int(Mask.SPLIT)
 _NO_FILL, _FILL_RANDOM = int(Fill.NONE), int(Fill.RANDOM)
 _NO_DEPTH, _ADDED, _TIMES = int(Depth.NONE), int(Depth.ADDED), int(Depth.TIMES)
 _COUNT_NORM, _KEPT_NORM, _F64_DIV = int(Norm.COUNT), int(Norm.F32_KEPT), int(Norm.F64_DIV)
 _NO_CURVE = int(Curve.NONE)
-_PICK, _ZEROS, _MASK_STEP, _KIND = int(Step.PICK), int(Step.ZEROS), int(Step.MASK), int(Step.KIND)
-_RATIO = int(Step.RATIO)
+_PICK, _ZEROS = int(Step.PICK), int(Step.ZEROS)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -145,32 +146,31 @@ def fill_rows(
     pointers, genes, counts, totals, totals_known,
     front, back, seed, epoch, cells, starts, widths, generated, gen_ratio,
     ids, values, raw, labels, masked_values, mask, gen_ids, gen_values, gen_lengths, real_lengths,
-    key, key_2, item, item_2, index, binned, histogram, digits, table, edges, chosen, amounts, is_known,
+    key, key_2, key_3, item, index, binned, histogram, digits, table, edges, chosen, amounts, is_known,
 ):  # fmt: skip
     """Write all rows; `generated` is the width of the second part of a split. Outputs not made are empty."""
     n_front, n_back = whole[_N_FRONT], whole[_N_BACK]
+    pad_id, pad_value = whole[_PAD_ID], np.float32(fraction[_PAD_VALUE])
     for row in range(len(starts)):
         a = pointers[row]
         n = pointers[row + 1] - a
         columns, amount = genes[a : a + n], counts[a : a + n]
         total, total_known = totals[row], totals_known[row]
         cell = np.uint64(cells[row])
-        for i in range(n):
-            index[i] = index_of[columns[i]]
         head = front[row if len(front) > 1 else 0]
         out, width = starts[row], widths[row]
+        how = 0
         if whole[_VALUE] == _BINS:
-            bin_counts(
-                amount, index, n, whole[_TORCH], whole[_SIDE], quantiles, seed, epoch, cell, digits, table,
-                edges, key, binned,
-            )  # fmt: skip
+            how = find_edges(amount, n, whole[_TORCH], quantiles, digits, table, edges)
 
         if whole[_MASK] == _SPLIT:
-            _values(whole, fraction, amount, n, total, total_known, 0.0, binned)
+            _look_up(index_of, columns, n, index)
+            if whole[_VALUE] == _BINS:
+                assign(how, amount, index, n, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
+            else:
+                _values(whole, fraction, amount, n, total, total_known, 0.0, binned)
             keys(seed, epoch, cell, _PICK, 0, index, n, key)
-            for i in range(n):
-                item[i] = i
-            sort_keys(key, item, n, key_2, item_2, histogram)
+            smallest(key, n, n, key_2, key_3, histogram, item)
             n_generated = np.int64(n * gen_ratio)
             made = min(n_generated, generated)
             at = row * generated
@@ -178,8 +178,8 @@ def fill_rows(
                 gen_ids[at + k] = token[columns[item[k]]]
                 gen_values[at + k] = binned[item[k]]
             for k in range(made, generated):
-                gen_ids[at + k] = whole[_PAD_ID]
-                gen_values[at + k] = np.float32(fraction[_PAD_VALUE])
+                gen_ids[at + k] = pad_id
+                gen_values[at + k] = pad_value
             gen_lengths[row] = made
             seen = min(n - n_generated, width - n_front)
             for k in range(n_front):
@@ -190,53 +190,45 @@ def fill_rows(
                 values[out + n_front + k] = binned[item[n_generated + k]]
             real_lengths[row] = n_front + seen
             for k in range(out + n_front + seen, out + width):
-                ids[k] = whole[_PAD_ID]
-                values[k] = np.float32(fraction[_PAD_VALUE])
+                ids[k] = pad_id
+                values[k] = pad_value
             continue
 
-        # Which genes, in which order: `item` becomes their positions.
+        # Which genes, in which order.
         kept = min(n, whole[_KEEP])
-        for i in range(n):
-            item[i] = i
         order = whole[_ORDER]
         if n > kept and whole[_CUT_RANDOM]:
-            keys(seed, epoch, cell, _PICK, 0, index, n, key)
-            sort_keys(key, item, n, key_2, item_2, histogram)
-        elif order == _BY_VALUE:
-            for i in range(n):
-                value = normalise(whole[_RANK], amount[i], total, total_known, 0.0, fraction[_RANK_TARGET])
-                if whole[_SCALED]:
-                    value = rank_key(whole[_RANK], value, scale[columns[i]])
-                key[i] = _ALL - np.float64(value).view(np.uint64)
-            sort_keys(key, item, n, key_2, item_2, histogram)
-        elif order == _BY_ID:
-            for i in range(n):
-                key[i] = np.uint64(token[columns[i]])
-            sort_keys(key, item, n, key_2, item_2, histogram)
-        elif order != _BY_COLUMN:
-            keys(seed, epoch, cell, _PICK, 0, index, n, key)
-            sort_keys(key, item, n, key_2, item_2, histogram)
-        kept_total = 0.0
-        for k in range(kept):
-            chosen[k] = columns[item[k]]
-            amounts[k] = amount[item[k]]
-            kept_total += amounts[k]
+            order = _BY_DRAW
+        if order == _BY_COLUMN:
+            for k in range(kept):
+                chosen[k] = columns[k]
+                amounts[k] = amount[k]
+        else:
+            if order == _BY_VALUE:
+                _rank_keys(
+                    whole[_RANK], whole[_SCALED], amount, columns, scale, n, total, total_known,
+                    fraction[_RANK_TARGET], key,
+                )  # fmt: skip
+            elif order == _BY_ID:
+                for i in range(n):
+                    key[i] = np.uint64(token[columns[i]])
+            else:
+                _look_up(index_of, columns, n, index)
+                keys(seed, epoch, cell, _PICK, 0, index, n, key)
+            smallest(key, n, kept, key_2, key_3, histogram, item)
+            for k in range(kept):
+                chosen[k] = columns[item[k]]
+                amounts[k] = amount[item[k]]
 
-        # Their values, before `item` is used again.
-        if whole[_VALUE] == _BINS:
-            for k in range(kept):
-                amounts[len(amounts) // 2 + k] = binned[item[k]]
-            for k in range(kept):
-                binned[k] = np.float32(amounts[len(amounts) // 2 + k])
-        elif whole[_VALUE] == _KEPT_BINS:
-            for k in range(kept):
-                index[k] = index_of[chosen[k]]
-            bin_counts(
-                amounts, index, kept, whole[_TORCH], whole[_SIDE], quantiles, seed, epoch, cell, digits,
-                table, edges, key, binned,
-            )  # fmt: skip
-        elif whole[_VALUE] == _SCALED_VALUE:
+        # Their values.
+        if whole[_VALUE] == _SCALED_VALUE:
+            kept_total = _sum(amounts, kept) if whole[_NORM] == _KEPT_NORM else 0.0
             _values(whole, fraction, amounts, kept, total, total_known, kept_total, binned)
+        elif whole[_VALUE] != _NO_VALUE:
+            if whole[_VALUE] == _KEPT_BINS:
+                how = find_edges(amounts, kept, whole[_TORCH], quantiles, digits, table, edges)
+            _look_up(index_of, chosen, kept, index)
+            assign(how, amounts, index, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
 
         # Unexpressed genes.
         n_genes = kept
@@ -244,120 +236,106 @@ def fill_rows(
             wanted = whole[_FILL_TO] - kept
             for i in range(n):
                 is_known[columns[i]] = 1
-            absent = 0
-            for i in range(len(known)):
-                if not is_known[known[i]]:
-                    item[absent] = known[i]
-                    absent += 1
-                    if whole[_FILL] != _FILL_RANDOM and absent == wanted:
-                        break
+            absent = _absent(known, is_known, item)
             for i in range(n):
                 is_known[columns[i]] = 0
-            if whole[_FILL] == _FILL_RANDOM:
-                for i in range(absent):
-                    index[i] = index_of[item[i]]
-                keys(seed, epoch, cell, _ZEROS, 0, index, absent, key)
-                sort_keys(key, item, absent, key_2, item_2, histogram)
             wanted = min(wanted, absent)
-            for k in range(wanted):
-                chosen[kept + k] = item[k]
-                amounts[kept + k] = 0.0
-                binned[kept + k] = 0.0
+            if whole[_FILL] == _FILL_RANDOM:
+                _look_up(index_of, item, absent, index)
+                keys(seed, epoch, cell, _ZEROS, 0, index, absent, key)
+                smallest(key, absent, wanted, key_2, key_3, histogram, index)
+                for k in range(wanted):
+                    chosen[kept + k] = item[index[k]]
+            else:
+                for k in range(wanted):
+                    chosen[kept + k] = item[k]
+            for k in range(kept, kept + wanted):
+                amounts[k] = 0.0
+                binned[k] = 0.0
             n_genes = kept + wanted
 
         # The row itself.
-        genes_at = out + n_front
-        for k in range(n_front):
-            ids[out + k] = head[k]
-        for k in range(n_genes):
-            ids[genes_at + k] = token[chosen[k]]
-        end = genes_at + n_genes
-        for k in range(n_back):
-            ids[end + k] = back[k]
         n_depth = 0
         if whole[_DEPTH] != _NO_DEPTH:
             n_depth = 1 if whole[_DEPTH_DROP] and total_known <= 1.0 else 2
-            ids[end + n_back] = whole[_DEPTH_FIRST]
+        genes_at, end = n_front, n_front + n_genes
+        length = end + n_back + n_depth
+        row_ids = ids[out : out + width]
+        for k in range(n_front):
+            row_ids[k] = head[k]
+        _look_up(token, chosen, n_genes, row_ids[genes_at:])
+        for k in range(n_back):
+            row_ids[end + k] = back[k]
+        if n_depth:
+            row_ids[end + n_back] = whole[_DEPTH_FIRST]
             if n_depth == 2:
-                ids[end + n_back + 1] = whole[_DEPTH_SECOND]
-        length = n_front + n_genes + n_back + n_depth
-        pad_id = whole[_PAD_ID]
-        for k in range(out + length, out + width):
-            ids[k] = pad_id
+                row_ids[end + n_back + 1] = whole[_DEPTH_SECOND]
+        row_ids[length:] = pad_id
         if whole[_VALUE] != _NO_VALUE:
-            pad_value = np.float32(fraction[_PAD_VALUE])
-            for k in range(n_front):
-                values[out + k] = front_values[k]
-            for k in range(n_genes):
-                values[genes_at + k] = binned[k]
-            for k in range(n_back):
-                values[end + k] = back_values[k]
+            row_values = values[out : out + width]
+            row_values[:n_front] = front_values
+            row_values[genes_at:end] = binned[:n_genes]
+            row_values[end : end + n_back] = back_values
             if n_depth:
-                _depth_values(whole, fraction, total_known, n_depth, values[end + n_back :])
-            for k in range(out + length, out + width):
-                values[k] = pad_value
+                _depth_values(whole, fraction, total_known, n_depth, row_values[end + n_back :])
+            row_values[length:] = pad_value
             if whole[_COUNTS]:
-                for k in range(out, out + width):
-                    raw[k] = pad_value
-                for k in range(n_genes):
-                    raw[genes_at + k] = np.float32(amounts[k])
+                row_counts = raw[out : out + width]
+                row_counts[:n_front] = pad_value
+                row_counts[genes_at:end] = amounts[:n_genes]
+                row_counts[end:] = pad_value
 
         # What is hidden.
         if whole[_MASK] == _TOKENS:
             for k in range(n_front):
                 index[k] = MAX_INDEX - 1 - k
-            for k in range(n_genes):
-                index[n_front + k] = index_of[chosen[k]]
+            _look_up(index_of, chosen, n_genes, index[n_front:])
             for k in range(n_front + n_genes, length):
                 index[k] = MAX_INDEX - 1 - (k - n_genes)
-            keys(seed, epoch, cell, _MASK_STEP, 0, index, length, key)
-            limit = np.uint64(np.ceil(ratios[0] * 2.0**53))
-            for k in range(length):
-                labels[out + k] = -100
-                if unit_bits(key[k]) < limit:
-                    one = ids[out + k]
-                    safe = False
-                    for j in range(len(protect)):
-                        safe |= protect[j] == one
-                    if not safe:
-                        labels[out + k] = one
-                        w0, w1, w2, _ = words(seed, epoch, cell, _KIND, index[k], 0)
-                        kind = unit_bits((w0 << HALF) | w1)
-                        if kind < np.uint64(whole[_MASKED]):
-                            ids[out + k] = whole[_MASK_ID]
-                        elif kind < np.uint64(whole[_REPLACED]):
-                            ids[out + k] = whole[_FIRST] + np.int64((w2 * np.uint64(whole[_SPAN])) >> HALF)
-            for k in range(out + length, out + width):
-                labels[k] = -100
+            hide_ids(
+                whole[_MASK_ID], whole[_MASKED], whole[_REPLACED], whole[_FIRST], whole[_SPAN], ratios[0],
+                protect, seed, epoch, cell, index, length, key, item, ids[out : out + width],
+                labels[out : out + width],
+            )  # fmt: skip
         elif whole[_MASK] != 0:
             first = 0 if whole[_MASK_FRONT] else n_front
             last = n_front + n_genes
             if whole[_MASK_SHORT]:
                 last = max(first, last - n_front)
-            n_eligible = last - first
-            for k in range(n_eligible):
-                at = first + k
-                index[k] = MAX_INDEX - 1 - at if at < n_front else index_of[chosen[at - n_front]]
-            ratio = ratios[0]
-            if len(ratios) > 1:
-                w0, _, _, _ = words(seed, epoch, cell, _RATIO, 0, 0)
-                ratio = ratios[np.int64((w0 * np.uint64(len(ratios))) >> HALF)]
-            keys(seed, epoch, cell, _MASK_STEP, 0, index, n_eligible, key)
-            for k in range(out, out + width):
-                mask[k] = False
-            if whole[_MASK] == _BERNOULLI:
-                limit = np.uint64(np.ceil(ratio * 2.0**53))
-                for k in range(n_eligible):
-                    mask[out + first + k] = unit_bits(key[k]) < limit
-            else:
-                for k in range(n_eligible):
-                    item[k] = k
-                sort_keys(key, item, n_eligible, key_2, item_2, histogram)
-                for k in range(np.int64(n_eligible * ratio)):
-                    mask[out + first + item[k]] = True
-            hidden = np.float32(fraction[_MASK_VALUE])
-            for k in range(out, out + width):
-                masked_values[k] = hidden if mask[k] else values[k]
+            for k in range(first, min(last, n_front)):
+                index[k - first] = MAX_INDEX - 1 - k
+            _look_up(index_of, chosen, max(last - n_front, 0), index[n_front - first :])
+            hide_values(
+                whole[_MASK], ratios, np.float32(fraction[_MASK_VALUE]), seed, epoch, cell, index, first,
+                last - first, key, key_2, key_3, histogram, values[out : out + width],
+                mask[out : out + width], masked_values[out : out + width],
+            )  # fmt: skip
+
+
+@jit
+def _look_up(table, places, n, out):
+    """out[k] = table[places[k]]"""
+    for k in range(n):
+        out[k] = table[places[k]]
+
+
+@jit
+def _absent(known, is_known, item):
+    """item = known genes that the row does not express; returns how many."""
+    absent = np.uint64(0)
+    for i in range(len(known)):
+        one = np.uint32(known[i])
+        item[absent] = one
+        absent += np.uint64(1 - is_known[one])
+    return np.int64(absent)
+
+
+@sums
+def _sum(amounts, n):
+    total = 0.0
+    for k in range(n):
+        total += amounts[k]
+    return total
 
 
 @jit
@@ -381,11 +359,14 @@ def _values(whole, fraction, amount, n, total, total_known, kept_total, out):
     if whole[_VALUE] != _SCALED_VALUE:
         return
     norm, curve, clip = whole[_NORM], whole[_CURVE], fraction[_CLIP]
-    plain = norm == _COUNT_NORM and curve == _NO_CURVE
+    if norm == _COUNT_NORM and curve == _NO_CURVE:
+        most = np.float32(clip)
+        for i in range(n):
+            x = np.float32(amount[i])
+            out[i] = x if x < most else most
+        return
     for i in range(n):
-        if plain:
-            out[i] = min(np.float32(amount[i]), np.float32(clip))
-        elif norm == _KEPT_NORM and kept_total == 0.0:
+        if norm == _KEPT_NORM and kept_total == 0.0:
             out[i] = 0.0
         else:
             value = normalise(norm, amount[i], total, total_known, kept_total, fraction[_TARGET])

@@ -1,4 +1,8 @@
-"""Stable sorting of 64-bit keys with a payload: radix on leading bits, then neighbours in full."""
+"""The smallest 64-bit keys in order, in numba: selected before they are sorted, with their positions in the key.
+
+A key and its position share one 64-bit number, 48 leading bits of the key above 16 of the position: half of
+the memory that keys and payloads beside them would move, and equal keys come in ascending position.
+"""
 
 from __future__ import annotations
 
@@ -6,89 +10,213 @@ import numpy as np
 
 from hbx_gpu.tokens._host.draws import jit
 
-DIGIT, PASSES = 11, 6
-_BUCKETS = 1 << DIGIT
-_MASK = np.uint64(_BUCKETS - 1)
-_SMALL, _MIDDLE = 48, 8192
-SCRATCH = PASSES * _BUCKETS
-"""Entries of the histogram that :func:`sort_keys` needs."""
+_DIGIT = 8
+_BUCKETS = 1 << _DIGIT
+_MASK, _UPPER = np.uint64(_BUCKETS - 1), np.uint64(_BUCKETS)
+_POSITION = np.uint64(0xFFFF)
+_POSITIONS = 1 << 16
+_SMALL = 48
+HISTOGRAM = 2 * _BUCKETS
+"""Entries of the histogram that sorting needs."""
 
 
 @jit
-def sort_keys(key, item, n, key_2, item_2, histogram):
-    """Sort key[:n] ascending, item[:n] along with it; equal keys keep their order.
+def smallest(key, n, keep, packed, packed_2, histogram, item):
+    """item[:keep] = positions of the `keep` smallest of key[:n], in ascending (key, position).
 
-    The leading 22 of the bits in which keys differ (33 in long rows) go through passes of 11 bits. What is
-    equal there and differs below is put right by insertion, which finds nearly everything in place; where it
-    does not, all the bits that differ are sorted by.
+    `packed`, `packed_2`: uint64 of at least n entries; `histogram`: int32 (HISTOGRAM,). keep <= n.
     """
-    if n <= _SMALL:
-        _insert(key, item, n, n * n)
+    if n > _POSITIONS:
+        _by_comparison(key, n, keep, item)
         return
-    low, high = key[0], key[0]
-    for i in range(n):
-        low &= key[i]
-        high |= key[i]
-    differ = low ^ high
-    top = 0
-    while top < 64 and differ >> np.uint64(top) != 0:
-        top += 1
-    wanted = 2 if n <= _MIDDLE else 3
-    n_passes = min(wanted, (top + DIGIT - 1) // DIGIT)
-    _radix(key, item, n, key_2, item_2, histogram, max(0, top - DIGIT * wanted), n_passes)
-    if top > DIGIT * wanted and not _insert(key, item, n, 8 * n):
-        _radix(key, item, n, key_2, item_2, histogram, 0, (top + DIGIT - 1) // DIGIT)
+    shift = _pack(key, n, packed)
+    found = _select(packed, n, keep, histogram)
+    _sort(packed, found, packed_2, histogram)
+    for k in range(keep):
+        item[k] = packed[k] & _POSITION
+    if shift < 16:
+        _by_low_bits(key, packed, keep, found, item)
 
 
 @jit
-def _radix(key, item, n, key_2, item_2, histogram, first_bit, n_passes):
-    """Stable passes over digits of 11 bits, from `first_bit` up."""
-    shift = np.uint64(first_bit)
-    for b in range(n_passes * _BUCKETS):
+def mark_smallest(key, n, keep, packed, packed_2, histogram, flags):
+    """flags[i] = whether key[i] is among the `keep` smallest of key[:n]; equal keys count by position."""
+    for i in range(n):
+        flags[i] = False
+    if keep <= 0:
+        return
+    if n > _POSITIONS:
+        order = np.argsort(key[:n], kind="mergesort")
+        for k in range(keep):
+            flags[order[k]] = True
+        return
+    shift = _pack(key, n, packed)
+    for b in range(_BUCKETS):
         histogram[b] = 0
     for i in range(n):
-        bits = key[i] >> shift
-        for p in range(n_passes):
-            histogram[p * _BUCKETS + np.int64((bits >> np.uint64(p * DIGIT)) & _MASK)] += 1
-    source_key, source_item, target_key, target_item = key, item, key_2, item_2
-    for p in range(n_passes):
-        base, total = p * _BUCKETS, 0
-        for b in range(base, base + _BUCKETS):
-            count = histogram[b]
-            histogram[b] = total
-            total += count
-        at = shift + np.uint64(p * DIGIT)
-        for i in range(n):
-            one = source_key[i]
-            b = base + np.int64((one >> at) & _MASK)
-            place = histogram[b]
-            histogram[b] = place + 1
-            target_key[place] = one
-            target_item[place] = source_item[i]
-        source_key, target_key = target_key, source_key
-        source_item, target_item = target_item, source_item
-    if n_passes % 2:
-        for i in range(n):
-            key[i] = key_2[i]
-            item[i] = item_2[i]
+        histogram[packed[i] >> np.uint64(56)] += 1
+    last, below = 0, 0
+    while below + histogram[last] < keep:
+        below += histogram[last]
+        last += 1
+    cut, place = np.uint64(last), np.uint64(0)
+    for i in range(n):
+        bucket = packed[i] >> np.uint64(56)
+        flags[i] = bucket < cut
+        packed_2[place] = packed[i]
+        place += np.uint64(bucket == cut)
+    found, wanted = np.int64(place), keep - below
+    if wanted == found:
+        for k in range(found):
+            flags[packed_2[k] & _POSITION] = True
+        return
+    _sort(packed_2, found, packed, histogram)
+    if shift < 16 and (packed_2[wanted - 1] ^ packed_2[wanted]) <= _POSITION:
+        # 48 bits do not tell who is the last one: all of that bucket by all of their bits.
+        for k in range(1, found):
+            one = packed_2[k]
+            j = k - 1
+            while j >= 0 and _later(key, packed_2[j], one):
+                packed_2[j + 1] = packed_2[j]
+                j -= 1
+            packed_2[j + 1] = one
+    for k in range(wanted):
+        flags[packed_2[k] & _POSITION] = True
 
 
 @jit
-def _insert(key, item, n, budget):
-    """Sort what is nearly in place; False when more than `budget` moves did not do, order still stable."""
+def _later(key, left, right):
+    a, b = left & _POSITION, right & _POSITION
+    return key[a] > key[b] or (key[a] == key[b] and a > b)
+
+
+@jit
+def _pack(key, n, packed):
+    """packed[i] = the leading 48 bits of key[i] above the smallest key, and i; returns how far bits moved."""
+    low, high = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
+    for i in range(n):
+        low = min(low, key[i])
+        high = max(high, key[i])
+    span = high - low if n else np.uint64(0)
+    if not span:
+        for i in range(n):
+            packed[i] = np.uint64(i)
+        return 64
+    shift = np.uint64(0)
+    while not (span >> np.uint64(63)):
+        span <<= np.uint64(1)
+        shift += np.uint64(1)
+    for i in range(n):
+        packed[i] = (((key[i] - low) << shift) & ~_POSITION) | np.uint64(i)
+    return np.int64(shift)
+
+
+@jit
+def _select(packed, n, keep, histogram):
+    """Move what may be among the `keep` smallest to the front, in order of position; returns how many."""
+    if keep >= n or n <= _SMALL:
+        return n
+    for b in range(_BUCKETS):
+        histogram[b] = 0
+    for i in range(n):
+        histogram[packed[i] >> np.uint64(56)] += 1
+    last, seen = 0, histogram[0]
+    while seen < keep:
+        last += 1
+        seen += histogram[last]
+    limit = np.uint64(last)
+    found = np.uint64(0)
+    for i in range(n):
+        one = packed[i]
+        packed[found] = one
+        found += np.uint64((one >> np.uint64(56)) <= limit)
+    return np.int64(found)
+
+
+@jit
+def _sort(packed, n, packed_2, histogram):
+    """Sort distinct numbers: two passes over the leading 16 bits, then neighbors by insertion."""
+    if n <= _SMALL:
+        _insert(packed, n, n * n)
+        return
+    _pass_pair(packed, n, packed_2, histogram, 48)
+    if n > 8 * _SMALL and not _insert(packed, n, 8 * n):
+        # Keys that agree in their leading bits: by all bits, 8 at a time.
+        for first in (0, 16, 32, 48):
+            _pass_pair(packed, n, packed_2, histogram, first)
+    elif n <= 8 * _SMALL:
+        _insert(packed, n, n * n)
+
+
+@jit
+def _pass_pair(packed, n, packed_2, histogram, first):
+    """Stable passes over the digits at bits `first` and `first` + 11."""
+    low, high = np.uint64(first), np.uint64(first + _DIGIT)
+    for b in range(2 * _BUCKETS):
+        histogram[b] = 0
+    for i in range(n):
+        one = packed[i]
+        histogram[(one >> low) & _MASK] += 1
+        histogram[_UPPER + ((one >> high) & _MASK)] += 1
+    a, b = 0, 0
+    for d in range(_BUCKETS):
+        count = histogram[d]
+        histogram[d] = a
+        a += count
+        count = histogram[_BUCKETS + d]
+        histogram[_BUCKETS + d] = b
+        b += count
+    for i in range(n):
+        one = packed[i]
+        d = (one >> low) & _MASK
+        packed_2[histogram[d]] = one
+        histogram[d] += 1
+    for i in range(n):
+        one = packed_2[i]
+        d = _UPPER + ((one >> high) & _MASK)
+        packed[histogram[d]] = one
+        histogram[d] += 1
+
+
+@jit
+def _insert(packed, n, budget):
+    """Sort what is nearly in place; False when more than `budget` moves did not do."""
     for i in range(1, n):
-        one = key[i]
-        if key[i - 1] <= one:
+        one = packed[i]
+        if packed[i - 1] <= one:
             continue
-        own = item[i]
         j = i - 1
-        while j >= 0 and key[j] > one:
-            key[j + 1] = key[j]
-            item[j + 1] = item[j]
+        while j >= 0 and packed[j] > one:
+            packed[j + 1] = packed[j]
             j -= 1
-        key[j + 1] = one
-        item[j + 1] = own
+        packed[j + 1] = one
         budget -= i - 1 - j
         if budget < 0:
             return False
     return True
+
+
+@jit
+def _by_low_bits(key, packed, keep, found, item):
+    """Put right what 48 bits do not tell apart: neighbors, in nearly all rows none."""
+    same = 0
+    for k in range(1, found):
+        same += (packed[k] ^ packed[k - 1]) <= _POSITION
+    if not same:
+        return
+    for k in range(1, found):
+        one = packed[k]
+        j = k - 1
+        while j >= 0 and (packed[j] ^ one) <= _POSITION and _later(key, packed[j], one):
+            packed[j + 1] = packed[j]
+            j -= 1
+        packed[j + 1] = one
+    for k in range(keep):
+        item[k] = packed[k] & _POSITION
+
+
+@jit
+def _by_comparison(key, n, keep, item):
+    order = np.argsort(key[:n], kind="mergesort")
+    for k in range(keep):
+        item[k] = order[k]
