@@ -54,7 +54,7 @@ def sentence(program: Weighted, tables: Tables, drawn: np.ndarray, codes: Iterab
 def ranked_row(program: Ranked, tables: Tables, row: Row, draws: Draws, shared: np.ndarray) -> Made:
     """One row of :class:`Ranked`; `shared`: ids of the batch's own genes to predict."""
     logs = (row.counts if program.logged else a.log1p(row.counts)).astype(np.float32)
-    fixed = np.rint(logs * FIXED)
+    fixed = np.rint(logs.astype(np.float64) * FIXED)
     index = tables.index[row.columns]
     order = np.lexsort((index, draws.keys(Step.TIES, index), -logs))
     absent = np.setdiff1d(tables.known, row.columns)
@@ -75,7 +75,7 @@ def ranked_row(program: Ranked, tables: Tables, row: Row, draws: Draws, shared: 
         "values": shares.astype(np.float32),
         "task_ids": task_ids,
         "task_values": task_values,
-        "totals": np.float32(np.rint(task_values * FIXED).sum() / FIXED),
+        "totals": np.float32(np.rint(task_values.astype(np.float64) * FIXED).sum() / FIXED),
     }
 
 

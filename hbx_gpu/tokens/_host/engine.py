@@ -5,63 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.tokens import _rows
 from hbx_gpu.tokens._arithmetic import linspace32
 from hbx_gpu.tokens._by_row import reference
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
-from hbx_gpu.tokens._host import bins, rows, sequence, sorting
-from hbx_gpu.tokens._lower_sampled import Ranked
+from hbx_gpu.tokens._host import bins, sequence, sorting
+from hbx_gpu.tokens._host.known import Known
+from hbx_gpu.tokens._host.sentences import sentences
 from hbx_gpu.tokens._program import Fill, Mask, Sequence, Value
 from hbx_gpu.tokens._reference import Cut
 
 
 def host(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
     """See :class:`hbx_gpu.tokens._cells.Engine`."""
-    if not isinstance(compiled.program, Sequence) or not len(cells):
+    if not len(cells):
         return reference(compiled, cells, options)
+    if not isinstance(compiled.program, Sequence):
+        return sentences(compiled, cells, options)
     return _sequences(compiled, cells, options)
-
-
-class Known:
-    """Known genes of a batch's rows, end to end.
-
-    Attributes
-    ----------
-    pointers
-        int64 (n + 1,). Row i is ``genes[pointers[i] : pointers[i + 1]]``.
-    genes, counts
-        uint32 and float64.
-    totals, totals_known
-        float64 (n,). Sums of all counts, and of those of known genes.
-    """
-
-    def __init__(self, compiled: Compiled, cells: Cells) -> None:
-        tables, program = compiled.tables, compiled.program
-        n = len(cells)
-        room = len(cells.columns)
-        if program.zeros:
-            room = int(np.maximum(np.diff(cells.offsets), len(tables.known)).sum())
-        self.pointers = np.empty(n + 1, np.int64)
-        self.genes, self.counts = POOL.empty(room + 1, np.uint32), POOL.empty(room + 1, np.float64)
-        self.totals, self.totals_known = np.empty(n, np.float64), np.empty(n, np.float64)
-        values = cells.values
-        if values.dtype == np.float16 or values.dtype == bool:
-            values = values.astype(np.float32)
-        logged = isinstance(program, Ranked) and program.logged
-        status = rows.known_genes(
-            cells.offsets, cells.columns, values, tables.column, tables.known, program.zeros, logged,
-            self.pointers, self.genes, self.counts, self.totals, self.totals_known,
-        )  # fmt: skip
-        if status == rows.NOT_COUNTS:
-            raise _rows.not_logarithms(cells.where) if logged else _rows.not_counts(cells.where)
-        if status == rows.TOO_MANY:
-            raise _rows.too_many(cells.where)
-        if status == rows.BAD_COLUMN:
-            raise InvalidDataError(
-                f"{cells.where}: a column number lies outside the {compiled.n_features} features"
-            )
 
 
 def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
@@ -108,8 +69,7 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
     }
     every = {**none, **made, **generated}
 
-    longest = int(np.diff(known.pointers).max(initial=0))
-    room = max(longest, len(tables.known) if program.fill != Fill.NONE else 0) + program.length + 64
+    room = max(known.longest, len(tables.known) if program.fill != Fill.NONE else 0) + program.length + 64
     steps = program.bins - 2
     if program.torch_edges:
         quantiles = linspace32(program.bins - 1).astype(np.float64)

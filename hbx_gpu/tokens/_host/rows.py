@@ -19,8 +19,8 @@ def known_genes(
     Writes pointers (n + 1), genes and counts (up to one for each stored value, or for each known gene with
     `zeros`), totals and totals_known (n). Returns the status of the first bad row, or 0.
     """
-    # Unsigned numbers as places, and views that begin at 0, leave nothing to check for places counted from the
-    # end: loops stay simple enough for vector instructions.
+    # Unsigned numbers as places, and views that begin at 0, leave nothing to check for places counted from
+    # the end: loops stay simple enough for vector instructions.
     n_features = np.uint32(len(column_of))
     limit = 2.0**53
     at = 0

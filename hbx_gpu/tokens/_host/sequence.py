@@ -314,7 +314,7 @@ def fill_rows(
 
 @jit
 def _look_up(table, places, n, out):
-    """out[k] = table[places[k]]"""
+    """out[k] = table[places[k]]."""
     for k in range(n):
         out[k] = table[places[k]]
 

@@ -1,4 +1,4 @@
-"""The smallest 64-bit keys in order, in numba: selected before they are sorted, with their positions in the key.
+"""The smallest 64-bit keys in order, in numba: selected before they are sorted.
 
 A key and its position share one 64-bit number, 48 leading bits of the key above 16 of the position: half of
 the memory that keys and payloads beside them would move, and equal keys come in ascending position.

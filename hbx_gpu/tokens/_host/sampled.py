@@ -1,0 +1,359 @@
+"""Rows of the models that sample genes, in numba; see :mod:`hbx_gpu.tokens._reference_sampled`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hbx_gpu.tokens._draws import Step, special_index
+from hbx_gpu.tokens._host.arithmetic import log1p
+from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, unit_bits, words
+from hbx_gpu.tokens._host.sorting import smallest
+
+FIXED = 2.0**32
+SMALL = 4096
+"""Logarithms of counts below this come from a table."""
+_PICK, _ZEROS, _WEIGHTED, _CHROM = int(Step.PICK), int(Step.ZEROS), int(Step.WEIGHTED), int(Step.CHROM)
+_THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
+_PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
+_GUIDE = 2048
+_GUIDE_BITS, _GUIDE_SHIFT = np.uint64(11), np.uint64(53)
+
+
+# -- UCE -----------------------------------------------------------------------------------------------
+
+
+@jit
+def weighted_rows(
+    pointers, genes, counts, cells, seed, epoch, samples, cls, close, offset, chromosome, codes, place, token,
+    weights, numbers, key, key_2, key_3, histogram, item, sums, guide, times, turn, ids, lengths,
+):  # fmt: skip
+    """ids (n, length) and lengths; what lies beyond a row's length is left alone.
+
+    `chromosome`: for each column, which of `codes` is its chromosome's; `weights`: of counts below SMALL;
+    `numbers`: 0, 1, 2, ...; `turn`: as long as `codes`.
+    """
+    most = ids.shape[1]
+    for row in range(len(cells)):
+        a = pointers[row]
+        n = pointers[row + 1] - a
+        columns, amount = genes[a : a + n], counts[a : a + n]
+        cell, out = np.uint64(cells[row]), ids[row]
+        out[0] = cls
+        lengths[row] = 1
+        if n == 0:
+            continue
+        total = np.uint64(0)
+        for i in range(n):
+            x = amount[i]
+            total += weights[np.int32(x)] if x < SMALL else np.uint64(np.rint(log1p(x) * FIXED))
+            sums[i] = total
+            times[i] = 0
+        # Where to begin looking, by the leading bits of the draw.
+        i = 0
+        for g in range(_GUIDE):
+            first = mulhi(np.uint64(g) << _GUIDE_SHIFT, total)
+            while sums[i] <= first:
+                i += 1
+            guide[g] = i
+        keys(seed, epoch, cell, _WEIGHTED, 0, numbers, samples, key)
+        for j in range(samples):
+            drawn = mulhi(key[j], total)
+            i = np.int64(guide[key[j] >> _GUIDE_SHIFT])
+            while sums[i] <= drawn:
+                i += 1
+            times[i] += 1
+        # Genes that were drawn, by the turn of their chromosome and their place on it.
+        turn[:] = -1
+        for i in range(n):
+            if times[i]:
+                turn[chromosome[columns[i]]] = 0
+        present = 0
+        for c in range(len(turn)):
+            if turn[c] == 0:
+                item[present] = codes[c]
+                guide[present] = c
+                present += 1
+        keys(seed, epoch, cell, _CHROM, 0, item, present, key)
+        smallest(key, present, present, key_2, key_3, histogram, item)
+        for c in range(present):
+            turn[guide[item[c]]] = c
+        distinct = 0
+        for i in range(n):
+            if times[i]:
+                column = columns[i]
+                key[distinct] = (np.uint64(turn[chromosome[column]]) << HALF) | np.uint64(place[column])
+                sums[distinct] = np.uint64(i)
+                distinct += 1
+        smallest(key, distinct, distinct, key_2, key_3, histogram, item)
+        at, before = 1, -1
+        for k in range(distinct):
+            i = np.int64(sums[item[k]])
+            column = columns[i]
+            c = np.int64(turn[chromosome[column]])
+            if c != before:
+                if before >= 0 and at < most:
+                    out[at] = close
+                    at += 1
+                if at < most:
+                    out[at] = offset + codes[chromosome[column]]
+                    at += 1
+                before = c
+            for _ in range(times[i]):
+                if at < most:
+                    out[at] = token[column]
+                    at += 1
+        if at < most:
+            out[at] = close
+            at += 1
+        lengths[row] = at
+
+
+# -- State ---------------------------------------------------------------------------------------------
+
+
+@jit
+def ranked_rows(
+    pointers, genes, counts, cells, seed, epoch, logged, cls_column, n_expressed, n_absent, count_one_absent,
+    shared, shared_columns, token, index_of, known, logs_of, numbers,
+    key, key_2, key_3, ties, histogram, item, index, absent, some, level, is_known,
+    ids, values, task_ids, task_values, totals,
+):  # fmt: skip
+    """All outputs, a row after the other; `level` and `is_known` are zeros by column, left so."""
+    length = ids.shape[1]
+    for row in range(len(cells)):
+        a = pointers[row]
+        n = pointers[row + 1] - a
+        columns, amount = genes[a : a + n], counts[a : a + n]
+        cell, out = np.uint64(cells[row]), ids[row]
+        top, total = 0.0, 0.0
+        for i in range(n):
+            x = amount[i]
+            top = max(top, x)
+            if logged:
+                log = np.float32(x)
+            elif x < SMALL:
+                log = logs_of[np.int32(x)]
+            else:
+                log = np.float32(log1p(x))
+            level[columns[i]] = log
+            is_known[columns[i]] = 1
+            total += np.rint(np.float64(log) * FIXED)
+            index[i] = index_of[columns[i]]
+        total /= FIXED
+        # The highest first; equal ones by their draws.
+        keys(seed, epoch, cell, _TIES, 0, index, n, ties)
+        if not logged and top < SMALL:
+            for i in range(n):
+                key[i] = (np.uint64(top - amount[i]) << np.uint64(52)) | (ties[i] >> np.uint64(12))
+        else:
+            for i in range(n):
+                bits = np.uint64(np.float32(level[columns[i]]).view(np.uint32))
+                key[i] = ((np.uint64(0xFFFFFFFF) - bits) << HALF) | (ties[i] >> HALF)
+        smallest(key, n, n, key_2, key_3, histogram, item)
+        for k in range(1, n):  # equal in the bits of the draw that had room
+            one = item[k]
+            j = k - 1
+            while j >= 0 and key[item[j]] == key[one] and ties[item[j]] > ties[one]:
+                item[j + 1] = item[j]
+                j -= 1
+            item[j + 1] = one
+        out[0] = cls_column
+        kept = min(n, length - 1)
+        for k in range(kept):
+            out[1 + k] = columns[item[k]]
+        missing = length - 1 - kept
+        n_zero = 0
+        for i in range(len(known)):
+            absent[n_zero] = known[i]
+            n_zero += 1 - is_known[known[i]]
+        if missing:
+            if n_zero >= missing:
+                for i in range(n_zero):
+                    index[i] = index_of[absent[i]]
+                keys(seed, epoch, cell, _ZEROS, 0, index, n_zero, key)
+                smallest(key, n_zero, missing, key_2, key_3, histogram, item)
+                for k in range(missing):
+                    out[1 + kept + k] = absent[item[k]]
+            else:
+                keys(seed, epoch, cell, _ZEROS, 1, numbers, missing, key)
+                for k in range(missing):
+                    if n_zero:
+                        out[1 + kept + k] = absent[mulhi(key[k], np.uint64(n_zero))]
+                    else:
+                        out[1 + kept + k] = columns[mulhi(key[k], np.uint64(n))]
+        for k in range(length):
+            column = out[k]
+            if total > 0.0:
+                values[row, k] = np.float32(100.0 * (np.float64(level[column]) / total))
+            else:
+                values[row, k] = np.float32(100.0 / len(known))
+            out[k] = token[column]
+
+        # Genes to predict.
+        n_some = n
+        for i in range(n):
+            some[i] = columns[i]
+        _tasks(
+            some, n_some, known, n_expressed, _PICK, 0, seed, epoch, cell, index_of, numbers,
+            index, key, key_2, key_3, histogram, item, task_ids[row],
+        )  # fmt: skip
+        n_some = 0
+        for i in range(len(known)):
+            column = known[i]
+            some[n_some] = column
+            n_some += is_known[column] == 0 or (count_one_absent and level[column] < 1.0)
+        _tasks(
+            some, n_some, known, n_absent, _ZEROS, 2, seed, epoch, cell, index_of, numbers,
+            index, key, key_2, key_3, histogram, item, task_ids[row, n_expressed:],
+        )  # fmt: skip
+        own = n_expressed + n_absent
+        whole = 0.0
+        for k in range(own):
+            column = task_ids[row, k]
+            task_ids[row, k] = token[column]
+            task_values[row, k] = level[column]
+        for k in range(len(shared)):
+            task_ids[row, own + k] = shared[k]
+            column = shared_columns[k]
+            task_values[row, own + k] = level[column] if column >= 0 else np.float32(0)
+        for k in range(task_values.shape[1]):
+            whole += np.rint(np.float64(task_values[row, k]) * FIXED)
+        totals[row] = np.float32(whole / FIXED)
+        for i in range(n):
+            level[columns[i]] = 0.0
+            is_known[columns[i]] = 0
+
+
+@jit
+def _tasks(
+    some, n_some, known, n, step, block, seed, epoch, cell, index_of, numbers,
+    index, key, key_2, key_3, histogram, item, out,
+):  # fmt: skip
+    """out[:n] = n of `some` columns at random; with replacement where they are too few, of all if none."""
+    if n_some >= n:
+        for i in range(n_some):
+            index[i] = index_of[some[i]]
+        keys(seed, epoch, cell, step, block, index, n_some, key)
+        smallest(key, n_some, n, key_2, key_3, histogram, item)
+        for k in range(n):
+            out[k] = some[item[k]]
+        return
+    keys(seed, epoch, cell, step, block + 1, numbers, n, key)
+    for k in range(n):
+        if n_some:
+            out[k] = some[mulhi(key[k], np.uint64(n_some))]
+        else:
+            out[k] = known[mulhi(key[k], np.uint64(len(known)))]
+
+
+# -- CellariumGPT --------------------------------------------------------------------------------------
+
+
+@jit
+def prompt_rows(
+    pointers, genes, counts, totals, cells, seed, epoch, masks, thinned, min_umis, max_umis, prefix,
+    prefix_sums, fixed_shown, vocabulary, predict, query_of, token, index_of, front,
+    key, key_2, key_3, histogram, item, index,
+    ids, values, query_mask, total_counts, prompt_mask, labels,
+    metadata_ids, metadata_labels, metadata_mask,
+):  # fmt: skip
+    """All outputs, a row after the other, but for the weights of labels."""
+    m = len(masks)
+    n = ids.shape[1] - m
+    for row in range(len(cells)):
+        a = pointers[row]
+        n_known = pointers[row + 1] - a
+        columns, amount = genes[a : a + n_known], counts[a : a + n_known]
+        cell, total = np.uint64(cells[row]), totals[row]
+        depth = min(total, max_umis)
+        shows = prefix
+        if predict:
+            for k in range(n):
+                item[k] = k
+        else:
+            for i in range(n_known):
+                index[i] = index_of[columns[i]]
+            keys(seed, epoch, cell, _PICK, 0, index, n_known, key)
+            smallest(key, n_known, n, key_2, key_3, histogram, item)
+            if len(prefix_sums):
+                w0, w1, _, _ = words(seed, epoch, cell, _RATIO, _PREFIX, 0)
+                one = (w0 << HALF) | w1
+                shows = 0
+                while shows < len(prefix_sums) and prefix_sums[shows] <= one:
+                    shows += 1
+                shows = min(shows, n - 1)
+        for k in range(n):
+            column = columns[item[k]]
+            x = amount[item[k]]
+            wanted = depth
+            if predict:
+                count = np.rint(x * (depth / total if total > 0.0 else 0.0))
+                query = query_of[column]
+            else:
+                gene = index_of[column]
+                if thinned > 0.0:
+                    w0, w1, _, _ = words(seed, epoch, cell, _RATIO, gene, 0)
+                    unit = np.float64(unit_bits((w0 << HALF) | w1)) * 2.0**-53
+                    part = min(unit / thinned, 1.0)
+                    wanted = min_umis + part * (depth - min_umis)
+                share = min(max(wanted / max(total, 1.0), 0.0), 1.0)
+                count = x if share >= 1.0 else _thin(seed, epoch, cell, gene, x, share)
+                query = k >= shows
+            ids[row, k] = token[column]
+            values[row, k] = np.float32(0.0) if query else np.float32(log1p(count))
+            query_mask[row, k] = np.float32(query)
+            total_counts[row, k] = np.float32(log1p(np.rint(wanted)))
+            prompt_mask[row, k] = not query
+            labels[row, k] = np.int64(min(count, vocabulary - 1.0))
+        for k in range(n, n + m):
+            ids[row, k], values[row, k], query_mask[row, k], total_counts[row, k] = 0, 0.0, 0.0, 0.0
+            labels[row, k] = 0
+        head = front[row if len(front) > 1 else 0]
+        _metadata(
+            head, masks, fixed_shown, seed, epoch, cell, key, item, prompt_mask[row, n:],
+            metadata_ids[row], metadata_labels[row], metadata_mask[row],
+        )  # fmt: skip
+
+
+@jit
+def _thin(seed, epoch, cell, gene, count, share):
+    """How many of `count` words lie below a share of 2**32."""
+    below = np.uint64(np.floor(share * 2.0**32))
+    kept, left, block = 0, count, 0
+    while left > 0.0:
+        w0, w1, w2, w3 = words(seed, epoch, cell, _THIN, gene, block)
+        kept += w0 < below
+        kept += (left > 1.0) & (w1 < below)
+        kept += (left > 2.0) & (w2 < below)
+        kept += (left > 3.0) & (w3 < below)
+        left -= 4.0
+        block += 1
+    return np.float64(kept)
+
+
+@jit
+def _metadata(head, masks, fixed_shown, seed, epoch, cell, key, item, prompts, ids, labels, mask):
+    """Which metadata is shown, and its codes with the others hidden."""
+    m = len(masks)
+    for k in range(m):
+        mask[k] = False
+    if len(fixed_shown) == m:
+        for k in range(m):
+            mask[k] = fixed_shown[k]
+    else:
+        w0, _, _, _ = words(seed, epoch, cell, _RATIO, _PROMPTS, 0)
+        n = np.int64((w0 * np.uint64(m + 1)) >> HALF)
+        for k in range(m):
+            item[k] = _PROMPT_0 - k
+        keys(seed, epoch, cell, _PICK, 0, item, m, key)
+        for k in range(m):
+            before = 0
+            for j in range(m):
+                before += key[j] < key[k]
+            mask[k] = before < n
+    for k in range(m):
+        code = head[k]
+        mask[k] &= code >= 0
+        prompts[k] = mask[k]
+        labels[k] = max(code, 0)
+        ids[k] = code if mask[k] else (0 if code < 0 else masks[k])

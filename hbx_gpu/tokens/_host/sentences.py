@@ -1,0 +1,162 @@
+"""Batches of the models that sample genes: memory for a batch, then the kernels of `sampled`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._buffers import POOL
+from hbx_gpu.tokens import _arithmetic as a
+from hbx_gpu.tokens._by_row import FLOATS, PADDED
+from hbx_gpu.tokens._cells import Cells, Options
+from hbx_gpu.tokens._compile import Compiled
+from hbx_gpu.tokens._host import sampled, sorting
+from hbx_gpu.tokens._host.known import Known
+from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
+from hbx_gpu.tokens._reference_sampled import shared_genes
+
+
+def sentences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
+    """Outputs of :class:`Weighted`, :class:`Ranked` and :class:`Prompt`."""
+    known = Known(compiled, cells)
+    program: Any = compiled.program
+    if isinstance(program, Weighted):
+        made, lengths = _weighted(compiled, program, cells, known)
+    elif isinstance(program, Ranked):
+        made, lengths = _ranked(compiled, program, cells, known)
+    else:
+        assert isinstance(program, Prompt)
+        made, lengths = _prompt(compiled, program, cells, known)
+    return {"lengths": lengths, **_handed_out(program, made, lengths, options)}
+
+
+@cache
+def _logs() -> np.ndarray:
+    """float64. Logarithms of small counts."""
+    return a.log1p(np.arange(sampled.SMALL, dtype=np.float64))
+
+
+@cache
+def _weights() -> np.ndarray:
+    """uint64. The same as weights, in whole multiples of 2**-32."""
+    return np.rint(_logs() * sampled.FIXED).astype(np.uint64)
+
+
+def _scratch(room: int) -> tuple[np.ndarray, ...]:
+    """Keys three times, a histogram, and two lists of positions, for rows of up to `room` genes."""
+    return (
+        *(np.empty(room, np.uint64) for _ in range(3)),
+        np.empty(sorting.HISTOGRAM, np.int32),
+        *(np.empty(room, np.uint32) for _ in range(2)),
+    )
+
+
+def _weighted(
+    compiled: Compiled, program: Weighted, cells: Cells, known: Known
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    n, tables = len(cells), compiled.tables
+    codes, own = np.unique(program.chromosome[tables.known], return_inverse=True)
+    chromosome = np.zeros(compiled.n_features, np.int32)
+    chromosome[tables.known] = own
+    room = max(known.longest, program.samples, len(codes), 2048) + 1
+    key, key_2, key_3, histogram, item, guide = _scratch(room)
+    ids, lengths = POOL.empty((n, program.length), np.int64), np.empty(n, np.int32)
+    sampled.weighted_rows(
+        known.pointers, known.genes, known.counts, cells.numbers, np.uint64(cells.seed),
+        np.uint64(cells.epoch), program.samples, program.cls, program.close, program.offset, chromosome,
+        codes.astype(np.int64), program.place, tables.token, _weights(),
+        np.arange(program.samples, dtype=np.uint32), key, key_2, key_3, histogram, item,
+        np.empty(room, np.uint64), guide, np.empty(room, np.int32), np.empty(len(codes), np.int64), ids,
+        lengths,
+    )  # fmt: skip
+    return {"input_ids": ids}, lengths
+
+
+def _ranked(
+    compiled: Compiled, program: Ranked, cells: Cells, known: Known
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    n, tables = len(cells), compiled.tables
+    n_tasks = sum(program.tasks)
+    made = {
+        "input_ids": POOL.empty((n, program.length), np.int64),
+        "values": POOL.empty((n, program.length), np.float32),
+        "task_ids": POOL.empty((n, n_tasks), np.int64),
+        "task_values": POOL.empty((n, n_tasks), np.float32),
+        "totals": np.empty(n, np.float32),
+    }
+    shared = shared_genes(program, cells.seed, cells.epoch, cells.batch)
+    owner = np.full(max(program.n_ids, int(tables.token.max()) + 1), -1, np.int64)
+    owner[tables.token[tables.known]] = tables.known
+    room = max(known.longest, len(tables.known), program.length, *program.tasks) + 1
+    key, key_2, key_3, histogram, item, index = _scratch(room)
+    sampled.ranked_rows(
+        known.pointers, known.genes, known.counts, cells.numbers, np.uint64(cells.seed),
+        np.uint64(cells.epoch), program.logged, program.cls_column, program.tasks[0], program.tasks[1],
+        program.count_one_absent, shared, owner[shared], tables.token, tables.index, tables.known,
+        _logs().astype(np.float32), np.arange(room, dtype=np.uint32), key, key_2, key_3,
+        np.empty(room, np.uint64), histogram, item, index, np.empty(room, np.uint32),
+        np.empty(room, np.uint32), np.zeros(compiled.n_features, np.float32),
+        np.zeros(compiled.n_features, np.uint8), *made.values(),
+    )  # fmt: skip
+    return made, np.full(n, program.length, np.int32)
+
+
+def _prompt(
+    compiled: Compiled, program: Prompt, cells: Cells, known: Known
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    n, tables, m = len(cells), compiled.tables, len(program.metadata_masks)
+    shape = (n, program.length)
+    made = {
+        "input_ids": POOL.empty(shape, np.int64),
+        "values": POOL.empty(shape, np.float32),
+        "query_mask": POOL.empty(shape, np.float32),
+        "total_counts": POOL.empty(shape, np.float32),
+        "prompt_mask": POOL.empty(shape, np.bool_),
+        "labels": POOL.empty(shape, np.int64),
+        "metadata_ids": np.empty((n, m), np.int64),
+        "metadata_labels": np.empty((n, m), np.int64),
+        "metadata_mask": np.empty((n, m), np.bool_),
+    }
+    room = max(known.longest, program.length) + 1
+    key, key_2, key_3, histogram, item, index = _scratch(room)
+    sampled.prompt_rows(
+        known.pointers, known.genes, known.counts, known.totals, cells.numbers, np.uint64(cells.seed),
+        np.uint64(cells.epoch), np.array(program.metadata_masks, np.int64), program.thinned,
+        program.min_umis, program.max_umis, program.prefix, program.prefix_sums, program.shown,
+        program.value_vocabulary, program.predict, program.query, tables.token, tables.index,
+        np.ascontiguousarray(cells.front), key, key_2, key_3, histogram, item, index, *made.values(),
+    )  # fmt: skip
+    # As the reference divides: in float64, one number for all queries of a row.
+    queries = np.maximum(made["query_mask"].sum(1, dtype=np.float64), 1.0)[:, None]
+    made["label_weights"] = (made["query_mask"].astype(np.float64) / queries / max(n, 1)).astype(np.float32)
+    return made, np.full(n, program.length, np.int32)
+
+
+def _handed_out(
+    program: Weighted | Ranked | Prompt, made: dict[str, np.ndarray], lengths: np.ndarray, options: Options
+) -> dict[str, np.ndarray]:
+    """Rows of full length as they are asked for."""
+    n, most = len(lengths), program.length
+    width = options.width(lengths, most)
+    inside = np.arange(most, dtype=np.int32) < lengths[:, None]
+    result = {}
+    for name, array in made.items():
+        dtype = np.dtype(options.ids_dtype) if array.dtype == np.int64 else array.dtype
+        if name not in PADDED:
+            result[name] = array.astype(dtype, copy=False)
+        elif options.padding == "packed":
+            result[name] = array[inside].astype(dtype, copy=False)
+        else:
+            pad = {"labels": -100, "prompt_mask": program.pad_id}.get(
+                name, program.pad_value if name in FLOATS else program.pad_id
+            )
+            whole = POOL.empty((n, width), dtype)
+            kept = min(width, most)
+            whole[:, :kept] = array[:, :kept]
+            whole[:, kept:] = pad
+            if lengths.min(initial=most) < kept:
+                np.copyto(whole[:, :kept], dtype.type(pad), where=~inside[:, :kept])
+            result[name] = whole
+    return result
