@@ -21,6 +21,7 @@ from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.order import Batches, RankSampler, as_order
+from hbx_gpu._loading.pairs import with_controls
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed
@@ -119,6 +120,7 @@ class CellLoader(DataLoader[Any]):
         )
         self.feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
         self.options = replace(options, num_workers=num_workers)
+        self._paired = bool(getattr(self._order, "paired", False))
         self._memory_budget = options.memory_budget or HOST_BUDGET
         self._progress = options.progress
         self._threads = options.threads or cores()
@@ -169,7 +171,7 @@ class CellLoader(DataLoader[Any]):
                 run.delivered += 1
                 if line is not None:
                     line.update()
-                yield batch
+                yield with_controls(batch) if self._paired else batch
         finally:
             recorder.end()
             if line is not None:

@@ -62,6 +62,8 @@ class EpochSampler(_TorchSampler):
 
     #: The last round re-cuts single batches instead of the cells of all of them together.
     _cut_inside_batches: ClassVar[bool] = False
+    #: Several ranks leave out an incomplete last round, because batches cannot be cut.
+    _whole_batches: bool = False
     _n_epoch: int
 
     def __init__(
@@ -326,7 +328,7 @@ class EpochSampler(_TorchSampler):
                 sizes,
                 start=progress.start,
                 world_size=world_size,
-                drop_last=self.drop_last,
+                drop_last=self.drop_last or (self._whole_batches and world_size > 1),
                 inside=self._cut_inside_batches,
             )
         return progress.edges

@@ -12,6 +12,7 @@ from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._position import at_least, digest
 from hbx_gpu.sampler._rounds import batch_sizes
 from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
+from hbx_gpu.sampler._sets import Pools, Sets
 
 Codes: TypeAlias = ArrayLike | Sequence[ArrayLike]
 
@@ -218,11 +219,14 @@ class GroupedCellSampler(EpochSampler):
     def __init__(
         self,
         labels: Codes,
-        batch_size: int = 1024,
+        batch_size: int | None = None,
         *,
         controls: ArrayLike | None = None,
         match: Codes | None = None,
         control_fraction: float = 0.5,
+        set_size: int | None = None,
+        sets_per_batch: int | None = None,
+        paired: bool = False,
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
@@ -245,17 +249,31 @@ class GroupedCellSampler(EpochSampler):
         if len(stratum) != n_cells:
             raise ValueError(f"match holds {len(stratum)} cells, labels {n_cells}")
 
-        targets = np.flatnonzero((combination >= 0) & ~is_control & (stratum >= 0))
+        self.paired = bool(paired)
+        _check_sets(batch_size, set_size, sets_per_batch, self.paired, controls is not None)
+        batch_size = 1024 if batch_size is None else batch_size
+        own = ~is_control | self.paired
+        targets = np.flatnonzero((combination >= 0) & own & (stratum >= 0))
         codes, self._counts = number(combination[targets])
         self._targets = targets[rows_by_code(codes)]
         self._n_controls = 0
         if controls is not None:
             self._n_controls = _controls_per_batch(batch_size, control_fraction)
             self._set_pools(stratum, np.flatnonzero(is_control & (stratum >= 0)))
+        self._sets: Sets | None = None
+        if set_size is not None:
+            pools = Pools(self._pool_of, self._pools, self._pool_sizes) if self.paired else None
+            per_batch = at_least("sets_per_batch", 1 if sets_per_batch is None else sets_per_batch, 1)
+            size = at_least("set_size", set_size, 1)
+            self._sets = Sets(self._targets, self._counts, size, per_batch, bool(drop_last), pools)
+            self._whole_batches = True
+            batch_size = per_batch * self._sets.rows_per_set
         self._n_targets = at_least("batch_size", batch_size, 1) - self._n_controls
         self._full_only = bool(drop_last)
-        _, _, n_controls = self._cut()
-        self._n_epoch = len(targets) + int(n_controls.sum())
+        if self._sets is not None:
+            self._n_epoch = self._sets.n_sets * self._sets.rows_per_set
+        else:
+            self._n_epoch = len(targets) + int(self._cut()[2].sum())
         super().__init__(
             batch_size=batch_size,
             seed=seed,
@@ -301,11 +319,15 @@ class GroupedCellSampler(EpochSampler):
         return rng.permutation(n_batches) if self.shuffle else np.arange(n_batches)
 
     def _sizes(self, rng: np.random.Generator) -> np.ndarray:
+        if self._sets is not None:
+            return self._sets.batch_sizes()
         _, n_targets, n_controls = self._cut()
         result: np.ndarray = (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
         return result
 
     def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels have no lanes
+        if self._sets is not None:
+            return self._sets.rows(rng if self.shuffle else None)
         starts, n_targets, n_controls = self._cut()
         order = self._time_order(rng, len(starts))
         starts, n_targets, n_controls = starts[order], n_targets[order], n_controls[order]
@@ -346,6 +368,8 @@ class GroupedCellSampler(EpochSampler):
         return result
 
     def _identity(self) -> dict[str, object]:
+        if self._sets is not None:
+            return {"shuffle": self.shuffle, **self._sets.identity()}
         pools = (self._pool_of, self._pools, self._pool_sizes) if self._n_controls else ()
         return {
             "shuffle": self.shuffle,
@@ -353,6 +377,26 @@ class GroupedCellSampler(EpochSampler):
             "controls_per_batch": self._n_controls,
             "controls": digest(*pools),
         }
+
+
+def _check_sets(
+    batch_size: int | None, set_size: int | None, sets_per_batch: int | None, paired: bool, controls: bool
+) -> None:
+    """Refuse arguments of sets that do not fit together."""
+    if set_size is None:
+        if sets_per_batch is not None or paired:
+            raise ValueError(
+                "sets_per_batch and paired are for batches of sets; pass set_size=, the cells of a set"
+            )
+        return
+    if batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size} does not go with set_size: a batch is sets_per_batch * set_size cells"
+        )
+    if paired != controls:
+        raise ValueError(
+            "sets have one control for each cell or none: pass both controls= and paired=True, or neither"
+        )
 
 
 def _known_codes(name: str, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
