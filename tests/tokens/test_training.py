@@ -33,13 +33,13 @@ def dataset(real_h5ad: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["scgpt", "tahoe-x1"])
-def test_a_small_transformer_learns(page: dict[str, Any], dataset: Any, model: str) -> None:
+@pytest.mark.parametrize(("model", "steps"), [("geneformer", 100), ("scgpt", 60), ("tahoe-x1", 60)])
+def test_a_small_transformer_learns(page: dict[str, Any], dataset: Any, model: str, steps: int) -> None:
     uids = [str(uid) for uid in dataset.feature_uids]
     specials = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
     vocabulary = {uid: i + 4 for i, uid in enumerate(uids)} | specials
     recipe, n_bins = page["recipes"](vocabulary, dict.fromkeys(uids, 1.0))[model]
-    losses, entropy = page["train"](dataset, recipe, len(vocabulary), 60, n_bins)
+    losses, entropy = page["train"](dataset, recipe, len(vocabulary), steps, n_bins)
     last = float(np.mean(losses[-10:]))
     assert last < losses[0]
     assert last < entropy
