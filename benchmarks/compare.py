@@ -23,7 +23,7 @@ from benchmarks import mixing
 from benchmarks.common import conditions
 from benchmarks.datasets import SPECS, Data, blocks, copied, write
 from benchmarks.peers import annbatch, annloader, homeobox, in_place, memory, ours, scdataset, scdl, slaf
-from benchmarks.peers.protocol import Peer, Variant
+from benchmarks.peers.protocol import Peer, Variant, bytes_below
 from hbx_gpu._bench.tables import spread, write_json
 
 LAYOUTS = ("csr", "dense")
@@ -220,7 +220,15 @@ def measure(
 
 
 def _summary(contender: str, layout: str, batch: int, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("cells_per_s", "first_batch_s", "first_batches_s", "first_batches", "peak_rss", "import_rss")
+    keys = (
+        "cells_per_s",
+        "cells_per_cpu_s",
+        "first_batch_s",
+        "first_batches_s",
+        "first_batches",
+        "peak_rss",
+        "import_rss",
+    )
     measured = [key for key in keys if key in found[0]]
     return {
         "contender": contender,
@@ -232,6 +240,15 @@ def _summary(contender: str, layout: str, batch: int, found: Sequence[dict[str, 
         "checked_rows": sum(run.get("checked_rows", 0) for run in found),
         "runs": list(found),
     }
+
+
+def _size(
+    options: argparse.Namespace, contender: Contender, data: Data, stores: dict[str, dict[str, Any]]
+) -> int:
+    """Bytes on disk of what a contender reads."""
+    if not contender.variant.data:
+        return int(stores[contender.peer.name]["bytes"])
+    return bytes_below(_work(options, contender.peer, data) / contender.variant.data)
 
 
 def _load(folder: Path) -> None:
@@ -301,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mixing": {"batch": options.mixing_batch, "labels": mixing.LABELS},
         "codec": options.codec,
         "stores": stores,
+        "sizes": {c.name: _size(options, c, data, stores) for c in contenders},
         "contenders": {c.name: asdict(c.variant) for c in contenders},
         "checks": checks,
         "skipped": failures,

@@ -13,6 +13,7 @@ _ORDERS = {"random": "random rows", "stream": "shuffled stream", "floor": "floor
 # A colour per peer; variants of a peer differ in line and marker.
 _COLORS = {
     "ours": "#1f5f8f",
+    "in_place": "#4aa3c7",
     "homeobox": "#c2571a",
     "annbatch": "#3c8d53",
     "scdl": "#8a63a8",
@@ -29,6 +30,7 @@ def report(content: Mapping[str, Any]) -> str:
     """Tables of all results, and the conditions they hold under."""
     layouts = list(dict.fromkeys(r["layout"] for r in content["results"]))
     parts = [_rates(content, layout) for layout in layouts]
+    parts += [_per_cpu(content, layout) for layout in layouts]
     parts += [_facts(content), _conditions(content)]
     return "\n\n".join(parts)
 
@@ -74,6 +76,23 @@ def _rates(content: Mapping[str, Any], layout: str) -> str:
     return f"{head}\n{table(header, rows)}"
 
 
+def _per_cpu(content: Mapping[str, Any], layout: str) -> str:
+    """Cells per second of processor time; a machine that others use changes it less than a rate."""
+    results = {(r["contender"], r["batch"]): r for r in content["results"] if r["layout"] == layout}
+    results = {key: r for key, r in results.items() if "cells_per_cpu_s" in r}
+    batches = sorted({batch for _, batch in results})
+    rows = [
+        (
+            content["contenders"][name]["label"],
+            *(f"{results[name, b]['cells_per_cpu_s']['median']:,.0f}" if (name, b) in results else "-"
+              for b in batches),
+        )
+        for name in dict.fromkeys(name for name, _ in results)
+    ]  # fmt: skip
+    head = f"cells per CPU second when steady, all threads of the process, {layout}, median"
+    return f"{head}\n{table(('loader', *(f'batch {b:,}' for b in batches)), rows)}"
+
+
 def _facts(content: Mapping[str, Any]) -> str:
     """What is known of each loader besides its rate."""
     rows = []
@@ -92,7 +111,7 @@ def _facts(content: Mapping[str, Any]) -> str:
         rows.append(
             (
                 variant["label"],
-                f"{store['bytes'] / content['data']['nnz']:.2f}",
+                f"{content.get('sizes', {}).get(name, store['bytes']) / content['data']['nnz']:.2f}",
                 f"{store['prepare_s']:.0f}",
                 f"{first[0]:.2f}",
                 *(f"{value / 1e6:,.0f}" if value else "-" for value in memory.values()),

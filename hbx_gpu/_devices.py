@@ -109,6 +109,23 @@ def cores() -> int:
     return os.cpu_count() or 1  # where the system has no affinity
 
 
+def free_host_memory() -> int:
+    """Bytes of host memory that this process can take without swapping, as far as the system says.
+
+    A container's limit (cgroup version 2) counts where it is lower than what the machine has free.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            return min(free, int(file.read()))
+    except (OSError, ValueError):  # no limit, or a system without cgroups
+        return free
+
+
 @functools.cache
 def say_once(log: logging.Logger, level: int, message: str) -> None:
     """Log a message the first time that this process has it to say."""

@@ -62,11 +62,15 @@ class Variant:
         ``floor``: no loader, the cost of memory.
     settings
         What was chosen and who recommends it, one sentence.
+    data
+        What it reads, as a path from the peer's folder, where variants read different stores. Its size is
+        reported then.
     """
 
     label: str
     order: str
     settings: str
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -279,7 +283,9 @@ def measure(
     The clock of a window runs from the start of an epoch, so nothing that was read ahead is free. It stops
     at the first border of what the loader reads in one go after `seconds`, or at the end of an epoch.
     ``cells_per_s`` is the mean of the last two windows, ``steady`` whether they are within 10 % of each
-    other, ``windows`` holds all. `warm` tells that this process has measured before: loaders that warm up
+    other, ``windows`` holds all. ``cells_per_cpu_s`` divides the same cells by the processor time of all
+    threads of this process, which other programs on the machine disturb less; it leaves out worker
+    processes. `warm` tells that this process has measured before: loaders that warm up
     with a whole epoch need no other. `move` takes every batch to a device, within the time measured.
     """
     clock = time.perf_counter()
@@ -289,13 +295,17 @@ def measure(
     if not (warm and loader.lingers):
         number = _warm_up(loader, result, clock, _PATIENCE * seconds)
     rates: list[float] = []
+    per_cpu: list[float] = []
     steady = False
     while not steady and len(rates) < _WINDOWS:
+        before = time.process_time()
         cells, elapsed, number, last = _window(loader, number, seconds, move)
+        per_cpu.append(cells / max(time.process_time() - before, 1e-9))
         rates.append(cells / elapsed)
         steady = len(rates) > 1 and abs(rates[-1] - rates[-2]) <= _STEADY * max(rates[-2:])
     rate = sum(rates[-2:]) / len(rates[-2:])
     result.update(cells_per_s=rate, steady=steady, windows=rates, peak_rss=peak_rss())
+    result["cells_per_cpu_s"] = sum(per_cpu[-2:]) / len(per_cpu[-2:])
     loader.close()
     if loader.checks:
         found = fingerprints(_head(last, _CHECKED_ROWS), column_weights(loader, source.genes()))

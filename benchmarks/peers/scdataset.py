@@ -12,11 +12,15 @@ from benchmarks.peers.protocol import Csr, Loader, Peer, Rows, Task, Variant, by
 
 # fetch_factor is the default of scDataset 0.3, block_size=16 that of its documentation's AnnData example.
 _FETCH_FACTOR = 16
-_BLOCK = {"random": 1, "block": 16, "block-workers": 16}
+_BLOCK = {"random": 1, "block": 16, "block-workers": 16, "gzip-random": 1, "gzip-block": 16}
+_GZIP = "gzip.h5ad"
 
 
 def prepare(source: Path, work: Path, options: Mapping[str, str]) -> int:  # noqa: ARG001
-    """It reads .h5ad as they are; here uncompressed, the fastest form."""
+    """It reads .h5ad as they are: uncompressed, the fastest form, and a copy with gzip."""
+    import anndata
+
+    anndata.read_h5ad(source).write_h5ad(work / _GZIP, compression="gzip")
     (work / "source").write_text(str(source.resolve()))
     return bytes_below(source)
 
@@ -38,7 +42,9 @@ def open_loader(task: Task) -> Loader:
     from scdataset import BlockShuffling, scDataset
     from torch.utils.data import DataLoader
 
-    adata = anndata.read_h5ad((task.work / "source").read_text(), backed="r")
+    is_gzip = task.variant.startswith("gzip")
+    path = task.work / _GZIP if is_gzip else Path((task.work / "source").read_text())
+    adata = anndata.read_h5ad(path, backed="r")
     workers = 2 if task.variant.endswith("workers") else 0
     dataset = scDataset(
         adata,
@@ -89,6 +95,18 @@ PEER = Peer(
         ),
         "block-workers": Variant(
             "scDataset, block 16, 2 workers", "stream", "the same with num_workers=2, prefetch_factor=17"
+        ),
+        "gzip-random": Variant(
+            "scDataset, gzip, block 1",
+            "random",
+            "BlockShuffling(1), fetch_factor=16, backed .h5ad with gzip",
+            _GZIP,
+        ),
+        "gzip-block": Variant(
+            "scDataset, gzip, block 16",
+            "stream",
+            "BlockShuffling(16), fetch_factor=16, backed .h5ad with gzip",
+            _GZIP,
         ),
     },
 )

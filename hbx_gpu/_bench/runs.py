@@ -190,7 +190,7 @@ class _Bench:
         self._make = make or make_loader
         self._device = "cpu" if gpu is None else f"cuda:{gpu}"
         self._checker = Checker(dataset, options.seed)
-        self.files = cache.files_below(options.path) if options.path.is_dir() else []
+        self.files = cache.files_below(options.path)
         self.bandwidth = floors.bandwidth(gpu, options.threads or cores())
         self.sizes = floors.bytes_per_cell(dataset)
 

@@ -110,32 +110,30 @@ def combinations(
 def open_dataset(
     path: Path, field: str | None = None, layer: str | None = None, *, allow_links: bool = False
 ) -> object:
-    """A dataset over all cells of what lies at `path`: an atlas, or an SCDL archive.
+    """A dataset over all cells of what lies at `path`: whatever :func:`hbx_gpu.open` opens.
 
     Raises
     ------
+    FileNotFoundError
+        Nothing is there.
+    InvalidDataError
+        Nothing that is known.
     UnsupportedError
-        Neither of the two, a dense space, or an archive where this installation cannot read them as training
-        data.
+        A dense matrix.
     """
-    if (path / "lance_db").is_dir():
-        from hbx_gpu._datasets.dense import DenseCellDataset
-        from hbx_gpu.atlas import RaggedAtlas
+    from hbx_gpu._datasets.dense import DenseCellDataset
+    from hbx_gpu._inplace.opening import open as open_stores
+    from hbx_gpu._inplace.stores import is_archive
 
-        atlas = RaggedAtlas.checkout_latest(str(path), allow_links=allow_links)
-        dataset = atlas.query().to_cell_dataset(field, layer)
-        if isinstance(dataset, DenseCellDataset):
-            raise UnsupportedError(
-                f"{dataset.feature_space!r} is a dense space; bench measures sparse ones, chosen with --field"
-            )
-        return dataset
-    if not path.is_dir():
-        raise UnsupportedError(f"{path}: no such folder; give the folder of an atlas or of an SCDL archive")
-    try:
+    if is_archive(path):
         from hbx_gpu.scdl._sources.cells import to_cell_dataset
-    except ImportError as error:
+
+        return to_cell_dataset(path)
+    query: Any = open_stores(path, allow_links=allow_links)
+    dataset = query.to_cell_dataset(field, **({} if layer is None else {"layer": layer}))
+    if isinstance(dataset, DenseCellDataset):
         raise UnsupportedError(
-            f"{path} holds no atlas (there is no lance_db in it), and SCDL archives cannot be loaded by this "
-            "release; ingest its cells into an atlas with `hbx-gpu ingest`"
-        ) from error
-    return to_cell_dataset(path)
+            f"{dataset.feature_space!r} of {path} is dense; bench measures sparse matrices, chosen with "
+            "--field or --layer"
+        )
+    return dataset

@@ -16,12 +16,14 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[common],
-        help="measure how fast this machine loads an atlas or archive",
+        help="measure how fast this machine loads an atlas, an archive or another store",
         description="Cells per second in every layout, order and executor, beside what memory and link of "
         "this machine allow, checked against a plain decoder; and models that train while loading. "
         "Nothing is written but what --out names.",
     )
-    parser.add_argument("path", type=local_argument, metavar="ATLAS_OR_ARCHIVE", help="its folder")
+    parser.add_argument(
+        "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default)")
     several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--layout", default=["dense", "csr"], choices=("dense", "csr"), **several)

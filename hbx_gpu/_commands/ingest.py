@@ -13,6 +13,7 @@ from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
+from hbx_gpu._stores.kinds import is_mudata
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
@@ -47,8 +48,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         nargs="*",
         type=local_argument,
         metavar="FILE[:MATRIX]",
-        help=".h5ad, .h5mu, AnnData zarr, annbatch, 10x Genomics or loom stores, one dataset each; FILE:raw "
-        "and FILE:layers/counts name the matrix of one file, where files differ",
+        help=".h5ad, .h5mu, AnnData or MuData zarr, annbatch, 10x Genomics or loom stores, one dataset each; "
+        "FILE:raw and FILE:layers/counts name the matrix of one file, where files differ",
     )
     parser.add_argument(
         "--atlas",
@@ -137,8 +138,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         default=[],
         metavar="NAME=PATH",
         help="repeat for each: rna, protein, image_features, atac, tiles, images, encoded, a feature space "
-        "or a pointer column; PATH is an .h5ad file, FILE.h5mu:MODALITY, a fragments file, or images (with "
-        "--tiles-table). Beside one .h5mu FILE it adds to its modalities or replaces them",
+        "or a pointer column; PATH is an .h5ad file, MUDATA:MODALITY, a fragments file, or images (with "
+        "--tiles-table). Beside one MuData FILE it adds to its modalities or replaces them",
     )
     several.add_argument(
         "--join",
@@ -290,19 +291,19 @@ class _Job:
         layer: str | None = None,
     ) -> None:
         self.label, self.paths, self.file, self.given, self.layer = label, paths, file, given, layer
-        self.several = bool(given) or (file is not None and file.suffix == ".h5mu")
+        self.several = bool(given) or (file is not None and is_mudata(file))
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
     given = dict(_pairs(args, "--modality", args.modality))
-    mu = [file for file in args.files if file.suffix == ".h5mu"]
+    mu = [file for file in args.files if is_mudata(file)]
     if not args.files and not given:
         args.parser.error("name files, or modalities with --modality NAME=PATH")
     if given and args.files and (len(args.files) > 1 or not mu):
-        args.parser.error("--modality goes with at most one FILE, an .h5mu file; name others as modalities")
+        args.parser.error("--modality goes with at most one FILE, a MuData; name others as modalities")
     unfit = [f"--{name.replace('_', '-')}" for name in _SEVERAL if getattr(args, name)]
     if unfit and not (given or mu):
-        args.parser.error(f"{', '.join(unfit)}: for modalities only (--modality, or an .h5mu file)")
+        args.parser.error(f"{', '.join(unfit)}: for modalities only (--modality, or a MuData: .h5mu or zarr)")
     if given or mu:
         for name, instead in _SINGLE.items():
             if getattr(args, name):
@@ -323,9 +324,9 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
 
 
 def _existing(path: str) -> Path:
-    """The file meant by ``FILE.h5mu:MODALITY``, or the path itself."""
+    """The MuData meant by ``FILE.h5mu:MODALITY``, or the path itself."""
     name, _, modality = path.rpartition(":")
-    return Path(name if modality and name.endswith(".h5mu") else path)
+    return Path(name if name and modality and is_mudata(Path(name)) else path)
 
 
 def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list[tuple[str, str]]:
@@ -352,9 +353,9 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     table = args.table or "cells"
     named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)
     for file in args.files:
-        others = _modalities_of(file, args, [name for name, _ in named]) if file.suffix == ".h5mu" else []
+        others = _modalities_of(file, args, [name for name, _ in named]) if is_mudata(file) else []
         named += [(name, f"{file}:{name}") for name in others]
-        if file.suffix != ".h5mu":
+        if not is_mudata(file):
             named.append(("gene_expression", str(file)))
     exists = (args.atlas / "lance_db").is_dir()
     fields: dict[str, str] = {}
@@ -372,12 +373,12 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
 
 
 def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -> list[str]:
-    """Modalities of an .h5mu file, without those that are given otherwise."""
-    from hbx_gpu._h5ad.files import H5muFile
+    """Modalities of a MuData, without those that are given otherwise."""
+    from hbx_gpu._stores.source import open_mudata_source
     from hbx_gpu.atlas._ingest.multimodal import SHORT_NAMES
 
     named = {SHORT_NAMES.get(name.lower(), name) for name in given}
-    with H5muFile(file, allow_links=args.allow_links) as opened:
+    with open_mudata_source(file, allow_links=args.allow_links) as opened:
         return [name for name in opened.modalities() if SHORT_NAMES.get(name.lower(), name) not in named]
 
 

@@ -75,7 +75,8 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
     def _new_engine(self) -> HostEngine:
         from hbx_gpu._engine.host import HostEngine
 
-        return HostEngine(self._table, self._directory, list(self.dtypes.values()), POOL)
+        dtypes, keep = list(self.dtypes.values()), self._view.decoded_cache
+        return HostEngine(self._table, self._directory, dtypes, POOL, keep=keep)
 
     def _dtype(self, layer: str) -> np.dtype:
         """Return the dtype of a layer in batches, which is float32 where batches become sparse tensors."""

@@ -106,7 +106,8 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
 
         self._boxes = box_table(self._sources, self.layers)
         self._open_files(self._boxes.layouts)
-        self._arrays = BoxEngine(self._boxes, self._directory, list(self.dtypes.values()), POOL)
+        dtypes, keep = list(self.dtypes.values()), self._view.decoded_cache
+        self._arrays = BoxEngine(self._boxes, self._directory, dtypes, POOL, keep=keep)
         self._remaps = [source.remap for source in self._sources]
 
     def _dtype(self, layer: str) -> np.dtype:

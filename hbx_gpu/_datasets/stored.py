@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,9 @@ class View:
     wide
         Whether rows of sparse batches are in the form of CSR tensors: ascending int64 columns, float32
         values.
+    decoded_cache
+        Bytes of decoded chunks that are kept for later batches; None for a number that follows from the data
+        and the free memory.
     """
 
     layers: tuple[str, ...]
@@ -70,6 +74,7 @@ class View:
     more: Mapping[str, np.ndarray] = field(default_factory=dict)
     numbered: bool = False
     wide: bool = False
+    decoded_cache: int | None = None
 
 
 class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
@@ -351,6 +356,31 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         check_columns([*self.columns, "index"])
         return self._showing(numbered=True)
+
+    def with_decoded_cache(self, nbytes: int | None) -> Self:
+        """This dataset with another bound on the decoded chunks that are kept in memory for later batches.
+
+        It matters where chunks decode whole only, as those of zstd, gzip and lzf do: a random row of a chunk
+        that is kept costs a copy. Chunks of atlases written by hbx_gpu and uncompressed ones are never kept,
+        because their rows are read alone.
+
+        Parameters
+        ----------
+        nbytes
+            Bytes of host memory in each process that reads; 0 keeps nothing. None (the default of a dataset):
+            as many as all chunks take, but at most an eighth of the memory that is free when the dataset is
+            opened, and at least 64 MiB. Worker processes share that eighth.
+
+        Raises
+        ------
+        ValueError
+            `nbytes` is negative.
+        """
+        if nbytes is not None and (nbytes := operator.index(nbytes)) < 0:
+            raise ValueError(f"a cache of decoded chunks has 0 bytes or more, got {nbytes}")
+        other = self._showing(decoded_cache=nbytes)
+        other._open()
+        return other
 
     def _showing(self, **changes: Any) -> Self:
         return self._derived(_view=replace(self._view, **changes))

@@ -137,7 +137,8 @@ class ChunkChecks:
             # Genes occur once per row. Several elements of a row under one fill value mean that the
             # object was lost, not that its writer skipped it.
             counts = plan.piece_count[plan.piece_ptr[c] : plan.piece_ptr[c + 1]]
-            if counts.max() > 1 and not self._table.repeats[source]:
+            lost = counts.max() > 1 or not self._directory.layouts[array].absent_is_fill
+            if lost and not self._table.repeats[source]:
                 raise self._directory.error(int(plan.chunks[c]), CHUNK_MISSING)
             if not 0 <= value < self._table.remap_length[source]:
                 raise self.column_error(plan, c)

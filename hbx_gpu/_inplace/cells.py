@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu._inplace.join import Axis, Join, joined, names_of
-from hbx_gpu._inplace.obs import to_arrow, united
+from hbx_gpu._inplace.obs import to_arrow, to_series, united
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._stores.store import Part, Store
 from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedError
@@ -272,18 +272,17 @@ class Cells:
         return pa.table({name: self._column(name).take(rows) for name in names})
 
     def to_pandas(self) -> pd.DataFrame:
-        """obs of the rows as a pandas frame, the names of the cells as index."""
-        names = self.obs_columns if self._steps.columns is None else list(self._steps.columns)
-        rows = pa.array(self._selected())
-        table = pa.table({name: self._column(name).take(rows) for name in names if name != OBS_NAME})
-        frame = table.to_pandas() if names else None
-        index = self._column(OBS_NAME).take(rows).to_numpy().astype(object)
+        """obs of the rows as a pandas frame, the names of the cells as index.
+
+        Integers and booleans of which some are missing have pandas' nullable types.
+        """
         import pandas as pd
 
-        frame = (
-            pd.DataFrame(index=index) if frame is None or not len(frame.columns) else frame.set_axis(index)
-        )
-        return frame
+        names = self.obs_columns if self._steps.columns is None else list(self._steps.columns)
+        rows = pa.array(self._selected())
+        index = self._column(OBS_NAME).take(rows).to_numpy().astype(object)
+        columns = {name: to_series(self._column(name).take(rows)) for name in names if name != OBS_NAME}
+        return pd.DataFrame({name: column.set_axis(index) for name, column in columns.items()}, index=index)
 
     # Results with measurements
 
@@ -476,9 +475,12 @@ class Cells:
             found = ", ".join(f"{kind} in {name}" for name, kind in list(dtypes.items())[:4])
             _say(f"matrix {layer!r} differs in type between stores ({found}); batches have one for all")
         axis = self._axis(places.parts, layer, join, feature_id_column, dict(self._steps.panels).get(space))
+        pointers = [
+            matrix.pointers() if matrix.form == "csr" else np.zeros(0, np.int64) for matrix in matrices
+        ]
         sources = [
-            Source(matrix.name, matrix.index, {layer: matrix.values}, remap)
-            for matrix, remap in zip(matrices, axis.remaps, strict=True)
+            Source(matrix.name, matrix.columns(bounds), {layer: matrix.values}, remap)
+            for matrix, bounds, remap in zip(matrices, pointers, axis.remaps, strict=True)
         ]
         common: dict[str, Any] = {
             "layer": layer,
@@ -489,7 +491,7 @@ class Cells:
             "feature_space": space,
         }
         if forms == {"csr"}:
-            return CellDataset(sources, _row_index(places, matrices), **common)
+            return CellDataset(sources, _row_index(places, pointers), **common)
         ones = np.ones((len(places.row), 1), np.int64)
         boxes = BoxIndex(places.part, places.row[:, None], ones)
         wanted = {} if dtype is None else {layer: np.dtype(dtype).name}
@@ -546,14 +548,13 @@ class _Places:
     rows: np.ndarray
 
 
-def _row_index(places: _Places, matrices: Sequence[Any]) -> RowIndex:
+def _row_index(places: _Places, pointers: Sequence[np.ndarray]) -> RowIndex:
     start, length = np.zeros(len(places.row), np.int64), np.zeros(len(places.row), np.int32)
-    for number, matrix in enumerate(matrices):
-        pointers = matrix.pointers()
+    for number, bounds in enumerate(pointers):
         mine = np.flatnonzero(places.part == number)
         rows = places.row[mine]
-        start[mine] = pointers[rows]
-        length[mine] = pointers[rows + 1] - pointers[rows]
+        start[mine] = bounds[rows]
+        length[mine] = bounds[rows + 1] - bounds[rows]
     return RowIndex(places.part, start, length)
 
 

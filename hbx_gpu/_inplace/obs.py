@@ -67,6 +67,17 @@ def _categorical(values: pd.Series) -> pa.Array:
     )
 
 
+def to_series(column: pa.ChunkedArray) -> pd.Series:
+    """A column in pandas; integers and booleans that miss values become nullable, and stay exact."""
+    import pandas as pd
+
+    kind = column.type
+    if column.null_count and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        name = "boolean" if pa.types.is_boolean(kind) else str(kind).replace("i", "I").replace("u", "U")
+        return column.to_pandas(types_mapper=lambda _: pd.api.types.pandas_dtype(name))
+    return column.to_pandas()
+
+
 def united(columns: Sequence[pa.ChunkedArray | None], lengths: Sequence[int], name: str) -> pa.ChunkedArray:
     """One column over the cells of all stores, null where a store lacks it.
 

@@ -19,13 +19,16 @@ def is_atlas(path: Path) -> bool:
     return (path / "lance_db").is_dir() or path.name == "lance_db"
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a directory is an SCDL archive."""
+    return (path / "row_ptr.npy").exists() and (path / "col_ptr.npy").exists()
+
+
 def open_stores(paths: Sequence[str | os.PathLike[str]], *, allow_links: bool = False) -> list[Store]:
     """Open stores that are not atlases; see :func:`hbx_gpu.open` for parameters and errors."""
     return [_open(path, allow_links) for path in expand(paths)]
 
 
 def _open(path: Path, allow_links: bool) -> Store:
-    is_archive = (path / "row_ptr.npy").exists() and (path / "col_ptr.npy").exists()
-    return (
-        open_scdl(path, allow_links=allow_links) if is_archive else open_store(path, allow_links=allow_links)
-    )
+    opener = open_scdl if is_archive(path) else open_store
+    return opener(path, allow_links=allow_links)

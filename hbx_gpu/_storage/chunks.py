@@ -310,10 +310,6 @@ class ChunkDirectory:
                 "the file was cut short"
             )
             raise CorruptChunkError(reason, file=layout.path, array=layout.name, chunk=number)
-        if (nbytes < 0).any() and not layout.absent_is_fill:
-            number = int(np.flatnonzero(nbytes < 0)[0])
-            reason = "it was never written"
-            raise CorruptChunkError(reason, file=layout.path, array=layout.name, chunk=number)
         self._file[mine] = np.where(nbytes >= 0, len(self.paths), -1)
         self._offset[mine] = offset
         self._enter(array, layout.path, (), (stat.st_dev, stat.st_ino), mine, nbytes)

@@ -27,6 +27,10 @@ _MAX_AXES = 32
 _MAX_BYTES = 1 << 60
 _MAX_CHUNKS = 1 << 30
 _MAX_CHUNKS_PER_SHARD = 1 << 26  # the index of such a shard takes a gigabyte
+# Keys of an array in zarr v3, and what zarr-python adds. Whoever does not know another key may
+# read the array only if the key says so ("must_understand": false).
+_KEYS = {"zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value"}
+_KEYS |= {"codecs", "attributes", "dimension_names", "storage_transformers", "consolidated_metadata"}
 _NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
@@ -172,12 +176,18 @@ class _Metadata:
             self._corrupt(f"node_type is {self._get('node_type')!r}, an array is expected")
         if self._document.get("storage_transformers"):
             self._unsupported(f"storage_transformers {self._document['storage_transformers']}")
+        for key in self._document.keys() - _KEYS:
+            extension = self._document[key]
+            if not isinstance(extension, dict) or extension.get("must_understand") is not False:
+                self._unsupported(f"the extension {key!r}, which is not known here")
         shape = self._integers("shape", self._get("shape"), least=0)
         grid, setting = self._named("chunk_grid", self._get("chunk_grid"))
         if grid != "regular":
             self._unsupported(f"chunk grid {grid!r} (regular is read)")
-        outer = self._integers("chunk_shape", setting.get("chunk_shape"), least=1, ndim=len(shape))
+        outer = self._chunk_shape("chunk_shape", setting.get("chunk_shape"), shape)
         dtype_name = self._get("data_type")
+        if isinstance(dtype_name, dict) and not dtype_name.get("configuration"):
+            dtype_name = dtype_name.get("name")
         if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
             self._unsupported(f"data_type {dtype_name!r} ({', '.join(sorted(_DTYPES))} are read)")
         dtype = np.dtype(dtype_name)
@@ -193,7 +203,7 @@ class _Metadata:
             key_separator=separator,
             absent_is_fill=absent_is_fill,
             fingerprint=self._fingerprint,
-            **self._codecs(outer),
+            **self._codecs(outer, shape),
         )
 
     def check_extent(self, layout: ArrayLayout) -> None:
@@ -221,7 +231,7 @@ class _Metadata:
         if self._get("zarr_format") != 2:
             self._corrupt(f"zarr_format is {self._get('zarr_format')!r}, 2 is expected")
         shape = self._integers("shape", self._get("shape"), least=0)
-        chunks = self._integers("chunks", self._get("chunks"), least=1, ndim=len(shape))
+        chunks = self._chunk_shape("chunks", self._get("chunks"), shape)
         stored_dtype = self._v2_dtype(self._get("dtype"))
         dtype = stored_dtype.newbyteorder("=")
         separator = self._separator(self._document.get("dimension_separator", "."))
@@ -250,7 +260,7 @@ class _Metadata:
             fingerprint=self._fingerprint,
         )
 
-    def _codecs(self, outer: tuple[int, ...]) -> dict[str, Any]:
+    def _codecs(self, outer: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Any]:
         chain = self._chain("codecs", self._get("codecs"))
         names = [codec["name"] for codec in chain]
         if "sharding_indexed" not in names:
@@ -258,7 +268,7 @@ class _Metadata:
         if len(chain) > 1:
             self._unsupported(f"sharding_indexed among other codecs ({', '.join(names)})")
         setting = chain[0].get("configuration") or {}
-        inner = self._integers("inner chunk_shape", setting.get("chunk_shape"), least=1, ndim=len(outer))
+        inner = self._chunk_shape("inner chunk_shape", setting.get("chunk_shape"), shape)
         if any(shard % chunk for shard, chunk in zip(outer, inner, strict=True)):
             self._corrupt(f"inner chunk_shape {inner} does not divide the shard shape {outer}")
         codecs = self._chain("inner codecs", setting.get("codecs"))
@@ -312,6 +322,13 @@ class _Metadata:
             length = "" if ndim is None else f"{ndim} "
             self._corrupt(f"{what} is {_short(value)}, {length}integers >= {least} are expected")
         return tuple(value)
+
+    def _chunk_shape(self, what: str, value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a chunk; some writers give an axis without elements chunks of length 0."""
+        found = self._integers(what, value, least=0, ndim=len(shape))
+        if any(chunk == 0 and n for chunk, n in zip(found, shape, strict=True)):
+            self._corrupt(f"{what} is {list(found)}, {len(shape)} integers >= 1 are expected")
+        return tuple(max(1, chunk) for chunk in found)
 
     def _v2_dtype(self, value: Any) -> np.dtype:
         try:

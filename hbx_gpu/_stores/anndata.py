@@ -10,7 +10,7 @@ import numpy as np
 from hbx_gpu._stores.matrix import Form, StoredMatrix
 from hbx_gpu._stores.store import RAW, Part, Store
 from hbx_gpu._stores.tree import Tree
-from hbx_gpu.errors import CorruptDataError, InvalidDataError
+from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnsupportedCodecError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +31,15 @@ def open_collection(tree: Tree) -> Store:
     ------
     CorruptDataError
         A number is missing between them.
+    InvalidDataError
+        There are none.
     """
     found = {int(m[1]): name for name in tree.names() if (m := _COLLECTION.fullmatch(name))}
+    if not found:
+        raise InvalidDataError(
+            f"{tree.path} is marked as an annbatch collection and holds no group dataset_0; was it "
+            "written to the end?"
+        )
     if sorted(found) != list(range(len(found))):
         raise CorruptDataError(
             f"{tree.path}: expected groups dataset_0 to dataset_{max(found)}, found {len(found)} of them: "
@@ -96,27 +103,54 @@ def part_of(tree: Tree, root: str) -> Part:
     there = tree.names(root)
     if not {"obs", "var"} <= set(there):
         raise InvalidDataError(f"{name} is not an AnnData: expected obs and var, found {there or 'nothing'}")
-    keys = {"X": f"{prefix}X", RAW: f"{prefix}raw/X"}
-    keys |= {layer: f"{prefix}layers/{layer}" for layer in tree.names(f"{prefix}layers")}
-    matrices = {}
-    for matrix, key in keys.items():
-        if tree.is_array(key) or tree.names(key):
+    # Until 0.7, anndata wrote raw as raw.X and raw.var beside X and var.
+    raw = f"{prefix}raw." if "raw.X" in there or tree.is_array(f"{prefix}raw.X") else f"{prefix}raw/"
+    keys = {"X": f"{prefix}X", RAW: f"{raw}X"}
+    layers = _layers(tree, f"{prefix}layers")
+    matrices, unreadable = {}, {}
+    for matrix, key in (keys | layers).items():
+        if not (tree.is_array(key) or tree.names(key)):
+            continue
+        try:
             matrices[matrix] = _matrix(tree, key, f"{name}, matrix {matrix!r}")
-    _check_tables(tree, prefix, name, matrices)
+        except (InvalidDataError, UnsupportedCodecError) as error:
+            # A layer that no loader can read does not keep anybody from the others.
+            if matrix not in layers:
+                raise
+            unreadable[matrix] = error
+    tables = {"var": f"{prefix}var", RAW: f"{raw}var"}
+    _check_tables(tree, f"{prefix}obs", tables, name, matrices)
     return Part(
         name,
         matrices,
         lambda: _obs(tree, prefix),
-        lambda matrix: _frame(tree, f"{prefix}raw/var" if matrix == RAW else f"{prefix}var"),
+        lambda matrix: _frame(tree, tables[RAW if matrix == RAW else "var"]),
+        unreadable,
     )
 
 
-def _check_tables(tree: Tree, prefix: str, name: str, matrices: dict[str, StoredMatrix]) -> None:
+def _layers(tree: Tree, key: str) -> dict[str, str]:
+    """Layer -> its key. A name that contains slashes is stored as groups inside each other."""
+    found: dict[str, str] = {}
+    for name in tree.names(key):
+        inner = f"{key}/{name}"
+        is_folder = (
+            not tree.is_array(inner) and not tree.attributes(inner) and "data" not in tree.names(inner)
+        )
+        if is_folder:
+            found |= {f"{name}/{rest}": place for rest, place in _layers(tree, inner).items()}
+        else:
+            found[name] = inner
+    return found
+
+
+def _check_tables(
+    tree: Tree, obs: str, var: dict[str, str], name: str, matrices: dict[str, StoredMatrix]
+) -> None:
     """obs and var have a row for each cell and each feature, as far as metadata tell."""
     for matrix, stored in matrices.items():
-        var = "raw/var" if matrix == RAW else "var"
-        for table, axis in (("obs", 0), (var, 1)):
-            n = tree.n_rows(f"{prefix}{table}")
+        for table, axis in ((obs, 0), (var[RAW if matrix == RAW else "var"], 1)):
+            n = tree.n_rows(table)
             if n is not None and n != stored.shape[axis]:
                 raise CorruptDataError(
                     f"{name}: {table} has {n} rows, but matrix {matrix!r} has shape {stored.shape}"
@@ -127,7 +161,7 @@ def _matrix(tree: Tree, key: str, name: str) -> StoredMatrix:
     if tree.is_array(key):
         values = tree.layout(key)
         if len(values.shape) != 2:
-            raise CorruptDataError(f"{name} has shape {values.shape}; two axes are expected")
+            raise InvalidDataError(f"{name} has shape {values.shape}; two axes are expected")
         return StoredMatrix(name, (values.shape[0], values.shape[1]), "dense", values)
     attributes = tree.attributes(key)
     encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))

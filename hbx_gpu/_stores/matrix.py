@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -103,6 +103,31 @@ class StoredMatrix:
         if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
             raise InvalidDataError(f"{self.name}: row {int(lengths.argmax())} holds {lengths.max()} values")
         return found
+
+    def columns(self, pointers: np.ndarray) -> ArrayLayout | None:
+        """The column numbers of a CSR matrix; a missing chunk is an error where it cannot be all fill value.
+
+        A writer may leave out a chunk whose elements all have the fill value. Of column numbers, whose fill
+        value is 0, this can happen only where every element of the chunk is the first of its row: a row holds
+        a column once, and columns ascend.
+
+        Parameters
+        ----------
+        pointers
+            From :meth:`pointers`.
+
+        Returns
+        -------
+        ArrayLayout or None
+            None for a dense matrix.
+        """
+        if self.index is None or not self.index.absent_is_fill:
+            return self.index
+        begin = np.arange(0, self.nnz, self.index.chunk_shape[0])
+        end = np.minimum(begin + self.index.chunk_shape[0], self.nnz)
+        starts = pointers[:-1][np.diff(pointers) > 0]
+        first = np.searchsorted(starts, end, "left") - np.searchsorted(starts, begin, "left")
+        return self.index if (first == end - begin).any() else replace(self.index, absent_is_fill=False)
 
 
 def read_whole(layout: ArrayLayout) -> np.ndarray:

@@ -13,7 +13,7 @@ from hbx_gpu._stores.anndata import open_anndata, open_collection, open_mudata
 from hbx_gpu._stores.loom import open_loom
 from hbx_gpu._stores.tenx import groups_of, open_tenx
 from hbx_gpu._stores.tree import Tree, open_tree
-from hbx_gpu.errors import InvalidDataError, UnsupportedError
+from hbx_gpu.errors import HbxError, InvalidDataError, UnsupportedError
 
 if TYPE_CHECKING:
     from hbx_gpu._stores.store import Store
@@ -61,7 +61,19 @@ def expand(paths: Sequence[str | os.PathLike[str] | Sequence[str | os.PathLike[s
 def _is_folder(path: Path) -> bool:
     """Whether a directory is not a store itself."""
     marks = ("zarr.json", ".zgroup", ".zattrs", "header.sch", "row_ptr.npy", "lance_db", "hbx_gpu.json")
-    return path.is_dir() and not any((path / mark).exists() for mark in marks)
+    if not path.is_dir():
+        return False
+    return not any((path / mark).exists() for mark in marks) or _is_group_of_stores(path)
+
+
+def _is_group_of_stores(path: Path) -> bool:
+    """Whether a zarr group is not a store, but holds groups that are."""
+    try:
+        with open_tree(path) as tree:
+            groups = [key for key in tree.names() if not tree.is_array(key)]
+            return not _opener(tree) and any({"obs", "var"} <= set(tree.names(key)) for key in groups)
+    except HbxError:  # damaged, or no zarr at all: whoever opens it says so
+        return False
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -87,7 +99,14 @@ def format_of_file(path: Path) -> str | None:
 
 
 def open_store(path: Path, *, allow_links: bool = False) -> Store:
-    """Open one store; `allow_links` follows links that lead out of it.
+    """Open one store.
+
+    Parameters
+    ----------
+    path
+        The store.
+    allow_links
+        Follow links that lead out of the store.
 
     Raises
     ------

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import h5py
 import numpy as np
 
-from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix
 from hbx_gpu._paths import checked
 from hbx_gpu._stores.lazy import as_stream
@@ -45,7 +45,7 @@ def open_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> I
     InvalidDataError
         Nothing that is known, or parts with different features.
     UnsupportedError
-        A MuData store, whose modalities are ingested by name.
+        A MuData store: several matrices, which :func:`open_mudata_source` opens.
     """
     path = Path(checked(path))
     if not is_other_store(path):
@@ -55,10 +55,69 @@ def open_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> I
     store = open_store(path, allow_links=allow_links)
     if store.modalities:
         raise UnsupportedError(
-            f"{path} holds several modalities; write it as .h5mu, whose modalities are taken together: "
-            "mudata.read_zarr(path).write('file.h5mu')"
+            f"{path} holds several modalities, {list(store.modalities)}, and one matrix is needed here; "
+            "ingest it, which takes them together, or write one of them to a store of its own"
         )
     yield StoreGroup(store)
+
+
+class MuDataSource(Protocol):
+    """A MuData as ingest reads it."""
+
+    path: Path
+
+    def modalities(self) -> list[str]:
+        """Names of the modalities, in the order of the store."""
+        ...
+
+    def modality(self, name: str) -> AnnDataGroup:
+        """One of :meth:`modalities`."""
+        ...
+
+    def obs(self) -> pd.DataFrame:
+        """Table of all cells, without the copies of the modalities' columns."""
+        ...
+
+
+@contextlib.contextmanager
+def open_mudata_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> Iterator[MuDataSource]:
+    """Open an .h5mu file, or a MuData in zarr; `allow_links` follows links that lead out of it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    InvalidDataError
+        Not a MuData, or one whose modalities do not share their cells.
+    """
+    path = Path(checked(path))
+    if not path.is_dir():
+        with H5muFile(path, allow_links=allow_links) as file:
+            yield file
+        return
+    store = open_store(path, allow_links=allow_links)
+    if not store.modalities:
+        raise InvalidDataError(f"{path} is not a MuData: it is {store.format}")
+    yield _MuDataStore(store)
+
+
+class _MuDataStore:
+    """The modalities of a MuData in zarr."""
+
+    def __init__(self, store: Store) -> None:
+        self.path, self._store = store.path, store
+
+    def modalities(self) -> list[str]:
+        return list(self._store.modalities)
+
+    def modality(self, name: str) -> AnnDataGroup:
+        if name not in self._store.modalities:
+            raise InvalidDataError(f"{self.path} has no modality {name!r}; it has {self.modalities()}")
+        return StoreGroup(replace(self._store, parts=[self._store.modalities[name][0]]), name)
+
+    def obs(self) -> pd.DataFrame:
+        assert self._store.read_obs is not None
+        return self._store.read_obs()
 
 
 def is_other_store(path: Path) -> bool:
@@ -85,7 +144,9 @@ class StoreGroup(AnnDataGroup):
     Parameters
     ----------
     store
-        A store without modalities.
+        The store.
+    modality
+        Name of the part of a MuData that `store` stands for; empty for a store without modalities.
 
     Raises
     ------
@@ -93,8 +154,9 @@ class StoreGroup(AnnDataGroup):
         Its parts have different features.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.path, self.modality, self.source = store.path, "", str(store.path)
+    def __init__(self, store: Store, modality: str = "") -> None:
+        self.path, self.modality = store.path, modality
+        self.source = f"{store.path}:{modality}" if modality else str(store.path)
         self._parts = store.parts
         first = store.parts[0]
         for part in store.parts[1:]:
@@ -106,8 +168,9 @@ class StoreGroup(AnnDataGroup):
                     )
 
     def matrices(self) -> list[str]:
-        names = list(self._parts[0].matrices)
-        return [name for name in names if all(name in part.matrices for part in self._parts)]
+        names = [*self._parts[0].matrices, *self._parts[0].unreadable]
+        there = [{*part.matrices, *part.unreadable} for part in self._parts]
+        return [name for name in names if all(name in part for part in there)]
 
     def matrix(self, name: str = "X") -> Matrix:
         streams = [as_stream(part.matrix(name)) for part in self._parts]

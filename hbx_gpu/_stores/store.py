@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hbx_gpu._stores.matrix import StoredMatrix
-from hbx_gpu.errors import CorruptDataError, UnknownNameError
+from hbx_gpu.errors import CorruptDataError, HbxError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,12 +33,15 @@ class Part:
         Reads the table of cells, their names as index.
     read_var
         Reads the table of features of a matrix, given its name; feature names are the index.
+    unreadable
+        Layers that exist and cannot be read: name -> the error to raise when one is asked for.
     """
 
     name: str
     matrices: Mapping[str, StoredMatrix]
     read_obs: Callable[[], pd.DataFrame]
     read_var: Callable[[str], pd.DataFrame]
+    unreadable: Mapping[str, HbxError] = field(default_factory=dict)
     _vars: dict[bool, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -84,10 +87,12 @@ class Part:
         UnknownNameError
             The matrix does not exist.
         """
+        if name in self.unreadable:
+            raise self.unreadable[name]
         if name not in self.matrices:
+            there = f"it holds {sorted(self.matrices)}" if self.matrices else "it holds no matrix at all"
             raise UnknownNameError(
-                f"{self.name} has no matrix {name!r}; it holds {sorted(self.matrices)} (X, raw, or the name "
-                "of a layer)"
+                f"{self.name} has no matrix {name!r}; {there} (X, raw, or the name of a layer)"
             )
         return self.matrices[name]
 

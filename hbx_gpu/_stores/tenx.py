@@ -37,6 +37,13 @@ def _part(tree: Tree, key: str) -> Part:
     if len(shape) != 2:
         raise CorruptDataError(f"{name}: shape has {len(shape)} entries; features and barcodes are expected")
     values, index, indptr = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
+    ids = f"{key}/features/id" if tree.names(f"{key}/features") else f"{key}/genes"
+    for table, n in ((f"{key}/barcodes", int(shape[1])), (ids, int(shape[0]))):
+        if not tree.is_array(table) or tree.shape(table) != (n,):
+            found = tree.shape(table) if tree.is_array(table) else "nothing"
+            raise CorruptDataError(
+                f"{path}: {table} should name {n} barcodes or features, as shape says; found {found}"
+            )
     matrix = StoredMatrix(name, (int(shape[1]), int(shape[0])), "csr", values, index, indptr)
     return Part(name, {"X": matrix}, lambda: _obs(tree, key), lambda _: _var(tree, key))
 

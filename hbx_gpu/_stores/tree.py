@@ -63,6 +63,10 @@ class Tree(Protocol):
         """Where and how an array is stored."""
         ...
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of an array."""
+        ...
+
     def array(self, key: str) -> np.ndarray:
         """A small array, read whole; text as Python strings."""
         ...
@@ -99,7 +103,9 @@ def open_tree(path: str | os.PathLike[str], *, allow_links: bool = False) -> Ite
     if path.is_dir():
         if not _is_node(path):
             raise InvalidDataError(f"{path} is not a zarr store: there is neither zarr.json nor .zgroup")
-        yield ZarrTree(path, allow_links=allow_links)
+        zarr = ZarrTree(path, allow_links=allow_links)
+        zarr.attributes()  # metadata that are damaged or of another format are an error from the start
+        yield zarr
         return
     with _open_hdf5(path) as file:
         yield HdfTree(path, file, allow_links=allow_links)
@@ -166,10 +172,15 @@ class _Tables:
         tree: Any = self
         if tree.is_array(key):
             return self.shape(key)[0]
-        index = str(tree.attributes(key).get("_index", "index"))
+        attributes = tree.attributes(key)
+        index = str(attributes.get("_index", "index"))
         for array in (f"{key}/{index}", f"{key}/{index}/values", f"{key}/{index}/codes"):
             if tree.is_array(array):
                 return self.shape(array)[0]
+        if "_index" in attributes:
+            raise CorruptDataError(
+                f"{tree.path}: table {key!r} says that {index!r} is its index, and lacks it"
+            )
         return None
 
     def _records(self, node: Any) -> pd.DataFrame:
@@ -329,6 +340,10 @@ class ZarrTree(_Tables):
         found = parse_json(read_small(path), path)
         if not isinstance(found, dict):
             raise CorruptDataError(f"the zarr metadata {path} hold a {type(found).__name__}, not an object")
+        if path.name == "zarr.json" and found.get("zarr_format") != 3:
+            raise InvalidDataError(
+                f"{path} says zarr_format {found.get('zarr_format')!r}; zarr formats 2 and 3 can be opened"
+            )
         return found
 
 

@@ -22,7 +22,7 @@ from hbx_gpu._codecs.containers import compression_of
 from hbx_gpu._codecs.rowpack_format import BLOCK
 from hbx_gpu._engine.host import canonical, kernels
 from hbx_gpu._engine.host.canonical import as_float32
-from hbx_gpu._engine.host.decoded import DecodedChunks
+from hbx_gpu._engine.host.decoded import DecodedChunks, decoded_nbytes, default_budget
 from hbx_gpu._engine.verify import ChunkChecks
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
 from hbx_gpu._source import ArrayLayout
@@ -85,7 +85,8 @@ class HostEngine:
     pool
         Pool that the memory of outputs comes from; None for fresh memory.
     keep
-        Bytes of decoded chunks of general codecs (blosc, zstd, gzip, ...) that are kept for later batches.
+        Bytes of decoded chunks of general codecs (blosc, zstd, gzip, ...) that are kept for later batches;
+        None for as many as are of use and memory allows (`default_budget`).
     """
 
     def __init__(
@@ -95,9 +96,8 @@ class HostEngine:
         dtypes: Sequence[np.dtype],
         pool: BufferPool | None = None,
         *,
-        keep: int = 64 << 20,
+        keep: int | None = None,
     ) -> None:
-        self._kept = DecodedChunks(keep)
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         self._empty = pool.empty if pool else np.empty
         self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
@@ -116,6 +116,13 @@ class HostEngine:
         ]
         self._kind_of = np.array(kind_of, dtype=np.int64)
         self._kinds = list(kinds)
+        general = [not self._kinds[k].codec for k in kind_of]
+        needed = sum(
+            decoded_nbytes(la)
+            for la, is_general in zip(directory.layouts, general, strict=True)
+            if is_general
+        )
+        self._kept = DecodedChunks(default_budget(needed) if keep is None else keep)
         taken = [one.codec in (RAW, "bitpacking") for one in self._kinds]
         tails = [co.tail if taken[k] else 0 for co, k in zip(self._codecs, kind_of, strict=True)]
         self._checks = ChunkChecks(table, directory, tails)
@@ -277,9 +284,12 @@ class HostEngine:
         """Decode chunks of any other codec, with one library call each, and copy their pieces."""
         table = self.table
         pieces = (plan.piece_skip, plan.piece_count, plan.piece_out)
+        out = out.view(np.uint8) if out.dtype == bool else out
         for c in jobs:
             array = int(plan.chunk_array[c])
             decoded = self._decoded(plan, slab, int(c), array)
+            if decoded.dtype == bool:  # numba does not copy them
+                decoded = (decoded.view(np.uint8) != 0).view(np.uint8)
             p0, p1 = plan.piece_ptr[c], plan.piece_ptr[c + 1]
             if role == INDEX_ROLE:
                 source = array // table.n_roles
@@ -354,6 +364,8 @@ class HostEngine:
             filling = np.array(value, out.dtype)
             if out.dtype == np.float16:
                 out, filling = out.view(np.uint16), filling.view(np.uint16)
+            elif out.dtype == bool:
+                out, filling = out.view(np.uint8), filling.view(np.uint8)
             kernels.fill_pieces(p0, p1, plan.piece_count, plan.piece_out, filling[()], out)
 
     def _error(

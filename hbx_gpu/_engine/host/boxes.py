@@ -16,7 +16,7 @@ import numpy as np
 
 from hbx_gpu._buffers import BufferPool
 from hbx_gpu._codecs.chain import ChunkCodec
-from hbx_gpu._engine.host.decoded import DecodedChunks
+from hbx_gpu._engine.host.decoded import DecodedChunks, decoded_nbytes, default_budget
 from hbx_gpu._plan.boxes import ArrayPieces, BoxPlan, BoxTable, full_boxes
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
@@ -36,7 +36,8 @@ class BoxEngine:
     pool
         Where the memory of outputs comes from; None: fresh memory.
     keep
-        Bytes of decoded chunks that are kept for later plans.
+        Bytes of decoded chunks that are kept for later plans; None for as many as are of use and memory
+        allows (`default_budget`).
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class BoxEngine:
         dtypes: Sequence[np.dtype],
         pool: BufferPool | None = None,
         *,
-        keep: int = 64 << 20,
+        keep: int | None = None,
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
-        self._kept = DecodedChunks(keep)
         self._empty = pool.empty if pool else np.empty
         self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
+        pairs = zip(directory.layouts, self._codecs, strict=True)
+        decoded = [decoded_nbytes(layout) for layout, codec in pairs if codec.tail or not codec.is_raw]
+        self._kept = DecodedChunks(default_budget(sum(decoded)) if keep is None else keep)
 
     def matrix(
         self, plan: BoxPlan, slab: Slab, n_features: int, remaps: Sequence[np.ndarray]

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import threading
 
 import numpy as np
+
+from hbx_gpu._devices import cores, free_host_memory
+from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.chunks import chunk_grid
+
+LEAST = 64 << 20
+"""Bytes that decoded chunks may take on any machine."""
+_SHARE = 8
+
+
+def default_budget(needed: int) -> int:
+    """Bytes that decoded chunks may take where the user names no number.
+
+    Parameters
+    ----------
+    needed
+        Bytes of all chunks of the dataset, decoded. More is never of use.
+
+    Returns
+    -------
+    int
+        `needed`, but at most an eighth of the memory that is free, of which worker processes get a part each.
+    """
+    processes = cores() if multiprocessing.parent_process() is not None else 1
+    return min(needed, max(LEAST, free_host_memory() // (_SHARE * processes)))
+
+
+def decoded_nbytes(layout: ArrayLayout) -> int:
+    """Bytes that all chunks of an array take when they are decoded; every chunk has its full shape."""
+    return math.prod(chunk_grid(layout)) * math.prod(layout.chunk_shape) * layout.dtype.itemsize
 
 
 class DecodedChunks:

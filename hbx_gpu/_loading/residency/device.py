@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hbx_gpu._devices import cores
+from hbx_gpu._devices import cores, free_host_memory
 from hbx_gpu._engine.device.backend import NoRoom, Slot
 from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64, Layout, Resident, StagedPlan
 from hbx_gpu._engine.device.staging_kernels import copy_ranges
@@ -22,7 +22,6 @@ from hbx_gpu._loading.residency.host import (
     SHARE,
     decide,
     fitting,
-    free_host_memory,
     load_all,
     tell,
 )

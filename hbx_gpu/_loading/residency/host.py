@@ -6,7 +6,6 @@ The chunks that stay are chosen from the query, within a budget of bytes; the or
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hbx_gpu._devices import cores
+from hbx_gpu._devices import cores, free_host_memory
 from hbx_gpu._protocols import Chunked, Loadable
 from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.chunks import Extents
@@ -252,18 +251,6 @@ def _open(dataset: Chunked, options: LoaderOptions) -> Reader:
         candidates = {name: reads(reader) for name, reader in readers.items()}
         io = choose(candidates, len(dataset), threads=options.threads or cores())
     return readers[io]
-
-
-def free_host_memory() -> int:
-    """Bytes of host memory that can be taken without swapping, as far as the system says."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def tell(message: str) -> None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._advice import option, spelled
-from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile, without_copies
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
+from hbx_gpu._stores.kinds import is_mudata
+from hbx_gpu._stores.source import MuDataSource, open_mudata_source
 from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import (
@@ -120,8 +122,8 @@ def add_multimodal(
     atlas
         Open for writing.
     modalities
-        Name -> data, or a MuData object or the path of an .h5mu file with all its modalities. A name is a
-        pointer column, a feature space, or a usual short name (``rna``, ``protein``, ``atac``, ``tiles``,
+        Name -> data, or a MuData object or the path of one (.h5mu or zarr) with all its modalities. A name is
+        a pointer column, a feature space, or a usual short name (``rna``, ``protein``, ``atac``, ``tiles``,
         ...); the pointer column is added where the obs table has none of that space. Data are an AnnData,
         the path of an .h5ad file, ``"file.h5mu:modality"``, an :class:`ImageInput`, or a fragments file by
         its path or as :class:`FragmentsInput`.
@@ -297,7 +299,7 @@ def _is_matrix(data: object) -> bool:
     """Whether data are a matrix of cells and features, or a path that says so."""
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
-        return path.endswith(".h5ad") or path.rpartition(":")[0].endswith(".h5mu")
+        return path.endswith(".h5ad") or is_mudata(Path(path.rpartition(":")[0] or "."))
     return isinstance(data, AnnDataGroup | _Backed | Input) or hasattr(data, "obs_names")
 
 
@@ -309,7 +311,7 @@ def _open_all(
 ) -> tuple[dict[str, object], list[tuple[str, pd.DataFrame]], str]:
     """Modality -> its data, opened; tables of obs that belong to none; and what to call the whole."""
     if isinstance(modalities, str | os.PathLike):
-        file = stack.enter_context(H5muFile(modalities, allow_links=allow_links))
+        file = stack.enter_context(open_mudata_source(modalities, allow_links=allow_links))
         found: dict[str, object] = {name: file.modality(name) for name in file.modalities()}
         if not found:
             raise InvalidDataError(f"{file.path} has no modalities: nothing to ingest")
@@ -328,7 +330,7 @@ def _open_all(
             "expected {modality: data}, a MuData object or the path of an .h5mu file, got "
             f"{type(modalities).__name__}"
         )
-    files: dict[str, H5muFile] = {}
+    files: dict[str, MuDataSource] = {}
     opened = {name: _open_one(data, stack, files, allow_links) for name, data in modalities.items()}
     named = [f"{name}={_name_of(data)}" for name, data in modalities.items()]
     return opened, [(str(file.path), file.obs()) for file in files.values()], ", ".join(named)
@@ -353,7 +355,7 @@ def _name_of(data: object) -> str:
 
 
 def _open_one(
-    data: object, stack: contextlib.ExitStack, files: dict[str, H5muFile], allow_links: bool
+    data: object, stack: contextlib.ExitStack, files: dict[str, MuDataSource], allow_links: bool
 ) -> object:
     if not isinstance(data, str | os.PathLike):
         if getattr(data, "isbacked", False):
@@ -361,12 +363,12 @@ def _open_one(
         return data
     path = os.fspath(data)
     name, _, modality = path.rpartition(":")
-    if name.endswith(".h5mu") and not Path(path).exists():
+    if name and is_mudata(Path(name)) and not Path(path).exists():
         if name not in files:
-            files[name] = stack.enter_context(H5muFile(name, allow_links=allow_links))
+            files[name] = stack.enter_context(open_mudata_source(name, allow_links=allow_links))
         return files[name].modality(modality)
-    if path.endswith(".h5mu"):
-        with H5muFile(path, allow_links=allow_links) as file:
+    if is_mudata(Path(path)):
+        with open_mudata_source(path, allow_links=allow_links) as file:
             raise InvalidDataError(
                 f"{path} holds several modalities, {file.modalities()}; name one as {path}:MODALITY, or "
                 "ingest the file as a whole"
