@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -460,10 +462,11 @@ class Cells:
         matrices = [part.matrix(layer) for part in places.parts]
         forms = {matrix.form for matrix in matrices} or {"csr"}
         if "csc" in forms:
-            name = next(matrix.name for matrix in matrices if matrix.form == "csc")
+            at = [matrix.form for matrix in matrices].index("csc")
+            path = shlex.quote(str(self._path_of(places.parts[at])))
             raise UnsupportedError(
-                f"{name} is stored as CSC, column by column, so that a row would need all of it; turn it "
-                "once with 'hbx-gpu ingest FILE --atlas ATLAS' and train from the atlas"
+                f"{matrices[at].name} is stored as CSC, column by column, so that a row would need all of "
+                f"it; turn it once with 'hbx-gpu ingest {path} --atlas ATLAS' and train from the atlas"
             )
         if len(forms) > 1:
             raise UnsupportedError(
@@ -496,6 +499,11 @@ class Cells:
         boxes = BoxIndex(places.part, places.row[:, None], ones)
         wanted = {} if dtype is None else {layer: np.dtype(dtype).name}
         return DenseCellDataset(sources, boxes, positions=True, dtypes=wanted, **common)
+
+    def _path_of(self, part: Part) -> Path:
+        """The store that a part belongs to."""
+        every = ((store, [*store.parts, *(p for p, _ in store.modalities.values())]) for store in self.stores)
+        return next(store.path for store, parts in every if any(part is one for one in parts))
 
     def _axis(
         self, parts: Sequence[Part], layer: str, join: Join, column: str | None, panel: tuple[str, ...] | None

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+import hbx_gpu
 from hbx_gpu import RaggedAtlas, cli
+from hbx_gpu._stores.source import open_source
+from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.scdl import SingleCellMemMapDataset
+from tests.stores.small import as_dense, small
 
 STORES = [
     ("tenx_v3_gex_adt", "store.h5"),
@@ -45,3 +49,50 @@ def test_an_archive_holds_what_the_store_holds(shared: Path, tmp_path: Path) -> 
     with np.load(folder / "expected.npz") as expected:
         assert archive.number_of_rows() == expected["X/shape"][0]
         assert archive.number_nonzero_values() == len(expected["X/data"])
+
+
+def test_a_mudata_in_zarr_becomes_modalities(tmp_path: Path) -> None:
+    import mudata
+
+    rna, protein = small(), small(n_genes=3)
+    mudata.MuData({"rna": rna, "protein": protein}).write_zarr(str(tmp_path / "m.zarr"))
+    assert cli.main(["ingest", str(tmp_path / "m.zarr"), "--atlas", str(tmp_path / "atlas")]) == 0
+    query = RaggedAtlas.checkout_latest(tmp_path / "atlas").query()
+    np.testing.assert_array_equal(as_dense(query.to_cell_dataset("gene_expression")), rna.X.toarray())
+    np.testing.assert_array_equal(as_dense(query.to_cell_dataset("protein_abundance")), protein.X.toarray())
+    with pytest.raises(UnsupportedError, match="several modalities"), open_source(tmp_path / "m.zarr"):
+        pass
+
+
+STORES_BY_FORMAT = [
+    ("annbatch031_three_datasets", "annbatch collection"),
+    ("tenx_v2_one_genome", "10x Genomics HDF5"),
+    ("loom_loompy", "loom"),
+    ("h5ad_ad06_csr_gzip_raw", "raw: 60 cells x 50 features, csr, 464 values, float32, zlib"),
+    ("zarr_ad013_csc", "csc, 722 values, float32, zstd"),
+    ("h5mu_mudata041", "MuData HDF5"),
+    ("muzarr_mudata041", "MuData zarr"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), STORES_BY_FORMAT)
+def test_info_says_what_a_store_holds(
+    shared: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    folder = shared / "fixtures" / "inplace" / name
+    path = next(path for path in folder.iterdir() if path.name.startswith("store"))
+    assert cli.main(["info", str(path)]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_bench_measures_a_collection(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shared / "fixtures" / "inplace" / "annbatch031_three_datasets" / "store.zarr"
+    options = "--device cpu --seconds 0.05 --repeat 1 --executor direct --layout csr --order random"
+    assert cli.main(["bench", str(path), *options.split(), "--train", "none", "--cache", "warm"]) == 0
+    assert "all equal" in capsys.readouterr().out
+
+
+def test_csc_names_the_command_that_turns_it(shared: Path) -> None:
+    path = shared / "fixtures" / "inplace" / "zarr_ad013_csc" / "store.zarr"
+    with pytest.raises(UnsupportedError, match=f"hbx-gpu ingest {path} --atlas"):
+        hbx_gpu.open(path).to_cell_dataset()
