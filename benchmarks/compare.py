@@ -248,7 +248,7 @@ def _size(
     """Bytes on disk of what a contender reads."""
     if not contender.variant.data:
         return int(stores[contender.peer.name]["bytes"])
-    return bytes_below(_work(options, contender.peer, data) / contender.variant.data)
+    return bytes_below(work_folder(options, contender.peer, data) / contender.variant.data)
 
 
 def _load(folder: Path) -> None:
