@@ -325,10 +325,9 @@ class _Metadata:
 
     def _chunk_shape(self, what: str, value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a chunk; some writers give an axis without elements chunks of length 0."""
-        found = self._integers(what, value, least=0, ndim=len(shape))
-        if any(chunk == 0 and n for chunk, n in zip(found, shape, strict=True)):
-            self._corrupt(f"{what} is {list(found)}, {len(shape)} integers >= 1 are expected")
-        return tuple(max(1, chunk) for chunk in found)
+        if isinstance(value, list) and len(value) == len(shape):
+            value = [1 if (chunk, n) == (0, 0) else chunk for chunk, n in zip(value, shape, strict=True)]
+        return self._integers(what, value, least=1, ndim=len(shape))
 
     def _v2_dtype(self, value: Any) -> np.dtype:
         try:
