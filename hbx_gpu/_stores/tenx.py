@@ -42,7 +42,7 @@ def _part(tree: Tree, key: str) -> Part:
         if not tree.is_array(table) or tree.shape(table) != (n,):
             found = tree.shape(table) if tree.is_array(table) else "nothing"
             raise CorruptDataError(
-                f"{path}: {table} should name {n} barcodes or features, as shape says; found {found}"
+                f"{tree.path}: {table} should name {n} barcodes or features, as shape says; found {found}"
             )
     matrix = StoredMatrix(name, (int(shape[1]), int(shape[0])), "csr", values, index, indptr)
     return Part(name, {"X": matrix}, lambda: _obs(tree, key), lambda _: _var(tree, key))
