@@ -187,15 +187,18 @@ class _Tables:
         """A table stored as one array of records, as anndata did before 0.7; categories lie in ``uns``."""
         import pandas as pd
 
+        tree: Any = self
         records = node[:]
         frame = pd.DataFrame({name: _texts(records[name]) for name in records.dtype.names or ()})
         for column in frame.columns:
-            try:
-                names = _texts(np.atleast_1d(self._node(f"uns/{column}_categories")[()]))
-            except KeyError:
+            labels = f"uns/{column}_categories"
+            if frame[column].dtype.kind not in "iu" or not tree.is_array(labels):
                 continue
-            if frame[column].dtype.kind in "iu":
-                frame[column] = pd.Categorical.from_codes(frame[column].to_numpy(), names)
+            names, codes = tree.array(labels), frame[column].to_numpy()
+            # Labels are stored by the name of the column alone, so those of obs and var overwrite each other:
+            # codes without a label are those of the other table, and stay numbers.
+            if len(codes) and -1 <= codes.min() and codes.max() < len(names):
+                frame[column] = pd.Categorical.from_codes(codes, names)
         return frame.set_index("index" if "index" in frame.columns else frame.columns[0])
 
 
