@@ -207,3 +207,19 @@ def test_states_of_an_atlas(tmp_path: Path) -> None:
     again = loader("donor = 'A'")
     again.load_state_dict(donor.state_dict())  # the same cells in a later snapshot
     assert len(list(again)) == 4
+
+
+def test_what_else_people_pass_to_a_loader(dataset: CellDataset) -> None:
+    order = CellSampler(dataset.groups_np, 50, seed=3)
+    batches = list(order)
+    order.set_epoch(0)
+    with make_loader(dataset, batch_sampler=order, layout="dense", executor="direct") as loader:
+        assert [batch["index"].tolist() for batch in loader] == batches
+    with pytest.raises(ValueError, match="sampler and batch_sampler both say"):
+        make_loader(dataset, order, batch_sampler=order)
+    with pytest.raises(TypeError, match=r"make_loader\(dataset, batch_size=64\)"):
+        make_loader(dataset, 64)
+    with pytest.raises(ValueError, match="batch_size"):
+        make_loader(dataset, batch_size=0)
+    with pytest.raises(IndexError, match="given to a torch DataLoader as batch_sampler="):
+        next(iter(DataLoader(dataset, sampler=order, batch_size=4)))

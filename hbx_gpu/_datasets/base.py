@@ -116,7 +116,10 @@ class Dataset(ABC, Generic[BatchT]):
         """Row numbers as int64 in ``[0, n_cells)``."""
         rows = np.asarray(rows)
         if rows.ndim != 1:
-            raise IndexError(f"row numbers must be one-dimensional, got shape {rows.shape}")
+            raise IndexError(
+                f"row numbers must be one-dimensional, got shape {rows.shape}; a sampler that yields whole "
+                "batches is given to a torch DataLoader as batch_sampler="
+            )
         if rows.size == 0:
             return np.empty(0, np.int64)
         n = len(self)

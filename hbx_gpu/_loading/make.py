@@ -77,7 +77,7 @@ def make_loader(
     sampler
         Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, any torch batch
         sampler, or a torch sampler of rows, such as ``RandomSampler``. None: a CellSampler of the dataset.
-        Its `num_workers`, if it has one, is the default below.
+        Its `num_workers`, if it has one, is the default below. ``batch_sampler=`` means the same.
     batch_size, shuffle, drop_last, seed
         Arguments of the CellSampler that is made if `sampler` is None (default: 1,024 rows, not shuffled).
         With a torch sampler of rows, only `batch_size` and `drop_last` may be given.
@@ -163,6 +163,10 @@ def make_loader(
     """
     from hbx_gpu._loading.splits import order_for, unwrapped
 
+    if (batch_sampler := kwargs.pop("batch_sampler", None)) is not None:
+        if sampler is not None:
+            raise ValueError("sampler and batch_sampler both say which rows make a batch; pass one of them")
+        sampler = batch_sampler
     dataset = unwrapped(dataset)
     sampler = order_for(
         dataset, sampler, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed

@@ -61,12 +61,19 @@ def order_for(
     ------
     ValueError
         `batch_size`, `shuffle`, `drop_last` or `seed` is given together with a sampler that decides them.
+    TypeError
+        The sampler is a number.
     """
+    if isinstance(sampler, int | np.integer):
+        raise TypeError(
+            "the second argument is the sampler, not the batch size: "
+            f"make_loader(dataset, batch_size={sampler})"
+        )
     if sampler is None:
         groups = getattr(dataset, "groups_np", None)
         return CellSampler(
             np.zeros(len(dataset), np.int32) if groups is None else groups,
-            batch_size or _BATCH_SIZE,
+            _BATCH_SIZE if batch_size is None else batch_size,
             bool(shuffle),
             seed,
             bool(drop_last),
@@ -76,7 +83,7 @@ def order_for(
     of_rows = isinstance(sampler, _SAMPLERS_OF_ROWS) and not of_batches
     if of_rows or (batch_size is not None and not of_batches):
         given |= {"batch_size": None, "drop_last": None}
-        sampler = BatchSampler(sampler, batch_size or _BATCH_SIZE, bool(drop_last))
+        sampler = BatchSampler(sampler, _BATCH_SIZE if batch_size is None else batch_size, bool(drop_last))
     if wrong := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
     return sampler

@@ -19,9 +19,9 @@ from hbx_gpu.atlas._catalogue.journal import WriteLock
 from hbx_gpu.atlas._catalogue.names import Names, only_table
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store
 from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
-from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession
+from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession, declared_schemas
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
-from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE, list_versions
+from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE, list_versions, store_path
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import (
     AtlasVersion,
@@ -82,30 +82,47 @@ class RaggedAtlas:
     def create(
         cls,
         path: str | os.PathLike[str],
-        *,
         obs_schemas: ObsSchemas | None = None,
         dataset_table_name: str = "datasets",
         dataset_schema: type[DatasetSchema] = DatasetSchema,
+        *,
+        store: Any = None,
         registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
-        """Make a new atlas; parameters as in :func:`create_or_open_atlas`.
+        """Make a new atlas; other parameters as in :func:`create_or_open_atlas`.
+
+        Parameters
+        ----------
+        path
+            Directory of the atlas.
+        store
+            Where the arrays go instead of ``zarr_store`` in that directory: a path, or a local store object
+            of zarr or obstore. An atlas does not record it, so pass it whenever you open the atlas.
 
         Raises
         ------
+        TypeError
+            `obs_schemas` is the name of a table, as in old releases of Homeobox.
         FileExistsError
             An atlas already exists there.
         AtlasLockedError
             Somebody else is making it.
         """
         root = _root(path)
+        if isinstance(obs_schemas, str):
+            raise TypeError(
+                "obs_schemas maps obs tables to their classes: "
+                f"pass {{{obs_schemas!r}: MyCellSchema}} instead of the name {obs_schemas!r}"
+            )
         schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
+        where = root / "zarr_store" if store is None else local_path(store_path(store))
         names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
         session = WriteSession(
-            Catalogue(root, root / "zarr_store", names, allow_links=allow_links),
+            Catalogue(root, where, names, allow_links=allow_links),
             obs_schemas=schemas,
             registry_schemas=registry_schemas,
             pointer_fields=pointer_fields,
@@ -121,8 +138,10 @@ class RaggedAtlas:
                 if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
                     raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
             stack.enter_context(creation.making(root))
-            check_store(root, root / "zarr_store", allow_links=allow_links).mkdir(exist_ok=True)
-            make_group(root / "zarr_store")
+            if store is None:
+                check_store(root, where, allow_links=allow_links)
+            where.mkdir(parents=store is not None, exist_ok=True)
+            make_group(where)
             tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())  # type: ignore[no-untyped-call]
             tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())  # type: ignore[no-untyped-call]
@@ -134,43 +153,71 @@ class RaggedAtlas:
     def open(
         cls,
         path: str | os.PathLike[str],
+        obs_table_names: str | Sequence[str] | ObsSchemas | None = None,
+        obs_schemas: ObsSchemas | type[HoxBaseSchema] | None = None,
+        dataset_table_name: str | None = None,
         *,
-        obs_schemas: ObsSchemas | None = None,
-        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         store: Any = None,
+        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        registry_tables: Mapping[str, str] | None = None,
         codec: str | None = None,
         version_table_name: str = VERSION_TABLE,
+        store_kwargs: Any = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
-        """Open an atlas for writing; parameters as in :func:`create_or_open_atlas`.
+        """Open an atlas for writing.
+
+        The path is enough; positional arguments are those of Homeobox's ``open``, old and new.
+
+        Parameters
+        ----------
+        path
+            Directory of the atlas, or its ``lance_db``.
+        obs_table_names
+            Obs tables that must exist: a name or names, or ``{table: class or None}`` as `obs_schemas`.
+        obs_schemas
+            Obs table -> its class, or None; the class alone where there is one table.
+        dataset_table_name, registry_tables
+            Checked: the table of groups, and feature space -> table of its features.
+        store
+            The zarr store where it is not the sibling of ``lance_db``: a path, or a local store object of
+            zarr or obstore.
+        registry_schemas, codec, version_table_name, allow_links
+            As in :func:`create_or_open_atlas`.
+        store_kwargs
+            Accepted and not used: local stores have no options.
 
         Raises
         ------
         FileNotFoundError
             There is none.
         AtlasError
-            The tables cannot be told apart, a schema class disagrees with them, or the creation of the atlas
-            was interrupted.
+            The tables cannot be told apart or are named otherwise, a schema class disagrees with them, or the
+            creation of the atlas was interrupted.
         AtlasLockedError
             Somebody else is making it.
         """
+        del store_kwargs
         root = _root(path)
         if not (root / "lance_db").is_dir():
             raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
         names = _names(root, version_table_name, allow_links=allow_links)
         if names is None:
             raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
+        schemas = declared_schemas(names, obs_table_names, obs_schemas, dataset_table_name, registry_tables)
         if codec is not None:
             names = replace(names, codec=check_codec(codec))
         sibling = root / "zarr_store"
         where = (
-            local_path(store) if store is not None else check_store(root, sibling, allow_links=allow_links)
+            local_path(store_path(store))
+            if store is not None
+            else check_store(root, sibling, allow_links=allow_links)
         )
         if not where.is_dir():
             raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
         session = WriteSession(
             Catalogue(root, where, names, allow_links=allow_links),
-            obs_schemas=obs_schemas,
+            obs_schemas=schemas,
             registry_schemas=registry_schemas,
         )
         session.check_schemas()
@@ -182,7 +229,7 @@ class RaggedAtlas:
             # used.
             if not session.complete:
                 raise
-        return cls(root, session=session, schemas=obs_schemas)
+        return cls(root, session=session, schemas=schemas)
 
     @classmethod
     def checkout(
@@ -521,7 +568,8 @@ def create_or_open_atlas(
         How new arrays are compressed, see `codec_names`; by default as before, ``hbx_gpu.rowpack``
         in a new atlas and ``homeobox.bitpacking`` in one that Homeobox made.
     store
-        The zarr store where it is not the sibling of ``lance_db``; only for atlases that exist.
+        The zarr store where it is not the sibling of ``lance_db``: a path, or a local store object of zarr or
+        obstore.
     version_table_name
         Table that records the snapshots.
     pointer_fields
@@ -547,6 +595,7 @@ def create_or_open_atlas(
             obs_schemas=schemas or {cell_table_name: None},
             dataset_table_name=dataset_table_name,
             dataset_schema=dataset_schema,
+            store=store,
             registry_schemas=registry_schemas,
             codec=codec or DEFAULT_CODEC,
             version_table_name=version_table_name,

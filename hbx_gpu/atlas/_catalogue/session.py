@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from hbx_gpu.atlas._catalogue import removal, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import IngestNote, WriteLock
+from hbx_gpu.atlas._catalogue.names import Names, only_table
 from hbx_gpu.atlas._catalogue.removal import remove_dataset
 from hbx_gpu.atlas._model.schema import (
     Cell,
@@ -22,6 +23,7 @@ from hbx_gpu.atlas._model.schema import (
     registry_table_name,
 )
 from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.errors import UnknownNameError
 
 ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
 """Obs table -> its schema class, None for a table that takes its columns from the data."""
@@ -40,6 +42,53 @@ def finish_replacement(catalogue: Catalogue, note: IngestNote) -> None:
     if note.replaces and catalogue.is_complete(note):
         for uid in note.replaces:
             remove_dataset(catalogue, uid)
+
+
+def declared_schemas(
+    names: Names,
+    obs_table_names: str | Sequence[str] | ObsSchemas | None = None,
+    obs_schemas: ObsSchemas | type[HoxBaseSchema] | None = None,
+    dataset_table_name: str | None = None,
+    registry_tables: Mapping[str, str] | None = None,
+) -> dict[str, type[HoxBaseSchema] | None] | None:
+    """Classes by obs table, from arguments as Homeobox's releases take them, checked against the atlas.
+
+    Parameters
+    ----------
+    names
+        Names of the tables of the atlas.
+    obs_table_names, obs_schemas, dataset_table_name, registry_tables
+        As of :meth:`hbx_gpu.atlas.RaggedAtlas.open`.
+
+    Raises
+    ------
+    UnknownNameError
+        The atlas has no obs table of a name, or its table of groups or of features has another.
+    ValueError
+        A class without the name of its table, where there are several tables.
+    """
+    if isinstance(obs_table_names, Mapping):
+        if obs_schemas is not None:
+            raise ValueError("pass the classes of obs tables once, as obs_schemas=")
+        obs_table_names, obs_schemas = None, obs_table_names
+    asked = [obs_table_names] if isinstance(obs_table_names, str) else list(obs_table_names or ())
+    if missing := [name for name in asked if name not in names.obs_tables]:
+        raise UnknownNameError(f"no obs table {missing[0]!r} in this atlas; it has {list(names.obs_tables)}")
+    if dataset_table_name not in (None, names.dataset_table):
+        raise UnknownNameError(
+            f"no table of datasets {dataset_table_name!r} in this atlas; it is called {names.dataset_table!r}"
+        )
+    for space, table in (registry_tables or {}).items():
+        if names.registries.get(space) != table:
+            raise UnknownNameError(
+                f"the features of {space!r} are not in table {table!r}; this atlas has them in "
+                f"{dict(names.registries)}"
+            )
+    if obs_schemas is None:
+        return None
+    if isinstance(obs_schemas, Mapping):
+        return dict(obs_schemas)
+    return {only_table(asked or names.obs_tables): obs_schemas}
 
 
 class WriteSession:

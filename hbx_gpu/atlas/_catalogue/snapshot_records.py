@@ -206,7 +206,7 @@ def resolve_store(
         `store` is None, and the default store is a link that leads out of the atlas.
     """
     if store is not None:
-        given = local_path(_store_path(store))
+        given = local_path(store_path(store))
         if not given.is_dir():
             raise FileNotFoundError(f"zarr store {given} is not a directory")
         return given
@@ -223,7 +223,14 @@ def resolve_store(
     )
 
 
-def _store_path(store: Any) -> str | os.PathLike[str]:
+def store_path(store: Any) -> str | os.PathLike[str]:
+    """Where a store lies: a path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
+
+    Raises
+    ------
+    AtlasError
+        The store is not local.
+    """
     if isinstance(store, str | os.PathLike):
         return store
     # zarr.storage.ObjectStore wraps an obstore store, zarr.storage.LocalStore has a root.

@@ -181,7 +181,7 @@ def get_space(name: str) -> FeatureSpace:
     except KeyError:
         raise UnknownNameError(
             f"unknown feature space {name!r}; known: {known_spaces()}. Add one with "
-            "hbx_gpu.atlas._model.spaces.register_space(FeatureSpace(...))"
+            "hbx_gpu.atlas.register_space(hbx_gpu.atlas.FeatureSpace(...))"
         ) from None
 
 
@@ -208,7 +208,7 @@ def guess_space(name: str, group: Path, *, has_features: bool = True) -> Feature
         return FeatureSpace(name, "dense", None, "layers", has_features=has_features)
     raise AtlasError(
         f"feature space {name!r} is not registered and group {group} holds neither csr/indices nor layers/; "
-        "describe it with hbx_gpu.atlas._model.spaces.register_space(FeatureSpace(...))"
+        "describe it with hbx_gpu.atlas.register_space(hbx_gpu.atlas.FeatureSpace(...))"
     )
 
 

@@ -25,12 +25,15 @@ class Fields:
         Pointer fields of the table by name.
     spaces, fields
         Feature spaces and fields to which the query is restricted; None means all.
+    panels
+        Feature spaces for which features were asked for.
     """
 
     table: str
     pointers: Mapping[str, PointerColumn]
     spaces: Sequence[str] | None = None
     fields: Sequence[str] | None = None
+    panels: Sequence[str] = ()
 
     def space_named(self, name: str) -> str:
         spaces = {pointer.feature_space for pointer in self.pointers.values()}
@@ -51,6 +54,11 @@ class Fields:
             and (self.fields is None or pointer.name in self.fields)
         ]
 
+    def in_memory(self) -> list[PointerColumn]:
+        """Pointer fields for results in memory: those of the panels, unless spaces or fields were chosen."""
+        chosen = bool(self.panels) and self.spaces is None and self.fields is None
+        return [p for p in self.active() if not chosen or p.feature_space in self.panels]
+
     def one(self, feature_space: str | None, field_name: str | None) -> PointerColumn:
         if field_name is not None:
             if field_name not in self.pointers:
@@ -64,7 +72,7 @@ class Fields:
                 )
             return pointer
         if feature_space is None:
-            active = self.active()
+            active = self.in_memory()
             sparse = [pointer for pointer in active if pointer.kind == "sparse"]
             return self._only(sparse or active, "the table")
         matches = [p for p in self.active() if p.feature_space == feature_space]
@@ -87,7 +95,7 @@ class Fields:
         raise ValueError(f"{what} has several pointer fields: {names}; choose one with field_name=")
 
     def matrix(self) -> PointerColumn:
-        active = self.active()
+        active = self.in_memory()
         matrices = [pointer for pointer in active if is_matrix(pointer.feature_space)]
         if active and not matrices:
             raise TypeError(
@@ -99,7 +107,13 @@ class Fields:
                 f"to_anndata() needs exactly one AnnData-capable pointer field, table {self.table!r} has "
                 f"{[p.name for p in matrices]}; choose one with feature_spaces(...) or select_fields(...)"
             )
-        return self._only(matrices, "the table")
+        pointer = self._only(matrices, "the table")
+        if self.panels and pointer.feature_space not in self.panels:
+            raise ValueError(
+                f"features() was given for {sorted(self.panels)}, but {pointer.feature_space!r} is read; "
+                "choose the space of these features with feature_spaces(...), or leave features() out"
+            )
+        return pointer
 
     def _described(self) -> dict[str, str]:
         return {pointer.name: pointer.feature_space for pointer in self.pointers.values()}

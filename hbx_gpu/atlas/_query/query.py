@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.results import Modality
 from hbx_gpu.atlas._query.selection import Selection
 from hbx_gpu.atlas._query.state import FeatureJoin, QueryState
-from hbx_gpu.errors import UnknownNameError
+from hbx_gpu.errors import UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +101,9 @@ class AtlasQuery:
     def features(self, uids: Sequence[str], feature_space: str) -> Self:
         """Read only these features of a space, as columns in the given order.
 
-        A second call for the same space replaces the first.
+        A second call for the same space replaces the first. Results in memory, and a dataset of a single
+        modality, are those of the spaces for which features were asked for, unless :meth:`feature_spaces` or
+        :meth:`select_fields` says otherwise.
 
         Parameters
         ----------
@@ -134,6 +136,22 @@ class AtlasQuery:
         if how not in ("union", "intersection"):
             raise ValueError(f"feature_join must be 'union' or 'intersection', got {how!r}")
         return self._changed(join=how)
+
+    def search(self, *_: Any, **__: Any) -> NoReturn:
+        """Not offered: full-text and vector searches go to LanceDB itself, whose answer :meth:`where` takes.
+
+        Raises
+        ------
+        UnsupportedError
+            Always; the message shows the two steps.
+        """
+        database = str(self._selection.snapshot.path / "lance_db")
+        raise UnsupportedError(
+            "queries of hbx_gpu have no search(); ask LanceDB for the cells, then query them: "
+            f"table = lancedb.connect({database!r}).open_table({self._selection.name!r}); "
+            "uids = table.search(...).limit(n).to_pandas()['uid']; "
+            "query.where(f'uid IN ({str(list(uids))[1:-1]})')"
+        )
 
     def limit(self, n: int | None) -> Self:
         """At most `n` rows after filtering; 0 gives none, None gives all. A second call replaces the first.
@@ -424,13 +442,14 @@ class AtlasQuery:
     def to_anndata(self) -> AnnData:
         """Everything in memory as AnnData: the rows that have the modality, in query order.
 
-        The modality is the only one of the table, or the one that :meth:`feature_spaces` or
-        :meth:`select_fields` leaves. ``X`` has the stored dtype, and is CSR for sparse spaces.
+        The modality is the only one of the table, or the one that :meth:`feature_spaces`,
+        :meth:`select_fields` or :meth:`features` leaves. ``X`` has the stored dtype, and is CSR for sparse
+        spaces.
 
         Raises
         ------
         ValueError
-            Several modalities to choose from.
+            Several modalities to choose from, or features of another one.
         TypeError
             The modality holds images or fragments, which are not rows of a matrix.
         """
@@ -503,9 +522,10 @@ class AtlasQuery:
     def to_multimodal(self) -> MultimodalResult:
         """All modalities in memory, as AnnData, fragments or arrays depending on their kind.
 
-        :meth:`feature_spaces` and :meth:`select_fields` restrict which modalities these are.
+        :meth:`feature_spaces` and :meth:`select_fields` restrict which modalities these are; without them,
+        :meth:`features` does.
         """
-        pointers = self._selection.fields.active()
+        pointers = self._selection.fields.in_memory()
         return results.read_multimodal([Modality.of(self._selection, p, absent=True) for p in pointers])
 
     def to_mudata(self) -> MuData:

@@ -72,7 +72,8 @@ class Selection:
     @property
     def fields(self) -> Fields:
         """The pointer fields that the query considers."""
-        return Fields(self.name, self.pointers, self.state.spaces, self.state.fields)
+        panels = tuple(space for space, _ in self.state.panels)
+        return Fields(self.name, self.pointers, self.state.spaces, self.state.fields, panels)
 
     def plain_columns(self) -> list[str]:
         """The obs columns that were selected, pointers left out."""
