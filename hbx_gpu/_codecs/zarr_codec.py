@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from zarr import config
 from zarr.abc.codec import BytesBytesCodec
 from zarr.core.common import JSON, parse_named_configuration
+from zarr.registry import register_codec
 
 from hbx_gpu._codecs import bitpacking, bitpacking_format, rowpack, rowpack_format
 
@@ -150,3 +152,17 @@ class RowpackCodec(_PackingCodec):
                 f"{spec.dtype.to_native_dtype()}; put the codec directly after 'bytes'"
             )
         return rowpack.encode_rowpack(data.view(f"<u{self.element_size}"), self.transform)
+
+
+def _choose(codec: type[_PackingCodec]) -> None:
+    """Let zarr-python take `codec` where another package has one of the same name, unless the user chose.
+
+    Homeobox registers its own ``homeobox.bitpacking``; without a choice, zarr warns at every array.
+    """
+    register_codec(codec.codec_name, codec)
+    chosen = {codec.codec_name: f"{codec.__module__}.{codec.__qualname__}", **config.get("codecs", {})}
+    config.set({"codecs": chosen})
+
+
+_choose(BitpackingCodec)
+_choose(RowpackCodec)

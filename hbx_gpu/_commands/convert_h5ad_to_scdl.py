@@ -117,7 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("load-block-row-size", type=int, default=1_000_000, metavar="N", help="see above [1000000]")
     add("use-X-not-raw", action="store_true", help="take X; by default raw.X where a file has it, else X")
-    add("matrix", metavar="NAME", help="matrix to take: X, raw, or a layer; instead of --use-X-not-raw")
+    add(
+        "matrix",
+        metavar="NAME",
+        help="matrix to take: X, raw, a layer, or auto (the one that holds counts); not --use-X-not-raw",
+    )
     add("allow-normalized", action="store_true", help="accept values that are not counts, also beside counts")
     add(
         "require-shared-genes",

@@ -114,11 +114,15 @@ class Dataset(ABC, Generic[BatchT]):
 
     def row_numbers(self, rows: Rows) -> np.ndarray:
         """Row numbers as int64 in ``[0, n_cells)``."""
-        rows = np.asarray(rows)
+        try:
+            rows = np.asarray(rows)
+            shape = f"shape {rows.shape}"
+        except ValueError:  # rows of rows, of different lengths
+            rows, shape = np.empty((0, 0)), "lists of different lengths"
         if rows.ndim != 1:
             raise IndexError(
-                f"row numbers must be one-dimensional, got shape {rows.shape}; a sampler that yields whole "
-                "batches is given to a torch DataLoader as batch_sampler="
+                f"row numbers must be one-dimensional, got {shape}; a sampler that yields whole batches is "
+                "given to a torch DataLoader as batch_sampler="
             )
         if rows.size == 0:
             return np.empty(0, np.int64)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from hbx_gpu.scdl._format.features import ObservedFeatureIndex as ObservedFeatureIndex
     from hbx_gpu.scdl._format.features import VariableFeatureIndex as VariableFeatureIndex
     from hbx_gpu.scdl._format.features import are_dicts_equal as are_dicts_equal
+    from hbx_gpu.scdl._format.header import ArrayInfo as ArrayInfo
+    from hbx_gpu.scdl._format.header import FeatureIndexInfo as FeatureIndexInfo
     from hbx_gpu.scdl._format.header import Header as Header
+    from hbx_gpu.scdl._format.header import SCDLHeader as SCDLHeader
     from hbx_gpu.scdl._format.header import merge_headers as merge_headers
     from hbx_gpu.scdl._format.header import read_header as read_header
     from hbx_gpu.scdl._format.header import validate_header_compatibility as validate_header_compatibility
@@ -38,7 +41,10 @@ _PUBLIC = {
     "are_dicts_equal": "hbx_gpu.scdl._format.features",
     "Archive": "hbx_gpu.scdl._format.archive",
     "open_archive": "hbx_gpu.scdl._format.archive",
+    "ArrayInfo": "hbx_gpu.scdl._format.header",
+    "FeatureIndexInfo": "hbx_gpu.scdl._format.header",
     "Header": "hbx_gpu.scdl._format.header",
+    "SCDLHeader": "hbx_gpu.scdl._format.header",
     "read_header": "hbx_gpu.scdl._format.header",
     "merge_headers": "hbx_gpu.scdl._format.header",
     "validate_header_compatibility": "hbx_gpu.scdl._format.header",

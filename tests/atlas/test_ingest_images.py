@@ -314,3 +314,43 @@ def test_the_same_images_are_added_once(tmp_path: Path) -> None:
     assert atlas.add_multimodal({"rna": rna(), "tiles": given}, exist_ok=True).n_cells == 0
     with pytest.raises(AlreadyIngestedError, match="tiles: it was added without this one"):
         atlas.add_multimodal({"rna": rna(), "tiles": tiles_of(path, tile=[2])})
+
+
+def test_other_columns_of_the_table_are_labels(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {
+            "cell_id": list("abcd"),
+            "tile": [3, 1, 0, 2],
+            "donor": ["007", "007", "12", ""],
+            "age": ["31", "", "8", "9"],
+            "score": ["0.5", "1e-3", "2", "3"],
+            "kept": ["True", "False", "True", "True"],
+            "barcode": ["12345678901234567890"] * 4,
+            "nothing": [""] * 4,
+        }
+    )
+    table.to_csv(tmp_path / "t.csv")  # with its index, a column without a name
+    atlas = create_or_open_atlas(tmp_path / "a", pointer_fields={"image_tiles": "image_tiles"})
+    tiles = image((4, 2, 3, 3), "uint8")
+    given = ImageInput(save("npy", tmp_path / "t", tiles), tmp_path / "t.csv")
+    atlas.add_multimodal({"tiles": given})
+    atlas.optimize()
+    atlas.snapshot()
+    query = RaggedAtlas.checkout_latest(tmp_path / "a").query()
+    obs = query.to_pandas().set_index("obs_name")
+    assert list(obs.columns)[-5:] == ["donor", "age", "score", "kept", "barcode"], "and none without values"
+    assert obs.donor.tolist()[:3] == ["007", "007", "12"]
+    assert obs.donor.isna().tolist() == [False, False, False, True]
+    assert obs.age.isna().tolist() == [False, True, False, False]
+    assert obs.age.sum() == 48
+    assert obs.score.tolist() == [0.5, 0.001, 2.0, 3.0]
+    assert obs.kept.tolist() == [True, False, True, True]
+    assert obs.barcode.tolist() == ["12345678901234567890"] * 4
+    batch = query.to_cell_dataset("image_tiles", metadata_columns=["age", "kept"])[:]
+    np.testing.assert_array_equal(batch.data, tiles[[3, 1, 0, 2]])
+    assert batch.metadata["age"][[0, 2, 3]].tolist() == [31, 8, 9]
+    assert query.where("kept AND age < 10").count() == 2
+    # The labels are part of what makes the same data: with others, the table is not the same.
+    changed = ImageInput(given.image, table.assign(donor="8"))
+    with pytest.raises(AlreadyIngestedError, match="already"):
+        atlas.add_multimodal({"tiles": changed}, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,32 @@ def test_damaged_chunks_raise_through_zarr(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1])
     with pytest.raises(CorruptChunkError, match="reaches beyond the end"):
         array[:]
+
+
+def test_beside_another_codec_of_the_same_name(homeobox_fixtures: Path) -> None:
+    """Homeobox registers ``homeobox.bitpacking`` when it is imported; zarr warns unless one is chosen."""
+    store = homeobox_fixtures / "single_rna" / "atlas" / "zarr_store"
+    (group,) = [path.parent for path in store.rglob("csr/indices")]
+    code = f"""
+import warnings
+warnings.simplefilter("error")
+import zarr
+from zarr.abc.codec import BytesBytesCodec
+from zarr.registry import get_codec_class, register_codec
+class Theirs(BytesBytesCodec):
+    pass
+register_codec("homeobox.bitpacking", Theirs)
+import hbx_gpu._codecs.zarr_codec as ours
+assert get_codec_class("homeobox.bitpacking") is ours.BitpackingCodec
+assert zarr.open_array({str(group / "indices")!r}, mode="r")[:5].dtype == "uint32"
+assert get_codec_class("bytes").__name__ == "BytesCodec"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    chosen = """
+import zarr
+theirs = "zarr.codecs.bytes.BytesCodec"
+zarr.config.set({"codecs": {**zarr.config.get("codecs"), "hbx_gpu.rowpack": theirs}})
+import hbx_gpu._codecs.zarr_codec
+assert zarr.config.get("codecs")["hbx_gpu.rowpack"] == theirs, "what the user chose stays"
+"""
+    subprocess.run([sys.executable, "-c", chosen], check=True, timeout=300)

@@ -129,3 +129,31 @@ def test_an_interrupt_leaves_nothing(
     assert run("--data-path", sources, "--save-path", tmp_path / "a") == 130
     assert "as it was" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["h5ad"]
+
+
+def test_files_without_raw_are_named_and_the_matrix_of_counts_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "h5ad"
+    folder.mkdir()
+    raw = counts(20, 30, seed=1)
+    adata(raw, cells="a").write_h5ad(folder / "a.h5ad")
+    normalized = raw.toarray() / np.maximum(raw.sum(1), 1) * 1e4
+    logs = adata(sp.csr_matrix(np.log1p(normalized).astype(np.float32)), cells="b")
+    logs.layers["counts"] = raw
+    logs.write_h5ad(folder / "b.h5ad")
+    options = ["--data-path", folder, "--save-path"]
+    assert run(*options, tmp_path / "refused") == 1
+    said = capsys.readouterr().err
+    assert "a.h5ad and 1 more do not have raw count data (raw.X), so X is taken" in said
+    assert "--use-X-not-raw says that X is meant" in said
+    assert "a.h5ad holds counts in X" in said
+    assert "b.h5ad holds log-normalized values" in said
+    assert "with --matrix auto" in said
+    assert not leftovers(tmp_path)
+    assert not (tmp_path / "refused").exists()
+    assert run(*options, tmp_path / "auto", "--matrix", "auto") == 0
+    assert (matrix(tmp_path / "auto") != sp.vstack([raw, raw])).nnz == 0
+    assert "raw count data" not in capsys.readouterr().err
+    assert run("--data-path", folder / "a.h5ad", "--save-path", tmp_path / "x", "--use-X-not-raw") == 0
+    assert "warning" not in capsys.readouterr().err

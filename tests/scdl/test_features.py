@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ class TestVariables:
         one.append_features(2, ONE, "a")
         other.append_features(3, ONE, "b")
         other.append_features(4, TWO, "c")
-        assert one.concat(other) is one
+        assert one.concat(other_row_index=other) is one
         assert (one.bounds.tolist(), one.labels) == ([0, 5, 9], ["a", "c"])
 
     def test_a_nan_equals_nothing(self) -> None:
@@ -284,6 +286,7 @@ def test_files(tmp_path: Path, n_blocks: int) -> None:
     # Nothing in it needs unpickling.
     stored = np.load(tmp_path / "var_features" / "labels.npy", allow_pickle=False)
     assert stored.dtype.kind == ("U" if n_blocks else "f")
+    assert json.loads((tmp_path / "var_features" / "labels.json").read_text()) == labels
     again = VariableFeatureIndex.load(tmp_path / "var_features")
     assert again.bounds.tolist() == list(range(0, 2 * n_blocks + 1, 2))
     assert again.labels == labels
@@ -292,6 +295,17 @@ def test_files(tmp_path: Path, n_blocks: int) -> None:
     ]
     with pytest.raises(FileExistsError, match="not empty"):
         write_feature_index(tmp_path / "var_features", blocks)
+
+
+@pytest.mark.parametrize("stale", ["labels.npy", "labels.json"])
+def test_labels_survive_a_program_that_knows_one_file_only(tmp_path: Path, stale: str) -> None:
+    write_feature_index(tmp_path / "var_features", [(2, {"g": np.array(["a"])})], ["a.h5ad"])
+    old = (tmp_path / "var_features" / stale).read_bytes()
+    shutil.rmtree(tmp_path / "var_features")
+    blocks = [(2, {"g": np.array(["a"])}), (1, {"g": np.array(["b"])})]
+    write_feature_index(tmp_path / "var_features", blocks, ["a.h5ad", "b.h5ad"])
+    (tmp_path / "var_features" / stale).write_bytes(old)
+    assert VariableFeatureIndex.load(tmp_path / "var_features").labels == ["a.h5ad", "b.h5ad"]
 
 
 class TestDamage:

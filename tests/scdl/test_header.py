@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hbx_gpu import scdl
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.scdl._format.header import (
     DTYPE_CODES,
@@ -189,3 +190,16 @@ def test_dtypes(small: Header) -> None:
     assert small.dtype("DATA") == np.uint16
     assert small.dtype("NEIGHBOR_VALUES") is None
     assert Header((ArrayInfo("DATA", 1, "string"),)).dtype("DATA") is None
+
+
+def test_names_of_the_package_that_is_followed(scdl_cases: dict[str, Any], tmp_path: Path) -> None:
+    file = scdl_cases["ragged_two"].archive / "header.sch"
+    header = scdl.SCDLHeader.load(file)
+    assert header == scdl.SCDLHeader.deserialize(file.read_bytes()) == read_header(file)
+    assert header.serialize() == file.read_bytes()
+    assert header.calculate_total_size() == file.stat().st_size
+    assert isinstance(header.get_array("DATA"), scdl.ArrayInfo)
+    assert header.get_array("NO") is None
+    assert isinstance(header.get_feature_index("var_features"), scdl.FeatureIndexInfo)
+    header.save(tmp_path / "h.sch")
+    assert scdl.SCDLHeader.load(tmp_path / "h.sch") == header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ class ImageInput:
         relative to (None: the table has whole paths), or the files themselves, in the order of the tile
         numbers.
     table
-        A .csv, .tsv or .parquet file or a data frame, one row per cell.
+        A .csv, .tsv or .parquet file or a data frame, one row per cell. Columns that say nothing about images
+        become obs columns; in text files, numbers and ``True`` or ``False`` are recognized, and empty cells
+        have no value.
     cell_column
         Column with the cell ids.
     tile_column
@@ -74,10 +77,12 @@ class _Table:
     source: str
     frame: pd.DataFrame
     ids: Sequence[str]
+    own_columns: Sequence[str]
+    is_text: bool
 
     @classmethod
     def read(cls, given: ImageInput) -> _Table:
-        source, frame = _read_table(given.table)
+        source, frame, is_text = _read_table(given.table)
         if given.cell_column not in frame.columns:
             raise InvalidDataError(
                 f"{source} has no column {given.cell_column!r} with the cell ids; its columns: "
@@ -86,7 +91,7 @@ class _Table:
         if not len(frame):
             raise InvalidDataError(f"{source} has no rows: nothing to ingest")
         ids = ["" if value is None or value != value else str(value) for value in frame[given.cell_column]]
-        return cls(source, frame, ids)
+        return cls(source, frame, ids, (given.cell_column, given.tile_column, given.file_column), is_text)
 
     def column(self, name: str) -> list[str]:
         """Strings, none missing."""
@@ -112,6 +117,18 @@ class _Table:
         result: np.ndarray = values.astype(np.int64)
         return result
 
+    def labels(self, used: Sequence[str]) -> pd.DataFrame | None:
+        """Columns that do not say where images are, as obs columns; None without any."""
+        apart = {*self.own_columns, *used}
+        names = [name for name in self.frame.columns if name not in apart and not _NO_LABEL(str(name))]
+        if not names:
+            return None
+        labels = self.frame[names].copy()
+        if self.is_text:
+            labels = labels.apply(_parsed)
+        labels.index = list(self.ids)
+        return labels
+
     def who(self, row: int) -> str:
         """A row, for messages."""
         return f"cell {self.ids[row]!r} (row {row})"
@@ -125,22 +142,49 @@ class _Table:
         return digest.hexdigest()
 
 
-def _read_table(table: Any) -> tuple[str, pd.DataFrame]:
+# Corners of boxes, and the index of a data frame that was written without a name for it.
+_NO_LABEL = re.compile(r"[tczyxs][01]|Unnamed: \d+").fullmatch
+# What pandas writes for a number; 007 and numbers that a float64 would round are texts.
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d*)?([eE][+-]?\d+)?")
+
+
+def _parsed(texts: pd.Series) -> pd.Series:
+    """A column of a text file as numbers or booleans, if all of its texts are such."""
+    import pandas as pd
+
+    given = texts[texts != ""]
+    if not len(given):
+        return texts.where(texts != "", None)
+    for kind, matches in (
+        ("Int64", _WHOLE.fullmatch),
+        ("Float64", _NUMBER.fullmatch),
+        ("boolean", lambda text: text in ("True", "False")),
+    ):
+        if all(map(matches, given)):
+            values = given.map({"True": True, "False": False}) if kind == "boolean" else pd.to_numeric(given)
+            column = values.astype(kind).reindex(texts.index)
+            return column if column.isna().any() else column.astype(kind.lower().replace("boolean", "bool"))
+    return texts.where(texts != "", None)
+
+
+def _read_table(table: Any) -> tuple[str, pd.DataFrame, bool]:
+    """Name for messages, the table, and whether it comes from text, where nothing has a type."""
     import pandas as pd
 
     if isinstance(table, pd.DataFrame):
-        return "table of images", table
+        return "table of images", table, False
     if isinstance(table, Mapping):
-        return "table of images", pd.DataFrame(table)
+        return "table of images", pd.DataFrame(table), False
     path = Path(os.fspath(table))
     if not path.is_file():
         raise FileNotFoundError(f"expected a table of cells and images at {path}; it is missing")
     try:
         if path.suffix == ".parquet":
-            return str(path), pd.read_parquet(path)
+            return str(path), pd.read_parquet(path), False
         # Strings: a cell may be called NA, or 007.
         separator = "\t" if {".tsv", ".txt"} & set(path.suffixes) else ","
-        return str(path), pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+        return str(path), pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False), True
     except (ValueError, OSError) as error:
         raise InvalidDataError(f"{path}: cannot read the table: {error}") from error
 
@@ -165,17 +209,20 @@ def image_part(name: str, field_name: str, space: FeatureSpace, given: ImageInpu
 
 
 class _ImagePart(Part):
-    """What all images have in common: no features, no obs columns."""
+    """What all images have in common: no features, and obs columns from their table."""
 
     def __init__(self, name: str, field_name: str, space: FeatureSpace, table: _Table) -> None:
         self.name, self.field_name, self.space = name, field_name, space
         self.role: Role = "table"
         self.table, self.ids = table, table.ids
-        self.obs, self.features = None, None
+        self.features = None
 
     def _identify(self, source_name: str, content: str, columns: Sequence[str]) -> None:
+        """Set what is known of the part once the columns that say where its images are have been read."""
         self.source, self.source_name = self.table.source, source_name
-        digest = hashlib.sha256(f"{content} {self.table.digest(columns)}".encode()).hexdigest()
+        self.obs = self.table.labels(columns)
+        labels = [] if self.obs is None else list(self.obs.columns)
+        digest = hashlib.sha256(f"{content} {self.table.digest([*columns, *labels])}".encode()).hexdigest()
         self.identity = {
             "source_sha256": digest,
             "source_matrix": ",".join(columns),

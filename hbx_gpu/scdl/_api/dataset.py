@@ -67,7 +67,8 @@ class SingleCellMemMapDataset(RowReader):
     use_X_not_raw
         Store `.X` even if the source has `.raw.X`.
     matrix
-        Creating: ``X``, ``raw`` or a layer, instead of `use_X_not_raw`.
+        Creating: ``X``, ``raw``, a layer, or ``auto`` for the one that holds counts, instead of
+        `use_X_not_raw`.
     allow_normalized
         Creating: take a matrix that does not look like counts without a warning.
     allow_loss

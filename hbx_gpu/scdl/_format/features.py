@@ -145,8 +145,13 @@ class FeatureIndex:
         self.frames.append(frame)
         self.labels.append(label)
 
-    def concat(self, other: FeatureIndex) -> Self:
+    def concat(self, other_row_index: FeatureIndex) -> Self:
         """Append the blocks of another index, in place.
+
+        Parameters
+        ----------
+        other_row_index
+            An index of the same kind.
 
         Raises
         ------
@@ -155,6 +160,7 @@ class FeatureIndex:
         InvalidDataError
             Columns that cannot be joined; nothing was changed then.
         """
+        other = other_row_index
         if type(other) is not type(self):
             raise TypeError(f"expected {type(self).__name__}, found {type(other).__name__}")
         joined = type(self)()

@@ -113,6 +113,34 @@ class Header:
         """Write the header to a file of its own; archives rebuild theirs from their arrays."""
         Path(path).write_bytes(self.to_bytes())
 
+    # The names that bionemo-scdl gives to what is above and below.
+
+    def get_array(self, name: str) -> ArrayInfo | None:
+        """The record of one array, or None."""
+        return self.array(name)
+
+    def get_feature_index(self, name: str) -> FeatureIndexInfo | None:
+        """The record of one feature index, or None."""
+        return self.feature_index(name)
+
+    def calculate_total_size(self) -> int:
+        """Bytes of the header as stored."""
+        return self.nbytes
+
+    def serialize(self) -> bytes:
+        """The header as stored; see :meth:`to_bytes`."""
+        return self.to_bytes()
+
+    @classmethod
+    def deserialize(cls, data: bytes) -> Header:
+        """The header that bytes hold; see :meth:`from_bytes`."""
+        return cls.from_bytes(data)
+
+    @classmethod
+    def load(cls, file_path: str | Path) -> Header:
+        """The header in a file; see :func:`read_header`."""
+        return read_header(file_path)
+
     def to_dict(self) -> dict[str, object]:
         """The header as plain values, by the names that bionemo-scdl's exports use."""
         return {
@@ -221,6 +249,10 @@ class Header:
         except ValueError as error:
             raise CorruptDataError(f"{where}: {error}") from None
         return header
+
+
+SCDLHeader = Header
+"""The header under the name that bionemo-scdl gives to it."""
 
 
 def read_header(path: str | Path) -> Header:

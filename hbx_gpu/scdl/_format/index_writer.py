@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.frames import as_frame, cast, iter_parquet, joined_type, plain
 from hbx_gpu.scdl._format.header import FeatureIndexInfo
-from hbx_gpu.scdl._format.layout import ENDS, INDEX_VERSION, LABELS, LAYOUT_VERSION, block_file
+from hbx_gpu.scdl._format.layout import ENDS, INDEX_VERSION, LABELS, LABELS_JSON, LAYOUT_VERSION, block_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -265,6 +266,14 @@ def _finish(folder: Path, sizes: Sequence[int], labels: Sequence[str]) -> Featur
     np.save(folder / ENDS, np.array([-1, *itertools.accumulate(sizes)], np.int64))
     # Never objects, which would be a pickle; the real package has an empty float64 array without blocks.
     np.save(folder / LABELS, np.array(labels, np.str_) if labels else np.empty(0))
+    # Release 0.1.3 reads the one file, later ones the other.
+    (folder / LABELS_JSON).write_text(json.dumps([label or None for label in labels]))
     np.save(folder / INDEX_VERSION, np.array(LAYOUT_VERSION))
-    files = [ENDS, LABELS, INDEX_VERSION, *(block_file(i, len(sizes)) for i in range(len(sizes)))]
+    files = [
+        ENDS,
+        LABELS,
+        LABELS_JSON,
+        INDEX_VERSION,
+        *(block_file(i, len(sizes)) for i in range(len(sizes))),
+    ]
     return FeatureIndexInfo(folder.name, sum(sizes), tuple(f"{folder.name}/{file}" for file in files))

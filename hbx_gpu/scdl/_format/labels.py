@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._untrusted import parse_json, read_small
+from hbx_gpu.scdl._format.layout import LABELS, LABELS_JSON
 
 _log = logging.getLogger(__name__)
 
@@ -88,23 +89,28 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
     n_blocks
         Number of labels expected.
     """
-    try:
-        if (file := folder / "labels.json").exists():
-            found = parse_json(read_small(file), file)
-        elif (file := folder / "labels.npy").exists():
-            found = _npy_labels(file)
-        else:
-            return [None] * n_blocks
-        if not isinstance(found, list):
-            raise _Unexpected(f"expected a list, found {type(found).__name__}")
-        # An empty text is how a missing label is written without a pickle.
-        labels = [str(label) if label not in (None, "") else None for label in found]
-        if len(labels) != n_blocks:
-            raise _Unexpected(f"expected {n_blocks} labels, found {len(labels)}")
-    except Exception as error:  # whatever is in the file: it is nothing that rows need
-        _log.warning("%s: labels of feature blocks are left out: %s", folder, error)
-        return [None] * n_blocks
-    return labels
+    problems = []
+    # A program that knows one of the files only, and appends blocks, leaves the other one too short.
+    for file, read in ((folder / LABELS_JSON, _json_labels), (folder / LABELS, _npy_labels)):
+        if not file.exists():
+            continue
+        try:
+            found = read(file)
+            if not isinstance(found, list):
+                raise _Unexpected(f"expected a list, found {type(found).__name__}")
+            if len(found) != n_blocks:
+                raise _Unexpected(f"expected {n_blocks} labels, found {len(found)}")
+            # An empty text is how a missing label is written without a pickle.
+            return [str(label) if label not in (None, "") else None for label in found]
+        except Exception as error:  # whatever is in the file: it is nothing that rows need
+            problems.append(f"{file.name}: {error}")
+    if problems:
+        _log.warning("%s: labels of feature blocks are left out: %s", folder, "; ".join(problems))
+    return [None] * n_blocks
+
+
+def _json_labels(file: Path) -> Any:
+    return parse_json(read_small(file), file)
 
 
 def _npy_labels(file: Path) -> list[object]:

@@ -40,6 +40,8 @@ NEIGHBOR_FILES = (
 
 # Of a feature index folder.
 ENDS, LABELS, INDEX_VERSION = "cumulative_sum_index.npy", "labels.npy", "version.npy"
+LABELS_JSON = "labels.json"
+"""The labels again, as releases after 0.1.3 write them."""
 
 
 def block_file(block: int, n_blocks: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +31,6 @@ from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
 if TYPE_CHECKING:
     import pandas as pd
 
-_log = logging.getLogger(__name__)
-
 _MIB = 1 << 20
 _SHOWN = 3
 
@@ -49,10 +46,10 @@ class ConvertOptions:
     Attributes
     ----------
     matrix
-        ``X``, ``raw`` or the name of a layer. None: as `use_X_not_raw` says.
+        ``X``, ``raw`` or the name of a layer; ``auto``: as `choose`. None: as `use_X_not_raw` says.
     use_X_not_raw
-        True: ``X``. False: ``raw.X`` where the file has one, else ``X``. Either comes with its own genes:
-        those of ``raw.var`` or of ``var``.
+        True: ``X``. False: ``raw.X`` where the file has one, else ``X`` with a warning, as the package that
+        we follow refuses such a file. Either comes with its own genes: those of ``raw.var`` or of ``var``.
     choose
         Take the matrix that holds counts by the rule of `hbx_gpu._h5ad.choice`, and not as `use_X_not_raw`
         says.
@@ -250,14 +247,15 @@ def look_at_files(files: Sequence[str | os.PathLike[str]], options: ConvertOptio
             chosen.append(_choose_matrix(file, options))
     if options.allow_normalized:
         return chosen
+    _say_where_raw_is_missing(files, chosen, options)
     good = [i for i, choice in enumerate(chosen) if choice.evidence.are_counts]
     bad = [i for i, choice in enumerate(chosen) if not choice.evidence.are_counts]
     if good and bad:
         raise MixedValuesError(
             f"{files[good[0]]} holds counts in {chosen[good[0]].name}, {files[bad[0]]} holds "
-            f"{chosen[bad[0]].evidence} in {chosen[bad[0]].name}: one archive would mix them. Choose the "
-            f"matrix that holds counts in all files with {option('matrix')}, leave files out, or accept the "
-            f"mixture with {option('allow_normalized', 'True')}"
+            f"{chosen[bad[0]].evidence} in {chosen[bad[0]].name}: one archive would mix them. Take the "
+            f"matrix of each file that holds counts with {option('matrix', 'auto')}, leave files out, or "
+            f"accept the mixture with {option('allow_normalized', 'True')}"
         )
     for i in bad:
         warnings.warn(
@@ -295,6 +293,21 @@ def _compare_genes(
         known.update(by.ids(table))
 
 
+def _say_where_raw_is_missing(
+    files: Sequence[str | os.PathLike[str]], chosen: Sequence[MatrixChoice], options: ConvertOptions
+) -> None:
+    if options.choose or options.matrix is not None or options.use_X_not_raw:
+        return
+    if without := [file for file, choice in zip(files, chosen, strict=True) if choice.name == "X"]:
+        more = f" and {len(without) - 1} more do" if len(without) > 1 else " does"
+        warnings.warn(
+            f"{without[0]}{more} not have raw count data (raw.X), so X is taken; BioNeMo-SCDL refuses such "
+            f"files. {option('use_X_not_raw', 'True')} says that X is meant",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def _shape(h5ad: str | os.PathLike[str], matrix: str, options: ConvertOptions) -> tuple[int, int]:
     with open_source(h5ad, allow_links=options.allow_links) as file:
         return file.matrix(matrix).shape
@@ -330,7 +343,8 @@ def _add_file(
 
 def _choose_matrix(file: AnnDataGroup, options: ConvertOptions) -> MatrixChoice:
     available = file.matrices()
-    if options.choose and options.matrix is None and available:
+    automatic = options.matrix == "auto" and "auto" not in available
+    if available and (automatic or (options.choose and options.matrix is None)):
         return choose_matrix(available, file.matrix)
     name = options.matrix or _as_followed(file, options, available)
     evidence = look_at(file.matrix(name))
@@ -350,14 +364,6 @@ def _as_followed(file: AnnDataGroup, options: ConvertOptions, available: Sequenc
         return "raw"
     if "X" not in available:
         raise InvalidDataError(f"{file.path} has neither raw.X nor X; it holds {available or 'no matrix'}")
-    if not look_at(file.matrix("X")).are_counts and not options.allow_normalized:
-        warnings.warn(
-            f"{file.path} does not have raw count data, so X is taken (BioNeMo-SCDL refuses such a file); "
-            f"{option('use_X_not_raw', 'True')} says that X is meant",
-            UserWarning,
-            stacklevel=6,
-        )
-    _log.info("%s has no raw.X; X is taken", file.path)
     return "X"
 
 
