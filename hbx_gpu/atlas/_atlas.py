@@ -91,6 +91,7 @@ class RaggedAtlas:
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
+        store_kwargs: Any = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
         """Make a new atlas; other parameters as in :func:`create_or_open_atlas`.
@@ -102,6 +103,8 @@ class RaggedAtlas:
         store
             Where the arrays go instead of ``zarr_store`` in that directory: a path, or a local store object
             of zarr or obstore. An atlas does not record it, so pass it whenever you open the atlas.
+        store_kwargs
+            Accepted and not used: local stores have no options.
 
         Raises
         ------
@@ -112,6 +115,7 @@ class RaggedAtlas:
         AtlasLockedError
             Somebody else is making it.
         """
+        del store_kwargs
         root = _root(path)
         if isinstance(obs_schemas, str):
             raise TypeError(
@@ -546,6 +550,7 @@ def create_or_open_atlas(
     store: object = None,
     version_table_name: str = VERSION_TABLE,
     pointer_fields: Mapping[str, str] | None = None,
+    store_kwargs: Any = None,
     allow_links: bool = False,
 ) -> RaggedAtlas:
     """Open the atlas at a path for writing; create it first if it does not exist.
@@ -575,6 +580,8 @@ def create_or_open_atlas(
     pointer_fields
         Pointer column -> feature space, for obs tables without a class in a new atlas; by default
         ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
+    store_kwargs
+        Accepted and not used: local stores have no options.
     allow_links
         Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
 
@@ -583,6 +590,7 @@ def create_or_open_atlas(
     AtlasError
         A class disagrees with the tables of the existing atlas.
     """
+    del store_kwargs
     schemas = dict(obs_schemas) if obs_schemas else None
     if schemas is None and cell_schema is not None:
         schemas = {cell_table_name: cell_schema}

@@ -262,7 +262,8 @@ def resolve_modality(
         other = spelled("{name: 'file.h5mu:modality'}", "--modality NAME=FILE.h5mu:MODALITY")
         raise UnknownNameError(
             f"unknown modality {name!r}; name it by a pointer column ({sorted(fields)}), a feature space "
-            f"({known_spaces()}) or a short name ({sorted(SHORT_NAMES)}). A modality of another name "
+            f"({known_spaces()}) or a short name ({sorted(SHORT_NAMES)}); a space of your own is made known "
+            "with hbx_gpu.atlas.register_space(hbx_gpu.atlas.FeatureSpace(...)). A modality of another name "
             f"in an .h5mu file is taken with {other}"
         )
     if space not in fields.values():
