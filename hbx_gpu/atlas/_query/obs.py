@@ -68,6 +68,7 @@ def scan(
     columns: Sequence[str] | Mapping[str, str],
     *,
     where: str | None = None,
+    also: str | None = None,
     rowids: np.ndarray | None = None,
     limit: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
@@ -80,7 +81,9 @@ def scan(
     columns
         Names, or output name -> SQL expression.
     where
-        SQL filter.
+        SQL filter of the user, shown where it is malformed.
+    also
+        Second filter, which the rows must match too.
     rowids
         uint64, ascending, distinct: return only these of the matching rows.
     limit
@@ -106,7 +109,8 @@ def scan(
             raise CorruptDataError(f"asked the obs table for {len(rowids)} rows by id and got {len(taken)}")
         yield from taken.to_batches()
         return
-    query = table.search() if where is None else table.search().where(where)
+    conditions = [condition for condition in (where, also) if condition is not None]
+    query = table.search().where(both(*conditions)) if conditions else table.search()
     if limit is not None:
         query = query.limit(limit)
     with explain_filter(where):
@@ -119,7 +123,7 @@ def scan(
                 yield batch
 
 
-def first_rowids(table: Table, count: int, *, where: str | None) -> np.ndarray:
+def first_rowids(table: Table, count: int, *, where: str | None, also: str | None = None) -> np.ndarray:
     """Row ids of the first `count` matching rows, without reading those of all rows.
 
     A scan usually delivers ascending row ids, but not once a table was compacted. So `count` matching rows
@@ -131,23 +135,24 @@ def first_rowids(table: Table, count: int, *, where: str | None) -> np.ndarray:
     numpy.ndarray
         uint64, ascending, at most `count`.
     """
-    ids = _rowids(scan(table, [], where=where, limit=count)) if count else np.empty(0, np.uint64)
+    ids = _rowids(scan(table, [], where=where, also=also, limit=count)) if count else np.empty(0, np.uint64)
     if len(ids) < count or not count:
         return ids
     bound = f"{ROWID} <= {ids[-1]}"
-    return _rowids(scan(table, [], where=bound if where is None else both(where, bound)))[:count]
+    bound = bound if also is None else both(also, bound)
+    return _rowids(scan(table, [], where=where, also=bound))[:count]
 
 
 def _rowids(batches: Iterator[pa.RecordBatch]) -> np.ndarray:
     return np.sort(np.concatenate([np.empty(0, np.uint64), *(b.column(ROWID).to_numpy() for b in batches)]))
 
 
-def both(one: str, other: str) -> str:
-    """SQL filter for the rows that match two filters.
+def both(*filters: str) -> str:
+    """SQL filter for the rows that match all of some filters; a single one stays as it is.
 
-    Each is on its own line, so that a comment at the end of one does not swallow the other.
+    Each is on its own line, so that a comment at the end of one does not swallow the next.
     """
-    return f"({one}\n) AND ({other}\n)"
+    return filters[0] if len(filters) == 1 else " AND ".join(f"({one}\n)" for one in filters)
 
 
 def read_table(

@@ -166,16 +166,14 @@ class Selection:
         state = self.state
         if state.limit is None and state.balanced is None and not state.offset:
             return None
-        where = state.where
-        if pointer is not None:
-            present = obs.is_present(pointer)
-            where = present if where is None else obs.both(where, present)
+        where, present = state.where, None if pointer is None else obs.is_present(pointer)
         if state.balanced is None and state.limit is not None:
-            return obs.first_rowids(self.table, state.offset + state.limit, where=where)[state.offset :]
+            count = state.offset + state.limit
+            return obs.first_rowids(self.table, count, where=where, also=present)[state.offset :]
         wanted = {} if state.balanced is None else {"value": obs.column_expression(state.balanced[1])}
         ids: list[np.ndarray] = [np.empty(0, np.uint64)]
         values: list[pa.Array] = []
-        for batch in obs.scan(self.table, wanted, where=where):
+        for batch in obs.scan(self.table, wanted, where=where, also=present):
             ids.append(batch.column(obs.ROWID).to_numpy())
             if state.balanced is not None:
                 values.append(obs.plain(batch.column("value")))
