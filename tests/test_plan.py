@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -99,3 +100,11 @@ def test_plan_is_picklable() -> None:
     plan = plan_rows(table, rows, np.array([2, 0, 0]))
     again = pickle.loads(pickle.dumps(plan))
     assert all(np.array_equal(getattr(plan, name), getattr(again, name)) for name in type(plan).__slots__)
+
+
+def test_roles_of_sources_without_column_indices_begin_with_the_first_layer() -> None:
+    table = make_table(np.full((2, 2), 8), np.array([20, 20]))
+    for first in (0, 1):
+        source, role = replace(table, first_role=first).roles(np.array([0, 1, 2, 3]))
+        assert source.tolist() == [0, 0, 1, 1]
+        assert role.tolist() == [first, first + 1, first, first + 1]
