@@ -237,6 +237,24 @@ def test_messages_of_every_command(files: Path, tmp_path: Path, capsys: pytest.C
     assert "--overwrite" in text
 
 
+def test_what_a_file_or_an_atlas_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of labels alone, as packages for receptors write them; an atlas of logarithms alone."""
+    from hbx_gpu.atlas import RaggedAtlas
+    from hbx_gpu.errors import UnknownNameError
+
+    anndata.AnnData(obs=data(["a"]).obs).write_h5ad(tmp_path / "labels.h5ad")
+    status, text = said("ingest", [tmp_path / "labels.h5ad", "--atlas", tmp_path / "A"], capsys)
+    assert status == 1
+    assert "holds no matrix" in text
+    data(["a", "b"], log=True).write_h5ad(tmp_path / "log.h5ad")
+    into: list[object] = ["--atlas", tmp_path / "L", "--target-layer", "log_normalized"]
+    assert said("ingest", [tmp_path / "log.h5ad", *into], capsys)[0] == 0
+    query = RaggedAtlas.checkout_latest(tmp_path / "L").query()
+    with pytest.raises(UnknownNameError, match=r"layer= of to_cell_dataset, or layers\('gene_expression'"):
+        query.to_anndata()
+    assert query.layers("gene_expression", ["log_normalized"]).to_anndata().n_obs == 12
+
+
 def test_versions_are_dropped_on_the_way_to_an_atlas(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,13 @@ class AnnDataGroup(ABC):
         """Table of the features of a matrix, their names as index."""
 
 
+def no_matrix(source: str, name: str, available: Sequence[str]) -> str:
+    """The message of a store that lacks a matrix, or has none at all."""
+    if not available:
+        return f"{source} holds no matrix (no X, raw or layers), so there are no counts to read"
+    return f"{source} has no matrix {name!r}; it holds {list(available)} (X, raw, or the name of a layer)"
+
+
 class HdfAnnData(AnnDataGroup):
     """An AnnData inside an open HDF5 file.
 
@@ -92,11 +99,8 @@ class HdfAnnData(AnnDataGroup):
         InvalidDataError
             No such matrix, no rows or columns, a contradiction in its metadata.
         """
-        if name not in self.matrices():
-            raise InvalidDataError(
-                f"{self.source} has no matrix {name!r}; it holds {self.matrices()} "
-                "(X, raw, or the name of a layer)"
-            )
+        if name not in (available := self.matrices()):
+            raise InvalidDataError(no_matrix(self.source, name, available))
         key = {"X": "X", "raw": self._raw("X")}.get(name, f"layers/{name}")
         return open_matrix(self._file[key], f"{self.source}, matrix {name!r}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._advice import within_memory
+from hbx_gpu._advice import option, spelled, within_memory
 from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
 from hbx_gpu._storage.metadata import check_last_object, read_layout
@@ -116,9 +116,13 @@ def _source(
     folder = snapshot.group_path(group.name)
     found = find_layers(folder, space)
     if unknown := [layer for layer in layers if layer not in found]:
+        choose = option("layer")
+        choose = spelled(
+            f"{choose} of to_cell_dataset, or layers({space.name!r}, [...]) of the query", choose
+        )
         raise UnknownNameError(
             f"group {group.name!r} has no layer {', '.join(map(repr, unknown))}; its layers: {sorted(found)} "
-            f"(in {folder})"
+            f"(in {folder}). Choose one that all of them have with {choose}"
         )
     # Our writer stores every chunk, so a missing one is damage there; other writers skip empty chunks.
     absent_is_fill = not group.software.startswith("hbx_gpu")
