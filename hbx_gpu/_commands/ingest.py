@@ -343,6 +343,7 @@ def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list
 
 def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     from hbx_gpu.atlas import create_or_open_atlas
+    from hbx_gpu.atlas._catalogue.creation import is_unfinished
     from hbx_gpu.atlas._ingest.multimodal import resolve_modality
     from hbx_gpu.errors import InvalidDataError
 
@@ -357,7 +358,8 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
         named += [(name, f"{file}:{name}") for name in others]
         if not is_mudata(file):
             named.append(("gene_expression", str(file)))
-    exists = (args.atlas / "lance_db").is_dir()
+    # One whose making was interrupted is made anew, so it needs its columns.
+    exists = (args.atlas / "lance_db").is_dir() and not is_unfinished(args.atlas)
     fields: dict[str, str] = {}
     for name, data in named if not exists else ():
         field_name, space = resolve_modality(name, fields, table, data)
