@@ -11,6 +11,7 @@ from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.journal import FOLDER, WriteLock
 from hbx_gpu.errors import AtlasError, AtlasLockedError
+from hbx_gpu.synthetic import write_demo_pair
 
 
 class Killed(BaseException):
@@ -44,6 +45,17 @@ def test_a_killed_creation_is_known_as_such_and_made_anew(
     assert atlas.obs_tables == ["cells"]
     assert not creation.is_unfinished(tmp_path / "a")
     assert RaggedAtlas.open(tmp_path / "a").obs_tables == ["cells"]
+
+
+def test_the_command_goes_on_where_a_first_ingest_was_killed(tmp_path: Path) -> None:
+    write_demo_pair(tmp_path, n_obs=(20, 20), n_vars=10)
+    (file, *_) = sorted(tmp_path.glob("*.h5ad"))
+    root = tmp_path / "a"
+    (root / FOLDER).mkdir(parents=True)
+    (root / "lance_db").mkdir()
+    (root / FOLDER / "making").touch()
+    assert cli.main(["ingest", str(file), "--atlas", str(root)]) == 0
+    assert RaggedAtlas.checkout_latest(root).query().count() == 20
 
 
 def test_whoever_comes_while_an_atlas_is_made_is_told_who_makes_it(tmp_path: Path) -> None:
