@@ -289,7 +289,7 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
         (
             {"velocity": rna()},
             UnknownNameError,
-            r"unknown modality 'velocity'.*--modality NAME=FILE\.h5mu:MODALITY",
+            r"unknown modality 'velocity'.*taken with \{name: 'file\.h5mu:modality'\}",
         ),
         (
             {"rna": rna(), "gex": rna("xyz")},
@@ -514,7 +514,9 @@ def test_bad_mudata(tmp_path: Path, mdata: Any) -> None:
     with h5py.File(path, "r+") as file:
         file["mod"].move("prot", "velocity")
         file["mod"].attrs["mod-order"] = ["rna", "velocity"]
-    with pytest.raises(UnknownNameError, match=r"unknown modality 'velocity'.*FILE\.h5mu:MODALITY"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown modality .*taken with \{name: 'file\.h5mu:modality'\}"
+    ):
         atlas.add_multimodal(path)
     with h5py.File(path, "r+") as file:
         file.attrs["axis"] = 1

@@ -149,7 +149,7 @@ def test_tables_can_be_added_later(tmp_path: Path) -> None:
     create_or_open_atlas(tmp_path / "a").add_from_anndata(adata(["a", "b"]))
     atlas = create_or_open_atlas(tmp_path / "a", obs_schemas={"donors": Donor})
     assert atlas.obs_tables == ["cells", "donors"]
-    with pytest.raises(ValueError, match=r"several obs tables.*--table"):
+    with pytest.raises(ValueError, match=r"several obs tables.*obs_table="):
         atlas.add_from_anndata(adata(["a"], donor=list("xyzx")))
     atlas.add_from_anndata(adata(["a"], donor=list("xyzx"), seed=1), obs_table="donors")
     atlas.optimize()
