@@ -12,6 +12,7 @@ QUESTIONS = {
     "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
     "orders": "How well does each order of cells mix a batch?",
     "executors": "What does DALI cost per batch?",
+    "tokens": "What do tokens of each model cost?",
     "multimodal": "Does a multimodal batch cost less than its parts?",
     "images": "How fast are image steps through DALI, beside torch and Pillow?",
     "scdl": "How fast is an SCDL archive read and written, here and in bionemo-scdl?",

@@ -59,7 +59,7 @@ struct HbxSortRow {
 };
 
 // Sorts the columns [first, first + 32 * n_words) of a row to places from `at` on. Returns their number, in every
-// thread, and sets *repeats where a column is met twice; those share a place.
+// thread. Where a column is met twice, in this tile or one before, it sets *repeats and moves nothing.
 HBX_DEVICE u32 hbx_sort_tile(const HbxSortRow& row, const HbxColumnSet& set, u64 at, u32 first, u32 n_features,
                              u32* repeats, u32* sums) {
     hbx_sort_clear(set);
@@ -68,11 +68,12 @@ HBX_DEVICE u32 hbx_sort_tile(const HbxSortRow& row, const HbxColumnSet& set, u64
         u32 column = (u32)row.indices[i] - first;  // -1 is beyond every tile
         if ((u32)row.indices[i] < first || column >= width) continue;
         u32 bit = 1u << (column & 31u);
-        if (atomicOr(set.bits + column / 32u, bit) & bit) *repeats = 1u;
+        if (atomicOr(set.bits + column / 32u, bit) & bit) atomicExch(repeats, 1u);
     }
     __syncthreads();
     u32 n = hbx_sort_count(set, sums);
-    for (u64 i = row.begin + threadIdx.x; i < row.end; i += blockDim.x) {
+    // A row in which a column repeats is copied in the end. Here two threads would write to one place.
+    for (u64 i = row.begin + threadIdx.x; i < row.end && !*repeats; i += blockDim.x) {
         u32 column = (u32)row.indices[i] - first;
         if ((u32)row.indices[i] < first || column >= width) continue;
         u32 smaller = set.bits[column / 32u] & ((1u << (column & 31u)) - 1u);
@@ -114,14 +115,13 @@ HBX_KERNEL sort_rows(const i32* indices, const i64* offsets, u32 n_rows, u64 n_e
                           (u64)begin, (u64)end, (u64)at,     (u64)limit};
         if (threadIdx.x == 0) repeats = 0;
         u64 place = row.at, first = 0;
-        while (first < n_features) {
+        do {  // once at least, also without features: the barriers in it show `repeats` to every thread
             u64 words = (n_features - first + 31u) / 32u;
             u32 n_words = words < tile_words ? (u32)words : tile_words;
             HbxColumnSet set = {(u32*)shared, (u32*)shared + tile_words, n_words};
             place += hbx_sort_tile(row, set, place, (u32)first, n_features, &repeats, sums);
             first += 32ull * n_words;
-        }
-        __syncthreads();
+        } while (first < n_features);
         if (repeats) {
             if (threadIdx.x < 32u) hbx_sort_copy(row);
             if (threadIdx.x == 0) atomicOr(unsorted, 1u);

@@ -506,6 +506,7 @@ def test_a_pipeline_after_the_last_batch_is_of_the_next_epoch(dataset: CellDatas
     assert other.epoch == 1
     found = other.pipeline()
     assert found.max_batch_size >= 1
+    other.close()
 
 
 def test_the_documentation_runs(dataset: CellDataset) -> None:

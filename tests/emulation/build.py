@@ -60,6 +60,14 @@ def compiler() -> tuple[str, str]:
     return path, version.splitlines()[0]
 
 
+def outer_environment() -> dict[str, str]:
+    """Environment for a pytest in a process of its own, which has no part in the run that starts it.
+
+    With xdist's variables it would wait for the locks of that run, whose workers may wait for it.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
 def compiler_library(name: str) -> str:
     """Path of a library that comes with g++, such as that of a sanitizer.
 

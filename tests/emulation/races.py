@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hbx_gpu._engine.device import sources
-from tests.emulation.build import compiler_library
+from tests.emulation.build import compiler_library, outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BARRIER = re.compile(r"\b__sync(?:threads|warp)\(\w*\);")
@@ -87,7 +87,7 @@ def _watched(arguments: Sequence[str]) -> tuple[int, str]:
     """Status and output of a Python with ThreadSanitizer, and its reports."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
-            **os.environ,
+            **outer_environment(),
             "LD_PRELOAD": compiler_library("libtsan.so"),
             "TSAN_OPTIONS": f"halt_on_error=1:exitcode={_RACE}:log_path={folder}/report",
             "HBX_EMULATED_WATCH": "races",

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.emulation.build import compiler_library
+from tests.emulation.build import compiler_library, outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 _PYTEST = ["-v", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
@@ -29,7 +29,7 @@ def environment(*, reports: Path | None = None) -> dict[str, str]:
     libraries = [compiler_library("libasan.so"), compiler_library("libstdc++.so")]
     log = f":log_path={reports}" if reports else ""
     return {
-        **os.environ,
+        **outer_environment(),
         "LD_PRELOAD": " ".join(libraries),
         # Python frees little at its exit: leaks mean nothing here. A limit of memory ends the process with a
         # report, before the system ends it without one.
