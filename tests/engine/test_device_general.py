@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu._codecs.checksum import crc32c
-from hbx_gpu._engine.device import DeviceEngine, general
+from hbx_gpu._engine.device import DeviceEngine, compressed
 from hbx_gpu._engine.device.backend import Slot
 from hbx_gpu._engine.host import HostEngine
 from hbx_gpu._engine.host.dense import densify
@@ -199,7 +199,7 @@ def test_without_a_decompressor(tmp_path: Path, caplog: pytest.LogCaptureFixture
     backend = EmulatedBackend()
     backend.no_decompressor = "nvCOMP is not installed, says this test"
     both = opened(tmp_path, [counts("zstd+crc32c")], backend)
-    with caplog.at_level(logging.INFO, logger=general.__name__):
+    with caplog.at_level(logging.INFO, logger=compressed.__name__):
         both.check([3, 5], ("auto", "auto", "host"))
     assert [r.message for r in caplog.records].count(
         "hbx_gpu decodes chunks of general codecs on the host: nvCOMP is not installed, says this test"

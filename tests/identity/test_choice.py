@@ -129,7 +129,7 @@ def test_options_are_named_where_the_user_is() -> None:
     with from_command({"feature_id_column": "--feature-id-column", "layers": "--layer-of {}"}):
         assert option("feature_id_column", "gene_ids") == "--feature-id-column gene_ids"
         assert option("layers", "rna:counts=raw") == "--layer-of rna:counts=raw"
-        assert option("unknown", "1") == "unknown=1"
+        assert option("unknown", "1") == "unknown=1 in Python"
 
 
 @given(st.lists(st.sampled_from(["0", "1", "a", "b", "ENSG00000000003"]), min_size=1, max_size=4), st.data())

@@ -379,7 +379,7 @@ class TestBadInput:
                 InvalidDataError,
                 "int64, which DALI's image operators do not",
             ),
-            (np.zeros((2, 5, 3, 30, 40), np.uint8), ValueError, "time, depth and other axes"),
+            (np.zeros((2, 5, 3, 30, 40), np.uint8), ValueError, "time, depth and other leading axes"),
             ([np.zeros((2, 5, 3, 30, 40), np.uint8)] * 2, ValueError, "cell row 50: a tile must be"),
             (np.zeros((2, 900), np.uint8), ValueError, r"tiles must be \(n, C, H, W\)"),
             (np.zeros((3, 3, 30, 40), np.uint8), ValueError, "3 tiles, 2 cells"),
