@@ -35,6 +35,8 @@ def describe_path(path: Path) -> str:
                 "scanpy.read_10x_mtx(path).write_h5ad('file.h5ad')"
             )
         return "it is a directory"
+    if not path.is_file():  # opening a named pipe would wait for its writer
+        return "it is neither a file nor a directory"
     with open(path, "rb") as file:
         head = file.read(len(_LFS))
     if head == _LFS:

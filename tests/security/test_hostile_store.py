@@ -204,12 +204,14 @@ def test_shapes_of_a_file(h5ad: Path, place: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "socket"])
-def test_a_path_that_is_not_a_file(tmp_path: Path, kind: str) -> None:
+def test_a_path_that_is_not_a_file(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     make(kind, tmp_path / "a.h5ad")
     with pytest.raises((HbxError, FileNotFoundError)):
         hbx_gpu.open(tmp_path / "a.h5ad")
     assert cli.main(["ingest", str(tmp_path / "a.h5ad"), "--atlas", str(tmp_path / "atlas")]) == 1
+    capsys.readouterr()
     assert cli.main(["convert", str(tmp_path / "a.h5ad"), str(tmp_path / "archive")]) == 1
+    assert "it is neither a file nor a directory" in capsys.readouterr().err
 
 
 def test_links_out_of_an_archive(h5ad: Path, outside: Path, tmp_path: Path) -> None:
