@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hbx_gpu._inplace.cells import Cells
 from hbx_gpu._inplace.stores import is_atlas, open_stores
+from hbx_gpu._inplace.table import CellTable
 from hbx_gpu._stores.recognize import expand
 from hbx_gpu.errors import UnsupportedError
 
@@ -62,4 +63,4 @@ def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noq
         from hbx_gpu.atlas import RaggedAtlas
 
         return RaggedAtlas.checkout_latest(atlases[0], allow_links=allow_links).query()
-    return Cells(open_stores(found, allow_links=allow_links))
+    return Cells(CellTable(open_stores(found, allow_links=allow_links)))

@@ -107,6 +107,22 @@ def test_conditions_add_up_and_limits_come_after(pair: tuple[list[Path], list[an
         cells.select(["donor"])
 
 
+def test_limits_take_the_first_rows_of_conditions_with_comments(
+    pair: tuple[list[Path], list[anndata.AnnData]],
+) -> None:
+    cells = hbx_gpu.open(pair[0]).where("n > 2 -- enough").where("cell_type = 'T'")
+    chosen = cells.to_pandas().index.tolist()
+    assert len(chosen) == 11
+    for limit in (0, 1, 9, 11, 12):
+        assert cells.limit(limit).to_pandas().index.tolist() == chosen[:limit]
+
+
+def test_a_missing_number_is_not_a_value_to_balance(tmp_path: Path) -> None:
+    adata(3, 9, ["G1"], dose=[1.0, np.nan, 2.0] * 3).write_h5ad(tmp_path / "doses.h5ad")
+    balanced = hbx_gpu.open(tmp_path / "doses.h5ad").balanced_limit(9, "dose").to_pandas()
+    assert balanced["dose"].tolist() == [1.0, 2.0] * 3
+
+
 def test_integers_beside_fractions_stay_exact(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     paths, data = pair
     n = hbx_gpu.open(paths).to_pandas()["n"]

@@ -17,6 +17,7 @@ from hbx_gpu.atlas._query.state import FeatureJoin
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from scipy.sparse import csr_matrix
 
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot
@@ -63,7 +64,7 @@ class Matrices:
         from anndata import AnnData
 
         frame = obs_frame(self.obs.slice(start, stop - start), self.obs_names)
-        matrices = {name: _read(dataset, start, stop) for name, dataset in self.layers.items()}
+        matrices = {name: read_matrix(dataset, start, stop) for name, dataset in self.layers.items()}
         first = next(iter(matrices))
         x = matrices.pop(first)
         return AnnData(x, obs=frame, var=self.var.copy(), layers=matrices)
@@ -74,7 +75,15 @@ class Matrices:
             yield self.cut(start, min(start + batch_size, len(self)))
 
 
-def _read(dataset: FeatureDataset, start: int, stop: int) -> object:
+def read_matrix(dataset: FeatureDataset, start: int, stop: int) -> np.ndarray | csr_matrix:
+    """Rows ``[start, stop)`` of a dataset as one matrix in memory.
+
+    Returns
+    -------
+    numpy.ndarray or scipy.sparse.csr_matrix
+        (stop - start, n_features), dense or CSR as the dataset is, in the stored dtype; columns of CSR rows
+        ascend.
+    """
     from scipy.sparse import csr_matrix
 
     from hbx_gpu._datasets.cells import CellDataset

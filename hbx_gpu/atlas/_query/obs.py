@@ -123,28 +123,53 @@ def scan(
                 yield batch
 
 
-def first_rowids(table: Table, count: int, *, where: str | None, also: str | None = None) -> np.ndarray:
-    """Row ids of the first `count` matching rows, without reading those of all rows.
+def first_rows(
+    table: Table,
+    count: int | None,
+    *,
+    where: str | None,
+    also: str | None = None,
+    column: str = ROWID,
+) -> np.ndarray:
+    """Numbers of the first `count` matching rows, without reading those of all rows.
 
     A scan usually delivers ascending row ids, but not once a table was compacted. So `count` matching rows
-    are read in whatever order: the largest of their ids bounds the ids wanted, and a second query returns
-    the matching rows up to that bound, which are few more than `count` where the order was the usual one.
+    are read in whatever order: the largest of their numbers bounds the numbers wanted, and a second query
+    returns the matching rows up to that bound, which are few more than `count` where the order was the usual
+    one.
+
+    Parameters
+    ----------
+    table, where, also
+        As in :func:`scan`.
+    count
+        Number of rows at most; None for all.
+    column
+        The numbers: ``_rowid``, or a column of distinct int64 by which rows are ordered.
 
     Returns
     -------
     numpy.ndarray
-        uint64, ascending, at most `count`.
+        uint64 row ids, or int64 values of `column`: ascending, at most `count`.
+
+    Raises
+    ------
+    ValueError
+        Malformed filter.
     """
-    ids = _rowids(scan(table, [], where=where, also=also, limit=count)) if count else np.empty(0, np.uint64)
-    if len(ids) < count or not count:
-        return ids
-    bound = f"{ROWID} <= {ids[-1]}"
-    bound = bound if also is None else both(also, bound)
-    return _rowids(scan(table, [], where=where, also=bound))[:count]
+    named, kind = ([], np.uint64) if column == ROWID else ([column], np.int64)
 
+    def ascending(also: str | None, limit: int | None) -> np.ndarray:
+        batches = scan(table, named, where=where, also=also, limit=limit)
+        return np.sort(np.concatenate([np.empty(0, kind), *(b.column(column).to_numpy() for b in batches)]))
 
-def _rowids(batches: Iterator[pa.RecordBatch]) -> np.ndarray:
-    return np.sort(np.concatenate([np.empty(0, np.uint64), *(b.column(ROWID).to_numpy() for b in batches)]))
+    if count == 0:
+        return np.empty(0, kind)
+    found = ascending(also, count)
+    if count is None or len(found) < count:
+        return found
+    bound = f"{column} <= {found[-1]}"
+    return ascending(bound if also is None else both(also, bound), None)[:count]
 
 
 def both(*filters: str) -> str:

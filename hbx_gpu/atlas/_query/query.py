@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -15,7 +14,7 @@ from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.results import Modality
 from hbx_gpu.atlas._query.selection import Selection
-from hbx_gpu.atlas._query.state import FeatureJoin, QueryState
+from hbx_gpu.atlas._query.state import FeatureJoin, QueryState, whole_number
 from hbx_gpu.errors import UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -163,11 +162,11 @@ class AtlasQuery:
         """
         if n is not None and self._selection.state.balanced is not None:
             raise ValueError("limit() and balanced_limit() cannot be combined; use one of them")
-        return self._changed(limit=None if n is None else _whole(n, "limit"))
+        return self._changed(limit=None if n is None else whole_number(n, "limit"))
 
     def offset(self, n: int) -> Self:
         """Skip the first `n` matching rows. A second call replaces the first."""
-        return self._changed(offset=_whole(n, "offset"))
+        return self._changed(offset=whole_number(n, "offset"))
 
     def balanced_limit(self, n: int, column: str) -> Self:
         """Take `n` rows in which the values of a column are as equally frequent as the data allow.
@@ -186,7 +185,7 @@ class AtlasQuery:
         if self._selection.state.limit is not None:
             raise ValueError("limit() and balanced_limit() cannot be combined; use one of them")
         obs.check_columns(self._selection.schema, [column])
-        return self._changed(balanced=(_whole(n, "balanced_limit"), column))
+        return self._changed(balanced=(whole_number(n, "balanced_limit"), column))
 
     def layers(self, feature_space: str, names: Sequence[str]) -> Self:
         """Choose the layers of a space for AnnData results: the first becomes ``X``, the others ``layers``.
@@ -464,7 +463,7 @@ class AtlasQuery:
         ValueError
             `batch_size` is not positive.
         """
-        if _whole(batch_size, "batch_size") == 0:
+        if whole_number(batch_size, "batch_size") == 0:
             raise ValueError("batch_size must be positive")
         return self._selection.matrices(self._selection.fields.matrix()).pieces(batch_size)
 
@@ -546,10 +545,3 @@ def _layer_names(layer: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if not names:
         raise ValueError("choose at least one layer, or none at all for the default")
     return names
-
-
-def _whole(n: int, what: str) -> int:
-    number = operator.index(n)
-    if number < 0:
-        raise ValueError(f"{what} must not be negative, got {number}")
-    return number

@@ -169,7 +169,7 @@ class Selection:
         where, present = state.where, None if pointer is None else obs.is_present(pointer)
         if state.balanced is None and state.limit is not None:
             count = state.offset + state.limit
-            return obs.first_rowids(self.table, count, where=where, also=present)[state.offset :]
+            return obs.first_rows(self.table, count, where=where, also=present)[state.offset :]
         wanted = {} if state.balanced is None else {"value": obs.column_expression(state.balanced[1])}
         ids: list[np.ndarray] = [np.empty(0, np.uint64)]
         values: list[pa.Array] = []

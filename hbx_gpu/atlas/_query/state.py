@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,3 +43,19 @@ class QueryState:
     layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
     spaces: tuple[str, ...] | None = None
     fields: tuple[str, ...] | None = None
+
+
+def whole_number(n: int, what: str) -> int:
+    """Return `n` as an int; `what` is the step that takes it, for errors.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    ValueError
+        Below 0.
+    """
+    number = operator.index(n)
+    if number < 0:
+        raise ValueError(f"{what} must not be negative, got {number}")
+    return number
