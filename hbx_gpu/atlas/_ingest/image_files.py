@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._untrusted import check_regular, check_tree
 from hbx_gpu.atlas._ingest.inputs import hash_file
-from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.errors import HbxError, InvalidDataError
 
 # Of arrays whose axes nobody names: the last of these.
 _AXES = "tczyx"
 _HASH_BYTES = 1 << 24
 _TIFF = (".tif", ".tiff")
 _SHOWN = 3
+# What zarr-python raises for metadata that are damaged, and what lies elsewhere than OME-Zarr has it.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 # Of pictures by Pillow's mode; all others hold bytes.
 _PICTURE_DTYPES = {"1": "bool", "I": "int32", "F": "float32", "I;16": "uint16"}
 
@@ -68,7 +71,7 @@ class StoredImage:
             ) from error
 
 
-def open_image(image: Any, *, axes: str | None = None) -> StoredImage:
+def open_image(image: Any, *, axes: str | None = None, allow_links: bool = False) -> StoredImage:
     """Open an image for reading.
 
     Parameters
@@ -78,6 +81,8 @@ def open_image(image: Any, *, axes: str | None = None) -> StoredImage:
         or an .npy file; an array; or a sequence of files of one tile each.
     axes
         One letter per axis, such as ``"cyx"``, where the file does not say or says otherwise.
+    allow_links
+        Follow links that lead out of a zarr folder.
 
     Raises
     ------
@@ -85,9 +90,11 @@ def open_image(image: Any, *, axes: str | None = None) -> StoredImage:
         There is nothing.
     InvalidDataError
         It is not an image, or not an image of this kind.
+    UnsafePathError
+        It is neither a regular file nor a folder of such files, or links lead out of the folder.
     """
     if isinstance(image, str | os.PathLike):
-        opened = _open_path(Path(image))
+        opened = _open_path(Path(image), allow_links=allow_links)
     elif isinstance(image, Sequence):
         opened = open_tiles([Path(file) for file in image])
     elif hasattr(image, "shape") and hasattr(image, "dtype"):
@@ -118,11 +125,12 @@ def _opened(
     return StoredImage(source, name, shape, np.dtype(array.dtype).newbyteorder("="), named, array, digest)
 
 
-def _open_path(path: Path) -> StoredImage:
+def _open_path(path: Path, *, allow_links: bool) -> StoredImage:
     if not path.exists():
         raise FileNotFoundError(f"expected an image at {path}; it is missing")
     if path.is_dir():
-        return _open_zarr(path)
+        return _open_zarr(path, allow_links=allow_links)
+    check_regular(path, path.stat())
     if path.suffix.lower() in _TIFF:
         return _open_tiff(path)
     if path.suffix.lower() == ".npy":
@@ -137,30 +145,45 @@ def _open_path(path: Path) -> StoredImage:
     )
 
 
-def _open_zarr(path: Path) -> StoredImage:
+def _open_zarr(path: Path, *, allow_links: bool) -> StoredImage:
     import zarr
 
+    # zarr-python would wait for a FIFO, and follow any link.
+    check_tree(path, links=allow_links)
     try:
         node = zarr.open(path, mode="r")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise InvalidDataError(f"{path} is a folder, but no zarr array or OME-Zarr image: {error}") from error
-    axes = None
-    if isinstance(node, zarr.Group):
-        attributes: dict[str, Any] = dict(node.attrs)
-        images = attributes.get("ome", attributes).get("multiscales")
-        if not images:
-            raise InvalidDataError(
-                f"{path} is a zarr group without OME-Zarr's multiscales; name the array in it: "
-                f"{sorted(node.keys())}"
+        axes = None
+        if isinstance(node, zarr.Group):
+            images = _multiscales(node, path)
+            level = images[0]["datasets"][0]["path"]
+            axes = "".join(
+                str(a["name"] if isinstance(a, dict) else a)[:1] for a in images[0].get("axes", ())
             )
-        level = images[0]["datasets"][0]["path"]
-        axes = "".join(str(a["name"] if isinstance(a, dict) else a)[:1] for a in images[0].get("axes", ()))
-        # The finest level comes first.
-        node = node[level]
-        path = path / level
-    if not isinstance(node, zarr.Array):
-        raise InvalidDataError(f"{path} is not a zarr array")
-    return _opened(node, str(path), path.name, lambda: hash_file(path), axes)
+            # The finest level comes first.
+            node = node[level]
+            path = (
+                path / node.path
+            )  # `level` may be an absolute path, which zarr takes as one below the group
+        if not isinstance(node, zarr.Array):
+            raise InvalidDataError(f"{path} is not a zarr array")
+        return _opened(node, str(path), path.name, lambda: hash_file(path), axes)
+    except HbxError:
+        raise
+    except _DAMAGED as error:
+        raise InvalidDataError(
+            f"{path} is a folder, but not a zarr array or OME-Zarr image that can be read: {error}"
+        ) from error
+
+
+def _multiscales(group: Any, path: Path) -> Any:
+    attributes: dict[str, Any] = dict(group.attrs)
+    images = attributes.get("ome", attributes).get("multiscales")
+    if not images:
+        raise InvalidDataError(
+            f"{path} is a zarr group without OME-Zarr's multiscales; name the array in it: "
+            f"{sorted(group.keys())}"
+        )
+    return images
 
 
 def _open_tiff(path: Path) -> StoredImage:

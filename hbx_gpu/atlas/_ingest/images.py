@@ -189,7 +189,9 @@ def _read_table(table: Any) -> tuple[str, pd.DataFrame, bool]:
         raise InvalidDataError(f"{path}: cannot read the table: {error}") from error
 
 
-def image_part(name: str, field_name: str, space: FeatureSpace, given: ImageInput) -> Part:
+def image_part(
+    name: str, field_name: str, space: FeatureSpace, given: ImageInput, *, allow_links: bool = False
+) -> Part:
     """The modality that an :class:`ImageInput` makes in a feature space of images.
 
     Raises
@@ -204,8 +206,8 @@ def image_part(name: str, field_name: str, space: FeatureSpace, given: ImageInpu
     if space.pointer == "sparse":
         return _EncodedPart(name, field_name, space, table, given)
     if space.pointer == "discrete_spatial":
-        return _BoxPart(name, field_name, space, table, given)
-    return _TilePart(name, field_name, space, table, given)
+        return _BoxPart(name, field_name, space, table, given, allow_links)
+    return _TilePart(name, field_name, space, table, given, allow_links)
 
 
 class _ImagePart(Part):
@@ -243,7 +245,13 @@ class _TilePart(_ImagePart):
     """Tiles of one shape, numbered as in their array."""
 
     def __init__(
-        self, name: str, field_name: str, space: FeatureSpace, table: _Table, given: ImageInput
+        self,
+        name: str,
+        field_name: str,
+        space: FeatureSpace,
+        table: _Table,
+        given: ImageInput,
+        allow_links: bool,
     ) -> None:
         super().__init__(name, field_name, space, table)
         numbers = given.tile_column if given.tile_column in table.frame.columns else None
@@ -253,7 +261,7 @@ class _TilePart(_ImagePart):
                 f"{given.file_column!r} with file names; its columns: {list(table.frame.columns)}"
             )
         if numbers is not None:
-            self._image = open_image(given.image, axes=given.axes)
+            self._image = open_image(given.image, axes=given.axes, allow_links=allow_links)
             self._position = table.integers(numbers)
         else:
             files = _paths(table.column(given.file_column), given.image)
@@ -302,10 +310,16 @@ class _BoxPart(_ImagePart):
     """Boxes of one large image."""
 
     def __init__(
-        self, name: str, field_name: str, space: FeatureSpace, table: _Table, given: ImageInput
+        self,
+        name: str,
+        field_name: str,
+        space: FeatureSpace,
+        table: _Table,
+        given: ImageInput,
+        allow_links: bool,
     ) -> None:
         super().__init__(name, field_name, space, table)
-        self._image = open_image(given.image, axes=given.axes)
+        self._image = open_image(given.image, axes=given.axes, allow_links=allow_links)
         shape, axes = self._image.shape, self._image.axes
         if not 2 <= len(shape) <= 5:
             raise InvalidDataError(f"{self._image.source} has shape {shape}; images have 2 to 5 axes")

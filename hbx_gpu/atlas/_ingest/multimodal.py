@@ -396,7 +396,7 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: object, options
                 f"modality {name!r}: images of feature space {space.name!r} need a table that maps cells "
                 f"to them: {spelled('ImageInput(image, table)', '--tiles-table TABLE')}"
             )
-        return image_part(name, field_name, space, data)
+        return image_part(name, field_name, space, data, allow_links=options.catalogue.allow_links)
     check_matrix_space(field_name, space)
     if isinstance(data, Path):
         data = options.stack.enter_context(H5adFile(data, allow_links=options.catalogue.allow_links))
