@@ -111,7 +111,7 @@ def atlas_to_archive(
     query = AtlasQuery(snapshot, table)
     if feature_space is not None:
         query.feature_spaces(feature_space)
-    made_of = origin.find(Path(source), snapshot.version)
+    made_of = origin.find(Path(source), snapshot.version, allow_links=allow_links)
     dataset = query.to_cell_dataset(feature_space, layer or _only_layer(snapshot))
     if made_of is not None and (union or keep_uids or not _is_image(dataset, made_of)):
         made_of = None

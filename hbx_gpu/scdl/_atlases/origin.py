@@ -11,25 +11,29 @@ import contextlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 
-from hbx_gpu._untrusted import parse_json, read_small
+from hbx_gpu._untrusted import check_tree, parse_json, read_small
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format import names
 from hbx_gpu.scdl._format.archive import Archive
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
 from hbx_gpu.scdl._format.layout import METADATA, NEIGHBOR_FILES, OBS_FEATURES, OLD_FEATURES, VAR_FEATURES
 from hbx_gpu.scdl._format.neighbors import NeighborTable, open_neighbors
+from hbx_gpu.scdl._format.values import DATA_DTYPES
 from hbx_gpu.scdl._writing.writer import read_metadata
 
 FOLDER = "scdl_origin"
 _RECORD = "origin.json"
 _KEPT = (VAR_FEATURES, OLD_FEATURES, OBS_FEATURES, names.FOLDER, METADATA, *NEIGHBOR_FILES)
+# Least and greatest number of each count in the record; columns are stored in 1 to 8 bytes.
+_COUNTS = {"snapshot": (0, 2**63 - 1), "n_rows": (0, 2**63 - 1), "n_columns": (1, 2**64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +107,43 @@ def keep(archive: Archive, atlas: Path, snapshot: int, layer: str) -> None:
     os.rename(temporary, folder)
 
 
-def find(atlas: Path, snapshot: int) -> Origin | None:
+def find(atlas: Path, snapshot: int, *, allow_links: bool = False) -> Origin | None:
     """The kept parts of the archive from which a snapshot was converted; None if there was none.
 
     Raises
     ------
     CorruptDataError
         The record cannot be read.
+    UnsafePathError
+        The folder holds something else than files and folders, or links lead out of the atlas.
     """
     file = atlas / FOLDER / _RECORD
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    if not file.parent.is_dir():
+        return None
+    # As in an archive: a FIFO would be waited for, a link could show the content of another file.
+    check_tree(file.parent, links=allow_links, root=atlas)
+    with contextlib.suppress(FileNotFoundError):
         try:
-            record = _Record(**parse_json(read_small(file), file))
-        except (CorruptDataError, TypeError) as error:
+            record = _parse(parse_json(read_small(file), file))
+        except CorruptDataError as error:
             raise CorruptDataError(
                 f"{file} is damaged: {error}. Remove the folder {FOLDER}: the atlas is complete without it"
             ) from None
         return Origin(file.parent, record) if record.snapshot == snapshot else None
     return None
+
+
+def _parse(document: Any) -> _Record:
+    expected = {field.name for field in fields(_Record)}
+    if not isinstance(document, dict) or set(document) != expected:
+        raise CorruptDataError(f"an object with {sorted(expected)} is expected, found {shown(document)}")
+    for name, (first, last) in _COUNTS.items():
+        if type(document[name]) is not int or not first <= document[name] <= last:
+            raise CorruptDataError(f"{name} is {shown(document[name])}, expected {first} to {last}")
+    if not isinstance(document["layer"], str):
+        raise CorruptDataError(f"layer is {shown(document['layer'])}, expected a name")
+    if document["data_dtype"] not in DATA_DTYPES:
+        raise CorruptDataError(
+            f"data_dtype is {shown(document['data_dtype'])}, expected one of {DATA_DTYPES}"
+        )
+    return _Record(**document)

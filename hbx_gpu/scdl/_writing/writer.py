@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from hbx_gpu._advice import option
 from hbx_gpu._paths import checked
+from hbx_gpu._untrusted import parse_json, read_small
 from hbx_gpu._version import __version__
-from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.errors import CorruptDataError, InvalidDataError
 from hbx_gpu.scdl._format import names
 from hbx_gpu.scdl._format.header import archive_header
 from hbx_gpu.scdl._format.index_writer import FeatureFolder
@@ -444,9 +445,10 @@ def carry_extras(source: Path, folder: Path) -> dict[str, object]:
 
 def read_metadata(archive: str | os.PathLike[str]) -> dict[str, object]:
     """Content of an archive's `metadata.json`; empty if that is missing or no JSON object."""
+    file = Path(archive) / METADATA
     try:
-        found = json.loads((Path(archive) / METADATA).read_text())
-    except (OSError, ValueError):
+        found = parse_json(read_small(file), file)
+    except (OSError, CorruptDataError):
         return {}
     return found if isinstance(found, dict) else {}
 
