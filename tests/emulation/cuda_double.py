@@ -33,6 +33,8 @@ class Devices:
         (device, kernel, dynamic shared memory) of each launch.
     streams
         How many streams torch handed out, per device and priority.
+    busy
+        Whether kernels of the consumer still run.
     """
 
     def __init__(self, n: int = 2) -> None:
@@ -40,6 +42,7 @@ class Devices:
         self.contexts: set[int] = set()
         self.launches: list[tuple[int, str, int]] = []
         self.streams: dict[tuple[int, int], int] = defaultdict(int)
+        self.busy = False
         self._thread = threading.local()
         self._memory: dict[int, Any] = {}
 
@@ -123,7 +126,7 @@ class Devices:
             def wait_event(self, event: Any) -> None:
                 """Everything happens at once."""
 
-            synchronize = wait_event
+            synchronize = record_event = wait_event
 
         class Guard:
             def __init__(self, device: Any) -> None:
@@ -148,6 +151,9 @@ class Devices:
             def synchronize(self) -> None:
                 """Passed already."""
 
+            def query(self) -> bool:
+                return not devices.busy
+
         def empty(shape: Any, *, dtype: Any, device: Any = None, pin_memory: bool = False) -> Any:
             if pin_memory:
                 assert devices.contexts, "page-locked memory would make a context on device 0"
@@ -160,6 +166,7 @@ class Devices:
             Event=Event,
             device=Guard,
             stream=lambda stream: Guard(stream.device),
+            current_stream=lambda device: Stream(device),
             mem_get_info=lambda _device: (1 << 30, 1 << 30),
         )
         return SimpleNamespace(cuda=cuda, device=torch.device, empty=empty, uint8=torch.uint8)

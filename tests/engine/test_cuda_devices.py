@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -74,3 +75,21 @@ def test_epochs_and_loaders_take_no_streams_of_others(devices: Devices) -> None:
         sys.modules["torch"].cuda.Stream(sys.modules["torch"].device("cuda", 0))
     late = _streams.own_stream(0, "late")
     assert late.cuda_stream not in {stream.cuda_stream for stream in found.values()}
+
+
+class Output:
+    """Stands for a tensor in memory of DALI."""
+
+
+def test_outputs_of_other_libraries_outlive_the_kernels_that_read_them(devices: Devices) -> None:
+    backend = CudaBackend(0)
+    output = Output()
+    alive = weakref.ref(output)
+    devices.busy = True
+    backend.hand_over(backend.event(), [], [output])
+    del output
+    backend.hand_over(backend.event(), [])
+    assert alive() is not None
+    devices.busy = False
+    backend.hand_over(backend.event(), [])
+    assert alive() is None
