@@ -41,7 +41,7 @@ TESTS = {
     "hbx_gpu/_storage/chunks.py": ["tests/storage/test_chunks.py", "tests/storage/test_readers.py"],
     "hbx_gpu/_storage/readers.py": ["tests/storage/test_readers.py", "tests/storage/test_chunks.py"],
     "hbx_gpu/_storage/metadata.py": ["tests/storage/test_metadata.py", "tests/storage/test_zarr_arrays.py"],
-    "hbx_gpu/sampler/": ["tests/test_sampler.py"],
+    "hbx_gpu/sampler/": ["tests/sampler"],
     "hbx_gpu/_loading/": ["tests/test_loader.py", "tests/system/test_faults.py", "tests/test_sizing.py"],
     "hbx_gpu/_loading/residency/": ["tests/test_residency.py"],
     # Not the tests that measure a loader: a busy machine decides them too.
