@@ -112,6 +112,17 @@ def open_dataset(
 ) -> object:
     """A dataset over all cells of what lies at `path`: whatever :func:`hbx_gpu.open` opens.
 
+    Parameters
+    ----------
+    path
+        The store.
+    field
+        Pointer field of an atlas, or modality of MuData; may be left out where there is one.
+    layer
+        Matrix to read; the default one if None. An archive has one only.
+    allow_links
+        Follow links that lead out of the store, which are refused otherwise.
+
     Raises
     ------
     FileNotFoundError
@@ -126,9 +137,10 @@ def open_dataset(
     from hbx_gpu._inplace.stores import is_archive
 
     if is_archive(path):
+        from hbx_gpu.scdl._format.archive import open_archive
         from hbx_gpu.scdl._sources.cells import to_cell_dataset
 
-        return to_cell_dataset(path)
+        return to_cell_dataset(open_archive(path, allow_links=allow_links))
     query: Any = open_stores(path, allow_links=allow_links)
     dataset = query.to_cell_dataset(field, **({} if layer is None else {"layer": layer}))
     if isinstance(dataset, DenseCellDataset):

@@ -24,8 +24,9 @@ from hbx_gpu._loading.make import device_loader
 from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.atlas import create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader
-from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
+from hbx_gpu.errors import DeviceUnavailableError, UnsafePathError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
+from hbx_gpu.scdl import SingleCellMemMapDataset
 from hbx_gpu.synthetic import write_demo_pair
 from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
@@ -182,6 +183,18 @@ def test_a_gpu_that_is_not_there(atlas: Path, capsys: Any) -> None:
 def test_dense_spaces_are_not_measured(homeobox_fixtures: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"'protein_abundance' of .* is dense.*--field"):
         open_dataset(homeobox_fixtures / "cite_multimodal" / "atlas", "protein_abundance")
+
+
+def test_links_of_an_archive_are_followed_when_allowed(tmp_path: Path) -> None:
+    archive, outside = tmp_path / "archive", tmp_path / "data.npy"
+    file, _ = write_demo_pair(tmp_path, n_obs=(20, 5), n_vars=60)
+    SingleCellMemMapDataset(archive, file, use_X_not_raw=True)
+    (archive / "data.npy").rename(outside)
+    (archive / "data.npy").symlink_to(outside)
+    with pytest.raises(UnsafePathError, match="leads out"):
+        open_dataset(archive)
+    opened: Any = open_dataset(archive, allow_links=True)
+    assert len(opened[list(range(20))].values) > 0
 
 
 def test_what_is_no_atlas(tmp_path: Path, capsys: Any) -> None:
