@@ -202,6 +202,13 @@ class H5adFile(_File, HdfAnnData):
 class H5muFile(_File):
     """An open .h5mu file, which holds one AnnData per modality; a context manager.
 
+    Parameters
+    ----------
+    path
+        The file.
+    allow_links
+        Follow external links, external storage and virtual datasets that lead out of the file.
+
     Raises
     ------
     FileNotFoundError

@@ -303,13 +303,8 @@ class ZarrTree(_Tables):
 
     def shape(self, key: str) -> tuple[int, ...]:
         folder = self.path / key
-        return self._shape(folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray")
-
-    def _shape(self, document: Path) -> tuple[int, ...]:
-        shape = self._document(document).get("shape")
-        if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
-            raise CorruptDataError(f"the zarr metadata {document} have the shape {str(shape)[:100]}")
-        return tuple(shape)
+        document = folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray"
+        return _shape_of(self._document(document), document)
 
     def layout(self, key: str) -> ArrayLayout:
         within = "" if self._allow_links else self.path
@@ -332,10 +327,10 @@ class ZarrTree(_Tables):
         # zarr-python would wait for a FIFO, follow any link, and make room for any shape.
         check_tree(folder, links=self._allow_links, root=self.path)
         for document in itertools.chain(folder.rglob("zarr.json"), folder.rglob(".zarray")):
-            if document.name == ".zarray" or self._document(document).get("node_type") == "array":
-                shape = self._document(document).get("shape")
-                if shape != []:  # a number alone
-                    _check_rows(self._shape(document), str(document))
+            found = self._document(document)
+            is_array = document.name == ".zarray" or found.get("node_type") == "array"
+            if is_array and found.get("shape") != []:  # a number alone has no axis
+                _check_rows(_shape_of(found, document), str(document))
         return zarr.open(str(folder), mode="r")
 
     def _document(self, path: Path) -> dict[str, Any]:
@@ -352,6 +347,13 @@ class ZarrTree(_Tables):
 
 def _is_node(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
+def _shape_of(metadata: Mapping[str, Any], document: Path) -> tuple[int, ...]:
+    shape = metadata.get("shape")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+        raise CorruptDataError(f"the zarr metadata {document} have the shape {str(shape)[:100]}")
+    return tuple(shape)
 
 
 def _check_rows(shape: tuple[int, ...], what: str) -> None:

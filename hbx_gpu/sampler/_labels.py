@@ -191,14 +191,23 @@ class GroupedCellSampler(EpochSampler):
         Integer codes: (n_cells,), (n_cells, n_labels), or a list of arrays (n_cells,). A cell with a missing
         label (-1) is in no batch, unless it is a control.
     batch_size
-        Largest number of cells in a batch, controls included.
+        Largest number of cells in a batch, controls included; 1,024 if None. Not together with `set_size`.
     controls
-        Boolean (n_cells,), cells to complete batches with. They get no batches of their own.
+        Boolean (n_cells,), cells to complete batches with. They get no batches of their own, but with
+        `paired` those that have labels make sets.
     match
         Codes like `labels`, for instance the donor: each control stands for one cell of its batch and shares
         this code with it. A cell whose code is missing cannot be matched: it is in no batch.
     control_fraction
         Share of controls in a batch, between 0 and 1; rounded to whole cells, at least one of each kind.
+    set_size
+        Cells of a set. A batch then holds sets of this size, each of one combination; a set that comes out
+        short is filled up with cells of its own, drawn again.
+    sets_per_batch
+        Sets of a batch, 1 if None; only with `set_size`.
+    paired
+        Draw a control for each cell of a set, with replacement; only with `set_size` and `controls`. A batch
+        is then its cells, followed by as many controls in the same order.
     drop_last
         Keep only batches of the full size; what a combination has beyond is left out, other cells of it in
         each epoch.

@@ -36,6 +36,13 @@ class Fields:
     panels: Sequence[str] = ()
 
     def space_named(self, name: str) -> str:
+        """The feature space that a name means: a space itself, or that of a pointer field.
+
+        Raises
+        ------
+        UnknownNameError
+            Neither of the two.
+        """
         spaces = {pointer.feature_space for pointer in self.pointers.values()}
         if name in spaces:
             return name
@@ -60,6 +67,21 @@ class Fields:
         return [p for p in self.active() if not chosen or p.feature_space in self.panels]
 
     def one(self, feature_space: str | None, field_name: str | None) -> PointerColumn:
+        """The pointer field that a dataset of one modality reads.
+
+        Parameters
+        ----------
+        feature_space, field_name
+            Space or field that the user names; None for the only field, the only sparse one where others
+            are dense.
+
+        Raises
+        ------
+        UnknownNameError
+            No such space or field.
+        ValueError
+            The field is of another space, or several fields are left.
+        """
         if field_name is not None:
             if field_name not in self.pointers:
                 raise UnknownNameError(
@@ -95,6 +117,15 @@ class Fields:
         raise ValueError(f"{what} has several pointer fields: {names}; choose one with field_name=")
 
     def matrix(self) -> PointerColumn:
+        """The pointer field that becomes AnnData.
+
+        Raises
+        ------
+        TypeError
+            There are images or fragments only.
+        ValueError
+            No field or several are left, or features of another space were asked for.
+        """
         active = self.in_memory()
         matrices = [pointer for pointer in active if is_matrix(pointer.feature_space)]
         if active and not matrices:

@@ -207,48 +207,64 @@ def open_dataset(
     recipe: Recipe | None,
     dtypes: Mapping[str, str] | None = None,
 ) -> FeatureDataset:
-    """Open and check the Sources of rows that were found, and make a dataset over them."""
+    """Open and check the Sources of rows that were found, and make a dataset over them.
+
+    Parameters
+    ----------
+    snapshot, table
+        The atlas, and its obs table.
+    pointer
+        The field that is read.
+    found
+        The rows, and where their data lie.
+    layers
+        Names of the layers that batches carry.
+    columns
+        Features that become columns.
+    recipe
+        How a spawned worker makes the dataset again; None if something else sees to that.
+    dtypes
+        Layer -> dtype of batches of dense matrices; the stored one by default.
+
+    Raises
+    ------
+    ValueError
+        `dtypes` for a sparse field.
+    UnknownNameError
+        A group lacks a layer.
+    CorruptDataError
+        A row reaches beyond the arrays of its group.
+    ResourceError
+        There is too little memory.
+    """
     with within_memory(f"a dataset over the atlas at {snapshot.path}"):
-        return _opened(snapshot, table, pointer, found, layers, columns, recipe, dtypes)
+        from hbx_gpu._datasets.cells import CellDataset
+        from hbx_gpu._datasets.dense import DenseCellDataset
 
-
-def _opened(
-    snapshot: Snapshot,
-    table: str,
-    pointer: PointerColumn,
-    found: ModalityRows,
-    layers: Sequence[str],
-    columns: Columns,
-    recipe: Recipe | None,
-    dtypes: Mapping[str, str] | None,
-) -> FeatureDataset:
-    from hbx_gpu._datasets.cells import CellDataset
-    from hbx_gpu._datasets.dense import DenseCellDataset
-
-    groups = group_records(snapshot, found.groups, pointer.feature_space)
-    sources = build_sources(snapshot, groups, layers, columns)
-    check_pointers(snapshot, table, sources, found.rows, found.rowids)
-    common: dict[str, Any] = {
-        "layer": layers,
-        "n_features": len(columns.uids),
-        "feature_uids": columns.uids,
-        "obs": found.obs,
-        "recipe": recipe,
-        "feature_space": pointer.feature_space,
-    }
-    rows = found.rows
-    if has_index(snapshot, pointer, sources):
-        if dtypes:
-            raise ValueError(
-                f"{pointer.feature_space!r} is sparse and comes as it is stored; the collate or make_loader "
-                "says in which dtype it becomes dense"
-            )
-        assert isinstance(rows, RowIndex)
-        return CellDataset(sources, rows, **common)
-    boxes = BoxIndex.of_rows(rows) if isinstance(rows, RowIndex) else rows
-    return DenseCellDataset(
-        sources, boxes, positions=pointer.kind == "dense", dtypes=dict(dtypes or {}), **common
-    )
+        groups = group_records(snapshot, found.groups, pointer.feature_space)
+        sources = build_sources(snapshot, groups, layers, columns)
+        check_pointers(snapshot, table, sources, found.rows, found.rowids)
+        common: dict[str, Any] = {
+            "layer": layers,
+            "n_features": len(columns.uids),
+            "feature_uids": columns.uids,
+            "obs": found.obs,
+            "recipe": recipe,
+            "feature_space": pointer.feature_space,
+        }
+        rows = found.rows
+        if has_index(snapshot, pointer, sources):
+            if dtypes:
+                raise ValueError(
+                    f"{pointer.feature_space!r} is sparse and comes as it is stored; the collate or "
+                    "make_loader says in which dtype it becomes dense"
+                )
+            assert isinstance(rows, RowIndex)
+            return CellDataset(sources, rows, **common)
+        boxes = BoxIndex.of_rows(rows) if isinstance(rows, RowIndex) else rows
+        return DenseCellDataset(
+            sources, boxes, positions=pointer.kind == "dense", dtypes=dict(dtypes or {}), **common
+        )
 
 
 def has_index(snapshot: Snapshot, pointer: PointerColumn, sources: Sequence[Source]) -> bool:
