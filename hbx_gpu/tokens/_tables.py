@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "float"): float,
 }
 
+# Opcodes that name what was built before, and those of containers that a table does not have.
+_MEMO = {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_CONTAINERS = {"LIST", "EMPTY_LIST", "EMPTY_SET", "FROZENSET"}
+_NUMBER_BYTES = 16  # of the largest NumPy scalar
+
 
 def _scalar(dtype: np.dtype, data: bytes) -> Any:
     """A NumPy scalar of a pickle, numbers only: an object dtype would be a way to code."""
@@ -40,9 +47,9 @@ def _scalar(dtype: np.dtype, data: bytes) -> Any:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} as {encoding!r}")
+    """How protocol 2 spells bytes, here those of one number."""
+    if not isinstance(text, str) or encoding != "latin1" or len(text) > _NUMBER_BYTES:
+        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} that is not a number's bytes")
     return text.encode("latin1")
 
 
@@ -55,6 +62,27 @@ class _Restricted(pickle.Unpickler):
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def _unpickled(raw: bytes) -> Any:
+    """The dict of a pickle.
+
+    A few hundred bytes can hold a tuple of twice the same tuple, and so on, 60 deep: hashing or printing it
+    takes forever. So there are no lists and sets, and tuples only as the arguments of a call.
+    """
+    previous = ""
+    for opcode, _, _ in pickletools.genops(raw):
+        name = opcode.name
+        if name in _CONTAINERS or (previous in _TUPLES and name not in {"REDUCE", "BUILD"} | _MEMO):
+            raise pickle.UnpicklingError("it holds lists, sets or tuples")
+        if name not in _MEMO:
+            previous = name
+    found = _Restricted(io.BytesIO(raw)).load()
+    if isinstance(found, dict):
+        for value in found.values():
+            if not isinstance(value, str | int | float | np.generic | None):
+                raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+    return found
 
 
 def read_table(table: Table, what: str) -> dict[str, Any]:
@@ -79,7 +107,7 @@ def read_table(table: Table, what: str) -> dict[str, Any]:
         path = Path(table)
         raw = path.read_bytes()
         try:
-            found = json.loads(raw) if path.suffix == ".json" else _Restricted(io.BytesIO(raw)).load()
+            found = json.loads(raw) if path.suffix == ".json" else _unpickled(raw)
         except Exception as error:
             raise InvalidDataError(
                 f"{path} cannot be read as {what}: {error}. Expected a JSON object, or a pickle of a plain "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,42 @@ def test_pickles_that_hold_more_than_plain_values(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(InvalidDataError, match=r"medians"):
         tokens.geneformer_v2(WORDS, path)
+
+
+def doubled(start: Any, wrap: Callable[[Any], Any]) -> Any:
+    for _ in range(60):
+        start = wrap(start)
+    return start
+
+
+def key_that_doubles() -> bytes:
+    """A dict with one key, a tuple of twice the same tuple, 60 deep; writing it needs no hash."""
+    steps = b"".join(b"h%ch%c\x86\x940" % (k, k) for k in range(60))
+    return b"\x80\x04}\x8c\x01a\x940" + steps + b"h%cK\x01s." % 60
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    "wrap", [lambda v: [v, v], lambda v: (v, v), lambda v: {"a": v, "b": v}], ids=["list", "tuple", "dict"]
+)
+def test_values_that_double(tmp_path: Path, wrap: Callable[[Any], Any], protocol: int) -> None:
+    path = tmp_path / "words.pkl"
+    path.write_bytes(pickle.dumps({"a": doubled("x", wrap)}, protocol))
+    with pytest.raises(InvalidDataError, match="it holds") as caught:
+        read_table(path, "words")
+    assert len(str(caught.value)) < 1000
+
+
+def test_keys_that_double(tmp_path: Path) -> None:
+    path = tmp_path / "words.pkl"
+    path.write_bytes(key_that_doubles())
+    with pytest.raises(InvalidDataError, match="it holds lists, sets or tuples"):
+        read_table(path, "words")
+
+
+def test_texts_that_are_encoded_again_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "words.pkl"
+    again = b"c_codecs\nencode\n(h\x00X\x06\x00\x00\x00latin1tR0"
+    path.write_bytes(b"X\x00\x10\x00\x00" + b"x" * 4096 + b"q\x000" + again * 100 + b"}.")
+    with pytest.raises(InvalidDataError, match="not a number's bytes"):
+        read_table(path, "words")
