@@ -94,8 +94,7 @@ class EmulatedLauncher:
         self._order, self._seed = _ORDERS[name], int(seed or 0)
         self.watch = os.environ.get("HBX_EMULATED_WATCH", "") if watch is None else watch
         if files is None:
-            # Kernels from elsewhere: copies that are made wrong on purpose.
-            folder = Path(os.environ.get("HBX_EMULATED_KERNELS") or sources.kernels_folder())
+            folder = sources.kernels_folder()
             self._files = {kernel: folder / file for kernel, file in sources.kernel_names().items()}
         else:
             self._files = {kernel: file for file in files for kernel in sources.kernels_in(file)}

@@ -13,6 +13,9 @@
 #include <utility>
 
 #include "fibers.h"
+#ifdef __SANITIZE_THREAD__
+#include <stdlib.h>
+#endif
 
 #define HBX_EMUL 1
 
@@ -79,15 +82,33 @@ template <class T>
 struct same { typedef T type; };
 template <class T, class... Allowed>
 constexpr bool one_of() { return (std::is_same<T, Allowed>::value || ...); }
+// Whether a barrier of a kernel is left out, to see that its absence is noticed: HBX_EMULATED_WITHOUT names it
+// as "densify.cu:24". Builds for ThreadSanitizer alone ask.
+inline bool left_out(const char *file, int line) {
+#ifdef __SANITIZE_THREAD__
+    static const char *const name = getenv("HBX_EMULATED_WITHOUT");
+    if (name == nullptr) return false;
+    const char *const slash = strrchr(file, '/'), *const base = slash ? slash + 1 : file;
+    const size_t length = strlen(base);
+    return strncmp(name, base, length) == 0 && name[length] == ':' && atoi(name + length + 1) == line;
+#else
+    (void)file, (void)line;
+    return false;
+#endif
+}
 }  // namespace hbx_emul
 
-inline void __syncthreads(HBX_EMUL_SITE) { hbx_emul::barrier(hbx_emul::SYNCTHREADS, 0, HBX_EMUL_HERE); }
+inline void __syncthreads(HBX_EMUL_SITE) {
+    if (hbx_emul::left_out(file_, line_)) return;
+    hbx_emul::barrier(hbx_emul::SYNCTHREADS, 0, HBX_EMUL_HERE);
+}
 inline int __syncthreads_count(int x, HBX_EMUL_SITE) {
     return static_cast<int>(hbx_emul::barrier(hbx_emul::SYNCTHREADS_COUNT, x != 0, HBX_EMUL_HERE));
 }
 inline int __syncthreads_or(int x, HBX_EMUL_SITE) { return __syncthreads_count(x, file_, line_) != 0; }
 inline int __syncthreads_and(int x, HBX_EMUL_SITE) { return __syncthreads_count(!x, file_, line_) == 0; }
 inline void __syncwarp(unsigned mask = 0xffffffffu, HBX_EMUL_SITE) {
+    if (hbx_emul::left_out(file_, line_)) return;
     hbx_emul::collective(hbx_emul::SYNCWARP, mask, 0, 0, HBX_EMUL_HERE);
 }
 
