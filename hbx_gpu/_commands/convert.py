@@ -13,6 +13,7 @@ from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, note
+from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu.errors import InvalidDataError
 
 
@@ -30,7 +31,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "source",
         type=local_argument,
         metavar="SOURCE",
-        help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store",
+        help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store; one modality of a "
+        "MuData as FILE.h5mu:MODALITY",
     )
     parser.add_argument("target", type=local_argument, metavar="TARGET", help="the atlas or archive to make")
     parser.add_argument(
@@ -98,7 +100,7 @@ def kind_of(path: Path) -> str:
         return "atlas"
     if path.is_dir() and ((path / "row_ptr.npy").exists() or (path / "header.sch").exists()):
         return "archive"
-    if path.is_file() and path.suffix == ".h5ad":
+    if (path.is_file() and path.suffix == ".h5ad") or is_mudata(split_modality(path)[0]):
         return "file"
     from hbx_gpu._h5ad.foreign import describe_path
     from hbx_gpu._stores.source import is_other_store

@@ -13,9 +13,13 @@ from hbx_gpu._paths import argument as local_argument
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand to a parser's."""
-    parser = commands.add_parser("info", parents=[common], help="say what an atlas or another store holds")
+    parser = commands.add_parser("info", parents=[common], help="say what atlases or other stores hold")
     parser.add_argument(
-        "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
+        "paths",
+        nargs="+",
+        type=local_argument,
+        metavar="PATH",
+        help="an atlas or any store of hbx_gpu.open; several are described one after the other",
     )
     parser.add_argument(
         "--version",
@@ -34,18 +38,21 @@ def _is_something(path: Path) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary of a snapshot, or of another store."""
-    from hbx_gpu._inplace.stores import is_atlas
+    """Print a summary of each path."""
+    with from_command(FLAGS):
+        for number, path in enumerate(args.paths):
+            print(("\n" if number else "") + _described(path, args.snapshot, args.allow_links), flush=True)
+    return 0
+
+
+def _described(path: Path, snapshot: int | None, allow_links: bool) -> str:
+    from hbx_gpu._inplace.stores import is_atlas, open_stores
+
+    if snapshot is None and _is_something(path) and not is_atlas(path):
+        from hbx_gpu._inplace.summary import describe_stores
+
+        return describe_stores(open_stores([path], allow_links=allow_links))
     from hbx_gpu.atlas import Snapshot
     from hbx_gpu.atlas._upkeep.summary import describe
 
-    if args.snapshot is None and _is_something(args.path) and not is_atlas(args.path):
-        from hbx_gpu._inplace.stores import open_stores
-        from hbx_gpu._inplace.summary import describe_stores
-
-        with from_command(FLAGS):
-            print(describe_stores(open_stores([args.path], allow_links=args.allow_links)))
-        return 0
-    with from_command(FLAGS):
-        print(describe(Snapshot.open(args.path, args.snapshot, allow_links=args.allow_links)))
-    return 0
+    return describe(Snapshot.open(path, snapshot, allow_links=allow_links))

@@ -13,7 +13,7 @@ from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
-from hbx_gpu._stores.kinds import is_mudata
+from hbx_gpu._stores.kinds import is_mudata, split_modality
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
@@ -312,7 +312,7 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
     if given:
         file = args.files[0] if args.files else None
         label = str(file) if file else ", ".join(f"{name}={path}" for name, path in given.items())
-        paths = [_existing(path) for path in given.values()]
+        paths = [split_modality(path)[0] for path in given.values()]
         return [_Job(label, paths + ([file] if file else []), file, given)]
     jobs: list[_Job] = []
     for path in args.files:
@@ -321,12 +321,6 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
             args.parser.error(f"{file} is given twice; one matrix of a file makes one dataset")
         jobs.append(_Job(str(file), [file], file, {}, matrix_named(matrix or args.layer)))
     return jobs
-
-
-def _existing(path: str) -> Path:
-    """The MuData meant by ``FILE.h5mu:MODALITY``, or the path itself."""
-    name, _, modality = path.rpartition(":")
-    return Path(name if name and modality and is_mudata(Path(name)) else path)
 
 
 def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list[tuple[str, str]]:

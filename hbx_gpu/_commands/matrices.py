@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hbx_gpu._stores.kinds import is_mudata
+
 AUTO = "auto"
 """What a user writes for the matrix that is taken where nobody names one."""
 
@@ -15,9 +17,9 @@ def matrix_named(text: str | None) -> str | None:
 
 def file_and_matrix(path: Path) -> tuple[Path, str | None]:
     """The parts of ``FILE:MATRIX``; None where the path names no matrix, or a file is called so."""
-    # FILE.h5mu:NAME is a modality. A layer may be written as a path: FILE:layers/counts.
+    # MUDATA:NAME is a modality. A layer may be written as a path: FILE:layers/counts.
     name, colon, matrix = str(path).rpartition(":")
     file = Path(name)
-    if not (name and colon and matrix) or path.exists() or file.suffix == ".h5mu":
+    if not (name and colon and matrix) or path.exists() or is_mudata(file):
         return path, None
     return (file, matrix) if file.exists() or file.suffix == ".h5ad" else (path, None)

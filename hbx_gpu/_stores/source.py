@@ -16,6 +16,7 @@ from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix
 from hbx_gpu._paths import checked
 from hbx_gpu._stores.lazy import as_stream
+from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu._stores.recognize import open_store
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 
@@ -34,7 +35,7 @@ def open_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> I
     Parameters
     ----------
     path
-        The store.
+        The store, or ``MUDATA:MODALITY`` for one modality of a MuData.
     allow_links
         Follow links that lead out of it.
 
@@ -43,22 +44,27 @@ def open_source(path: str | os.PathLike[str], *, allow_links: bool = False) -> I
     FileNotFoundError
         Nothing is there.
     InvalidDataError
-        Nothing that is known, or parts with different features.
+        Nothing that is known, parts with different features, or a MuData without that modality.
     UnsupportedError
         A MuData store: several matrices, which :func:`open_mudata_source` opens.
     """
-    path = Path(checked(path))
+    path, modality = split_modality(checked(path))
+    if modality:
+        with open_mudata_source(path, allow_links=allow_links) as mudata:
+            yield mudata.modality(modality)
+        return
+    if is_mudata(path):
+        with open_mudata_source(path, allow_links=allow_links) as mudata:
+            names = mudata.modalities()
+        raise UnsupportedError(
+            f"{path} holds several modalities, {names}, and one matrix is needed here; name one of them as "
+            f"{path}:{names[0] if names else 'MODALITY'}, or ingest it, which takes them together"
+        )
     if not is_other_store(path):
         with H5adFile(path, allow_links=allow_links) as file:
             yield file
         return
-    store = open_store(path, allow_links=allow_links)
-    if store.modalities:
-        raise UnsupportedError(
-            f"{path} holds several modalities, {list(store.modalities)}, and one matrix is needed here; "
-            "ingest it, which takes them together, or write one of them to a store of its own"
-        )
-    yield StoreGroup(store)
+    yield StoreGroup(open_store(path, allow_links=allow_links))
 
 
 class MuDataSource(Protocol):

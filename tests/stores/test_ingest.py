@@ -64,6 +64,32 @@ def test_a_mudata_in_zarr_becomes_modalities(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["m.h5mu", "m.zarr"])
+def test_one_modality_of_a_mudata_becomes_an_archive(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mudata
+
+    parts = {"rna": small(), "protein": small(n_genes=3)}
+    path = tmp_path / name
+    mdata = mudata.MuData(parts)
+    mdata.write(path) if name == "m.h5mu" else mdata.write_zarr(str(path))
+    for modality, adata in parts.items():
+        target = tmp_path / modality
+        assert cli.main(["convert", f"{path}:{modality}", str(target)]) == 0
+        archive = SingleCellMemMapDataset(str(target))
+        for row in range(adata.n_obs):
+            (values, columns), *_ = archive.get_row(row)
+            np.testing.assert_array_equal(columns, adata.X[row].indices)
+            np.testing.assert_array_equal(values, adata.X[row].data)
+    capsys.readouterr()
+    assert cli.main(["convert", str(path), str(tmp_path / "all")]) == 1
+    assert f"name one of them as {path}:rna" in capsys.readouterr().err.replace("protein", "rna")
+    assert cli.main(["convert", f"{path}:atac", str(tmp_path / "all")]) == 1
+    assert "has no modality 'atac'" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
 STORES_BY_FORMAT = [
     ("annbatch031_three_datasets", "annbatch collection"),
     ("tenx_v2_one_genome", "10x Genomics HDF5"),
@@ -83,6 +109,15 @@ def test_info_says_what_a_store_holds(
     path = next(path for path in folder.iterdir() if path.name.startswith("store"))
     assert cli.main(["info", str(path)]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_info_of_several_paths(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shared / "fixtures" / "inplace"
+    paths = [folder / "loom_loompy" / "store.loom", folder / "zarr_ad012_v3" / "store.zarr"]
+    atlas = shared / "fixtures" / "homeobox" / "ragged_rna" / "atlas"
+    assert cli.main(["info", *map(str, [*paths, atlas])]) == 0
+    out = capsys.readouterr().out
+    assert out.index(f"{paths[0]}: loom") < out.index(f"\n\n{paths[1]}: AnnData") < out.index("snapshot   ")
 
 
 def test_bench_measures_a_collection(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from hbx_gpu._advice import option, spelled
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
-from hbx_gpu._stores.kinds import is_mudata
+from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu._stores.source import MuDataSource, open_mudata_source
 from hbx_gpu.atlas._catalogue.names import only_table
 from hbx_gpu.atlas._catalogue.session import Writable
@@ -300,7 +300,7 @@ def _is_matrix(data: object) -> bool:
     """Whether data are a matrix of cells and features, or a path that says so."""
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
-        return path.endswith(".h5ad") or is_mudata(Path(path.rpartition(":")[0] or "."))
+        return path.endswith(".h5ad") or bool(split_modality(path)[1])
     return isinstance(data, AnnDataGroup | _Backed | Input) or hasattr(data, "obs_names")
 
 
@@ -331,7 +331,7 @@ def _open_all(
             "expected {modality: data}, a MuData object or the path of an .h5mu file, got "
             f"{type(modalities).__name__}"
         )
-    files: dict[str, MuDataSource] = {}
+    files: dict[Path, MuDataSource] = {}
     opened = {name: _open_one(data, stack, files, allow_links) for name, data in modalities.items()}
     named = [f"{name}={_name_of(data)}" for name, data in modalities.items()]
     return opened, [(str(file.path), file.obs()) for file in files.values()], ", ".join(named)
@@ -356,18 +356,18 @@ def _name_of(data: object) -> str:
 
 
 def _open_one(
-    data: object, stack: contextlib.ExitStack, files: dict[str, MuDataSource], allow_links: bool
+    data: object, stack: contextlib.ExitStack, files: dict[Path, MuDataSource], allow_links: bool
 ) -> object:
     if not isinstance(data, str | os.PathLike):
         if getattr(data, "isbacked", False):
             return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
         return data
     path = os.fspath(data)
-    name, _, modality = path.rpartition(":")
-    if name and is_mudata(Path(name)) and not Path(path).exists():
-        if name not in files:
-            files[name] = stack.enter_context(open_mudata_source(name, allow_links=allow_links))
-        return files[name].modality(modality)
+    mudata, modality = split_modality(path)
+    if modality:
+        if mudata not in files:
+            files[mudata] = stack.enter_context(open_mudata_source(mudata, allow_links=allow_links))
+        return files[mudata].modality(modality)
     if is_mudata(Path(path)):
         with open_mudata_source(path, allow_links=allow_links) as file:
             raise InvalidDataError(

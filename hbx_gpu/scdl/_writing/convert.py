@@ -22,6 +22,7 @@ from hbx_gpu._identity.choice import choose
 from hbx_gpu._identity.overlap import compare, require
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._stores.kinds import split_modality
 from hbx_gpu._stores.source import open_source
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.index_writer import to_table
@@ -207,7 +208,7 @@ def convert_h5ad_files(
     options = options or ConvertOptions()
     check_dtype(data_dtype)
     for file in files:
-        if not os.path.exists(file):
+        if not split_modality(file)[0].exists():
             raise FileNotFoundError(f"Error: could not find h5ad path {file}")
     check_target(target, overwrite=overwrite)
     chosen = look_at_files(files, options)
@@ -394,7 +395,7 @@ def _nbytes(path: Path) -> int:
 
 def _block_rows(h5ad: str | os.PathLike[str], options: ConvertOptions) -> int | None:
     """Most rows of a block; None if only its values count."""
-    if _nbytes(Path(h5ad)) >= options.paginated_load_cutoff * _MIB:
+    if _nbytes(split_modality(h5ad)[0]) >= options.paginated_load_cutoff * _MIB:
         return options.load_block_row_size
     return None
 
@@ -422,10 +423,12 @@ def _split(block: CsrBlock, most: int | None) -> Iterator[CsrBlock]:
 def _write_neighbors(
     writer: ArchiveWriter, h5ad: str | os.PathLike[str], first_row: int, n_rows: int, key: str
 ) -> bool:
-    with h5py.File(h5ad, "r") as file:
-        node = file.get(f"obsp/{key}")
+    path, modality = split_modality(h5ad)
+    with h5py.File(path, "r") as file:
+        graphs = file.get(f"mod/{modality}/obsp" if modality else "obsp", {})
+        node = graphs.get(key)
         if node is None:
-            found = sorted(file["obsp"]) if "obsp" in file else []
+            found = sorted(graphs)
             warnings.warn(
                 f"Neighbor key '{key}' not found in AnnData.obsp of {h5ad}, which holds {found}. Neighbor "
                 "loading skipped.",
