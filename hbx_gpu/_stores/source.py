@@ -15,8 +15,8 @@ import numpy as np
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix
 from hbx_gpu._paths import checked
-from hbx_gpu._stores.lazy import as_stream
 from hbx_gpu._stores.kinds import is_mudata, split_modality
+from hbx_gpu._stores.lazy import as_stream
 from hbx_gpu._stores.recognize import open_store
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 

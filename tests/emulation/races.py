@@ -102,12 +102,13 @@ def _inside(names: Sequence[str]) -> None:
     import hypothesis  # noqa: F401 - imported once for all forks
     import pytest
 
-    tests = {str(barrier): TESTS[barrier.file] for barrier in barriers()}
+    files = {str(barrier): TESTS[barrier.file] for barrier in barriers()}
     for name in names:
+        tests = [str(ROOT / "tests" / "kernels" / file) for file in files[name]]
         child = os.fork()
         if child == 0:
             os.environ["HBX_EMULATED_WITHOUT"] = name
-            os._exit(int(pytest.main([*_PYTEST, *(str(ROOT / "tests" / "kernels" / test) for test in tests[name])])))
+            os._exit(int(pytest.main([*_PYTEST, *tests])))
         _, status = os.waitpid(child, 0)
         race = os.waitstatus_to_exitcode(status) == _RACE
         print(f"\nbarrier {name} {'reported' if race else 'missed'}", flush=True)
