@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from hbx_gpu._datasets.stored import Kind
 from hbx_gpu._float16 import overflow_said
 from hbx_gpu._protocols import AnyCollate, Collate, Collating, TensorBatch
 from hbx_gpu._tensors import metadata_tensors
-from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch, put_together
 from hbx_gpu.transforms import Transform
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ class DenseCollate(Collating):
         return n_rows * n_features * (2 if self.dtype.endswith("16") else int(self.dtype[-2:]) // 8)
 
 
-def sparse_to_dense_collate(batch: SparseBatch) -> TensorBatch:
+def sparse_to_dense_collate(batch: SparseBatch | Sequence[SparseBatch]) -> TensorBatch:
     """A sparse batch as a dense tensor.
 
     Parameters
     ----------
     batch
-        Rows of a sparse feature space. Columns that repeat within a row are summed.
+        Rows of a sparse feature space, or a list of ``dataset[i]``, as torch collects rows of its
+        ``ConcatDataset``. Columns that repeat within a row are summed.
 
     Returns
     -------
@@ -72,11 +73,13 @@ def sparse_to_dense_collate(batch: SparseBatch) -> TensorBatch:
     ------
     ValueError
         A metadata column is called ``X``.
+    TypeError
+        A list of rows from datasets with other features, layers, categories or columns.
     """
-    return DenseCollate()(batch)
+    return DenseCollate()(put_together(batch))
 
 
-def sparse_to_csr_collate(batch: SparseBatch) -> TensorBatch:
+def sparse_to_csr_collate(batch: SparseBatch | Sequence[SparseBatch]) -> TensorBatch:
     """A sparse batch as a ``torch.sparse_csr_tensor``.
 
     Returns
@@ -95,6 +98,7 @@ def sparse_to_csr_collate(batch: SparseBatch) -> TensorBatch:
 
     from hbx_gpu._engine.host.canonical import as_float32, sort_rows
 
+    batch = put_together(batch)
     pointers, columns = batch.offsets, batch.indices
     values = as_float32(batch.values, POOL.empty)
     if not batch.ascending:  # a batch that was not made for this: sorted in a copy of it
@@ -133,7 +137,9 @@ def _hear_torch_out() -> None:
         torch.sparse_csr_tensor([0], [], [], size=(0, 0), check_invariants=False)
 
 
-def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> TensorBatch:
+def dense_to_tensor_collate(
+    batch: DenseBatch | RaggedBatch | Sequence[DenseBatch] | Sequence[RaggedBatch],
+) -> TensorBatch:
     """A dense batch as a tensor of its own dtype, a ragged one as a list of tensors, without a copy.
 
     Returns
@@ -149,10 +155,12 @@ def dense_to_tensor_collate(batch: DenseBatch | RaggedBatch) -> TensorBatch:
     """
     import torch
 
-    data: Any = batch.data
-    ragged = isinstance(batch, RaggedBatch)
+    given: Any = batch
+    whole: DenseBatch | RaggedBatch = put_together(given)
+    data: Any = whole.data
+    ragged = isinstance(whole, RaggedBatch)
     x = [torch.from_numpy(array) for array in data] if ragged else torch.from_numpy(data)
-    return {"X": x, **metadata_tensors(batch.metadata)}
+    return {"X": x, **metadata_tensors(whole.metadata)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +427,7 @@ class MeasuredTensors(Mapping[str, Any]):
         return len(self._measured)
 
 
-def multimodal_to_dense_collate(batch: MultimodalBatch) -> TensorBatch:
+def multimodal_to_dense_collate(batch: MultimodalBatch | Sequence[MultimodalBatch]) -> TensorBatch:
     """A multimodal batch as dense tensors and presence masks; :class:`MultimodalCollate` can be told more.
 
     Returns
@@ -437,7 +445,7 @@ def multimodal_to_dense_collate(batch: MultimodalBatch) -> TensorBatch:
     ValueError
         A feature space has the name of another entry of the batch.
     """
-    return MultimodalCollate()(batch)
+    return MultimodalCollate()(put_together(batch))
 
 
 def check_spaces(names: Iterable[str]) -> None:
@@ -464,11 +472,6 @@ def register_with_torch() -> None:
 
     def whole(collate: Callable[[Any], Any]) -> Callable[..., Any]:
         def collated(batch: object, *, collate_fn_map: object = None) -> object:  # noqa: ARG001 - torch passes it
-            if isinstance(batch, list | tuple):
-                raise TypeError(
-                    f"a list of {len(batch)} batches of one row each, as torch's ConcatDataset makes it: use "
-                    "hbx_gpu.dataloader.make_loader, which puts datasets together"
-                )
             return collate(batch)
 
         return collated

@@ -17,7 +17,13 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, r
 from hbx_gpu._datasets.joined import joined
 from hbx_gpu._source import ObsColumns
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
-from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
+from hbx_gpu.dataloader import (
+    CellDataset,
+    MultimodalCellDataset,
+    make_loader,
+    sparse_to_csr_collate,
+    sparse_to_dense_collate,
+)
 from hbx_gpu.errors import HbxError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
@@ -165,8 +171,48 @@ def test_torch_loads_with_its_default_collate(
     assert batches[0]["X"].dtype == torch.float32
     part = Subset(numbered, [7, 5])
     assert next(iter(DataLoader(part, batch_size=2)))["row"].tolist() == [7, 5]
-    with pytest.raises(TypeError, match=r"ConcatDataset makes it: use .*make_loader"):
-        next(iter(DataLoader(ConcatDataset([numbered, numbered]), batch_size=8)))
+    both = ConcatDataset([numbered.subset([3, 60]), part])
+    (batch,) = DataLoader(both, batch_size=8, num_workers=workers, multiprocessing_context=context)
+    assert batch["row"].tolist() == [3, 60, 7, 5]
+    assert np.array_equal(all_of([batch]), expected[[3, 60, 7, 5]])
+
+
+@pytest.mark.parametrize("collate", [None, sparse_to_dense_collate, sparse_to_csr_collate])
+def test_rows_that_torch_asks_for_one_by_one(
+    dataset: CellDataset, expected: np.ndarray, collate: Any
+) -> None:
+    first, second = random_split(dataset, [70, 50], torch.Generator().manual_seed(1))
+    rows = [*first.indices, *second.indices]
+    both = ConcatDataset([first, second])
+    loader = DataLoader(both, batch_size=50, collate_fn=collate)
+    assert np.array_equal(torch.cat([b["X"].to_dense() for b in loader]).numpy(), expected[rows])
+    some = Subset(both, [100, 2, 2])
+    (batch,) = DataLoader(some, batch_size=50, collate_fn=collate)
+    assert np.array_equal(batch["X"].to_dense().numpy(), expected[[rows[100], rows[2], rows[2]]])
+    assert batch["type"].tolist() == dataset.columns["type"][[rows[100], rows[2], rows[2]]].tolist()
+
+
+def test_rows_of_other_features_are_not_put_together(dataset: CellDataset) -> None:
+    """Batches of one width whose columns, codes or obs columns mean something else."""
+    other = dataset._derived(feature_uids=dataset.feature_uids[::-1].copy())
+    recoded = dataset._derived(_obs=ObsColumns(dataset.columns, {"type": np.array(["t", "b"])}))
+    for odd in (other, recoded, dataset.with_columns({"more": np.arange(120)})):
+        with pytest.raises(TypeError, match=r"differ in features, .*hbx_gpu\.make_loader"):
+            next(iter(DataLoader(ConcatDataset([dataset.subset([1]), odd]), batch_size=2)))
+    with pytest.raises(TypeError, match=r"were not read as dataset\[i\]"):
+        sparse_to_dense_collate([dataset[[1]], dataset[[2]]])
+
+
+def test_rows_of_several_modalities_are_put_together(dataset: CellDataset, tmp_path: Path) -> None:
+    both = MultimodalCellDataset({"rna": dataset, "atac": example_dataset(tmp_path, example_groups())})
+    rows = [5, 119, 5]
+    (whole,) = DataLoader(both, batch_size=3, sampler=rows)
+    (batch,) = DataLoader(ConcatDataset([both]), batch_size=3, sampler=rows)
+    for space in ("rna", "atac"):
+        assert torch.equal(batch[space]["X"], whole[space]["X"])
+        assert torch.equal(batch["measured"][space], whole["measured"][space])
+        assert torch.equal(batch["present"][space], whole["present"][space])
+    assert torch.equal(batch["metadata"]["type"], whole["metadata"]["type"])
 
 
 def test_a_row_of_a_batch_is_a_batch(dataset: CellDataset, expected: np.ndarray) -> None:

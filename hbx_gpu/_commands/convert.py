@@ -48,8 +48,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--feature-id",
         dest="feature_id",
         metavar="NAME",
-        help="to an atlas: column of var that identifies a gene across the files of an archive; by default "
-        "chosen for all of them together: as the atlas has them, ids of a database, else the names",
+        help="to an atlas: column of var that identifies a gene across the files of an archive, "
+        "'unique_names' for the names with repeats numbered (a, a-1, ...); by default chosen for all of them "
+        "together: as the atlas has them, ids of a database, else the names",
     )
     parser.add_argument(
         "--strip-versions",

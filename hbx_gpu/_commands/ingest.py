@@ -74,8 +74,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> N
         action="append",
         default=[],
         metavar="[NAME=]COLUMN",
-        help="column of var with the feature ids (of one modality), 'index' for the names. By default chosen "
-        "for all files together: as the atlas has them, else ids of a database, else the names",
+        help="column of var with the feature ids (of one modality), 'index' for the names, 'unique_names' "
+        "for the names with repeats numbered (a, a-1, ...). By default chosen for all files together: as the "
+        "atlas has them, else ids of a database, else the names",
     )
     parser.add_argument(
         "--strip-versions", action="store_true", help="drop the versions of Ensembl ids: ENSG....15"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -10,6 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Rows, Widths
+from hbx_gpu.batch import teach_torch
 
 BatchT = TypeVar("BatchT")
 
@@ -64,8 +66,13 @@ class Dataset(ABC, Generic[BatchT]):
             return self.__getitems__(np.arange(len(self))[rows])
         # One number in any form: an int, a NumPy integer, an array or tensor without axes.
         if isinstance(rows, int) or np.ndim(rows) == 0:
-            return self.__getitems__(np.atleast_1d(np.asarray(rows)))
+            teach_torch()
+            return self.marked(self.__getitems__(np.atleast_1d(np.asarray(rows))))
         return self.__getitems__(rows)
+
+    def marked(self, batch: BatchT) -> BatchT:
+        """Note in a batch of one row what tells whether rows of other datasets go with it."""
+        return batch
 
     def __getitems__(self, rows: Rows) -> BatchT:
         """Read one batch of `rows`, in the order given; negative and repeated numbers are allowed.
@@ -160,3 +167,17 @@ class Dataset(ABC, Generic[BatchT]):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, **changes)
         return other
+
+
+def digest_of_axes(
+    feature_uids: np.ndarray,
+    layers: Sequence[str],
+    categories: Mapping[str, np.ndarray],
+    shape: tuple[int, ...] | None = None,
+) -> str:
+    """Return a digest of what the columns and codes of batches mean."""
+    state = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+    texts = {"features": feature_uids, "layers": np.array(layers), **dict(sorted(categories.items()))}
+    for name, words in texts.items():
+        state.update("\0".join([name, str(len(words)), *map(str, words)]).encode() + b"\0\0")
+    return state.hexdigest()

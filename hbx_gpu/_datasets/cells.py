@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
@@ -123,6 +124,10 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
             )
             row = stop
         return result
+
+    def marked(self, batch: SparseBatch) -> SparseBatch:
+        """See :meth:`Dataset.marked`."""
+        return replace(batch, axes=self.axes())
 
     @property
     def row_lengths(self) -> np.ndarray:

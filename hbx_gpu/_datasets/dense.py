@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -174,6 +175,10 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
                 result.append(DenseBatch(first, self.n_features, shape, metadata, several))
             start = stop
         return result
+
+    def marked(self, batch: DenseBatch | RaggedBatch) -> DenseBatch | RaggedBatch:
+        """See :meth:`Dataset.marked`."""
+        return replace(batch, axes=self.axes())
 
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
         """See :meth:`Dataset.rows_nbytes`."""

@@ -68,6 +68,9 @@ class Modality(Loadable[Any], Chunked, Protocol):
     def identity(self) -> dict[str, object]:
         """Return plain values that identify the rows."""
 
+    def axes(self) -> str:
+        """Return a digest of what columns and codes of batches mean."""
+
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:
         """Return whether each stored matrix has each column, bool, (len(groups), n_features)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from hbx_gpu._protocols import Rows
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Slab
-from hbx_gpu.batch import MultimodalBatch
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
@@ -172,6 +173,14 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
             n_cells=len(rows),
             measured=self.measured(rows),
         )
+
+    def marked(self, batch: MultimodalBatch) -> MultimodalBatch:
+        """See :meth:`Dataset.marked`."""
+        axes = {name: part.axes() for name, part in self.datasets.items()}
+        parts: dict[str, SparseBatch | DenseBatch | RaggedBatch] = {
+            name: replace(part, axes=axes[name]) for name, part in batch.modalities.items()
+        }
+        return replace(batch, modalities=parts, axes=repr(axes))
 
     def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[list[Any], list[Slab]]:
         """Plan the rows `selection` for each field, and read the stored bytes of the chunks it needs."""

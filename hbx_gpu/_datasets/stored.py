@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 
-from hbx_gpu._datasets.base import BatchT, Dataset
+from hbx_gpu._datasets.base import BatchT, Dataset, digest_of_axes
 from hbx_gpu._datasets.state import Spill, unspill
 from hbx_gpu._datasets.subsets import SubsetRecipe, digest_of_rows
 from hbx_gpu._protocols import Rows
@@ -106,6 +106,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     per_cell_shape: tuple[int, ...] | None = None
     _index_type: type[IndexT]
     _identity: dict[str, object] | None = None
+    _axes: tuple[tuple[object, ...], str] | None = None
     _directory: ChunkDirectory
     _reader: Reader
 
@@ -384,6 +385,14 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     def _showing(self, **changes: Any) -> Self:
         return self._derived(_view=replace(self._view, **changes))
+
+    def axes(self) -> str:
+        """Digest of features, layers and vocabularies: what columns and codes of batches mean."""
+        parts = (self.layers, self.feature_uids, self._obs.categories, self._view.metadata)
+        if self._axes is None or any(a is not b for a, b in zip(self._axes[0], parts, strict=True)):
+            digest = digest_of_axes(self.feature_uids, self.layers, self.categories, self.per_cell_shape)
+            self._axes = parts, digest
+        return self._axes[1]
 
     def measured_masks(self, groups: np.ndarray) -> np.ndarray:
         """bool, (len(groups), n_features). Which columns a stored matrix has; none for group -1."""

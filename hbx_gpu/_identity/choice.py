@@ -6,7 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hbx_gpu._advice import option
-from hbx_gpu._identity.tables import INDEX, SYMBOLS, USUAL, FeatureTable, mostly_stable, without_versions
+from hbx_gpu._identity.tables import (
+    INDEX,
+    SYMBOLS,
+    UNIQUE_NAMES,
+    USUAL,
+    FeatureTable,
+    mostly_stable,
+    without_versions,
+)
 from hbx_gpu.errors import InvalidDataError
 
 # Columns in which writers of atlases store the ids.
@@ -21,7 +29,7 @@ class FeatureChoice:
     Attributes
     ----------
     column
-        Column of var, :data:`INDEX` for the names.
+        Column of var, :data:`INDEX` for the names, :data:`UNIQUE_NAMES` for the names with repeats numbered.
     strip_versions
         Whether versions of Ensembl ids are dropped.
     reason
@@ -50,7 +58,7 @@ class FeatureChoice:
         InvalidDataError
             No such column; ids that are missing, repeated or not texts. Says which columns would do.
         """
-        if self.column not in table.columns:
+        if not table.has(self.column):
             raise InvalidDataError(
                 f"{table.where}: var has no column {self.column!r}; it has "
                 f"{[name for name in table.columns if name != INDEX]}, and its index"
@@ -60,8 +68,10 @@ class FeatureChoice:
         advice = (
             f"name one that is unique with {option(parameter)}: {good}"
             if good
-            else "no column of var is unique; add one, or make the names unique "
-            "(adata.var_names_make_unique())"
+            else f"no column of var is unique; {option(parameter, UNIQUE_NAMES)} numbers repeated names "
+            "(a, a-1, ...) as AnnData's var_names_make_unique does, in the order of each file"
+            if table.texts(INDEX) is not None
+            else "no column of var is unique; add one"
         )
         ids = table.texts(self.column)
         if ids is None:
@@ -85,7 +95,8 @@ class FeatureChoice:
         return stripped
 
     def __str__(self) -> str:
-        what = "the index of var" if self.column == INDEX else f"var[{self.column!r}]"
+        known = {INDEX: "the index of var", UNIQUE_NAMES: "the index of var, repeated names numbered"}
+        what = known.get(self.column, f"var[{self.column!r}]")
         return what + (" without versions" if self.strip_versions else "")
 
 
@@ -173,6 +184,8 @@ def _as_known(table: FeatureTable, known: KnownFeatures, strip_versions: bool) -
     # Numbers meet other numbers by chance: positions count only where nothing else identifies anything.
     real = [name for name in candidates if not table.names_positions(name)] or candidates
     best = max(real, key=lambda name: (counts[name], name in known.columns), default=None)
+    if best is None and UNIQUE_NAMES in known.columns and table.texts(INDEX) is not None:
+        return FeatureChoice(UNIQUE_NAMES, strip_versions, "as in the atlas")
     if best is not None and counts[best]:
         return FeatureChoice(best, strip_versions, "as in the atlas")
     if before := next((name for name in known.columns if name in real), None):

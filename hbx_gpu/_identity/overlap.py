@@ -116,6 +116,8 @@ def _remedies(
 ) -> list[str]:
     found = []
     for name in table.candidates():
+        if table.names_positions(name):
+            continue  # they meet other numbers by chance
         if name != choice.column and (n := len(set(table.texts(name) or ()) & there)) > n_shared:
             found.append(f"by column {name!r}, {n:,} are shared: {option(parameter, name)}")
     plain, plain_there = set(without_versions(ids)), set(without_versions(there))

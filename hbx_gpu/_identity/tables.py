@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 INDEX = "index"
 """The names of the features, which are the index of var."""
+UNIQUE_NAMES = "unique_names"
+"""The names with repeats numbered, unless a column is called so: where the user or the atlas asks for it."""
 
 USUAL = (
     "feature_id",
@@ -71,10 +74,18 @@ class FeatureTable:
     def texts(self, column: str) -> list[str] | None:
         """Values of a column if all are texts that are not empty, else None."""
         if column not in self._texts:
+            if column == UNIQUE_NAMES and column not in self._readers:
+                names = self.texts(INDEX)
+                self._texts[column] = None if names is None else numbered(names)
+                return self._texts[column]
             found = list(self._readers[column]()) if column in self._readers else [None]
             good = all(isinstance(value, str) and value for value in found)
             self._texts[column] = [str(value) for value in found] if good else None
         return self._texts[column]
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column, :data:`UNIQUE_NAMES` included where the features have names."""
+        return column in self._readers or (column == UNIQUE_NAMES and INDEX in self._readers)
 
     def identifies(self, column: str) -> bool:
         """Whether a column has a text of its own for every feature."""
@@ -112,3 +123,19 @@ def without_versions(ids: Iterable[str]) -> list[str]:
     return [
         _VERSION.sub(lambda m: m[1] + (m[2] or ""), uid) if _VERSION.fullmatch(uid) else uid for uid in ids
     ]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names without repeats: a, a, a become a, a-1, a-2, as ``AnnData.var_names_make_unique`` makes them."""
+    taken, counts = set(names), Counter[str]()
+    seen: set[str] = set()
+    out = []
+    for name in names:
+        unique = name
+        while name in seen and unique in taken:
+            counts[name] += 1
+            unique = f"{name}-{counts[name]}"
+        seen.add(name)
+        taken.add(unique)
+        out.append(unique)
+    return out

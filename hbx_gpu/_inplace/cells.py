@@ -241,6 +241,7 @@ class Cells:
         *,
         join: Join = "outer",
         feature_id_column: str | None = None,
+        strip_versions: bool = False,
         dtype: Any = None,
     ) -> FeatureDataset:
         """A map-style dataset over the rows: what loaders, samplers and engines take.
@@ -257,7 +258,11 @@ class Cells:
             ``"outer"``: every feature that any store has, zero where a store lacks it (`measured` tells
             these zeros from others). ``"inner"``: features that all stores have.
         feature_id_column
-            Column of var that identifies features; by default their names.
+            Column of var that identifies features, ``"index"`` for their names, ``"unique_names"`` for the
+            names with repeats numbered (a, a-1, ...). By default the names, unless they are positions or
+            repeat in one of several stores: then a column is chosen as for an atlas (docs/columns.md).
+        strip_versions
+            Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
         dtype
             Dtype of batches of dense matrices. By default the stored dtype, promoted where stores differ.
 
@@ -279,9 +284,10 @@ class Cells:
             "metadata_columns": columns,
             "join": join,
             "feature_id_column": feature_id_column,
+            "strip_versions": strip_versions,
             "dtype": dtype,
         }
-        wanted = Wanted(space, layer, join, feature_id_column, self._panel(space), dtype)
+        wanted = Wanted(space, layer, join, feature_id_column, self._panel(space), dtype, strip_versions)
         return self._dataset(places, wanted, columns, self._recipe(arguments))
 
     def to_multimodal_dataset(
@@ -292,6 +298,7 @@ class Cells:
         *,
         join: Join = "outer",
         feature_id_column: str | None = None,
+        strip_versions: bool = False,
     ) -> MultimodalCellDataset:
         """A map-style dataset over the rows, several modalities of each.
 
@@ -301,7 +308,7 @@ class Cells:
             Modalities; by default all.
         layers
             Modality -> layer; ``"X"`` for other modalities.
-        metadata_columns, join, feature_id_column
+        metadata_columns, join, feature_id_column, strip_versions
             As in :meth:`to_cell_dataset`.
 
         Raises
@@ -320,7 +327,8 @@ class Cells:
             columns = list(metadata_columns or ()) if not datasets else []
             places = self._places(space, absent=True)
             layer = (layers or {}).get(name, "X")
-            wanted = Wanted(space, layer, join, feature_id_column, self._panel(space))
+            panel = self._panel(space)
+            wanted = Wanted(space, layer, join, feature_id_column, panel, strip_versions=strip_versions)
             datasets[name] = self._dataset(places, wanted, columns, None)
         return MultimodalCellDataset(datasets)
 
@@ -331,6 +339,7 @@ class Cells:
         *,
         join: Join = "outer",
         feature_id_column: str | None = None,
+        strip_versions: bool = False,
     ) -> AnnData:
         """The rows as AnnData in memory: CSR or dense as stored, obs and var names beside it."""
         import pandas as pd
@@ -338,7 +347,13 @@ class Cells:
 
         from hbx_gpu.atlas._query.matrices import read_matrix
 
-        dataset = self.to_cell_dataset(feature_space, layer, join=join, feature_id_column=feature_id_column)
+        dataset = self.to_cell_dataset(
+            feature_space,
+            layer,
+            join=join,
+            feature_id_column=feature_id_column,
+            strip_versions=strip_versions,
+        )
         matrix = read_matrix(dataset, 0, len(dataset))
         frame = self.to_pandas()
         if self._is_multimodal:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hbx_gpu._advice import option
+from hbx_gpu._identity.tables import INDEX, UNIQUE_NAMES, numbered
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ class Axis:
 def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
     """What identifies the features of a matrix: object, (n,).
 
+    Parameters
+    ----------
+    var
+        Its features.
+    column
+        A column of var; None or ``"index"`` for their names, ``"unique_names"`` for these with repeats
+        numbered.
+    where
+        What the matrix is called in messages.
+
     Raises
     ------
     UnknownNameError
@@ -44,7 +56,11 @@ def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
     InvalidDataError
         The column has missing values.
     """
-    if column is None:
+    if column == UNIQUE_NAMES and column not in var.columns:
+        unique = np.empty(len(var), object)
+        unique[:] = numbered(var.index.astype(str).tolist())
+        return unique
+    if column is None or (column == INDEX and column not in var.columns):
         result: np.ndarray = var.index.to_numpy().astype(str).astype(object)
         return result
     if column not in var.columns:
@@ -53,7 +69,7 @@ def names_of(var: pd.DataFrame, column: str | None, where: str) -> np.ndarray:
     if values.isna().any():
         raise InvalidDataError(
             f"{where}: column {column!r} of var misses {int(values.isna().sum())} values, so it cannot "
-            "identify features; pass another feature_id_column="
+            f"identify features; pass another {option('feature_id_column')}"
         )
     result = values.astype(str).to_numpy().astype(object)
     return result
@@ -112,7 +128,7 @@ def joined(
             raise InvalidDataError(
                 "join='inner', and no feature is in all stores; they name features like "
                 + " and ".join(str(names[k][:3].tolist()) for k in firsts[:3])
-                + ". Pass feature_id_column= if another column of var identifies them"
+                + f". Pass {option('feature_id_column')} if another column of var identifies them"
             )
     place = {name: column for column, name in enumerate(order)}
     remaps = [np.array([place.get(name, -1) for name in names[k].tolist()], np.int32) for k in firsts]
@@ -126,5 +142,6 @@ def _refuse_repeats(names: np.ndarray, where: str) -> None:
     if repeated:
         raise InvalidDataError(
             f"{where}: {len(repeated)} features occur more than once, first {repeated[:3]}, so they cannot "
-            "be joined by name; pass feature_id_column= with a column of var that identifies them"
+            f"be joined by name; pass {option('feature_id_column')} with a column of var that identifies "
+            f"them, or {UNIQUE_NAMES!r} to number repeated names (a, a-1, ...) in the order of each store"
         )

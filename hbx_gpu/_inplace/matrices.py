@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._inplace.join import Axis, Join, joined, names_of
+from hbx_gpu._inplace.identity import identities
+from hbx_gpu._inplace.join import Axis, Join, joined
 from hbx_gpu._inplace.table import CellTable
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._stores.store import Part, Store
@@ -91,11 +92,13 @@ class Wanted:
     join
         Which features become columns, see :func:`hbx_gpu._inplace.join.joined`.
     feature_id_column
-        Column of var that identifies features; None for their names.
+        Column of var that identifies features; None for what :func:`~.identity.identities` chooses.
     panel
         Exactly these features as columns, in this order; None for those that `join` gives.
     dtype
         Dtype of batches of dense matrices; None for the stored one, promoted where stores differ.
+    strip_versions
+        Whether versions of Ensembl ids are dropped.
     """
 
     space: str
@@ -104,6 +107,7 @@ class Wanted:
     feature_id_column: str | None = None
     panel: tuple[str, ...] | None = None
     dtype: Any = None
+    strip_versions: bool = False
 
 
 def open_dataset(
@@ -181,13 +185,14 @@ def _path_of(part: Part, stores: Sequence[Store]) -> Path:
 
 
 def _axis(parts: Sequence[Part], wanted: Wanted) -> Axis:
-    names = [names_of(part.var(wanted.layer), wanted.feature_id_column, part.name) for part in parts]
+    variables, wheres = [part.var(wanted.layer) for part in parts], [part.name for part in parts]
+    names = identities(variables, wheres, wanted.feature_id_column, strip_versions=wanted.strip_versions)
     if len(parts) == 1 and wanted.panel is None and len(set(names[0])) < len(names[0]):
         _warn(
             f"{parts[0].name}: {len(names[0]) - len(set(names[0]))} features share their name with "
             "another; each keeps a column of its own"
         )
-    return joined(names, [part.name for part in parts], wanted.join, wanted.panel)
+    return joined(names, wheres, wanted.join, wanted.panel)
 
 
 def _warn(what: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from hbx_gpu._datasets.base import Dataset
+from hbx_gpu._datasets.base import Dataset, digest_of_axes
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.stored import Kind
 from hbx_gpu._plan.rows import BatchPlan
@@ -179,6 +180,14 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
         chromosomes = self.fragments.measured_masks(groups)
         none = np.zeros((len(groups), 1), dtype=bool)
         return np.hstack([chromosomes, none])[:, self.regions.column_numbers()]
+
+    def axes(self) -> str:
+        """Digest of regions and vocabularies; see :meth:`CellDataset.axes`."""
+        return digest_of_axes(self.feature_uids, self.layers, self.categories)
+
+    def marked(self, batch: SparseBatch) -> SparseBatch:
+        """See :meth:`Dataset.marked`."""
+        return replace(batch, axes=self.axes())
 
     def identity(self) -> dict[str, object]:
         """See :meth:`hbx_gpu.dataloader.CellDataset.identity`."""

@@ -109,6 +109,35 @@ def test_versions_are_dropped_on_request(tmp_path: Path) -> None:
     assert published(atlas).list_datasets()["feature_id_versions"].tolist() == ["", "stripped"]
 
 
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+def test_repeated_names_are_numbered_on_request_and_then_by_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice of the refusal, followed; from a file, and from an archive made of it."""
+    files = [make(["a", "b", "a"], 1), make(["c", "a", "b", "b"], 2)]
+    for i, data in enumerate(files):
+        data.write_h5ad(tmp_path / f"{i}.h5ad")
+    assert run("ingest", tmp_path / "0.h5ad", "--atlas", tmp_path / "a") == 1
+    advice = "--feature-id-column unique_names"
+    assert advice in capsys.readouterr().err
+    assert run("ingest", tmp_path / "0.h5ad", "--atlas", tmp_path / "a", *advice.split()) == 0
+    assert run("ingest", tmp_path / "1.h5ad", "--atlas", tmp_path / "a") == 0
+    assert "repeated names numbered (as in the atlas)" in capsys.readouterr().out
+    adata = RaggedAtlas.checkout_latest(tmp_path / "a").query().to_anndata()
+    for data in files:
+        data.var_names_make_unique()
+        mine = adata[adata.obs["obs_name"].isin(data.obs_names), data.var_names]
+        assert np.array_equal(mine.X.toarray(), data.X.toarray())
+    assert adata.var.loc["a-1", "feature_name"] == "a"
+
+    assert run("convert", tmp_path / "1.h5ad", tmp_path / "s") == 0
+    assert run("convert", tmp_path / "s", tmp_path / "b") == 1
+    assert advice in capsys.readouterr().err
+    assert run("convert", tmp_path / "s", tmp_path / "b", *advice.split()) == 0
+    again = RaggedAtlas.checkout_latest(tmp_path / "b").query().to_anndata()
+    assert np.array_equal(again[:, files[1].var_names].X.toarray(), files[1].X.toarray())
+
+
 def test_columns_of_var_that_nobody_stores_cannot_stop_an_ingest(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_from_anndata(make(["A", "B"], 0, var={"hv": [True, False], "length": [1, 2]}))

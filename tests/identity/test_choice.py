@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import anndata
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -12,7 +14,14 @@ from hypothesis import strategies as st
 from hbx_gpu._advice import from_command, option
 from hbx_gpu._identity.choice import FeatureChoice, KnownFeatures, choose
 from hbx_gpu._identity.overlap import compare, require
-from hbx_gpu._identity.tables import INDEX, FeatureTable, mostly_stable, without_versions
+from hbx_gpu._identity.tables import (
+    INDEX,
+    UNIQUE_NAMES,
+    FeatureTable,
+    mostly_stable,
+    numbered,
+    without_versions,
+)
 from hbx_gpu.errors import InvalidDataError
 
 ENSEMBL = [f"ENSG{i:011d}" for i in range(20)]
@@ -73,7 +82,9 @@ def test_what_the_user_names_is_taken_and_checked() -> None:
         (choice,) = choose([twice], column=column)
         with pytest.raises(InvalidDataError, match=message):
             choice.ids(twice)
-    with pytest.raises(InvalidDataError, match=r"no column of var is unique.*var_names_make_unique"):
+    with pytest.raises(
+        InvalidDataError, match=r"no column of var is unique; feature_id_column='unique_names'"
+    ):
         FeatureChoice(INDEX).ids(table(["a", "a"]))
     assert chosen(table(["a", "b"], global_feature_uid=["u", "v"], gene_ids=ENSEMBL[:2])) == [
         "global_feature_uid"
@@ -143,3 +154,32 @@ def test_a_choice_identifies_features_wherever_a_column_does(index: list[str], d
         assert len(set(choice.ids(features))) == len(index)
         named = [name for name in features.candidates() if not features.names_positions(name)]
         assert not named or not features.names_positions(choice.column)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "a-1", "a-2", "a-1-1", "b-1"]), max_size=12))
+def test_repeated_names_are_numbered_as_anndata_does(names: list[str]) -> None:
+    expected = pd.DataFrame(index=pd.Index(names, dtype=object))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names that look numbered already
+        data = anndata.AnnData(var=expected)
+        data.var_names_make_unique()
+    assert numbered(names) == data.var_names.tolist()
+
+
+def test_numbered_names_are_taken_where_asked_for_and_where_the_atlas_has_them() -> None:
+    twice = table(["a", "b", "a"], symbol=["x", "x", "y"])
+    (choice,) = choose([twice], column=UNIQUE_NAMES)
+    assert choice.ids(twice) == ["a", "b", "a-1"]
+    assert chosen(twice) == [INDEX]
+    assert chosen(twice, known=KnownFeatures(["a", "a-1"], (UNIQUE_NAMES,))) == [UNIQUE_NAMES]
+    assert chosen(table(["a", "b"]), known=KnownFeatures(["a", "a-1"], (UNIQUE_NAMES,))) == [INDEX]
+    # A column of that name is a column.
+    (choice,) = choose([table(["a", "a"], unique_names=["p", "q"])], column=UNIQUE_NAMES)
+    assert choice.ids(table(["a", "a"], unique_names=["p", "q"])) == ["p", "q"]
+
+
+def test_numbers_that_meet_by_chance_are_no_remedy() -> None:
+    file = table(["0", "1", "2"], gene_ids=ENSEMBL[:3])
+    overlap = compare(file, FeatureChoice("gene_ids"), ["0", "1", "2", "3"])
+    assert overlap.is_small
+    assert overlap.remedies == ()

@@ -135,6 +135,13 @@ def test_what_identifies_genes() -> None:
     # One block needs no ids, but has them where it can.
     assert gene_axis([block("a", 2, length=[1, 1])]).uids.tolist() == ["0", "1"]
     assert gene_axis([block("a", 2, np.array(["n", "m"], object), length=[1, 1])]).column == "names"
+    twice = block("a", 3, np.array(["n", "m", "n"], object), length=[1, 1, 1])
+    assert gene_axis([twice]).uids.tolist() == ["n", "m", "n"]
+    with pytest.raises(InvalidDataError, match="more than once"):
+        gene_axis([twice, block("b", 1, np.array(["n"], object), length=[1])], "names")
+    unique = gene_axis([twice, block("b", 1, np.array(["m"], object), length=[1])], "unique_names")
+    assert unique.uids.tolist() == ["n", "m", "n-1"]
+    assert unique.remaps[1].tolist() == [1]
     with pytest.raises(InvalidDataError, match="several columns would do"):
         gene_axis([block("a", 1, one=["x"], two=["y"]), block("b", 1, one=["x"], two=["y"])])
     with pytest.raises(InvalidDataError, match="none of the columns they share"):

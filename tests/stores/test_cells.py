@@ -267,3 +267,56 @@ def test_columns_that_no_table_holds_are_left_out_aloud(tmp_path: Path) -> None:
         assert cells.to_pandas()["n"].tolist()[-1] == 2**64 - 1
     assert any("column 'z'" in str(w.message) for w in said)
     assert any("share their name" in str(w.message) for w in said)
+
+
+def opened(folder: Path, *files: anndata.AnnData, **options: Any) -> tuple[list[str], np.ndarray]:
+    """Names and values of the columns of files that are opened together."""
+    paths = []
+    for k, data in enumerate(files):
+        paths.append(folder / f"{k}.h5ad")
+        data.write_h5ad(paths[-1])
+    dataset = hbx_gpu.open(paths).to_cell_dataset(**options)
+    names = dataset.feature_uids.tolist()
+    return names, dense(dataset, names)
+
+
+def test_positions_do_not_join_genes_that_a_column_identifies(tmp_path: Path) -> None:
+    """As in an atlas: column 0 of one file and column 0 of another are different genes."""
+    a, b = adata(1, 4, ["0", "1", "2"]), adata(2, 3, ["0", "1", "2"])
+    a.var["gene_ids"] = ["ENSG00000000001", "ENSG00000000002", "ENSG00000000003"]
+    b.var["gene_ids"] = ["ENSG00000000003", "ENSG00000000009", "ENSG00000000001"]
+    with pytest.warns(UserWarning, match=r"told apart by var\['gene_ids'\] \(ids of a database\)"):
+        names, values = opened(tmp_path, a, b)
+    for data in (a, b):
+        data.var_names = data.var["gene_ids"]
+    assert sorted(names) == sorted({*a.var_names, *b.var_names})
+    np.testing.assert_array_equal(values, expected([a, b], names))
+
+
+@pytest.mark.parametrize(
+    ("other", "advice"),
+    [(["G7", "G8"], "name the column that joins them"), (["ENSG00000000001.4"], "strip_versions=True")],
+)
+def test_stores_that_share_few_features_are_named(tmp_path: Path, other: list[str], advice: str) -> None:
+    first = adata(1, 4, ["ENSG00000000001", "ENSG00000000002"])
+    with pytest.warns(UserWarning, match=f"none of its .* features is among .*{advice}"):
+        names, _ = opened(tmp_path, first, adata(2, 3, other))
+    assert names == [*first.var_names, *other]
+
+
+def test_versions_are_dropped_and_repeated_names_numbered_on_request(tmp_path: Path) -> None:
+    first = adata(1, 4, ["ENSG00000000001", "ENSG00000000002"])
+    second = adata(2, 3, ["ENSG00000000002.4", "ENSG00000000001.2"])
+    names, values = opened(tmp_path, first, second, strip_versions=True)
+    second.var_names = [name[:15] for name in second.var_names]
+    assert names == first.var_names.tolist()
+    np.testing.assert_array_equal(values, expected([first, second], names))
+
+    twice, once = adata(3, 4, ["a", "b", "a"]), adata(4, 2, ["b", "a", "c"])
+    twice.var_names = pd.Index(["a", "b", "a"])
+    with pytest.raises(InvalidDataError, match="'unique_names' to number repeated names"):
+        opened(tmp_path, twice, once)
+    names, values = opened(tmp_path, twice, once, feature_id_column="unique_names")
+    twice.var_names_make_unique()
+    assert names == ["a", "b", "a-1", "c"]
+    np.testing.assert_array_equal(values, expected([twice, once], names))

@@ -75,9 +75,9 @@ def add_from_anndata(
         The dataset's row. Its ``dataset_uid`` and ``zarr_group`` then identify it; by default they follow
         from the content, so that ingesting the same data twice is noticed.
     feature_id_column
-        Column of var with the durable feature ids, ``index`` for the names. By default as the atlas has them,
-        else ids of a database (Ensembl and the like), else the names; positions never while a column
-        identifies the features.
+        Column of var with the durable feature ids, ``index`` for the names, ``unique_names`` for the names
+        with repeats numbered (a, a-1, ...). By default as the atlas has them, else ids of a database
+        (Ensembl and the like), else the names; positions never while a column identifies the features.
     strip_versions
         Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
     require_shared_genes

@@ -15,6 +15,7 @@ import scipy.sparse
 from hbx_gpu._h5ad.choice import MatrixChoice, choose_matrix
 from hbx_gpu._h5ad.files import AnnDataGroup
 from hbx_gpu._h5ad.matrix import CsrMatrix, DenseMatrix, Matrix
+from hbx_gpu._identity.tables import UNIQUE_NAMES
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.errors import InvalidDataError
 
@@ -213,7 +214,8 @@ def feature_columns(data: Input, id_column: str, feature_ids: Sequence[str], row
         int64, (n,). Numbers of the features that are wanted.
     """
     var = data.var.drop(columns=[name for name in (id_column, "global_index") if name in data.var.columns])
-    if id_column in data.var.columns and "feature_name" not in var.columns:
+    of_others = id_column in data.var.columns or id_column == UNIQUE_NAMES
+    if of_others and "feature_name" not in var.columns:
         var = var.assign(feature_name=data.var.index.to_numpy())
     source = f"{data.source}, var"
     others = columns.to_arrow(var.iloc[rows], reserved=("uid", "global_index"), source=source, lenient=True)

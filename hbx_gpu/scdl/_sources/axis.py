@@ -15,7 +15,7 @@ import pyarrow as pa
 from hbx_gpu._advice import option
 from hbx_gpu._identity.choice import FeatureChoice, KnownFeatures, choose
 from hbx_gpu._identity.overlap import compare, require
-from hbx_gpu._identity.tables import INDEX, FeatureTable, without_versions
+from hbx_gpu._identity.tables import INDEX, UNIQUE_NAMES, FeatureTable, numbered, without_versions
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class GeneAxis:
     Attributes
     ----------
     column
-        Where the ids come from: a column of var, `NAMES` or `POSITION`.
+        Where the ids come from: a column of var, `NAMES`, `UNIQUE_NAMES` or `POSITION`.
     uids
         object, (n,). Id of every output column, in order of first appearance.
     remaps
@@ -86,7 +86,8 @@ def gene_axis(
         All blocks of the dataset.
     feature_id
         Column of var that identifies a gene; ``names`` for their names, where the archive has them;
-        ``position`` for the number of the column, which takes the genes of all blocks to be the same ones.
+        ``unique_names`` for the names with repeats numbered; ``position`` for the number of the column, which
+        takes the genes of all blocks to be the same ones.
         By default what identifies genes in all blocks, see :func:`hbx_gpu._identity.choice.choose`: ids of
         a database, else their names, else one of the usual columns, else the only column of text
         without repeats. A warning names blocks that share few genes. A single block needs no ids.
@@ -175,7 +176,8 @@ def _choose(blocks: Sequence[GeneBlock], known: KnownFeatures | None = None) -> 
             )
         return NAMES if column == INDEX else column
     if len(blocks) == 1:
-        return POSITION
+        # Columns of one block need not be told apart by name: names may repeat, as in the file they are from.
+        return NAMES if tables[0].texts(INDEX) is not None else POSITION
     shared = [name for name in blocks[0].frame.names if all(name in b.frame.names for b in blocks)]
     good = [name for name in shared if all(table.identifies(name) for table in tables)]
     found = f"several columns would do: {good}" if good else f"none of the columns they share, {shared}, does"
@@ -250,8 +252,9 @@ def _ids(
 ) -> list[str]:
     if column in block.frame.names:
         values = block.frame.arrow(column)
-    elif column == NAMES and block.names is not None:
-        values = pa.chunked_array([pa.array(block.names, pa.string())])
+    elif column in (NAMES, UNIQUE_NAMES) and block.names is not None:
+        names = block.names if column == NAMES else numbered(block.names.tolist())
+        values = pa.chunked_array([pa.array(names, pa.string())])
     else:
         has = [*block.frame.names, *([NAMES] if block.names is not None else []), POSITION]
         raise UnknownNameError(f"{block.where}: var has no column {column!r}; it has {has}")
