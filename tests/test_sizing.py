@@ -87,6 +87,17 @@ def test_fixed_stays() -> None:
     assert set(rounds(Sizing(2, fixed=True), lambda _: 0.05, waited=0.5)) == {(1, 3)}
 
 
+def test_the_first_windows_of_an_epoch_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbx_gpu._loading.sizing.PATIENCE", 1e9)
+    assert [Sizing(2).halvings(number) for number in range(6)] == [3, 2, 1, 0, 0, 0]
+    assert not Sizing(2, fixed=True).halvings(0)
+    feed = SlowFeed(per_window=0.0, per_batch=0.0)
+    run(feed, epochs=2, memory_budget=1 << 20, window_batches=16, threads_found=1)
+    second = np.cumsum(feed.lengths).tolist().index(300) + 1
+    assert feed.lengths[:4] == [2, 4, 8, 16]
+    assert feed.lengths[second : second + 3] == [2, 4, 8]
+
+
 class SlowFeed:
     """Batches are their own row numbers; making a window takes `per_window` and `per_batch` seconds."""
 
@@ -123,7 +134,16 @@ class SlowFeed:
         pass
 
 
-def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600, **kwargs: Any) -> CellLoader:
+def run(
+    feed: SlowFeed,
+    epochs: int,
+    consumer: float = 0.0,
+    *,
+    cells: int = 600,
+    window_batches: int = 2,
+    threads_found: int | None = None,
+    **kwargs: Any,
+) -> CellLoader:
     sampler = CellSampler(np.zeros(cells, np.int32), batch_size=2, seed=1, num_workers=0, locality="none")
     loader = CellLoader(range(cells), sampler, feed=feed, options=LoaderOptions.of(num_workers=0, **kwargs))
     release = ReadAhead._release
@@ -136,7 +156,8 @@ def run(feed: SlowFeed, epochs: int, consumer: float = 0.0, *, cells: int = 600,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReadAhead, "_release", counted)
         patch.setattr("hbx_gpu._loading.loader.ROWS_PER_WINDOW", 4)  # two batches
-        loader._window = 2 if kwargs.get("window") is None else loader._window
+        loader._window = window_batches if kwargs.get("window") is None else loader._window
+        loader._threads = threads_found or loader._threads
         for epoch in range(epochs):
             loader.set_epoch(epoch)
             order = list(sampler)

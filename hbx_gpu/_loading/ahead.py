@@ -81,6 +81,7 @@ class ReadAhead(Ahead):
         self._ready: deque[tuple[object, int, int]] = deque()
         self._held = 0  # bytes of windows made or in the making, until their batches are handed over
         self._upcoming: deque[tuple[np.ndarray, int]] = deque()  # batches and their bytes, looked at together
+        self._begun = 0  # windows
         self._closed = False
         # Times at which the previous window was taken; None before the first.
         self._taken: tuple[float, float] | None = None
@@ -138,7 +139,9 @@ class ReadAhead(Ahead):
                 return
             cells = [len(part) for part in rows]
             made = self._pool.submit(self._make, rows, sum(cells))
-            self._pending.append(_Window(made, sizes, cells, self._sizing.factor))
+            factor = self._sizing.factor if self._sizing.halvings(self._begun) == 0 else 0
+            self._pending.append(_Window(made, sizes, cells, factor))
+            self._begun += 1
         self.recorder.windows_ahead = self._sizing.depth
 
     def _make(self, rows: list[np.ndarray], cells: int) -> tuple[list[Any], float]:
@@ -150,7 +153,7 @@ class ReadAhead(Ahead):
         """Return the batches of the next window: as many as it holds, and as fit the rest of the budget."""
         rows: list[np.ndarray] = []
         sizes: list[int] = []
-        most = self._window * self._sizing.factor
+        most = max(1, self._window * self._sizing.factor >> self._sizing.halvings(self._begun))
         # Windows must be small enough that every thread can make one, however wide batches are.
         most_bytes = min(self._budget // (self._sizing.depth + 1), BYTES_PER_WINDOW * self._sizing.factor)
         taken = 0

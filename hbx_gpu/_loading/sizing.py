@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+_BEGIN = 3  # halvings of the first window of an epoch; the second has one less, and so on
 _GROWTH = 8  # windows of at most this many times their first size
 _DEPTH = 4  # windows made ahead, per thread, at most
 _BETTER = 0.9  # a larger window must lower the cost per cell to this share to be worth its memory
@@ -26,7 +27,8 @@ class Made:
     Attributes
     ----------
     factor
-        Factor of the sizing when the batches of the window were taken.
+        Factor of the sizing when the batches of the window were taken; 0 for the small windows with which an
+        epoch begins.
     cells, nbytes
         Cells and bytes in the window.
     seconds
@@ -73,6 +75,13 @@ class Sizing:
         self._before: float | None = None  # cost per cell with windows half as large, while those are tried
         self._settled: float | None = None  # cost per cell when larger windows were found to be no better
         self._reset()
+
+    def halvings(self, number: int) -> int:
+        """Return how often the window with this number in an epoch, counted from 0, is halved.
+
+        The first windows are small, so that the first batches are there soon.
+        """
+        return 0 if self._fixed else max(0, _BEGIN - number)
 
     def _reset(self) -> None:
         self._costs: list[float] = []
