@@ -6,10 +6,12 @@ import pickle
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hbx_gpu._plan.rows import SourceTable, element_base, plan_rows
+from hbx_gpu._plan.rows_numba import plan_rows_numba
 from hbx_gpu._source import RowIndex
 
 
@@ -29,6 +31,7 @@ def make_table(chunk_sizes: np.ndarray, lengths: np.ndarray) -> SourceTable:
         drops=False,
         repeats=np.zeros(n, bool),
         identity=np.zeros(n, bool),
+        in_parts=np.arange(chunk_sizes.size) % 3 > 0,
     )
 
 
@@ -82,12 +85,50 @@ def test_every_element_of_every_row_is_planned_once_and_in_place(
     assert got == expected
 
 
+@given(planned())
+def test_one_pass_makes_the_plan_of_the_reference(case: tuple[SourceTable, RowIndex, np.ndarray]) -> None:
+    want, found = plan_rows(*case), plan_rows_numba(*case)
+    for name in type(want).__slots__:
+        expected, got = getattr(want, name), getattr(found, name)
+        if name == "share":
+            assert got == pytest.approx(expected)
+            continue
+        assert got.dtype == expected.dtype, name
+        assert np.array_equal(got, expected), name
+
+
+def test_one_pass_sorts_many_rows_of_a_large_dataset() -> None:
+    """Places of more than 32 bits in storage, overlapping rows, more than are sorted by insertion."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([2**31, 5, 2**33])
+    table = make_table(np.array([[40_960, 40_960], [2, 3], [40_960, 1_000]]), lengths)
+    source = rng.integers(-1, 3, 5_000).astype(np.int32)
+    length = rng.integers(0, 5, 5_000).astype(np.int32)
+    start = (rng.random(5_000) * (lengths[source] - length)).astype(np.int64)
+    rows = RowIndex(source, start, length)
+    selection = rng.integers(0, 5_000, 9_000)
+    want, found = plan_rows(table, rows, selection), plan_rows_numba(table, rows, selection)
+    assert np.array_equal(want.piece_out, found.piece_out)
+    assert np.array_equal(want.chunks, found.chunks)
+    assert np.array_equal(want.piece_ptr, found.piece_ptr)
+
+
+def test_the_share_of_chunks_that_is_looked_at() -> None:
+    table = make_table(np.full((1, 3), 100), np.array([1_000]))
+    rows = RowIndex(np.zeros(2, np.int32), np.array([0, 200]), np.array([10, 100], np.int32))
+    # The first array decodes whole: of six chunks two are taken whole for it, of the others 10 % or all.
+    assert table.in_parts.tolist() == [False, True, True]
+    plan = plan_rows_numba(table, rows, np.array([0, 1]))
+    assert plan.share == pytest.approx((1 + 1 + 0.1 + 1 + 0.1 + 1) / 6)
+    assert plan_rows_numba(table, rows, np.empty(0, np.int64)).share == 1
+
+
 def test_row_pointers_pass_two_to_the_31() -> None:
     lengths = np.array([3 * 2**31])
     table = make_table(np.array([[40960, 40960]]), lengths)
     start = np.array([2**31 - 10, 3 * 2**31 - 100_000], dtype=np.int64)
     rows = RowIndex(np.zeros(2, np.int32), start, np.array([20, 100_000], np.int32))
-    plan = plan_rows(table, rows, np.array([1, 0]))
+    plan = plan_rows_numba(table, rows, np.array([1, 0]))
     covered = plan.chunks % table.chunk_base[1]
     assert covered.max() == (3 * 2**31 - 1) // 40960
     assert plan.offsets.tolist() == [0, 100_000, 100_020]

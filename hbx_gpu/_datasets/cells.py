@@ -11,7 +11,7 @@ import numpy as np
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.stored import Kind, StoredDataset
-from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, plan_rows, source_table
+from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, source_table
 from hbx_gpu._source import RowIndex, Source
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
@@ -94,7 +94,9 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
 
     def plan(self, selection: np.ndarray) -> BatchPlan:
         """See :meth:`StoredDataset.plan`."""
-        return plan_rows(self._table, self._rows, selection)
+        from hbx_gpu._plan.rows_numba import plan_rows_numba
+
+        return plan_rows_numba(self._table, self._rows, selection)
 
     def needed_chunks(self) -> np.ndarray:
         """See :meth:`StoredDataset.needed_chunks`."""

@@ -189,10 +189,13 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
             ends = np.cumsum([0, *(len(plan.chunks) for plan in plans)])
             chunks = [plan.chunks + base for plan, base in zip(plans, self._base, strict=False)]
             extents: Extents = self._directory.extents(np.concatenate(chunks))
+            cuts = [slice(a, b) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+            stored = np.array([np.maximum(extents.nbytes[cut], 0).sum() for cut in cuts])
+            share = stored @ np.array([plan.share for plan in plans]) / max(1, stored.sum())
+            extents = replace(extents, share=float(share))
         with stage("read") as reading:
             slab = (reader or self._reader).read(extents)
             reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())
-        cuts = [slice(a, b) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
         slabs = [Slab(slab.address[cut], slab.nbytes[cut], slab, slab.copy) for cut in cuts]
         return plans, slabs
 

@@ -35,6 +35,10 @@ class Planned(Protocol):
     def chunks(self) -> np.ndarray:
         """int64. Global numbers of the chunks that are needed."""
 
+    @property
+    def share(self) -> float:
+        """Part of these chunks that decoding looks at, 0 to 1."""
+
 
 IndexT = TypeVar("IndexT", RowIndex, BoxIndex)
 PlanT = TypeVar("PlanT", bound=Planned)
@@ -272,7 +276,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         with stage("plan"):
             plan = self.plan(selection)
-            extents = self._directory.extents(plan.chunks)
+            extents = replace(self._directory.extents(plan.chunks), share=plan.share)
         with stage("read") as reading:
             slab = (reader or self._reader).read(extents)
             reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())

@@ -101,6 +101,11 @@ class BoxPlan:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def share(self) -> float:
+        """Part of the chunks that decoding looks at: all."""
+        return 1.0
+
 
 def plan_boxes(table: BoxTable, rows: BoxIndex, selection: np.ndarray) -> BoxPlan:
     """Plan of the rows `selection` (int64, in ``[0, len(rows))``; repeats allowed)."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._source import ArrayLayout, RowIndex, Source
 
+_DECODED_IN_PARTS = {"bytes", "crc32c", "hbx_gpu.rowpack"}
 _ROWS = 1 << 20  # rows of a dataset that are looked at together
 INDEX_ROLE = 0
 """Role of the column-index array; role ``k + 1`` is the k-th layer."""
@@ -46,6 +47,8 @@ class SourceTable:
         bool, (n_sources,). Whether columns may repeat within a row; see :class:`~hbx_gpu._source.Source`.
     identity
         bool, (n_sources,). Whether the Source's remap changes nothing.
+    in_parts
+        bool, (n_sources * n_roles,). Whether only what is needed of the chunks of each array is looked at.
     first_role
         Role of a Source's first array: `INDEX_ROLE`, or 1 where there are no column indices.
     """
@@ -61,6 +64,7 @@ class SourceTable:
     drops: bool
     repeats: np.ndarray
     identity: np.ndarray
+    in_parts: np.ndarray
     first_role: int = 0
 
     def roles(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,13 +88,14 @@ def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: i
         A remap is not int32 or points outside ``[-1, n_features)``.
     """
     n_roles = 1 + len(layers)
-    elements, chunks = [], []
+    elements, chunks, in_parts = [], [], []
     for source in sources:
         if source.index is None:
             raise ValueError(f"source {source.name!r} is dense: it has no column indices to plan over")
         for layout in (source.index, *(source.layers[name] for name in layers)):
             elements.append(layout.chunk_shape[0])
             chunks.append(-(-layout.shape[0] // layout.chunk_shape[0]))
+            in_parts.append(_in_parts(layout))
 
     # Sources that share a layout share the remap object: keep one copy of each.
     distinct: dict[int, np.ndarray] = {id(s.remap): s.remap for s in sources}
@@ -118,7 +123,12 @@ def source_table(sources: Sequence[Source], layers: Sequence[str], n_features: i
         drops=bool((remap < 0).any()),
         repeats=np.array([s.repeats for s in sources], dtype=bool),
         identity=np.array([same[id(s.remap)] for s in sources], dtype=bool),
+        in_parts=np.array(in_parts, dtype=bool),
     )
+
+
+def _in_parts(layout: ArrayLayout) -> bool:
+    return {codec["name"] for codec in layout.codecs} <= _DECODED_IN_PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,8 @@ class BatchPlan:
     piece_row, piece_skip, piece_count, piece_out
         int64, (n_pieces,). For each piece: its output row; its first element inside the chunk, ascending
         within a chunk; its number of elements; the place of its first element in the output.
+    share
+        Part of the chunks that decoding looks at, 0 to 1; about, as chunks differ in bytes.
     """
 
     source: np.ndarray
@@ -151,6 +163,7 @@ class BatchPlan:
     piece_skip: np.ndarray
     piece_count: np.ndarray
     piece_out: np.ndarray
+    share: float = 1.0
 
     @property
     def n_rows(self) -> int:
@@ -182,7 +195,7 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
     filled = np.flatnonzero(length)  # empty rows have no pieces
     group = source[filled].astype(np.int64)
     # Sort rows by their place in storage; their pieces are then sorted too, with rare exceptions.
-    by_place = np.argsort(table.element_base[group * table.n_roles] + start[filled])
+    by_place = np.argsort(table.element_base[group * table.n_roles] + start[filled], kind="stable")
     filled, group = filled[by_place], group[by_place]
     begin = start[filled]
     end = begin + length[filled]
@@ -204,6 +217,10 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
         array, chunk = array[order], chunk[order]
         row, skip, count, out = row[order], skip[order], count[order], out[order]
     head = np.flatnonzero(np.diff(chunk, prepend=-1))
+    share = 1.0
+    if len(head):
+        taken = np.add.reduceat(count, head) / table.chunk_elements[array[head]]
+        share = float(np.where(table.in_parts[array[head]], np.minimum(taken, 1), 1).mean())
     return BatchPlan(
         source=source,
         offsets=offsets,
@@ -214,6 +231,7 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
         piece_skip=skip,
         piece_count=count,
         piece_out=out,
+        share=share,
     )
 
 

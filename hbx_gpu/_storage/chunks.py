@@ -48,11 +48,14 @@ class Extents:
         int64, (k,). First byte inside the file.
     nbytes
         int64, (k,). Stored size; -1 for an absent chunk, whose elements are all the fill value.
+    share
+        Part of the stored bytes that will be looked at, 0 to 1. The rest of a mapped file is not touched.
     """
 
     file: np.ndarray
     offset: np.ndarray
     nbytes: np.ndarray
+    share: float = 1.0
 
     def __len__(self) -> int:
         return len(self.file)

@@ -390,8 +390,9 @@ class MmapReader(Reader):
     window of batches. Where files may shrink, use `preadv` (``io="pinned"`` in `make_loader`).
 
     Pages that were touched count as memory of this process. They are handed back after `resident_bytes` of
-    reads: they then stay in the page cache, and touching one again costs a minor page fault. Files that
-    together are smaller than that are never handed back.
+    reads: they then stay in the page cache, and touching one again costs a minor page fault. Bytes of chunks
+    that are not looked at (`Extents.share`) do not count. Files that together are smaller than
+    `resident_bytes` are never handed back.
     """
 
     def __init__(self, directory: ChunkDirectory, *, resident_bytes: int | None = None) -> None:
@@ -403,18 +404,25 @@ class MmapReader(Reader):
         self._read_bytes = 0
 
     def read(self, extents: Extents) -> Slab:
-        stored = np.flatnonzero(extents.nbytes > 0)
-        files, inverse = np.unique(extents.file[stored], return_inverse=True)
-        needed = np.zeros(len(files), np.int64)
-        np.maximum.at(needed, inverse, extents.offset[stored] + extents.nbytes[stored])
-        maps = [
-            self._map(extents, file, size) for file, size in zip(files.tolist(), needed.tolist(), strict=True)
-        ]
-        base = np.array([entry.address for entry in maps], np.uint64)
         address = np.zeros(len(extents), np.uint64)
-        address[stored] = base[inverse] + extents.offset[stored].astype(np.uint64)
+        stored = np.flatnonzero(extents.nbytes > 0)
+        if not len(stored):
+            return Slab(address, extents.nbytes, [])
+        file, offset, nbytes = extents.file[stored], extents.offset[stored], extents.nbytes[stored]
+        # Extents in a row mostly lie in one file, which is looked up once for all of them.
+        edges = np.flatnonzero(np.concatenate(([True], file[1:] != file[:-1], [True])))
+        reach = np.maximum.reduceat(offset + nbytes, edges[:-1])
+        files = file[edges[:-1]].tolist()
+        needed = dict.fromkeys(files, 0)
+        for number, end in zip(files, reach.tolist(), strict=True):
+            needed[number] = max(end, needed[number])
+        maps = {number: self._map(extents, number, end) for number, end in needed.items()}
+        base = np.repeat(
+            np.array([maps[number].address for number in files], np.uint64), edges[1:] - edges[:-1]
+        )
+        address[stored] = base + offset.astype(np.uint64)
         # Without the lock, threads may race and hand back a little early or late, which does no harm.
-        self._read_bytes += int(extents.nbytes[stored].sum())
+        self._read_bytes += int(extents.share * int(nbytes.sum()))
         if self._read_bytes > self._resident_bytes:
             self._read_bytes = 0
             maps_now = self._maps.values()

@@ -241,6 +241,7 @@ def _table(directory: ChunkDirectory, inverses: Sequence[np.ndarray], n_features
         drops=False,
         repeats=np.zeros(len(elements), bool),
         identity=np.array([same[id(inverse)] for inverse in inverses], bool),
+        in_parts=np.zeros(len(elements), bool),
         first_role=1,
     )
 

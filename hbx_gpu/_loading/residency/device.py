@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,7 @@ from hbx_gpu._loading.residency.host import (
     load_all,
     tell,
 )
-from hbx_gpu._plan.rows import BatchPlan, needed_chunks, plan_rows
+from hbx_gpu._plan.rows import BatchPlan, needed_chunks
 from hbx_gpu._storage import kvikio
 from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.readers import Reader, Slab
@@ -104,14 +105,14 @@ class DeviceChunks:
         slot.release()
         if self.store is not None and (self.in_place or self.residency != "host"):
             with stage("plan"):
-                plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
+                plan = self._dataset.plan(selection)
             try:
                 return self._pack(plan, *self._bring(plan, slot), slot)
             except NoRoom:  # stream the window, as if no chunk were resident
                 slot.release()
         elif self.store is None:
             return self._pack(*self._dataset.read(selection, self._reader), None, slot)
-        plan = plan_rows(self._engine.table, self._dataset.row_index, selection)
+        plan = self._dataset.plan(selection)
         return self._pack(plan, self._stream(plan), None, slot)
 
     def _pack(self, plan: BatchPlan, slab: Slab, resident: Resident | None, slot: Slot) -> StagedPlan:
@@ -148,7 +149,9 @@ class DeviceChunks:
         if not missing.any():
             return slab
         with stage("read") as reading:
-            found = self._reader.read(self._engine.directory.extents(plan.chunks[missing]))
+            extents = self._engine.directory.extents(plan.chunks[missing])
+            extents = replace(extents, share=plan.share)
+            found = self._reader.read(extents)
             reading.nbytes = int(found.nbytes[found.nbytes > 0].sum())
         address, nbytes = slab.address.copy(), slab.nbytes.copy()
         address[missing], nbytes[missing] = found.address, found.nbytes
@@ -266,7 +269,7 @@ class DeviceChunks:
         self._engine.stager.pack(staging, np.empty(staging.host_bytes, np.uint8))
 
     def _read_directly(self, direct: kvikio.KvikioReader, rows: np.ndarray) -> None:
-        plan = plan_rows(self._engine.table, self._dataset.row_index, rows)
+        plan = self._dataset.plan(rows)
         placed = direct.place(self._engine.directory.extents(plan.chunks))
         slot = Slot(self._engine.backend)
         slot.reserve(0, placed.size + kvikio.PAGE)

@@ -181,7 +181,9 @@ class HeapReader(Reader):
         rest = ~here
         if not rest.any():
             return Slab(address, extents.nbytes, self._memory)
-        slab = self._reader.read(Extents(extents.file[rest], extents.offset[rest], extents.nbytes[rest]))
+        slab = self._reader.read(
+            Extents(extents.file[rest], extents.offset[rest], extents.nbytes[rest], extents.share)
+        )
         address[rest] = slab.address
         return Slab(address, extents.nbytes, (self._memory, slab.owner))
 

@@ -1,0 +1,164 @@
+"""Plan rows in one pass of compiled code, without the GIL.
+
+:func:`hbx_gpu._plan.rows.plan_rows` says what is right. Here, each row is looked up once, rows are sorted by
+their place in storage and cut at the borders of chunks, and nothing is made but the plan itself.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from hbx_gpu._plan.rows import BatchPlan, SourceTable
+from hbx_gpu._source import RowIndex
+
+_FEW = 48  # keys that are sorted by insertion, which needs no counters
+_DIGIT = 11  # bits that a pass of the sort looks at; their counters fit the nearest cache
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+def plan_rows_numba(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> BatchPlan:
+    """Return what :func:`~hbx_gpu._plan.rows.plan_rows` returns, made in one pass.
+
+    Parameters
+    ----------
+    table
+        Vectors of the dataset's Sources.
+    rows
+        All rows of the dataset; its segments lie inside their arrays (checked when it was made).
+    selection
+        int64, (n,), each in ``[0, len(rows))``.
+    """
+    return BatchPlan(
+        *_plan(
+            selection, rows.source, rows.start, rows.length,
+            table.n_roles, table.element_base, table.chunk_elements, table.chunk_base, table.in_parts,
+        )
+    )  # fmt: skip
+
+
+@_jit
+def _ascending(keys):
+    """Positions of the keys in ascending order; equal keys keep their order."""
+    n = len(keys)
+    order = np.empty(n, np.int64)
+    if n <= _FEW:
+        for i in range(n):
+            key, at = keys[i], i
+            while at > 0 and keys[order[at - 1]] > key:
+                order[at] = order[at - 1]
+                at -= 1
+            order[at] = i
+        return order
+    low = high = keys[0]
+    for i in range(n):
+        order[i] = i
+        low, high = min(low, keys[i]), max(high, keys[i])
+    other = np.empty(n, np.int64)
+    place = np.empty(1 << _DIGIT, np.int64)
+    mask = (np.int64(1) << _DIGIT) - 1
+    shift = 0
+    while shift < 63 and (high - low) >> shift > 0:  # one pass per digit, the lowest one first
+        place[:] = 0
+        for i in range(n):
+            place[((keys[i] - low) >> shift) & mask] += 1
+        at = np.int64(0)
+        for digit in range(len(place)):
+            count = place[digit]
+            place[digit] = at
+            at += count
+        for i in range(n):
+            key = order[i]
+            digit = ((keys[key] - low) >> shift) & mask
+            other[place[digit]] = key
+            place[digit] += 1
+        order, other = other, order
+        shift += _DIGIT
+    return order
+
+
+@_jit
+def _n_pieces(begin, length, size):
+    """Number of chunks of `size` elements that a segment lies in."""
+    first = begin // size
+    if begin + length <= (first + 1) * size:
+        return 1
+    return (begin + length - 1) // size - first + 1
+
+
+@_jit
+def _plan(selection, source, start, length, n_roles, element_base, chunk_elements, chunk_base, in_parts):
+    n = len(selection)
+    sources, offsets = np.empty(n, np.int32), np.empty(n + 1, np.int64)
+    row, key, begin = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    n_filled = n_pieces = np.int64(0)
+    offsets[0] = 0
+    for k in range(n):
+        number = selection[k]
+        group = np.int64(source[number])
+        sources[k] = group
+        count = np.int64(length[number]) if group >= 0 else np.int64(0)
+        offsets[k + 1] = offsets[k] + count
+        if count == 0:  # empty rows have no pieces
+            continue
+        first = np.int64(start[number])
+        row[n_filled], begin[n_filled] = k, first
+        key[n_filled] = element_base[group * n_roles] + first
+        n_filled += 1
+        pieces, size = np.int64(0), np.int64(0)
+        for array in range(group * n_roles, group * n_roles + n_roles):
+            if chunk_elements[array] != size:  # most arrays of a Source are chunked alike
+                size = chunk_elements[array]
+                pieces = _n_pieces(first, count, size)
+            n_pieces += pieces
+
+    piece_chunk, piece_ptr = np.empty(n_pieces, np.int64), np.empty(n_pieces + 1, np.int64)
+    chunks, chunk_array = np.empty(n_pieces, np.int64), np.empty(n_pieces, np.int64)
+    piece_row, piece_skip = np.empty(n_pieces, np.int64), np.empty(n_pieces, np.int64)
+    piece_count, piece_out = np.empty(n_pieces, np.int64), np.empty(n_pieces, np.int64)
+    order = _ascending(key[:n_filled])
+    p = a = n_chunks = np.int64(0)
+    share = 0.0
+    while a < n_filled:  # Source after Source, and array after array
+        group = np.int64(sources[row[order[a]]])
+        b = a + 1
+        while b < n_filled and sources[row[order[b]]] == group:
+            b += 1
+        for array in range(group * n_roles, group * n_roles + n_roles):
+            size, base = chunk_elements[array], chunk_base[array]
+            first_piece, before, moved = p, np.int64(-1), False
+            for i in range(a, b):
+                k, first = row[order[i]], begin[order[i]]
+                at, out = first, offsets[k]
+                end = first + offsets[k + 1] - out
+                chunk = at // size
+                while at < end:
+                    stop = min(end, (chunk + 1) * size)
+                    piece_chunk[p], piece_row[p] = base + chunk, k
+                    piece_skip[p], piece_count[p] = at - chunk * size, stop - at
+                    piece_out[p] = out + at - first
+                    moved |= at < before
+                    before, at = at, stop
+                    chunk, p = chunk + 1, p + 1
+            if moved:  # segments that overlap have pieces out of order
+                part = slice(first_piece, p)
+                again = _ascending((piece_chunk[part] - base) * size + piece_skip[part])
+                for column in (piece_chunk, piece_row, piece_skip, piece_count, piece_out):
+                    column[part] = column[part][again]
+            q = first_piece
+            while q < p:
+                chunks[n_chunks], chunk_array[n_chunks], piece_ptr[n_chunks] = piece_chunk[q], array, q
+                taken = np.int64(0)
+                while q < p and piece_chunk[q] == chunks[n_chunks]:
+                    taken += piece_count[q]
+                    q += 1
+                share += min(taken / size, 1.0) if in_parts[array] else 1.0
+                n_chunks += 1
+        a = b
+
+    piece_ptr[n_chunks] = n_pieces
+    return (
+        sources, offsets, chunks[:n_chunks], chunk_array[:n_chunks], piece_ptr[: n_chunks + 1],
+        piece_row, piece_skip, piece_count, piece_out, share / n_chunks if n_chunks else 1.0,
+    )  # fmt: skip
