@@ -20,8 +20,8 @@ from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
-from hbx_gpu._loading.order import Batches, RankSampler, as_order
 from hbx_gpu._loading.pairs import with_controls
+from hbx_gpu._loading.shown import Batches, HasOrder, as_order
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed
@@ -98,8 +98,10 @@ class CellLoader(DataLoader[Any]):
                 "a loader needs either sampler= or batch_sampler=; make_loader(dataset, batch_size=...) "
                 "makes a sampler of its own"
             )
-        sampler = batch_sampler if sampler is None else sampler
         options = options or LoaderOptions()
+        if isinstance(batch_sampler, Batches):
+            batch_sampler = batch_sampler.within(options.rows)
+        sampler = batch_sampler if sampler is None else sampler
         num_workers = options.num_workers
         if num_workers is None:
             num_workers = int(getattr(sampler, "num_workers", 0))
@@ -107,13 +109,14 @@ class CellLoader(DataLoader[Any]):
         if num_workers > 0:
             # Spawn: forked children of a process with threads and open files hang or corrupt.
             keywords = {"multiprocessing_context": "spawn", "persistent_workers": True} | keywords
-        self._order = as_order(sampler)
-        # The one that a framework made is shown to it again: it looks there for the rows of each batch.
-        # Worker processes are fed from what is shown, and only an order counts what they were fed.
-        as_given = batch_sampler is not None and num_workers == 0
+        # A batch sampler that a framework made is shown to it again: it looks there for the rows of a batch.
+        # torch itself feeds worker processes from it, so there the order is the one inside.
+        self._order = as_order(sampler, inner=num_workers > 0)
+        as_given = batch_sampler is not None and (num_workers == 0 or isinstance(batch_sampler, HasOrder))
+        batches = Batches.of(self._order)
         super().__init__(
             dataset,
-            batch_sampler=batch_sampler if as_given else Batches.of(self._order),
+            batch_sampler=batch_sampler if as_given else batches,
             collate_fn=collate_fn or _identity,
             num_workers=num_workers,
             **keywords,
@@ -132,12 +135,17 @@ class CellLoader(DataLoader[Any]):
         self._recorder = self._new_recorder()
         self._live: list[Ahead] = []
         # torch sets this attribute where it makes the batch sampler itself, and refuses later assignments.
-        self.__dict__["sampler"] = RankSampler(self._order)
+        self.__dict__["sampler"] = batches.sampler
 
     @property
     def epoch(self) -> int:
         """Epoch of the running or the next iteration, at which a loop over epochs has to begin."""
         return self._order.epoch
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the next iteration continues from a loaded state."""
+        return self._order.resumed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches of the epoch, or of what remains of it.

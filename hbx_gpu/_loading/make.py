@@ -29,6 +29,7 @@ from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._loading.tokens import with_token_collates
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
 from hbx_gpu.images import TileCollate
+from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform, chain
 
 if TYPE_CHECKING:
@@ -293,6 +294,8 @@ def _as_it_is(batch: object) -> object:
 def _loader(
     dataset: object, sampler: object, collate: Callable[[Any], object], feed: AnyFeed, options: LoaderOptions
 ) -> CellLoader:
+    if isinstance(sampler, CellSampler):
+        options = replace(options, rows=sampler.rows)
     if options.dali is None:
         from hbx_gpu._loading.loader import CellLoader
 

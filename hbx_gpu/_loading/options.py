@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+import numpy as np
+
 from hbx_gpu._storage.choice import check_io
 from hbx_gpu.transforms import Transform, chain
 
@@ -84,6 +86,9 @@ class LoaderOptions:
         Whether a line on the terminal shows the progress of the epoch.
     dali
         How batches go through DALI; None: they do not.
+    rows
+        Row numbers that the sampler draws from, int; None: all. A framework that puts another sampler in its
+        place gets batches of these rows only.
     torch
         Keywords of ``torch.utils.data.DataLoader``.
 
@@ -115,6 +120,7 @@ class LoaderOptions:
     window: int | None = None
     progress: bool = False
     dali: DaliOptions | None = None
+    rows: np.ndarray | None = field(default=None, compare=False)
     torch: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -139,7 +145,7 @@ class LoaderOptions:
     @classmethod
     def of(cls, **keywords: Any) -> Self:
         """Options from the keywords of ``make_loader``; those that are not ours are torch's."""
-        own = {name for name in (f.name for f in fields(cls)) if name in keywords and name != "torch"}
+        own = {f.name for f in fields(cls) if f.name in keywords} - {"torch", "rows"}
         others = {name: value for name, value in keywords.items() if name not in own}
         return cls(**{name: keywords[name] for name in own}, torch=others)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from torch.utils.data import DistributedSampler
 
 _STATE_KEYS = ("epoch", "batches", "rows")
 
@@ -22,6 +20,10 @@ class Order(Protocol):
     @property
     def n_done(self) -> int:
         """Batches of the epoch that were handed over before the current iteration began."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the next iteration continues from a loaded state."""
 
     def batches(self) -> Iterator[np.ndarray]:
         """Begin an iteration: int64 row numbers of each batch."""
@@ -38,11 +40,12 @@ class Order(Protocol):
         """Continue from a state with the next iteration."""
 
 
-def as_order(sampler: Any) -> Order:
-    """Return `sampler` itself if it is an order, or an order over a batch sampler."""
-    if isinstance(sampler, Batches):
-        return sampler.order
-    return sampler if isinstance(sampler, Order) else GivenOrder(sampler)
+@runtime_checkable
+class Ranked(Protocol):
+    """A sampler that yields what one rank of several gets, as torch's ``DistributedSampler`` does."""
+
+    rank: int
+    num_replicas: int
 
 
 class GivenOrder:
@@ -61,6 +64,7 @@ class GivenOrder:
         self.sampler = sampler
         self.epoch = 0
         self._skip, self._digest = 0, ""
+        self.resumed = False
         self._begun: tuple[int, int] | None = None  # epoch and first batch of the running or last iteration
         self._digests: list[str] = []
         self._ended = False
@@ -76,6 +80,16 @@ class GivenOrder:
         return bool(getattr(self.sampler, "drop_last", False))
 
     @property
+    def rows(self) -> object:
+        """The sampler of rows inside a batch sampler; None where there is none."""
+        return getattr(self.sampler, "sampler", None)
+
+    @property
+    def ranked(self) -> Ranked | None:
+        """The batch sampler, or the sampler of rows inside it, that knows its rank; None if neither does."""
+        return next((found for found in (self.sampler, self.rows) if isinstance(found, Ranked)), None)
+
+    @property
     def n_done(self) -> int:
         """See :class:`Order`."""
         return self._skip if self._begun is None else self._begun[1]
@@ -89,8 +103,9 @@ class GivenOrder:
         """See :class:`Order`; the sampler, and the sampler of rows inside it, are told too."""
         if epoch != self.epoch:
             self._skip, self._digest, self._begun = 0, "", None
+            self.resumed = False
         self.epoch = epoch
-        for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
+        for sampler in (self.sampler, self.rows):
             told = getattr(sampler, "set_epoch", None)
             if callable(told):
                 told(epoch)
@@ -110,7 +125,7 @@ class GivenOrder:
         """
         skip, expected = self._skip, self._digest
         self._begun, self._skip, self._digest = (self.epoch, skip), 0, ""
-        self._digests, self._ended = [expected], False
+        self._digests, self._ended, self.resumed = [expected], False, False
         return self._walk(skip, expected, self._digests)
 
     def _walk(self, skip: int, expected: str, digests: list[str]) -> Iterator[np.ndarray]:
@@ -157,6 +172,7 @@ class GivenOrder:
             )
         self.set_epoch(int(state["epoch"]))
         self._skip, self._digest, self._begun = int(state["batches"]), str(state["rows"]), None
+        self.resumed = True
 
 
 def _row_numbers(batch: Any) -> np.ndarray:
@@ -170,93 +186,3 @@ def _row_numbers(batch: Any) -> np.ndarray:
 
 def _name(sampler: object) -> str:
     return type(sampler).__name__
-
-
-class Batches:
-    """The `batch_sampler` of a loader, with the attributes that frameworks look for.
-
-    Lightning, for example, calls `set_epoch` on its `sampler` only, and makes another one of its class from
-    that sampler when it predicts.
-
-    Parameters
-    ----------
-    sampler
-        Sampler of the rows of the order.
-    batch_size, drop_last
-        Batch size of the order, and whether it drops a partial batch. Warns where the order leaves rows out
-        and `drop_last` does not ask for it.
-    """
-
-    def __init__(self, sampler: RankSampler, batch_size: int | None = None, drop_last: bool = False) -> None:
-        if getattr(sampler.order, "drop_last", False) and not drop_last:
-            warnings.warn(
-                "the sampler leaves out the last rows of an epoch, and so will what is predicted from it: "
-                "make it with drop_last=False",
-                stacklevel=2,
-            )
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-
-    @classmethod
-    def of(cls, order: Order) -> Batches:
-        """The batches of an order."""
-        size, drop_last = getattr(order, "batch_size", None), getattr(order, "drop_last", False)
-        return cls(RankSampler(order), size, drop_last)
-
-    @property
-    def order(self) -> Order:
-        """Order that the batches come from."""
-        return self.sampler.order
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.order)
-
-    def __len__(self) -> int:
-        return len(self.order)  # type: ignore[arg-type]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.order.set_epoch(epoch)
-
-
-class RankSampler(DistributedSampler[int]):
-    """The rows of this rank, one by one, as a sampler that frameworks recognize as distributed.
-
-    Frameworks do not replace such a sampler, and they tell it the epoch. It needs no process group: the order
-    finds its ranks when an iteration begins.
-
-    Parameters
-    ----------
-    order
-        The order whose rows the sampler yields.
-    """
-
-    def __init__(self, order: Order) -> None:  # the constructor of torch asks for a process group
-        self.order = order
-
-    @property
-    def epoch(self) -> int:  # type: ignore[override]
-        """Epoch of the order."""
-        return self.order.epoch
-
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        """Rank of the order, 0 if it does not know of ranks."""
-        return int(getattr(self.order, "rank", 0))
-
-    @property
-    def num_replicas(self) -> int:  # type: ignore[override]
-        """Number of ranks of the order, 1 if it does not know of ranks."""
-        return int(getattr(self.order, "world_size", 1))
-
-    def __iter__(self) -> Iterator[int]:
-        for batch in self.order:
-            yield from batch
-
-    def __len__(self) -> int:
-        raise TypeError("rows are counted in batches: take len() of the loader or of its batch_sampler")
-
-    def set_epoch(self, epoch: int) -> None:
-        """See :class:`Order`."""
-        self.order.set_epoch(epoch)

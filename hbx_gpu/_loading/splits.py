@@ -17,7 +17,8 @@ from torch.utils.data import (
 )
 
 from hbx_gpu._datasets.joined import joined
-from hbx_gpu._loading.order import Batches, GivenOrder, Order
+from hbx_gpu._loading.order import GivenOrder, Order
+from hbx_gpu._loading.shown import Batches
 from hbx_gpu.sampler import CellSampler
 
 _BATCH_SIZE = 1024  # default of CellSampler

@@ -8,6 +8,7 @@ and when (:mod:`hbx_gpu.sampler._epoch`). What each order does to the compositio
 from hbx_gpu.sampler._cells import CellSampler
 from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._labels import BalancedCellSampler, GroupedCellSampler, WeightedCellSampler
+from hbx_gpu.sampler._splits import split_rows
 
 __all__ = [
     "BalancedCellSampler",
@@ -15,4 +16,5 @@ __all__ = [
     "EpochSampler",
     "GroupedCellSampler",
     "WeightedCellSampler",
+    "split_rows",
 ]

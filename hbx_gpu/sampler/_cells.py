@@ -117,6 +117,11 @@ class CellSampler(EpochSampler):
             random=self.shuffle,
         )
 
+    @property
+    def rows(self) -> np.ndarray | None:
+        """Row numbers that batches are made of; None: all rows."""
+        return self._rows
+
     def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
         return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
 

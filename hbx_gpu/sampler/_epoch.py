@@ -110,8 +110,11 @@ class EpochSampler(_TorchSampler):
 
     @property
     def n_done(self) -> int:
-        """Batches of this rank that came before the iteration at hand, in the run that was saved."""
-        return self._at_hand().before
+        """Batches of this rank in the epoch that came before the iteration at hand, in a run that was saved.
+
+        On another number of ranks than there, as many as make up the whole epoch together with the rest.
+        """
+        return self._before(self._at_hand())
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration.
@@ -139,7 +142,7 @@ class EpochSampler(_TorchSampler):
         progress = self._at_hand()
         if progress.done:
             progress = self._fresh_at(self.seed)
-        return progress.before + self._n_rounds(progress)
+        return self._before(progress) + self._n_rounds(progress)
 
     @property
     def n_dropped(self) -> int:
@@ -193,7 +196,7 @@ class EpochSampler(_TorchSampler):
             "seed": progress.seed,
             "epoch": progress.epoch,
             "cells": int(self._edges(progress)[rounds * progress.dealt_to]),
-            "batches": progress.before + rounds,
+            "batches": self._before(progress) + rounds,
             "world_size": progress.world_size,
             "num_workers": progress.num_workers,
         }
@@ -332,6 +335,18 @@ class EpochSampler(_TorchSampler):
                 inside=self._cut_inside_batches,
             )
         return progress.edges
+
+    def _before(self, progress: Progress) -> int:
+        """Batches of a rank before the position at which an iteration began, counted for the ranks it has."""
+        if not progress.loaded or progress.start == 0:
+            return 0
+        self._edges(progress)
+        if progress.before_for != progress.dealt_to:
+            whole = self._fresh_at(progress.seed, progress.epoch)
+            whole.begun, whole.dealt_to = progress.begun, progress.dealt_to
+            progress.before = max(0, self._n_rounds(whole) - self._n_rounds(progress))
+            progress.before_for = progress.dealt_to
+        return progress.before
 
     def _n_rounds(self, progress: Progress) -> int:
         return (len(self._edges(progress)) - 1) // progress.dealt_to

@@ -16,8 +16,8 @@ class Progress:
 
     `start` counts cells of the global order, which does not depend on the number of ranks that walk it;
     `world_size` and `num_workers` are those the order was made for, `dealt_to` the number of ranks that
-    `edges` are for. `before` counts the batches of a rank before `start`; `loaded` says that a state was the
-    origin.
+    `edges` are for. `before` counts the batches of a rank before `start`, among `before_for` ranks (0: not
+    counted yet); `loaded` says that a state was the origin.
     """
 
     seed: int
@@ -26,6 +26,7 @@ class Progress:
     num_workers: int
     start: int = 0
     before: int = 0
+    before_for: int = 0
     loaded: bool = False
     begun: bool = False
     yielded: int = 0

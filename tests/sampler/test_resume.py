@@ -156,18 +156,25 @@ def test_after_the_remainder_epochs_are_whole_again() -> None:
     assert list(t) == list(s)
 
 
-def test_the_length_of_a_resumed_epoch_counts_what_other_ranks_did() -> None:
+def test_the_length_of_a_resumed_epoch_is_that_of_a_whole_one_whatever_the_ranks() -> None:
     s = make_cell()  # 24 batches
     list(s)
     t = make_cell(rank=1, world_size=2)
     t.load_state_dict(s.state_dict(delivered=10))
-    assert (len(t), t.n_done) == (17, 10)
+    assert (len(t), t.n_done) == (12, 5)
+    assert t.state_dict()["batches"] == 5
     assert len(list(t)) == 7
     assert len(t) == 12
     list(t)
     u = make_cell()
     u.load_state_dict(t.state_dict(delivered=4))
-    assert (len(u), u.n_done) == (4 + 16, 4)
+    assert (len(u), u.n_done) == (24, 8)
+    begun = u.batches()
+    next(begun)
+    assert u.state_dict()["batches"] == 9
+    again = make_cell()
+    again.load_state_dict(u.state_dict())
+    assert (len(again), again.n_done, len(list(again))) == (24, 9, 15)
 
 
 @pytest.mark.parametrize("place", ["after the last batch", "after the iteration has ended"])
