@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hbx_gpu._commands import bench, convert, info, ingest, remove, repack
+from hbx_gpu._commands import bench, convert, doctor, info, ingest, remove, repack
 from hbx_gpu._progress import NoteHandler
 from hbx_gpu._version import __version__
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_parser(commands, common)
     convert.add_parser(commands, common)
     bench.add_parser(commands, common)
+    doctor.add_parser(commands, common)
     return parser
 
 
