@@ -1,0 +1,372 @@
+"""Results of a model, row by row, back in the order of the dataset and beside the cells.
+
+Ranks and shuffled orders hand batches out in any order. Their row numbers (``batch["index"]``) say where each
+result belongs; here that is checked: every row once, or an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensor: TypeAlias = torch.Tensor
+
+__all__ = ["RowWriter", "gather_rows"]
+
+_BLOCK = 64 << 20  # bytes that are copied into a file at a time
+
+
+def gather_rows(
+    outputs: Tensor | Sequence[Tensor], index: Tensor | Sequence[Tensor], *, n_rows: int | None = None
+) -> Tensor:
+    """Results of all ranks in the order of the dataset.
+
+    Every rank calls this, also one that got no batch.
+
+    Parameters
+    ----------
+    outputs
+        Results of this rank: one tensor (n, ...), or one for each of its batches.
+    index
+        Row numbers of these results, int64 (n,): ``batch["index"]``, in the same form.
+    n_rows
+        Number of rows of the dataset. None: as many as there are results on all ranks.
+
+    Returns
+    -------
+    torch.Tensor
+        (n_rows, ...), on the device of the results: row i is the result for row i. All ranks get all rows.
+
+    Raises
+    ------
+    ValueError
+        A row is missing or comes more than once, or results and row numbers do not fit together.
+    """
+    import torch
+
+    values, rows = _joined(outputs, "outputs"), _joined(index, "index")
+    if rows is None or values is None:
+        values = rows = None
+    elif rows.ndim != 1 or len(rows) != len(values):
+        raise ValueError(
+            f"index must have one row number for each of {len(values)} results, got shape {tuple(rows.shape)}"
+        )
+    elif rows.dtype.is_floating_point:
+        raise ValueError(f"index must hold integers, got {rows.dtype}")
+    if (gathered := _from_all_ranks(values, rows)) is None:
+        if n_rows:
+            raise ValueError(f"no rank has a result, but the dataset has {n_rows} rows")
+        return torch.empty(0)
+    values, rows = gathered
+    _check_once(rows.cpu().numpy(), len(rows) if n_rows is None else n_rows)
+    result = torch.empty_like(values)
+    result[rows.to(values.device)] = values
+    return result
+
+
+def _joined(parts: Tensor | Sequence[Tensor], name: str) -> Tensor | None:
+    import torch
+
+    if isinstance(parts, torch.Tensor):
+        return parts.detach()
+    if wrong := [type(part).__name__ for part in parts if not isinstance(part, torch.Tensor)]:
+        raise ValueError(f"{name} must be a tensor or a list of tensors, got a list with a {wrong[0]}")
+    return torch.cat(list(parts)).detach() if len(parts) else None
+
+
+def _process_group() -> bool:
+    """Whether there are several ranks. Whoever initialized torch.distributed has imported it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_all_ranks(values: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The results and row numbers of all ranks, rank after rank; None if there are none."""
+    if not _process_group():
+        return None if values is None or rows is None else (values, rows.long())
+    import torch
+    import torch.distributed as dist
+
+    mine = None if values is None else (len(values), tuple(values.shape[1:]), values.dtype)
+    every: list[tuple[int, tuple[int, ...], torch.dtype] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    there = [found for found in every if found is not None]
+    if not there:
+        return None
+    if len({found[1:] for found in there}) > 1:
+        raise ValueError(f"ranks have results of different shapes or types: {[found[1:] for found in there]}")
+    most, (_, tail, dtype) = max(found[0] for found in there), there[0]
+    counts = [0 if found is None else found[0] for found in every]
+    # Collectives need equal shapes: each rank sends as many rows as the one with most of them.
+    device = values.device if values is not None else _collective_device()
+
+    def gathered(part: Tensor | None, tail: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        padded = torch.zeros((most, *tail), dtype=dtype, device=device)
+        if part is not None:
+            padded[: len(part)] = part.to(device)
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    return gathered(values, tail, dtype), gathered(rows, (), torch.int64)
+
+
+def _collective_device() -> torch.device:
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _check_once(rows: np.ndarray, n_rows: int) -> None:
+    """Raise an error unless each of the rows 0 .. n_rows - 1 is there once."""
+    if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
+        wrong = int(rows.min()) if rows.min() < 0 else int(rows.max())
+        raise ValueError(
+            f"there is a result for row {wrong}, but the dataset has {n_rows} rows; pass n_rows=len(dataset)"
+        )
+    _check_counts(np.bincount(rows, minlength=n_rows))
+
+
+def _check_counts(times: np.ndarray) -> None:
+    if (times == 1).all():
+        return
+    missing, twice = np.flatnonzero(times == 0), np.flatnonzero(times > 1)
+    told = [f"{len(missing)} rows are missing, the first is {missing[0]}"] if len(missing) else []
+    told += [f"{len(twice)} rows come more than once, the first is {twice[0]}"] if len(twice) else []
+    raise ValueError(
+        f"of {len(times)} rows each must come once, but {' and '.join(told)}. Go through the dataset with "
+        "CellSampler(dataset.groups_np, shuffle=False), which gives every row once, on any number of ranks; "
+        "use no sampler that leaves rows out or repeats them"
+    )
+
+
+class RowWriter:
+    """Writes results of all ranks to a file while they come, in the order of the dataset.
+
+    A context manager: the file gets the results when the context ends without an error and every row was
+    written once. Until then they lie in a file of their size beside it: they may be larger than memory. All
+    ranks make a writer of the same arguments, on the same file system.
+
+    Parameters
+    ----------
+    path
+        A ``.npy`` file to write, or an ``.h5ad`` file that exists and gets an array in ``obsm``.
+    n_rows
+        Number of rows of the dataset: ``len(dataset)``.
+    n_columns
+        Number of columns of the results.
+    key
+        Name in ``obsm`` of an ``.h5ad`` file.
+    dtype
+        dtype of the results.
+    cells
+        int64 (n_rows,): cell of the ``.h5ad`` file that each row of the dataset is. None: row i is cell i,
+        and the file has as many cells as the dataset has rows. Other cells get NaN.
+    overwrite
+        Whether a result that is there already is replaced.
+
+    Raises
+    ------
+    ValueError
+        The arguments do not fit together, or when the context ends, a row is missing or was written twice.
+    FileExistsError
+        The result is there already, and `overwrite` is false.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        n_rows: int,
+        n_columns: int,
+        *,
+        key: str | None = None,
+        dtype: DTypeLike = "float32",
+        cells: np.ndarray | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._key, self._overwrite = key, overwrite
+        self._shape = (n_rows, n_columns)
+        self._dtype = np.dtype(dtype)
+        self._cells = None if cells is None else np.asarray(cells)
+        in_file = self.path.suffix == ".h5ad"
+        if in_file != (key is not None):
+            raise ValueError(
+                f"{self.path}: an .h5ad file needs key=, the name in obsm, and other files have none; write "
+                "to a .npy file or to an .h5ad file"
+            )
+        if in_file:
+            self._n_cells = self._check_target()
+        elif self.path.suffix != ".npy":
+            raise ValueError(f"{self.path}: write results to a .npy file, or to an .h5ad file with key=")
+        elif self.path.exists() and not overwrite:
+            raise FileExistsError(f"{self.path} exists; pass overwrite=True to replace it")
+        self._beside = self.path.with_name(f".{self.path.name}.{key or 'rows'}.partial.npy")
+        self._times = np.zeros(n_rows, np.uint8)
+        self._array: np.memmap | None = None
+
+    def _check_target(self) -> int:
+        import h5py
+
+        with h5py.File(self.path, "r") as file:
+            if self._key in file.get("obsm", ()) and not self._overwrite:
+                raise FileExistsError(
+                    f"{self.path} has obsm[{self._key!r}] already; pass overwrite=True to replace it"
+                )
+            obs = file["obs"]
+            n_cells = len(obs[obs.attrs["_index"]])
+        cells = self._cells
+        if cells is None:
+            if n_cells != self._shape[0]:
+                raise ValueError(
+                    f"{self.path} has {n_cells} cells, and the dataset {self._shape[0]} rows: say with "
+                    "cells= which cell each row is"
+                )
+        elif (
+            cells.shape != self._shape[:1]
+            or len(np.unique(cells)) != len(cells)
+            or not (len(cells) == 0 or (cells.min() >= 0 and cells.max() < n_cells))
+        ):
+            raise ValueError(
+                f"cells must hold {self._shape[0]} different numbers of cells of {self.path}, "
+                f"0 to {n_cells - 1}"
+            )
+        if cells is not None and self._dtype.kind != "f" and len(cells) < n_cells:
+            raise ValueError(
+                f"{n_cells - len(cells)} cells of {self.path} get NaN, which {self._dtype} does not have"
+            )
+        return n_cells
+
+    def __enter__(self) -> RowWriter:
+        if _rank() == 0:
+            np.lib.format.open_memmap(self._beside, "w+", self._dtype, self._shape).flush()
+        _barrier()
+        self._array = np.lib.format.open_memmap(self._beside, "r+")
+        return self
+
+    def write(self, values: Tensor | np.ndarray, index: Tensor | np.ndarray) -> None:
+        """Write the results of a batch.
+
+        Parameters
+        ----------
+        values
+            (n, n_columns), on any device.
+        index
+            int64 (n,), their row numbers: ``batch["index"]``.
+
+        Raises
+        ------
+        ValueError
+            The shapes do not fit, a row number is out of range, or a row was written before.
+        """
+        if self._array is None:
+            raise ValueError("write inside the context: with RowWriter(...) as writer: writer.write(...)")
+        rows, results = _host(index).astype(np.int64, copy=False), _host(values)
+        if results.shape != (len(rows), self._shape[1]):
+            raise ValueError(
+                f"expected results of shape {(len(rows), self._shape[1])} for {len(rows)} row numbers, got "
+                f"{results.shape}"
+            )
+        if len(rows) and (rows.min() < 0 or rows.max() >= self._shape[0]):
+            raise ValueError(
+                f"row numbers must lie in 0 .. {self._shape[0] - 1}, got {rows.min()} .. {rows.max()}"
+            )
+        if len(np.unique(rows)) != len(rows) or self._times[rows].any():
+            raise ValueError("a row was written before; each must come once, from any rank")
+        self._array[rows] = results
+        self._times[rows] = 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        array, self._array = self._array, None
+        assert array is not None
+        try:
+            if kind is None:
+                array.flush()
+                _check_counts(_summed(self._times))
+                if _rank() == 0:
+                    self._finish(array)
+                _barrier()
+        finally:
+            if _rank() == 0:
+                self._beside.unlink(missing_ok=True)
+
+    def _finish(self, array: np.memmap) -> None:
+        if self._key is None:
+            os.replace(self._beside, self.path)
+            return
+        import h5py
+
+        order = None if self._cells is None else np.argsort(self._cells)
+        step = max(1, _BLOCK // max(1, array.itemsize * self._shape[1]))
+        with h5py.File(self.path, "r+") as file:
+            obsm = file.require_group("obsm")
+            for name, value in (("encoding-type", "dict"), ("encoding-version", "0.1.0")):
+                obsm.attrs.setdefault(name, value)
+            # Without a name until it is whole: what reads the file after a crash sees no part of it.
+            data = file.create_dataset(
+                None,
+                (self._n_cells, self._shape[1]),
+                self._dtype,
+                fillvalue=np.nan if order is not None else None,
+            )
+            data.attrs["encoding-type"], data.attrs["encoding-version"] = "array", "0.2.0"
+            for begin in range(0, self._shape[0], step):
+                part = slice(begin, begin + step)
+                if order is None or self._cells is None:
+                    data[part] = array[part]
+                else:
+                    data[self._cells[order[part]]] = array[order[part]]
+            if self._key in obsm:
+                del obsm[self._key]
+            obsm[self._key] = data
+
+
+def _host(values: Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values
+    found = values.detach().cpu()
+    if str(found.dtype) == "torch.bfloat16":  # which NumPy does not have
+        found = found.float()
+    return np.asarray(found)
+
+
+def _rank() -> int:
+    if not _process_group():
+        return 0
+    import torch.distributed as dist
+
+    return int(dist.get_rank())
+
+
+def _barrier() -> None:
+    if _process_group():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def _summed(times: np.ndarray) -> np.ndarray:
+    """How often each row was written on all ranks together."""
+    if not _process_group():
+        return times
+    import torch
+    import torch.distributed as dist
+
+    total = torch.from_numpy(times.astype(np.int32)).to(_collective_device())
+    dist.all_reduce(total)
+    return total.cpu().numpy()
