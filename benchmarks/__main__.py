@@ -11,6 +11,7 @@ QUESTIONS = {
     "startup": "What do an atlas and a worker cost until the first batch, in seconds and in memory?",
     "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
     "orders": "How well does each order of cells mix a batch?",
+    "host_cost": "How much CPU time does the host spend on a batch, by stage?",
     "executors": "What does DALI cost per batch?",
     "tokens": "What do tokens of each model cost?",
     "multimodal": "Does a multimodal batch cost less than its parts?",
