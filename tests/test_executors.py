@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ import torch
 from benchmarks import executors
 from hbx_gpu import pipeline
 from hbx_gpu._devices import dali_missing, say_once
+from hbx_gpu._loading.dali.dynamic import DynamicLoader
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
-from hbx_gpu._loading.options import LoaderOptions
+from hbx_gpu._loading.options import DynamicOptions, LoaderOptions
 from hbx_gpu._source import ObsColumns
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.cli import main
@@ -80,7 +83,7 @@ def test_real_data_two_epochs(real: CellDataset, options: dict[str, Any]) -> Non
     direct = make_loader(real, sampler_for(real), executor="direct", **options)
     through = make_loader(real, sampler_for(real), executor="dali", **options)
     assert type(direct) is CellLoader
-    assert isinstance(through, CellPipeline)
+    assert type(through) is DynamicLoader
     for epoch in range(2):
         direct.set_epoch(epoch)
         through.set_epoch(epoch)
@@ -88,6 +91,13 @@ def test_real_data_two_epochs(real: CellDataset, options: dict[str, Any]) -> Non
         for found, expected in zip(through, direct, strict=True):
             same_batch(found, expected)
         assert len(found["index"]) == len(real) % 700  # the last batch is a partial one
+
+
+def of_dali(mode: str, dataset: Any, sampler: Any, layout: str) -> CellLoader:
+    """A loader through dynamic mode, or through a pipeline."""
+    if mode == "pipeline":
+        return pipeline.cell_pipeline(dataset, sampler, layout=layout)
+    return make_loader(dataset, sampler, layout=layout, executor="dali")
 
 
 COLUMNS = {
@@ -106,12 +116,13 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
-def test_columns_of_any_type(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize("mode", ["dynamic", "pipeline"])
+def test_columns_of_any_type(tmp_path: Path, layout: str, mode: str) -> None:
     dataset = example_dataset(tmp_path, example_groups())
     dataset._obs = ObsColumns(columns=dict(COLUMNS), categories={})
     sampler = sampler_for(dataset, batch_size=50)
     direct = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
-    through = list(make_loader(dataset, sampler, layout=layout, executor="dali"))
+    through = list(of_dali(mode, dataset, sampler, layout))
     for found, expected in zip(through, direct, strict=True):
         same_batch(found, expected)
     whole = np.concatenate([batch["index"] for batch in through])
@@ -121,7 +132,8 @@ def test_columns_of_any_type(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 @pytest.mark.parametrize("n_features", [0, 5])
-def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features: int) -> None:
+@pytest.mark.parametrize("mode", ["dynamic", "pipeline"])
+def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features: int, mode: str) -> None:
     """Cells without counts, next to each other or under a panel of nothing."""
     matrix = sp.csr_matrix((np.repeat([0, 1, 0], 40), (np.arange(120), np.zeros(120))), shape=(120, 5))
     matrix.eliminate_zeros()
@@ -131,7 +143,7 @@ def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features:
     dataset = CellDataset(sources, rows, layer="counts", n_features=n_features, feature_uids=uids)
     sampler = sampler_for(dataset, batch_size=40, shuffle=False)
     direct = list(make_loader(dataset, sampler, layout=layout, executor="direct"))
-    through = list(make_loader(dataset, sampler, layout=layout, executor="dali"))
+    through = list(of_dali(mode, dataset, sampler, layout))
     assert [batch["X"].shape for batch in through] == [(40, n_features)] * 3
     for found, expected in zip(through, direct, strict=True):
         same_batch(found, expected)
@@ -140,7 +152,10 @@ def test_batches_without_a_single_value(tmp_path: Path, layout: str, n_features:
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 @pytest.mark.parametrize("backend", [EmulatedBackend, StreamBackend], ids=["emulated", "streams"])
 @pytest.mark.parametrize("window", [1, 3])
-def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: int) -> None:
+@pytest.mark.parametrize("dali", [DynamicOptions(), DaliOptions()], ids=["dynamic", "pipeline"])
+def test_batches_of_a_device(
+    tmp_path: Path, layout: str, backend: Any, window: int, dali: DynamicOptions | DaliOptions
+) -> None:
     groups = example_groups()
     for group in groups:
         group.codec = "hbx_gpu.rowpack"
@@ -151,9 +166,9 @@ def test_batches_of_a_device(tmp_path: Path, layout: str, backend: Any, window: 
         dataset,
         sampler,
         backend(),
-        LoaderOptions(layout=layout, threads=2, window=window, dali=DaliOptions()),
+        LoaderOptions(layout=layout, threads=2, window=window, dali=dali),
     )
-    assert isinstance(loader, CellPipeline)
+    assert type(loader) is (CellPipeline if isinstance(dali, DaliOptions) else DynamicLoader)
     for found, want in zip(loader, expected, strict=True):
         same_batch(found, want)
 
@@ -191,6 +206,96 @@ def test_a_corrupt_chunk_arrives_behind_the_batches_before_it(tmp_path: Path) ->
         same_batch(found, expected)
 
 
+# -- dynamic mode ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"layout": "dense", "dtype": "bfloat16"}, {"layout": "csr"}], ids=stable)
+def test_dali_hands_over_the_memory_that_the_feed_made(dataset: CellDataset, options: Any) -> None:
+    (batch,) = make_loader(dataset, [np.arange(10)], executor="direct", **options)
+    loader = make_loader(dataset, [np.arange(10)], executor="dali", **options)
+    executors.ready(loader.feed, batch)
+    (found,) = loader
+    same_batch(found, batch)
+    if options["layout"] == "csr":
+        assert found["X"].values().data_ptr() == batch["X"].values().data_ptr()
+        assert found["X"].col_indices().data_ptr() == batch["X"].col_indices().data_ptr()
+    else:
+        assert found["X"].data_ptr() == batch["X"].data_ptr()
+
+
+def test_memory_is_kept_while_the_batch_is_and_no_longer(dataset: CellDataset) -> None:
+    loader = make_loader(dataset, [np.arange(10)], executor="dali", layout="dense")
+    freed: list[bool] = []
+    memory = np.ones((10, 3), np.float32)
+    weakref.finalize(memory, freed.append, True)
+    batch = {"X": torch.from_numpy(memory)}
+    executors.ready(loader.feed, batch)
+    batches = iter(loader)
+    found = next(batches)
+    batch.clear()
+    del memory
+    loader.feed.make = None
+    loader.close()
+    gc.collect()
+    assert (found["X"] == 1).all()
+    assert not freed
+    del found, batches, loader
+    gc.collect()
+    assert freed
+
+
+def hide_some(fields: dict[str, Any], rng: Any) -> dict[str, Any]:
+    from nvidia.dali.experimental import dynamic
+
+    seen = dynamic.random.uniform(fields["X"], range=[0.0, 1.0], rng=rng) > 0.5
+    return {**fields, "X": dynamic.cast(fields["X"] * seen, dtype=dynamic.float16), "seen": seen}
+
+
+def test_operators_of_dali_run_on_every_batch(dataset: CellDataset) -> None:
+    def load(epoch: int = 0, seed: int = 3) -> CellLoader:
+        sampler = sampler_for(dataset, batch_size=16, seed=seed, shuffle=False)
+        loader = make_loader(dataset, sampler, layout="dense", operators=hide_some)
+        loader.set_epoch(epoch)
+        return loader
+
+    plain = list(make_loader(dataset, sampler_for(dataset, batch_size=16, shuffle=False), layout="dense"))
+    first = list(load())
+    for found, whole in zip(first, plain, strict=True):
+        assert list(found) == [*whole, "seen"]
+        assert found["X"].dtype == torch.float16
+        assert torch.equal(found["X"], (whole["X"] * found["seen"]).half())
+        assert 0.2 < found["seen"].float().mean() < 0.8
+        assert torch.equal(found["index"], whole["index"])
+    assert not torch.equal(first[0]["seen"], first[1]["seen"])  # noise is new for every batch,
+    for found, again in zip(load(), first, strict=True):  # the same in the same epoch,
+        same_batch(found, again)
+    assert not torch.equal(next(iter(load(epoch=1)))["seen"], first[0]["seen"])  # and not in another,
+    assert not torch.equal(next(iter(load(seed=4)))["seen"], first[0]["seen"])  # nor with another seed.
+
+    begun = load()
+    batches = iter(begun)
+    for _ in range(3):
+        next(batches)
+    resumed = load()
+    resumed.load_state_dict(begun.state_dict())
+    begun.close()
+    for found, want in zip(resumed, first[3:], strict=True):
+        same_batch(found, want)
+
+
+def test_errors_of_operators_arrive_at_next(dataset: CellDataset) -> None:
+    def load(operators: Any) -> CellLoader:
+        return make_loader(dataset, sampler_for(dataset), layout="dense", operators=operators)
+
+    with pytest.raises(TypeError, match="a dict of DALI tensors by name"):
+        next(iter(load(lambda fields, rng: fields["X"])))  # noqa: ARG005
+    with pytest.raises(ZeroDivisionError):
+        next(iter(load(lambda fields, rng: 1 / 0)))  # noqa: ARG005
+    for options in ({"executor": "direct"}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="operators"):
+            make_loader(dataset, sampler_for(dataset), layout="dense", operators=hide_some, **options)
+
+
 # -- which executor --------------------------------------------------------------------------------
 
 
@@ -221,7 +326,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_auto_is_dali_and_says_so_once(dataset: CellDataset, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hbx_gpu"):
         loaders = [make_loader(dataset, sampler_for(dataset), layout="dense") for _ in range(2)]
-    assert all(isinstance(loader, CellPipeline) for loader in loaders)
+    assert all(type(loader) is DynamicLoader for loader in loaders)
     assert len(said(caplog)) == 1
     assert "DALI" in said(caplog)[0]
 
@@ -344,6 +449,7 @@ def test_the_benchmark_says_what_dali_adds(tmp_path: Path, capsys: pytest.Captur
     results = json.loads((tmp_path / "executors.json").read_text())["results"]
     assert [r["table"] for r in results] == ["hand-over", "loading"] * 3
     for result in results:
-        assert result["added"] == result["dali"]["median"] - result["direct"]["median"]
+        for added, executor in (("added", "dali"), ("added_by_pipeline", "pipeline")):
+            assert result[added] == result[executor]["median"] - result["direct"]["median"]
         assert f"{result['table']}, {result['layout']}, 32 rows" in printed
     assert results[0]["nbytes"] == 32 * 100 * 4 + 32 * 8  # X and index

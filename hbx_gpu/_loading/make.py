@@ -24,7 +24,15 @@ from hbx_gpu._datasets.plain import PlainDataset, loadable
 from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.measured import MeasuredCollate, MeasuredFeed, with_groups
-from hbx_gpu._loading.options import DEVICE_BUDGET, DaliOptions, Images, LoaderOptions, Steps, Tokens
+from hbx_gpu._loading.options import (
+    DEVICE_BUDGET,
+    DynamicOptions,
+    Images,
+    LoaderOptions,
+    Operators,
+    Steps,
+    Tokens,
+)
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._loading.tokens import with_token_collates
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
@@ -57,6 +65,7 @@ def make_loader(
     measured: bool = False,
     memory_budget: int | None = None,
     executor: str = "auto",
+    operators: Operators | None = None,
     io: str | None = None,
     residency: str = "none",
     images: Images | Mapping[str, Images] | None = None,
@@ -106,10 +115,15 @@ def make_loader(
         Bytes that batches made ahead of the consumer may take up, when num_workers is 0 (default: 512 MiB,
         on a GPU 4 GiB of its memory). One batch is always made, whatever its size.
     executor
-        How batches are handed over: ``"direct"``, by a queue; ``"dali"``, by a DALI pipeline, which takes
-        longer and gives the same batches; ``"auto"``, by DALI where it is installed, a `layout` is given and
-        there are no worker processes (the log says so once). :func:`hbx_gpu.pipeline.cell_pipeline` adds DALI
-        operators.
+        How batches are handed over: ``"direct"``, by a queue; ``"dali"``, as tensors of DALI's dynamic mode,
+        without a copy; ``"auto"``, by DALI where it is installed, a `layout` is given and there are no worker
+        processes (the log says so once). The batches are the same.
+    operators
+        Function of yours that calls operators of ``nvidia.dali.experimental.dynamic`` on every batch. It gets
+        the fields as DALI tensors by name (see :func:`hbx_gpu.pipeline.cell_pipeline`) and a random number
+        generator of DALI's to pass to random operators, whose seed follows from `seed`, epoch, rank and
+        number of the batch. It returns a dict of the fields that come out. It runs when the batch is asked
+        for. Needs DALI, and cannot be combined with ``dtype="bfloat16"``.
     io
         How stored bytes are read: ``"mmap"``; ``"pinned"`` (``preadv``; on a GPU into page-locked memory);
         ``"kvikio"`` (GPU only: whole chunks to its memory); ``"auto"``, which measures these on the dataset's
@@ -189,8 +203,17 @@ def make_loader(
         token_seed=token_seed,
         **kwargs,
     )
+    if operators is not None:
+        if executor == "direct":
+            raise ValueError('operators are DALI\'s: leave executor at "auto", or pass executor="dali"')
+        if dtype == "bfloat16":
+            raise ValueError(
+                "DALI has no bfloat16, so operators would compute on its bits; ask for float32 or float16 "
+                'and make the batch bfloat16 afterwards: batch["X"].bfloat16()'
+            )
+        executor = "dali" if executor == "auto" else executor
     if _through_dali(executor, sampler, device, options):
-        options = replace(options, dali=DaliOptions())
+        options = replace(options, dali=DynamicOptions(operators, seed))
     return build_loader(dataset, sampler, collate_fn, device, options)
 
 
@@ -215,7 +238,7 @@ def _through_dali(executor: str, sampler: object, device: object, options: Loade
     if num_workers:
         return False
     reason = dali_missing()
-    said = f"directly: {reason}" if reason else 'through DALI; executor="direct" does without it'
+    said = f"directly: {reason}" if reason else "as tensors of DALI's dynamic mode, without a copy"
     say_once(_LOG, logging.INFO, f"hbx_gpu hands batches over {said}")
     return reason is None
 
@@ -300,14 +323,18 @@ def _loader(
         from hbx_gpu._loading.loader import CellLoader
 
         return CellLoader(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
-    from hbx_gpu._loading.dali.loader import CellPipeline
-
     if options.num_workers:
         raise ValueError(
             "batches of worker processes do not go through DALI: leave num_workers at 0, or pass "
             'executor="direct"'
         )
     options = replace(options, num_workers=0)
+    if isinstance(options.dali, DynamicOptions):
+        from hbx_gpu._loading.dali.dynamic import DynamicLoader
+
+        return DynamicLoader(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
+    from hbx_gpu._loading.dali.loader import CellPipeline
+
     return CellPipeline(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
 
 

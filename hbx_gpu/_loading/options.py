@@ -34,6 +34,7 @@ _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
 
 Graph: TypeAlias = Callable[[dict[str, Any]], Any]
+Operators: TypeAlias = Callable[[dict[str, Any], Any], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,21 @@ class DaliOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicOptions:
+    """How batches are handed over through DALI's dynamic mode; see ``make_loader(operators=...)``.
+
+    Attributes
+    ----------
+    device_id
+        The GPU that batches are on; None: the CPU.
+    """
+
+    operators: Operators | None = None
+    seed: int | None = None
+    device_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +135,7 @@ class LoaderOptions:
     threads: int | None = None
     window: int | None = None
     progress: bool = False
-    dali: DaliOptions | None = None
+    dali: DaliOptions | DynamicOptions | None = None
     rows: np.ndarray | None = field(default=None, compare=False)
     torch: Mapping[str, Any] = field(default_factory=dict)
 

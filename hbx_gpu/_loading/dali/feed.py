@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,13 +137,11 @@ def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held
     return outputs
 
 
-def rebuild(built: Built, packed: Packed, outputs: list[Any]) -> Any:
-    """Make a batch of the outputs, with keys in their order and the entries that DALI does not carry."""
+def rebuild(packed: Packed, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a batch of outputs by name, with keys in their order and the entries that DALI does not carry."""
     import torch
 
-    if not built.named:
-        return tuple(outputs)
-    found = dict(zip(built.names, outputs, strict=True))
+    found = dict(outputs)
     for name in packed.bfloat16 & found.keys():
         if found[name].dtype is torch.uint16:
             found[name] = found[name].view(torch.bfloat16)

@@ -24,7 +24,7 @@ class CellPipeline(CellLoader):
     """A :class:`~hbx_gpu._loading.loader.CellLoader` whose batches go through DALI.
 
     Every iteration makes a DALI pipeline of its own, so that random operators depend on seed, epoch and rank
-    alone. Made by :func:`cell_pipeline` and by ``make_loader(executor="dali")``.
+    alone. Made by :func:`cell_pipeline`.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class CellPipeline(CellLoader):
             shuffle=shuffle,
             drop_last=drop_last,
         )
+        assert options.dali is None or isinstance(options.dali, DaliOptions)
         self.dali = options.dali or DaliOptions()
         self._feeders: list[Feeder] = []
         self._run: _Run | None = None
@@ -165,7 +166,10 @@ class _Run(Ahead):
             feeder.give_room()
             self.cells = packed.cells
             self._received += 1
-            return rebuild(feeder.built, packed, outputs)
+            built = feeder.built
+            if not built.named:
+                return tuple(outputs)
+            return rebuild(packed, dict(zip(built.names, outputs, strict=True)))
         except StopIteration:
             self._checkpoint, self._received = None, 0  # a new epoch begins with a new seed
             self.close()

@@ -1,0 +1,125 @@
+"""Hand batches over through DALI's dynamic mode, in which tensors pass without a copy.
+
+The operators of the user run when their batch is asked for. There is no pipeline, thread or queue of DALI's
+in between: `hbx_gpu._loading.dali.loader` has those, for graphs that need them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hbx_gpu._loading.ahead import Ahead
+from hbx_gpu._loading.closing import close_dropped
+from hbx_gpu._loading.dali.feed import pack, rebuild
+from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.options import DynamicOptions, Operators
+from hbx_gpu._streams import Held
+
+_CPU = (1, 0)  # as DLPack names devices
+
+
+class DynamicLoader(CellLoader):
+    """A :class:`~hbx_gpu._loading.loader.CellLoader` that hands batches over through DALI's dynamic mode.
+
+    Made by ``make_loader(executor="dali")``. What random operators draw is a function of seed, epoch, rank
+    and the number of the batch, so an epoch that is resumed goes on with the same noise.
+    """
+
+    def _read_ahead(self) -> Ahead:
+        ahead, options = super()._read_ahead(), self.options.dali
+        if not isinstance(options, DynamicOptions):
+            options = DynamicOptions()
+        seed = options.seed
+        if seed is None:
+            seed = int(getattr(self._order, "seed", 0))
+        entropy = (seed, self.epoch, int(getattr(self._order, "rank", 0)))
+        return HandOver(ahead, options, entropy, self._order.n_done)
+
+
+class HandOver(Ahead):
+    """The batches of one iteration, as DALI tensors in between.
+
+    Parameters
+    ----------
+    ahead
+        The batches.
+    options
+        The operators of the user, and the GPU that batches are on.
+    entropy, first
+        What the seeds of random operators follow from, besides the number of the batch; and the number of the
+        first one.
+    """
+
+    def __init__(
+        self, ahead: Ahead, options: DynamicOptions, entropy: tuple[int, ...], first: int = 0
+    ) -> None:
+        self._ahead, self._options = ahead, options
+        self._entropy, self._number = entropy, first
+        self.recorder = ahead.recorder
+        self._held = Held()
+        self._closed = False
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._ahead)
+            self.cells = self._ahead.cells
+            packed = pack(batch, self.cells)
+            outputs = {name: passed(tensor) for name, tensor in packed.tensors.items()}
+            if self._options.operators is not None:
+                outputs = self._operate(self._options.operators, outputs)
+            self._number += 1
+            return rebuild(packed, outputs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _operate(self, operators: Operators, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What the operators of the user make of the fields of a batch."""
+        from nvidia.dali.experimental import dynamic
+
+        words = np.random.SeedSequence([*self._entropy, self._number]).generate_state(1, np.uint64)
+        fields = {name: dynamic.as_tensor(tensor) for name, tensor in tensors.items()}
+        found = operators(dict(fields), dynamic.random.RNG(seed=int(words[0])))
+        if not isinstance(found, dict) or not all(
+            isinstance(name, str) and isinstance(field, dynamic.Tensor) for name, field in found.items()
+        ):
+            raise TypeError(
+                "operators return the fields that come out: a dict of DALI tensors by name (dynamic.Tensor); "
+                f"got {found!r}"
+            )
+        outputs = {
+            name: tensors[name] if field is fields.get(name) else field.torch()
+            for name, field in found.items()
+        }
+        if self._options.device_id is not None:
+            import torch
+
+            # Kept until the consumer's stream, which waits for DALI's, has used them.
+            stream = torch.cuda.current_stream(self._options.device_id)
+            self._held.hand_over([*tensors.values(), *outputs.values()], stream)
+        return outputs
+
+    def close(self) -> None:
+        """See :class:`Ahead`."""
+        if not self._closed:
+            self._closed = True
+            self._ahead.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed") and not self._closed:
+            close_dropped(self.close)
+
+
+def passed(tensor: Any) -> Any:
+    """A torch tensor as DALI hands it to torch: the same memory, which it keeps alive."""
+    from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # torch lacks a stub
+
+    if tensor.is_cuda:
+        from nvidia.dali.experimental import dynamic
+
+        return dynamic.as_tensor(tensor).torch()  # orders the streams of both
+    from nvidia.dali.tensors import TensorCPU
+
+    return from_dlpack(TensorCPU(to_dlpack(tensor), "").__dlpack__(None, _CPU))
