@@ -122,4 +122,5 @@ def passed(tensor: Any) -> Any:
         return dynamic.as_tensor(tensor).torch()  # orders the streams of both
     from nvidia.dali.tensors import TensorCPU
 
-    return from_dlpack(TensorCPU(to_dlpack(tensor), "").__dlpack__(None, _CPU))
+    held: Any = TensorCPU(to_dlpack(tensor), "")  # its stub lacks __dlpack__
+    return from_dlpack(held.__dlpack__(None, _CPU))
