@@ -92,6 +92,36 @@ def _check_kind(path: str | os.PathLike[str], mode: int) -> None:
         )
 
 
+def found_at(path: str | os.PathLike[str]) -> str:
+    """What is in the place of a file that the user names, as "it is a folder"; empty if a regular file is."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "it is a link that leads nowhere" if os.path.islink(path) else "it is missing"
+    except OSError as error:
+        return f"it cannot be opened: {error.strerror}"
+    return "" if stat.S_ISREG(mode) else f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}"
+
+
+def check_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is not a regular file, such as a named pipe, which would be waited for.
+
+    Parameters
+    ----------
+    path
+        As the user names it.
+    what
+        What it should be: ``"a BED file"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        Something else is there, or nothing; the message says what.
+    """
+    if found := found_at(path):
+        raise FileNotFoundError(f"expected {what} at {os.fspath(path)}; {found}")
+
+
 def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> bytes:
     """The content of a small regular file.
 

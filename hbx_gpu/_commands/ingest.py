@@ -297,6 +297,9 @@ class _Job:
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
     given = dict(_pairs(args, "--modality", args.modality))
+    for file in args.files:
+        if modality := split_modality(file)[1]:
+            args.parser.error(f"{file} is a modality; name it with --modality {modality}={file}")
     mu = [file for file in args.files if is_mudata(file)]
     if not args.files and not given:
         args.parser.error("name files, or modalities with --modality NAME=PATH")
@@ -372,11 +375,15 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
 def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -> list[str]:
     """Modalities of a MuData, without those that are given otherwise."""
     from hbx_gpu._stores.source import open_mudata_source
-    from hbx_gpu.atlas._ingest.multimodal import SHORT_NAMES
+    from hbx_gpu.atlas._ingest.multimodal import SHORT_NAMES, modalities_with_matrix
 
     named = {SHORT_NAMES.get(name.lower(), name) for name in given}
     with open_mudata_source(file, allow_links=args.allow_links) as opened:
-        return [name for name in opened.modalities() if SHORT_NAMES.get(name.lower(), name) not in named]
+        return [
+            name
+            for name in modalities_with_matrix(opened)
+            if SHORT_NAMES.get(name.lower(), name) not in named
+        ]
 
 
 def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping[str, FilePlan]) -> int:

@@ -17,6 +17,7 @@ from hbx_gpu._h5ad.foreign import describe_error, describe_hdf5, describe_path, 
 from hbx_gpu._h5ad.links import check_inside
 from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
 from hbx_gpu._paths import checked
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError, UnsafePathError
 
 if TYPE_CHECKING:
@@ -271,8 +272,7 @@ def _open_hdf5(path: Path, kind: str) -> h5py.File:
         import hdf5plugin  # noqa: F401 - registers the filters that it brings
     if path.is_dir():
         raise FileNotFoundError(f"expected an {kind} file at {path}; {describe_path(path)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"expected an {kind} file at {path}; it is missing")
+    check_file(path, f"an {kind} file")
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import h5py
 
+from hbx_gpu._untrusted import found_at
+
 _LFS = b"version https://git-lfs.github.com/spec/"
 # Filters of HDF5 that need a plugin, by their registered numbers (The HDF Group's list).
 _FILTERS = {
@@ -35,8 +37,8 @@ def describe_path(path: Path) -> str:
                 "scanpy.read_10x_mtx(path).write_h5ad('file.h5ad')"
             )
         return "it is a directory"
-    if not path.is_file():  # opening a named pipe would wait for its writer
-        return "it is neither a file nor a directory"
+    if found := found_at(path):  # opening a named pipe would wait for its writer
+        return found
     with open(path, "rb") as file:
         head = file.read(len(_LFS))
     if head == _LFS:

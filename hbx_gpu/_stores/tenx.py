@@ -66,6 +66,8 @@ def _var(closed: Tree, key: str) -> pd.DataFrame:
         ids = tree.array(f"{key}/features/id").astype(str)
         columns = {}
         for name in tree.names(f"{key}/features"):
+            if not tree.is_array(f"{key}/features/{name}"):
+                continue  # probe sets of Visium are a group
             field = tree.array(f"{key}/features/{name}")
             if name != "id" and len(field) == len(ids):  # others list what fields there are
                 columns[name] = field.astype(str) if field.dtype.kind == "O" else field

@@ -22,7 +22,7 @@ from hbx_gpu._h5ad.links import check_inside
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.hdf5 import hdf5_layout
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._untrusted import Within, check_tree, parse_json, read_small
+from hbx_gpu._untrusted import Within, check_tree, found_at, parse_json, read_small
 from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def open_tree(path: str | os.PathLike[str], *, allow_links: bool = False) -> Ite
 def _open_hdf5(path: Path) -> h5py.File:
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}: the path does not exist")
-    if not path.is_file():
-        raise InvalidDataError(f"{path} is neither a file nor a directory")
+    if found := found_at(path):
+        raise InvalidDataError(f"{path} is no store that can be opened: {found}")
     if not h5py.is_hdf5(path):
         raise InvalidDataError(f"{path} is not an HDF5 file: its first bytes are not the HDF5 signature")
     with contextlib.suppress(ImportError):
@@ -223,7 +223,10 @@ class HdfTree(_Tables):
             return {name: _plain(value) for name, value in self._found(key).attrs.items()}
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(map(int, self._found(key).shape))
+        node = self._found(key)
+        if not isinstance(node, h5py.Dataset):
+            raise CorruptDataError(f"{key!r} of {self.path} is a group, an array is expected")
+        return tuple(map(int, node.shape))
 
     def layout(self, key: str) -> ArrayLayout:
         with self._damage(f"array {key!r}"):
@@ -232,6 +235,8 @@ class HdfTree(_Tables):
     def array(self, key: str) -> np.ndarray:
         with self._damage(f"array {key!r}"):
             node = self._found(key)
+            if not isinstance(node, h5py.Dataset):
+                raise CorruptDataError(f"{key!r} of {self.path} is a group, an array is expected")
             _check_rows(node.shape, f"array {key!r} of {self.path}")
             return _texts(np.atleast_1d(node[()]))
 

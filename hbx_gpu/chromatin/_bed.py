@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError
 
 _COLUMNS = ("chrom", "start", "end")
@@ -56,6 +57,7 @@ def _bed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    check_file(path, "a BED file")
     with gzip.open(path, "rt") if path.suffix in (".gz", ".bgz") else open(path) as file:
         yield from enumerate(file, 1)
 

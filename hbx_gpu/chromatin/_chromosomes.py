@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def read_sizes(sizes: Mapping[str, int] | str | os.PathLike[str]) -> dict[str, i
     if isinstance(sizes, Mapping):
         return {str(name): _size(name, value, "chromosome_sizes") for name, value in sizes.items()}
     path = Path(sizes)
+    check_file(path, "a table of chromosome sizes")
     found: dict[str, int] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         fields = line.split()

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError
 
 Table: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
@@ -105,6 +106,7 @@ def read_table(table: Table, what: str) -> dict[str, Any]:
         found: Any = dict(table)
     else:
         path = Path(table)
+        check_file(path, f"a file with {what}")
         raw = path.read_bytes()
         try:
             found = json.loads(raw) if path.suffix == ".json" else _unpickled(raw)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 from hbx_gpu import cli
-from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 
 # .h5ad files of anndata 0.6 to 0.13, of h5py alone, and one of mudata.
 STORES = (
@@ -144,3 +145,36 @@ def test_every_type_that_anndata_writes(form: Any, dtype: str, tmp_path: Path) -
             for name in kept.obs
         },
     )
+
+
+def test_modalities_without_a_matrix_are_left_out_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As packages for receptors write them: tables of chains beside a matrix of genes."""
+    cells = [f"c{i}" for i in range(4)]
+    rna = anndata.AnnData(
+        sp.csr_matrix(np.arange(12, dtype=np.float32).reshape(4, 3)),
+        obs=pd.DataFrame(index=cells),
+        var=pd.DataFrame(index=["a", "b", "c"]),
+    )
+    airr = anndata.AnnData(obs=pd.DataFrame({"clone": [1, 2, 1, 2]}, index=cells))
+    mdata = mudata.MuData({"gex": rna, "airr": airr})
+    mdata.write_h5mu(tmp_path / "m.h5mu")
+    assert cli.main(["ingest", str(tmp_path / "m.h5mu"), "--atlas", str(tmp_path / "A")]) == 0
+    assert "airr holds no matrix and is left out" in caplog.text
+    create_or_open_atlas(tmp_path / "B").add_multimodal(mdata)
+    for name in "AB":
+        atlas = RaggedAtlas.open(tmp_path / name)
+        atlas.optimize()
+        atlas.snapshot()
+        adata = RaggedAtlas.checkout_latest(tmp_path / name).query().to_anndata()
+        assert np.array_equal(adata.X.toarray(), rna.X.toarray())
+    with pytest.raises(SystemExit):
+        cli.main(["ingest", str(tmp_path / "m.h5mu:gex"), "--atlas", str(tmp_path / "C")])
+    asked = f"--modality gex={tmp_path / 'm.h5mu'}:gex"
+    assert asked in capsys.readouterr().err
+    assert cli.main(["ingest", *asked.split(), "--atlas", str(tmp_path / "C")]) == 0
+    mudata.MuData({"airr": airr}).write_h5mu(tmp_path / "n.h5mu")
+    assert cli.main(["ingest", str(tmp_path / "n.h5mu"), "--atlas", str(tmp_path / "D")]) == 1
+    assert "no modality with a matrix" in capsys.readouterr().err
+    assert not (tmp_path / "D").exists()

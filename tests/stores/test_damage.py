@@ -260,13 +260,19 @@ def tenx(path: Path, **changes: Any) -> None:
     } | changes  # fmt: skip
     with h5py.File(path, "w") as file:
         for name, values in arrays.items():
+            if values is None:
+                continue
             file[f"matrix/{name}"] = values
 
 
 def test_files_of_10x_that_contradict_themselves(tmp_path: Path) -> None:
     tenx(tmp_path / "a.h5")
     np.testing.assert_array_equal(rows_of(tmp_path / "a.h5"), small().X.toarray())
+    # Files of Visium list their probe sets in a group beside the fields.
+    tenx(tmp_path / "visium.h5", **{"features/target_sets/Probe Set": np.arange(3)})
+    np.testing.assert_array_equal(rows_of(tmp_path / "visium.h5"), small().X.toarray())
     for changes in (
+        {"features/id": None, "features/id/x": np.arange(7)},
         {"shape": np.array([12, 7])},
         {"barcodes": np.array([b"b"] * 11)},
         {"features/id": np.array([b"E"] * 6)},

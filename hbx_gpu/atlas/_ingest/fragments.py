@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from hbx_gpu._h5ad.matrix import row_runs
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.atlas._ingest.inputs import hash_file
 from hbx_gpu.atlas._ingest.joining import Role
 from hbx_gpu.atlas._ingest.parts import Features, Part, Storage, Tick, sparse_pointers
@@ -63,8 +64,7 @@ class FragmentsInput:
             return None
         if isinstance(self.barcodes, str | os.PathLike):
             path = Path(self.barcodes)
-            if not path.is_file():
-                raise FileNotFoundError(f"expected a list of barcodes at {path}; it is missing")
+            check_file(path, "a list of barcodes")
             with _open(path) as file:
                 found = [line.split("\t")[0].strip() for line in file.read().decode().splitlines()]
         else:
@@ -98,8 +98,7 @@ class FragmentsPart(Part):
         self.role: Role = "reads"
         self._path = Path(given.path)
         self.source, self.source_name, self.obs = str(self._path), self._path.name, None
-        if not self._path.is_file():
-            raise FileNotFoundError(f"expected a fragments file at {self._path}; it is missing")
+        check_file(self._path, "a fragments file")
         barcodes = given.read_barcodes()
         self._wanted = None if barcodes is None else pa.array(barcodes, pa.string())
         self._count()

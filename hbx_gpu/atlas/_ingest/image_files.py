@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu._untrusted import check_regular, check_tree
+from hbx_gpu._untrusted import check_regular, check_tree, found_at
 from hbx_gpu.atlas._ingest.inputs import hash_file
 from hbx_gpu.errors import HbxError, InvalidDataError
 
@@ -307,9 +307,9 @@ def check_files(files: Sequence[Path]) -> None:
     FileNotFoundError
         Names the first of them.
     """
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [f"{file} ({found})" for file in files if (found := found_at(file))]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} image file(s) are missing, first: {missing[:_SHOWN]}")
+        raise FileNotFoundError(f"{len(missing)} image file(s) cannot be read, first: {missing[:_SHOWN]}")
 
 
 # Content

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._untrusted import check_file
 from hbx_gpu.atlas._ingest.grids import write_grid
 from hbx_gpu.atlas._ingest.image_files import (
     StoredImage,
@@ -177,8 +178,7 @@ def _read_table(table: Any) -> tuple[str, pd.DataFrame, bool]:
     if isinstance(table, Mapping):
         return "table of images", pd.DataFrame(table), False
     path = Path(os.fspath(table))
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a table of cells and images at {path}; it is missing")
+    check_file(path, "a table of cells and images")
     try:
         if path.suffix == ".parquet":
             return str(path), pd.read_parquet(path), False

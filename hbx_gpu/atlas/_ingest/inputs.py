@@ -120,7 +120,7 @@ def from_anndata(adata: AnnData, matrix: str, *, source: str = "AnnData object")
     InvalidDataError
         No such matrix, or one of a kind that cannot be read.
     """
-    available = _matrices_of(adata)
+    available = matrices_of(adata)
     if matrix not in available:
         raise InvalidDataError(f"{source} has no matrix {matrix!r}; it holds {available}")
     values = _values_of(adata, matrix)
@@ -146,11 +146,12 @@ def choose_for(data: AnnDataGroup | AnnData, wanted: str | None, *, counts: bool
         return None
     if isinstance(data, AnnDataGroup):
         return choose_matrix(names, data.matrix) if (names := data.matrices()) else None
-    names = _matrices_of(data)
+    names = matrices_of(data)
     return choose_matrix(names, lambda name: _open(_values_of(data, name), name)) if names else None
 
 
-def _matrices_of(adata: AnnData) -> list[str]:
+def matrices_of(adata: AnnData) -> list[str]:
+    """Names of the matrices that an AnnData in memory has."""
     available = [name for name, there in (("X", adata.X), ("raw", adata.raw)) if there is not None]
     # Since anndata 0.13 X is a layer too, named None.
     return available + [str(name) for name in adata.layers if name is not None]

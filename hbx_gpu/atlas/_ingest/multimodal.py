@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Settings, ingest
 from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
 from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
 from hbx_gpu.atlas._ingest.images import ImageInput, image_part
-from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad, hash_file
+from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad, hash_file, matrices_of
 from hbx_gpu.atlas._ingest.joining import CellIds, Join, check_join, join_cells
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Part
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+
+_log = logging.getLogger(__name__)
 
 _ALIASES = {
     "gene_expression": ("rna", "gex", "gene", "genes"),
@@ -307,15 +310,38 @@ def _is_matrix(data: object) -> bool:
 # Data
 
 
+def modalities_with_matrix(file: MuDataSource) -> list[str]:
+    """Modalities of a MuData that hold a matrix, not only tables as those of receptors do.
+
+    Raises
+    ------
+    InvalidDataError
+        There is none.
+    """
+    found = [name for name in file.modalities() if file.modality(name).matrices()]
+    _check_some(str(file.path), found)
+    return found
+
+
+def _say_left_out(source: str, found: Collection[str], names: Iterable[str]) -> None:
+    if left_out := [name for name in names if name not in found]:
+        _log.warning("warning: %s: %s holds no matrix and is left out", source, ", ".join(left_out))
+    _check_some(source, found)
+
+
+def _check_some(source: str, found: Collection[str]) -> None:
+    if not found:
+        raise InvalidDataError(f"{source} has no modality with a matrix: nothing to ingest")
+
+
 def _open_all(
     modalities: object, stack: contextlib.ExitStack, *, allow_links: bool
 ) -> tuple[dict[str, object], list[tuple[str, pd.DataFrame]], str]:
     """Modality -> its data, opened; tables of obs that belong to none; and what to call the whole."""
     if isinstance(modalities, str | os.PathLike):
         file = stack.enter_context(open_mudata_source(modalities, allow_links=allow_links))
-        found: dict[str, object] = {name: file.modality(name) for name in file.modalities()}
-        if not found:
-            raise InvalidDataError(f"{file.path} has no modalities: nothing to ingest")
+        found: dict[str, object] = {name: file.modality(name) for name in modalities_with_matrix(file)}
+        _say_left_out(str(file.path), found, file.modalities())
         return found, [(str(file.path), file.obs())], str(file.path)
     if hasattr(modalities, "mod") and hasattr(modalities, "obs"):
         if getattr(modalities, "axis", 0) == 1:
@@ -323,7 +349,8 @@ def _open_all(
                 "the parts of this MuData share features, not cells (axis=1), so they are datasets and no "
                 "modalities; add them one by one with add_from_anndata"
             )
-        mods = dict(modalities.mod)
+        mods = {name: adata for name, adata in modalities.mod.items() if matrices_of(adata)}
+        _say_left_out("MuData object", mods, modalities.mod)
         obs = without_copies(modalities.obs, {name: adata.obs.columns for name, adata in mods.items()})
         return mods, [("MuData object", obs)], "MuData object"
     if not isinstance(modalities, Mapping) or not modalities:

@@ -16,7 +16,7 @@ from hbx_gpu.atlas._catalogue.session import Writable
 from hbx_gpu.atlas._ingest.anndata import field_of, first_layer
 from hbx_gpu.atlas._ingest.identity import choose_together
 from hbx_gpu.atlas._ingest.inputs import choose_for
-from hbx_gpu.atlas._ingest.multimodal import Layers, resolve_modality
+from hbx_gpu.atlas._ingest.multimodal import Layers, modalities_with_matrix, resolve_modality
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.errors import HbxError
@@ -183,7 +183,7 @@ def _look_at_modalities(
 ) -> dict[str, _Seen]:
     """The matrices of an .h5mu file."""
     found: dict[str, _Seen] = {}
-    for name in file.modalities():
+    for name in modalities_with_matrix(file):
         data = file.modality(name)
         _, space = resolve_modality(name, fields, table, data)
         if not space.has_features or space.repeats:
