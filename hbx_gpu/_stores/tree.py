@@ -115,7 +115,7 @@ def _open_hdf5(path: Path) -> h5py.File:
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}: the path does not exist")
     if found := found_at(path):
-        raise InvalidDataError(f"{path} is no store that can be opened: {found}")
+        raise InvalidDataError(f"{path} cannot be opened: {found}")
     if not h5py.is_hdf5(path):
         raise InvalidDataError(f"{path} is not an HDF5 file: its first bytes are not the HDF5 signature")
     with contextlib.suppress(ImportError):

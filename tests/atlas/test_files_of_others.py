@@ -147,8 +147,9 @@ def test_every_type_that_anndata_writes(form: Any, dtype: str, tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("x", [None, np.zeros((4, 0), np.float32)])
 def test_modalities_without_a_matrix_are_left_out_aloud(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    x: np.ndarray | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As packages for receptors write them: tables of chains beside a matrix of genes."""
     cells = [f"c{i}" for i in range(4)]
@@ -157,7 +158,7 @@ def test_modalities_without_a_matrix_are_left_out_aloud(
         obs=pd.DataFrame(index=cells),
         var=pd.DataFrame(index=["a", "b", "c"]),
     )
-    airr = anndata.AnnData(obs=pd.DataFrame({"clone": [1, 2, 1, 2]}, index=cells))
+    airr = anndata.AnnData(x, obs=pd.DataFrame({"clone": [1, 2, 1, 2]}, index=cells))
     mdata = mudata.MuData({"gex": rna, "airr": airr})
     mdata.write_h5mu(tmp_path / "m.h5mu")
     assert cli.main(["ingest", str(tmp_path / "m.h5mu"), "--atlas", str(tmp_path / "A")]) == 0

@@ -318,7 +318,11 @@ def modalities_with_matrix(file: MuDataSource) -> list[str]:
     InvalidDataError
         There is none.
     """
-    found = [name for name in file.modalities() if file.modality(name).matrices()]
+    found = []
+    for name in file.modalities():
+        data = file.modality(name)
+        if any(len(data.var(matrix)) for matrix in data.matrices()):  # scirpy writes X of no columns
+            found.append(name)
     _check_some(str(file.path), found)
     return found
 
@@ -349,7 +353,7 @@ def _open_all(
                 "the parts of this MuData share features, not cells (axis=1), so they are datasets and no "
                 "modalities; add them one by one with add_from_anndata"
             )
-        mods = {name: adata for name, adata in modalities.mod.items() if matrices_of(adata)}
+        mods = {name: adata for name, adata in modalities.mod.items() if matrices_of(adata) and adata.n_vars}
         _say_left_out("MuData object", mods, modalities.mod)
         obs = without_copies(modalities.obs, {name: adata.obs.columns for name, adata in mods.items()})
         return mods, [("MuData object", obs)], "MuData object"
