@@ -44,7 +44,8 @@ class TokenCollate(Collating):
     ) -> None:
         import torch
 
-        check_options(compiled, Options(padding, pad_to_multiple_of or 1, ids_dtype))
+        self.options = Options(padding, pad_to_multiple_of or 1, ids_dtype)
+        check_options(compiled, self.options)
         self.compiled, self.seed, self.where = compiled, seed, where
         self._categories = {
             name: values for name, values in categories.items() if name in compiled.recipe.obs_columns
@@ -59,18 +60,26 @@ class TokenCollate(Collating):
         """See :class:`~hbx_gpu._protocols.Collate`."""
         self._epoch[0] = epoch
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that draws depend on."""
+        return int(self._epoch[0])
+
+    def obs_of(self, metadata: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns of obs that the recipe reads, with values in the place of codes."""
+        return {name: _decoded(metadata[name], values) for name, values in self._categories.items()}
+
     def __call__(self, batch: SparseBatch) -> dict[str, Any]:
         """Tokens as :func:`hbx_gpu.tokens.encode` makes them, as tensors, and the batch's metadata."""
         import torch
 
         metadata = batch.metadata or {}
-        obs = {name: _decoded(metadata[name], values) for name, values in self._categories.items()}
         made = encode(
             batch,
             self.compiled,
             seed=self.seed,
-            epoch=int(self._epoch[0]),
-            obs=obs,
+            epoch=self.epoch,
+            obs=self.obs_of(metadata),
             where=self.where,
             **self._options,
         )

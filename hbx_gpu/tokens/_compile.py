@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from hbx_gpu.tokens._lower_sampled import lower
 from hbx_gpu.tokens._recipes import ObsTokens, RankValue, Recipe
 
 _VERSION = re.compile(r"^(.+)\.\d+$")
+T = TypeVar("T")
 _RESERVED = 4096  # indices at the end of the range, which special tokens draw with
 
 
@@ -100,6 +101,12 @@ class Compiled:
                 f"and these are {len(feature_uids)}, or in another order. Compile the recipe again: pass the "
                 "recipe itself, which loaders do on their own"
             )
+
+
+def renamed(compiled: Compiled, made: Mapping[str, T]) -> dict[str, T]:
+    """Outputs by the names that the model has for them."""
+    names = compiled.recipe.names
+    return {names.get(name, name): output for name, output in made.items()}
 
 
 def fingerprint_of(feature_uids: Sequence[str] | np.ndarray) -> str:

@@ -12,7 +12,7 @@ from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens._by_row import reference
 from hbx_gpu.tokens._cells import Cells, Engine, Options, check_options
-from hbx_gpu.tokens._compile import Compiled, compile_recipe
+from hbx_gpu.tokens._compile import Compiled, compile_recipe, renamed
 from hbx_gpu.tokens._host.engine import host
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe
 
@@ -129,8 +129,7 @@ def finish(
     else:
         made["attention_mask"] = np.arange(made["input_ids"].shape[1], dtype=np.int32) < lengths[:, None]
     made.update(cells.obs)
-    names = compiled.recipe.names
-    return {names.get(name, name): array for name, array in made.items()}
+    return renamed(compiled, made)
 
 
 def front_ids(compiled: Compiled, obs: Mapping[str, object], n: int) -> np.ndarray:

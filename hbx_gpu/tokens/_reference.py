@@ -227,7 +227,8 @@ class Cut:
     def __init__(self, program: Sequence, seed: int, epoch: int, batch: int, width: int) -> None:
         number = Draws(seed, epoch, batch_cell(batch)).below(Step.RATIO, len(program.ratios))
         self.ratio = float(program.ratios[number])
-        self.generated = int((width - 1) * self.ratio)
+        # What is seen has room for the tokens in front, however many there are.
+        self.generated = min(int((width - 1) * self.ratio), max(width - program.n_front, 0))
         self.seen = width - self.generated
 
 

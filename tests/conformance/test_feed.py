@@ -11,10 +11,12 @@ import pytest
 from hbx_gpu._loading.feeds.device import DeviceFeed
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.feeds.multimodal import CopiedFeed, DenseFeed, LayersFeed, MultimodalFeed
+from hbx_gpu._loading.feeds.tokens import TokenFeed
 from hbx_gpu._loading.make import build_loader, device_loader
 from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._protocols import Feed
 from hbx_gpu.scdl._sources.pairs import PairFeed
+from hbx_gpu.tokens import ExpressedGenes
 from tests.conformance.datasets import STORED, of_shared
 from tests.dense_stores import on_cpu, same
 from tests.emulation.backend import EmulatedBackend
@@ -33,6 +35,7 @@ FEEDS: dict[str, tuple[str, str, type]] = {
     "device, tiles": ("tiles", "dense", DenseFeed),
     "device, copied": ("fragments", "dense", CopiedFeed),
     "device, multimodal": ("multimodal", "dense", MultimodalFeed),
+    "device, tokens": ("sparse", "tokens", TokenFeed),
     "device, pairs": ("pairs", "dense", PairFeed),
 }
 
@@ -50,10 +53,19 @@ def dataset(name: str, tmp_path_factory: pytest.TempPathFactory, request: pytest
     return of_shared(request.getfixturevalue("shared"))[kind]()
 
 
+def options_for(name: str, dataset: Any, **more: Any) -> LoaderOptions:
+    """Options of a loader; tokens without draws, which are the same in all epochs."""
+    layout = FEEDS[name][1]
+    if layout == "tokens":
+        words = {str(uid): i for i, uid in enumerate(dataset.feature_uids)}
+        more["tokens"] = ExpressedGenes(words, length=20, pad=99)
+    return LoaderOptions(layout=layout, num_workers=0, **more)
+
+
 def made(name: str, dataset: Any, backend: Any = None) -> Any:
     """The feed that a loader makes itself."""
-    _, layout, kind = FEEDS[name]
-    options = LoaderOptions(layout=layout, decode="device", num_workers=0)
+    kind = FEEDS[name][2]
+    options = options_for(name, dataset, decode="device")
     if name.startswith("host"):
         loader = build_loader(dataset, [[0]], None, "cpu", options)
     else:
@@ -71,8 +83,7 @@ def feed(name: str, dataset: Any) -> Any:
 @pytest.fixture(scope="module")
 def expected(name: str, dataset: Any) -> list[Any]:
     """Batches A and B as the host makes them one by one."""
-    options = LoaderOptions(layout=FEEDS[name][1], num_workers=0)
-    with build_loader(dataset, [A, B], None, "cpu", options) as loader:
+    with build_loader(dataset, [A, B], None, "cpu", options_for(name, dataset)) as loader:
         return [on_cpu(batch) for batch in loader]
 
 

@@ -29,7 +29,11 @@ TESTS = {
     "rowpack_csr.cu": ["test_rowpack_csr.py"],
     "rowpack_dense.cu": ["test_rowpack_dense.py"],
     "rowpack.cuh": ["test_rowpack_csr.py", "test_rowpack_dense.py"],
+    "sentences.cu": ["test_tokens.py"],
+    "smallest.cuh": ["test_tokens.py"],
     "sort_rows.cu": ["test_sort_rows.py"],
+    "tokens.cu": ["test_tokens.py"],
+    "tokens.cuh": ["test_tokens.py"],
 }
 # Their cases are those of the plain tests, drawn at random: slow under a sanitizer, and no new barriers.
 LEFT_OUT = ["--ignore-glob=*_properties.py", "--ignore-glob=*test_compile.py", "--ignore-glob=*_real.py"]

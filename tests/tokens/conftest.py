@@ -6,19 +6,31 @@ from pathlib import Path
 
 import pytest
 
+from hbx_gpu.tokens import _encode
+from tests.tokens.emulated import Emulated
 from tests.tokens.fixtures import ENGINES, SIZES, Tokens
+
+# Beside the engines of the package, the kernels of devices on the CPU.
+_encode.ENGINES.setdefault("device", Emulated())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The reference is slow: it meets the small fixtures, the host engine both."""
+    """The reference is slow: it meets the small fixtures, the host engine both, kernels both if asked to."""
     slow = [item for item in items if _is_slow(item)]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
+    for item in items:
+        if _params(item) == ("device", "deep"):
+            item.add_marker(pytest.mark.slow)
 
 
 def _is_slow(item: pytest.Item) -> bool:
+    return _params(item) == ("reference", "deep")
+
+
+def _params(item: pytest.Item) -> tuple[object, str]:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return (params.get("engine"), str(params.get("data"))) == ("reference", "deep")
+    return params.get("engine"), str(params.get("data"))
 
 
 @pytest.fixture(scope="session", params=SIZES)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-ENGINES = ("host", "reference")
+ENGINES = ("host", "reference", "device")
 SIZES = ("small", "deep")
 
 

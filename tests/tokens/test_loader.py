@@ -95,13 +95,43 @@ def test_packed(dataset: CellDataset, recipe: tokens.Recipe) -> None:
             assert [len(row) for row in nested.unbind()] == batch["lengths"].tolist()
 
 
-def test_a_device_hands_out_the_same(dataset: CellDataset, recipe: tokens.Recipe) -> None:
-    options = LoaderOptions.of(layout="tokens", tokens=recipe, token_seed=7)
-    loader = device_loader(dataset, sampler(dataset), EmulatedBackend(), options)
-    with loader:
+@pytest.mark.parametrize("residency", ["none", "device"])
+@pytest.mark.parametrize("padding", ["longest", "packed"])
+def test_a_device_makes_the_same(
+    dataset: CellDataset, recipe: tokens.Recipe, padding: str, residency: str
+) -> None:
+    backend = EmulatedBackend()
+    options = LoaderOptions.of(
+        layout="tokens", tokens=recipe, token_seed=7, padding=padding, residency=residency
+    )
+    with device_loader(dataset, sampler(dataset), backend, options) as loader:
         loader.set_epoch(2)
         for batch in loader:
-            check(batch, expected(dataset, recipe, batch["index"].numpy(), 2))
+            index = batch["index"].numpy()
+            made = expected(dataset, recipe, index, 2, padding=padding)
+            if padding == "packed":
+                assert batch["max_seqlen"] == made.pop("max_seqlen")
+            check(batch, made)
+            more = {"max_seqlen"} if padding == "packed" else set()
+            assert set(batch) == {*made, "index", *dataset.columns} | more
+    assert "token_sequences" in backend.launches
+
+
+def test_a_device_says_what_it_found(tmp_path: Path) -> None:
+    """Fractions are refused when their batch is asked for."""
+    groups = example_groups()
+    for group in groups:
+        group.matrix = group.matrix.astype(np.float32) * 0.5
+        group.codec = "zstd"
+    odd = example_dataset(tmp_path, groups)
+    words = {str(uid): i + 4 for i, uid in enumerate(odd.feature_uids)}
+    recipe = tokens.ExpressedGenes(words, length=5, pad=0)
+    options = LoaderOptions.of(layout="tokens", tokens=recipe)
+    with (
+        device_loader(odd, sampler(odd), EmulatedBackend(), options) as loader,
+        pytest.raises(InvalidDataError, match="tokens are made of counts"),
+    ):
+        next(iter(loader))
 
 
 def test_obs_columns_become_ids(dataset: CellDataset) -> None:

@@ -7,7 +7,7 @@ that batches in flight are staged in; nothing here waits for the device but `Pen
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from hbx_gpu._engine.device import status
 from hbx_gpu._engine.device.backend import Backend, Slot
 from hbx_gpu._engine.device.compressed import chosen
-from hbx_gpu._engine.device.launches import DENSE_KERNELS, Launches, Pending
+from hbx_gpu._engine.device.launches import DENSE_KERNELS, FlatCsr, Launches, Pending
 from hbx_gpu._engine.device.records import SOURCE, element_type
 from hbx_gpu._engine.device.staged_plan import ANY, PARTS, Layout, Resident, StagedPlan
 from hbx_gpu._engine.device.stager import Stager
@@ -24,7 +24,7 @@ from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.transforms import Transform, not_counts
 
-__all__ = ["DENSE_KERNELS", "DeviceEngine", "Pending", "StagedPlan"]
+__all__ = ["DENSE_KERNELS", "DeviceEngine", "FlatCsr", "Pending", "StagedPlan"]
 
 
 class DeviceEngine:
@@ -161,6 +161,25 @@ class DeviceEngine:
     def _see(self, ascending: bool) -> None:
         """Sort from now on, once a batch was found that does not ascend."""
         self._sorts |= not ascending
+
+    def submit_flat(
+        self, staging: StagedPlan, slot: Slot, then: Callable[[FlatCsr], Sequence[object]]
+    ) -> Pending:
+        """Order what brings all elements of a packed plan to scratch, then further work on them.
+
+        Parameters
+        ----------
+        then
+            Orders kernels that read the elements; returns the tensors that those write.
+
+        Returns
+        -------
+        Pending
+            The batch in the making, with these tensors.
+        """
+        batch = self._launches(staging, slot, self._types, flat=True)
+        batch.decode([])
+        return batch.finish(list(then(batch.flat())))
 
     def submit_dense(
         self,

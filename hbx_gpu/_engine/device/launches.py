@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from hbx_gpu._engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot, Streams
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
 from hbx_gpu._engine.device.staged_plan import ANY, UNSORTED, StagedPlan
+from hbx_gpu._plan.rows import BatchPlan
 from hbx_gpu.transforms import Transform
 
 DENSE_KERNELS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
@@ -21,6 +23,27 @@ _MAX_GRID = 1 << 16
 _SET_BYTES = 8  # of shared memory per word of 32 columns, for sorting
 _SLICE = 16 << 10  # bytes of a shuffled block that a block of threads takes at a time
 _NOWHERE = np.uint64(0)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatCsr:
+    """All elements of a plan in device memory, before dropped ones are removed; it lasts as long as the slot.
+
+    Attributes
+    ----------
+    indices, offsets
+        Addresses: int32, -1 where a remap drops the column; int64 (n_rows + 1,).
+    values, types
+        Address of each layer's values, and their types by number.
+    plan
+        The plan.
+    """
+
+    indices: np.uint64
+    offsets: np.uint64
+    values: list[np.uint64]
+    types: list[int]
+    plan: BatchPlan
 
 
 class Pending:
@@ -154,6 +177,11 @@ class Launches:
         if n_plains := self._count("plains"):
             plains = self._table("plains")
             self._launch("gather_pieces", -(-n_plains // _WARPS), plains, self._columns, outputs_at, "plains")
+
+    def flat(self) -> FlatCsr:
+        """Where `decode` brings the elements of the plan, if to no outputs."""
+        values = [self._at(f"flat{layer + 1}") for layer in range(len(self._types))]
+        return FlatCsr(self._at("flat0"), self._at("offsets"), values, list(self._types), self._staging.plan)
 
     def count_kept(self, offsets: Any) -> None:
         """Offsets of the elements of the flat CSR that no remap drops; their number comes back."""

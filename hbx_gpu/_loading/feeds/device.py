@@ -36,13 +36,11 @@ DatasetT = TypeVar("DatasetT", bound=StoredDataset[Any, Any, Any])
 # Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
 # compressed bytes in page-locked and device memory.
 _CSR_BYTES = 16
-_STAGED_BYTES = 4
+STAGED_BYTES = 4
 
 
-class StagedFeed(Generic[DatasetT]):
-    """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
-
-    Subclasses define `_stage` and `_submit`, which decide the form of the batches.
+class SlotFeed(Generic[DatasetT]):
+    """What feeds of a device have in common: their dataset, and slots that are used again.
 
     Parameters
     ----------
@@ -78,10 +76,32 @@ class StagedFeed(Generic[DatasetT]):
     def set_epoch(self, epoch: int) -> None:
         """See :class:`~hbx_gpu._protocols.Feed`; rows are the same in every epoch."""
 
+    def _slot(self) -> Slot:
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return self._new_slot()
+
+    def _new_slot(self) -> Slot:
+        from hbx_gpu._engine.device.backend import Slot
+
+        return Slot(self._backend)
+
+    def _nbytes(self, rows: np.ndarray) -> int:
+        """Bytes that the batch of `rows` takes up."""
+        raise NotImplementedError
+
+
+class StagedFeed(SlotFeed[DatasetT]):
+    """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
+
+    Subclasses define `_stage` and `_submit`, which decide the form of the batches.
+    """
+
     def make(self, selections: Sequence[np.ndarray]) -> list[_Made]:
         """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
-        columns = _Columns({**self._dataset.columns, "index": None}, selection)
+        columns = Columns({**self._dataset.columns, "index": None}, selection)
         slot = self._slot()
         try:
             staging = self._stage(selection, slot)
@@ -125,21 +145,6 @@ class StagedFeed(Generic[DatasetT]):
             return None
         with self._backend.on_decode_stream():
             return half[-1].isinf().any()
-
-    def _slot(self) -> Slot:
-        try:
-            return self._free.popleft()
-        except IndexError:
-            return self._new_slot()
-
-    def _new_slot(self) -> Slot:
-        from hbx_gpu._engine.device.backend import Slot
-
-        return Slot(self._backend)
-
-    def _nbytes(self, rows: np.ndarray) -> int:
-        """Bytes that the batch of `rows` takes up."""
-        raise NotImplementedError
 
     def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         """Plan rows, bring what they need, and pack what of it crosses."""
@@ -185,7 +190,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
             out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)
         else:
             out = elements * _CSR_BYTES
-        return out + elements * _STAGED_BYTES + self._decoded.of(self._dataset.row_index, rows)
+        return out + elements * STAGED_BYTES + self._decoded.of(self._dataset.row_index, rows)
 
     def _new_slot(self) -> Slot:
         return self.chunks.slot()
@@ -290,7 +295,7 @@ class _Window:
     free: deque[Slot]
     tensors: list[Any]
     x: Callable[[int, int], Any]
-    columns: _Columns
+    columns: Columns
     overflow: Any = None
 
     def give_back(self) -> None:
@@ -302,7 +307,7 @@ class _Window:
     __del__ = give_back
 
 
-class _Columns:
+class Columns:
     """Metadata of a window's rows: numbers go to the device in one piece, anything else stays NumPy."""
 
     def __init__(self, columns: Mapping[str, np.ndarray | None], selection: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._datasets.plain import PlainDataset
 from hbx_gpu._loading.feeds.device import DatasetT, DecodedBytes, DeviceFeed, StagedFeed
+from hbx_gpu._loading.feeds.tokens import TokenFeed
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Collate, Loadable, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
@@ -333,7 +334,8 @@ def cells_feed(
         )
     feeds: dict[str, AnyFeed] = {}
     if isinstance(collate, TokenCollate):
-        return CopiedFeed(dataset, collate, backend)
+        assert isinstance(dataset, CellDataset)  # others have no tokens
+        return TokenFeed(dataset, backend, collate, options)
     if isinstance(dataset, CellDataset):
         for name, cells in _layers_of(dataset):
             feeds[name] = DeviceFeed(cells, backend, options)

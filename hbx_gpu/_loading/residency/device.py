@@ -71,7 +71,7 @@ class DeviceChunks:
         options: LoaderOptions,
     ) -> None:
         self._dataset, self._engine, self._threads = dataset, engine, options.threads or cores()
-        self._layout: Layout = "csr" if options.layout == "csr" else "dense"
+        self._layout: Layout = "csr" if options.layout in ("csr", "tokens") else "dense"
         self.io = self._choose(options.io or "mmap")
         self._direct = kvikio.KvikioReader(engine.directory) if self.io == "kvikio" else None
         self._reader: Reader = dataset.open_reader("mmap" if self.io == "kvikio" else self.io)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu.tokens._arithmetic import linspace32
 from hbx_gpu.tokens._by_row import reference
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
 from hbx_gpu.tokens._host import bins, sequence, sorting
 from hbx_gpu.tokens._host.known import Known
 from hbx_gpu.tokens._host.sentences import sentences
+from hbx_gpu.tokens._numbers import numbers_of, quantiles_of
 from hbx_gpu.tokens._program import Fill, Mask, Sequence, Value
 from hbx_gpu.tokens._reference import Cut
 
@@ -29,7 +29,7 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
     program, tables = compiled.program, compiled.tables
     known = Known(compiled, cells)
     n = len(cells)
-    whole, fractions = sequence.numbers_of(program)
+    whole, fractions = numbers_of(program)
     lengths = np.empty(n, np.int32)
     sequence.lengths(whole, known.pointers, known.totals_known, len(tables.known), lengths)
     width = options.width(lengths, program.length)
@@ -70,12 +70,7 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
     every = {**none, **made, **generated}
 
     room = max(known.longest, len(tables.known) if program.fill != Fill.NONE else 0) + program.length + 64
-    steps = program.bins - 2
-    if program.torch_edges:
-        quantiles = linspace32(program.bins - 1).astype(np.float64)
-    else:
-        quantiles = np.arange(program.bins - 1) * (1.0 / steps)
-        quantiles[-1] = 1.0
+    quantiles = quantiles_of(program)
     sequence.fill_rows(
         whole, fractions, quantiles, program.ratios, program.protect, program.front_values,
         program.back_values, tables.token, tables.scale, tables.index, tables.known,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import numpy as np
 
 from hbx_gpu.tokens._arithmetic import INV_LN10
@@ -13,76 +11,8 @@ from hbx_gpu.tokens._host.bins import assign, find_edges
 from hbx_gpu.tokens._host.draws import jit, keys, sums
 from hbx_gpu.tokens._host.hiding import hide_ids, hide_values
 from hbx_gpu.tokens._host.sorting import smallest
-from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Sequence, Value
-
-
-class I(IntEnum):  # noqa: E742
-    """Places of whole numbers of a program."""
-
-    ORDER = 0
-    KEEP = 1
-    CUT_RANDOM = 2
-    RANK = 3
-    SCALED = 4
-    FILL = 5
-    FILL_TO = 6
-    VALUE = 7
-    NORM = 8
-    CURVE = 9
-    SIDE = 10
-    TORCH_EDGES = 11
-    COUNTS = 12
-    N_FRONT = 13
-    N_BACK = 14
-    DEPTH = 15
-    DEPTH_FIRST = 16
-    DEPTH_SECOND = 17
-    DEPTH_DROP = 18
-    PAD_ID = 19
-    MASK = 20
-    MASK_FRONT = 21
-    MASK_SHORT = 22
-    MASK_ID = 23
-    REPLACE_FIRST = 24
-    REPLACE_SPAN = 25
-    MASKED_BELOW = 26
-    REPLACED_BELOW = 27
-
-
-class F(IntEnum):
-    """Places of fractions of a program."""
-
-    RANK_TARGET = 0
-    TARGET = 1
-    CLIP = 2
-    DEPTH_NUMBER = 3
-    PAD_VALUE = 4
-    MASK_VALUE = 5
-
-
-def numbers_of(program: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """int64 and float64. A program as numbers, in the places of :class:`I` and :class:`F`."""
-    whole = [
-        program.order, program.keep, program.cut_random, program.rank, program.scaled, program.fill,
-        program.fill_to, program.value, program.norm, program.curve, program.side, program.torch_edges,
-        program.counts, program.n_front, program.n_back, program.depth, *program.depth_ids,
-        program.depth_drop, program.pad_id, program.mask, program.mask_front, program.mask_short,
-        program.mask_id, program.replace_first, program.replace_span, below(program.masked),
-        below(program.replaced),
-    ]  # fmt: skip
-    fractions = [
-        program.rank_target, program.target, program.clip, program.depth_number, program.pad_value,
-        program.mask_value,
-    ]  # fmt: skip
-    assert len(whole) == len(I)
-    assert len(fractions) == len(F)
-    return np.array([int(number) for number in whole], np.int64), np.array(fractions, np.float64)
-
-
-def below(share: float) -> int:
-    """How many of the 2**53 numbers of [0, 1) are below a share."""
-    return int(np.ceil(share * 2.0**53))
-
+from hbx_gpu.tokens._numbers import F, I
+from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Value
 
 # numba takes plain integers of a module for constants.
 _ORDER, _KEEP, _CUT_RANDOM, _RANK = int(I.ORDER), int(I.KEEP), int(I.CUT_RANDOM), int(I.RANK)

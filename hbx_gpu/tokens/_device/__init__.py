@@ -1,0 +1,1 @@
+"""The device engine of tokens: constants of a recipe, memory and launches of a batch."""
