@@ -100,7 +100,7 @@ def _entropy(symbols: np.ndarray) -> float:
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
     """Seconds of the fastest call: on a shared machine the others measure the neighbours."""
     call()
-    took = []
+    took: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(took) < 3:
         start = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._bench import machine
 
@@ -94,7 +93,7 @@ def _rename_genes(path: Path, seed: int) -> None:
         write_elem(file, "var", var)
 
 
-def conditions(gpu: int | None = None) -> dict[str, Any]:
+def conditions(gpu: int | None = None) -> machine.Conditions:
     """What a figure needs beside it: machine, versions, commit."""
     return {**machine.conditions(gpu), "commit": _commit()}
 

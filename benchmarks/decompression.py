@@ -40,12 +40,13 @@ def _compressor(codec: str) -> Any:
     from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
     from zarr.codecs.numcodecs import LZ4
 
-    return {
+    made: dict[str, Callable[[], Any]] = {
         "zstd": lambda: ZstdCodec(level=3),
         "lz4": LZ4,
         "gzip": lambda: GzipCodec(level=5),
         "blosc": lambda: BloscCodec(cname="lz4", shuffle="shuffle"),
-    }[codec]()
+    }
+    return made[codec]()
 
 
 def written(folder: Path, codec: str, cells: int, genes: int, chunk: int) -> CellDataset:

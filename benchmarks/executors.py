@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=2 * len(cases), unit="case", desc="executors") as bar:
         for layout, n in cases:
             sampler = CellSampler(dataset.groups_np, batch_size=n, locality="none", seed=0, num_workers=0)
-            load = partial(by_executor, dataset, sampler, **LAYOUTS[layout])
+            load: Callable[[str], Any] = partial(by_executor, dataset, sampler, **LAYOUTS[layout])
             batch = next(iter(load("direct")))
             size = nbytes(batch)
             few = max(20, min(options.batches, (8 << 30) // size))

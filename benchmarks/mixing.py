@@ -43,7 +43,8 @@ def entropies(labels: np.ndarray, sizes: np.ndarray, n_labels: int) -> np.ndarra
     counts = np.bincount(batch * n_labels + labels, minlength=len(sizes) * n_labels)
     shares = counts.reshape(len(sizes), n_labels) / np.maximum(sizes, 1)[:, None]
     logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-    return -(shares * logs).sum(axis=1)
+    result: np.ndarray = -(shares * logs).sum(axis=1)
+    return result
 
 
 def quality(rows: np.ndarray, sizes: np.ndarray, n_cells: int, *, seed: int = 0) -> float:

@@ -7,9 +7,9 @@ it, its memory goes back to the pool instead of to the system.
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _ALIGNMENT = 64
 _SMALL = 1 << 16  # below this malloc recycles by itself
@@ -39,7 +39,7 @@ class BufferPool:
             threading.RLock()
         )  # garbage collection while it is held may return a block on this thread
 
-    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
         """Like ``numpy.empty``; 64-byte aligned."""
         dtype = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64))

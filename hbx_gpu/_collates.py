@@ -6,20 +6,31 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.stored import Kind
 from hbx_gpu._float16 import overflow_said
-from hbx_gpu._protocols import AnyCollate, Collate, Collating, TensorBatch
+from hbx_gpu._protocols import AnyCollate, Collate, CollateFunction, Collating, TensorBatch
 from hbx_gpu._tensors import metadata_tensors
-from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch, put_together
+from hbx_gpu.batch import DenseBatch, MultimodalBatch, Part, RaggedBatch, SparseBatch, put_together
 from hbx_gpu.transforms import Transform
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from hbx_gpu.images import TileCollate
+
+
+class SpaceOptions(TypedDict):
+    """What becomes of one sparse space."""
+
+    layout: str
+    dtype: str
+    transform: Transform
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ def _hear_torch_out() -> None:
 
 
 def dense_to_tensor_collate(
-    batch: DenseBatch | RaggedBatch | Sequence[DenseBatch] | Sequence[RaggedBatch],
+    batch: DenseBatch | RaggedBatch | Sequence[DenseBatch | RaggedBatch],
 ) -> TensorBatch:
     """A dense batch as a tensor of its own dtype, a ragged one as a list of tensors, without a copy.
 
@@ -155,11 +166,12 @@ def dense_to_tensor_collate(
     """
     import torch
 
-    given: Any = batch
-    whole: DenseBatch | RaggedBatch = put_together(given)
-    data: Any = whole.data
-    ragged = isinstance(whole, RaggedBatch)
-    x = [torch.from_numpy(array) for array in data] if ragged else torch.from_numpy(data)
+    whole = put_together(batch)
+    x = (
+        [torch.from_numpy(array) for array in whole.data]
+        if isinstance(whole, RaggedBatch)
+        else torch.from_numpy(whole.data)
+    )
     return {"X": x, **metadata_tensors(whole.metadata)}
 
 
@@ -193,7 +205,7 @@ class MultimodalCollate(Collating):
         for drawing in (*(self.images or {}).values(), *(self.tokens or {}).values()):
             drawing.set_epoch(epoch)
 
-    def options_of(self, name: str) -> TensorBatch:
+    def options_of(self, name: str) -> SpaceOptions:
         """``layout``, ``dtype`` and ``transform`` of one sparse space."""
         transform = (self.transform or {}).get(name, Transform())
         layout = self._of(self.layout, name, "dense")
@@ -233,7 +245,7 @@ class MultimodalCollate(Collating):
         import torch
 
         check_spaces(batch.modalities)
-        result: dict[str, Any] = {
+        result: TensorBatch = {
             "present": {name: torch.from_numpy(mask) for name, mask in batch.present.items()},
             "measured": MeasuredTensors(batch.measured),
         }
@@ -267,7 +279,7 @@ class MultimodalCollate(Collating):
         return sum(sizes)
 
 
-def kind_of(batch: SparseBatch | DenseBatch | RaggedBatch) -> Kind:
+def kind_of(batch: Part) -> Kind:
     """What rows of a batch are: sparse, rows of a dense matrix, or arrays without columns."""
     if isinstance(batch, SparseBatch):
         return "sparse"
@@ -326,7 +338,7 @@ class ArrayCollate(Collating):
 class FunctionCollate(Collating):
     """A function of the user's."""
 
-    function: Callable[[Any], Any]
+    function: CollateFunction
 
     def __call__(self, batch: object) -> object:
         """What the function makes of the batch."""
@@ -377,17 +389,13 @@ class LayersCollate(Collating):
     def on_device(self) -> bool:
         return self.collate.on_device
 
-    def __call__(self, batch: Any) -> TensorBatch:
+    def __call__(self, batch: Part) -> TensorBatch:
         """See :class:`LayersCollate`."""
         made: TensorBatch = self.collate(batch)
         if batch.layers:
-            field = "values" if isinstance(batch, SparseBatch) else "data"
-            bare = replace(batch, metadata=None)
-            layers = {
-                name: self.collate(replace(bare, **{field: values}))["X"]
-                for name, values in list(batch.layers.items())[1:]
-            }
-            made["layers"] = {next(iter(batch.layers)): made["X"], **layers}
+            first, *others = batch.layers
+            layers = {name: self.collate(_layer(batch, name))["X"] for name in others}
+            made["layers"] = {first: made["X"], **layers}
         return made
 
     def nbytes(self, n_rows: int, n_features: int, /) -> int:
@@ -395,7 +403,16 @@ class LayersCollate(Collating):
         return self.collate.nbytes(n_rows, n_features)
 
 
-class MeasuredTensors(Mapping[str, Any]):
+def _layer(batch: Part, name: str) -> Part:
+    """One layer of a batch, without metadata."""
+    if isinstance(batch, SparseBatch):
+        return replace(batch, values=batch.layers[name], metadata=None)
+    if isinstance(batch, DenseBatch):
+        return replace(batch, data=batch.layers[name], metadata=None)
+    return replace(batch, data=batch.layers[name], metadata=None)
+
+
+class MeasuredTensors(Mapping[str, "Tensor"]):
     """Masks of a batch as bool tensors (n_cells, n_features), each made when it is asked for.
 
     Parameters
@@ -406,10 +423,10 @@ class MeasuredTensors(Mapping[str, Any]):
         Where the tensors are; None: the CPU.
     """
 
-    def __init__(self, measured: Mapping[str, np.ndarray], device: Any = None) -> None:
+    def __init__(self, measured: Mapping[str, np.ndarray], device: torch.device | None = None) -> None:
         self._measured, self._device = measured, device
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         import torch
 
         distinct = getattr(self._measured, "distinct", None)
@@ -470,7 +487,7 @@ def register_with_torch() -> None:
     """
     from torch.utils.data._utils.collate import default_collate_fn_map
 
-    def whole(collate: Callable[[Any], Any]) -> Callable[..., Any]:
+    def whole(collate: CollateFunction) -> Callable[..., object]:
         def collated(batch: object, *, collate_fn_map: object = None) -> object:  # noqa: ARG001 - torch passes it
             return collate(batch)
 
@@ -484,11 +501,11 @@ def register_with_torch() -> None:
     })  # fmt: skip
 
 
-def as_collate(collate: Callable[[Any], Any]) -> AnyCollate:
+def as_collate(collate: CollateFunction) -> AnyCollate:
     """What the user gave as `collate_fn`, as a :class:`~hbx_gpu._protocols.Collate`."""
     if isinstance(collate, Collate):
         return collate
-    known: dict[Callable[[Any], Any], AnyCollate] = {
+    known: dict[CollateFunction, AnyCollate] = {
         sparse_to_dense_collate: DenseCollate(),
         sparse_to_csr_collate: CsrCollate(),
         dense_to_tensor_collate: ArrayCollate(),

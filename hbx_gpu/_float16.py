@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from hbx_gpu.transforms import Transform
@@ -55,7 +56,7 @@ def say_overflow(largest: float | None = None) -> None:
 
 
 @contextmanager
-def overflow_said(*dtypes: Any) -> Iterator[None]:
+def overflow_said(*dtypes: npt.DTypeLike) -> Iterator[None]:
     """Let :func:`say_overflow` speak instead of NumPy where casts make numbers infinite.
 
     Parameters

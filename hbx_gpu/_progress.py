@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -25,7 +25,7 @@ def bar(unit: str, title: str | None = None) -> Iterator[Progress]:
     """A progress bar on stderr, as long as the context lasts. It begins when there is something to show."""
     from tqdm import tqdm
 
-    shown: tqdm[Any] | None = None
+    shown: tqdm[NoReturn] | None = None
 
     def show(done: int, total: int) -> None:
         nonlocal shown

@@ -108,6 +108,8 @@ class Feed(Protocol[MadeT, OutT_co]):
 
 
 AnyCollate: TypeAlias = Collate[Any, Any]
+CollateFunction: TypeAlias = Callable[[Any], Any]
+"""A function of the user's that turns a batch into what the training loop receives."""
 AnyFeed: TypeAlias = Feed[Any, Any]
 
 
@@ -149,8 +151,12 @@ class Loadable(Protocol[BatchT_co]):
     def collate_with(self, collate: AnyCollate) -> AnyCollate:
         """Adapt a collate for batches of cells to this dataset's batches."""
 
-    def feed_with(self, make: Callable[[Any], AnyFeed]) -> AnyFeed:
+    def feed_with(self, make: Callable[[AnyLoadable], AnyFeed]) -> AnyFeed:
         """Make a feed of this dataset on a device; `make` makes a feed of a dataset of cells."""
+
+
+AnyLoadable: TypeAlias = Loadable[Any]
+"""A dataset of any batches."""
 
 
 @runtime_checkable
@@ -163,7 +169,7 @@ class Chunked(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read_rows(self, selections: Sequence[np.ndarray]) -> Sequence[Any]:
+    def read_rows(self, selections: Sequence[np.ndarray]) -> Sequence[object]:
         """See :meth:`Loadable.read_rows`."""
 
     def open_reader(self, kind: str) -> Reader:

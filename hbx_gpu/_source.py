@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -31,6 +31,19 @@ class ChunkTable:
     offset: np.ndarray
     nbytes: np.ndarray
     skipped: np.ndarray | None = None
+
+
+Scalar: TypeAlias = bool | int | float | np.bool | np.integer | np.floating
+"""One element of an array."""
+Configuration: TypeAlias = dict[str, Any]
+"""Settings of a codec: JSON whose form follows from the codec's name; whoever reads one checks it."""
+
+
+class Codec(TypedDict):
+    """One codec of a chain, as the metadata of a zarr v3 array have it."""
+
+    name: str
+    configuration: NotRequired[Configuration]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +95,11 @@ class ArrayLayout:
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
     shard_shape: tuple[int, ...]
-    codecs: tuple[dict[str, Any], ...]
-    fill_value: Any = 0
+    codecs: tuple[Codec, ...]
+    fill_value: Scalar = 0
     sharded: bool = False
     index_at_end: bool = True
-    index_codecs: tuple[dict[str, Any], ...] = ()
+    index_codecs: tuple[Codec, ...] = ()
     key_prefix: str = "c/"
     key_separator: str = "/"
     absent_is_fill: bool = True

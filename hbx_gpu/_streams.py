@@ -6,14 +6,17 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 _POOL = 32  # streams that torch keeps per device and priority (c10/cuda/CUDAStream.cpp)
-_STREAMS: dict[tuple[int, str], Any] = {}
+_STREAMS: dict[tuple[int, str], torch.cuda.Stream] = {}
 _STREAMS_LOCK = threading.Lock()
 
 
-def own_stream(device: int, purpose: str, *, urgent: bool = False) -> Any:
+def own_stream(device: int, purpose: str, *, urgent: bool = False) -> torch.cuda.Stream:
     """Return the CUDA stream of this process for one purpose on one device; the same at every call.
 
     torch hands out 32 streams per device and priority in turn. Who takes a new one for each epoch soon shares
@@ -57,10 +60,16 @@ class Passed(Protocol):
         """Wait until it has."""
 
 
-def _recorded(stream: Any) -> Passed:
+class Stream(Protocol):
+    """What :class:`Held` needs of a stream, as ``torch.cuda.Stream`` has it."""
+
+    def record_event(self, event: torch.cuda.Event | None = None) -> object: ...
+
+
+def _recorded(stream: Stream) -> Passed:
     import torch
 
-    event: Passed = torch.cuda.Event(blocking=True)
+    event = torch.cuda.Event(blocking=True)
     stream.record_event(event)
     return event
 
@@ -77,12 +86,12 @@ class Held:
         Makes an event on a stream; a parameter for tests without a GPU.
     """
 
-    def __init__(self, record: Callable[[Any], Passed] = _recorded) -> None:
+    def __init__(self, record: Callable[[Stream], Passed] = _recorded) -> None:
         self._record = record
-        self._latest: tuple[Sequence[object], Any] | None = None
+        self._latest: tuple[Sequence[object], Stream] | None = None
         self._before: deque[tuple[Passed, Sequence[object]]] = deque()
 
-    def hand_over(self, outputs: Sequence[object], stream: Any) -> None:
+    def hand_over(self, outputs: Sequence[object], stream: Stream) -> None:
         """Keep `outputs`, which `stream` uses from now on, and let go of those that it has used.
 
         What the stream was asked for until now used the outputs of the call before, so those may go when it

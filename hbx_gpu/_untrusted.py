@@ -11,7 +11,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._advice import option
 from hbx_gpu.errors import CorruptDataError, UnsafePathError
@@ -146,7 +145,7 @@ def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> byt
     return content
 
 
-def parse_json(content: bytes, where: str | os.PathLike[str]) -> Any:
+def parse_json(content: bytes, where: str | os.PathLike[str]) -> object:
     """JSON as Python values.
 
     Raises
@@ -155,11 +154,12 @@ def parse_json(content: bytes, where: str | os.PathLike[str]) -> Any:
         It is not JSON, or nested so deeply that nobody wrote it in earnest.
     """
     try:
-        return json.loads(content)
+        found: object = json.loads(content)
     except RecursionError:
         raise CorruptDataError(f"{os.fspath(where)} is nested too deeply to be read; it is damaged") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, numbers of thousands of digits
         raise CorruptDataError(f"{os.fspath(where)} is not JSON: {error}") from error
+    return found
 
 
 class Within:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
+
+ArrayT = TypeVar("ArrayT", np.ndarray, list[np.ndarray])
 
 
 def teach_torch() -> None:
@@ -21,7 +23,7 @@ def teach_torch() -> None:
         importlib.import_module("hbx_gpu._collates").register_with_torch()
 
 
-def _one_row(batch: Any, row: int) -> slice:
+def _one_row(batch: Sized, row: int) -> slice:
     """Return a row number as a slice; as for sequences, negative ones count from the end."""
     n = len(batch)
     if not -n <= row < n:
@@ -29,7 +31,7 @@ def _one_row(batch: Any, row: int) -> slice:
     return slice(row % n, row % n + 1)
 
 
-def _cut(arrays: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+def _cut(arrays: Mapping[str, ArrayT], rows: slice) -> dict[str, ArrayT]:
     return {name: array[rows] for name, array in arrays.items()}
 
 
@@ -199,6 +201,10 @@ class RaggedBatch:
         )
 
 
+Part: TypeAlias = SparseBatch | DenseBatch | RaggedBatch
+"""A batch of one modality."""
+
+
 @dataclass(slots=True)
 class MultimodalBatch:
     """The same cells in several modalities; every modality holds a row for every cell.
@@ -221,7 +227,7 @@ class MultimodalBatch:
         As in :class:`SparseBatch`, of all modalities.
     """
 
-    modalities: dict[str, SparseBatch | DenseBatch | RaggedBatch]
+    modalities: dict[str, Part]
     present: dict[str, np.ndarray]
     metadata: dict[str, np.ndarray] | None
     n_cells: int

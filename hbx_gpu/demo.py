@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -135,10 +135,11 @@ def open_dataset(atlas_path: Path, label: str | None) -> tuple[CellDataset, str 
     if candidates != [label]:
         columns = [label] if label else None
         dataset = atlas.query().to_cell_dataset("gene_expression", layer="counts", metadata_columns=columns)
+    assert isinstance(dataset, CellDataset)  # gene expression is sparse
     return dataset, label
 
 
-def choose_label(categories: Mapping[str, Sequence[Any] | np.ndarray]) -> str | None:
+def choose_label(categories: Mapping[str, Sequence[object] | np.ndarray]) -> str | None:
     """The column to predict: 2 to 200 categories, one that sounds like a cell type first; None without any.
 
     Parameters

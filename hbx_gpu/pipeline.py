@@ -95,7 +95,7 @@ def jax_batches(loader: CellLoader) -> Iterator[Any]:
     from jax import dlpack
     from jax.experimental import sparse
 
-    def converted(value: Any) -> Any:
+    def converted(value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return value
         if value.layout is not torch.sparse_csr:

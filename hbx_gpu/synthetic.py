@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import h5py
+    from numpy.typing import ArrayLike
+    from scipy import sparse
 
 Layout = Literal["csr", "csc", "dense"]
 Progress = Callable[[int], object]
@@ -163,7 +168,7 @@ def write_h5ad(
     layout: Layout = "csr",
     compression: str | None = "gzip",
     dtype: str = "float32",
-    extra_obs: dict[str, Any] | None = None,
+    extra_obs: Mapping[str, ArrayLike] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a count matrix as .h5ad, a block of rows at a time.
@@ -325,7 +330,7 @@ def _write(
     compression: str | None,
     dtype: str,
     cell_types: tuple[str, ...],
-    extra_obs: dict[str, Any],
+    extra_obs: Mapping[str, ArrayLike],
     progress: Progress | None,
 ) -> None:
     import h5py
@@ -358,7 +363,7 @@ def _write(
 
 
 def _write_csr(
-    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
+    file: h5py.File, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     group = _sparse_group(file, "csr_matrix", counts, dtype, compression)
     totals, indptr = [], [np.zeros(1, np.int64)]
@@ -373,7 +378,7 @@ def _write_csr(
 
 
 def _write_csc(
-    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
+    file: h5py.File, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     group = _sparse_group(file, "csc_matrix", counts, dtype, compression)
     n_vars = counts.model.n_vars
@@ -396,7 +401,9 @@ def _write_csc(
     return np.concatenate(totals) if totals else np.empty(0, np.int64)
 
 
-def _columns(counts: _Counts, first: int, last: int, dtype: np.dtype, progress: Progress | None) -> Any:
+def _columns(
+    counts: _Counts, first: int, last: int, dtype: np.dtype, progress: Progress | None
+) -> sparse.csc_matrix:
     """CSC matrix of the columns [first, last)."""
     from scipy import sparse
 
@@ -413,7 +420,7 @@ def _columns(counts: _Counts, first: int, last: int, dtype: np.dtype, progress: 
 
 
 def _write_dense(
-    file: Any, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
+    file: h5py.File, counts: _Counts, dtype: np.dtype, compression: str | None, progress: Progress
 ) -> np.ndarray:
     n_vars = counts.model.n_vars
     chunks = (min(256, len(counts)), n_vars) if len(counts) else None
@@ -434,7 +441,9 @@ def _write_dense(
     return np.concatenate(totals) if totals else np.empty(0, np.int64)
 
 
-def _sparse_group(file: Any, encoding: str, counts: _Counts, dtype: np.dtype, compression: str | None) -> Any:
+def _sparse_group(
+    file: h5py.File, encoding: str, counts: _Counts, dtype: np.dtype, compression: str | None
+) -> h5py.Group:
     group = file.create_group("X")
     shape = np.array([len(counts), counts.model.n_vars])
     group.attrs.update({"encoding-type": encoding, "encoding-version": "0.1.0", "shape": shape})
@@ -445,7 +454,7 @@ def _sparse_group(file: Any, encoding: str, counts: _Counts, dtype: np.dtype, co
     return group
 
 
-def _append(dataset: Any, values: np.ndarray) -> None:
+def _append(dataset: h5py.Dataset, values: np.ndarray) -> None:
     first = len(dataset)
     dataset.resize((first + len(values),))
     dataset[first:] = values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -20,7 +21,7 @@ from hbx_gpu.atlas._writing.arrays import codec_names
 
 
 def write(
-    path: Path, seed: int = 0, n: int = 8, genes: str = "abcd", *, scale: float = 1, **obs: list
+    path: Path, seed: int = 0, n: int = 8, genes: str = "abcd", *, scale: float = 1, **obs: list[Any]
 ) -> Path:
     x = sp.random(n, len(genes), 0.6, "csr", random_state=np.random.default_rng(seed))
     x.data = np.ceil(x.data * 9) * scale
@@ -51,7 +52,7 @@ def test_both_real_files(
     for path, id_column in zip(real_h5ad, ("gene_ids", None), strict=True):
         adata = anndata.read_h5ad(path)
         row = datasets.loc[path.name]
-        group = store[row["zarr_group"]]
+        group: Any = store[row["zarr_group"]]
         np.testing.assert_array_equal(group["csr/indices"][:], adata.X.indices)
         np.testing.assert_array_equal(group["csr/layers/counts"][:], adata.X.data)
         assert group["csr/layers/counts"].dtype == np.uint32
@@ -105,7 +106,7 @@ def test_options_reach_the_ingest(tmp_path: Path, capsys: pytest.CaptureFixture[
     row = atlas.list_datasets().iloc[0]
     assert (row["source_matrix"], row["zarr_layer"], row["codec"]) == ("spliced", "log_normalized", "gzip")
     assert atlas.obs_tables == ["spots"]
-    array = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[row["zarr_group"]]["csr/indices"]
+    array: Any = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[row["zarr_group"]]["csr/indices"]
     assert (array.chunks, array.shards) == ((8,), (16,))
     # The atlas remembers its codec.
     capsys.readouterr()

@@ -44,7 +44,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, groups: list[StoredGroup])
 
 
 def dense(batch: SparseBatch) -> np.ndarray:
-    return sparse_to_dense_collate(batch)["X"].numpy()
+    result: np.ndarray = sparse_to_dense_collate(batch)["X"].numpy()
+    return result
 
 
 def test_shape_and_names(dataset: CellDataset) -> None:

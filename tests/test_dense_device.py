@@ -125,7 +125,7 @@ def test_one_plan_with_every_codec(backend: Any, kind: str, tmp_path: Path) -> N
         width = 2 + i % 7 if kind == "partial_panel" else WIDTH
         remaps.append(panel(i, width) if kind == "partial_panel" else np.arange(WIDTH, dtype=np.int32))
         arrays.append(values((N, 2, 3, 4) if kind == "tiles" else (N, width), dtype, i))
-    more = {} if kind == "tiles" else {"remaps": remaps, "n_features": WIDTH}
+    more: Any = {} if kind == "tiles" else {"remaps": remaps, "n_features": WIDTH}
     dataset = opened(tmp_path, arrays, codecs, **more)
     assert dataset.dtype == np.float64
     batches = batches_for(dataset)
@@ -160,7 +160,7 @@ def test_matrices_of_every_dtype(backend: Any, kind: str, wanted: str, tmp_path:
         [None] if few else [None, "float32"],
     ):
         arrays = [(rng.random((N, WIDTH)) * LARGE.get(dtype, 60_000)).astype(dtype) for dtype in stored_as]
-        options = {"dtypes": {"raw": asked}} if asked else {}
+        options: Any = {"dtypes": {"raw": asked}} if asked else {}
         dataset = opened(
             tmp_path / f"{stored_as}{asked}", arrays, "zstd", remaps=remaps, n_features=WIDTH, **options
         )

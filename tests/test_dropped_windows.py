@@ -7,6 +7,7 @@ import gc
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_areas_of_dropped_windows_come_back(
         residency="none" if io == "kvikio" else "device",
         residency_budget=needed_bytes(dataset) // 3,
     )
-    loader = device_loader(dataset, sampler_for(dataset), StreamBackend(delay=0.001), options)
+    loader: Any = device_loader(dataset, sampler_for(dataset), StreamBackend(delay=0.001), options)
     areas = loader.feed.chunks.store.areas
     whole = list(areas._free)
     assert whole
@@ -98,7 +99,7 @@ def test_new_arena_memory_is_free_of_earlier_kernels() -> None:
     address = int(output.data_ptr())
     backend.decode.order(lambda: (time.sleep(0.05), ctypes.memset(address, 1, nbytes)))
     del output
-    slot = Slot(backend)
+    slot: Any = Slot(backend)
     slot.reserve(nbytes, nbytes)
     assert slot.device is not None
     assert abs(slot.device.address - address) < 512  # the same block

@@ -416,7 +416,7 @@ def test_io_and_residency_reach_the_feed(
     dataset: CellDataset, executor: str, storage: dict[str, Any]
 ) -> None:
     sampler = sampler_for(dataset)
-    loader = make_loader(
+    loader: Any = make_loader(
         dataset, sampler, layout="dense", executor=executor, residency_load="touch", **storage
     )
     assert type(loader.feed._dataset._reader) is not type(dataset._reader)  # read otherwise

@@ -41,7 +41,8 @@ class MyModel(torch.nn.Module):
         self.layer = torch.nn.Linear(n_features, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x).square().mean()
+        result: torch.Tensor = self.layer(x).square().mean()
+        return result
 
 
 N_CELLS, GENES = 300, [f"ENSG{i:05d}" for i in range(30)]

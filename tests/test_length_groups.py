@@ -15,7 +15,7 @@ LENGTHS = np.random.default_rng(1).integers(1, 2_000, N)
 
 
 def sampler(**options: Any) -> CellSampler:
-    settings = {
+    settings: Any = {
         "batch_size": 16,
         "seed": 5,
         "length_group": 10,
@@ -40,7 +40,8 @@ def test_megabatches_are_sorted() -> None:
     # Padding to the longest of a batch costs little, and without sorting much.
     def waste(order: CellSampler) -> float:
         batches = [LENGTHS[batch] for batch in order.batches()]
-        return sum(part.max() * len(part) for part in batches) / LENGTHS.sum()
+        result: float = sum(part.max() * len(part) for part in batches) / LENGTHS.sum()
+        return result
 
     plain = CellSampler(np.zeros(N, int), batch_size=16, seed=5, rank=0, world_size=1)
     assert waste(sampler()) < 1.15 < 1.7 < waste(plain)

@@ -298,7 +298,7 @@ def test_layout_csr(load: Executor, dataset: CellDataset, expected: np.ndarray) 
         ({"memory_budget": 0}, "memory_budget"),
     ],
 )
-def test_options_that_do_not_go_together(dataset: CellDataset, options: dict, message: str) -> None:
+def test_options_that_do_not_go_together(dataset: CellDataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loader(dataset, sampler_for(dataset), **options)
 
@@ -502,7 +502,7 @@ def test_states_that_cannot_be_continued(load: Executor, dataset: CellDataset) -
 def test_frameworks_find_the_epoch_and_the_ranks(dataset: CellDataset) -> None:
     """Lightning tells the epoch to `sampler` only, and replaces samplers that are not distributed ones."""
     sampler = sampler_for(dataset, rank=1, world_size=2)
-    loader = make_loader(dataset, sampler)
+    loader: Any = make_loader(dataset, sampler)
     for found in (loader.sampler, loader.batch_sampler.sampler):
         assert isinstance(found, DistributedSampler)
         assert (found.rank, found.num_replicas, found.epoch) == (1, 2, 0)
@@ -535,7 +535,7 @@ def made_again(loader: CellLoader, *, hook: bool = False) -> CellLoader:
     """Another loader, as Lightning 2 makes it to predict: from attributes, or from what a hook was passed."""
     parameters = inspect.signature(type(loader).__init__).parameters
     found = {k: v for k, v in vars(loader).items() if k in parameters and parameters[k].default is not v}
-    batches = loader.batch_sampler
+    batches: Any = loader.batch_sampler
     again = type(batches)(loader.sampler, batch_size=batches.batch_size, drop_last=False)
     injected = {"sampler": None, "shuffle": False, "batch_size": 1, "drop_last": False}
     found |= injected | {"batch_sampler": SeenIndices(again)}
@@ -548,7 +548,7 @@ def test_lightning_predicts_with_another_loader_of_the_same_class(
     load: Executor, dataset: CellDataset, expected: np.ndarray, hook: bool
 ) -> None:
     loader = load(dataset, sampler_for(dataset, rank=1, world_size=2), threads=2)
-    again = made_again(loader, hook=hook)
+    again: Any = made_again(loader, hook=hook)
     assert again.num_workers == 0
     assert len(again) == len(loader)
     found, seen = list(again), again.batch_sampler.seen

@@ -162,7 +162,7 @@ def test_several_layers_in_one_read(cite: AtlasQuery, cells: AtlasQuery) -> None
     dataset = cite.where("protein_abundance.zarr_group = 'cite/adt'").to_multimodal_dataset(
         ["gene_expression", "protein_abundance"], {"protein_abundance": ["counts", "dsb_normalized"]}
     )
-    part = dataset[:].modalities["protein_abundance"]
+    part: Any = dataset[:].modalities["protein_abundance"]
     assert list(part.layers) == ["counts", "dsb_normalized"]
     assert part.data is part.layers["counts"]
     assert (part.layers["counts"].dtype, part.layers["dsb_normalized"].dtype) == (np.uint32, np.float32)
@@ -171,9 +171,9 @@ def test_several_layers_in_one_read(cite: AtlasQuery, cells: AtlasQuery) -> None
     collated = multimodal_to_dense_collate(dataset[[3, 1]])
     assert torch.equal(collated["protein_abundance"]["X"], collated["protein_abundance"]["layers"]["counts"])
 
-    fragments = cells.to_cell_dataset("chromatin_accessibility", ["starts", "lengths"])[:]
+    fragments: Any = cells.to_cell_dataset("chromatin_accessibility", ["starts", "lengths"])[:]
     for layer in ("starts", "lengths"):
-        alone = cells.to_cell_dataset("chromatin_accessibility", layer)[:]
+        alone: Any = cells.to_cell_dataset("chromatin_accessibility", layer)[:]
         np.testing.assert_array_equal(fragments.layers[layer], alone.values)
         np.testing.assert_array_equal(fragments.indices, alone.indices)
 
@@ -343,7 +343,7 @@ def test_one_dense_space_on_every_path(cells: AtlasQuery, backend: Any) -> None:
 
 
 def test_staging_memory_is_not_used_again_before_it_was_copied(cells: AtlasQuery) -> None:
-    dataset = cells.to_cell_dataset("adt")
+    dataset: Any = cells.to_cell_dataset("adt")
     backend = StreamBackend()
     feed = CopiedFeed(dataset, ArrayCollate(), backend)
     backend.decode.order(lambda: time.sleep(0.3))  # copies wait behind this
@@ -463,7 +463,7 @@ def test_to_multimodal_and_its_kin(cells: AtlasQuery, homeobox_fixtures: Path) -
         np.testing.assert_array_equal(result.present[name], expected[f"{name}/present"])
         assert name in repr(result)
     names = cells.to_cell_dataset("adt").feature_uids
-    adt = result["adt"]
+    adt: Any = result["adt"]
     columns = [list(names).index(uid) for uid in adt.var_names]
     np.testing.assert_array_equal(adt.X, expected["adt/counts/dense"][:, columns])
     np.testing.assert_array_equal(adt.obs_names, result.obs.index[result.present["adt"]])
@@ -550,7 +550,7 @@ def test_images_of_one_space_and_of_boxes(cells: AtlasQuery) -> None:
     crops = cells.to_cell_dataset("crop")
     same_size = augmented(crops, batch_size=4, images=ImageTransform(resize=(6, 6)))
     assert {tile.shape for tile in same_size.values()} == {(2, 6, 6)}
-    tiles = cells.to_cell_dataset("tiles_b")
+    tiles: Any = cells.to_cell_dataset("tiles_b")
     flipped = augmented(tiles, batch_size=4, images=ImageTransform(horizontal_flip=1.0))
     for cell, tile in flipped.items():
         np.testing.assert_array_equal(tile, tiles[cell].data[0, :, :, ::-1])

@@ -61,13 +61,15 @@ class Case:
         return self.query().to_multimodal_dataset(field_names=list(self.fields), layers=layers, **kwargs)
 
     def present(self, field: str, rows: Any) -> np.ndarray:
-        return self.arrays[f"{field}/present"][np.asarray(rows, np.int64)]
+        result: np.ndarray = self.arrays[f"{field}/present"][np.asarray(rows, np.int64)]
+        return result
 
     def numbers(self, field: str, rows: Any) -> np.ndarray:
         """Numbers among the present rows of those of `rows` that are."""
         number = np.cumsum(self.arrays[f"{field}/present"]) - 1
         rows = np.asarray(rows, np.int64)
-        return number[rows[self.present(field, rows)]]
+        result: np.ndarray = number[rows[self.present(field, rows)]]
+        return result
 
 
 @pytest.fixture(scope="module", params=TABLES, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}")

@@ -113,7 +113,7 @@ def checked_out(path: Path) -> Any:
 
 @pytest.fixture
 def dataset(page: tuple[Path, dict[str, pd.DataFrame]]) -> MultimodalCellDataset:
-    return (
+    result: MultimodalCellDataset = (
         checked_out(page[0])
         .query()
         .to_multimodal_dataset(
@@ -122,11 +122,13 @@ def dataset(page: tuple[Path, dict[str, pd.DataFrame]]) -> MultimodalCellDataset
             metadata_columns=["cell_type", "name"],
         )
     )
+    return result
 
 
 def names_of(dataset: MultimodalCellDataset, batch: MultimodalBatch) -> list[str]:
     assert batch.metadata is not None
-    return dataset.categories["name"][batch.metadata["name"]].tolist()
+    result: list[str] = dataset.categories["name"][batch.metadata["name"]].tolist()
+    return result
 
 
 def test_the_dataset(dataset: MultimodalCellDataset) -> None:

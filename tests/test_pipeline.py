@@ -246,7 +246,8 @@ def test_ranks_have_noise_of_their_own(dataset: CellDataset) -> None:
     def first_noise(rank: int) -> torch.Tensor:
         sampler = sampler_for(dataset, rank=rank, world_size=2)
         plain = next(iter(make_loader(dataset, sampler, layout="dense", executor="direct")))
-        return next(iter(noisy(dataset, sampler=sampler)))["X"] - plain["X"]
+        result: torch.Tensor = next(iter(noisy(dataset, sampler=sampler)))["X"] - plain["X"]
+        return result
 
     assert not torch.allclose(first_noise(0), first_noise(1), atol=1e-3)
 
@@ -445,7 +446,7 @@ print("read")
 def generic(loader: CellPipeline, **kwargs: Any) -> Any:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    pipe = loader.pipeline()
+    pipe: Any = loader.pipeline()
     return DALIGenericIterator(pipe, list(pipe.names), **kwargs)
 
 
@@ -563,7 +564,8 @@ def jax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         }
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
-    return request.param
+    result: Iterator[str] = request.param
+    return result
 
 
 @pytest.mark.parametrize("executor", ["dali", "direct"])

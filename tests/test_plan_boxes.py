@@ -118,7 +118,7 @@ def test_rows_of_matrices_are_put_in_place(data: st.DataObject) -> None:
             m, n = data.draw(st.integers(1, width)), data.draw(st.integers(1, 12))
             matrix = rng.integers(1, 1000, (n, m)).astype(data.draw(st.sampled_from(["uint32", "float32"])))
             chunks = (data.draw(st.integers(1, 5)), data.draw(st.integers(1, m)))
-            source = store(
+            source: Any = store(
                 Path(folder), f"m{i}", matrix, chunks, **CODECS[data.draw(st.sampled_from(sorted(CODECS)))]
             )
             remap = rng.permutation(width)[:m].astype(np.int32)

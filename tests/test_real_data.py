@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -54,7 +55,7 @@ def by_anndata(atlas: RaggedAtlas) -> Iterator[Row]:
         yield names[obs["dataset_uid"]], obs["obs_name"], data.X[i].toarray().ravel()
 
 
-def from_batches(dataset: CellDataset, batches: Iterator[dict]) -> Iterator[Row]:
+def from_batches(dataset: CellDataset, batches: Iterator[dict[str, Any]]) -> Iterator[Row]:
     for batch in batches:
         for x, cell, origin in zip(batch["X"].numpy(), batch["obs_name"], batch["dataset_uid"], strict=True):
             yield (

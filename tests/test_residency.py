@@ -225,7 +225,7 @@ def test_io_auto_measures_kvikio_where_it_can_be_used(
 
 def test_areas_are_given_back(rowpack: CellDataset, files: list[StandIn]) -> None:
     """Chunks that come for one batch lie where others lay before."""
-    feed = feed_for(rowpack, io="kvikio")
+    feed: Any = feed_for(rowpack, io="kvikio")
     loader = loader_of(rowpack, feed, window=1)
     assert feed.chunks.store is not None
     before = list(feed.chunks.store.areas._free)
@@ -378,7 +378,7 @@ def test_needed_chunks_of_many_rows(dataset: CellDataset, monkeypatch: pytest.Mo
 
 def test_a_copy_on_the_heap_tells_chunks_apart(tmp_path: Path) -> None:
     """Two files of two chunks: the last of one file, kept, is not taken for the first of the next."""
-    shape = {"shape": (80,), "chunks": (20,), "shards": (40,), "dtype": "uint32", "compressors": None}
+    shape: Any = {"shape": (80,), "chunks": (20,), "shards": (40,), "dtype": "uint32", "compressors": None}
     zarr.create_array(tmp_path / "a", **shape)[:] = np.arange(1, 81)
     directory = ChunkDirectory([read_layout(tmp_path / "a")])
     extents = directory.extents(np.arange(4))

@@ -25,7 +25,8 @@ from hbx_gpu.synthetic import (
 
 def counts_of(path: Path) -> np.ndarray:
     x = anndata.read_h5ad(path).X
-    return x.toarray() if sparse.issparse(x) else x
+    result: np.ndarray = x.toarray() if sparse.issparse(x) else x
+    return result
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])

@@ -87,7 +87,8 @@ def _rows(batch: Any, layout: str) -> Rows:
 
     shape = len(batch), batch.n_features
     rows = sparse.csr_matrix((values.astype(np.float32), batch.indices, batch.offsets), shape)
-    return rows.toarray()
+    result: Rows = rows.toarray()
+    return result
 
 
 def open_loader(task: Task) -> Loader:
@@ -99,7 +100,8 @@ def open_loader(task: Task) -> Loader:
 
     def columns() -> list[str]:
         registry = atlas.feature_registry("gene_expression")
-        return registry.sort("global_index")["gene_symbol"].to_list()
+        result: list[str] = registry.sort("global_index")["gene_symbol"].to_list()
+        return result
 
     if task.variant == "map":
         dataset = query.to_unimodal_dataset("gene_expression", ["counts"])

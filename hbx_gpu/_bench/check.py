@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hbx_gpu._engine.reference import ReferenceEngine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._protocols import TensorBatch
 
 _ROWS = 24  # per batch: the reference decodes whole chunks for each
 
@@ -20,7 +26,7 @@ class Checker:
         Rows checked so far, and how many of them were not equal.
     """
 
-    def __init__(self, dataset: Any, seed: int = 0) -> None:
+    def __init__(self, dataset: CellDataset, seed: int = 0) -> None:
         self._dataset = dataset
         self._engine = ReferenceEngine(dataset._table, dataset._directory, [dataset.dtype])
         self._reader = dataset.open_reader("preadv")
@@ -28,7 +34,7 @@ class Checker:
         self._rng = np.random.default_rng(seed)
         self.rows = self.wrong = 0
 
-    def check(self, batch: dict[str, object]) -> None:
+    def check(self, batch: TensorBatch) -> None:
         """Look at some rows of a batch that carries ``index``, dense or CSR, on any device."""
         import torch
 
@@ -54,7 +60,7 @@ class Checker:
         return np.stack([self._known[row] for row in rows.tolist()])
 
 
-def _rows(x: Any, picked: np.ndarray) -> Any:
+def _rows(x: Tensor, picked: np.ndarray) -> Tensor:
     """Dense rows on the CPU."""
     import torch
 

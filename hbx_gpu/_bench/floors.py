@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hbx_gpu._bench.settings import Setting
+
+if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
 
 _REPEATS = 5
 _PROBE = 64 << 20
@@ -101,7 +104,7 @@ class Bytes:
         return self.n_features * {"float32": 4, "float64": 8}.get(setting.dtype, 2)
 
 
-def bytes_per_cell(dataset: Any) -> Bytes:
+def bytes_per_cell(dataset: CellDataset) -> Bytes:
     """Return the sizes per cell, from evenly spaced stretches of a dataset."""
     n = len(dataset)
     size = min(n, 4096)

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from hbx_gpu._devices import cores
 
@@ -17,7 +17,20 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def conditions(gpu: int | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+class Conditions(TypedDict):
+    """The conditions of a measurement."""
+
+    cpu: str
+    cores: int
+    memory_gib: float | None
+    system: str
+    python: str
+    versions: dict[str, str]
+    gpu: str | None
+    commit: NotRequired[str]
+
+
+def conditions(gpu: int | None = None, packages: Sequence[str] = PACKAGES) -> Conditions:
     """Return the conditions of a measurement as plain values.
 
     Parameters
@@ -27,7 +40,7 @@ def conditions(gpu: int | None = None, packages: Sequence[str] = PACKAGES) -> di
     packages
         Distributions whose versions are noted where they are installed.
     """
-    found: dict[str, Any] = {
+    found: Conditions = {
         "cpu": _cpu(),
         "cores": cores(),
         "memory_gib": _memory(),
@@ -43,7 +56,7 @@ def conditions(gpu: int | None = None, packages: Sequence[str] = PACKAGES) -> di
     return found
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(found: Conditions) -> str:
     """Return conditions as two lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     commit = f"; commit {found['commit']}" if "commit" in found else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._bench import machine
 from hbx_gpu._bench.runs import Report
@@ -70,7 +69,7 @@ def _conditions(report: Report) -> str:
     )
 
 
-def content(report: Report) -> dict[str, Any]:
+def content(report: Report) -> dict[str, object]:
     """Return the report as plain values for JSON."""
     return {
         "what": report.what,

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._bench import cache, floors
 from hbx_gpu._bench.check import Checker
-from hbx_gpu._bench.machine import conditions
+from hbx_gpu._bench.machine import Conditions, conditions
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
 from hbx_gpu._bench.training import Trained, train
 from hbx_gpu._devices import cores, resolve
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import LoaderStats
+
+if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._loading.loader import CellLoader
 
 _WARM_UP_S = 1.0
 _CHECKED = 2  # batches per setting
@@ -96,7 +100,7 @@ class Report:
     """All that a run found."""
 
     what: str
-    conditions: dict[str, Any]
+    conditions: Conditions
     bandwidth: floors.Bandwidth
     bytes_per_cell: floors.Bytes
     results: list[Result] = field(default_factory=list)
@@ -112,8 +116,8 @@ class Report:
 def run(
     options: Options,
     *,
-    dataset: Any = None,
-    make: Callable[..., Any] | None = None,
+    dataset: CellDataset | None = None,
+    make: Callable[..., CellLoader] | None = None,
     advance: Callable[[int], Advance] | None = None,
 ) -> Report:
     """Measure everything that `options` name.
@@ -182,19 +186,23 @@ class _Bench:
     """The dataset, and what all settings share."""
 
     def __init__(
-        self, options: Options, dataset: Any, gpu: int | None, make: Callable[..., Any] | None
+        self,
+        options: Options,
+        dataset: CellDataset,
+        gpu: int | None,
+        make: Callable[..., CellLoader] | None,
     ) -> None:
         from hbx_gpu._loading.make import make_loader
 
         self._options, self._dataset, self._gpu = options, dataset, gpu
-        self._make = make or make_loader
+        self._make: Callable[..., CellLoader] = make or make_loader
         self._device = "cpu" if gpu is None else f"cuda:{gpu}"
         self._checker = Checker(dataset, options.seed)
         self.files = cache.files_below(options.path)
         self.bandwidth = floors.bandwidth(gpu, options.threads or cores())
         self.sizes = floors.bytes_per_cell(dataset)
 
-    def loader(self, setting: Setting) -> Any:
+    def loader(self, setting: Setting) -> CellLoader:
         sampler = setting.sampler(self._dataset, self._options.seed)
         keywords = setting.loader_options()
         if self._options.threads is not None:
@@ -235,7 +243,7 @@ class _Bench:
                 model, loader, self._dataset.n_features, seconds=2 * options.seconds, finish=self._finish
             )
 
-    def _warm_up(self, loader: Any) -> None:
+    def _warm_up(self, loader: CellLoader) -> None:
         """Compile, verify checksums, let sizes settle; and look at the first batches."""
         clock = time.perf_counter()
         loader.set_epoch(0)
@@ -246,7 +254,7 @@ class _Bench:
                 break
         self._finish()
 
-    def _rate(self, loader: Any, epoch: int, *, once: bool) -> float:
+    def _rate(self, loader: CellLoader, epoch: int, *, once: bool) -> float:
         """Cells/s of batches that are dropped as they come; the clock starts with an epoch."""
         cells, elapsed, last = 0, 0.0, None
         enough = self._options.epochs

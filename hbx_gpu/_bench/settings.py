@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu.sampler import CellSampler
 
 ORDERS = ("random", "stream", "block", "group")
 CACHES = ("warm", "cold")
@@ -47,9 +51,9 @@ class Setting:
             where = "page cache"
         return f"{what}, {self.order}, batch {self.batch:,}, {self.executor}, {where}"
 
-    def loader_options(self) -> dict[str, Any]:
+    def loader_options(self) -> dict[str, object]:
         """Keywords of :func:`hbx_gpu.make_loader`."""
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "layout": self.layout,
             "executor": self.executor,
             "residency": self.residency,
@@ -59,7 +63,7 @@ class Setting:
             options["dtype"] = self.dtype
         return options
 
-    def sampler(self, dataset: Any, seed: int) -> Any:
+    def sampler(self, dataset: CellDataset, seed: int) -> CellSampler:
         """The order, over all cells of a dataset."""
         from hbx_gpu.sampler import CellSampler
 
@@ -109,7 +113,7 @@ def combinations(
 
 def open_dataset(
     path: Path, field: str | None = None, layer: str | None = None, *, allow_links: bool = False
-) -> object:
+) -> CellDataset:
     """A dataset over all cells of what lies at `path`: whatever :func:`hbx_gpu.open` opens.
 
     Parameters
@@ -141,8 +145,8 @@ def open_dataset(
         from hbx_gpu.scdl._sources.cells import to_cell_dataset
 
         return to_cell_dataset(open_archive(path, allow_links=allow_links))
-    query: Any = open_stores(path, allow_links=allow_links)
-    dataset = query.to_cell_dataset(field, **({} if layer is None else {"layer": layer}))
+    query = open_stores(path, allow_links=allow_links)
+    dataset = query.to_cell_dataset(field) if layer is None else query.to_cell_dataset(field, layer)
     if isinstance(dataset, DenseCellDataset):
         raise UnsupportedError(
             f"{dataset.feature_space!r} of {path} is dense; bench measures sparse matrices, chosen with "

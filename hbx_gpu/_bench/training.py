@@ -5,7 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from hbx_gpu._loading.loader import CellLoader
 
 MODELS = ("mlp", "transformer")
 _HIDDEN, _LATENT = 128, 10  # sizes of scVI's layers
@@ -41,7 +47,9 @@ class Trained:
     last_loss: float
 
 
-def make_step(model: str, n_features: int, device: Any, dtype: Any) -> Callable[[Any], Any]:
+def make_step(
+    model: str, n_features: int, device: torch.device | str, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """A function that trains on one dense batch of counts and returns the loss, a tensor."""
     import torch
 
@@ -53,9 +61,9 @@ def make_step(model: str, n_features: int, device: Any, dtype: Any) -> Callable[
     network = network.to(device=device, dtype=dtype)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 
-    def step(x: Any) -> Any:
+    def step(x: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = network(x)
+        loss: Tensor = network(x)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -63,7 +71,7 @@ def make_step(model: str, n_features: int, device: Any, dtype: Any) -> Callable[
     return step
 
 
-def _mlp(n_features: int) -> Any:
+def _mlp(n_features: int) -> nn.Module:
     """An autoencoder of scVI's size: counts -> 128 -> 10 -> 128 -> Poisson rates, scaled to depth."""
     import torch
     from torch import nn
@@ -78,15 +86,16 @@ def _mlp(n_features: int) -> Any:
                 nn.Linear(_LATENT, _HIDDEN), nn.LayerNorm(_HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, n_features)
             )
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Tensor:
             depth = x.sum(1, keepdim=True).clamp_min(1)
             log_rate = torch.log_softmax(self.decode(self.encode(torch.log1p(x))), dim=1) + depth.log()
-            return (log_rate.exp() - x * log_rate).float().mean()
+            loss: Tensor = (log_rate.exp() - x * log_rate).float().mean()
+            return loss
 
     return Autoencoder()
 
 
-def _transformer(n_features: int, n_genes: int) -> Any:
+def _transformer(n_features: int, n_genes: int) -> nn.Module:
     """Attention over each cell's `n_genes` strongest genes; a tenth of the values is hidden and predicted."""
     import torch
     from torch import nn
@@ -102,17 +111,20 @@ def _transformer(n_features: int, n_genes: int) -> Any:
             self.body = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
             self.head = nn.Linear(_WIDTH, 1)
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Tensor:
             top, genes = torch.log1p(x).topk(n_genes, dim=1)
             hidden = torch.rand(top.shape, device=x.device) < 0.1
             tokens = self.gene(genes) + self.value((top * ~hidden).unsqueeze(-1))
             guess = self.head(self.body(tokens)).squeeze(-1)
-            return (((guess - top) ** 2) * hidden).float().sum() / hidden.sum().clamp_min(1)
+            loss: Tensor = (((guess - top) ** 2) * hidden).float().sum() / hidden.sum().clamp_min(1)
+            return loss
 
     return Transformer()
 
 
-def train(model: str, loader: Any, n_features: int, *, seconds: float, finish: Callable[[], None]) -> Trained:
+def train(
+    model: str, loader: CellLoader, n_features: int, *, seconds: float, finish: Callable[[], None]
+) -> Trained:
     """Train on epochs of `loader`, whose batches hold dense ``X``, for about `seconds`.
 
     Parameters

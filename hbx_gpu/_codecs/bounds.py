@@ -10,14 +10,14 @@ from __future__ import annotations
 import bz2
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from hbx_gpu._codecs.bitpacking_format import as_bytes
+from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
 from hbx_gpu.errors import CorruptChunkError
 
 _CHECKSUM_BYTES = 4
@@ -64,7 +64,38 @@ class Room:
         return Room(self.nbytes + self.nbytes // 8 + 4096)
 
 
-def bounded(name: str, codec: Any, room: Room) -> tuple[Callable[[object], object], Room]:
+Decode: TypeAlias = Callable[[BytesLike], BytesLike]
+"""Undoes one step of encoding."""
+
+
+class Numcodec(Protocol):
+    """A codec of numcodecs."""
+
+    def decode(self, buf: BytesLike, out: np.ndarray | None = None) -> BytesLike:
+        """Undo the encoding."""
+
+
+@runtime_checkable
+class _Lzma(Protocol):
+    """numcodecs' LZMA."""
+
+    format: int
+    filters: Sequence[Mapping[str, int]] | None
+
+
+class _Stream(Protocol):
+    """A decompressor of the standard library, for one stream."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def bounded(name: str, codec: Numcodec, room: Room) -> tuple[Decode, Room]:
     """Return a decoder whose output fits `room`, and the room that its input has.
 
     Parameters
@@ -128,7 +159,7 @@ def _number(raw: np.ndarray, at: int, width: int) -> int:
     return int.from_bytes(found, "little")
 
 
-def _zstd(codec: Any, room: Room, data: Any) -> Any:
+def _zstd(codec: Numcodec, room: Room, data: BytesLike) -> BytesLike:
     raw = as_bytes(data)
     size = zstd_size(raw)
     if size is not None:
@@ -140,13 +171,13 @@ def _zstd(codec: Any, room: Room, data: Any) -> Any:
     return codec.decode(raw, out=np.empty(room.nbytes, np.uint8))
 
 
-def _lz4(codec: Any, room: Room, data: Any) -> object:
+def _lz4(codec: Numcodec, room: Room, data: BytesLike) -> BytesLike:
     raw = as_bytes(data)
     room.check(_number(raw, 0, 4), "lz4")
     return codec.decode(raw)
 
 
-def _blosc(codec: Any, room: Room, data: Any) -> object:
+def _blosc(codec: Numcodec, room: Room, data: BytesLike) -> BytesLike:
     raw = as_bytes(data)
     # The library trusts the lengths in the header, and would read past a chunk that was cut short.
     stored = _number(raw, 12, 4)
@@ -156,21 +187,25 @@ def _blosc(codec: Any, room: Room, data: Any) -> object:
     return codec.decode(raw)
 
 
-def _deflate(bits: int, room: Room, data: object) -> bytes:
+def _deflate(bits: int, room: Room, data: BytesLike) -> bytes:
     return _inflated(lambda: zlib.decompressobj(bits), "gzip" if bits == _GZIP else "zlib", room, data)
 
 
-def _bz2(_: object, room: Room, data: object) -> bytes:
+def _bz2(_: Numcodec, room: Room, data: BytesLike) -> bytes:
     return _inflated(bz2.BZ2Decompressor, "bz2", room, data)
 
 
-def _lzma(codec: Any, room: Room, data: object) -> bytes:
-    raw = codec.format == lzma.FORMAT_RAW
-    options = {"filters": codec.filters} if raw else {"memlimit": _LZMA_MEMORY}
-    return _inflated(lambda: lzma.LZMADecompressor(codec.format, **options), "lzma", room, data, last=raw)
+def _lzma(codec: Numcodec, room: Room, data: BytesLike) -> bytes:
+    assert isinstance(codec, _Lzma)
+    kind, filters = codec.format, codec.filters
+    if kind == lzma.FORMAT_RAW:
+        return _inflated(lambda: lzma.LZMADecompressor(kind, filters=filters), "lzma", room, data, last=True)
+    return _inflated(lambda: lzma.LZMADecompressor(kind, _LZMA_MEMORY), "lzma", room, data)
 
 
-def _inflated(begin: Callable[[], Any], name: str, room: Room, data: Any, *, last: bool = False) -> bytes:
+def _inflated(
+    begin: Callable[[], _Stream], name: str, room: Room, data: BytesLike, *, last: bool = False
+) -> bytes:
     """Decompress all streams that follow each other, as far as there is room."""
     parts: list[bytes] = []
     rest, total = as_bytes(data).tobytes(), 0
@@ -188,7 +223,7 @@ def _inflated(begin: Callable[[], Any], name: str, room: Room, data: Any, *, las
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-_STEPS: dict[str, Callable[[object, Room, object], object]] = {
+_STEPS: dict[str, Callable[[Numcodec, Room, BytesLike], BytesLike]] = {
     "blosc": _blosc,
     "bz2": _bz2,
     "gzip": lambda _, room, data: _deflate(_GZIP, room, data),

@@ -12,19 +12,18 @@ pipeline)::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from hbx_gpu._codecs.bitpacking import bitpacking_length, decode_bitpacking
 from hbx_gpu._codecs.bitpacking_format import BytesLike, as_bytes
-from hbx_gpu._codecs.bounds import Room, bounded
+from hbx_gpu._codecs.bounds import Decode, Numcodec, Room, bounded
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._codecs.rowpack import decode_rowpack
 from hbx_gpu._codecs.rowpack_format import ELEMENT_SIZES, read_header
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec, Configuration
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 V2_CHAIN = "zarr.v2"
@@ -44,7 +43,7 @@ CRC32C_BYTES = 4
 # Bytes of the widest element, and the most bytes that a filter may put before the elements.
 _WIDEST, _SPARE = 16, 64
 
-_Step = tuple[str, Callable[[Any], Any]]
+_Step = tuple[str, Decode]
 
 
 class ChunkCodec:
@@ -114,7 +113,7 @@ class ChunkCodec:
         CorruptChunkError
             A checksum differs, a decompressor fails, or the decoded length is not that of a chunk.
         """
-        value: Any = as_bytes(data)
+        value: BytesLike = as_bytes(data)
         last = len(self._steps) - 2  # the filter that was applied last; the final step only views the bytes
         for k, (name, step) in enumerate(self._steps):
             if k <= last and skipped >> (last - k) & 1:
@@ -128,7 +127,7 @@ class ChunkCodec:
                 raise CorruptChunkError(reason, array=self._layout.name) from error
         return np.asarray(value, self._layout.dtype, order="C")
 
-    def _v3_steps(self, codecs: tuple[dict[str, Any], ...]) -> list[_Step]:
+    def _v3_steps(self, codecs: tuple[Codec, ...]) -> list[_Step]:
         layout = self._layout
         names = [codec["name"] for codec in codecs]
         settings = [codec.get("configuration") or {} for codec in codecs]
@@ -169,7 +168,7 @@ class ChunkCodec:
             self.tail = CRC32C_BYTES if checked and (self.is_raw or self.bitpacking) else 0
         return steps[::-1]
 
-    def _v2_steps(self, setting: dict[str, Any]) -> list[_Step]:
+    def _v2_steps(self, setting: Configuration) -> list[_Step]:
         layout = self._layout
         filters, compressor = setting["filters"] or [], setting["compressor"]
         stored_dtype = np.dtype(setting["dtype"])
@@ -199,8 +198,8 @@ class ChunkCodec:
         return steps[::-1]
 
     def _array_step(
-        self, name: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
-    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype]:
+        self, name: str, setting: Configuration, shape: tuple[int, ...], dtype: np.dtype
+    ) -> tuple[Decode, tuple[int, ...], np.dtype]:
         """Return the decoder of a codec whose encoder takes an array, and the shape and dtype it stores."""
         if name == "transpose":
             order = setting.get("order")
@@ -210,15 +209,15 @@ class ChunkCodec:
                     f"{len(shape)} axes"
                 )
             inverse = np.argsort(order)
-            return lambda data: data.transpose(inverse), tuple(shape[i] for i in order), dtype
+            return lambda data: np.asarray(data).transpose(inverse), tuple(shape[i] for i in order), dtype
         if not _works_on_arrays(name):
             step, _ = self._bytes_step(name, setting, dtype, Room(math.prod(shape) * dtype.itemsize))
             return step, shape, dtype
         return self._filter(name, name.removeprefix("numcodecs."), setting, shape, dtype)
 
     def _bytes_step(
-        self, name: str, setting: dict[str, Any], dtype: np.dtype, room: Room
-    ) -> tuple[Callable[[Any], Any], Room]:
+        self, name: str, setting: Configuration, dtype: np.dtype, room: Room
+    ) -> tuple[Decode, Room]:
         """Return the decoder of a codec whose encoder takes bytes, and the room of what it stores.
 
         `room` says how many bytes the encoder was given.
@@ -237,8 +236,8 @@ class ChunkCodec:
         return bounded(codec_id, self._numcodec(name, {"id": codec_id, **setting}), room)
 
     def _filter(
-        self, name: str, codec_id: str, setting: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
-    ) -> tuple[Callable[[Any], Any], tuple[int, ...], np.dtype]:
+        self, name: str, codec_id: str, setting: Configuration, shape: tuple[int, ...], dtype: np.dtype
+    ) -> tuple[Decode, tuple[int, ...], np.dtype]:
         if codec_id in ("fixedscaleoffset", "quantize"):
             setting = {"dtype": str(dtype), **setting}
         if codec_id == "astype":
@@ -249,15 +248,16 @@ class ChunkCodec:
             stored_shape, stored_dtype = (1 + -(-math.prod(shape) // 8),), np.dtype(np.uint8)
         elif stored := setting.get("encode_dtype" if codec_id == "astype" else "astype"):
             stored_dtype = np.dtype(stored)
-        return lambda data: codec.decode(data).reshape(shape), stored_shape, stored_dtype
+        return lambda data: np.asarray(codec.decode(data)).reshape(shape), stored_shape, stored_dtype
 
-    def _numcodec(self, name: str, config: dict[str, Any]) -> Any:
+    def _numcodec(self, name: str, config: Configuration) -> Numcodec:
         import numcodecs
 
         if config["id"] in _SETTINGS_FREE:
             config = {"id": config["id"]}
         try:
-            return numcodecs.get_codec(config)
+            codec: Numcodec = numcodecs.get_codec(config)
+            return codec
         except (TypeError, ValueError, ImportError) as error:  # UnknownCodecError is a ValueError
             raise UnsupportedCodecError(
                 f"array {self._layout.name!r}: codec {name!r} with configuration {config} cannot be set up: "
@@ -274,7 +274,7 @@ class ChunkCodec:
             )
         return dtype.newbyteorder("<" if endian == "little" else ">")
 
-    def _element_size(self, name: str, setting: dict[str, Any]) -> int:
+    def _element_size(self, name: str, setting: Configuration) -> int:
         element_size = setting.get("element_size", 4)
         known = (4, 8) if name == BITPACKING else ELEMENT_SIZES
         if element_size not in known:
@@ -292,10 +292,10 @@ class ChunkCodec:
         )
 
 
-def _from_bytes(shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Callable[[Any], np.ndarray]:
+def _from_bytes(shape: tuple[int, ...], dtype: np.dtype, order: Literal["C", "F"]) -> Decode:
     nbytes = math.prod(shape) * dtype.itemsize
 
-    def view(data: Any) -> np.ndarray:
+    def view(data: BytesLike) -> np.ndarray:
         raw = as_bytes(data)
         if len(raw) != nbytes:
             raise CorruptChunkError(
@@ -306,10 +306,10 @@ def _from_bytes(shape: tuple[int, ...], dtype: np.dtype, order: Any) -> Callable
     return view
 
 
-def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any], np.ndarray]:
+def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype) -> Decode:
     """Return a decoder for chunks of a plain file, the last of which may be shorter than the others."""
 
-    def view(data: Any) -> np.ndarray:
+    def view(data: BytesLike) -> np.ndarray:
         raw = as_bytes(data)
         if len(raw) % dtype.itemsize or len(raw) > math.prod(shape) * dtype.itemsize:
             raise CorruptChunkError(f"{len(raw)} bytes are not a whole number of elements of {dtype}")
@@ -318,7 +318,7 @@ def _from_plain_bytes(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[Any]
     return view
 
 
-def check_crc32c(data: Any) -> np.ndarray:
+def check_crc32c(data: BytesLike) -> np.ndarray:
     """Verify the CRC32C at the end of `data` and return the bytes before it.
 
     Raises
@@ -340,13 +340,13 @@ def _works_on_arrays(name: str) -> bool:
     return name == "transpose" or name.removeprefix("numcodecs.") in _FILTERS
 
 
-def _bitpacking(data: Any, element_size: int, room: Room) -> np.ndarray:
+def _bitpacking(data: BytesLike, element_size: int, room: Room) -> np.ndarray:
     raw = as_bytes(data)
     room.check(element_size * bitpacking_length(raw), BITPACKING)
     return decode_bitpacking(raw, element_size)
 
 
-def _rowpack(data: Any, element_size: int, room: Room) -> np.ndarray:
+def _rowpack(data: BytesLike, element_size: int, room: Room) -> np.ndarray:
     raw = as_bytes(data)
     header = read_header(raw, check=False)
     room.check(header.element_size * header.n, ROWPACK)

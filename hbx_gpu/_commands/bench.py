@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from hbx_gpu._advice import from_command
@@ -11,7 +12,9 @@ from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._paths import argument as local_argument
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+) -> None:
     """Add the command to the parser of `hbx-gpu`."""
     parser = commands.add_parser(
         "bench",
@@ -25,7 +28,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default)")
-    several = {"nargs": "+", "metavar": "NAME"}
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--layout", default=["dense", "csr"], choices=("dense", "csr"), **several)
     parser.add_argument(
         "--dtype",
@@ -134,7 +137,7 @@ def _bench(args: argparse.Namespace) -> int:
     )
     with from_command(_FLAGS), tqdm(desc="bench", unit="setting", file=sys.stderr, mininterval=0.2) as bar:
 
-        def begin(steps: int) -> Any:
+        def begin(steps: int) -> Callable[[str], None]:
             bar.reset(total=steps)
             done = -1
 

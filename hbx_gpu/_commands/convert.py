@@ -6,7 +6,6 @@ import argparse
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
@@ -17,7 +16,9 @@ from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu.errors import InvalidDataError
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+) -> None:
     """Add the subcommand to those of `hbx-gpu`."""
     parser = commands.add_parser(
         "convert",

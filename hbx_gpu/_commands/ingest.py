@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
@@ -18,6 +18,7 @@ from hbx_gpu._stores.kinds import is_mudata, split_modality
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
     from hbx_gpu.atlas._ingest.commit import IngestReport
+    from hbx_gpu.atlas._ingest.identity import GivenColumn
     from hbx_gpu.atlas._ingest.plan import FilePlan
 
 # Heavy imports happen in the functions, so that --help answers at once.
@@ -34,7 +35,11 @@ _SINGLE = {"layer": "--layer-of", "target_layer": "--layer-of", "field": "the na
 _SEVERAL = ("join", "obs_from", "layer_of", "tiles_table", "barcodes")
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> None:
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+    codecs: str,
+) -> None:
     """Add the subcommand to a parser's; `codecs` lists the codecs for the help."""
     parser = commands.add_parser(
         "ingest",
@@ -448,7 +453,7 @@ def _add_one(
 
     assert job.file is not None
     column = args.feature_id_column
-    chosen: dict[str, Any] = {
+    chosen: dict[str, object] = {
         "layer": job.layer,
         "feature_id_column": column[-1] if column else None,
     }
@@ -476,11 +481,11 @@ def _add_several(
     show: Callable[[int, int], object],
     plans: Mapping[str, FilePlan],
 ) -> IngestReport:
-    columns: Any = _id_columns(args)
+    columns: GivenColumn | Mapping[str, GivenColumn] = _id_columns(args)
     if plans:
         modalities = _modalities_of(job.file, args, []) if job.file else []
-        given = columns if isinstance(columns, dict) else dict.fromkeys(modalities, columns)
-        columns = given | {name: plan.choice for name, plan in plans.items()}
+        given = columns if isinstance(columns, Mapping) else dict.fromkeys(modalities, columns)
+        columns = {**given, **{name: plan.choice for name, plan in plans.items()}}
     return atlas.add_multimodal(
         _modalities(atlas, job, args),
         join=args.join or "outer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
@@ -11,7 +10,11 @@ from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser, codecs: str) -> None:
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+    codecs: str,
+) -> None:
     """Add the subcommand to a parser's; `codecs` lists the codecs for the help."""
     parser = commands.add_parser(
         "repack",

@@ -6,11 +6,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-from hbx_gpu._protocols import AnyCollate, AnyFeed, Rows, Widths
+from hbx_gpu._protocols import AnyCollate, AnyFeed, AnyLoadable, Rows, Widths
 from hbx_gpu.batch import teach_torch
 
 BatchT = TypeVar("BatchT")
@@ -155,7 +155,7 @@ class Dataset(ABC, Generic[BatchT]):
         """Adapt a collate for batches of cells to this dataset's batches; `make_loader` calls this."""
         return collate
 
-    def feed_with(self, make: Callable[[Any], AnyFeed]) -> AnyFeed:
+    def feed_with(self, make: Callable[[AnyLoadable], AnyFeed]) -> AnyFeed:
         """Make a feed of this dataset on a device.
 
         `make` makes a feed of a dataset of cells; `make_loader` calls this method with it.

@@ -151,7 +151,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
         Their columns are int64, ascending and each once within a row; their values are float32, those of
         repeated columns summed.
         """
-        other = self._showing(wide=True)
+        other = self._showing(replace(self._view, wide=True))
         other._engine = other._new_engine()
         return other
 

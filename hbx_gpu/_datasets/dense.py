@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.cells import CellDataset
@@ -79,7 +80,7 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
         recipe: Recipe | None = None,
         feature_space: str = "",
         reader: str = "mmap",
-        dtypes: dict[str, Any] | None = None,
+        dtypes: Mapping[str, npt.DTypeLike] | None = None,
     ) -> None:
         self._positions = positions
         self._matrix = len(feature_uids) > 0 or n_features > 0
@@ -149,30 +150,31 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
         self, plan: BoxPlan, slab: Slab, selections: Sequence[np.ndarray]
     ) -> list[DenseBatch | RaggedBatch]:
         """See :meth:`StoredDataset.decode`."""
-        found: Any
+        regular: Sequence[np.ndarray] = ()
+        ragged: Sequence[list[np.ndarray]] = ()
         with stage("decode") as decoding, overflow_said(*self.dtypes.values()):
             if self._matrix:
-                found = self._arrays.matrix(plan, slab, self.n_features, self._remaps)
+                regular = self._arrays.matrix(plan, slab, self.n_features, self._remaps)
             elif self.per_cell_shape is not None:
-                found = self._arrays.tiles(plan, slab, self.per_cell_shape)
+                regular = self._arrays.tiles(plan, slab, self.per_cell_shape)
             else:
                 native = [name not in self._asked for name in self.layers]
-                found = self._arrays.boxes(plan, slab, positions=self._positions, native=native)
-            decoding.nbytes = sum(x.nbytes for layer in found for x in _arrays(layer))
+                ragged = self._arrays.boxes(plan, slab, positions=self._positions, native=native)
+            decoding.nbytes = sum(x.nbytes for layer in (regular, *ragged) for x in layer)
         result: list[DenseBatch | RaggedBatch] = []
         start = 0
         for part, metadata in zip(selections, self._metadata(selections), strict=True):
             stop = start + len(part)
-            cut: dict[str, Any] = {
-                name: layer[start:stop] for name, layer in zip(self.layers, found, strict=True)
-            }
-            several = cut if len(cut) > 1 else {}
-            first = cut[self.layer]
-            if isinstance(first, list):
-                result.append(RaggedBatch(first, metadata=metadata, layers=several))
+            several = len(self.layers) > 1
+            if ragged:
+                boxes = {name: layer[start:stop] for name, layer in zip(self.layers, ragged, strict=True)}
+                result.append(
+                    RaggedBatch(boxes[self.layer], metadata=metadata, layers=boxes if several else {})
+                )
             else:
-                shape = self.per_cell_shape
-                result.append(DenseBatch(first, self.n_features, shape, metadata, several))
+                rows = {name: layer[start:stop] for name, layer in zip(self.layers, regular, strict=True)}
+                shape, layers = self.per_cell_shape, rows if several else {}
+                result.append(DenseBatch(rows[self.layer], self.n_features, shape, metadata, layers))
             start = stop
         return result
 
@@ -204,10 +206,6 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
 
 FeatureDataset: TypeAlias = CellDataset | DenseCellDataset
 """The cells of one feature space, whatever their rows are."""
-
-
-def _arrays(layer: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
-    return layer if isinstance(layer, list) else [layer]
 
 
 def _one_shape(

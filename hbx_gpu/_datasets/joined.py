@@ -11,7 +11,7 @@ from hbx_gpu._source import ObsColumns, RowIndex, Source
 from hbx_gpu.errors import UnsupportedError
 
 
-def joined(datasets: Sequence[CellDataset]) -> CellDataset:
+def joined(given: Sequence[object]) -> CellDataset:
     """Several datasets over the same columns as one: the rows of the first, then those of the second, ...
 
     Raises
@@ -19,13 +19,9 @@ def joined(datasets: Sequence[CellDataset]) -> CellDataset:
     UnsupportedError
         A dataset does not have sparse rows, or has other features, layers or obs columns than the first.
     """
+    datasets = [_of_sparse_rows(dataset) for dataset in given]
     first = datasets[0]
     for other in datasets:
-        if type(other) is not CellDataset:
-            raise UnsupportedError(
-                f"only datasets of sparse rows can be put together, not {type(other).__name__}; select "
-                "all rows with one query, and split them by row with dataset.subset()"
-            )
         for what, mine, theirs in (
             ("layers", first.layers, other.layers),
             ("features", list(first.feature_uids), list(other.feature_uids)),
@@ -64,6 +60,15 @@ def joined(datasets: Sequence[CellDataset]) -> CellDataset:
         feature_space=first.feature_space,
         reader=first.reader_kind,
     )
+
+
+def _of_sparse_rows(dataset: object) -> CellDataset:
+    if not isinstance(dataset, CellDataset) or type(dataset) is not CellDataset:
+        raise UnsupportedError(
+            f"only datasets of sparse rows can be put together, not {type(dataset).__name__}; select "
+            "all rows with one query, and split them by row with dataset.subset()"
+        )
+    return dataset
 
 
 def _joined_obs(datasets: Sequence[CellDataset]) -> ObsColumns:

@@ -9,13 +9,14 @@ import numpy as np
 
 from hbx_gpu._datasets.stored import Kind, Planned
 from hbx_gpu._protocols import Chunked, Loadable, Rows
+from hbx_gpu.batch import Part
 
 if TYPE_CHECKING:
     from hbx_gpu._storage.chunks import ChunkDirectory
     from hbx_gpu._storage.readers import Slab
 
 
-class Modality(Loadable[Any], Chunked, Protocol):
+class Modality(Loadable[Part], Chunked, Protocol):
     """The rows of one feature space, planned and decoded apart from each other."""
 
     kind: Kind
@@ -59,7 +60,7 @@ class Modality(Loadable[Any], Chunked, Protocol):
     def plan(self, selection: np.ndarray) -> Planned:
         """Plan the rows `selection`: find the chunks that they need."""
 
-    def decode(self, plan: Any, slab: Slab, selections: Sequence[np.ndarray]) -> list[Any]:
+    def decode(self, plan: Any, slab: Slab, selections: Sequence[np.ndarray]) -> Sequence[Part]:
         """Decode the batches `selections` with a plan of :meth:`plan`."""
 
     def subset(self, rows: Rows) -> Self:

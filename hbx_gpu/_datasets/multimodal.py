@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from hbx_gpu._datasets.base import Dataset
+from hbx_gpu._datasets.stored import Planned
 from hbx_gpu._devices import cores
 from hbx_gpu._protocols import Rows
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Slab
-from hbx_gpu.batch import DenseBatch, MultimodalBatch, RaggedBatch, SparseBatch
+from hbx_gpu.batch import MultimodalBatch, Part
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         return self._read(selections, map)
 
     def _read(
-        self, selections: Sequence[np.ndarray], apply: Callable[..., Iterator[object]]
+        self, selections: Sequence[np.ndarray], apply: Callable[..., Iterator[Sequence[Part]]]
     ) -> list[MultimodalBatch]:
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         plans, slabs = self.read(selection)
@@ -162,7 +163,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
             for rows, batch in zip(selections, zip(*decoded, strict=True), strict=True)
         ]
 
-    def _batch(self, rows: np.ndarray, modalities: dict[str, Any]) -> MultimodalBatch:
+    def _batch(self, rows: np.ndarray, modalities: dict[str, Part]) -> MultimodalBatch:
         metadata = next(iter(modalities.values())).metadata
         for part in modalities.values():
             part.metadata = None
@@ -177,15 +178,15 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
     def marked(self, batch: MultimodalBatch) -> MultimodalBatch:
         """See :meth:`Dataset.marked`."""
         axes = {name: part.axes() for name, part in self.datasets.items()}
-        parts: dict[str, SparseBatch | DenseBatch | RaggedBatch] = {
+        parts: dict[str, Part] = {
             name: replace(part, axes=axes[name]) for name, part in batch.modalities.items()
         }
         return replace(batch, modalities=parts, axes=repr(axes))
 
-    def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[list[Any], list[Slab]]:
+    def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[list[Planned], list[Slab]]:
         """Plan the rows `selection` for each field, and read the stored bytes of the chunks it needs."""
         with stage("plan"):
-            plans: list[Any] = [part.plan(selection) for part in self.datasets.values()]
+            plans = [part.plan(selection) for part in self.datasets.values()]
             ends = np.cumsum([0, *(len(plan.chunks) for plan in plans)])
             chunks = [plan.chunks + base for plan, base in zip(plans, self._base, strict=False)]
             extents: Extents = self._directory.extents(np.concatenate(chunks))

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 
 from hbx_gpu._datasets.base import Dataset
-from hbx_gpu._protocols import Loadable, Rows
+from hbx_gpu._protocols import AnyLoadable, Loadable, Rows
 from hbx_gpu.errors import UnsupportedError
 
 
@@ -74,7 +74,7 @@ class HasCells(Protocol):
         """Return the dataset."""
 
 
-def loadable(dataset: object) -> Loadable[Any]:
+def loadable(dataset: object) -> AnyLoadable:
     """Return `dataset` itself or an adapter of it as a `Loadable`."""
     if isinstance(dataset, HasCells):
         return dataset.to_cell_dataset()

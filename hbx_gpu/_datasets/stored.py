@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -47,7 +47,7 @@ PlanT = TypeVar("PlanT", bound=Planned)
 class Recipe(Protocol):
     """How to make a dataset again; small and picklable."""
 
-    def rebuild(self) -> StoredDataset[Any, Any, Any]:
+    def rebuild(self) -> AnyStored:
         """Make the dataset again, with the same rows, layers and metadata."""
 
 
@@ -301,7 +301,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         if unknown := [name for name in names if name not in self.layers]:
             raise UnknownNameError(f"no layer {unknown} here; this dataset reads {list(self.layers)}")
-        other = self._showing(layers=names)
+        other = self._showing(replace(self._view, layers=names))
         other._open()
         return other
 
@@ -345,11 +345,11 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
         """This dataset with more metadata columns; everything else is shared."""
-        return self._showing(more={**self._view.more, **columns})
+        return self._showing(replace(self._view, more={**self._view.more, **columns}))
 
     def without_metadata(self) -> Self:
         """This dataset with batches that carry no metadata; everything else is shared."""
-        return self._showing(metadata=False, more={}, numbered=False)
+        return self._showing(replace(self._view, metadata=False, more={}, numbered=False))
 
     def with_row_numbers(self) -> Self:
         """This dataset with row numbers as metadata column ``index`` of its batches.
@@ -360,7 +360,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
             A metadata column has a name that means something else in a batch.
         """
         check_columns([*self.columns, "index"])
-        return self._showing(numbered=True)
+        return self._showing(replace(self._view, numbered=True))
 
     def with_decoded_cache(self, nbytes: int | None) -> Self:
         """This dataset with another bound on the decoded chunks that are kept in memory for later batches.
@@ -383,12 +383,12 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         if nbytes is not None and (nbytes := operator.index(nbytes)) < 0:
             raise ValueError(f"a cache of decoded chunks has 0 bytes or more, got {nbytes}")
-        other = self._showing(decoded_cache=nbytes)
+        other = self._showing(replace(self._view, decoded_cache=nbytes))
         other._open()
         return other
 
-    def _showing(self, **changes: Any) -> Self:
-        return self._derived(_view=replace(self._view, **changes))
+    def _showing(self, view: View) -> Self:
+        return self._derived(_view=view)
 
     def axes(self) -> str:
         """Digest of features, layers and vocabularies: what columns and codes of batches mean."""
@@ -466,7 +466,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         self._restore(fields, rows, {name: columns[name] for name in names}, Spill(state["spill"]))
 
     def _restore(
-        self, fields: dict[str, Any], rows: IndexT, columns: dict[str, np.ndarray], spill: Spill
+        self, fields: Mapping[str, Any], rows: IndexT, columns: dict[str, np.ndarray], spill: Spill
     ) -> None:
         fields = dict(fields)
         self._rows = rows
@@ -474,6 +474,10 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         self._spill = spill
         self.__dict__.update(fields)
         self._open()
+
+
+AnyStored: TypeAlias = StoredDataset[Any, Any, Any]
+"""A stored dataset of any rows."""
 
 
 def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype:

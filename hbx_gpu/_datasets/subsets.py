@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from hbx_gpu._source import BoxIndex, RowIndex, Source
 
 
-class _Rebuildable(Protocol):
-    def rebuild(self) -> Any: ...
+class _Whole(Protocol):
+    def subset(self, rows: np.ndarray) -> Self: ...
+
+
+WholeT = TypeVar("WholeT", bound=_Whole)
+WholeT_co = TypeVar("WholeT_co", bound=_Whole, covariant=True)
+
+
+class _Rebuildable(Protocol[WholeT_co]):
+    def rebuild(self) -> WholeT_co: ...
 
 
 @dataclass(frozen=True, slots=True)
-class SubsetRecipe:
+class SubsetRecipe(Generic[WholeT]):
     """How to make some rows of a dataset again.
 
     Attributes
@@ -28,7 +36,7 @@ class SubsetRecipe:
         Row numbers, int32 where they fit.
     """
 
-    whole: _Rebuildable
+    whole: _Rebuildable[WholeT]
     rows: np.ndarray
 
     @property
@@ -36,7 +44,7 @@ class SubsetRecipe:
         """Snapshot of the atlas, if the dataset is from one."""
         return getattr(self.whole, "version", None)
 
-    def rebuild(self) -> Any:
+    def rebuild(self) -> WholeT:
         """The dataset of these rows."""
         return self.whole.rebuild().subset(self.rows)
 

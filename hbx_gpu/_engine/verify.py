@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from hbx_gpu._codecs.chain import check_crc32c
 from hbx_gpu._codecs.rowpack_format import read_header
 from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable
+from hbx_gpu._source import Scalar
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.errors import CorruptChunkError
@@ -122,7 +122,7 @@ class ChunkChecks:
                 "expected",
             )
 
-    def fill_value(self, plan: BatchPlan, c: int) -> Any:
+    def fill_value(self, plan: BatchPlan, c: int) -> Scalar:
         """Return the value of all elements of the absent chunk `c` of a plan, as stored (columns are local).
 
         Raises

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -100,7 +100,7 @@ def look_at(matrix: Matrix) -> Evidence:
     return Evidence("fractional counts", f"{example}; cells sum to different numbers")
 
 
-def _sample(matrix: Any) -> np.ndarray:
+def _sample(matrix: Matrix) -> np.ndarray:
     """float64, (n,). Nonzero values from everywhere in the matrix."""
     stored = matrix.values
     if isinstance(matrix, DenseMatrix):

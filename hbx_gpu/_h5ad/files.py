@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
 from hbx_gpu._h5ad.foreign import describe_error, describe_hdf5, describe_path, missing_filters
 from hbx_gpu._h5ad.links import check_inside
-from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix
+from hbx_gpu._h5ad.matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, two_axes
 from hbx_gpu._paths import checked
 from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError, UnsafePathError
@@ -317,7 +317,7 @@ def _is_matrix(node: object) -> bool:
     return isinstance(node, h5py.Dataset) and node.ndim == 2
 
 
-def open_matrix(node: Any, name: str) -> Matrix:
+def open_matrix(node: h5py.Group | h5py.Dataset, name: str) -> Matrix:
     if isinstance(node, h5py.Group | h5py.Dataset) and (why := missing_filters(node)):
         raise InvalidDataError(f"{name} cannot be read: {why}")
     if isinstance(node, h5py.Dataset):
@@ -325,16 +325,19 @@ def open_matrix(node: Any, name: str) -> Matrix:
     layout = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
     layout = layout.decode() if isinstance(layout, bytes) else str(layout)  # HDF5.jl: fixed-length strings
     shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-    kind: Any = {"csr_matrix": CsrMatrix, "csr": CsrMatrix, "csc_matrix": CscMatrix, "csc": CscMatrix}.get(
-        layout
-    )
-    if kind is None or shape is None or len(shape) != 2:
+    kinds: dict[str, type[CsrMatrix] | type[CscMatrix]] = {
+        "csr_matrix": CsrMatrix,
+        "csr": CsrMatrix,
+        "csc_matrix": CscMatrix,
+        "csc": CscMatrix,
+    }
+    kind, axes = kinds.get(layout), two_axes(shape)
+    if kind is None or axes is None:
         raise InvalidDataError(
             f"{name}: expected a CSR, CSC or dense matrix with its shape, found encoding {layout!r} "
             f"and shape {shape}"
         )
-    opened: Matrix = kind(name, (int(shape[0]), int(shape[1])), node["indptr"], node["indices"], node["data"])
-    return opened
+    return kind(name, axes, node["indptr"], node["indices"], node["data"])
 
 
 def _legacy_frame(file: h5py.Group, key: str) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import h5py
 
@@ -19,7 +19,7 @@ from hbx_gpu.errors import UnsafePathError
 _UNREAD = "uns"
 
 
-def check_inside(node: Any, path: Path, *, deep: bool = True) -> None:
+def check_inside(node: h5py.Group | h5py.Dataset, path: Path, *, deep: bool = True) -> None:
     """Refuse a group or a dataset with content in other files than its own.
 
     Parameters
@@ -54,7 +54,7 @@ def check_inside(node: Any, path: Path, *, deep: bool = True) -> None:
                 pending.append(child)
 
 
-def _check(node: Any, path: Path) -> None:
+def _check(node: h5py.Group | h5py.Dataset, path: Path) -> None:
     if not os.path.samefile(node.file.filename, path):
         _refuse(node.name, path, node.file.filename)
     if isinstance(node, h5py.Dataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -93,6 +93,26 @@ _B = TypeVar("_B", CsrBlock, DenseBlock)
 Block = CsrBlock | DenseBlock
 
 
+class Sliceable(Protocol):
+    """An array, in memory or on disk, that is read by stretches of its first axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+def two_axes(shape: object) -> tuple[int, int] | None:
+    """Return the shape of a matrix that attributes of a store give; None for anything else."""
+    found = np.asarray(shape)
+    if found.shape != (2,) or found.dtype.kind not in "iu":
+        return None
+    return int(found[0]), int(found[1])
+
+
 class Matrix(Protocol):
     """A matrix that can be read row block by row block.
 
@@ -109,6 +129,11 @@ class Matrix(Protocol):
     name: str
     shape: tuple[int, int]
     dtype: np.dtype
+
+    @property
+    def values(self) -> Sliceable:
+        """Stored values, or some of them, for a look at what kind they are."""
+        ...
 
     def blocks(self, scratch: Path) -> Iterator[CsrBlock]:
         """All rows in order; `scratch` is an existing folder for temporary files."""
@@ -127,9 +152,9 @@ class CsrMatrix:
 
     name: str
     shape: tuple[int, int]
-    indptr: Any
-    indices: Any
-    values: Any
+    indptr: Sliceable
+    indices: Sliceable
+    values: Sliceable
 
     def __post_init__(self) -> None:
         self.dtype = np.dtype(self.values.dtype)
@@ -142,7 +167,7 @@ class CsrMatrix:
         for first, last in row_runs(self._indptr, size):
             begin, end = int(self._indptr[first]), int(self._indptr[last])
             indices = _read(self, self.indices, begin, end)
-            _check_range(self, indices, self.shape[1], lambda at, b=begin: self._row_of(b + at), "column")
+            _check_range(self, indices, self.shape[1], begin, self._row_of, "column")
             yield CsrBlock(
                 first, self._indptr[first : last + 1] - begin, indices, _read(self, self.values, begin, end)
             )
@@ -160,9 +185,9 @@ class CscMatrix:
 
     name: str
     shape: tuple[int, int]
-    indptr: Any
-    indices: Any
-    values: Any
+    indptr: Sliceable
+    indices: Sliceable
+    values: Sliceable
 
     def __post_init__(self) -> None:
         self.dtype = np.dtype(self.values.dtype)
@@ -192,7 +217,7 @@ class CscMatrix:
         size = _block_size(self.indices)
         for begin in range(0, int(self._indptr[-1]), size):
             rows = _read(self, self.indices, begin, min(begin + size, int(self._indptr[-1])))
-            _check_range(self, rows, self.shape[0], lambda at, b=begin: self._column_of(b + at), "row")
+            _check_range(self, rows, self.shape[0], begin, self._column_of, "row")
             per_row += np.bincount(rows, minlength=self.shape[0])
         return per_row
 
@@ -225,7 +250,7 @@ class DenseMatrix:
 
     name: str
     shape: tuple[int, int]
-    values: Any
+    values: Sliceable
 
     def __post_init__(self) -> None:
         self.dtype = np.dtype(self.values.dtype)
@@ -353,16 +378,18 @@ def _checked_indptr(matrix: CsrMatrix | CscMatrix, n_major: int, axis: str) -> n
     return indptr
 
 
-def _check_range(matrix: Matrix, numbers: np.ndarray, limit: int, where: Any, axis: str) -> None:
+def _check_range(
+    matrix: Matrix, numbers: np.ndarray, limit: int, begin: int, where: Callable[[int], str], axis: str
+) -> None:
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
         at = int(np.flatnonzero((numbers < 0) | (numbers >= limit))[0])
         raise InvalidDataError(
-            f"{matrix.name}: {where(at)} names {axis} {int(numbers[at])}, but the matrix has {limit} "
+            f"{matrix.name}: {where(begin + at)} names {axis} {int(numbers[at])}, but the matrix has {limit} "
             f"{axis}s; the matrix is damaged, write the file anew"
         )
 
 
-def _read(matrix: Matrix, array: Any, begin: int, end: int) -> np.ndarray:
+def _read(matrix: Matrix, array: Sliceable, begin: int, end: int) -> np.ndarray:
     try:
         return np.asarray(array[begin:end])
     except (OSError, RuntimeError) as error:  # h5py raises either for truncated or damaged chunks

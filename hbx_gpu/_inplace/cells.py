@@ -18,6 +18,7 @@ from hbx_gpu.atlas._query.state import whole_number
 from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
     from anndata import AnnData
 
@@ -242,7 +243,7 @@ class Cells:
         join: Join = "outer",
         feature_id_column: str | None = None,
         strip_versions: bool = False,
-        dtype: Any = None,
+        dtype: npt.DTypeLike | None = None,
     ) -> FeatureDataset:
         """A map-style dataset over the rows: what loaders, samplers and engines take.
 

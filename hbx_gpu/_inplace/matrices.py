@@ -19,6 +19,8 @@ from hbx_gpu._stores.store import Part, Store
 from hbx_gpu.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.stored import Recipe
 
@@ -106,7 +108,7 @@ class Wanted:
     join: Join = "outer"
     feature_id_column: str | None = None
     panel: tuple[str, ...] | None = None
-    dtype: Any = None
+    dtype: npt.DTypeLike | None = None
     strip_versions: bool = False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from hbx_gpu._codecs.chain import V2_CHAIN
 from hbx_gpu._source import ArrayLayout
@@ -57,7 +56,7 @@ def codec_of(layout: ArrayLayout) -> str:
     """Names of what compresses the chunks of an array, joined by ``+``; ``"uncompressed"``."""
     names = []
     for codec in layout.codecs:
-        setting: dict[str, Any] = codec.get("configuration") or {}
+        setting = codec.get("configuration") or {}
         if codec["name"] == V2_CHAIN:
             steps = [*(setting["filters"] or []), *([setting["compressor"]] if setting["compressor"] else [])]
             names += [str(step["id"]) for step in steps]

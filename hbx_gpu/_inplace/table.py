@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -195,7 +195,7 @@ def _obs_of(store: Store) -> pd.DataFrame:
         return pd.concat([part.obs for part in store.parts])
     assert store.read_obs is not None
     frame = store.read_obs()
-    columns: dict[str, Any] = {}
+    columns: dict[str, pd.Series] = {}
     for name, (part, rows) in store.modalities.items():
         for column in part.obs.columns:
             taken = part.obs[column].reset_index(drop=True).reindex(np.where(rows >= 0, rows, len(part.obs)))

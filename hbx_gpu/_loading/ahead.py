@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ BYTES_PER_WINDOW = 64 << 20
 class _Window:
     """A window that a thread makes: its entries, the seconds they took, and bytes and cells of each batch."""
 
-    made: Future[tuple[list[Any], float]]
+    made: Future[tuple[list[object], float]]
     nbytes: list[int]
     cells: list[int]
     factor: int
@@ -49,7 +48,7 @@ class Ahead:
     def __iter__(self) -> Ahead:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -86,7 +85,7 @@ class ReadAhead(Ahead):
         # Times at which the previous window was taken; None before the first.
         self._taken: tuple[float, float] | None = None
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         try:
             if not self._ready:
                 self._refill()
@@ -144,7 +143,7 @@ class ReadAhead(Ahead):
             self._begun += 1
         self.recorder.windows_ahead = self._sizing.depth
 
-    def _make(self, rows: list[np.ndarray], cells: int) -> tuple[list[Any], float]:
+    def _make(self, rows: list[np.ndarray], cells: int) -> tuple[list[object], float]:
         with self.recorder.window(cells) as window:
             made = self._feed.make(rows)
         return made, window.seconds

@@ -6,7 +6,7 @@ Owns threads, queues and the position within an epoch; knows nothing of how a ba
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from hbx_gpu._loading.pairs import with_controls
 from hbx_gpu._loading.shown import Batches, HasOrder, as_order
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
-from hbx_gpu._protocols import AnyFeed
+from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
@@ -80,12 +80,12 @@ class CellLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Any,
-        sampler: Any = None,
-        collate_fn: Callable[[Any], Any] | None = None,
+        sampler: object = None,
+        collate_fn: CollateFunction | None = None,
         *,
         options: LoaderOptions | None = None,
         feed: AnyFeed | None = None,
-        batch_sampler: Any = None,
+        batch_sampler: object = None,
         batch_size: int | None = None,
         shuffle: bool | None = None,
         drop_last: bool | None = None,
@@ -112,11 +112,11 @@ class CellLoader(DataLoader[Any]):
         # A batch sampler that a framework made is shown to it again: it looks there for the rows of a batch.
         # torch itself feeds worker processes from it, so there the order is the one inside.
         self._order = as_order(sampler, inner=num_workers > 0)
-        as_given = batch_sampler is not None and (num_workers == 0 or isinstance(batch_sampler, HasOrder))
+        as_given = num_workers == 0 or isinstance(batch_sampler, HasOrder)
         batches = Batches.of(self._order)
         super().__init__(
             dataset,
-            batch_sampler=batch_sampler if as_given else batches,
+            batch_sampler=batch_sampler if as_given and isinstance(batch_sampler, Iterable) else batches,
             collate_fn=collate_fn or _identity,
             num_workers=num_workers,
             **keywords,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._collates import (
     ArrayCollate,
@@ -35,7 +35,7 @@ from hbx_gpu._loading.options import (
 )
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._loading.tokens import with_token_collates
-from hbx_gpu._protocols import AnyCollate, AnyFeed, Loadable
+from hbx_gpu._protocols import AnyCollate, AnyFeed, CollateFunction, Loadable
 from hbx_gpu.images import TileCollate
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import Transform, chain
@@ -50,15 +50,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def make_loader(
-    dataset: Any,
-    sampler: Any = None,
-    collate_fn: Callable[[Any], Any] | None = None,
+    dataset: object,
+    sampler: object = None,
+    collate_fn: CollateFunction | None = None,
     *,
     batch_size: int | None = None,
     shuffle: bool | None = None,
     drop_last: bool | None = None,
     seed: int | None = None,
-    device: Any = "cpu",
+    device: object = "cpu",
     layout: str | Mapping[str, str] | None = None,
     dtype: str | Mapping[str, str] = "float32",
     transform: Steps | Mapping[str, Steps] | None = None,
@@ -75,7 +75,7 @@ def make_loader(
     pad_to_multiple_of: int | None = None,
     ids_dtype: str = "int64",
     token_seed: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> CellLoader:
     """Iterate batches of `dataset` in the order of `sampler`, read and decoded ahead.
 
@@ -246,7 +246,7 @@ def _through_dali(executor: str, sampler: object, device: object, options: Loade
 def build_loader(
     dataset: object,
     sampler: object,
-    collate_fn: Callable[[Any], object] | None,
+    collate_fn: CollateFunction | None,
     device: object,
     options: LoaderOptions,
 ) -> CellLoader:
@@ -315,7 +315,7 @@ def _as_it_is(batch: object) -> object:
 
 
 def _loader(
-    dataset: object, sampler: object, collate: Callable[[Any], object], feed: AnyFeed, options: LoaderOptions
+    dataset: object, sampler: object, collate: CollateFunction, feed: AnyFeed, options: LoaderOptions
 ) -> CellLoader:
     if isinstance(sampler, CellSampler):
         options = replace(options, rows=sampler.rows)
@@ -338,7 +338,7 @@ def _loader(
     return CellPipeline(dataset, sampler=sampler, collate_fn=collate, feed=feed, options=options)
 
 
-def device_loader(dataset: Any, sampler: Any, backend: Backend, options: LoaderOptions) -> CellLoader:
+def device_loader(dataset: object, sampler: object, backend: Backend, options: LoaderOptions) -> CellLoader:
     """Make a loader on a backend: threads stage stored bytes, and the device decodes them."""
     from hbx_gpu._loading.feeds.multimodal import MultimodalFeed, cells_feed
 
@@ -423,15 +423,20 @@ def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) 
     for name in set(dtype.values() if isinstance(dtype, Mapping) else [dtype]):
         _sparse_collate("dense", name, Transform())
     steps = {name: chain(given) for name, given in (transform or {}).items()}
-    images: Any = options.images  # these are collates by now
-    tokens: Any = options.tokens  # these are collates too
+    # What is done to images and tokens is a collate by now.
+    images = {name: made for name, made in _by_space(options.images) if isinstance(made, TileCollate)}
+    tokens = {name: made for name, made in _by_space(options.tokens) if isinstance(made, TokenCollate)}
     collate = MultimodalCollate(layout, dtype, steps, images, tokens)
     for name in sparse:
-        if name in (tokens or {}):
+        if name in tokens:
             _only_tokens("float32", steps.get(name, Transform()))
         else:
             _sparse_collate(**collate.options_of(name))
     return collate
+
+
+def _by_space(setting: object) -> Iterable[tuple[str, object]]:
+    return setting.items() if isinstance(setting, Mapping) else ()
 
 
 def _with_image_collates(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from hbx_gpu._protocols import AnyCollate, AnyFeed, Collating, Loadable, Rows, TensorBatch
+from hbx_gpu._protocols import AnyCollate, AnyFeed, Collating, Loadable, Rows, TensorBatch, Widths
 from hbx_gpu._tensors import check_columns
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MEASURED = "measured"
 """Key of the mask in a batch. Until the mask takes its place, it holds the stored matrix of each row."""
 
 
 @runtime_checkable
-class HasFeatures(Loadable[Any], Protocol):
+class HasFeatures(Loadable[object], Protocol):
     """A dataset of one feature space that knows which stored matrix has which feature."""
 
     @property
@@ -68,13 +72,13 @@ class Masks:
         that of cells without one.
     """
 
-    masks: Any
+    masks: np.ndarray | Tensor
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes of the mask of a batch."""
         return n_rows * int(self.masks.shape[1])
 
-    def on(self, device: Any) -> Masks:
+    def on(self, device: torch.device | str) -> Masks:
         """The masks as a tensor on a device."""
         import torch
 
@@ -104,11 +108,11 @@ class MeasuredCollate(Collating):
         """See :class:`~hbx_gpu._protocols.Collate`."""
         self.collate.set_epoch(epoch)
 
-    def __call__(self, batch: Any) -> TensorBatch:
+    def __call__(self, batch: object) -> TensorBatch:
         """See :class:`MeasuredCollate`."""
         return self.masks.on("cpu").put_into(self.collate(batch))
 
-    def nbytes(self, n_rows: int, n_features: Any, /) -> int:
+    def nbytes(self, n_rows: int, n_features: Widths, /) -> int:
         """Bytes of the mask, and of what `collate` makes."""
         return self.masks.nbytes(n_rows) + self.collate.nbytes(n_rows, n_features)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
+from hbx_gpu._protocols import TensorBatch
 from hbx_gpu._storage.choice import check_io
 from hbx_gpu.transforms import Transform, chain
 
@@ -33,8 +34,8 @@ DEVICE_BUDGET = 4 << 30
 _DECIDED_BY_SAMPLER = ("batch_size", "shuffle", "drop_last", "batch_sampler")
 
 
-Graph: TypeAlias = Callable[[dict[str, Any]], Any]
-Operators: TypeAlias = Callable[[dict[str, Any], Any], dict[str, Any]]
+Graph: TypeAlias = Callable[[TensorBatch], object]
+Operators: TypeAlias = Callable[[TensorBatch, Any], TensorBatch]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _STATE_KEYS = ("epoch", "batches", "rows")
 
@@ -48,6 +49,11 @@ class Ranked(Protocol):
     num_replicas: int
 
 
+def cannot_be_iterated(sampler: object) -> TypeError:
+    """The error for a sampler that yields nothing."""
+    return TypeError(f"a sampler yields row numbers, and a {type(sampler).__name__} cannot be iterated")
+
+
 class GivenOrder:
     """The batches of a torch batch sampler, or of any iterable of lists of row numbers.
 
@@ -60,7 +66,7 @@ class GivenOrder:
         Batches of row numbers, which can be iterated any number of times.
     """
 
-    def __init__(self, sampler: Iterable[Any]) -> None:
+    def __init__(self, sampler: Iterable[ArrayLike]) -> None:
         self.sampler = sampler
         self.epoch = 0
         self._skip, self._digest = 0, ""
@@ -175,7 +181,7 @@ class GivenOrder:
         self.resumed = True
 
 
-def _row_numbers(batch: Any) -> np.ndarray:
+def _row_numbers(batch: ArrayLike) -> np.ndarray:
     if np.ndim(batch) == 0:
         raise ValueError(
             f"the sampler yields row numbers one by one (the first is {batch!r}), not batches of them: pass "

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from hbx_gpu._protocols import TensorBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def with_controls(batch: Any) -> dict[str, Any]:
+@runtime_checkable
+class _Rows(Protocol):
+    """A tensor, an array, a list or whatever else has rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> object: ...
+
+
+def with_controls(batch: object) -> TensorBatch:
     """A batch of 2 n rows as its first n, and the others below the key ``"control"``; no tensor is copied.
 
     Parameters
@@ -25,22 +39,28 @@ def with_controls(batch: Any) -> dict[str, Any]:
             'layout="dense", "csr" or padded tokens, not packed ones, and no collate_fn that makes something '
             "else"
         )
-    return {**_half(batch, 0), "control": _half(batch, 1)}
+    return {**_halves(batch, 0), "control": _halves(batch, 1)}
 
 
-def _half(value: Any, which: int) -> Any:
+def _halves(batch: Mapping[str, object], which: int) -> TensorBatch:
+    return {name: _half(part, which) for name, part in batch.items()}
+
+
+def _half(value: object, which: int) -> object:
+    import torch
+
     if isinstance(value, Mapping):
-        return {name: _half(part, which) for name, part in value.items()}
-    if not hasattr(value, "__getitem__") or isinstance(value, str):
+        return _halves(value, which)
+    if not isinstance(value, _Rows) or isinstance(value, str):
         return value
     n = len(value) // 2
     rows = slice(which * n, (which + 1) * n)
-    if str(getattr(value, "layout", "")) == "torch.sparse_csr":
+    if isinstance(value, torch.Tensor) and value.layout is torch.sparse_csr:
         return _csr_rows(value, rows)
     return value[rows]
 
 
-def _csr_rows(matrix: Any, rows: slice) -> Any:
+def _csr_rows(matrix: Tensor, rows: slice) -> Tensor:
     import torch
 
     pointers = matrix.crow_indices()[rows.start : rows.stop + 1]

@@ -7,13 +7,13 @@ the epoch, and put others in their place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from hbx_gpu._loading.order import GivenOrder, Order
+from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
 from hbx_gpu.sampler import CellSampler, EpochSampler
 
 
@@ -223,4 +223,8 @@ def as_order(sampler: object, *, inner: bool = False) -> Order:
     """
     if isinstance(sampler, Batches) or (inner and isinstance(sampler, HasOrder)):
         return sampler.order
-    return sampler if isinstance(sampler, Order) else GivenOrder(sampler)  # type: ignore[arg-type]
+    if isinstance(sampler, Order):
+        return sampler
+    if not isinstance(sampler, Iterable):
+        raise cannot_be_iterated(sampler)
+    return GivenOrder(sampler)

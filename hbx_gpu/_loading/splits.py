@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sized
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch.utils.data import (
@@ -17,7 +18,8 @@ from torch.utils.data import (
 )
 
 from hbx_gpu._datasets.joined import joined
-from hbx_gpu._loading.order import GivenOrder, Order
+from hbx_gpu._datasets.plain import HasCells
+from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
 from hbx_gpu._loading.shown import Batches
 from hbx_gpu.sampler import CellSampler
 
@@ -31,25 +33,39 @@ _SAMPLERS_OF_ROWS = (
 )
 
 
-def unwrapped(dataset: Any) -> Any:
+@runtime_checkable
+class Selectable(Protocol):
+    """A dataset that can return some of its rows as a dataset."""
+
+    def subset(self, rows: np.ndarray) -> object: ...
+
+
+def unwrapped(dataset: object) -> object:
     """Turn a torch `Subset` (as from `random_split`) or `ConcatDataset` of our datasets into one of ours.
 
     Rows are numbered as torch numbers them. Any other dataset is returned as it is.
     """
     if isinstance(dataset, Subset):
-        whole = unwrapped(dataset.dataset)
-        whole = getattr(whole, "to_cell_dataset", lambda: whole)()
-        return whole.subset(np.asarray(dataset.indices, np.int64)) if hasattr(whole, "subset") else dataset
+        whole = _of_ours(dataset.dataset)
+        return dataset if whole is None else whole.subset(np.asarray(dataset.indices, np.int64))
     if isinstance(dataset, ConcatDataset):
-        parts = [unwrapped(part) for part in dataset.datasets]
-        parts = [getattr(part, "to_cell_dataset", lambda part=part: part)() for part in parts]
-        return joined(parts) if all(hasattr(part, "subset") for part in parts) else dataset
+        found = [_of_ours(part) for part in dataset.datasets]
+        parts = [part for part in found if part is not None]
+        return joined(parts) if len(parts) == len(found) else dataset
     return dataset
 
 
+def _of_ours(dataset: object) -> Selectable | None:
+    """The dataset that is wrapped, or converts to one of ours; None for others."""
+    dataset = unwrapped(dataset)
+    if isinstance(dataset, HasCells):
+        dataset = dataset.to_cell_dataset()
+    return dataset if isinstance(dataset, Selectable) else None
+
+
 def order_for(
-    dataset: Any,
-    sampler: Any,
+    dataset: object,
+    sampler: object,
     *,
     batch_size: int | None = None,
     shuffle: bool | None = None,
@@ -71,6 +87,8 @@ def order_for(
             f"make_loader(dataset, batch_size={sampler})"
         )
     if sampler is None:
+        if not isinstance(dataset, Sized):
+            raise TypeError(f"a {type(dataset).__name__} does not tell how many rows it has; pass a sampler")
         groups = getattr(dataset, "groups_np", None)
         return CellSampler(
             np.zeros(len(dataset), np.int32) if groups is None else groups,
@@ -84,6 +102,8 @@ def order_for(
     of_rows = isinstance(sampler, _SAMPLERS_OF_ROWS) and not of_batches
     if of_rows or (batch_size is not None and not of_batches):
         given |= {"batch_size": None, "drop_last": None}
+        if not isinstance(sampler, Iterable):
+            raise cannot_be_iterated(sampler)
         sampler = BatchSampler(sampler, _BATCH_SIZE if batch_size is None else batch_size, bool(drop_last))
     if wrong := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")

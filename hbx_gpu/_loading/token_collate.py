@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from hbx_gpu._protocols import Collating
+from hbx_gpu._protocols import Collating, TensorBatch, Widths
 from hbx_gpu._tensors import check_columns, metadata_tensors
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.tokens import Compiled, encode
@@ -50,9 +49,7 @@ class TokenCollate(Collating):
         self._categories = {
             name: values for name, values in categories.items() if name in compiled.recipe.obs_columns
         }
-        self._options: dict[str, Any] = {
-            "padding": padding, "pad_to_multiple_of": pad_to_multiple_of, "ids_dtype": ids_dtype
-        }  # fmt: skip
+        self._padding, self._multiple, self._ids_dtype = padding, pad_to_multiple_of, ids_dtype
         # Worker processes are started once and must learn of later epochs: they map this memory.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -69,7 +66,7 @@ class TokenCollate(Collating):
         """Columns of obs that the recipe reads, with values in the place of codes."""
         return {name: _decoded(metadata[name], values) for name, values in self._categories.items()}
 
-    def __call__(self, batch: SparseBatch) -> dict[str, Any]:
+    def __call__(self, batch: SparseBatch) -> TensorBatch:
         """Tokens as :func:`hbx_gpu.tokens.encode` makes them, as tensors, and the batch's metadata."""
         import torch
 
@@ -81,7 +78,9 @@ class TokenCollate(Collating):
             epoch=self.epoch,
             obs=self.obs_of(metadata),
             where=self.where,
-            **self._options,
+            padding=self._padding,
+            pad_to_multiple_of=self._multiple,
+            ids_dtype=self._ids_dtype,
         )
         check_columns([*made, *metadata])
         tensors = {
@@ -90,7 +89,7 @@ class TokenCollate(Collating):
         }
         return {**tensors, **metadata_tensors(metadata)}
 
-    def nbytes(self, n_rows: int, n_features: Any, /) -> int:  # noqa: ARG002
+    def nbytes(self, n_rows: int, n_features: Widths, /) -> int:  # noqa: ARG002
         """Bytes of a batch at its widest."""
         return n_rows * int(self.compiled.program.length) * 24
 

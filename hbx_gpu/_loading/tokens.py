@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
@@ -15,6 +15,8 @@ from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens import Compiled, Recipe, compile  # noqa: A004
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hbx_gpu._loading.options import LoaderOptions
 
 _LOG = logging.getLogger(__name__)
@@ -71,7 +73,11 @@ def _by_space(
 
 
 def _collate(
-    dataset: object, recipe: object, sampler: object, options: LoaderOptions, categories: Any = None
+    dataset: object,
+    recipe: object,
+    sampler: object,
+    options: LoaderOptions,
+    categories: Mapping[str, np.ndarray] | None = None,
 ) -> TokenCollate:
     if isinstance(recipe, TokenCollate):
         return recipe

@@ -6,7 +6,6 @@ import multiprocessing.process
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -60,9 +59,9 @@ class Handover:
         What makes a batch.
     """
 
-    collate: Callable[[Any], Any]
+    collate: Callable[[object], object]
 
-    def __call__(self, samples: Any) -> Any:
+    def __call__(self, samples: object) -> object:
         """Make a batch and move its tensors to shared memory.
 
         Raises
@@ -82,7 +81,7 @@ class Handover:
         return batch
 
 
-def _share(batch: Any) -> None:
+def _share(batch: object) -> None:
     if isinstance(batch, torch.Tensor):
         if batch.layout is torch.strided:
             batch.share_memory_()

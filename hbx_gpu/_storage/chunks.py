@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -376,8 +375,8 @@ class ChunkDirectory:
         path: str,
         where: tuple[int, ...],
         identity: tuple[int, int],
-        ids: Any,
-        nbytes: Any,
+        ids: int | slice | np.ndarray,
+        nbytes: int | np.ndarray,
     ) -> None:
         self.paths.append(path)
         self.identities.append(identity)
@@ -385,7 +384,7 @@ class ChunkDirectory:
         # Sizes are written last: other threads, without the lock, take a non-zero size as "looked up".
         self._nbytes[ids] = nbytes + _BIAS
 
-    def _absent(self, array: int, path: str, where: tuple[int, ...], ids: Any) -> None:
+    def _absent(self, array: int, path: str, where: tuple[int, ...], ids: int | np.ndarray) -> None:
         if not self.layouts[array].absent_is_fill:
             raise self._object_error(array, path, where, "the object is missing")
         self._file[ids] = -1

@@ -7,12 +7,12 @@ other store, on many threads at once, which the HDF5 library does not allow.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import numpy as np
 
 from hbx_gpu._codecs.chain import LZF, V2_CHAIN
-from hbx_gpu._source import ArrayLayout, ChunkTable
+from hbx_gpu._source import ArrayLayout, ChunkTable, Configuration
 from hbx_gpu._storage.plain import file_fingerprint, plain_layout
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
 
@@ -124,10 +124,10 @@ def _contiguous(dataset: h5py.Dataset, path: str, name: str) -> ArrayLayout:
     )
 
 
-def _chain(dataset: h5py.Dataset, path: str, name: str) -> dict[str, object]:
+def _chain(dataset: h5py.Dataset, path: str, name: str) -> Configuration:
     """Return the filter pipeline as a zarr v2 chain; if the last filter compresses, it is the compressor."""
     pipeline = dataset.id.get_create_plist()
-    filters: list[dict[str, Any]] = []
+    filters: list[Configuration] = []
     for position in range(pipeline.get_nfilters()):
         code = pipeline.get_filter(position)[0]
         if code == _SHUFFLE:
@@ -142,6 +142,15 @@ def _chain(dataset: h5py.Dataset, path: str, name: str) -> dict[str, object]:
     return {"dtype": dataset.dtype.str, "order": "C", "filters": filters or None, "compressor": compressor}
 
 
+class _StoredChunk(Protocol):
+    """h5py's ``StoreInfo``."""
+
+    chunk_offset: tuple[int, ...]
+    filter_mask: int
+    byte_offset: int
+    size: int
+
+
 def _table(dataset: h5py.Dataset, path: str, name: str) -> ChunkTable:
     chunks = np.array(dataset.chunks, np.int64)
     grid = -(-np.array(dataset.shape, np.int64) // chunks)
@@ -150,7 +159,7 @@ def _table(dataset: h5py.Dataset, path: str, name: str) -> ChunkTable:
     offset, nbytes = np.zeros(n, np.int64), np.full(n, -1, np.int64)
     skipped = np.zeros(n, np.uint32)
 
-    def enter(stored: Any) -> None:
+    def enter(stored: _StoredChunk) -> None:
         number = int((np.array(stored.chunk_offset, np.int64) // chunks * strides).sum())
         offset[number], nbytes[number] = stored.byte_offset, stored.size
         skipped[number] = stored.filter_mask

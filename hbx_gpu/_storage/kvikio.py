@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +29,12 @@ TASK_BYTES = 4 << 20
 _MAX_GAP = 64 << 10  # another read takes kvikio about as long as reading so many bytes more
 _MAX_SIZE = 16 << 20
 _MAX_OPEN = 256  # kvikio holds two descriptors per file
+
+
+class Sliceable(Protocol):
+    """Memory that is read into: a NumPy array, or bytes on a device."""
+
+    def __getitem__(self, part: slice, /) -> object: ...
 
 
 class Future(Protocol):
@@ -149,7 +155,7 @@ class KvikioReader(Reader):
         at[stored] = slot[run] + extents.offset[stored] - offset[run]
         return Placed(extents, runs.file.astype(np.int64), offset, nbytes, slot, needed, at)
 
-    def read_into(self, placed: Placed, buffer: Any) -> None:
+    def read_into(self, placed: Placed, buffer: Sliceable) -> None:
         """Carry out the reads; return when all bytes are in the buffer.
 
         Parameters

@@ -8,12 +8,12 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn, NotRequired, TypedDict
 
 import numpy as np
 
 from hbx_gpu._codecs.chain import V2_CHAIN
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec, Configuration, Scalar
 from hbx_gpu._storage.plain import file_fingerprint
 from hbx_gpu._untrusted import Within, parse_json, read_small
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
@@ -141,7 +141,7 @@ def _fingerprint(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def _parse(path: str, text: bytes) -> dict[str, Any]:
+def _parse(path: str, text: bytes) -> dict[str, object]:
     found = parse_json(text, f"zarr metadata {path}")
     if not isinstance(found, dict):
         raise CorruptDataError(f"zarr metadata {path} hold a {type(found).__name__}, an object is expected")
@@ -157,15 +157,30 @@ def _nothing_there(directory: str, name: str) -> str:
     return f"no zarr array {name!r} at {directory}: neither zarr.json nor .zarray; {there}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 200 else f"{text[:200]}..."
+
+
+def _scalar(dtype: np.dtype, value: float) -> Scalar:
+    scalar: Scalar = dtype.type(value)
+    return scalar
+
+
+class _Chain(TypedDict):
+    """The arguments of a layout that the codecs of an array decide."""
+
+    chunk_shape: tuple[int, ...]
+    codecs: tuple[Codec, ...]
+    sharded: NotRequired[bool]
+    index_at_end: NotRequired[bool]
+    index_codecs: NotRequired[tuple[Codec, ...]]
 
 
 class _Metadata:
     """One metadata document; every error about it names its file."""
 
-    def __init__(self, document: dict[str, Any], file: str, name: str, fingerprint: str) -> None:
+    def __init__(self, document: dict[str, object], file: str, name: str, fingerprint: str) -> None:
         self._document, self._file, self._name = document, file, name
         self._fingerprint = fingerprint
 
@@ -239,6 +254,8 @@ class _Metadata:
         if order not in ("C", "F"):
             self._corrupt(f"order is {order!r}, C or F is expected")
         filters, compressor = self._document.get("filters"), self._document.get("compressor")
+        if filters is not None and not isinstance(filters, list):
+            self._corrupt(f"filters are {_short(filters)}, a list or null is expected")
         for codec in [*(filters or []), *([compressor] if compressor else [])]:
             if not isinstance(codec, dict) or not isinstance(codec.get("id"), str):
                 self._corrupt(f"filter or compressor {codec!r} has no id")
@@ -260,7 +277,7 @@ class _Metadata:
             fingerprint=self._fingerprint,
         )
 
-    def _codecs(self, outer: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Any]:
+    def _codecs(self, outer: tuple[int, ...], shape: tuple[int, ...]) -> _Chain:
         chain = self._chain("codecs", self._get("codecs"))
         names = [codec["name"] for codec in chain]
         if "sharding_indexed" not in names:
@@ -294,42 +311,46 @@ class _Metadata:
             return "" if ndim else "0", self._separator(setting.get("separator", "."))
         self._unsupported(f"chunk_key_encoding {encoding!r} (default and v2 are read)")
 
-    def _separator(self, separator: Any) -> str:
+    def _separator(self, separator: object) -> str:
         if separator not in (".", "/"):
             self._corrupt(f"chunk key separator is {separator!r}, '.' or '/' is expected")
         return str(separator)
 
-    def _chain(self, what: str, codecs: Any) -> tuple[dict[str, Any], ...]:
+    def _chain(self, what: str, codecs: object) -> tuple[Codec, ...]:
         if not isinstance(codecs, list) or not codecs:
             self._corrupt(f"{what} is {codecs!r}, a list of codecs is expected")
         named = (self._named(what, codec) for codec in codecs)
         return tuple({"name": name, "configuration": setting} for name, setting in named)
 
-    def _named(self, what: str, value: Any) -> tuple[str, dict[str, Any]]:
+    def _named(self, what: str, value: object) -> tuple[str, Configuration]:
         """Return name and configuration of an extension point, which may be given as a name alone."""
         if isinstance(value, str):
             return value, {}
-        setting = value.get("configuration", {}) if isinstance(value, dict) else None
-        if not isinstance(setting, dict) or not isinstance(value.get("name"), str):
-            self._corrupt(f"{what} holds {value!r}, an object with name and configuration is expected")
-        return value["name"], setting
+        if isinstance(value, dict):
+            name, setting = value.get("name"), value.get("configuration", {})
+            if isinstance(name, str) and isinstance(setting, dict):
+                return name, setting
+        self._corrupt(f"{what} holds {value!r}, an object with name and configuration is expected")
 
-    def _integers(self, what: str, value: Any, *, least: int, ndim: int | None = None) -> tuple[int, ...]:
+    def _integers(self, what: str, value: object, *, least: int, ndim: int | None = None) -> tuple[int, ...]:
         if isinstance(value, list) and len(value) > _MAX_AXES:
             self._unsupported(f"{len(value)} axes in {what}; up to {_MAX_AXES} are read")
-        fits = isinstance(value, list) and all(type(n) is int and least <= n < 1 << 63 for n in value)
-        if not fits or (ndim is not None and len(value) != ndim):
+        if (
+            not isinstance(value, list)
+            or not all(type(n) is int and least <= n < 1 << 63 for n in value)
+            or (ndim is not None and len(value) != ndim)
+        ):
             length = "" if ndim is None else f"{ndim} "
             self._corrupt(f"{what} is {_short(value)}, {length}integers >= {least} are expected")
         return tuple(value)
 
-    def _chunk_shape(self, what: str, value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _chunk_shape(self, what: str, value: object, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a chunk; some writers give an axis without elements chunks of length 0."""
         if isinstance(value, list) and len(value) == len(shape):
             value = [1 if (chunk, n) == (0, 0) else chunk for chunk, n in zip(value, shape, strict=True)]
         return self._integers(what, value, least=1, ndim=len(shape))
 
-    def _v2_dtype(self, value: Any) -> np.dtype:
+    def _v2_dtype(self, value: object) -> np.dtype:
         try:
             dtype = np.dtype(value) if isinstance(value, str) else None
         except TypeError:
@@ -338,23 +359,23 @@ class _Metadata:
             self._unsupported(f"dtype {value!r} ({', '.join(sorted(_DTYPES))} are read)")
         return dtype
 
-    def _fill_value(self, dtype: np.dtype, value: Any) -> Any:
+    def _fill_value(self, dtype: np.dtype, value: object) -> Scalar:
         """Return the fill value as a scalar of `dtype`."""
         if dtype.kind == "f" and isinstance(value, str):
             number = _NAMED_FLOATS.get(value)
             if number is None:
                 number = self._float_of_bits(value)
-            return dtype.type(number)
+            return _scalar(dtype, number)
         if dtype.kind == "b" and isinstance(value, bool):
-            return dtype.type(value)
+            return _scalar(dtype, value)
         if dtype.kind == "f" and isinstance(value, int | float):
-            return dtype.type(value)
+            return _scalar(dtype, value)
         if dtype.kind in "iu" and (
             isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         ):
             limits = np.iinfo(dtype)
             if limits.min <= value <= limits.max:
-                return dtype.type(value)
+                return _scalar(dtype, value)
         self._corrupt(f"fill_value {value!r} is not a value of {dtype}")
 
     def _float_of_bits(self, text: str) -> float:
@@ -366,7 +387,7 @@ class _Metadata:
                 f"fill_value {text!r} is neither NaN, Infinity, -Infinity nor 0x and 4, 8 or 16 digits"
             )
 
-    def _get(self, key: str) -> Any:
+    def _get(self, key: str) -> object:
         if key not in self._document:
             self._corrupt(f"key {key!r} is missing; it has {', '.join(sorted(self._document))}")
         return self._document[key]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._untrusted import check_regular, open_regular
@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 4096
 
 def plain_layout(
     path: str | os.PathLike[str],
-    dtype: Any,
+    dtype: npt.DTypeLike,
     n: int,
     *,
     name: str | None = None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hbx_gpu._h5ad.matrix import two_axes
 from hbx_gpu._stores.matrix import Form, StoredMatrix
 from hbx_gpu._stores.store import RAW, Part, Store
 from hbx_gpu._stores.tree import Tree
@@ -58,13 +59,13 @@ def open_mudata(tree: Tree, kind: str) -> Store:
     CorruptDataError
         The table of which cell is which row of a modality contradicts the modality.
     """
-    if int(tree.attributes().get("axis", 0)) == 1:
+    if tree.attributes().get("axis") == 1:
         raise InvalidDataError(
             f"{tree.path}: its parts share features and not cells (axis=1); write each part to a file of its "
             "own and open these files together"
         )
     there = tree.names("mod")
-    order = [str(name) for name in tree.attributes("mod").get("mod-order", ())]
+    order = np.ravel(np.asarray(tree.attributes("mod").get("mod-order", ()), object)).astype(str).tolist()
     names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
     modalities = {}
     n_cells = tree.n_rows("obs")
@@ -165,8 +166,9 @@ def _matrix(tree: Tree, key: str, name: str) -> StoredMatrix:
         return StoredMatrix(name, (values.shape[0], values.shape[1]), "dense", values)
     attributes = tree.attributes(key)
     encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))
-    shape: Any = attributes.get("shape", attributes.get("h5sparse_shape"))
-    if encoding not in _FORMS or shape is None or len(shape) != 2:
+    shape = attributes.get("shape", attributes.get("h5sparse_shape"))
+    axes = two_axes(shape)
+    if encoding not in _FORMS or axes is None:
         raise InvalidDataError(
             f"{name}: expected a CSR, CSC or dense matrix with its shape, found encoding {encoding!r} and "
             f"shape {shape}"
@@ -175,7 +177,7 @@ def _matrix(tree: Tree, key: str, name: str) -> StoredMatrix:
     if missing:
         raise CorruptDataError(f"{name}: arrays {sorted(missing)} are missing")
     values, index, indptr = (tree.layout(f"{key}/{part}") for part in ("data", "indices", "indptr"))
-    return StoredMatrix(name, (int(shape[0]), int(shape[1])), _FORMS[encoding], values, index, indptr)
+    return StoredMatrix(name, axes, _FORMS[encoding], values, index, indptr)
 
 
 def _frame(closed: Tree, key: str) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -88,6 +88,5 @@ def as_stream(matrix: StoredMatrix) -> Matrix:
     values = StoredArray(matrix.values)
     if matrix.index is None or matrix.indptr is None:
         return DenseMatrix(matrix.name, matrix.shape, values)
-    kind: Any = CsrMatrix if matrix.form == "csr" else CscMatrix
-    opened: Matrix = kind(matrix.name, matrix.shape, matrix.pointers(), StoredArray(matrix.index), values)
-    return opened
+    kind = CsrMatrix if matrix.form == "csr" else CscMatrix
+    return kind(matrix.name, matrix.shape, matrix.pointers(), StoredArray(matrix.index), values)

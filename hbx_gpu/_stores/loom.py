@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def transposed(layout: ArrayLayout) -> ArrayLayout:
     order = np.arange(math.prod(chunk_grid(layout))).reshape(chunk_grid(layout)).T.ravel()
     table = layout.table
     skipped = None if table.skipped is None else table.skipped[order]
-    chain: dict[str, object] = {**layout.codecs[0]["configuration"], "order": "F"}
+    chain = {**layout.codecs[0]["configuration"], "order": "F"}
     return replace(
         layout,
         shape=layout.shape[::-1],
@@ -88,7 +88,7 @@ def _attributes(closed: Tree, key: str, names: tuple[str, ...], n: int) -> pd.Da
 
     path = closed.path
     with closed.again() as tree:
-        columns: dict[str, Any] = {}
+        columns: dict[str, np.ndarray] = {}
         for name in tree.names(key):
             values = tree.array(f"{key}/{name}")
             if values.ndim > 1 and values.shape[1:] != (1,):

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import h5py
 import numpy as np
 
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile
-from hbx_gpu._h5ad.matrix import CsrBlock, Matrix
+from hbx_gpu._h5ad.matrix import CsrBlock, Matrix, Sliceable
 from hbx_gpu._paths import checked
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu._stores.lazy import as_stream
@@ -222,10 +222,9 @@ class _Following:
         self.dtype: np.dtype = np.result_type(*(part.dtype for part in self.parts))
 
     @property
-    def values(self) -> Any:
+    def values(self) -> Sliceable:
         """Stored values of the first matrix, for a look at what kind they are."""
-        first: Any = self.parts[0]
-        return first.values
+        return self.parts[0].values
 
     def blocks(self, scratch: Path) -> Iterator[CsrBlock]:
         """All rows in order; see `Matrix.blocks`."""

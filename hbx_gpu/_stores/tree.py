@@ -10,10 +10,11 @@ import contextlib
 import itertools
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import h5py
 import numpy as np
@@ -27,6 +28,7 @@ from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import zarr
 
 MAX_ROWS = 1 << 31
 """Largest number of elements of an array that is read whole: a column of a table, row pointers."""
@@ -55,7 +57,7 @@ class Tree(Protocol):
         """Whether an array lies there."""
         ...
 
-    def attributes(self, key: str = "") -> Mapping[str, Any]:
+    def attributes(self, key: str = "") -> Mapping[str, object]:
         """Attributes of a group or an array."""
         ...
 
@@ -131,13 +133,42 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise InvalidDataError(f"{path} cannot be opened: {error}; {what}") from error
 
 
-class _Tables:
+Node: TypeAlias = "h5py.Group | h5py.Dataset | zarr.Group | zarr.Array[Any]"
+
+
+@runtime_checkable
+class _Records(Protocol):
+    """An array of h5py or zarr."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, part: object, /) -> np.ndarray: ...
+
+
+class _Tables(ABC):
     """Reading tables, which is the same for both kinds of store."""
 
     path: Path
 
-    def _node(self, key: str) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _node(self, key: str) -> Node: ...
+
+    @abstractmethod
+    def is_array(self, key: str) -> bool:
+        """Whether an array lies there."""
+
+    @abstractmethod
+    def attributes(self, key: str = "") -> Mapping[str, object]:
+        """Attributes of a group or an array."""
+
+    @abstractmethod
+    def array(self, key: str) -> np.ndarray:
+        """A small array, read whole; text as Python strings."""
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of an array."""
 
     def frame(self, key: str) -> pd.DataFrame:
         """A table, its index as strings.
@@ -151,7 +182,7 @@ class _Tables:
 
         try:
             node = self._node(key)
-            frame = self._records(node) if hasattr(node, "dtype") else read_elem(node)
+            frame = self._records(node[:]) if isinstance(node, _Records) else read_elem(node)
         except HbxError:
             raise
         except Exception as error:  # anndata raises whatever it meets in a damaged store
@@ -163,38 +194,31 @@ class _Tables:
         frame.index = frame.index.astype(str)
         return frame
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of an array."""
-        raise NotImplementedError
-
     def n_rows(self, key: str) -> int | None:
         """Number of rows of a table, from metadata alone; None where these do not tell."""
-        tree: Any = self
-        if tree.is_array(key):
+        if self.is_array(key):
             return self.shape(key)[0]
-        attributes = tree.attributes(key)
+        attributes = self.attributes(key)
         index = str(attributes.get("_index", "index"))
         for array in (f"{key}/{index}", f"{key}/{index}/values", f"{key}/{index}/codes"):
-            if tree.is_array(array):
+            if self.is_array(array):
                 return self.shape(array)[0]
         if "_index" in attributes:
             raise CorruptDataError(
-                f"{tree.path}: table {key!r} says that {index!r} is its index, and lacks it"
+                f"{self.path}: table {key!r} says that {index!r} is its index, and lacks it"
             )
         return None
 
-    def _records(self, node: Any) -> pd.DataFrame:
+    def _records(self, records: np.ndarray) -> pd.DataFrame:
         """A table stored as one array of records, as anndata did before 0.7; categories lie in ``uns``."""
         import pandas as pd
 
-        tree: Any = self
-        records = node[:]
         frame = pd.DataFrame({name: _texts(records[name]) for name in records.dtype.names or ()})
         for column in frame.columns:
             labels = f"uns/{column}_categories"
-            if frame[column].dtype.kind not in "iu" or not tree.is_array(labels):
+            if frame[column].dtype.kind not in "iu" or not self.is_array(labels):
                 continue
-            names, codes = tree.array(labels), frame[column].to_numpy()
+            names, codes = self.array(labels), frame[column].to_numpy()
             # Labels are stored by the name of the column alone, so those of obs and var overwrite each other:
             # codes without a label are those of the other table, and stay numbers.
             if len(codes) and -1 <= codes.min() and codes.max() < len(names):
@@ -218,7 +242,7 @@ class HdfTree(_Tables):
     def is_array(self, key: str) -> bool:
         return isinstance(self._at(key), h5py.Dataset)
 
-    def attributes(self, key: str = "") -> dict[str, Any]:
+    def attributes(self, key: str = "") -> dict[str, object]:
         with self._damage(f"attributes of {key!r}"):
             return {name: _plain(value) for name, value in self._found(key).attrs.items()}
 
@@ -240,19 +264,19 @@ class HdfTree(_Tables):
             _check_rows(node.shape, f"array {key!r} of {self.path}")
             return _texts(np.atleast_1d(node[()]))
 
-    def _node(self, key: str) -> Any:
+    def _node(self, key: str) -> Node:
         node = self._found(key)
         if not self._allow_links:
             check_inside(node, self.path)
         return node
 
-    def _found(self, key: str) -> Any:
+    def _found(self, key: str) -> h5py.Group | h5py.Dataset:
         node = self._at(key)
         if node is None:
             raise CorruptDataError(f"{self.path} has no {key!r}, which other parts of it refer to")
         return node
 
-    def _at(self, key: str) -> Any:
+    def _at(self, key: str) -> h5py.Group | h5py.Dataset | None:
         """The group or the dataset there, None without one."""
         with self._damage(f"node {key!r}"):
             node = self._file.get(key) if key else self._file
@@ -298,7 +322,7 @@ class ZarrTree(_Tables):
         document = folder / "zarr.json"
         return document.exists() and self._document(document).get("node_type") == "array"
 
-    def attributes(self, key: str = "") -> Mapping[str, Any]:
+    def attributes(self, key: str = "") -> Mapping[str, object]:
         folder = self.path / key
         if (folder / "zarr.json").exists():
             found = self._document(folder / "zarr.json").get("attributes", {})
@@ -317,13 +341,16 @@ class ZarrTree(_Tables):
 
     def array(self, key: str) -> np.ndarray:
         try:
-            return _texts(np.atleast_1d(self._node(key)[()]))
+            node = self._node(key)
+            if not isinstance(node, _Records):
+                raise CorruptDataError(f"{key!r} of {self.path} is a group; an array is expected")
+            return _texts(np.atleast_1d(node[()]))
         except HbxError:
             raise
         except Exception as error:  # zarr raises whatever it meets in a damaged store
             raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {_said(error)}") from error
 
-    def _node(self, key: str) -> Any:
+    def _node(self, key: str) -> Node:
         import zarr
 
         folder = self.path / key
@@ -338,7 +365,7 @@ class ZarrTree(_Tables):
                 _check_rows(_shape_of(found, document), str(document))
         return zarr.open(str(folder), mode="r")
 
-    def _document(self, path: Path) -> dict[str, Any]:
+    def _document(self, path: Path) -> dict[str, object]:
         self._within.check(str(path))
         found = parse_json(read_small(path), path)
         if not isinstance(found, dict):
@@ -354,7 +381,7 @@ def _is_node(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
-def _shape_of(metadata: Mapping[str, Any], document: Path) -> tuple[int, ...]:
+def _shape_of(metadata: Mapping[str, object], document: Path) -> tuple[int, ...]:
     shape = metadata.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
         raise CorruptDataError(f"the zarr metadata {document} have the shape {str(shape)[:100]}")

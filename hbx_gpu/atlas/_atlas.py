@@ -86,12 +86,12 @@ class RaggedAtlas:
         dataset_table_name: str = "datasets",
         dataset_schema: type[DatasetSchema] = DatasetSchema,
         *,
-        store: Any = None,
+        store: object = None,
         registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
-        store_kwargs: Any = None,
+        store_kwargs: object = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
         """Make a new atlas; other parameters as in :func:`create_or_open_atlas`.
@@ -161,12 +161,12 @@ class RaggedAtlas:
         obs_schemas: ObsSchemas | type[HoxBaseSchema] | None = None,
         dataset_table_name: str | None = None,
         *,
-        store: Any = None,
+        store: object = None,
         registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         registry_tables: Mapping[str, str] | None = None,
         codec: str | None = None,
         version_table_name: str = VERSION_TABLE,
-        store_kwargs: Any = None,
+        store_kwargs: object = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
         """Open an atlas for writing.
@@ -241,12 +241,12 @@ class RaggedAtlas:
         path: str | os.PathLike[str] | None = None,
         version: int | None = None,
         schema: type[HoxBaseSchema] | ObsSchemas | None = None,
-        store: Any = None,
+        store: object = None,
         *,
         cell_schema: type[HoxBaseSchema] | None = None,
         obs_schemas: ObsSchemas | None = None,
         db_uri: str | os.PathLike[str] | None = None,
-        store_kwargs: Any = None,
+        store_kwargs: object = None,
         version_table_name: str = VERSION_TABLE,
         allow_links: bool = False,
     ) -> RaggedAtlas:
@@ -301,7 +301,7 @@ class RaggedAtlas:
         cls,
         path: str | os.PathLike[str] | None = None,
         schema: type[HoxBaseSchema] | ObsSchemas | None = None,
-        store: Any = None,
+        store: object = None,
         **kwargs: Any,
     ) -> RaggedAtlas:
         """Open the newest snapshot, read-only; see :meth:`checkout`."""
@@ -550,7 +550,7 @@ def create_or_open_atlas(
     store: object = None,
     version_table_name: str = VERSION_TABLE,
     pointer_fields: Mapping[str, str] | None = None,
-    store_kwargs: Any = None,
+    store_kwargs: object = None,
     allow_links: bool = False,
 ) -> RaggedAtlas:
     """Open the atlas at a path for writing; create it first if it does not exist.

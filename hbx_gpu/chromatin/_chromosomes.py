@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -114,11 +115,11 @@ def read_sizes(sizes: Mapping[str, int] | str | os.PathLike[str]) -> dict[str, i
     return found
 
 
-def _size(name: object, value: Any, where: str) -> int:
-    try:
-        size = int(value)
-    except (TypeError, ValueError):
-        size = 0
+def _size(name: object, value: object, where: str) -> int:
+    size = 0
+    if isinstance(value, str | int | float | np.integer | np.floating):
+        with contextlib.suppress(ValueError, OverflowError):
+            size = int(value)
     if size <= 0 or (not isinstance(value, str) and size != value):
         raise InvalidDataError(
             f"{where}: the size of chromosome {name!r} must be a positive number of bases, got {value!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -94,8 +94,20 @@ def fragments_of(batch: SparseBatch) -> list[np.ndarray]:
     return np.split(flat, batch.offsets[1:-1]) if len(batch) else []
 
 
+class FragmentRows(Protocol):
+    """A dataset of fragments: batches by row number."""
+
+    @property
+    def n_features(self) -> int:
+        """Number of chromosomes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: np.ndarray, /) -> SparseBatch: ...
+
+
 def read_fragments(
-    dataset: Any, obs: pd.DataFrame, chromosome_names: Sequence[str | None] | np.ndarray
+    dataset: FragmentRows, obs: pd.DataFrame, chromosome_names: Sequence[str | None] | np.ndarray
 ) -> Fragments:
     """Read the fragments of all rows of a dataset.
 
@@ -134,7 +146,9 @@ def read_fragments(
 
 
 def fragments_frame(
-    dataset: object, uids: Sequence[str] | np.ndarray, chromosome_names: Sequence[str | None] | np.ndarray
+    dataset: FragmentRows,
+    uids: Sequence[str] | np.ndarray,
+    chromosome_names: Sequence[str | None] | np.ndarray,
 ) -> pd.DataFrame:
     """All fragments of a dataset as one table, see :meth:`Fragments.to_frame`.
 
@@ -157,7 +171,9 @@ def fragments_frame(
     return read_fragments(dataset, pd.DataFrame(index=pd.Index(uids)), chromosome_names).to_frame()
 
 
-def observed_sizes(dataset: Any, chromosome_names: Sequence[str | None] | np.ndarray) -> dict[str, int]:
+def observed_sizes(
+    dataset: FragmentRows, chromosome_names: Sequence[str | None] | np.ndarray
+) -> dict[str, int]:
     """Furthest end of any fragment by chromosome, in the order of the names; none without fragments.
 
     Reads every fragment of the dataset.
@@ -171,7 +187,7 @@ def observed_sizes(dataset: Any, chromosome_names: Sequence[str | None] | np.nda
     return {str(name): end for name, end in found if name is not None and end}
 
 
-def batches_of(dataset: Any) -> Iterator[SparseBatch]:
+def batches_of(dataset: FragmentRows) -> Iterator[SparseBatch]:
     """All rows of a dataset, some thousands at a time."""
     for first in range(0, len(dataset), _ROWS_AT_ONCE):
         yield dataset.__getitems__(np.arange(first, min(first + _ROWS_AT_ONCE, len(dataset))))

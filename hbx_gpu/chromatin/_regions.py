@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -228,7 +227,7 @@ class Peaks:
         An unknown `count`.
     """
 
-    def __init__(self, table: Any, *, count: str = "fragments") -> None:
+    def __init__(self, table: object, *, count: str = "fragments") -> None:
         self.chrom, self.start, self.end = region_table(table)
         self.count = _check_count(count)
 
@@ -284,7 +283,7 @@ def _names(names: Sequence[str | None] | np.ndarray) -> list[str | None]:
     return found
 
 
-def _objects(names: Any) -> np.ndarray:
+def _objects(names: Collection[object]) -> np.ndarray:
     out = np.empty(len(names), dtype=object)
     out[:] = list(names)
     return out
@@ -296,7 +295,7 @@ def _check_count(count: str) -> str:
     return count
 
 
-def _check_shared(names: list[str | None], others: Any, what: str) -> None:
+def _check_shared(names: list[str | None], others: Collection[str], what: str) -> None:
     """Raise an error if no chromosome is shared; other spellings would silently give a matrix of zeros."""
     if not set(names) & set(others):
         raise InvalidDataError(
@@ -305,6 +304,6 @@ def _check_shared(names: list[str | None], others: Any, what: str) -> None:
         )
 
 
-def _some(names: Any) -> str:
-    names = [name for name in names if name is not None]
-    return f"{names[:5]}{' ...' if len(names) > 5 else ''}"
+def _some(names: Collection[str | None]) -> str:
+    known = [name for name in names if name is not None]
+    return f"{known[:5]}{' ...' if len(known) > 5 else ''}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class PeakSearch:
         return self.start, self.end, self.reach, self.column, self.buckets
 
 
-def peak_search(chromosome: Any, start: Any, end: Any, n_chromosomes: int) -> PeakSearch:
+def peak_search(chromosome: np.ndarray, start: np.ndarray, end: np.ndarray, n_chromosomes: int) -> PeakSearch:
     """Sort peaks and lay buckets over them, about two to a peak.
 
     Parameters

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,14 @@ from hbx_gpu.images._tiles import Tiles, check_sizes, collect
 from hbx_gpu.images._transform import ImageTransform
 
 if TYPE_CHECKING:
+    import torch
+    from nvidia.dali.pipeline import Pipeline
+    from torch import Tensor
+
     from hbx_gpu.images._graph import Decoding
+
+
+_Data: TypeAlias = np.ndarray | list[np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ class ImagePipeline:
         self._pipelines = Pipelines(device_id, threads(num_threads))
         self._held = Held()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         options = {
             name: getattr(self, name) for name in ("seed", "device_id", "num_threads", "decode", "tile_shape")
         }
@@ -97,7 +104,7 @@ class ImagePipeline:
         epoch: int = 0,
         *,
         present: np.ndarray | None = None,
-    ) -> Any:
+    ) -> Tensor:
         """Transform the tiles of n cells.
 
         Parameters
@@ -130,32 +137,32 @@ class ImagePipeline:
         UnsupportedError
             An encoded image that would not be decoded right; names the cell row.
         """
-        import torch
-
         rows = np.asarray(cells, np.int64)
         found = collect(tiles, rows, present)
         rows = rows[found.places]
         if not len(rows):
-            return torch.zeros((found.n, *self._shape_without(tiles)), **self._kind())
+            return self._zeros(found.n, self._shape_without(tiles))
         parts, shapes = self._look(found, rows)
         check_sizes(shapes, rows, self.transform.crop, not (self.transform.crop or self.transform.resize))
         self.transform.check_channels(int(shapes[0, 0]))
         self._check_float16(parts)
         if len(parts) == 1 and len(rows) == found.n:
             return self._run(parts[0], found, rows, shapes, epoch)
-        out = torch.zeros((found.n, *self.transform.output_shape(shapes[0])), **self._kind())
+        import torch
+
+        out = self._zeros(found.n, self.transform.output_shape(shapes[0]))
         for part in parts:
             places = torch.from_numpy(found.places[part.positions]).to(out.device)
             out[places] = self._run(part, found, rows, shapes, epoch)
         return out
 
-    def _kind(self) -> dict[str, Any]:
+    def _zeros(self, n: int, shape: tuple[int, ...]) -> Tensor:
         import torch
 
         device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
-        return {"dtype": getattr(torch, self.transform.dtype), "device": device}
+        return torch.zeros((n, *shape), dtype=getattr(torch, self.transform.dtype), device=device)
 
-    def _shape_without(self, tiles: Any) -> tuple[int, int, int]:
+    def _shape_without(self, tiles: object) -> tuple[int, int, int]:
         """(C, H, W) of the output for a batch in which no cell has a tile."""
         known = self.tile_shape
         if isinstance(tiles, np.ndarray) and tiles.ndim in (3, 4):
@@ -194,7 +201,7 @@ class ImagePipeline:
                 'for dtype="float32"'
             )
 
-    def _run(self, part: _Part, found: Tiles, rows: np.ndarray, shapes: np.ndarray, epoch: int) -> Any:
+    def _run(self, part: _Part, found: Tiles, rows: np.ndarray, shapes: np.ndarray, epoch: int) -> Tensor:
         from hbx_gpu.images._graph import arguments, run, transform_graph
 
         heights, widths = shapes[part.positions, 1], shapes[part.positions, 2]
@@ -220,17 +227,20 @@ class ImagePipeline:
                 self._decoder.blame(data, rows[part.positions], [part.decoding] * len(data))
             raise
 
-    def _run_on_gpu(self, pipe: Any, data: Any, feeds: dict[str, Any], *, encoded: bool) -> Any:
+    def _run_on_gpu(
+        self, pipe: Pipeline, data: _Data, feeds: Mapping[str, object], *, encoded: bool
+    ) -> Tensor:
         import torch
 
         from hbx_gpu.images._graph import run
 
         current = torch.cuda.current_stream(self.device_id)
-        moved: list[Any] = []
+        moved: list[Tensor] = []
+        fed: object = data
         if not encoded:
             assert self.device_id is not None
-            moved, data = _to_gpu(data, self.device_id)
-        output = run(pipe, {"tiles": data, **feeds}, stream=current)
+            moved, fed = _to_gpu(data, self.device_id)
+        output = run(pipe, {"tiles": fed, **feeds}, stream=current)
         for tensor in moved:
             # DALI is done with what it was fed when the current stream gets here, and not before.
             tensor.record_stream(current)
@@ -245,7 +255,7 @@ def _rebuild(transform: ImageTransform, options: dict[str, Any]) -> ImagePipelin
     return ImagePipeline(transform, **options)
 
 
-def _to_gpu(data: Any, device_id: int) -> tuple[list[Any], Any]:
+def _to_gpu(data: _Data, device_id: int) -> tuple[list[Tensor], object]:
     """(tensors on the GPU, what to feed): one copy out of page-locked memory, finished.
 
     DALI waits for no event of what it is fed without a copy.
@@ -274,7 +284,8 @@ def _to_gpu(data: Any, device_id: int) -> tuple[list[Any], Any]:
     return [slab], feeds[0] if isinstance(data, np.ndarray) else feeds
 
 
-def _torch_type(dtype: np.dtype) -> Any:
+def _torch_type(dtype: np.dtype) -> torch.dtype:
     import torch
 
-    return getattr(torch, dtype.name)
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from hbx_gpu.images._encoded import ImageHeader, read_header
 from hbx_gpu.images._tiles import collect
 
 if TYPE_CHECKING:
-    from hbx_gpu.images._graph import Decoding
+    from nvidia.dali.data_node import DataNode
+    from nvidia.dali.pipeline import Pipeline
+
+    from hbx_gpu.images._graph import Decoding, Output
 
 COLORS = ("rgb", "gray", "any")
 # Samples that every pipeline has room for.
@@ -28,7 +31,7 @@ class Pipelines:
         self.device_id, self.num_threads = device_id, num_threads
         self._local = threading.local()
 
-    def get(self, key: Hashable, graph: Callable[[], Any], samples: int) -> Any:
+    def get(self, key: Hashable, graph: Callable[[], DataNode], samples: int) -> Pipeline:
         """The calling thread's pipeline for `key`, for a batch of so many; `graph` defines it."""
         from hbx_gpu.images._graph import build
 
@@ -44,8 +47,8 @@ class Pipelines:
         """Forget the calling thread's pipeline for `key`: an operator failed in it."""
         self._mine().pop(key, None)
 
-    def _mine(self) -> dict[Hashable, Any]:
-        known: dict[Hashable, Any] | None = getattr(self._local, "known", None)
+    def _mine(self) -> dict[Hashable, Pipeline]:
+        known: dict[Hashable, Pipeline] | None = getattr(self._local, "known", None)
         if known is None:
             known = self._local.known = {}
         return known
@@ -135,7 +138,7 @@ class Decoder:
                     "decode. Mend or leave out this cell"
                 ) from None
 
-    def _run(self, decoding: Decoding, images: list[np.ndarray]) -> Any:
+    def _run(self, decoding: Decoding, images: list[np.ndarray]) -> Output:
         from hbx_gpu.images._graph import decode_graph, run
 
         pipe = self._pipelines.get(decoding, lambda: decode_graph(decoding), len(images))

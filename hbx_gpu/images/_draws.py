@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
@@ -79,17 +78,18 @@ def draw(
     def chance(step: Step, probability: float) -> np.ndarray | None:
         return numbers[step][0] < probability if probability else None
 
-    def between(step: Step, span: Any) -> np.ndarray:
+    def between(step: Step, span: float | Range) -> np.ndarray:
+        assert isinstance(span, tuple)  # the constructor of the transform made it a pair
         low, high = span
         result: np.ndarray = (low + (high - low) * numbers[step][0]).astype(np.float32)
         return result
 
     top = left = None
-    if transform.random_crop:
-        top = _random_start(numbers[Step.CROP][0], heights, transform.crop, 0)
-        left = _random_start(numbers[Step.CROP][1], widths, transform.crop, 1)
-    elif transform.center_crop:
-        top, left = (_middle(sizes, transform.crop, axis) for axis, sizes in enumerate((heights, widths)))
+    if transform.crop and transform.random_crop:
+        top = _random_start(numbers[Step.CROP][0], heights, transform.crop[0])
+        left = _random_start(numbers[Step.CROP][1], widths, transform.crop[1])
+    elif transform.crop:
+        top, left = _middle(heights, transform.crop[0]), _middle(widths, transform.crop[1])
     brightness = contrast = colors = None
     if transform.jitter:
         brightness = between(Step.BRIGHTNESS, transform.brightness)
@@ -126,15 +126,13 @@ def _steps(transform: ImageTransform) -> list[Step]:
     return [step for step, wanted in on.items() if wanted]
 
 
-def _random_start(place: np.ndarray, sizes: np.ndarray, crop: Any, axis: int) -> np.ndarray:
-    result: np.ndarray = np.floor(place * (sizes - crop[axis] + 1)).astype(np.int64)
+def _random_start(place: np.ndarray, sizes: np.ndarray, crop: int) -> np.ndarray:
+    result: np.ndarray = np.floor(place * (sizes - crop + 1)).astype(np.int64)
     return result
 
 
-def _middle(sizes: np.ndarray, crop: Any, axis: int) -> np.ndarray:
-    result: np.ndarray = np.rint((sizes - crop[axis]) / 2).astype(
-        np.int64
-    )  # halves to even, as torchvision rounds
+def _middle(sizes: np.ndarray, crop: int) -> np.ndarray:
+    result: np.ndarray = np.rint((sizes - crop) / 2).astype(np.int64)  # halves to even, as torchvision rounds
     return result
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from nvidia.dali import fn as dali_fn
 from nvidia.dali import types as dali_types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
 from hbx_gpu.images._draws import Drawn
 from hbx_gpu.images._transform import ImageTransform
 
+if TYPE_CHECKING:
+    import torch
+
 # DALI makes their names at import; its stubs do not have them all.
 fn: Any = dali_fn
 types: Any = dali_types
-DataNode = Any
 
 _INTERPOLATION = {
     "nearest": types.INTERP_NN,
@@ -51,16 +54,20 @@ class Decoding:
 
 
 def _source(name: str, **options: object) -> DataNode:
-    return fn.external_source(name=name, batch=True, no_copy=True, **options)
+    node: DataNode = fn.external_source(name=name, batch=True, no_copy=True, **options)
+    return node
 
 
 def peek_graph() -> DataNode:
     """Shapes (h, w, C) of encoded images, from their headers."""
-    return fn.peek_image_shape(_source("tiles"), image_type=types.ANY_DATA, adjust_orientation=False)
+    node: DataNode = fn.peek_image_shape(
+        _source("tiles"), image_type=types.ANY_DATA, adjust_orientation=False
+    )
+    return node
 
 
 def _decoded(decoding: Decoding, gpu: bool) -> DataNode:
-    return fn.decoders.image(
+    node: DataNode = fn.decoders.image(
         _source("tiles"),
         device="mixed" if gpu else "cpu",
         output_type=_COLORS[decoding.colors],
@@ -68,11 +75,13 @@ def _decoded(decoding: Decoding, gpu: bool) -> DataNode:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
     )
+    return node
 
 
 def decode_graph(decoding: Decoding, *, gpu: bool = False) -> DataNode:
     """Return the node of decoded images (C, h, w)."""
-    return fn.transpose(_decoded(decoding, gpu), perm=[2, 0, 1], output_layout="CHW")
+    node: DataNode = fn.transpose(_decoded(decoding, gpu), perm=[2, 0, 1], output_layout="CHW")
+    return node
 
 
 def transform_graph(
@@ -171,14 +180,15 @@ def _colored(tiles: DataNode, transform: ImageTransform, layout: str, gpu: bool)
 
 def _finish(tiles: DataNode, transform: ImageTransform, stored: np.dtype, **options: object) -> DataNode:
     mean, std = transform.normalisation(stored)
-    return fn.crop_mirror_normalize(
+    node: DataNode = fn.crop_mirror_normalize(
         tiles, mean=mean, std=std, dtype=_DTYPES[transform.dtype], output_layout="CHW", **options
     )
+    return node
 
 
 def arguments(
     transform: ImageTransform, drawn: Drawn, heights: np.ndarray, widths: np.ndarray
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what is fed to the inputs of :func:`transform_graph` besides the tiles, one entry per tile.
 
     Parameters
@@ -218,6 +228,25 @@ def _relative(start: np.ndarray, room: np.ndarray) -> np.ndarray:
     return result
 
 
+class Output(Protocol):
+    """What a run returns: a list of tensors of DALI."""
+
+    def at(self, position: int, /) -> np.ndarray:
+        """One sample, on the host."""
+
+    def as_array(self) -> np.ndarray:
+        """All samples, on the host."""
+
+    def as_tensor(self) -> Capsule:
+        """All samples, as DLPack takes them."""
+
+
+class Capsule(Protocol):
+    """A tensor that other libraries take over through DLPack."""
+
+    def __dlpack__(self) -> object: ...
+
+
 def build(
     graph: Callable[[], DataNode], device_id: int | None, num_threads: int, *, largest: int
 ) -> Pipeline:
@@ -235,7 +264,7 @@ def build(
     return pipe
 
 
-def run(pipe: Pipeline, feeds: Mapping[str, Any], *, stream: Any = None) -> Any:
+def run(pipe: Pipeline, feeds: Mapping[str, object], *, stream: torch.cuda.Stream | None = None) -> Output:
     """Feed a batch, run it, and return the one output.
 
     Parameters
@@ -250,6 +279,7 @@ def run(pipe: Pipeline, feeds: Mapping[str, Any], *, stream: Any = None) -> Any:
     for name, data in feeds.items():
         pipe.feed_input(name, data)
     pipe.schedule_run()
+    output: Output
     (output,) = pipe.share_outputs() if stream is None else pipe.share_outputs(cuda_stream=stream)
     pipe.release_outputs()
     return output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ def transform_tile(transform: ImageTransform, tile: np.ndarray, drawn: Drawn) ->
     """One tile (C, h, w) through all steps, with what was drawn for it (arrays of one element)."""
     x = tile
     if transform.crop:
-        x = crop(x, _only(drawn.top), _only(drawn.left), transform.crop)
+        x = crop(x, int(_only(drawn.top)), int(_only(drawn.left)), transform.crop)
     if drawn.vertical_flip is not None and _only(drawn.vertical_flip):
         x = x[:, ::-1]
     if drawn.horizontal_flip is not None and _only(drawn.horizontal_flip):
@@ -48,7 +47,9 @@ def transform_tile(transform: ImageTransform, tile: np.ndarray, drawn: Drawn) ->
     return finish(x, *transform.normalisation(tile.dtype), transform.dtype)
 
 
-def _only(values: Any) -> Any:
+def _only(values: np.ndarray | None) -> float:
+    assert values is not None
+    value: float
     (value,) = values
     return value
 

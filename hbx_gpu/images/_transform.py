@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -172,8 +171,9 @@ class ImageTransform:
             Type of the tiles.
         """
         largest = float(np.iinfo(stored).max) if self.scale and stored.kind in "iu" else 1.0
-        mean: Any = self.mean or (0.0,)
-        std: Any = self.std or (1.0,)
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        assert isinstance(mean, tuple)  # the constructor made them so
+        assert isinstance(std, tuple)
         return [value * largest for value in mean], [value * largest for value in std]
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:

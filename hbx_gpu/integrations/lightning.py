@@ -6,13 +6,16 @@ A loader of :func:`hbx_gpu.dataloader.make_loader` needs no adapter: pass it to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.integrations._install import not_installed
 from hbx_gpu.sampler import CellSampler, split_rows
+
+if TYPE_CHECKING:
+    from hbx_gpu._loading.loader import CellLoader
 
 try:
     from lightning.pytorch import LightningDataModule
@@ -137,7 +140,7 @@ class CellDataModule(LightningDataModule):
             found = {"train": np.arange(len(dataset))}
         self.rows = {name: found.get(name, np.empty(0, np.int64)) for name in SPLITS}
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> CellLoader:
         """Loader of the training rows, shuffled anew in each epoch.
 
         Raises
@@ -153,21 +156,21 @@ class CellDataModule(LightningDataModule):
         order = CellSampler(self.dataset.groups_np, self.batch_size, seed=self.seed, rows=rows)
         return make_loader(self.dataset, order, **self._options)
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> CellLoader | list[object]:
         """Loader of the validation rows in the order of the dataset; an empty list where there are none."""
         return self._in_order(self.rows["val"])
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> CellLoader | list[object]:
         """Loader of the test rows in the order of the dataset; an empty list where there are none."""
         return self._in_order(self.rows["test"])
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> CellLoader | list[object]:
         """Loader of the rows to predict, in the order of the dataset."""
         return self._in_order(
             np.arange(len(self.dataset)) if self._predict is None else self.rows[self._predict]
         )
 
-    def _in_order(self, rows: np.ndarray) -> Any:
+    def _in_order(self, rows: np.ndarray) -> CellLoader | list[object]:
         if not len(rows):
             return []
         order = CellSampler(self.dataset.groups_np, self.batch_size, shuffle=False, rows=rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
+from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs.numcodecs import LZ4, Zlib
 
@@ -46,7 +46,7 @@ class StoredGroup:
     lead: int = 0
 
 
-def compressors(codec: str, transform: str, itemsize: int) -> list[Any]:
+def compressors(codec: str, transform: str, itemsize: int) -> list[BytesBytesCodec]:
     if codec == "homeobox.bitpacking":
         from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 
@@ -56,7 +56,7 @@ def compressors(codec: str, transform: str, itemsize: int) -> list[Any]:
 
         return [RowpackCodec(transform="gaps" if transform == "delta" else "none", element_size=itemsize)]
     name, _, checksum = codec.partition("+")
-    by_name: dict[str, list[object]] = {
+    by_name: dict[str, list[BytesBytesCodec]] = {
         "zstd": [ZstdCodec(level=0)],
         "blosc": [BloscCodec(cname="lz4")],
         "blosc-lz4-bits": [BloscCodec(cname="lz4", shuffle="bitshuffle", blocksize=256)],

@@ -7,7 +7,7 @@ docs/tokens.md has a page for each model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu.tokens._compile import Compiled, Report
 from hbx_gpu.tokens._compile import compile_recipe as compile  # noqa: A004
@@ -39,8 +39,11 @@ from hbx_gpu.tokens._recipes import (
 )
 from hbx_gpu.tokens._sampled import GeneSentence, PromptQuery, WeightedSentence
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def nested(batch: Mapping[str, Any], name: str = "input_ids") -> Any:
+
+def nested(batch: Mapping[str, Tensor], name: str = "input_ids") -> Tensor:
     """One output of a packed batch as a nested tensor of torch (jagged layout), without a copy.
 
     Parameters

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
 from hbx_gpu.tokens._draws import Draws
 from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
-from hbx_gpu.tokens._program import Mask, Sequence
+from hbx_gpu.tokens._program import Mask, Program, Sequence
 from hbx_gpu.tokens._reference import Cut, Made, row_length, sequence_row
 from hbx_gpu.tokens._reference_sampled import prompt_row, ranked_row, shared_genes, weighted_row
 from hbx_gpu.tokens._rows import Row, known_genes
@@ -52,6 +50,7 @@ def _sequences(
     compiled: Compiled, cells: Cells, options: Options, rows: list[Row], drawn: list[Draws]
 ) -> dict[str, np.ndarray]:
     program, tables = compiled.program, compiled.tables
+    assert isinstance(program, Sequence)
     known = len(tables.known)
     lengths = np.array([row_length(program, len(r.columns), known, r.known) for r in rows], np.int32)
     width = options.width(lengths, program.length)
@@ -83,7 +82,7 @@ def _row(compiled: Compiled, cells: Cells, i: int) -> Row:
 
 
 def padded(
-    program: Any, rows: list[Made], options: Options, width: int, widths: dict[str, int]
+    program: Program, rows: list[Made], options: Options, width: int, widths: dict[str, int]
 ) -> dict[str, np.ndarray]:
     """Rows side by side, padded to `width`, or to what `widths` says of a name; or end to end."""
     pads = {"labels": -100, "mask": False, **dict.fromkeys(FLOATS, program.pad_value)}
@@ -96,7 +95,7 @@ def padded(
             stacked = np.stack([row[name] for row in rows])
             result[name] = stacked.astype(options.ids_dtype) if stacked.dtype == np.int64 else stacked
             continue
-        dtype: Any = dtypes.get(name, options.ids_dtype)
+        dtype = np.dtype(dtypes.get(name, options.ids_dtype))
         if options.padding == "packed":
             result[name] = np.concatenate([row[name] for row in rows]).astype(dtype)
             continue

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class Compiled:
     """
 
     recipe: Recipe
-    program: Any
+    program: p.Program
     tables: p.Tables
     front: tuple[int | ObsTokens, ...]
     back: tuple[int, ...]
@@ -183,7 +183,7 @@ def _names(recipe: Recipe, uids: list[str]) -> list[str]:
     return [mapping.get(uid, uid) for uid in uids]
 
 
-def _usable(recipe: Recipe) -> Mapping[str, Any] | None:
+def _usable(recipe: Recipe) -> Mapping[str, object] | None:
     """Genes that a recipe has everything for; None: all of its vocabulary."""
     if isinstance(recipe, RankValue) and recipe.missing_medians == "drop":
         return recipe.medians  # type: ignore[return-value]

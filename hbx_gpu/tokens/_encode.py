@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,12 +16,16 @@ from hbx_gpu.tokens._compile import Compiled, compile_recipe, renamed
 from hbx_gpu.tokens._host.engine import host
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from scipy import sparse
+
 ENGINES: dict[str, Engine] = {"host": host, "reference": reference}
 """Engines by name."""
 
 
 def encode(
-    rows: Any,
+    rows: SparseBatch | sparse.csr_matrix | sparse.csr_array,
     recipe: Recipe | Compiled,
     feature_uids: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
@@ -29,7 +33,7 @@ def encode(
     cells: Sequence[int] | np.ndarray | None = None,
     *,
     batch: int | None = None,
-    obs: Mapping[str, Any] | None = None,
+    obs: Mapping[str, ArrayLike] | None = None,
     padding: str = "longest",
     pad_to_multiple_of: int | None = None,
     ids_dtype: str = "int64",
@@ -164,7 +168,7 @@ def obs_ids(tokens: ObsTokens, obs: Mapping[str, object], n: int) -> np.ndarray:
     column = np.asarray(obs[tokens.column])
     if len(column) != n:
         raise ValueError(f"obs column {tokens.column!r} must have {n} values, got {len(column)}")
-    known: dict[Any, int] = {}
+    known: dict[object, int] = {}
     ids = np.empty(n, np.int64)
     for i, value in enumerate(column.tolist()):
         if value not in known:
@@ -173,7 +177,9 @@ def obs_ids(tokens: ObsTokens, obs: Mapping[str, object], n: int) -> np.ndarray:
     return ids
 
 
-def _csr(rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, Mapping[str, Any]]:
+def _csr(
+    rows: SparseBatch | sparse.csr_matrix | sparse.csr_array,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, Mapping[str, np.ndarray]]:
     """Offsets, columns, values, width and metadata of rows."""
     if isinstance(rows, SparseBatch):
         return rows.offsets, rows.indices, rows.values, rows.n_features, rows.metadata or {}

@@ -44,7 +44,7 @@ def geneformer_v1(
 
     Parameters as for :func:`geneformer_v2`.
     """
-    chosen: dict[str, Any] = {"length": 2048, "cls": None, "eos": None}
+    chosen = {"length": 2048, "cls": None, "eos": None}
     return RankValue(vocabulary, medians=medians, mlm=mlm, **{**chosen, **options})
 
 
@@ -64,7 +64,7 @@ def bionemo_geneformer(
     **options
         Fields of :class:`RankValue`.
     """
-    chosen: dict[str, Any] = {
+    chosen = {
         "length": 2048,
         "cls": "[CLS]",
         "eos": None,
@@ -96,7 +96,7 @@ def cellarium_geneformer(
     **options
         Fields of :class:`RankValue`.
     """
-    chosen: dict[str, Any] = {
+    chosen = {
         "length": min(len(genes), 2048),
         "cls": None,
         "eos": None,
@@ -136,7 +136,7 @@ def nicheformer(
     means = {gene: 1.0 if not table.get(gene, 1.0) else table.get(gene, 1.0) for gene in genes}
     if isinstance(mlm, int | float):
         mlm = MaskTokens(mlm, 0.81, 0.1, replacement=(10, 20_340), protect=(1, 3))
-    chosen: dict[str, Any] = {
+    chosen = {
         "length": 1500,
         "cls": None,
         "eos": None,
@@ -205,11 +205,11 @@ def tahoe_x1(
     """
     if isinstance(mask, int | float | tuple):
         mask = MaskValues(mask, exact=True)
-    front: tuple[Any, ...] = (("<cls>", -2.0),)
+    front: tuple[tuple[Token, float], ...] = (("<cls>", -2.0),)
     if drug is not None:
         front = (*front, (drug_token, -2.0))
         options = {"aux": {"drug_ids": drug}, **options}
-    chosen: dict[str, Any] = {"side": "left", "edges": "torch", "keep_counts": True, "front": front}
+    chosen = {"side": "left", "edges": "torch", "keep_counts": True, "front": front}
     return QuantileBins(vocabulary, length=length, mask=mask, **{**chosen, **options})
 
 
@@ -277,7 +277,7 @@ def scfoundation(
         raise ValueError(
             f"resolution must be t, a or f and a number, such as 't4', 'a5' or 'f2', got {resolution!r}"
         )
-    chosen: dict[str, Any] = {
+    chosen = {
         "length": len(genes),
         "order": "id",
         "scale": "known",
@@ -400,5 +400,5 @@ def _numbered(genes: Sequence[str], first: int) -> dict[str, int]:
     return ids
 
 
-def _with(recipe: RankValue, **changes: Any) -> RankValue:
-    return replace(recipe, **changes)
+def _with(recipe: RankValue, mlm: MaskTokens | None) -> RankValue:
+    return replace(recipe, mlm=mlm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 
@@ -96,6 +97,26 @@ class Depth(IntEnum):
     CONSTANT = 1
     ADDED = 2
     TIMES = 3
+
+
+class Program(Protocol):
+    """What every lowered recipe has."""
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a row."""
+
+    @property
+    def zeros(self) -> bool:
+        """Whether genes without a count take part."""
+
+    @property
+    def pad_id(self) -> int:
+        """What fills ids up."""
+
+    @property
+    def pad_value(self) -> float:
+        """What fills values up."""
 
 
 @dataclass(frozen=True, slots=True)

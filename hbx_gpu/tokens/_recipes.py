@@ -13,7 +13,7 @@ Token: TypeAlias = "str | int"
 """A special token: its name in the vocabulary, or its id."""
 
 
-def _set(recipe: Any, **values: Any) -> None:
+def _set(recipe: object, **values: object) -> None:
     """Fields of a frozen dataclass, while it is made."""
     for name, value in values.items():
         object.__setattr__(recipe, name, value)
@@ -47,7 +47,7 @@ class ObsTokens:
     ids: Mapping[Any, int]
     unknown: int | None = None
 
-    def id_of(self, value: Any) -> int:
+    def id_of(self, value: object) -> int:
         """The id of one value."""
         if value in self.ids:
             return int(self.ids[value])

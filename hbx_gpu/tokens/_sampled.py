@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe, Token, _one_of, _positive, _probability, _room, _set
 from hbx_gpu.tokens._tables import Table, read_table
@@ -160,10 +162,12 @@ class PromptQuery(Recipe):
 
 def _whole(table: Table, what: str) -> Mapping[str, int]:
     """A table of whole numbers of at least 0."""
-    found = read_table(table, what)
-    for name, value in found.items():
-        if int(value) != value or not 0 <= value < 2**31:
+    found: dict[str, int] = {}
+    for name, value in read_table(table, what).items():
+        number = value if isinstance(value, int | float | np.integer | np.floating) else -1
+        if not 0 <= number < 2**31 or int(number) != number:
             raise InvalidDataError(
                 f"{what}: the value of {name!r} must be a whole number in 0 .. 2**31 - 1, got {value!r}"
             )
-    return {name: int(value) for name, value in found.items()}
+        found[name] = int(number)
+    return found

@@ -13,7 +13,7 @@ import os
 import pickle
 import pickletools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ Table: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """A dict keyed on feature uids, or the path of a JSON file or pickle that holds one."""
 
 # Modules and names that a published dictionary needs: those of NumPy 1 and 2 for its scalars.
-_ALLOWED: dict[tuple[str, str], Any] = {
+_ALLOWED: dict[tuple[str, str], type] = {
     ("collections", "defaultdict"): defaultdict,
     ("numpy", "dtype"): np.dtype,
     ("builtins", "int"): int,
@@ -40,11 +40,12 @@ _CONTAINERS = {"LIST", "EMPTY_LIST", "EMPTY_SET", "FROZENSET"}
 _NUMBER_BYTES = 16  # of the largest NumPy scalar
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
     """A NumPy scalar of a pickle, numbers only: an object dtype would be a way to code."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "iufb":
         raise pickle.UnpicklingError(f"a NumPy scalar of dtype {dtype!r} is not a number")
-    return np.frombuffer(data, dtype, count=1)[0]
+    scalar: np.generic = np.frombuffer(data, dtype, count=1)[0]
+    return scalar
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -55,7 +56,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) in (("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")):
             return _scalar
         if (module, name) == ("_codecs", "encode"):
@@ -65,7 +66,7 @@ class _Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
 
 
-def _unpickled(raw: bytes) -> Any:
+def _unpickled(raw: bytes) -> object:
     """The dict of a pickle.
 
     A few hundred bytes can hold a tuple of twice the same tuple, and so on, 60 deep: hashing or printing it
@@ -78,7 +79,7 @@ def _unpickled(raw: bytes) -> Any:
             raise pickle.UnpicklingError("it holds lists, sets or tuples")
         if name not in _MEMO:
             previous = name
-    found = _Restricted(io.BytesIO(raw)).load()
+    found: object = _Restricted(io.BytesIO(raw)).load()
     if isinstance(found, dict):
         for value in found.values():
             if not isinstance(value, str | int | float | np.generic | None):
@@ -86,7 +87,7 @@ def _unpickled(raw: bytes) -> Any:
     return found
 
 
-def read_table(table: Table, what: str) -> dict[str, Any]:
+def read_table(table: Table, what: str) -> dict[str, object]:
     """A table as a dict.
 
     Parameters
@@ -103,7 +104,7 @@ def read_table(table: Table, what: str) -> dict[str, Any]:
         It is not a dict keyed on strings, or a pickle that holds anything but plain values.
     """
     if isinstance(table, Mapping):
-        found: Any = dict(table)
+        found: object = dict(table)
     else:
         path = Path(table)
         check_file(path, f"a file with {what}")
@@ -175,7 +176,7 @@ def read_scales(table: Table, what: str) -> dict[str, float]:
     return found
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, dict):
         odd = next(key for key in value if not isinstance(key, str))
         return f"a dict with the key {odd!r}"

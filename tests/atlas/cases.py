@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Case:
     def query(self) -> AtlasQuery:
         return AtlasQuery(self.snapshot, self.table)
 
-    def matrices(self) -> list[tuple[str, str, dict]]:
+    def matrices(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(field, layer, expectation) of rows-by-features matrices."""
         return [
             (name, layer, field)

@@ -141,7 +141,7 @@ def test_repeated_names_are_numbered_on_request_and_then_by_default(
 def test_columns_of_var_that_nobody_stores_cannot_stop_an_ingest(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_from_anndata(make(["A", "B"], 0, var={"hv": [True, False], "length": [1, 2]}))
-    odd = {"hv": ["yes", "no"], "length": [1 + 2j, 0], "mixed": [{"a": 1}, {"b": 2}]}
+    odd: dict[str, list[Any]] = {"hv": ["yes", "no"], "length": [1 + 2j, 0], "mixed": [{"a": 1}, {"b": 2}]}
     atlas.add_from_anndata(make(["A", "B"], 1, var=odd))
     # Of a new gene they are stored as far as they can be.
     atlas.add_from_anndata(make(["A", "B", "C"], 2, var={k: [*v, v[0]] for k, v in odd.items()}))
@@ -182,7 +182,8 @@ def same(found: Any, expected: Any) -> bool:
         return expected is None and (found is None or pd.isna(found))
     if isinstance(found, str) and not isinstance(expected, str):
         if isinstance(expected, pd.Timestamp):
-            return pd.Timestamp(found) == expected
+            result: bool = pd.Timestamp(found) == expected
+            return result
         kind = type(expected)
         return found == str(expected) if isinstance(expected, bool | np.bool_) else kind(found) == expected
     return bool(found == expected)
@@ -238,7 +239,8 @@ def test_integers_with_gaps_are_exact_and_of_one_dtype(tmp_path: Path) -> None:
 def test_renamed_columns_never_meet_by_accident(tmp_path: Path, order: tuple[str, str]) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     for seed, name in enumerate((*order, *order)):
-        atlas.add_from_anndata(make(["A"], seed, n=1, **{name: [float(seed)]}))
+        column: dict[str, Any] = {name: [float(seed)]}
+        atlas.add_from_anndata(make(["A"], seed, n=1, **column))
     frame = frame_of(atlas).set_index("obs_name")
     first, second = ("percent_mt", "percent_mt_")
     assert frame[first].dropna().to_dict() == {"s0c0": 0.0, "s2c0": 2.0}

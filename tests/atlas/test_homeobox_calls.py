@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
 import lancedb
@@ -54,14 +55,15 @@ def test_an_atlas_with_its_store_elsewhere(tmp_path: Path) -> None:
 
 def test_open_as_every_release_of_homeobox_is_called(multimodal: Path) -> None:
     store = multimodal / "zarr_store"
-    for arguments in [
+    calls: list[tuple[Any, ...]] = [
         (),
         ("cells",),
         ("cells", None, "datasets"),
         (["cells"], {"cells": None}, "datasets"),
         (None, {"cells": None}),
         ({"cells": None},),
-    ]:
+    ]
+    for arguments in calls:
         assert RaggedAtlas.open(str(multimodal / "lance_db"), *arguments, store=store).obs_tables == ["cells"]
     tables = {"gene_expression": RaggedAtlas.open(multimodal).catalogue.names.registries["gene_expression"]}
     assert RaggedAtlas.open(multimodal, registry_tables=tables, store_kwargs={}).obs_tables == ["cells"]
@@ -94,7 +96,8 @@ def test_features_choose_the_space_of_results_in_memory(multimodal: Path) -> Non
     # A dataset of several modalities has them all: a panel only narrows one of them.
     assert list(asked.to_multimodal_dataset().datasets) == ["gene_expression", "protein_abundance"]
     both = asked.features(genes, "gene_expression")
-    assert {name: mod.n_vars for name, mod in both.to_multimodal().mod.items()} == {
+    mods: Any = both.to_multimodal().mod
+    assert {name: mod.n_vars for name, mod in mods.items()} == {
         "gene_expression": 3,
         "protein_abundance": 2,
     }

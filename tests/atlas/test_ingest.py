@@ -138,7 +138,7 @@ def test_dataset_reads_what_was_written(tmp_path: Path) -> None:
     dataset = published(atlas).query().to_cell_dataset("gene_expression", metadata_columns=["kind"])
     assert (dataset.n_cells, dataset.n_features) == (50, 10)
     order = {uid: i for i, uid in enumerate(dataset.feature_uids)}
-    batch = dataset.__getitems__(list(range(50)))
+    batch: Any = dataset.__getitems__(list(range(50)))
     dense = sp.csr_matrix((batch.values, batch.indices, batch.offsets), shape=(50, 10)).toarray()
     np.testing.assert_array_equal(dense[:30][:, [order[g] for g in first.var_names]], x.toarray())
     np.testing.assert_array_equal(dense[30:][:, [order[g] for g in second.var_names]], y.toarray())
@@ -151,7 +151,9 @@ def test_stored_order_repeats_and_zeros_are_kept(tmp_path: Path) -> None:
     adata.layers["odd"] = sp.csr_matrix(parts, shape=(3, 5))
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_from_anndata(adata, layer="odd")
-    group = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[atlas.list_datasets()["zarr_group"][0]]
+    group: Any = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[
+        atlas.list_datasets()["zarr_group"][0]
+    ]
     assert group["csr/indices"][:].tolist() == parts[1].tolist()
     assert group["csr/layers/counts"][:].tolist() == parts[0].tolist()
     pointers = atlas.catalogue.obs("cells").to_arrow().column("gene_expression").to_pylist()
@@ -253,7 +255,9 @@ def test_integers_of_any_dtype(tmp_path: Path, dtype: str) -> None:
         x[0, 1] = 2**32 - 1
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_from_anndata(make(x))
-    group = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[atlas.list_datasets()["zarr_group"][0]]
+    group: Any = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[
+        atlas.list_datasets()["zarr_group"][0]
+    ]
     assert group["csr/layers/counts"][:].tolist() == x[x != 0].astype(np.uint64).tolist()
 
 
@@ -314,9 +318,8 @@ def test_datasets_with_the_same_features_share_a_layout(tmp_path: Path) -> None:
 
 def test_obs_columns_are_merged(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
-    atlas.add_from_anndata(
-        make(counts(2, 3), 0, age=[1, 2], kind=pd.Categorical(["x", "y"]), **{"percent.mt": [0.5, 1]})
-    )
+    columns: dict[str, Any] = {"age": [1, 2], "kind": pd.Categorical(["x", "y"]), "percent.mt": [0.5, 1]}
+    atlas.add_from_anndata(make(counts(2, 3), **columns))
     atlas.add_from_anndata(make(counts(2, 3, 1), 1, age=[1.5, np.nan], uid=["mine", "too"], ok=[True, False]))
     atlas.add_from_anndata(make(counts(2, 3, 2), 2, kind=[1, 2]))
     frame = published(atlas).query().to_pandas().reset_index().set_index("obs_name")
@@ -563,7 +566,7 @@ def test_genes_are_stored_in_the_order_of_the_registry(optimized: bool, tmp_path
     query = published(atlas).query()
     dataset = query.to_cell_dataset()
     assert [bool((np.diff(source.remap) > 0).all()) for source in dataset.sources] == [True] * 3
-    batch = dataset[np.arange(36)]
+    batch: Any = dataset[np.arange(36)]
     assert all((np.diff(batch.indices[a:b]) > 0).all() for a, b in itertools.pairwise(batch.offsets))
     found = query.to_anndata()
     expected = pd.concat(wanted).fillna(0)

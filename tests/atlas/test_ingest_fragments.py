@@ -55,10 +55,10 @@ def read_back(atlas: RaggedAtlas) -> dict[str, list[tuple[str, int, int]]]:
             continue
         layout = rows[pointer["zarr_group"]]["layout_uid"]
         uids = layouts[layouts["layout_uid"] == layout].sort_values("local_index")["feature_uid"].tolist()
-        group = store[f"{pointer['zarr_group']}/cell_sorted"]
-        part = slice(pointer["start"], pointer["end"])
-        starts = group["layers/starts"][part].astype(np.int64)
-        ends = starts + group["layers/lengths"][part]
+        group: Any = store[f"{pointer['zarr_group']}/cell_sorted"]
+        part: Any = slice(pointer["start"], pointer["end"])
+        starts: Any = group["layers/starts"][part].astype(np.int64)
+        ends: Any = starts + group["layers/lengths"][part]
         chroms = [uids[i] for i in group["chromosomes"][part]]
         found[row["obs_name"]] = list(zip(chroms, starts.tolist(), ends.tolist(), strict=True))
     return found
@@ -93,8 +93,8 @@ def test_everything_comes_back(
         report = atlas.add_multimodal({"atac": path}, chunk_shape=64, shard_shape=128)
     assert read_back(atlas) == {b: expected(rows, b) for b in {row[3] for row in rows}}
     store = zarr.open_group(atlas.path / "zarr_store", mode="r")
-    group = store[f"{report.dataset_uid}/chromatin_accessibility"]
-    lengths = group["cell_sorted/layers/lengths"]
+    group: Any = store[f"{report.dataset_uid}/chromatin_accessibility"]
+    lengths: Any = group["cell_sorted/layers/lengths"]
     assert lengths.dtype == ("uint16" if max(e - s for _, s, e, _ in rows) < 2**16 else "uint32")
     assert group["cell_sorted/chromosomes"].dtype == np.uint8
     assert group["cell_sorted/layers/starts"].dtype == np.uint32
@@ -112,7 +112,7 @@ def test_only_cells_are_kept(tmp_path: Path) -> None:
     assert report.n_measured == {"gene_expression": 3, "chromatin_accessibility": 2}
     assert report.n_left_out["chromatin_accessibility"] == 2
     assert read_back(atlas) == {b: expected(rows, b) for b in ("GG-1", "AA-1")}
-    group = zarr.open_group(atlas.path / "zarr_store", mode="r")[report.dataset_uid]
+    group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[report.dataset_uid]
     kept = sum(row[3] in ("GG-1", "AA-1") for row in rows)
     assert group["chromatin_accessibility/cell_sorted/chromosomes"].shape == (kept,)
     with pytest.raises(AlreadyIngestedError, match="nothing was added"):

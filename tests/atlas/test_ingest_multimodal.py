@@ -75,12 +75,12 @@ def state(root: Path) -> dict[str, Any]:
 
 def check_arrays(atlas: RaggedAtlas, first: anndata.AnnData, second: anndata.AnnData) -> None:
     """Every cell's pointers lead to its rows of the two matrices."""
-    store = zarr.open_group(atlas.path / "zarr_store", mode="r")
+    store: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")
     for name, row in stored(atlas).iterrows():
         pointer = row["gene_expression"]
         if name in first.obs_names:
-            group = store[pointer["zarr_group"]]
-            part = slice(int(pointer["start"]), int(pointer["end"]))
+            group: Any = store[pointer["zarr_group"]]
+            part: Any = slice(int(pointer["start"]), int(pointer["end"]))
             dense = np.zeros(first.n_vars)
             dense[group["csr/indices"][part]] = group["csr/layers/counts"][part]
             expected = first[name].X
@@ -131,7 +131,7 @@ def test_joins(tmp_path: Path, join: str, rows: str, report: dict[str, Any], as_
     groups = {row["zarr_group"] for row in atlas.catalogue.dataset_rows()}
     assert groups == {f"{found.dataset_uid}/gene_expression", f"{found.dataset_uid}/protein_abundance"}
     # Cells that are left out are not stored either.
-    protein_group = zarr.open_group(atlas.path / "zarr_store", mode="r")[
+    protein_group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[
         f"{found.dataset_uid}/protein_abundance"
     ]
     assert protein_group["layers/counts"].shape == (4 if join == "inner" else 5, 3)
@@ -368,7 +368,9 @@ def test_dense_layers_come_back(
         report = atlas.add_multimodal(
             {"adt": source}, layers=layers, chunk_shape=chunk, shard_shape=4 * chunk, allow_rounding=True
         )
-    group = zarr.open_group(atlas.path / "zarr_store", mode="r")[f"{report.dataset_uid}/protein_abundance"]
+    group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[
+        f"{report.dataset_uid}/protein_abundance"
+    ]
     np.testing.assert_array_equal(group["layers/counts"][:], whole)
     np.testing.assert_array_equal(group["layers/dsb_normalized"][:], (whole / 3 - 1).astype(np.float32))
     assert group["layers/counts"].dtype == np.uint32
@@ -395,7 +397,9 @@ def test_sparse_layers_share_their_structure(tmp_path: Path, monkeypatch: pytest
         atlas.add_multimodal({"rna": adata}, layers={"rna": {"counts": "X", "log_normalized": "other"}})
     layers = {"rna": {"log_normalized": "log", "counts": "X"}}
     report = atlas.add_multimodal({"rna": adata}, layers=layers)
-    group = zarr.open_group(atlas.path / "zarr_store", mode="r")[f"{report.dataset_uid}/gene_expression/csr"]
+    group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[
+        f"{report.dataset_uid}/gene_expression/csr"
+    ]
     np.testing.assert_array_equal(group["layers/counts"][:], adata.X.data)
     np.testing.assert_array_equal(group["layers/log_normalized"][:], adata.layers["log"].data)
     np.testing.assert_array_equal(group["indices"][:], adata.X.indices)
@@ -413,7 +417,7 @@ def test_image_features_take_floats(tmp_path: Path) -> None:
     x = np.random.default_rng(0).random((5, 4), np.float32)
     atlas = create_or_open_atlas(tmp_path / "a")
     report = atlas.add_multimodal({"image_features": make(x, list("abcde"), "f")})
-    group = zarr.open_group(atlas.path / "zarr_store", mode="r")[f"{report.dataset_uid}/image_features"]
+    group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[f"{report.dataset_uid}/image_features"]
     np.testing.assert_array_equal(group["layers/ctrl_standardized"][:], x)
 
 
@@ -421,7 +425,7 @@ def test_one_matrix_of_a_dense_space(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a", pointer_fields={"adt": "protein_abundance"})
     adata = protein()
     assert atlas.add_from_anndata(adata, field_name="adt") == 5
-    store = zarr.open_group(atlas.path / "zarr_store", mode="r")
+    store: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")
     pointers = stored(atlas)["adt"]
     for i, name in enumerate(adata.obs_names):
         found = store[pointers[name]["zarr_group"]]["layers/counts"][int(pointers[name]["position"])]

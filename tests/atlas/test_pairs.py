@@ -48,7 +48,7 @@ def column(kind: str, n: int, seed: int) -> list[Any]:
     """Values of an obs column as a person means them, None where there is none."""
     rng = np.random.default_rng(seed)
     whole = rng.integers(0, 5, n).tolist()
-    return {
+    result: list[Any] = {
         "int": whole,
         "gaps": [None if i == 0 else v for i, v in enumerate(whole)],
         "big": [2**60 + v for v in whole],
@@ -58,6 +58,7 @@ def column(kind: str, n: int, seed: int) -> list[Any]:
         "category": [f"t{v}" for v in whole],
         "missing": [None] * n,
     }[kind]
+    return result
 
 
 def stored(kind: str, values: list[Any]) -> Any:
@@ -117,7 +118,8 @@ def identified(files: Sequence[File]) -> list[str]:
     """The naming by which each file's genes are told apart: docs/columns.md, rules 4 and 5."""
     stable = [[name for name in (f.index, *f.columns) if name in ("ensembl", "versions")] for f in files]
     if all(stable):
-        chosen, seen = [], set()
+        chosen: list[Any] = []
+        seen: set[Any] = set()
         for file, names in zip(files, stable, strict=True):
             ranked = sorted(names, key=lambda name: -len(seen & set(named(name, file.genes))))
             chosen.append(ranked[0])

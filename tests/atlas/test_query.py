@@ -7,6 +7,7 @@ import json
 import pickle
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,13 +42,14 @@ def spaces(homeobox_fixtures: Path) -> AtlasQuery:
 
 
 def uids(query: AtlasQuery) -> list[str]:
-    return query.to_pandas()["uid"].tolist()
+    result: list[str] = query.to_pandas()["uid"].tolist()
+    return result
 
 
 # Against what the real package selects
 
 
-def fixture_queries() -> list:
+def fixture_queries() -> list[Any]:
     """(atlas, version, table, query id); read at collection, so that each query is a test of its own."""
     import os
 
@@ -67,7 +69,7 @@ def fixture_queries() -> list:
     ]
 
 
-def fixture_query(root: Path, version: int, table: str, name: str) -> tuple[dict, AtlasQuery]:
+def fixture_query(root: Path, version: int, table: str, name: str) -> tuple[dict[str, Any], AtlasQuery]:
     expected = json.loads((root / "expected.json").read_text())
     (snapshot,) = (v for v in expected["versions"] if v["version"] == version)
     (wanted,) = (q for q in snapshot["tables"][table]["queries"] if q["id"] == name)
@@ -198,7 +200,7 @@ def test_polars_is_optional(ragged: AtlasQuery, monkeypatch: pytest.MonkeyPatch)
 
 def test_count_by_columns(ragged: AtlasQuery) -> None:
     frame = ragged.to_pandas()
-    got = ragged.count(group_by="donor")
+    got: Any = ragged.count(group_by="donor")
     assert got.columns.tolist() == ["donor", "count"]
     assert dict(zip(got.donor, got["count"], strict=True)) == frame.donor.value_counts().to_dict()
     assert got.donor.tolist() == sorted(got.donor)
@@ -361,7 +363,7 @@ def test_refused_arguments(ragged: AtlasQuery) -> None:
     with pytest.raises(ValueError, match="batch_size must be positive"):
         ragged.to_batches(0)
     with pytest.raises(ValueError, match="metadata_columns must be a list"):
-        ragged.to_cell_dataset(metadata_columns="donor")  # type: ignore[arg-type]
+        ragged.to_cell_dataset(metadata_columns="donor")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="are pointer columns"):
         ragged.to_cell_dataset(metadata_columns=["gene_expression"])
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
 import lancedb
@@ -30,7 +31,7 @@ def dense(batch: SparseBatch) -> np.ndarray:
     return out
 
 
-def everything(dataset) -> np.ndarray:
+def everything(dataset: Any) -> np.ndarray:
     return dense(dataset[np.arange(len(dataset))])
 
 
@@ -66,7 +67,8 @@ def test_every_batch_equals(case: Case) -> None:
         columns = ["batch", "score"] if f"{name}/b0/meta/batch" in case.arrays else None
         dataset = case.query().to_cell_dataset(field_name=name, layer=layer, metadata_columns=columns)
         for entry in field["batches"]:
-            key, batch = entry["key"], dataset.__getitems__(entry["rows"])
+            key = entry["key"]
+            batch: Any = dataset.__getitems__(entry["rows"])
             if f"{key}/{layer}/dense" in case.arrays:
                 assert np.array_equal(dense(batch), case.arrays[f"{key}/{layer}/dense"])
                 continue
@@ -88,7 +90,9 @@ def test_text_metadata_through_categories(case: Case) -> None:
             want = texts(frame["cell_type"][case.arrays[f"{name}/present"]])
         else:
             want = case.arrays[key].tolist()
-        dataset = case.query().to_cell_dataset(field_name=name, layer=layer, metadata_columns=["cell_type"])
+        dataset: Any = case.query().to_cell_dataset(
+            field_name=name, layer=layer, metadata_columns=["cell_type"]
+        )
         codes = dataset[np.arange(len(dataset))].metadata["cell_type"]
         words = dataset.categories["cell_type"]
         assert [None if c < 0 else words[c] for c in codes] == want
@@ -104,7 +108,7 @@ def test_queries_equal(case: Case) -> None:
             asked.features(uids, space)
         (layer,) = query.get("layers", ["counts"])
         dataset = asked.to_cell_dataset(field_name=query["field"], layer=layer, metadata_columns=["uid"])
-        batch = dataset[np.arange(len(dataset))]
+        batch: Any = dataset[np.arange(len(dataset))]
         assert dataset.categories["uid"][batch.metadata["uid"]].tolist() == query["uids"]
         assert dataset.n_features == query["n_features"]
         key = query["key"]
@@ -123,7 +127,7 @@ def test_fragments(homeobox_fixtures: Path) -> None:
     name = "chromatin_accessibility"
     for layer in ("starts", "lengths"):
         dataset = case.query().to_cell_dataset(name, layer)
-        batch = dataset[np.arange(len(dataset))]
+        batch: Any = dataset[np.arange(len(dataset))]
         assert dataset.feature_uids.tolist() == case.sparse[name]["features_by_global_index"]
         assert np.array_equal(batch.indices, case.arrays[f"{name}/chromosomes"])
         assert np.array_equal(batch.values, case.arrays[f"{name}/{layer}"])
@@ -225,7 +229,8 @@ def test_recipe_gives_the_same_rows(ragged: AtlasQuery) -> None:
     again = pickle.loads(pickle.dumps(dataset._recipe)).rebuild()
     ragged.where(None).limit(None)  # changing the query later changes neither
     assert again.feature_uids.tolist() == panel
-    a, b = dataset[np.arange(17)], again[np.arange(17)]
+    a: Any = dataset[np.arange(17)]
+    b: Any = again[np.arange(17)]
     assert np.array_equal(a.values, b.values)
     assert np.array_equal(a.indices, b.indices)
     for name in ("uid", "age", "quality"):
@@ -234,7 +239,7 @@ def test_recipe_gives_the_same_rows(ragged: AtlasQuery) -> None:
 
 
 def test_recipe_is_pinned_to_its_snapshot(homeobox_fixtures: Path) -> None:
-    old = AtlasQuery(Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas", 0)).to_cell_dataset()
+    old: Any = AtlasQuery(Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas", 0)).to_cell_dataset()
     again = old._recipe.rebuild()
     assert (again.n_cells, again.n_features) == (40, 50)
 

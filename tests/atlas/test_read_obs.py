@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lancedb
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from hbx_gpu._source import RowIndex
 from hbx_gpu.atlas._catalogue.snapshot import Snapshot
 from hbx_gpu.atlas._query import obs
 from hbx_gpu.atlas._query.query import AtlasQuery
@@ -86,7 +88,7 @@ def typed(table: pa.Table) -> pa.Table:
     return table
 
 
-def test_every_kind_of_column(with_obs: Callable) -> None:
+def test_every_kind_of_column(with_obs: Callable[..., Any]) -> None:
     snapshot = with_obs(typed)
     pointer = snapshot.pointer_fields()["gene_expression"]
     names = [n for n in snapshot.obs_schema().names if n != "gene_expression"]
@@ -136,7 +138,7 @@ def test_every_kind_of_column(with_obs: Callable) -> None:
     }
 
 
-def test_columns_of_no_rows_keep_their_type(with_obs: Callable) -> None:
+def test_columns_of_no_rows_keep_their_type(with_obs: Callable[..., Any]) -> None:
     snapshot = with_obs(typed)
     pointer = snapshot.pointer_fields()["gene_expression"]
     names = [n for n in snapshot.obs_schema().names if n != "gene_expression"]
@@ -179,7 +181,7 @@ class TestFixtures:
             found = obs.read_modality(snapshot, table, pointer)
             assert np.array_equal(found.rowids, arrays["rowid"][here])
             assert found.groups == fields[pointer.name]["groups"]
-            rows = found.rows
+            rows: Any = found.rows
             assert np.array_equal(rows.source, arrays[f"{pointer.name}/group_ids"][here])
             assert (rows.source.dtype, rows.start.dtype, rows.length.dtype) == (np.int32, np.int64, np.int32)
             stored = pointers[pointer.name].filter(pa.array(here))
@@ -197,7 +199,7 @@ def test_rows_are_sorted_whatever_the_scan_delivers(
     snapshot = Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas")
     pointer = snapshot.pointer_fields()["gene_expression"]
     columns = ["uid", "age", "tags", "quality", "collected"]
-    before = obs.read_modality(snapshot, "cells", pointer, columns)
+    before: Any = obs.read_modality(snapshot, "cells", pointer, columns)
     table = obs.read_table(snapshot.obs_table(), columns)
     paged = AtlasQuery(snapshot).limit(9).offset(4).to_pandas()
     scan = obs.scan
@@ -209,8 +211,9 @@ def test_rows_are_sorted_whatever_the_scan_delivers(
         yield from rows.take(pa.array(order)).to_batches(max_chunksize=11)
 
     monkeypatch.setattr(obs, "scan", shuffled)
-    after = obs.read_modality(snapshot, "cells", pointer, columns)
+    after: Any = obs.read_modality(snapshot, "cells", pointer, columns)
     assert np.array_equal(before.rowids, after.rowids)
+    assert isinstance(before.rows, RowIndex)
     assert np.array_equal(before.rows.start, after.rows.start)
     assert np.array_equal(before.rows.source, after.rows.source)
     for name in columns:
@@ -256,7 +259,7 @@ def test_many_row_ids_are_read_by_scan_and_few_by_id(
         obs.read_table(snapshot.obs_table(), ["uid"], rowids=np.array([2**60], np.uint64))
 
 
-def test_three_kinds_of_absent(with_obs: Callable) -> None:
+def test_three_kinds_of_absent(with_obs: Callable[..., Any]) -> None:
     def change(table: pa.Table) -> pa.Table:
         rows = table["gene_expression"].to_pylist()
         rows[0] = None
@@ -288,7 +291,7 @@ def test_three_kinds_of_absent(with_obs: Callable) -> None:
         ({"zarr_group": "d1/rna"}, "lists no group 'd1/rna'"),
     ],
 )
-def test_impossible_pointers(with_obs: Callable, change: dict, reason: str) -> None:
+def test_impossible_pointers(with_obs: Callable[..., Any], change: dict[str, Any], reason: str) -> None:
     def corrupt(table: pa.Table) -> pa.Table:
         rows = table["gene_expression"].to_pylist()
         rows[4] = rows[4] | change
@@ -318,6 +321,8 @@ def test_categories_cover_the_whole_table(homeobox_fixtures: Path) -> None:
         want = pq.read_table(homeobox_fixtures / "ragged_rna" / f"obs_v{version}.parquet")
         for name in ("cell_type", "donor", "quality", "split"):
             values = sorted({v for v in want[name].to_pylist() if v is not None})
-            assert obs.categories(snapshot, "cells", name).tolist() == values
+            found: Any = obs.categories(snapshot, "cells", name)
+            assert found.tolist() == values
         assert obs.categories(snapshot, "cells", "age") is None
-        assert obs.categories(snapshot, "cells", "is_doublet").tolist() == [False, True]
+        flags: Any = obs.categories(snapshot, "cells", "is_doublet")
+        assert flags.tolist() == [False, True]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lancedb
 import numpy as np
@@ -72,8 +73,9 @@ def rewrite(root: Path, table: str, change: Callable[[pa.Table], pa.Table]) -> N
     database.create_table("atlas_versions", pa.Table.from_pylist(records), mode="overwrite")
 
 
-def expected(homeobox_fixtures: Path, name: str) -> dict:
-    return json.loads((homeobox_fixtures / name / "expected.json").read_text())
+def expected(homeobox_fixtures: Path, name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((homeobox_fixtures / name / "expected.json").read_text())
+    return result
 
 
 @pytest.mark.parametrize("name", ATLASES)
@@ -111,7 +113,7 @@ def test_versions_have_the_same_columns_for_all_generations(homeobox_fixtures: P
 
 
 @pytest.mark.parametrize("name", ["legacy_0_2_3", "ragged_rna"])
-def test_moved_read_only_atlas_opens_and_nothing_is_written(copied: Callable, name: str) -> None:
+def test_moved_read_only_atlas_opens_and_nothing_is_written(copied: Callable[..., Any], name: str) -> None:
     root = copied(name)
 
     def content() -> list[tuple[str, int, int]]:
@@ -142,7 +144,7 @@ def test_datasets_have_normalised_columns(homeobox_fixtures: Path) -> None:
 # The store
 
 
-def test_store_given_by_path_or_object(copied: Callable) -> None:
+def test_store_given_by_path_or_object(copied: Callable[..., Any]) -> None:
     root = copied("single_rna")
     moved = root.parent / "elsewhere"
     (root / "zarr_store").rename(moved)
@@ -161,7 +163,7 @@ def test_store_given_by_path_or_object(copied: Callable) -> None:
         Snapshot.open(root, store="s3://bucket/zarr_store")
 
 
-def test_recorded_store_is_the_last_resort(copied: Callable) -> None:
+def test_recorded_store_is_the_last_resort(copied: Callable[..., Any]) -> None:
     root = copied("legacy_0_2_3")
     moved = root.parent / "recorded store"
     (root / "zarr_store").rename(moved)
@@ -184,7 +186,7 @@ def test_no_atlas(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_snapshots(tmp_path: Path, copied: Callable) -> None:
+def test_no_snapshots(tmp_path: Path, copied: Callable[..., Any]) -> None:
     (tmp_path / "lance_db").mkdir()
     assert list_versions(tmp_path).empty
     with pytest.raises(ValueError, match="No snapshots found"):
@@ -208,7 +210,7 @@ def test_remote_address(address: str) -> None:
         Snapshot.open(address)
 
 
-def test_cleaned_up_table_version_is_named(copied: Callable) -> None:
+def test_cleaned_up_table_version_is_named(copied: Callable[..., Any]) -> None:
     root = copied("ragged_rna")
     database = lancedb.connect(str(root / "lance_db"))
     database.open_table("gene_registry").optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
@@ -216,14 +218,14 @@ def test_cleaned_up_table_version_is_named(copied: Callable) -> None:
         Snapshot.open(root, 0)
 
 
-def test_missing_table_is_named(copied: Callable) -> None:
+def test_missing_table_is_named(copied: Callable[..., Any]) -> None:
     root = copied("single_rna")
     shutil.rmtree(root / "lance_db" / "gene_registry.lance")
     with pytest.raises(AtlasError, match="'gene_registry'"):
         Snapshot.open(root)
 
 
-def test_record_of_unknown_generation(copied: Callable) -> None:
+def test_record_of_unknown_generation(copied: Callable[..., Any]) -> None:
     root = copied("single_rna")
     database = lancedb.connect(str(root / "lance_db"))
     database.create_table("atlas_versions", pa.table({"version": [0], "what": ["x"]}), mode="overwrite")
@@ -287,7 +289,7 @@ def test_shared_uids_resolve_in_their_own_space(
     assert not caplog.records
 
 
-def test_groups_of_one_layout_share_the_array(copied: Callable) -> None:
+def test_groups_of_one_layout_share_the_array(copied: Callable[..., Any]) -> None:
     root = copied("ragged_rna")
 
     def same_layout(table: pa.Table) -> pa.Table:
@@ -315,7 +317,7 @@ def test_later_features_do_not_change_an_earlier_snapshot(homeobox_fixtures: Pat
         assert np.array_equal(old.remap(group, "gene_expression"), new.remap(group, "gene_expression"))
 
 
-def test_deleted_features_leave_a_hole(copied: Callable, caplog: pytest.LogCaptureFixture) -> None:
+def test_deleted_features_leave_a_hole(copied: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     root = copied("single_rna")
     before = Snapshot.open(root)
     gone, local = before.registry("gene_expression").uids[2], before.remap("d0/rna", "gene_expression")
@@ -334,7 +336,7 @@ def test_deleted_features_leave_a_hole(copied: Callable, caplog: pytest.LogCaptu
         registry.resolve([gone, "nope", registry.uids[0]])
 
 
-def test_incomplete_layout(copied: Callable) -> None:
+def test_incomplete_layout(copied: Callable[..., Any]) -> None:
     root = copied("single_rna")
     rewrite(root, "_feature_layouts", lambda t: t.filter(pc.not_equal(t["local_index"], 4)))
     with pytest.raises(AtlasError, match=r"group 'd0/rna'.*expected local indices 0 \.\. m-1.*29 rows"):
@@ -353,7 +355,7 @@ def test_incomplete_layout(copied: Callable) -> None:
         (["a", "a"], [0, 1], "more than once"),
     ],
 )
-def test_contradictory_registry(uids: list, index: list, reason: str) -> None:
+def test_contradictory_registry(uids: list[Any], index: list[Any], reason: str) -> None:
     table = pa.table({"uid": uids, "global_index": pa.array(index, pa.int64())})
     with pytest.raises(AtlasError, match=reason):
         Registry.from_table("s", table, name="s_registry")

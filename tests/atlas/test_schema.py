@@ -143,7 +143,7 @@ def test_global_index_is_not_the_users() -> None:
 
 
 def test_dataset_record_ignores_counts_of_earlier_releases() -> None:
-    record = DatasetRecord(zarr_group="a/rna", feature_space="gene_expression", n_cells=5, n_rows=5)
+    record = DatasetRecord(zarr_group="a/rna", feature_space="gene_expression", n_cells=5, n_rows=5)  # type: ignore[call-arg]
     assert record.layout_uid == ""
     assert datetime.datetime.fromisoformat(record.created_at).tzinfo is not None
 

@@ -105,7 +105,7 @@ def test_both_ways_of_calling(tmp_path: Path, older: bool) -> None:
     # Names come back without being given, before there is any snapshot.
     again = RaggedAtlas.open(tmp_path / "a" / "lance_db")
     assert again.obs_tables == ["donors"]
-    assert again.list_datasets().columns.tolist() == DatasetSchema.to_arrow_schema().names
+    assert again.list_datasets().columns.tolist() == DatasetSchema.to_arrow_schema().names  # type: ignore[no-untyped-call]
 
 
 def test_create_refuses_an_existing_atlas_and_open_a_missing_one(tmp_path: Path) -> None:

@@ -107,7 +107,12 @@ def test_epochs_are_measured_whole(dataset: CellDataset) -> None:
     def make(*args: Any, **kwargs: Any) -> Any:
         loader = make_loader(*args, **kwargs)
         set_epoch = loader.set_epoch
-        loader.set_epoch = lambda epoch: (seen.append(epoch), set_epoch(epoch))  # type: ignore[method-assign]
+
+        def noted(epoch: int) -> None:
+            seen.append(epoch)
+            set_epoch(epoch)
+
+        loader.set_epoch = noted  # type: ignore[method-assign]
         return loader
 
     found = run(options(epochs=2, layouts=("csr",), orders=("stream",)), dataset=dataset, make=make)
@@ -154,7 +159,7 @@ def test_wrong_batches_are_found(
             spoil(batch)
             return batch
 
-        loader.feed.deliver = spoiled
+        loader.feed.deliver = spoiled  # type: ignore[method-assign]
         return loader
 
     monkeypatch.setattr("hbx_gpu._bench.check._ROWS", 32)
@@ -301,7 +306,12 @@ def test_training_tells_how_long_it_waits(dataset: CellDataset) -> None:
     # Batches of 32 cells and 50 genes are ready long before a step is done.
     fast = train("mlp", loader, dataset.n_features, seconds=0.2, finish=lambda: None)
     make = loader.feed.make
-    loader.feed.make = lambda rows: (time.sleep(0.2), make(rows))[1]  # type: ignore[method-assign]
+
+    def slowly(selections: Any) -> Any:
+        time.sleep(0.2)
+        return make(selections)
+
+    loader.feed.make = slowly  # type: ignore[method-assign]
     slow = train("mlp", loader, dataset.n_features, seconds=0.6, finish=lambda: None)
     assert slow.waiting > 0.5 > fast.waiting
     assert slow.slowdown > fast.slowdown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_both_sides_read_the_same_cells(data: Path) -> None:
     dataset = RaggedAtlas.checkout_latest(str(prepared.atlas)).query().to_cell_dataset("gene_expression")
     assert expected.shape == (dataset.n_cells, dataset.n_features) == (600, 300)
     assert len(np.unique(dataset.groups_np)) == 4
-    batch = dataset[np.arange(600)]
+    batch: Any = dataset[np.arange(600)]
     found = sparse.csr_matrix((batch.values, batch.indices, batch.offsets), (600, 300))
     assert (found != expected).nnz == 0
 

@@ -142,7 +142,7 @@ def test_any_h5ad_becomes_the_same_source(tmp_path: Path, layout: str) -> None:
     source = protocol.Source(data.h5ad)
     np.testing.assert_array_equal(source.rows(0, 50).toarray(), dense[:50])
     np.testing.assert_array_equal(source.rows(13, 20).toarray(), dense[13:20])
-    assert (data.n_cells, data.n_genes, data.nnz) == (50, 15, np.count_nonzero(dense[:50]))
+    assert (data.n_cells, data.n_genes, data.nnz) == (50, 15, int(np.count_nonzero(dense[:50])))
     assert source.genes() == genes
     assert source.groups(3) == [(0, 16), (16, 33), (33, 50)]
     np.testing.assert_array_equal(np.load(data.truth), fingerprints(dense[:50], gene_weights(15)))

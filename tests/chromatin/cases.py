@@ -91,7 +91,8 @@ class InMemory:
 
     def row_numbers(self, rows: Any) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
-        return np.where(rows < 0, rows + self.n_cells, rows)
+        result: np.ndarray = np.where(rows < 0, rows + self.n_cells, rows)
+        return result
 
     def __getitem__(self, rows: Any) -> SparseBatch:
         return self.__getitems__(np.atleast_1d(np.arange(self.n_cells)[rows]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +22,8 @@ def counted(rows: list[list[tuple[int, int, int]]], regions: Regions) -> list[li
     batch = fragments(rows)
     found = dense(count_fragments(batch, regions))
     assert np.array_equal(found, reference_counts(batch, regions))
-    return found.tolist()
+    result: list[list[int]] = found.tolist()
+    return result
 
 
 @settings(deadline=None, max_examples=150)
@@ -148,7 +151,8 @@ def test_fragments_in_any_order_and_repeated() -> None:
 
 
 def test_nothing_at_all() -> None:
-    for rows in ([], [[]], [[], []]):
+    nothing: list[list[Any]] = [[], [[]], [[], []]]
+    for rows in nothing:
         found = count_fragments(fragments(rows), Bins(10, {"chr1": 50}).over(NAMES))
         assert found.offsets.tolist() == [0] * (len(rows) + 1)
         assert found.indices.dtype == np.int32

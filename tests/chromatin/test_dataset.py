@@ -35,9 +35,14 @@ BINS = Bins(10, {"chr1": 30, "chrX": 30})
 FIELD = "chromatin_accessibility"
 
 
+def in_memory(rows: Any) -> Any:
+    """Fragments that have of a dataset what counting takes."""
+    return InMemory(rows)
+
+
 @pytest.fixture
 def counted() -> FragmentMatrixDataset:
-    return FragmentMatrixDataset(InMemory(ROWS), BINS, chromosome_names=NAMES)
+    return FragmentMatrixDataset(in_memory(ROWS), BINS, chromosome_names=NAMES)
 
 
 def test_it_looks_like_a_sparse_dataset(counted: FragmentMatrixDataset) -> None:
@@ -52,7 +57,7 @@ def test_it_looks_like_a_sparse_dataset(counted: FragmentMatrixDataset) -> None:
     assert counted.batch_nbytes([0, 1]) == 40
     assert "4 cells x Regions(6 bins of 10 bases, fragments)" in repr(counted)
     with pytest.raises(AttributeError):
-        _ = counted.nothing_of_the_kind
+        _ = counted.nothing_of_the_kind  # type: ignore[attr-defined]
 
 
 def test_batches(counted: FragmentMatrixDataset) -> None:
@@ -68,10 +73,10 @@ def test_batches(counted: FragmentMatrixDataset) -> None:
 
 
 def test_names_default_to_uids_and_must_fit() -> None:
-    by_uid = FragmentMatrixDataset(InMemory(ROWS), Peaks([("u3", 0, 100)]))
+    by_uid = FragmentMatrixDataset(in_memory(ROWS), Peaks([("u3", 0, 100)]))
     assert dense(by_uid[:]).tolist() == [[1], [0], [0], [1]]
     with pytest.raises(InvalidDataError, match="2 chromosome names for a dataset of 4"):
-        FragmentMatrixDataset(InMemory(ROWS), BINS, chromosome_names=["chr1", "chrX"])
+        FragmentMatrixDataset(in_memory(ROWS), BINS, chromosome_names=["chr1", "chrX"])
 
 
 def test_names_and_sizes_as_registered() -> None:
@@ -79,14 +84,14 @@ def test_names_and_sizes_as_registered() -> None:
         {"sequence_name": ["chr1", "chr10", "chr2", "chrX"], "sequence_length": [30, 5, 6, 30]},
         index=["u0", "u1", "u2", "u3"],
     )
-    counted = FragmentMatrixDataset.registered(InMemory(ROWS), Bins(10), frame)
+    counted = FragmentMatrixDataset.registered(in_memory(ROWS), Bins(10), frame)
     assert counted.n_features == 3 + 1 + 1 + 3
     assert dense(counted[0]).tolist() == [[1, 0, 0, 0, 0, 0, 1, 1]]
 
 
 def test_sizes_as_observed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="hbx_gpu")
-    counted = FragmentMatrixDataset(InMemory(ROWS), Bins(10, "observed"), chromosome_names=NAMES)
+    counted = FragmentMatrixDataset(in_memory(ROWS), Bins(10, "observed"), chromosome_names=NAMES)
     assert "reading all fragments" in caplog.text
     assert counted.feature_uids.tolist() == [
         "chr1:0-10",
@@ -149,7 +154,7 @@ def of_atlas(query: AtlasQuery, matrix: Bins | Peaks, **kwargs: Any) -> Fragment
     return FragmentMatrixDataset.registered(cells, matrix, query.selection.snapshot.registry(FIELD).frame)
 
 
-MATRICES = [
+MATRICES: Any = [
     Bins(5000, "observed"),
     Bins(100_000, {"chrX": 2_000_000, "chr1": 2_000_000}, count="insertions"),
     Bins(20_000, {"chr10": 2_000_000}, count="paired"),
@@ -175,7 +180,7 @@ def test_made_by_a_query(homeobox_fixtures: Path, expected: dict[str, Any]) -> N
     counted = fresh(homeobox_fixtures).to_cell_dataset(FIELD, matrix=matrix, metadata_columns=["uid"])
     assert isinstance(counted, FragmentMatrixDataset)
     for dataset in (counted, pickle.loads(pickle.dumps(counted))):
-        batch = dataset[:]
+        batch: Any = dataset[:]
         assert np.array_equal(dense(batch), wanted)
         uids = dataset.categories["uid"][batch.metadata["uid"]]
         assert uids.tolist() == expected["uid"][expected[f"{FIELD}/present"]].tolist()
@@ -261,7 +266,7 @@ def test_csr_tensors(query: AtlasQuery) -> None:
 
 
 def test_in_a_multimodal_batch(query: AtlasQuery, expected: dict[str, Any]) -> None:
-    parts = query.to_multimodal_dataset(["rna", FIELD], layers={FIELD: ["starts", "lengths"]}).datasets
+    parts: Any = query.to_multimodal_dataset(["rna", FIELD], layers={FIELD: ["starts", "lengths"]}).datasets
     counted = FragmentMatrixDataset(
         parts[FIELD],
         Bins(100_000, {"chr1": 2_000_000, "chrY": 5}),
@@ -269,7 +274,7 @@ def test_in_a_multimodal_batch(query: AtlasQuery, expected: dict[str, Any]) -> N
     )
     both = MultimodalCellDataset({"rna": parts["rna"], FIELD: counted})
     for dataset in (both, pickle.loads(pickle.dumps(both))):
-        batch = dataset.__getitems__(np.arange(len(dataset))[::-1])
+        batch: Any = dataset.__getitems__(np.arange(len(dataset))[::-1])
         present = expected[f"{FIELD}/present"][::-1]
         assert np.array_equal(batch.present[FIELD], present)
         found = dense(batch.modalities[FIELD])
@@ -283,7 +288,7 @@ def test_in_a_multimodal_batch(query: AtlasQuery, expected: dict[str, Any]) -> N
 
 
 def test_intervals_of_an_atlas(query: AtlasQuery, expected: dict[str, Any]) -> None:
-    cells = query.to_cell_dataset(FIELD, layer=["starts", "lengths"])
+    cells: Any = query.to_cell_dataset(FIELD, layer=["starts", "lengths"])
     rows = fragments_of(cells[:])
     flat = np.concatenate(rows)
     assert np.array_equal(flat["chromosome"], expected[f"{FIELD}/chromosomes"])

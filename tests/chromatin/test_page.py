@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def test_the_page(
     sources = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     assert len(sources) == 5
     monkeypatch.chdir(tmp_path)
-    session: dict[str, object] = {}
+    session: dict[str, Any] = {}
     for source in sources:
         exec(compile(source, str(page), "exec"), session)
     assert session["dataset"].n_features == 200 + 200 + 190

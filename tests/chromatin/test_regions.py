@@ -74,7 +74,7 @@ def test_broken_files_of_sizes(tmp_path: Path, text: str, message: str) -> None:
         Bins(10, path).over(["chr1"])
 
 
-@pytest.mark.parametrize("size", [0, -5, 1.5, "x", None])
+@pytest.mark.parametrize("size", [0, -5, 1.5, float("inf"), "x", None])
 def test_broken_sizes(size: object) -> None:
     with pytest.raises(InvalidDataError, match="positive number of bases"):
         Bins(10, {"chr1": size}).over(["chr1"])  # type: ignore[dict-item]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def words(draw: st.DrawFn, max_size: int = 700) -> np.ndarray:
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-def test_decodes_every_real_vector(vectors: list[Vector], decode) -> None:
+def test_decodes_every_real_vector(vectors: list[Vector], decode: Any) -> None:
     for v in vectors:
         found = decode(v.encoded, v.element_size)
         assert found.dtype == v.decoded.dtype, v.name
@@ -74,7 +74,7 @@ def test_decodes_every_real_vector(vectors: list[Vector], decode) -> None:
 
 
 @pytest.mark.parametrize("encode", ENCODERS)
-def test_encodes_every_real_vector_to_the_same_bytes(vectors: list[Vector], encode) -> None:
+def test_encodes_every_real_vector_to_the_same_bytes(vectors: list[Vector], encode: Any) -> None:
     for v in vectors:
         assert encode(v.decoded, v.transform, v.element_size) == v.encoded, v.name
         assert encode(v.decoded.tobytes(), v.transform, v.element_size) == v.encoded, v.name
@@ -94,7 +94,7 @@ def test_encodes_every_real_vector_to_the_same_bytes(vectors: list[Vector], enco
     ],
 )
 @pytest.mark.parametrize("decode", DECODERS)
-def test_refuses_every_malformed_vector(shared: Path, decode, name: str, reason: str) -> None:
+def test_refuses_every_malformed_vector(shared: Path, decode: Any, name: str, reason: str) -> None:
     with np.load(shared / "fixtures" / "bitpacking_vectors.npz") as z:
         i = list(z["bad_name"]).index(name)
         data = z["bad_encoded"][slice(*z["bad_encoded_offsets"][i : i + 2])].tobytes()
@@ -105,7 +105,7 @@ def test_refuses_every_malformed_vector(shared: Path, decode, name: str, reason:
 
 @pytest.mark.parametrize("decode", DECODERS)
 @pytest.mark.parametrize("width", [33, 200, 255])
-def test_refuses_width_above_32(decode, width: int) -> None:
+def test_refuses_width_above_32(decode: Any, width: int) -> None:
     data = bytes([0]) + (128).to_bytes(4, "little") + bytes([width]) + bytes(16 * width)
     with pytest.raises(CorruptChunkError, match="width byte at offset 5 is above 32"):
         decode(data)
@@ -113,7 +113,7 @@ def test_refuses_width_above_32(decode, width: int) -> None:
 
 @pytest.mark.parametrize("decode", DECODERS)
 @pytest.mark.parametrize("element_size", [4, 8])
-def test_a_promise_of_billions_of_words_allocates_nothing(decode, element_size: int) -> None:
+def test_a_promise_of_billions_of_words_allocates_nothing(decode: Any, element_size: int) -> None:
     import tracemalloc
 
     data = bytes([1]) + (2**32 - 1).to_bytes(4, "little") + bytes(1000)
@@ -165,7 +165,9 @@ def check_range(values: np.ndarray, transform: str, first: int, last: int) -> No
 
 @settings(deadline=None)
 @given(values=words(), transform=st.sampled_from(TRANSFORMS), data=st.data())
-def test_partial_ranges_write_their_range_and_nothing_else(values, transform, data) -> None:
+def test_partial_ranges_write_their_range_and_nothing_else(
+    values: Any, transform: Any, data: st.DataObject
+) -> None:
     first = data.draw(st.integers(0, len(values)))
     check_range(values, transform, first, data.draw(st.integers(first, len(values))))
 
@@ -182,7 +184,7 @@ def test_partial_ranges_at_block_borders(bounds: tuple[int, int], transform: str
 
 @settings(max_examples=300, deadline=None)
 @given(values=words(400), transform=st.sampled_from(TRANSFORMS), data=st.data())
-def test_mutated_streams_decode_or_raise_alike(values, transform, data) -> None:
+def test_mutated_streams_decode_or_raise_alike(values: Any, transform: Any, data: st.DataObject) -> None:
     """Two implementations must agree on altered bytes too: same values or the same message."""
     size = values.itemsize
     stream = bytearray(encode_bitpacking(values, transform, size))

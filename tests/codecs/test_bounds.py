@@ -15,10 +15,10 @@ import pytest
 
 from hbx_gpu._codecs.bounds import Room, zstd_size
 from hbx_gpu._codecs.chain import ChunkCodec
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError
 
-LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+LITTLE: Codec = {"name": "bytes", "configuration": {"endian": "little"}}
 N = 1000
 VALUES = np.arange(N, dtype="<u4")
 HUGE = 8 << 20
@@ -26,7 +26,8 @@ NAMES = ["zstd", "gzip", "zlib", "bz2", "lzma", "lz4", "blosc"]
 
 
 def codec(*names: str) -> ChunkCodec:
-    chain = (LITTLE, *({"name": name, "configuration": {}} for name in names))
+    others: list[Codec] = [{"name": name, "configuration": {}} for name in names]
+    chain = (LITTLE, *others)
     return ChunkCodec(ArrayLayout("p", "a", (N,), np.dtype("u4"), (N,), (N,), chain))
 
 
@@ -137,8 +138,13 @@ def test_packed_chunks_of_another_length(name: str) -> None:
 
 def test_filters_of_zarr_2_have_room() -> None:
     filters = [{"id": "delta", "dtype": "<u4", "astype": "<i8"}, {"id": "zlib", "level": 1}]
-    setting = {"dtype": "<u4", "order": "C", "filters": filters, "compressor": {"id": "gzip", "level": 1}}
-    chain = ({"name": "zarr.v2", "configuration": setting},)
+    setting: dict[str, Any] = {
+        "dtype": "<u4",
+        "order": "C",
+        "filters": filters,
+        "compressor": {"id": "gzip", "level": 1},
+    }
+    chain: tuple[Codec] = ({"name": "zarr.v2", "configuration": setting},)
     opened = ChunkCodec(ArrayLayout("p", "a", (N,), np.dtype("u4"), (N,), (N,), chain))
     data: Any = VALUES
     for config in [*filters, setting["compressor"]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hbx_gpu._codecs import encode_bitpacking
 from hbx_gpu._codecs.chain import V2_CHAIN, ChunkCodec
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -28,7 +28,7 @@ CRC = {"name": "crc32c", "configuration": {}}
 TRANSPOSE = {"name": "transpose", "configuration": {"order": [1, 0]}}
 
 
-def layout(*codecs: dict[str, Any], dtype: str = "uint32", chunk: tuple[int, ...] = (10,)) -> ArrayLayout:
+def layout(*codecs: Codec, dtype: str = "uint32", chunk: tuple[int, ...] = (10,)) -> ArrayLayout:
     return ArrayLayout(
         path="/nowhere",
         name="set0/counts",
@@ -68,7 +68,7 @@ def v2(**changes: Any) -> dict[str, Any]:
         ([v2(order="F")], "uint32", None, True),
     ],
 )
-def test_special_paths(chain, dtype: str, bitpacking: int | None, is_raw: bool) -> None:
+def test_special_paths(chain: Any, dtype: str, bitpacking: int | None, is_raw: bool) -> None:
     codec = ChunkCodec(layout(*chain, dtype=dtype))
     assert (codec.bitpacking, codec.is_raw) == (bitpacking, is_raw)
     assert codec.tail == (4 if chain[-1] == CRC and (bitpacking or is_raw) else 0)
@@ -107,7 +107,7 @@ def test_transposed_chunks_are_c_contiguous(order: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("form", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)])
-def test_takes_any_bytes_like(form) -> None:
+def test_takes_any_bytes_like(form: Any) -> None:
     values = np.arange(10, dtype=np.uint32)
     packed = numcodecs.Zstd().encode(values.tobytes())
     np.testing.assert_array_equal(ChunkCodec(layout(LITTLE, ZSTD)).decode(form(packed)), values)
@@ -132,7 +132,7 @@ def test_takes_any_bytes_like(form) -> None:
         ([v2(compressor={"id": "zlib"})], b"123", "codec 'zlib' cannot decode"),
     ],
 )
-def test_damaged_chunks(chain, data: bytes, reason: str) -> None:
+def test_damaged_chunks(chain: Any, data: bytes, reason: str) -> None:
     with pytest.raises(CorruptChunkError, match=reason) as caught:
         ChunkCodec(layout(*chain)).decode(data)
     assert caught.value.array == "set0/counts"
@@ -192,7 +192,7 @@ def test_mutated_compressed_chunks_with_checksum_are_always_found(
         ([LITTLE, ZSTD, {"name": "numcodecs.delta"}], CorruptDataError, "works on arrays"),
     ],
 )
-def test_chains_that_cannot_be_set_up(chain, error: type[Exception], message: str) -> None:
+def test_chains_that_cannot_be_set_up(chain: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ChunkCodec(layout(*chain))
 

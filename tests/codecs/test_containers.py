@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._codecs.containers import BIT_SHUFFLE, BYTE_SHUFFLE, Compression, Contents, compression_of
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError
 
 BLOSC = [f"blosc-{name}-{shuffle}" for name in ("lz4", "lz4hc", "zlib", "zstd") for shuffle in range(3)]
@@ -120,7 +120,7 @@ def test_blosc_with_several_blocks_and_what_is_stored(name: str) -> None:
     for kind in ("counts", "mixed"):
         data = values(rng, kind, "uint32", 400_001)
         raw = np.frombuffer(codec(name).encode(data), np.uint8)
-        contents = Compression("blosc", False, data.nbytes).open(raw)
+        contents: Any = Compression("blosc", False, data.nbytes).open(raw)
         assert contents is not None
         assert kind == "mixed" or len(contents.streams) > 1
         assert np.array_equal(put_together(contents, raw, data.nbytes), data.view(np.uint8))
@@ -220,8 +220,8 @@ def test_damaged_chunks_never_point_outside(
 def test_blosc_lengths_that_lie() -> None:
     data = np.tile(DATA, 13)
     raw = np.frombuffer(codec("blosc-lz4-1", 4096).encode(data), np.uint8)
-    assert struct.unpack_from("<I", raw, 8) == (65_536,)  # the least of blosc where it splits
-    start, _, last = struct.unpack_from("<3i", raw, 16)
+    assert struct.unpack_from("<I", raw.data, 8) == (65_536,)  # the least of blosc where it splits
+    start, _, last = struct.unpack_from("<3i", raw.data, 16)
     for at, value, reason in (
         (4, 12, "12 decoded bytes, 156000 expected"),
         (8, 0, "blocks of 0"),
@@ -246,7 +246,7 @@ def test_blosc_lengths_that_lie() -> None:
 def test_short_blocks_are_whole_whatever_the_flag_says() -> None:
     """Writers before the flag "don't split" were understood by the length of their blocks alone."""
     raw = np.frombuffer(codec("blosc-zstd-1", 256).encode(DATA), np.uint8).copy()
-    assert struct.unpack_from("<I", raw, 8) == (256,)
+    assert struct.unpack_from("<I", raw.data, 8) == (256,)
     assert raw[2] & 16
     raw[2] &= ~np.uint8(16)
     assert codec("blosc-zstd-1").decode(raw) == DATA.tobytes()
@@ -296,9 +296,7 @@ def test_gzip_headers_with_all_their_fields(extra: bytes) -> None:
         Compression("gzip", False, DATA.nbytes).open(raw[:12] if not extra else raw[:17])
 
 
-def layout(
-    codecs: list[dict[str, Any]], dtype: str = "uint32", shape: tuple[int, ...] = (100,)
-) -> ArrayLayout:
+def layout(codecs: list[Codec], dtype: str = "uint32", shape: tuple[int, ...] = (100,)) -> ArrayLayout:
     return ArrayLayout(
         path="/nowhere", name="a", shape=shape, dtype=np.dtype(dtype), chunk_shape=shape, shard_shape=shape,
         codecs=tuple(codecs), fill_value=0, key_prefix="c/", key_separator="/",

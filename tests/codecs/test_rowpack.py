@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_layout_is_aligned_and_any_byte_form_decodes() -> None:
 @given(
     values=arrays(), transform=st.sampled_from(TRANSFORMS), cut=st.tuples(st.floats(0, 1), st.floats(0, 1))
 )
-def test_a_range_equals_the_slice_and_touches_its_blocks_only(values, transform, cut) -> None:
+def test_a_range_equals_the_slice_and_touches_its_blocks_only(values: Any, transform: Any, cut: Any) -> None:
     n, size = len(values), values.itemsize
     first, last = sorted(round(c * n) for c in cut)
     src = np.frombuffer(encode_rowpack(values, transform), np.uint8)
@@ -189,7 +190,7 @@ def test_the_published_vectors_are_what_the_code_makes() -> None:
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-def test_published_vectors(decode) -> None:
+def test_published_vectors(decode: Any) -> None:
     vectors = json.loads(VECTORS.read_text())
     assert len(vectors["good"]) >= 10
     for vector in vectors["good"]:
@@ -210,7 +211,9 @@ def test_published_vectors(decode) -> None:
 def test_the_worked_example_of_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     example = page.split("## Worked example")[1]
-    values = [int(v) for v in re.search(r"^values: ([\d ]+)$", example, re.MULTILINE)[1].split()]
+    found = re.search(r"^values: ([\d ]+)$", example, re.MULTILINE)
+    assert found is not None
+    values = [int(v) for v in found[1].split()]
     rows = re.findall(r"^\| (\d+) \| `([0-9a-f ]+)` \|", example, re.MULTILINE)
     chunk = b""
     for offset, hexed in rows:
@@ -226,7 +229,7 @@ def test_the_worked_example_of_the_page() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(values=arrays(), transform=st.sampled_from(TRANSFORMS), data=st.data())
-def test_any_altered_bit_or_length_is_refused(values, transform, data) -> None:
+def test_any_altered_bit_or_length_is_refused(values: Any, transform: Any, data: st.DataObject) -> None:
     chunk = encode_rowpack(values, transform)
     bit = data.draw(st.integers(0, 8 * len(chunk) - 1))
     flipped = bytearray(chunk)
@@ -325,10 +328,10 @@ def test_sums_that_overflow_the_element_wrap_in_kernels_too(dtype: str) -> None:
     values[0] = 0
     chunk = bytearray(encode_rowpack(values))
     chunk[16] = 5
-    chunk = seal(chunk)
+    sealed = seal(chunk)
     expected = values + np.array(5, dtype)
     for decode in DECODERS:
-        np.testing.assert_array_equal(decode(chunk), expected)
+        np.testing.assert_array_equal(decode(sealed), expected)
     out = np.zeros(128, np.uint32)
     src = np.frombuffer(chunk, np.uint8)
     assert kernels.decode_rowpack_into(src, bits // 8, 128, 0, 128, out) == kernels.OK
@@ -391,7 +394,7 @@ def test_metadata_must_agree() -> None:
 
 
 @pytest.mark.parametrize("encode", [encode_rowpack, encode_rowpack_reference])
-def test_encoder_input_is_checked(encode) -> None:
+def test_encoder_input_is_checked(encode: Any) -> None:
     with pytest.raises(ValueError, match="unknown rowpack transform 'delta'; known: none, gaps"):
         encode(np.zeros(3, np.uint8), "delta")
     for values in (np.zeros(3, np.int32), np.zeros(3, np.float32), np.zeros((2, 2), np.uint8)):

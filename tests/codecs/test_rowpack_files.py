@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_decoding_stays_near_the_speed_of_a_copy(transform: str) -> None:
     assert row < whole / 4
 
 
-def test_benchmark_measures_all_codecs(tmp_path: Path, real_h5ad, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_measures_all_codecs(
+    tmp_path: Path, real_h5ad: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(real_h5ad[1]), "--cells", "200", "--synthetic", "A", "--synthetic-cells", "8"]
     assert benchmark.main([*arguments, "--seconds", "0.001", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "codecs.json").read_text())["results"]

@@ -15,18 +15,18 @@ from zarr.storage import MemoryStore
 from hbx_gpu._codecs import encode_rowpack
 from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._codecs.zarr_codec import RowpackCodec
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
-def rowpack(element_size: int = 4, transform: str = "none") -> dict[str, Any]:
+def rowpack(element_size: int = 4, transform: str = "none") -> Codec:
     configuration = {"transform": transform, "element_size": element_size}
     return {"name": "hbx_gpu.rowpack", "configuration": configuration}
 
 
-def layout(*codecs: dict[str, Any], dtype: str = "uint32", chunk: int = 10) -> ArrayLayout:
+def layout(*codecs: Codec, dtype: str = "uint32", chunk: int = 10) -> ArrayLayout:
     return ArrayLayout(
         path="/nowhere", name="set0/counts", shape=(chunk,), dtype=np.dtype(dtype), chunk_shape=(chunk,),
         shard_shape=(chunk,), codecs=codecs,
@@ -43,7 +43,9 @@ def test_is_registered_by_entry_point() -> None:
     [("uint8", 1), ("uint16", 2), ("uint32", 4), ("uint64", 8), ("int64", 8), ("float32", 4), ("uint16", 1)],
 )
 @pytest.mark.parametrize("shards", [None, (1_024,)])
-def test_arrays_round_trip(tmp_path: Path, transform: str, dtype: str, element_size: int, shards) -> None:
+def test_arrays_round_trip(
+    tmp_path: Path, transform: str, dtype: str, element_size: int, shards: Any
+) -> None:
     """Written and read by zarr; shards and chunks are partly filled at the end."""
     values = np.random.default_rng(0).integers(0, 250, 2_300).astype(dtype)
     codec = RowpackCodec(transform=transform, element_size=element_size)
@@ -138,7 +140,7 @@ def test_a_place_in_the_chain_that_cannot_be_checked_is_refused() -> None:
         (lambda _: encode_rowpack(np.arange(64, dtype=np.uint16)), "elements of 2 bytes, the metadata say 4"),
     ],
 )
-def test_damaged_chunks_raise_through_zarr(tmp_path: Path, damage, message: str) -> None:
+def test_damaged_chunks_raise_through_zarr(tmp_path: Path, damage: Any, message: str) -> None:
     array = zarr.create_array(
         str(tmp_path), shape=(64,), dtype="uint32", chunks=(64,), compressors=[RowpackCodec()]
     )
@@ -162,7 +164,7 @@ def test_damaged_chunks_raise_through_zarr(tmp_path: Path, damage, message: str)
         ([LITTLE], "uint32", None),
     ],
 )
-def test_chunk_codec_names_the_pure_chain(chain, dtype: str, expected: int | None) -> None:
+def test_chunk_codec_names_the_pure_chain(chain: Any, dtype: str, expected: int | None) -> None:
     codec = ChunkCodec(layout(*chain, dtype=dtype))
     assert (codec.rowpack, codec.bitpacking) == (expected, None)
 

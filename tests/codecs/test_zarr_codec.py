@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_is_registered_by_entry_point() -> None:
     ("dtype", "element_size"), [("uint32", 4), ("int64", 8), ("int64", 4), ("uint16", 4)]
 )
 @pytest.mark.parametrize("shards", [None, (64,)])
-def test_arrays_round_trip(transform: str, dtype: str, element_size: int, shards) -> None:
+def test_arrays_round_trip(transform: str, dtype: str, element_size: int, shards: Any) -> None:
     values = np.random.default_rng(0).integers(0, 60000, 150).astype(dtype)
     codec = BitpackingCodec(transform=transform, element_size=element_size)
     store = MemoryStore()
@@ -74,7 +75,7 @@ def test_metadata_are_those_of_the_real_writer(homeobox_fixtures: Path, tmp_path
 
 def test_zarr_reads_real_arrays_through_it(homeobox_fixtures: Path) -> None:
     file = homeobox_fixtures / "single_rna" / "atlas" / "zarr_store"
-    found = zarr.open_array(bitpacked_arrays(file)[0].parent, mode="r")
+    found: Any = zarr.open_array(bitpacked_arrays(file)[0].parent, mode="r")
     assert any(isinstance(c, BitpackingCodec) for c in found.metadata.codecs[0].codecs)
     assert found[...].size
 
@@ -90,7 +91,7 @@ def test_zarr_reads_real_arrays_through_it(homeobox_fixtures: Path) -> None:
         ({"level": 3}, "unknown configuration level; it takes transform and element_size"),
     ],
 )
-def test_configuration_is_checked(configuration: dict, message: str) -> None:
+def test_configuration_is_checked(configuration: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BitpackingCodec.from_dict({"name": "homeobox.bitpacking", "configuration": configuration})
 

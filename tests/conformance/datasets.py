@@ -76,7 +76,10 @@ def of_shared(shared: Path) -> dict[str, Callable[[], Any]]:
         return RaggedAtlas.checkout_latest(spaces).query("cells")
 
     def multimodal() -> MultimodalCellDataset:
-        return query().to_multimodal_dataset(["adt", "rna"], metadata_columns=["cell_type"])
+        result: MultimodalCellDataset = query().to_multimodal_dataset(
+            ["adt", "rna"], metadata_columns=["cell_type"]
+        )
+        return result
 
     def fragments() -> Any:
         return query().to_cell_dataset(

@@ -128,7 +128,8 @@ def test_needed_chunks(dataset: Any) -> None:
 
 def folder_of(dataset: Any) -> str | None:
     """Where a stored dataset has written its arrays for other processes."""
-    return dataset._spill.folder
+    result: str | None = dataset._spill.folder
+    return result
 
 
 VARIANTS: dict[str, Callable[[Any], Any]] = {

@@ -57,4 +57,5 @@ def inflate(algorithm: str, data: bytes, size: int) -> bytes | None:
 
 def _array(address: int, n: int, dtype: type) -> np.ndarray:
     nbytes = n * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
+    result: np.ndarray = np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
+    return result

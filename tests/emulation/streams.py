@@ -175,9 +175,12 @@ class StreamBackend(EmulatedBackend):
     ) -> None:
         # As on a GPU, a launch knows addresses and keeps nothing alive.
         fixed = [arg if isinstance(arg, np.generic) else np.uint64(arg.data_ptr()) for arg in args]
-        self.decode.order(
-            lambda: (time.sleep(self.delay), EmulatedBackend.launch(self, kernel, grid, block, fixed, shared))
-        )
+
+        def late() -> None:
+            time.sleep(self.delay)
+            EmulatedBackend.launch(self, kernel, grid, block, fixed, shared)
+
+        self.decode.order(late)
 
     def decompressor(self) -> _OnStream:
         return _OnStream(self)
@@ -212,7 +215,12 @@ class _OnStream:
     def decompress(self, algorithm: str, streams: Streams) -> None:
         backend = self._backend
         at_once = EmulatedBackend.decompressor(backend)
-        backend.decode.order(lambda: (time.sleep(backend.delay), at_once.decompress(algorithm, streams)))
+
+        def late() -> None:
+            time.sleep(backend.delay)
+            at_once.decompress(algorithm, streams)
+
+        backend.decode.order(late)
 
 
 def read_later(backend: StreamBackend, tensor: Any, into: list[np.ndarray], delay: float = 0.0) -> None:

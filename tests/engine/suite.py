@@ -28,7 +28,7 @@ class Rows:
     def __init__(
         self, engine: Any, sources: list[Source], rows: RowIndex, n_features: int, reader: str = "mmap"
     ) -> None:
-        layouts = [layout for s in sources for layout in (s.index, s.layers["counts"])]
+        layouts = [layout for s in sources for layout in (s.index, s.layers["counts"]) if layout]
         self.table = source_table(sources, ["counts"], n_features)
         self.directory = ChunkDirectory(layouts)
         self.dtype = np.result_type(*(s.layers["counts"].dtype for s in sources))

@@ -231,10 +231,10 @@ def test_datasets_for_sparse_tensors(drops: bool, tmp_path: Path) -> None:
         sources, rows = write_sources(tmp_path / name, [StoredGroup(matrix, order, "none", 64)])
         narrow = CellDataset(sources, rows, layer="counts", n_features=30, feature_uids=np.arange(30))
         wide = narrow.with_wide_columns()
-        batches = [np.array([3, 1, 39]), np.array([], np.int64), [7, -1], np.arange(40) < 5]
+        batches: list[Any] = [np.array([3, 1, 39]), np.array([], np.int64), [7, -1], np.arange(40) < 5]
         assert wide.rows_nbytes(wide.checked(batches)) == [wide.batch_nbytes(rows) for rows in batches]
         for one, other in zip(narrow.read_batches(batches), wide.read_batches(batches), strict=True):
-            assert (one.indices.dtype, other.indices.dtype) == (np.int32, np.int64)
+            assert [one.indices.dtype, other.indices.dtype] == [np.dtype(np.int32), np.dtype(np.int64)]
             assert (one.ascending, other.ascending) == (False, True)
             here, there = sparse_to_csr_collate(one)["X"], sparse_to_csr_collate(other)["X"]
             for part in ("crow_indices", "col_indices", "values"):

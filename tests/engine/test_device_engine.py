@@ -46,7 +46,7 @@ class EmulatedEngine(DeviceEngine):
     def __init__(self, table: Any, directory: Any, dtypes: Any, **options: Any) -> None:
         super().__init__(table, directory, dtypes, EmulatedBackend(**options))
 
-    def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    def csr(self, plan: BatchPlan, slab: Slab) -> Any:
         indices, values, offsets = super().csr(plan, slab)
         return indices.numpy(), [v.numpy() for v in values], offsets.numpy()
 
@@ -70,7 +70,9 @@ class Opened:
 
     def __init__(self, sources: list[Source], rows: RowIndex, n_features: int, **options: Any) -> None:
         layers = list(sources[0].layers)
-        layouts = [layout for s in sources for layout in (s.index, *(s.layers[name] for name in layers))]
+        layouts = [
+            layout for s in sources for layout in (s.index, *(s.layers[name] for name in layers)) if layout
+        ]
         self.table = source_table(sources, layers, n_features)
         self.directory = ChunkDirectory(layouts)
         dtypes = [np.result_type(*(s.layers[name].dtype for s in sources)) for name in layers]
@@ -82,7 +84,8 @@ class Opened:
     @property
     def launches(self) -> list[str]:
         backend: Any = self.engine.backend
-        return backend.launches
+        result: list[str] = backend.launches
+        return result
 
     def read(self, selection: Any) -> tuple[BatchPlan, Slab]:
         plan = plan_rows(self.table, self.rows, np.asarray(selection, np.int64))
@@ -101,7 +104,7 @@ class Opened:
     ) -> None:
         """Dense rows of the selection against those of the host."""
         work = self.read(selection)
-        got = self.engine.dense(*work, dtype, transform, layer)
+        got: Any = self.engine.dense(*work, dtype, transform, layer)
         assert got.dtype == getattr(torch, dtype)
         indices, values, offsets = self.host.csr(*work)
         batch = SparseBatch(indices, values[layer], offsets, self.n_features)
@@ -348,6 +351,7 @@ def test_mutated_rowpack_raises_or_stays_in_bounds(verb: str, tmp_path: Path) ->
     rng = np.random.default_rng(1)
     raised = 0
     sources, rows = write_sources(tmp_path / "twin", [rows_of_blocks()])
+    assert sources[0].index is not None
     index = dataclasses.replace(sources[0].index, path=str(path.parents[1]))
     for _ in range(40):
         bad = bytearray(good)

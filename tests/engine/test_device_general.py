@@ -54,7 +54,9 @@ class Opened:
         self, sources: list[Source], rows: RowIndex, n_features: int, backend: Any, reader: str = "mmap"
     ) -> None:
         layers = list(sources[0].layers)
-        layouts = [layout for s in sources for layout in (s.index, *(s.layers[name] for name in layers))]
+        layouts = [
+            layout for s in sources for layout in (s.index, *(s.layers[name] for name in layers)) if layout
+        ]
         self.table, self.directory = source_table(sources, layers, n_features), ChunkDirectory(layouts)
         self.dtypes = [np.result_type(*(s.layers[name].dtype for s in sources)) for name in layers]
         self.backend, self.rows, self.n_features = backend, rows, n_features
@@ -73,7 +75,7 @@ class Opened:
         indices, values, offsets = self.host.csr(*self.read(selection))
         batch = SparseBatch(indices, values[0], offsets, self.n_features)
         for decode in decodes:
-            engine = self.engine(decode)
+            engine: Any = self.engine(decode)
             got = engine.csr(*self.read(selection))
             for a, b in zip((got[0], *got[1], got[2]), (indices, *values, offsets), strict=True):
                 found = a.cpu().numpy()

@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 def equal(dataset: CellDataset, backend: Any, selection: np.ndarray) -> None:
     """CSR bit for bit, dense rows within rounding."""
     host = dataset[selection]
-    engine = dataset.device_engine(backend)
+    engine: Any = dataset.device_engine(backend)
     indices, (values,), offsets = (
         [part.cpu().numpy() for part in found] if isinstance(found, list) else found.cpu().numpy()
         for found in engine.csr(*dataset.read(selection))
@@ -62,7 +62,7 @@ def test_every_fixture(
     case = Case(homeobox_fixtures / atlas, version, table, suffix)
     assert case.matrices()
     for field, layer, _ in case.matrices():
-        dataset = case.query().to_cell_dataset(field_name=field, layer=layer)
+        dataset: Any = case.query().to_cell_dataset(field_name=field, layer=layer)
         rows = np.random.default_rng(0).permutation(len(dataset))[:64]
         equal(dataset, backend, np.concatenate([rows, rows[:3]]))
 
@@ -71,7 +71,7 @@ def test_every_fixture(
 def test_both_real_files(real_h5ad: tuple[Path, Path], backend: Any, tmp_path: Path, codec: str) -> None:
     path = str(tmp_path / "atlas")
     assert main(["ingest", *map(str, real_h5ad), "--atlas", path, "--codec", codec]) == 0
-    dataset = RaggedAtlas.checkout_latest(path).query().to_cell_dataset("gene_expression")
+    dataset: Any = RaggedAtlas.checkout_latest(path).query().to_cell_dataset("gene_expression")
     rows = np.random.default_rng(1).permutation(len(dataset))[:200]
     equal(dataset, backend, rows)
     equal(dataset, backend, np.arange(100))

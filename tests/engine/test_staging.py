@@ -17,7 +17,8 @@ import scipy.sparse as sp
 from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._engine.device import records, status
-from hbx_gpu._engine.device.stager import StagedPlan, Stager
+from hbx_gpu._engine.device.staged_plan import StagedPlan
+from hbx_gpu._engine.device.stager import Stager
 from hbx_gpu._engine.device.staging_kernels import MAX_GAP, RANGE
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex
@@ -34,7 +35,7 @@ def test_records_are_those_of_the_kernels() -> None:
     assert {name for name, _, _ in structs} == set(records.RECORDS)
     for name, body, size in structs:
         fields = re.findall(r"^ +(u\d+) (\w+);", body, re.MULTILINE)
-        dtype = records.RECORDS[name]
+        dtype: Any = records.RECORDS[name]
         assert [(field, C_TYPES[ctype]) for ctype, field in fields] == [
             (field, dtype[field].str) for field in dtype.names
         ]
@@ -64,7 +65,10 @@ def opened(tmp_path: Path, groups: list[StoredGroup], n_features: int = 30) -> R
 
 def measured(rows: Rows, selection: Any, **options: Any) -> StagedPlan:
     plan = plan_rows(rows.table, rows.rows, np.asarray(selection))
-    return rows.engine.measure(plan, rows.reader.read(rows.directory.extents(plan.chunks)), **options)
+    result: StagedPlan = rows.engine.measure(
+        plan, rows.reader.read(rows.directory.extents(plan.chunks)), **options
+    )
+    return result
 
 
 def packed(rows: Rows, selection: Any, **options: Any) -> tuple[StagedPlan, np.ndarray]:
@@ -88,7 +92,7 @@ def table(staging: StagedPlan, host: np.ndarray, name: str) -> np.ndarray:
 
 def run_block(host: np.ndarray, run: np.void, b: int) -> np.ndarray:
     """Values of block b of a run: the reference's decoder, looking at nothing but the run's bytes."""
-    r = {name: int(run[name]) for name in run.dtype.names}
+    r = {name: int(run[name]) for name in run.dtype.names or ()}
     header = rowpack_format.ChunkHeader(
         r["element_size"], r["transform"], r["base_bytes"], r["n"], 0, r["minimum"], 0
     )
@@ -388,6 +392,7 @@ def test_dtypes_that_no_kernel_takes(tmp_path: Path) -> None:
     source = dataclasses.replace(sources[0], layers={"counts": layer})
     from hbx_gpu._storage.chunks import ChunkDirectory
 
+    assert source.index is not None
     directory = ChunkDirectory([source.index, layer])
     with pytest.raises(UnsupportedError, match=r"g0/csr/layers/counts.*complex64"):
         Stager(source_table([source], ["counts"], 30), directory, [np.dtype(np.uint32)])

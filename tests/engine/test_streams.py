@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from typing import Any
 
 from hbx_gpu._streams import Held
 from tests.emulation.streams import Stream
@@ -25,8 +26,13 @@ class Event:
         self._event.wait()
 
 
+def recorded(stream: Any) -> Event:
+    return Event(stream)
+
+
 def test_outputs_stay_until_their_stream_has_used_them() -> None:
-    stream, held, gate = Stream(), Held(Event), threading.Event()
+    stream: Any = Stream()
+    held, gate = Held(recorded), threading.Event()
     first, second = Output(), Output()
     alive = weakref.ref(first), weakref.ref(second)
     held.hand_over([first], stream)
@@ -44,12 +50,18 @@ def test_outputs_stay_until_their_stream_has_used_them() -> None:
 
 
 def test_the_end_waits() -> None:
-    stream, held, gate = Stream(), Held(Event), threading.Event()
+    stream: Any = Stream()
+    held, gate = Held(recorded), threading.Event()
     output = Output()
     alive = weakref.ref(output)
     seen: list[bool] = []
     held.hand_over([output], stream)
-    stream.order(lambda: (gate.wait(), seen.append(alive() is not None)))
+
+    def use() -> None:
+        gate.wait()
+        seen.append(alive() is not None)
+
+    stream.order(use)
     del output
     threading.Timer(0.05, gate.set).start()
     del held

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -176,7 +177,7 @@ def _read_store(folder: Path) -> Content:
     import hbx_gpu
 
     dataset = hbx_gpu.open(folder).to_cell_dataset(metadata_columns=["cell_type"])
-    batch = dataset[np.arange(len(dataset))]
+    batch: Any = dataset[np.arange(len(dataset))]
     columns = batch.metadata or {}
     named = [np.asarray(columns[name]).astype(str) for name in sorted(columns)]
     return np.asarray(batch.indices), np.asarray(batch.values), np.asarray(batch.offsets), *named

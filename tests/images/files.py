@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -37,7 +37,7 @@ def opened(data: np.ndarray, mode: str) -> np.ndarray:
 
 
 def tiff(pixels: np.ndarray, *, planar: int = 1, photometric: int = 1, following: int = 0, big: bool = False,
-         order: str = "<") -> np.ndarray:  # fmt: skip
+         order: Literal["<", ">"] = "<") -> np.ndarray:  # fmt: skip
     """Bytes of an uncompressed TIFF of (h, w, C) with any number of channels, which Pillow does not write."""
     height, width, channels = pixels.shape
     body = (pixels if planar == 1 else pixels.transpose(2, 0, 1)).astype(pixels.dtype.newbyteorder(order))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def batch(cells: np.ndarray) -> DenseBatch:
 
 def test_batch_of_tiles() -> None:
     dense = batch(np.array([5, 2, 9]))
-    found = TileCollate(TRANSFORM, seed=4, num_threads=1)(dense)
+    found: Any = TileCollate(TRANSFORM, seed=4, num_threads=1)(dense)
     assert list(found) == ["X", "index", "cell_type", "donor"]
     assert torch.equal(found["X"], ImagePipeline(TRANSFORM, seed=4, num_threads=1)(dense.data, [5, 2, 9]))
     assert torch.equal(found["index"], torch.tensor([5, 2, 9]))
@@ -39,9 +40,9 @@ def test_batch_of_tiles() -> None:
 
 def test_ragged_batches() -> None:
     dense = batch(np.array([5, 2, 9]))
-    collate = TileCollate(TRANSFORM, num_threads=1)
+    collate: Any = TileCollate(TRANSFORM, num_threads=1)
     tiles = [dense.data[0], np.empty(0, np.uint8), dense.data[2]]
-    found = collate(RaggedBatch(tiles, metadata={"index": np.array([5, 2, 9])}))["X"]
+    found: Any = collate(RaggedBatch(tiles, metadata={"index": np.array([5, 2, 9])}))["X"]
     expected = collate(dense)["X"]
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
     assert not found[1].any()
@@ -51,10 +52,11 @@ def test_ragged_batches() -> None:
 
 
 def test_epochs() -> None:
-    dense, collate = batch(np.arange(6)), TileCollate(TRANSFORM, num_threads=1)
-    first = collate(dense)["X"]
+    dense = batch(np.arange(6))
+    collate: Any = TileCollate(TRANSFORM, num_threads=1)
+    first: Any = collate(dense)["X"]
     collate.set_epoch(1)
-    second = collate(dense)["X"]
+    second: Any = collate(dense)["X"]
     assert not torch.equal(first, second)
     assert torch.equal(collate(dense, epoch=0)["X"], first)
     assert torch.equal(pickle.loads(pickle.dumps(collate))(dense)["X"], second)
@@ -65,8 +67,9 @@ def test_epochs() -> None:
 
 
 def test_threads_at_once() -> None:
-    dense, collate = batch(np.arange(12)), TileCollate(TRANSFORM, num_threads=1)
-    expected = collate(dense)["X"]
+    dense = batch(np.arange(12))
+    collate: Any = TileCollate(TRANSFORM, num_threads=1)
+    expected: Any = collate(dense)["X"]
     found: dict[int, torch.Tensor] = {}
 
     def call(part: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -89,8 +91,8 @@ def test_seed_epoch_cell_and_step_all_matter() -> None:
 
 def test_another_step_leaves_the_draws_of_the_others_alone() -> None:
     cells, size = np.arange(50), np.full(50, 30)
-    alone = draw(ImageTransform(random_crop=(5, 7)), 1, 2, cells, size, size)
-    together = draw(EVERYTHING, 1, 2, cells, size, size)
+    alone: Any = draw(ImageTransform(random_crop=(5, 7)), 1, 2, cells, size, size)
+    together: Any = draw(EVERYTHING, 1, 2, cells, size, size)
     assert np.array_equal(alone.top, together.top)
     assert np.array_equal(alone.left, together.left)
     assert alone.rotation is None
@@ -114,7 +116,7 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
 def test_every_place_of_a_crop_is_equally_likely_and_inside() -> None:
     cells = np.arange(40_000)
     size = np.full(len(cells), 12)
-    drawn = draw(ImageTransform(random_crop=(9, 12)), 3, 0, cells, size, size)
+    drawn: Any = draw(ImageTransform(random_crop=(9, 12)), 3, 0, cells, size, size)
     assert np.array_equal(np.unique(drawn.top), [0, 1, 2, 3])
     assert abs(np.bincount(drawn.top) - 10_000).max() < 5 * np.sqrt(7_500)
     assert not drawn.left.any()
@@ -123,7 +125,7 @@ def test_every_place_of_a_crop_is_equally_likely_and_inside() -> None:
 def test_spans_of_what_is_drawn() -> None:
     cells = np.arange(20_000)
     size = np.full(len(cells), 20)
-    drawn = draw(EVERYTHING, 0, 0, cells, size, size)
+    drawn: Any = draw(EVERYTHING, 0, 0, cells, size, size)
     assert abs(drawn.vertical_flip.mean() - 0.5) < 0.02
     assert abs(drawn.horizontal_flip.mean() - 0.3) < 0.02
     for values, low, high in [
@@ -137,14 +139,14 @@ def test_spans_of_what_is_drawn() -> None:
 
 def test_certain_and_impossible_flips() -> None:
     cells, size = np.arange(1000), np.full(1000, 9)
-    drawn = draw(ImageTransform(vertical_flip=1), 0, 0, cells, size, size)
+    drawn: Any = draw(ImageTransform(vertical_flip=1), 0, 0, cells, size, size)
     assert drawn.vertical_flip.all()
     assert drawn.horizontal_flip is None
 
 
 def test_the_middle_is_where_torchvision_has_it() -> None:
     sizes = np.array([5, 6, 7, 8, 9])
-    drawn = draw(ImageTransform(center_crop=(4, 4)), 0, 0, np.arange(5), sizes, sizes)
+    drawn: Any = draw(ImageTransform(center_crop=(4, 4)), 0, 0, np.arange(5), sizes, sizes)
     assert drawn.top.tolist() == [round((size - 4) / 2.0) for size in sizes.tolist()]
 
 

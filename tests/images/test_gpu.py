@@ -30,11 +30,11 @@ def _dali() -> None:
 
 def operators(transform: ImageTransform, *, gpu: bool, encoded: bool) -> dict[str, tuple[str, list[str]]]:
     """(device, devices of inputs) by operator of a graph that is not built."""
-    from nvidia.dali import Pipeline
+    from nvidia.dali.pipeline import Pipeline
 
     from hbx_gpu.images._graph import Decoding, transform_graph
 
-    pipe = Pipeline(batch_size=8, num_threads=1, device_id=0 if gpu else None, prefetch_queue_depth=1)
+    pipe: Any = Pipeline(batch_size=8, num_threads=1, device_id=0 if gpu else None, prefetch_queue_depth=1)
     decoding = Decoding("rgb", "uint8") if encoded else None
     with pipe:
         pipe.set_outputs(transform_graph(transform, np.dtype(np.uint8), gpu=gpu, decoding=decoding))

@@ -22,7 +22,8 @@ def measured(name: str, arch: str) -> dict[str, nvrtc.Usage]:
 
 def read() -> dict[str, Any]:
     """The checked-in table: `nvrtc` (version) and `kernels` {kernel: {arch: {registers, shared}}}."""
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return result
 
 
 def write() -> None:

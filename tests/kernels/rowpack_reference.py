@@ -203,7 +203,8 @@ def check_run(batch: Batch, number: int, skip: int, count: int) -> np.void:
     good = good and skip + count <= run["n"]
     if not good or skip // 1024 not in staged or (skip + count - 1) // 1024 not in staged:
         raise BadBlock(BAD_RECORD)
-    return run
+    result: np.void = run
+    return result
 
 
 def decode_block(batch: Batch, run: np.void, b: int) -> np.ndarray:

@@ -167,9 +167,10 @@ def test_no_rows_and_no_features(launcher: Any) -> None:
 def one_row(launcher: Any, x: np.ndarray, **options: Any) -> np.ndarray:
     """float32 numbers through a kernel as one dense row."""
     columns = np.arange(len(x), dtype=np.int32)
-    return ref.run_densify(
+    result: np.ndarray = ref.run_densify(
         launcher, columns, x, np.array([0, len(x)]), len(x), block=256, tile=16384, **options
     )[0][0]
+    return result
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -183,7 +184,9 @@ def test_rounding_to_16_bits(launcher: Any, dtype: str) -> None:
     x = (high << 16 | low.astype(np.uint32)).view(np.float32)
     subnormal = (np.abs(x) < 2.0**-126) & (x != 0)
     x = np.where(np.isnan(x) | subnormal, np.float32(1), x)
-    x = np.concatenate([x, np.float32([np.nan, 65_519.996, 65_520, 2.0**-25, 2.0**-24, 1.5 * 2.0**-24])])
+    x = np.concatenate(
+        [x, np.array([np.nan, 65_519.996, 65_520, 2.0**-25, 2.0**-24, 1.5 * 2.0**-24], np.float32)]
+    )
     out = one_row(launcher, x, dtype=dtype)
     x = x + np.float32(0)  # -0 is added to 0
     bits = ref.float16_bits(x) if dtype == "float16" else ref.bfloat16_bits(x)
@@ -198,10 +201,10 @@ def test_log1p_is_accurate(launcher: Any) -> None:
             rng.uniform(0, 2, 1000).astype(np.float32),
             rng.uniform(-0.999, 0, 1000).astype(np.float32),
             np.arange(1, 1000, dtype=np.float32),
-            np.nextafter(np.float32([-0.3, -0.3, 0.5, 0.5]), np.float32([-1, 1, 0, 1])),
+            np.nextafter(np.array([-0.3, -0.3, 0.5, 0.5], np.float32), np.array([-1, 1, 0, 1], np.float32)),
         ]
     )
     out = one_row(launcher, x, log=True)
     np.testing.assert_allclose(out, np.log1p(x.astype(np.float64)), rtol=2e-6)
-    edges = one_row(launcher, np.float32([0, np.inf, -1, -1.5, np.nan]), log=True)
-    np.testing.assert_array_equal(edges, np.float32([0, np.inf, -np.inf, np.nan, np.nan]))
+    edges = one_row(launcher, np.array([0, np.inf, -1, -1.5, np.nan], np.float32), log=True)
+    np.testing.assert_array_equal(edges, np.array([0, np.inf, -np.inf, np.nan, np.nan], np.float32))

@@ -20,7 +20,7 @@ def extremes(name: str, rng: np.random.Generator, n: int = 200) -> np.ndarray:
     dtype = np.dtype(name)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
-        special = [
+        special: list[Any] = [
             0,
             1,
             info.min,
@@ -51,9 +51,9 @@ def extremes(name: str, rng: np.random.Generator, n: int = 200) -> np.ndarray:
             1 / 3,
         ]
     with np.errstate(over="ignore"):
-        special = np.array(special, dtype)
-    random = rng.integers(0, 256, size=(n - len(special), dtype.itemsize), dtype=np.uint8).view(dtype).ravel()
-    return np.concatenate([special, random])
+        first = np.array(special, dtype)
+    random = rng.integers(0, 256, size=(n - len(first), dtype.itemsize), dtype=np.uint8).view(dtype).ravel()
+    return np.concatenate([first, random])
 
 
 def same(a: np.ndarray, b: np.ndarray) -> None:
@@ -118,7 +118,7 @@ def test_any_alignment_and_length(launcher: Any, name: str, gap: int) -> None:
 @pytest.mark.parametrize("name", INTEGERS)
 def test_columns_go_through_the_remap_of_their_source(launcher: Any, name: str) -> None:
     rng = np.random.default_rng(7)
-    remaps = [
+    remaps: Any = [
         rng.permutation(120).astype(np.int32) - 20,
         rng.permutation(100).astype(np.int32),
         np.arange(90),
@@ -208,7 +208,10 @@ def test_tables_and_outputs_that_do_not_fit_are_refused(launcher: Any) -> None:
     out = np.full(20, -9, np.int32)
 
     def bits(sources: np.ndarray, records: np.ndarray) -> list[int]:
-        return ref.run_gather(launcher, arena, pieces, sources, remap, [out], records=records)[0].tolist()
+        result: list[int] = ref.run_gather(launcher, arena, pieces, sources, remap, [out], records=records)[
+            0
+        ].tolist()
+        return result
 
     good = ref.output_records(launcher, [out])
     for field, value in (("remap_start", 1), ("remap_start", 2**64 - 1), ("remap_length", 11)):

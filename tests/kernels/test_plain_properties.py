@@ -141,7 +141,7 @@ def test_random_gather_records_stay_inside(launcher: Any, data: st.DataObject) -
         [np.arange(50), rng.integers(-1, 9, size=300), np.arange(9)], [True, False, False]
     )
     sources["remap_length"] += data.draw(st.sampled_from([0, 0, 1, 2**31]))
-    outputs = [np.full(300, -9, np.int32), np.zeros(100, np.float32), np.zeros(300, np.uint16)]
+    outputs: Any = [np.full(300, -9, np.int32), np.zeros(100, np.float32), np.zeros(300, np.uint16)]
     status, flag = ref.run_gather(launcher, arena, pieces, sources, remap, outputs)
     assert (flag != 0) == bool(status.any())
     written = (outputs[0] != -9).sum()
@@ -199,11 +199,16 @@ def csr_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     target_sum=st.sampled_from([0.0, 1e4]),
 )
 def test_any_rows_densify(
-    launcher: Any, rows: tuple[np.ndarray, ...], dtype: str, tile: int, log: bool, target_sum: float
+    launcher: Any,
+    rows: tuple[np.ndarray, np.ndarray, np.ndarray, int],
+    dtype: str,
+    tile: int,
+    log: bool,
+    target_sum: float,
 ) -> None:
     """Three or more scaled floats of one column add up in any order: hence the tolerance."""
     indices, values, offsets, n_features = rows
-    options = {"dtype": dtype, "log": log, "target_sum": target_sum}
+    options: Any = {"dtype": dtype, "log": log, "target_sum": target_sum}
     out, status, _ = ref.run_densify(launcher, indices, values, offsets, n_features, tile=tile, **options)
     expected = ref.dense_reference(indices, values, offsets, n_features, **options)
     assert not status.any()
@@ -217,7 +222,9 @@ def test_any_rows_densify(
 @given(
     rows=csr_rows(), wild=st.lists(st.tuples(st.floats(0, 1), st.integers(-(2**31), 2**31 - 1)), max_size=3)
 )
-def test_wild_columns_are_found_or_kept(launcher: Any, rows: tuple[np.ndarray, ...], wild: list[Any]) -> None:
+def test_wild_columns_are_found_or_kept(
+    launcher: Any, rows: tuple[np.ndarray, np.ndarray, np.ndarray, int], wild: list[Any]
+) -> None:
     indices, values, offsets, n_features = rows
     indices = indices.copy()
     for place, column in wild:
@@ -231,7 +238,7 @@ def test_wild_columns_are_found_or_kept(launcher: Any, rows: tuple[np.ndarray, .
 
 @many
 @given(rows=csr_rows())
-def test_any_rows_compact(launcher: Any, rows: tuple[np.ndarray, ...]) -> None:
+def test_any_rows_compact(launcher: Any, rows: tuple[np.ndarray, np.ndarray, np.ndarray, int]) -> None:
     indices, values, offsets, _ = rows
     found, layers, found_offsets = ref.compact(launcher, indices, [values], offsets)
     kept = indices != -1

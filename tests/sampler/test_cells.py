@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_empty() -> None:
 def test_same_cells_as_homeobox(homeobox_fixtures: Path) -> None:
     plans = json.loads((homeobox_fixtures / "sampler_plans.json").read_text())
     for plan in plans["cell_sampler"]:
-        theirs = [tuple(b) for b in plan["batches"]]
+        theirs: Any = [tuple(b) for b in plan["batches"]]
         names = ("batch_size", "shuffle", "seed", "drop_last", "num_workers")
         s = CellSampler(plan["groups"], **{name: plan[name] for name in names})
         s.set_epoch(plan["epoch"])

@@ -23,7 +23,8 @@ class Case:
     info: dict[str, Any]
 
     def frames(self, kind: str) -> list[dict[str, Any]]:
-        return json.loads(str(self.expected[f"{kind}_json"]))
+        result: list[dict[str, Any]] = json.loads(str(self.expected[f"{kind}_json"]))
+        return result
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from hbx_gpu._engine.host.dense import densify
 from hbx_gpu.atlas import RaggedAtlas, add_from_h5ad, create_or_open_atlas
 from hbx_gpu.cli import main
-from hbx_gpu.errors import AlreadyIngestedError, InvalidDataError
+from hbx_gpu.errors import AlreadyIngestedError, InvalidDataError, UnsupportedError
 from hbx_gpu.scdl import open_archive
 from hbx_gpu.scdl._atlases.from_atlas import atlas_to_archive
 from hbx_gpu.scdl._atlases.to_atlas import archive_to_atlas
@@ -68,7 +68,7 @@ def test_real_archives_come_back(scdl_cases: dict[str, Case], name: str, tmp_pat
         .query()
         .to_cell_dataset(layer="log_normalized" if name == "legacy_v007_float64" else None)
     )
-    batch = dataset[:]
+    batch: Any = dataset[:]
     found = densify(batch, dtype="float64")
     original = to_cell_dataset(archive)
     place = {uid: i for i, uid in enumerate(dataset.feature_uids)}
@@ -89,7 +89,7 @@ def test_real_archives_come_back(scdl_cases: dict[str, Case], name: str, tmp_pat
     assert generic["dtypes"][0] == before["dtypes"][0]
     assert generic["bounds"] == before["bounds"]
     assert dense(tmp_path / "generic") == dense(archive)
-    original_obs = open_archive(archive).obs
+    original_obs: Any = open_archive(archive).obs
     obs = open_archive(tmp_path / "generic").obs
     assert obs is not None
     for column in original_obs.names if original_obs is not None else []:
@@ -141,7 +141,7 @@ def test_one_block_with_all_genes(scdl_cases: dict[str, Case], tmp_path: Path) -
     archive = scdl_cases["ragged_two"].archive
     archive_to_atlas(archive, tmp_path / "atlas")
     atlas_to_archive(tmp_path / "atlas", tmp_path / "union", union=True, keep_uids=True)
-    opened = open_archive(tmp_path / "union")
+    opened: Any = open_archive(tmp_path / "union")
     assert opened.n_vars == [120]
     assert {"uid", "dataset_uid"} <= set(opened.obs.names)
     assert len(set(opened.obs.column("uid").to_pylist())) == 43
@@ -158,6 +158,17 @@ def test_cells_and_genes_with_names_only(tmp_path: Path) -> None:
     assert atlas_to_archive(tmp_path / "atlas", tmp_path / "archive") == 3
     assert open_archive(tmp_path / "archive").var.frames[0]["feature_id"].tolist() == ["GENE1", "GENE2"]
     assert dense(tmp_path / "archive")["2"] == {"GENE1": 4.0, "GENE2": 5.0}
+
+
+def test_a_dense_space_has_no_archive(tmp_path: Path) -> None:
+    names = pd.DataFrame(index=["AACG", "CCGT"]), pd.DataFrame(index=["CD3", "CD4", "CD8"])
+    atlas = create_or_open_atlas(tmp_path / "atlas", pointer_fields={"protein": "protein_abundance"})
+    atlas.add_from_anndata(ad.AnnData(np.ones((2, 3), np.float32), *names), field_name="protein")
+    atlas.optimize()
+    atlas.snapshot()
+    with pytest.raises(UnsupportedError, match="is dense, and archives hold sparse counts"):
+        atlas_to_archive(tmp_path / "atlas", tmp_path / "archive", layer="counts")
+    assert not (tmp_path / "archive").exists()
 
 
 def test_what_is_added_later_is_not_lost(scdl_cases: dict[str, Case], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -146,6 +148,6 @@ def test_neighbour_batches(scdl_cases: dict[str, Case]) -> None:
 def test_neighbour_batches_of_empty_cells() -> None:
     item = {"current_cell": (np.empty(0), np.empty(0)), "next_cell": (np.array([7]), np.array([2])),
             "current_cell_index": 0, "next_cell_index": 1}  # fmt: skip
-    batch = collate_neighbor_sparse_matrix_batch([item, item])
+    batch: Any = collate_neighbor_sparse_matrix_batch([item, item])
     assert (batch["current_cells"].shape, batch["next_cells"].shape) == ((2, 0), (2, 3))
     assert collate_neighbor_sparse_matrix_batch([item], n_features=9)["current_cells"].shape == (1, 9)

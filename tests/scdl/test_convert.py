@@ -262,7 +262,7 @@ def test_several_files_in_one_pass(tmp_path: Path) -> None:
     last = ad.read_h5ad(files[2]).obsp["near"]
     assert [n for n, _ in found["neighbors"][8:]] == [(row.indices + 8).tolist() for row in last]
     assert found["cells"] == [f"f{i}_{j}" for i, n in enumerate((4, 4, 3)) for j in range(n)]
-    sources = open_archive(tmp_path / "a").metadata["sources"]
+    sources: Any = open_archive(tmp_path / "a").metadata["sources"]
     assert [(s["file"], s["rows"], s["matrix"]) for s in sources] == [
         (str(file), n, "X") for file, n in zip(files, (4, 4, 3), strict=True)
     ]

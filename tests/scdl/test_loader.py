@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 def sampler(dataset: Any, **options: Any) -> CellSampler:
-    options = {"batch_size": 7, "seed": 1, "locality": "none", "num_workers": 0} | options
+    options: Any = {"batch_size": 7, "seed": 1, "locality": "none", "num_workers": 0} | options
     return CellSampler(dataset.groups_np, **options)
 
 

@@ -159,7 +159,7 @@ def test_obs_columns_of_real_archives(scdl_cases: dict[str, Case]) -> None:
         blocks = case.frames("obs")
         columns = list(dict.fromkeys(column for frame in blocks for column in frame["columns"]))
         assert obs_names_of([open_archive(case.archive)]) == columns, name
-        dataset = to_cell_dataset(case.archive, metadata_columns=columns)
+        dataset: Any = to_cell_dataset(case.archive, metadata_columns=columns)
         for column in columns:
             expected = np.concatenate(
                 [
@@ -238,7 +238,7 @@ def test_allocated_and_empty_archives(tmp_path: Path) -> None:
 
 
 def _sum_in_child(dataset: CellDataset, answer: Any) -> None:
-    batch = dataset[:]
+    batch: Any = dataset[:]
     answer.put((float(batch.values.sum()), batch.metadata["cell_type"].tolist(), len(dataset.feature_uids)))
 
 
@@ -251,11 +251,11 @@ def test_spawned_processes_get_a_path(scdl_cases: dict[str, Case]) -> None:
     child.start()
     found = answers.get(timeout=120)
     child.join()
-    batch = dataset[:]
+    batch: Any = dataset[:]
     assert found == (float(batch.values.sum()), batch.metadata["cell_type"].tolist(), 120)
     # Where the folder of arrays is gone, the archive is opened again, with its options.
     stored = dataset.__getstate__()
-    rebuilt = CellDataset.__new__(CellDataset)
+    rebuilt: Any = CellDataset.__new__(CellDataset)
     rebuilt.__setstate__({**stored, "spill": None})
     assert np.array_equal(rebuilt[:].values, batch.values)
     assert rebuilt[:].metadata["cell_type"].tolist() == batch.metadata["cell_type"].tolist()

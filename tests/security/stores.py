@@ -41,7 +41,7 @@ def make_atlas(root: Path, codec: str = "hbx_gpu.rowpack") -> Path:
 def read(root: Path, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All rows of an atlas: columns, values, offsets."""
     dataset = RaggedAtlas.checkout_latest(root, **options).query().to_cell_dataset("gene_expression")
-    batch = dataset[np.arange(len(dataset))]
+    batch: Any = dataset[np.arange(len(dataset))]
     return batch.indices, batch.values, batch.offsets
 
 

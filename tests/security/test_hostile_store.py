@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -47,7 +48,7 @@ def h5ad(tmp_path: Path, compiled: None) -> Path:  # noqa: ARG001
 def whole(path: Path, *, allow_links: bool = False) -> tuple[np.ndarray, ...]:
     """Everything of a store."""
     dataset = hbx_gpu.open(path, allow_links=allow_links).to_cell_dataset(metadata_columns=["cell_type"])
-    batch = dataset[np.arange(len(dataset))]
+    batch: Any = dataset[np.arange(len(dataset))]
     assert batch.metadata is not None
     return batch.indices, batch.values, batch.offsets, np.asarray(batch.metadata["cell_type"]).astype(str)
 
@@ -89,7 +90,7 @@ def test_links_are_followed_by_workers_and_ingest_too(
     zarr_store: Path, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     move_out(zarr_store / "X", outside)
-    dataset = hbx_gpu.open(zarr_store, allow_links=True).to_cell_dataset()
+    dataset: Any = hbx_gpu.open(zarr_store, allow_links=True).to_cell_dataset()
     rebuilt = pickle.loads(pickle.dumps(dataset._recipe)).rebuild()
     np.testing.assert_array_equal(rebuilt[np.arange(5)].indices, dataset[np.arange(5)].indices)
     ingest = ["ingest", str(zarr_store), "--atlas", str(tmp_path / "atlas")]

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -20,8 +21,8 @@ from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
 
-def layout_of(path: Path, **changes) -> ArrayLayout:
-    defaults = {
+def layout_of(path: Path, **changes: Any) -> ArrayLayout:
+    defaults: Any = {
         "path": str(path),
         "name": f"set0/{path.name}",
         "shape": (1000,),
@@ -146,7 +147,9 @@ def test_unreadable_index_codecs(sharded: ArrayLayout) -> None:
         ChunkDirectory([replace(sharded, index_codecs=zstd)])
 
 
-def test_only_touched_shards_are_loaded_and_once(sharded: ArrayLayout, monkeypatch) -> None:
+def test_only_touched_shards_are_loaded_and_once(
+    sharded: ArrayLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = ChunkDirectory([sharded])
     opened: list[str] = []
     real = ChunkDirectory._read_index
@@ -183,7 +186,7 @@ def test_threads_agree(sharded: ArrayLayout) -> None:
         found: list[np.ndarray] = []
         start = threading.Barrier(8)
 
-        def look_up(directory=directory, found=found, start=start) -> None:
+        def look_up(directory: Any = directory, found: Any = found, start: Any = start) -> None:
             start.wait()
             found.append(directory.extents(np.arange(10)).nbytes)
 
@@ -207,7 +210,7 @@ def test_planning_speed(sharded: ArrayLayout) -> None:
     assert best < 2e-3
 
 
-def _seconds(call) -> float:
+def _seconds(call: Any) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def arrays_of(store: Path) -> list[ArrayLayout]:
 
 @pytest.mark.parametrize("kind", ["mmap", "preadv"])
 @pytest.mark.parametrize("atlas", ATLASES)
-def test_every_array_equals_zarr(homeobox_fixtures: Path, assemble, atlas: str, kind: str) -> None:
+def test_every_array_equals_zarr(homeobox_fixtures: Path, assemble: Any, atlas: str, kind: str) -> None:
     store = homeobox_fixtures / atlas / "atlas" / "zarr_store"
     layouts = arrays_of(store)
     assert layouts

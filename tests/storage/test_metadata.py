@@ -75,7 +75,7 @@ def put(path: Path, document: Any, name: str = "zarr.json") -> Path:
     ],
 )
 def test_fill_values_are_those_of_zarr(tmp_path: Path, dtype: str, fill: Any) -> None:
-    layout = read_layout(put(tmp_path, v3(data_type=dtype, fill_value=fill)))
+    layout: Any = read_layout(put(tmp_path, v3(data_type=dtype, fill_value=fill)))
     expected = zarr.open_array(tmp_path, mode="r").fill_value
     assert layout.fill_value.dtype == dtype
     assert layout.fill_value.tobytes() == expected.tobytes()
@@ -140,7 +140,9 @@ def test_fill_values_are_those_of_zarr(tmp_path: Path, dtype: str, fill: Any) ->
         ),
     ],
 )
-def test_v3_complaints(tmp_path: Path, changes: dict, error: type[Exception] | None, message: str) -> None:
+def test_v3_complaints(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception] | None, message: str
+) -> None:
     put(tmp_path, v3(**changes))
     if error is None:
         assert read_layout(tmp_path).sharded
@@ -161,11 +163,12 @@ def test_v3_complaints(tmp_path: Path, changes: dict, error: type[Exception] | N
         ({"order": "X"}, CorruptDataError, "order is 'X'"),
         ({"dimension_separator": "-"}, CorruptDataError, "separator is '-'"),
         ({"compressor": {"level": 1}}, CorruptDataError, "has no id"),
+        ({"filters": 5}, CorruptDataError, "filters are 5, a list or null"),
         ({"chunks": [0]}, CorruptDataError, r"chunks is \[0\], 1 integers >= 1"),
         ({"zarr_format": 3}, CorruptDataError, "zarr_format is 3, 2 is expected"),
     ],
 )
-def test_v2_complaints(tmp_path: Path, changes: dict, error: type[Exception], message: str) -> None:
+def test_v2_complaints(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     put(tmp_path, v2(**changes), ".zarray")
     with pytest.raises(error, match=message) as caught:
         read_layout(tmp_path)

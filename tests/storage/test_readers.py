@@ -7,6 +7,7 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_a_replaced_file_is_read_on_if_open_and_refused_otherwise(
 def test_an_array_that_was_rewritten_is_refused(tmp_path: Path, kind: str, sharded: bool) -> None:
     """Whatever was looked up, opened or neither: no byte of the new files is taken for one of the old."""
     path = tmp_path / "a"
-    shape = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,) if sharded else None}
+    shape: Any = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,) if sharded else None}
     zarr.create_array(path, compressors=None, **shape)[:] = np.arange(40)
 
     directories = [ChunkDirectory([read_layout(path)]) for _ in range(3)]
@@ -209,7 +210,7 @@ def test_an_array_that_was_rewritten_is_refused(tmp_path: Path, kind: str, shard
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replaced_shard_is_refused(tmp_path: Path, kind: str) -> None:
     """Only the shard is another one: the metadata, and the places of its chunks, are those of before."""
-    shape = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,), "compressors": None}
+    shape: Any = {"shape": (40,), "chunks": (10,), "dtype": "uint32", "shards": (20,), "compressors": None}
     zarr.create_array(tmp_path / "a", **shape)[:] = 1
     zarr.create_array(tmp_path / "b", **shape)[:] = 2
     directory = ChunkDirectory([read_layout(tmp_path / "a")])
@@ -254,7 +255,9 @@ def _maps_below(path: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-def test_descriptors_and_maps_are_bounded_and_released(tmp_path: Path, monkeypatch) -> None:
+def test_descriptors_and_maps_are_bounded_and_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readers, "_MAX_OPEN", 16)
     monkeypatch.setattr(readers, "_MAX_MAPS", 16)
     write_chunks(tmp_path, [100] * 60)
@@ -276,7 +279,7 @@ def test_descriptors_and_maps_are_bounded_and_released(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_threads_few_descriptors(tmp_path: Path, kind: str, monkeypatch) -> None:
+def test_many_threads_few_descriptors(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are evicted while other threads read them; nobody may see another file's bytes."""
     monkeypatch.setattr(readers, "_MAX_OPEN", 3)
     monkeypatch.setattr(readers, "_MAX_MAPS", 3)

@@ -6,6 +6,7 @@ import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numcodecs
@@ -70,7 +71,7 @@ def same_scalar(a: Any, b: Any) -> bool:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=SHARED_FIXTURE)
 @given(geometry=geometries(), dtype_name=st.sampled_from(DTYPES), data=st.data())
-def test_v3_arrays(assemble, geometry, dtype_name: str, data: st.DataObject) -> None:
+def test_v3_arrays(assemble: Any, geometry: Any, dtype_name: str, data: st.DataObject) -> None:
     shape, chunk, per_shard = geometry
     dtype = np.dtype(dtype_name)
     bytes_bytes = [None, [ZstdCodec(level=1)], [GzipCodec(level=1)], [BloscCodec()], [Crc32cCodec()]]
@@ -113,7 +114,7 @@ def test_v3_arrays(assemble, geometry, dtype_name: str, data: st.DataObject) -> 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=SHARED_FIXTURE)
 @given(geometry=geometries(), dtype_name=st.sampled_from(DTYPES), data=st.data())
-def test_v2_arrays(assemble, geometry, dtype_name: str, data: st.DataObject) -> None:
+def test_v2_arrays(assemble: Any, geometry: Any, dtype_name: str, data: st.DataObject) -> None:
     shape, chunk, _ = geometry
     dtype = np.dtype(dtype_name).newbyteorder(data.draw(st.sampled_from("<>"), "endian"))
     filters: list[Any] = [None]
@@ -146,7 +147,7 @@ def test_v2_arrays(assemble, geometry, dtype_name: str, data: st.DataObject) -> 
         check_equal(assemble, path)
 
 
-def check_equal(assemble, path: str) -> None:
+def check_equal(assemble: Any, path: str) -> None:
     expected = np.asarray(zarr.open_array(path, mode="r")[...])
     directory = ChunkDirectory([read_layout(path)])
     for kind in ("mmap", "preadv"):
@@ -174,7 +175,7 @@ NUMCODECS: dict[str, Callable[[], Any]] = {
 }
 
 
-def written(tmp_path, **options: Any) -> np.ndarray:
+def written(tmp_path: Path, **options: Any) -> np.ndarray:
     values = np.arange(35, dtype=np.int32).reshape(5, 7) * 1000003
     array = zarr.create_array(str(tmp_path), shape=values.shape, dtype=values.dtype, chunks=(2, 3), **options)
     array[...] = values
@@ -182,13 +183,13 @@ def written(tmp_path, **options: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NUMCODECS)
-def test_numcodecs_compressors_in_v3(tmp_path, assemble, name: str) -> None:
+def test_numcodecs_compressors_in_v3(tmp_path: Path, assemble: Any, name: str) -> None:
     written(tmp_path, compressors=[NUMCODECS[name]()])
     check_equal(assemble, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["lz4", "zlib", "bz2", "lzma"])
-def test_community_codec_names(tmp_path, assemble, name: str) -> None:
+def test_community_codec_names(tmp_path: Path, assemble: Any, name: str) -> None:
     """The same bytes under the name without prefix, which this zarr-python does not know."""
     values = written(tmp_path, compressors=[NUMCODECS[name]()])
     metadata = tmp_path / "zarr.json"
@@ -207,12 +208,12 @@ FILTERS: dict[str, Callable[[], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_numcodecs_filters_in_v3(tmp_path, assemble, name: str) -> None:
+def test_numcodecs_filters_in_v3(tmp_path: Path, assemble: Any, name: str) -> None:
     written(tmp_path, filters=FILTERS[name](), compressors=[ZstdCodec()])
     check_equal(assemble, str(tmp_path))
 
 
-def test_chains_of_several_steps(tmp_path, assemble) -> None:
+def test_chains_of_several_steps(tmp_path: Path, assemble: Any) -> None:
     written(tmp_path, compressors=[BitpackingCodec(transform="delta"), ZstdCodec(), Crc32cCodec()])
     check_equal(assemble, str(tmp_path))
     codec = ChunkCodec(read_layout(tmp_path))
@@ -223,7 +224,7 @@ def test_chains_of_several_steps(tmp_path, assemble) -> None:
 @pytest.mark.parametrize(
     ("index_codecs", "crc"), [([BytesCodec(), Crc32cCodec()], True), ([BytesCodec(endian="big")], False)]
 )
-def test_shard_index_codecs(tmp_path, assemble, index_codecs, crc: bool) -> None:
+def test_shard_index_codecs(tmp_path: Path, assemble: Any, index_codecs: Any, crc: bool) -> None:
     sharding = ShardingCodec(chunk_shape=(2, 3), index_codecs=index_codecs, codecs=[BytesCodec()])
     values = np.arange(35, dtype=np.int32).reshape(5, 7)
     array = zarr.create_array(
@@ -234,7 +235,7 @@ def test_shard_index_codecs(tmp_path, assemble, index_codecs, crc: bool) -> None
     check_equal(assemble, str(tmp_path))
 
 
-def test_chunks_are_numbered_in_c_order_over_the_whole_grid(tmp_path) -> None:
+def test_chunks_are_numbered_in_c_order_over_the_whole_grid(tmp_path: Path) -> None:
     values = np.arange(11 * 13).reshape(11, 13)
     array = zarr.create_array(
         str(tmp_path), shape=(11, 13), dtype=values.dtype, chunks=(2, 3), shards=(4, 6), compressors=None
@@ -248,7 +249,7 @@ def test_chunks_are_numbered_in_c_order_over_the_whole_grid(tmp_path) -> None:
         assert chunk[0, 0] == values[2 * row, 3 * column]
 
 
-def test_warnings_of_zarr_are_not_ours(tmp_path) -> None:
+def test_warnings_of_zarr_are_not_ours(tmp_path: Path) -> None:
     written(tmp_path, compressors=[NUMCODECS["lz4"]()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

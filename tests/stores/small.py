@@ -34,7 +34,10 @@ def as_dense(dataset: Any) -> np.ndarray:
     if not hasattr(batch, "offsets"):
         return np.asarray(batch.data)
     shape = (len(dataset), dataset.n_features)
-    return sp.csr_matrix((batch.values.astype(float), batch.indices, batch.offsets), shape=shape).toarray()
+    result: np.ndarray = sp.csr_matrix(
+        (batch.values.astype(float), batch.indices, batch.offsets), shape=shape
+    ).toarray()
+    return result
 
 
 def rows_of(path: Path, layer: str = "X") -> np.ndarray:

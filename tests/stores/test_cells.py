@@ -51,14 +51,18 @@ def dense(dataset: Any, names: list[str]) -> np.ndarray:
         (batch.values, batch.indices, batch.offsets), shape=(len(dataset), dataset.n_features)
     )
     place = {uid: k for k, uid in enumerate(dataset.feature_uids)}
-    return matrix.toarray()[:, [place[name] for name in names]]
+    result: np.ndarray = matrix.toarray()[:, [place[name] for name in names]]
+    return result
 
 
 def expected(data: list[anndata.AnnData], names: list[str], layer: str = "X") -> np.ndarray:
     frames = [
         pd.DataFrame((d.X if layer == "X" else d.layers[layer]).toarray(), columns=d.var_names) for d in data
     ]
-    return pd.concat([frame.reindex(columns=names, fill_value=0) for frame in frames]).to_numpy()
+    result: np.ndarray = pd.concat(
+        [frame.reindex(columns=names, fill_value=0) for frame in frames]
+    ).to_numpy()
+    return result
 
 
 def test_outer_and_inner_joins(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
@@ -86,7 +90,7 @@ def test_a_panel_and_another_column_of_var(pair: tuple[list[Path], list[anndata.
 
 def test_conditions_add_up_and_limits_come_after(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     paths, _ = pair
-    cells = hbx_gpu.open(paths)
+    cells: Any = hbx_gpu.open(paths)
     frame = cells.to_pandas()
     chosen = frame[(frame["cell_type"] == "T") & (frame["n"] > 2)]
     query = cells.where("cell_type = 'T'").where("n > 2")
@@ -94,7 +98,7 @@ def test_conditions_add_up_and_limits_come_after(pair: tuple[list[Path], list[an
     assert query.to_pandas().index.tolist() == chosen.index.tolist()
     assert query.limit(3).to_pandas().index.tolist() == chosen.index.tolist()[:3]
     dataset = query.to_cell_dataset(metadata_columns=["cell_type", "only_a"])
-    batch = dataset[np.arange(len(dataset))]
+    batch: Any = dataset[np.arange(len(dataset))]
     assert {dataset.categories["cell_type"][code] for code in batch.metadata["cell_type"]} == {"T"}
     assert (batch.metadata["only_a"] == -1).sum() == chosen["only_a"].isna().sum()
     counted = cells.count("cell_type").set_index("cell_type")["count"]
@@ -154,7 +158,7 @@ def test_a_spawned_process_reads_the_same(pair: tuple[list[Path], list[anndata.A
     process.start()
     found = answer.get(timeout=120)
     process.join()
-    batch = dataset[rows]
+    batch: Any = dataset[rows]
     for mine, other in zip((batch.indices, batch.values, batch.offsets), found, strict=True):
         np.testing.assert_array_equal(mine, other)
 
@@ -162,7 +166,7 @@ def test_a_spawned_process_reads_the_same(pair: tuple[list[Path], list[anndata.A
 def test_a_recipe_makes_the_dataset_again(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     """What a process does that comes after the temporary folder has gone."""
     paths, _ = pair
-    dataset = hbx_gpu.open(paths).where("n > 0").features(["G3"]).to_cell_dataset(layer="counts")
+    dataset: Any = hbx_gpu.open(paths).where("n > 0").features(["G3"]).to_cell_dataset(layer="counts")
     again = dataset._recipe.rebuild()
     a, b = dataset[np.arange(len(dataset))], again[np.arange(len(again))]
     np.testing.assert_array_equal(a.values, b.values)

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 import zarr
 
 import hbx_gpu
+from hbx_gpu._h5ad.files import H5adFile
 from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
 from tests.stores.small import chunk_file, put, rows_of, small, written
 
@@ -46,8 +47,10 @@ def indptr(change: str) -> np.ndarray:
     elif change == "13 entries":
         found = found[:-1]
     elif change == "integers are expected":
-        return found.astype(np.float64)
-    return found
+        result: np.ndarray = found.astype(np.float64)
+        return result
+    result: np.ndarray = found
+    return result
 
 
 @pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
@@ -101,6 +104,22 @@ def test_shapes_that_contradict_each_other(tmp_path: Path, message: str) -> None
         rows_of(tmp_path / "a.h5ad")
 
 
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
+@pytest.mark.parametrize("shape", [12, "12 x 7", [12, 7, 1]])
+def test_shapes_that_are_none(tmp_path: Path, name: str, shape: object) -> None:
+    path = tmp_path / name
+    if path.suffix == ".zarr":
+        written(path, small())["X"].attrs["shape"] = shape
+    else:
+        small().write_h5ad(path)
+        with h5py.File(path, "a") as file:
+            file["X"].attrs["shape"] = shape
+        with H5adFile(path) as opened, pytest.raises(InvalidDataError, match="and shape"):
+            opened.matrix("X")
+    with pytest.raises(InvalidDataError, match="and shape"):
+        rows_of(path)
+
+
 def test_tables_that_contradict_themselves(tmp_path: Path) -> None:
     data = small()
     data.obs["t"] = pd.Categorical(["a", "b"] * 6)
@@ -143,7 +162,7 @@ def test_a_column_chunk_that_hdf5_never_wrote(tmp_path: Path) -> None:
         del file["X/indices"]
         array = file.create_dataset("X/indices", shape=data.X.indices.shape, dtype="i4", chunks=(20,))
         array[:20] = data.X.indices[:20]
-    dataset = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
+    dataset: Any = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
     np.testing.assert_array_equal(dataset[[0, 1]].indices, data.X[:2].indices)
     with pytest.raises(CorruptDataError, match="missing"):
         dataset[[11]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_a_device_gives_the_batches_of_the_host(tmp_path: Path, store: str) -> N
         root = written(path, data)
         for name in ("data", "indices"):
             put(root, f"X/{name}", getattr(data.X, name), chunks=(50,), compressors=COMPRESSORS[store])
-    dataset = hbx_gpu.open(path).to_cell_dataset()
+    dataset: Any = hbx_gpu.open(path).to_cell_dataset()
 
     def sampler() -> CellSampler:
         return CellSampler(dataset.groups_np, batch_size=16, seed=1)

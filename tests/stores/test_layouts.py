@@ -196,7 +196,7 @@ def test_links(tmp_path: Path) -> None:
         os.symlink(tmp_path / "annex" / str(number), file)
     with pytest.raises(UnsafePathError, match="allow_links=True"):
         rows_of(tmp_path / "a.zarr")
-    dataset = hbx_gpu.open(tmp_path / "a.zarr", allow_links=True).to_cell_dataset()
+    dataset: Any = hbx_gpu.open(tmp_path / "a.zarr", allow_links=True).to_cell_dataset()
     np.testing.assert_array_equal(as_dense(dataset), data.X.toarray())
     np.testing.assert_array_equal(as_dense(dataset._recipe.rebuild()), data.X.toarray())
     data.write_h5ad(tmp_path / "a.h5ad")
@@ -276,7 +276,7 @@ def test_pointers_beyond_two_to_the_31(tmp_path: Path) -> None:
             array[n - 6 :] = np.arange(6) + first
         del file["X/indptr"]
         file["X/indptr"] = np.array([0] * 5 + [2**30] * 3 + [n - 6] * 3 + [n - 3, n])
-    batch = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()[[10, 11]]
+    batch: Any = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()[[10, 11]]
     assert (batch.indices.tolist(), batch.values.tolist()) == ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
 
 
@@ -332,7 +332,7 @@ def test_ten_million_cells_open_at_once(tmp_path: Path) -> None:
         obs.attrs["column-order"] = np.zeros(0, dtype=h5py.string_dtype())
         obs.create_dataset("_index", shape=(n,), dtype="S8", chunks=(1 << 20,), compression="gzip")
     before = time.process_time()
-    dataset = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
+    dataset: Any = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
     assert time.process_time() - before < 3
     assert len(dataset) == n
     assert dataset[[n - 1]].indices.tolist() == [0]

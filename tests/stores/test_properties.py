@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -39,7 +40,7 @@ def test_rows_and_streams_equal_scipy(
         assert (len(dataset), dataset.n_features, dataset.dtype) == (n_cells, n_genes, dtype)
         rng = np.random.default_rng(seed)
         for rows in (np.arange(n_cells), rng.integers(0, max(n_cells, 1), 25 if n_cells else 0)):
-            batch = dataset[rows]
+            batch: Any = dataset[rows]
             if how.dense:
                 np.testing.assert_array_equal(batch.data, wanted[rows])
                 continue

@@ -92,7 +92,7 @@ def ways(name: str) -> Load:
 
 def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
     """A reproducible order in batches of 64."""
-    options = {"batch_size": 64, "seed": 5, "num_workers": 0, "locality": "none"} | kwargs
+    options: Any = {"batch_size": 64, "seed": 5, "num_workers": 0, "locality": "none"} | kwargs
     return CellSampler(dataset.groups_np, **options)
 
 

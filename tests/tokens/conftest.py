@@ -45,4 +45,5 @@ def small(shared: Path) -> Tokens:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
+    result: str = request.param
+    return result

@@ -60,6 +60,13 @@ def test_medians_that_nothing_can_be_divided_by(bad: float) -> None:
         tokens.geneformer_v2(WORDS, MEDIANS | {"ENSG2": "3"})
 
 
+@pytest.mark.parametrize("bad", ["x", None, -1, 0.5, float("nan"), float("inf")])
+def test_places_of_genes_that_are_not_whole_numbers(bad: object) -> None:
+    places = dict.fromkeys(PLAIN, 1)
+    with pytest.raises(InvalidDataError, match="'ENSG2' must be a whole number"):
+        tokens.uce(WORDS, places, places | {"ENSG2": bad})
+
+
 def test_medians_that_are_missing() -> None:
     few = {"ENSG1": 1.0, "ENSG2": 2.0}
     with pytest.raises(

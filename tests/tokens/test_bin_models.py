@@ -19,7 +19,8 @@ def by_gene(ids: np.ndarray, values: np.ndarray) -> dict[int, float]:
 
 
 def lacking(row: np.ndarray, pad: int) -> np.ndarray:
-    return row[row != pad]
+    result: np.ndarray = row[row != pad]
+    return result
 
 
 def all_genes(data: Tokens, **options: Any) -> tokens.QuantileBins:
@@ -108,7 +109,7 @@ def test_scgpt_collated(data: Tokens, engine: str) -> None:
     z = data.load("scgpt")
     n, width = z["collate_gene"].shape
     length = int(z["max_length"])
-    options = {"side": "both", "length": length}
+    options: Any = {"side": "both", "length": length}
     rows = data.rows(z["collate_rows"][:n])
     recipe = tokens.scgpt(scgpt_vocabulary(data, z), mask=0.4, **options)
     batch = tokens.encode(rows, recipe, data.genes, engine=engine)

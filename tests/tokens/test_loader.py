@@ -35,7 +35,7 @@ def sampler(dataset: CellDataset, **options: Any) -> CellSampler:
 
 def expected(
     dataset: CellDataset, recipe: tokens.Recipe, rows: np.ndarray, epoch: int, **options: Any
-) -> dict:
+) -> dict[str, Any]:
     batch = dataset.with_row_numbers().__getitems__(rows)
     return tokens.encode(batch, recipe, dataset.feature_uids, 7, epoch, engine="reference", **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -185,7 +187,7 @@ def test_nicheformer_context_and_masks(data: Tokens, engine: str) -> None:
         tokens.ObsTokens("assay", {"merfish": 11}),
         tokens.ObsTokens("modality", {"spatial": 3}),
     ]
-    options = {"technology_mean": data.table(z["technology_mean_positive"]), "context": context}
+    options: Any = {"technology_mean": data.table(z["technology_mean_positive"]), "context": context}
     plain = tokens.nicheformer(data.genes, length=width, **options)
     obs = {"species": ["mouse"] * n, "assay": ["merfish"] * n, "modality": ["spatial"] * n}
     batch = tokens.encode(data.counts[:n], plain, data.genes, obs=obs, padding="max_length", engine=engine)

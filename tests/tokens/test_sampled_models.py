@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -158,7 +160,9 @@ def test_state(data: Tokens, engine: str) -> None:
     assert not batch["task_values"][enough, n_p : n_p + n_n].any()
 
 
-def cellarium(data: Tokens, z: dict[str, np.ndarray], **options: object) -> tuple[tokens.PromptQuery, dict]:
+def cellarium(
+    data: Tokens, z: dict[str, np.ndarray], **options: object
+) -> tuple[tokens.PromptQuery, dict[str, Any]]:
     n = len(z["rows"])
     metadata = [
         tokens.ObsTokens("cell_type", {f"CL:{i}": i for i in range(6)}, unknown=-1),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hbx_gpu._engine.device import status
 from hbx_gpu._engine.device.backend import Backend, Slot
 from hbx_gpu._engine.device.compressed import chosen
-from hbx_gpu._engine.device.launches import DENSE_KERNELS, FlatCsr, Launches, Pending
+from hbx_gpu._engine.device.launches import DENSE_KERNELS, CsrTensors, FlatCsr, Launches, Pending
 from hbx_gpu._engine.device.records import SOURCE, element_type
 from hbx_gpu._engine.device.staged_plan import ANY, PARTS, Layout, Resident, StagedPlan
 from hbx_gpu._engine.device.stager import Stager
@@ -23,6 +23,9 @@ from hbx_gpu._plan.rows import BatchPlan, SourceTable
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.transforms import Transform, not_counts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["DENSE_KERNELS", "DeviceEngine", "FlatCsr", "Pending", "StagedPlan"]
 
@@ -163,7 +166,7 @@ class DeviceEngine:
         self._sorts |= not ascending
 
     def submit_flat(
-        self, staging: StagedPlan, slot: Slot, then: Callable[[FlatCsr], Sequence[object]]
+        self, staging: StagedPlan, slot: Slot, then: Callable[[FlatCsr], Sequence[Tensor]]
     ) -> Pending:
         """Order what brings all elements of a packed plan to scratch, then further work on them.
 
@@ -257,11 +260,12 @@ class DeviceEngine:
         batch.decode([out])
         return batch.finish([out])
 
-    def csr(self, plan: BatchPlan, slab: Slab) -> tuple[Any, list[Any], Any]:
+    def csr(self, plan: BatchPlan, slab: Slab) -> CsrTensors:
         """Rows of `plan` in CSR form, as tensors; otherwise as the host engine's `csr`."""
         staging, slot = self._packed(plan, slab, "csr")
-        indices, values, offsets = self._received(self.submit_csr(staging, slot))
-        return indices, values, offsets
+        result = self._received(self.submit_csr(staging, slot))
+        assert isinstance(result, tuple)
+        return result
 
     def dense(
         self,
@@ -283,7 +287,7 @@ class DeviceEngine:
         self.pack(staging, slot)
         return staging, slot
 
-    def _received(self, pending: Pending) -> Any:
+    def _received(self, pending: Pending) -> Tensor | CsrTensors:
         """The result, for the caller's current stream."""
         result = pending.result()
         self.backend.hand_over(pending.event, pending.tensors)

@@ -12,9 +12,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hbx_gpu._storage.kvikio import Sliceable
+
+Argument: TypeAlias = "np.generic | Tensor"
+"""Argument of a kernel: a NumPy scalar of its type, or a tensor, which stands for its address."""
 
 
 class Memory(Protocol):
@@ -38,7 +46,7 @@ class Part:
 class DeviceBuffer(Memory, Protocol):
     """Device memory that one slot or store owns for its life."""
 
-    def array(self, begin: int, nbytes: int) -> Any:
+    def array(self, begin: int, nbytes: int) -> Sliceable:
         """Bytes [begin, begin + nbytes) as libraries take device memory (``__cuda_array_interface__``)."""
 
 
@@ -129,13 +137,13 @@ class Backend(Protocol):
     def free_memory(self) -> int:
         """Return the free bytes of device memory."""
 
-    def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: int | tuple[int, ...], dtype: str) -> Tensor:
         """An output: an uninitialized torch tensor, allocated on the decode stream."""
 
     def upload(self, host: np.ndarray, target: Memory) -> None:
         """Copy to the start of `target` on the copy stream; later launches wait for it."""
 
-    def send(self, host: np.ndarray, target: object) -> None:
+    def send(self, host: np.ndarray, target: Tensor) -> None:
         """Copy page-locked host memory to an output tensor of as many bytes, on the decode stream."""
 
     def download(self, address: int, target: np.ndarray) -> None:
@@ -145,7 +153,7 @@ class Backend(Protocol):
         """Copy between two places of device memory, on the decode stream."""
 
     def launch(
-        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[object], shared: int = 0
+        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Argument], shared: int = 0
     ) -> None:
         """Run a kernel of ``kernels/*.cu`` on the decode stream.
 
@@ -161,7 +169,7 @@ class Backend(Protocol):
     def event(self) -> Event:
         """Return the point after everything ordered on the decode stream so far."""
 
-    def hand_over(self, event: Event, tensors: Sequence[object], foreign: Sequence[object] = ()) -> None:
+    def hand_over(self, event: Event, tensors: Sequence[Tensor], foreign: Sequence[object] = ()) -> None:
         """Let the caller's current stream use `tensors`, and `foreign` ones, from now on.
 
         It waits for `event` before its next operation, and memory of the tensors is not given away before

@@ -7,14 +7,18 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hbx_gpu._engine.device.backend import Decompressor, DeviceBuffer, Event, Memory
+from hbx_gpu._engine.device.backend import Argument, Decompressor, DeviceBuffer, Event, Memory
 from hbx_gpu._engine.device.nvcomp import NvcompDecompressor, find_library
 from hbx_gpu._engine.device.sources import kernel_names, source
 from hbx_gpu._streams import Held, own_stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _MAPPED = 3  # cudaHostAllocPortable | cudaHostAllocMapped
@@ -24,20 +28,50 @@ _STATIC_SHARED = 48 << 10  # more dynamic shared memory than this must be asked 
 class _Buffer:
     """Device memory of a slot: a torch tensor, so that one allocator sees all memory."""
 
-    def __init__(self, tensor: Any) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self.address = int(tensor.data_ptr())
         self.nbytes = int(tensor.numel())
 
-    def array(self, begin: int, nbytes: int) -> Any:
+    def array(self, begin: int, nbytes: int) -> Tensor:
         return self._tensor[begin : begin + nbytes]
+
+
+class _Pointer(Protocol):
+    devicePointer: int  # cupy's name
+
+
+class _Runtime(Protocol):
+    """What page-locked memory takes of ``cupy.cuda.runtime``."""
+
+    def hostAlloc(self, size: int, flags: int, /) -> int: ...
+
+    def freeHost(self, address: int, /) -> None: ...
+
+    def pointerGetAttributes(self, address: int, /) -> _Pointer: ...
+
+
+class _Kernel(Protocol):
+    """A compiled kernel, as cupy returns it."""
+
+    max_dynamic_shared_size_bytes: int
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[np.generic, ...],
+        /,
+        *,
+        shared_mem: int,
+    ) -> None: ...
 
 
 class _Mapped:
     """Page-locked memory of exactly the size asked for (torch's allocator rounds up to powers of two)."""
 
     def __init__(
-        self, runtime: Any, nbytes: int, on_device: Callable[[], AbstractContextManager[Any]]
+        self, runtime: _Runtime, nbytes: int, on_device: Callable[[], AbstractContextManager[object]]
     ) -> None:
         def free(address: int) -> None:
             with on_device():
@@ -55,7 +89,7 @@ class _Mapped:
 
 
 class _Event:
-    def __init__(self, event: Any) -> None:
+    def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
 
     def wait(self) -> None:
@@ -98,7 +132,7 @@ class CudaBackend:
         self._decode = own_stream(device, "decode", urgent=True)
         # Static shared memory of a kernel comes out of the same budget as what a launch asks for.
         self.max_shared = int(self._gpu.attributes["MaxSharedMemoryPerBlockOptin"]) - (16 << 10)
-        self._kernels: dict[str, Any] = {}
+        self._kernels: dict[str, _Kernel] = {}
         self._decompressor: NvcompDecompressor | None = None
         self._lock = threading.Lock()
         self._held = Held()
@@ -122,7 +156,7 @@ class CudaBackend:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         return _Buffer(self.empty(nbytes, "uint8"))
 
-    def empty(self, shape: int | tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: int | tuple[int, ...], dtype: str) -> Tensor:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         with self.on_decode_stream():
             return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
@@ -134,7 +168,7 @@ class CudaBackend:
         arrived.record(self._copy)
         self._decode.wait_event(arrived)
 
-    def send(self, host: np.ndarray, target: Any) -> None:
+    def send(self, host: np.ndarray, target: Tensor) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         self._move(target.data_ptr(), host.ctypes.data, host.nbytes, _HOST_TO_DEVICE, self._decode)
 
@@ -147,7 +181,7 @@ class CudaBackend:
         self._move(target, source, nbytes, _DEVICE_TO_DEVICE, self._decode)
 
     def launch(
-        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
+        self, kernel: str, grid: int | tuple[int, ...], block: int, args: Sequence[Argument], shared: int = 0
     ) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         dims = (grid,) if isinstance(grid, int) else grid
@@ -168,9 +202,9 @@ class CudaBackend:
                 )
             return self._decompressor
 
-    def on_decode_stream(self) -> AbstractContextManager[Any]:
+    def on_decode_stream(self) -> AbstractContextManager[object]:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
-        stream: AbstractContextManager[Any] = self._torch.cuda.stream(self._decode)
+        stream: AbstractContextManager[object] = self._torch.cuda.stream(self._decode)
         return stream
 
     def event(self) -> Event:
@@ -179,7 +213,7 @@ class CudaBackend:
         event.record(self._decode)
         return _Event(event)
 
-    def hand_over(self, event: Event, tensors: Sequence[Any], foreign: Sequence[Any] = ()) -> None:
+    def hand_over(self, event: Event, tensors: Sequence[Tensor], foreign: Sequence[object] = ()) -> None:
         """See :class:`~hbx_gpu._engine.device.backend.Backend`."""
         assert isinstance(event, _Event)
         current = self._torch.cuda.current_stream(self.device)
@@ -204,16 +238,16 @@ class CudaBackend:
         with self._torch.cuda.device(self.device), self._gpu:
             yield
 
-    def _as_cupy(self, stream: Any) -> AbstractContextManager[Any]:
+    def _as_cupy(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
         """Make a stream of torch cupy's current one."""
         cuda = self._cupy.cuda
         if hasattr(cuda.Stream, "from_external"):  # cupy 14, where ExternalStream is deprecated
-            made: AbstractContextManager[Any] = cuda.Stream.from_external(_Handle(stream.cuda_stream))
+            made: AbstractContextManager[object] = cuda.Stream.from_external(_Handle(stream.cuda_stream))
         else:
             made = cuda.ExternalStream(stream.cuda_stream, self.device.index)
         return made
 
-    def _function(self, kernel: str, shared: int) -> Any:
+    def _function(self, kernel: str, shared: int) -> _Kernel:
         """A kernel that may take so much dynamic shared memory; call it with the device current."""
         with self._lock:
             function = self._kernels.get(kernel)
@@ -229,7 +263,7 @@ class CudaBackend:
                 function.max_dynamic_shared_size_bytes = shared
             return function
 
-    def _move(self, target: int, origin: int, nbytes: int, kind: int, stream: Any) -> None:
+    def _move(self, target: int, origin: int, nbytes: int, kind: int, stream: torch.cuda.Stream) -> None:
         if nbytes:
             with self._on_device():
                 self._cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, stream.cuda_stream)

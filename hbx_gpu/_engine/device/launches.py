@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from hbx_gpu._engine.device.backend import Backend, DeviceBuffer, Event, Part, Slot, Streams
+from hbx_gpu._engine.device.backend import Argument, Backend, DeviceBuffer, Event, Part, Slot, Streams
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
 from hbx_gpu._engine.device.staged_plan import ANY, UNSORTED, StagedPlan
 from hbx_gpu._plan.rows import BatchPlan
 from hbx_gpu.transforms import Transform
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CsrTensors: TypeAlias = "tuple[Tensor, list[Tensor], Tensor]"
+"""Columns, values of each layer and offsets of CSR rows."""
+_Arguments: TypeAlias = tuple[Argument, ...]
 DENSE_KERNELS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
 """Dense dtype -> ending of the names of its kernels."""
 _BLOCK = 256
@@ -63,7 +69,7 @@ class Pending:
 
     def __init__(
         self,
-        tensors: list[Any],
+        tensors: list[Tensor],
         event: Event,
         staging: StagedPlan,
         slot: Slot,
@@ -95,7 +101,7 @@ class Pending:
         if self._counted:
             self.nnz = int(_total(self._staging, self._slot).view(np.int64)[0])
 
-    def result(self) -> Any:
+    def result(self) -> Tensor | CsrTensors:
         """`check`, then ``(indices, [values], offsets)`` of a CSR batch, or the dense rows."""
         self.check()
         if len(self.tensors) == 1:
@@ -133,7 +139,7 @@ class Launches:
     def __init__(
         self,
         backend: Backend,
-        columns: tuple[Any, ...],
+        columns: tuple[np.generic, ...],
         types: Sequence[int],
         raise_for: Callable[[StagedPlan, np.ndarray], None],
         staging: StagedPlan,
@@ -152,7 +158,7 @@ class Launches:
         self._device: DeviceBuffer = slot.device
         self._counted = False
 
-    def decode(self, outputs: Sequence[Any]) -> None:
+    def decode(self, outputs: Sequence[Tensor]) -> None:
         """Upload, and bring all elements of the plan to `outputs` (indices, values) or the flat CSR."""
         records = np.zeros(1 + len(self._types), OUTPUT)
         first = self._first_role
@@ -183,7 +189,7 @@ class Launches:
         values = [self._at(f"flat{layer + 1}") for layer in range(len(self._types))]
         return FlatCsr(self._at("flat0"), self._at("offsets"), values, list(self._types), self._staging.plan)
 
-    def count_kept(self, offsets: Any) -> None:
+    def count_kept(self, offsets: Tensor) -> None:
         """Offsets of the elements of the flat CSR that no remap drops; their number comes back."""
         plan, backend, at = self._staging.plan, self._backend, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
@@ -194,7 +200,7 @@ class Launches:
         backend.download(int(offsets.data_ptr()) + 8 * plan.n_rows, total)
         self._counted = True
 
-    def compact(self, indices: Any, values: Sequence[Any], offsets: Any) -> None:
+    def compact(self, indices: Tensor, values: Sequence[Tensor], offsets: Tensor) -> None:
         """Bring the elements of the flat CSR that no remap drops to outputs, in stored order."""
         plan, at = self._staging.plan, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
@@ -206,7 +212,7 @@ class Launches:
             target = (offsets, moved, at(f"flat{layer + 1}"), tensor, itemsize, n)
             self._backend.launch("compact_rows", grid, _BLOCK, (*flat, *target))
 
-    def sort(self, indices: Any, values: Sequence[Any], offsets: Any, n_features: int) -> None:
+    def sort(self, indices: Tensor, values: Sequence[Tensor], offsets: Tensor, n_features: int) -> None:
         """Bring the elements of the flat CSR that no remap drops to outputs, each row by ascending column.
 
         `indices` is int64. `offsets` are sent where nothing is dropped, counted where something is.
@@ -223,12 +229,12 @@ class Launches:
             grid = min(max(1, plan.n_rows), _MAX_GRID)
             self._backend.launch("sort_rows", grid, _BLOCK, (*flat, *target, *tiles), _SET_BYTES * words)
 
-    def send_offsets(self, offsets: object) -> None:
+    def send_offsets(self, offsets: Tensor) -> None:
         """The plan's own offsets, where nothing is dropped."""
         at = self._staging.at["offsets"]
         self._backend.send(self._slot.host[at : at + self._staging.plan.offsets.nbytes], offsets)
 
-    def see_order(self, indices: object, offsets: object) -> None:
+    def see_order(self, indices: Tensor, offsets: Tensor) -> None:
         """Note whether columns ascend in every row of the outputs."""
         n_rows = self._staging.plan.n_rows
         grid = min(max(1, -(-n_rows // _WARPS)), _MAX_GRID)
@@ -236,21 +242,21 @@ class Launches:
         unsorted = self._at("status") + np.uint64(4 * UNSORTED)
         self._backend.launch("csr_ascending", grid, _BLOCK, (indices, offsets, *sizes, unsorted))
 
-    def rowpack_dense(self, out: object, dtype: str, transform: Transform, layer: int) -> None:
+    def rowpack_dense(self, out: Tensor, dtype: str, transform: Transform, layer: int) -> None:
         """Upload, and go from rowpack chunks to dense rows in one kernel."""
         self._upload(np.zeros(0, OUTPUT))
         tables = (*self._runs(), *self._table("pieces"), *self._table(f"segments{layer}"))
         rows = (self._at(f"row_ptr{layer}"), np.uint32(self._staging.plan.n_rows))
         self._dense("rowpack_dense_", out, dtype, transform, (*tables, *rows, *self._columns), "pieces")
 
-    def densify(self, out: Any, dtype: str, transform: Transform, layer: int) -> None:
+    def densify(self, out: Tensor, dtype: str, transform: Transform, layer: int) -> None:
         """From the flat CSR to dense rows."""
         plan = self._staging.plan
         values = (self._at(f"flat{layer + 1}"), np.uint32(self._types[layer]), np.uint64(plan.n_elements))
         rows = (self._at("offsets"), np.uint32(plan.n_rows))
         self._dense("densify_", out, dtype, transform, (self._at("flat0"), *values, *rows), "rows")
 
-    def place_columns(self, out: Any) -> None:
+    def place_columns(self, out: Tensor) -> None:
         """From flat values to rows in which every column has its place; 0 where a row has none there."""
         n_rows, n_features = (int(n) for n in out.shape)
         if not n_rows or not n_features:
@@ -259,10 +265,10 @@ class Launches:
         rows = (self._at("flat1"), n_elements, self._at("offsets"), self._at("sources"), np.uint32(n_rows))
         target = (out, np.uint32(n_features), np.uint32(out.element_size()))
         grid = min(-(-n_rows // _WARPS), _MAX_GRID)
-        args = (*rows, *self._columns, *target, *self._status("rows"))
+        args: _Arguments = (*rows, *self._columns, *target, *self._status("rows"))
         self._backend.launch("place_columns", grid, _BLOCK, args)
 
-    def finish(self, tensors: list[object], seen: Callable[[bool], None] | None = None) -> Pending:
+    def finish(self, tensors: list[Tensor], seen: Callable[[bool], None] | None = None) -> Pending:
         """Ask for the status words; the slot is busy until they are there. `seen` hears of `ascending`."""
         staging, slot = self._staging, self._slot
         # They come back to where they lie in the page-locked buffer: the upload has read it by then.
@@ -331,7 +337,7 @@ class Launches:
         self._launch(kernel, len(jobs), self._table(part), sizes, (), part, shared=8 * max_blocks + stage)
 
     def _dense(
-        self, kernel: str, out: Any, dtype: str, transform: Transform, args: tuple[object, ...], part: str
+        self, kernel: str, out: Tensor, dtype: str, transform: Transform, args: _Arguments, part: str
     ) -> None:
         n_rows, n_features = (int(n) for n in out.shape)
         if not n_rows or not n_features:
@@ -353,12 +359,19 @@ class Launches:
         )
 
     def _launch(
-        self, kernel: str, grid: int, first: Any, second: Any, third: Any, part: str, shared: int = 0
+        self,
+        kernel: str,
+        grid: int,
+        first: _Arguments,
+        second: _Arguments,
+        third: _Arguments,
+        part: str,
+        shared: int = 0,
     ) -> None:
         args = (*self._arena(), *first, *second, *third, *self._status(part))
         self._backend.launch(kernel, min(grid, _MAX_GRID), _BLOCK, args, shared)
 
-    def _arena(self) -> tuple[object, object]:
+    def _arena(self) -> tuple[np.uint64, np.uint64]:
         """Memory that holds all chunk bytes of the batch."""
         if (resident := self._staging.resident) is not None:
             return np.uint64(resident.arena.address), np.uint64(resident.arena.nbytes)
@@ -367,19 +380,19 @@ class Launches:
     def _at(self, name: str) -> np.uint64:
         return np.uint64(self._device.address + self._staging.at[name])
 
-    def _runs(self) -> tuple[object, object]:
+    def _runs(self) -> tuple[np.uint64, np.uint32]:
         """HbxRun of staged chunks; with resident ones all of the arena, by which theirs are numbered."""
         if (resident := self._staging.resident) is not None:
             return np.uint64(resident.arena.address), np.uint32(resident.arena.nbytes // RUN.itemsize)
         return self._table("runs")
 
-    def _table(self, name: str) -> tuple[Any, Any]:
+    def _table(self, name: str) -> tuple[np.uint64, np.uint32]:
         return self._at(name), np.uint32(len(self._staging.tables[name]))
 
     def _count(self, part: str) -> int:
         return self._staging.counts[part]
 
-    def _status(self, part: str) -> tuple[object, object]:
+    def _status(self, part: str) -> tuple[np.uint64, np.uint64]:
         """Words of a part, and the one that sums them up."""
         status = self._at("status")
         return status + np.uint64(4 * self._staging.first_word(part)), status + np.uint64(4 * ANY)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -231,7 +230,7 @@ class NvcompDecompressor:
         allocate: Callable[[int], DeviceBuffer],
         wait: Callable[[], None],
         stream: int,
-        on_device: Callable[[], AbstractContextManager[Any]],
+        on_device: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._library, self._allocate, self._wait = library, allocate, wait
         self._stream, self._on_device = stream, on_device

@@ -10,7 +10,6 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from hbx_gpu.errors import CorruptChunkError
 
 RAW = "raw"
 # Codec -> kernels that decode index chunks and value chunks, and the function that explains their status.
-_KERNELS: dict[str, tuple[Any, Any, Callable[[int], str]]] = {
+_KERNELS: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[[int], str]]] = {
     "bitpacking": (
         kernels.bitpacked_columns,
         kernels.bitpacked_values,
@@ -187,7 +186,9 @@ class HostEngine:
         )
         return indices, values, offsets
 
-    def _outputs(self, plan: BatchPlan, columns: type[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _outputs(
+        self, plan: BatchPlan, columns: type[np.signedinteger]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         n = plan.n_elements
         return self._empty(n, columns), [self._empty(n, dtype) for dtype in self.dtypes]
 
@@ -224,7 +225,7 @@ class HostEngine:
         """Decode and copy all chunks that a kernel can decode, in one call."""
         word = np.dtype(np.uint64 if kind.word_size == 8 else np.uint32)
         columns, values, describe = _KERNELS[kind.codec]
-        buffers: tuple[Any, ...]
+        buffers: tuple[object, ...]
         if kind.codec == "rowpack":
             self._checks.rowpack_checksums(plan, slab, jobs)
             # One value per word, whatever the array's dtype; whole words of values go straight out.

@@ -8,9 +8,8 @@ is stored as it is only what pieces need is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -160,7 +159,7 @@ class BoxEngine:
         self._copy(plan, slab, outputs)
         return outputs
 
-    def _copy(self, plan: BoxPlan, slab: Slab, outputs: Sequence[Any]) -> None:
+    def _copy(self, plan: BoxPlan, slab: Slab, outputs: Sequence[np.ndarray | list[np.ndarray]]) -> None:
         """Copy from chunks to the rows that have an output array."""
         for part in plan.parts:
             out = outputs[part.array % self.table.n_layers]
@@ -185,7 +184,7 @@ class BoxEngine:
             else:
                 out[row[pieces]] = chunk[position[pieces]]
 
-    def _decoded(self, plan: BoxPlan, slab: Slab, part: ArrayPieces) -> Any:
+    def _decoded(self, plan: BoxPlan, slab: Slab, part: ArrayPieces) -> Iterator[tuple[np.ndarray, slice]]:
         """Yield (elements, pieces) of the chunks of one array, one chunk at a time."""
         layout, codec = self.table.layouts[part.array], self._codecs[part.array]
         places = slice(part.first_chunk, part.first_chunk + len(part.piece_ptr) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -85,7 +84,7 @@ def sort_rows(
     return kept, columns[: kept[-1]], [values[: kept[-1]] for values in layers]
 
 
-def as_float32(values: np.ndarray, empty: Callable[[int, Any], np.ndarray]) -> np.ndarray:
+def as_float32(values: np.ndarray, empty: Callable[[int, type[np.float32]], np.ndarray]) -> np.ndarray:
     """Values as float32: the same array where it has that dtype, else a copy in memory from `empty`."""
     if values.dtype == np.float32:
         return values

@@ -6,7 +6,7 @@ in between: `hbx_gpu._loading.dali.loader` has those, for graphs that need them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from hbx_gpu._loading.dali.feed import pack, rebuild
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DynamicOptions, Operators
 from hbx_gpu._streams import Held
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CPU = (1, 0)  # as DLPack names devices
 
@@ -61,9 +64,10 @@ class HandOver(Ahead):
         self._held = Held()
         self._closed = False
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         try:
             batch = next(self._ahead)
+            assert isinstance(batch, dict)  # a layout was asked for
             self.cells = self._ahead.cells
             packed = pack(batch, self.cells)
             outputs = {name: passed(tensor) for name, tensor in packed.tensors.items()}
@@ -75,7 +79,7 @@ class HandOver(Ahead):
             self.close()
             raise
 
-    def _operate(self, operators: Operators, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _operate(self, operators: Operators, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the operators of the user make of the fields of a batch."""
         from nvidia.dali.experimental import dynamic
 

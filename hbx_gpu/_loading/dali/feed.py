@@ -8,12 +8,18 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import THREADS
+from hbx_gpu._protocols import TensorBatch
 from hbx_gpu._streams import Held, own_stream
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
+    from torch import Tensor
 
 SPARSE_PARTS = ("indices", "values", "offsets")
 
@@ -41,13 +47,13 @@ class Packed:
 
     cells: int
     keys: list[tuple[str, ...]]
-    tensors: dict[str, Any] = field(default_factory=dict)
-    kept: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[tuple[str, ...], object] = field(default_factory=dict)
     sparse: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bfloat16: set[str] = field(default_factory=set)
 
 
-def pack(batch: dict[str, Any], cells: int) -> Packed:
+def pack(batch: TensorBatch, cells: int) -> Packed:
     """Take a batch apart without copying.
 
     Raises
@@ -79,7 +85,9 @@ def pack(batch: dict[str, Any], cells: int) -> Packed:
     return packed
 
 
-def _flat(batch: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flat(
+    batch: Mapping[str, object], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
     """The entries of a batch, of dicts inside it too, with their paths."""
     for key, value in batch.items():
         if isinstance(value, dict):
@@ -91,7 +99,7 @@ def _flat(batch: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[t
 def finished(ahead: Ahead, device_id: int | None) -> Iterator[Packed]:
     """Batches whose memory is written: DALI neither waits for other streams nor copies what it is fed."""
     if device_id is None:
-        context: Any = contextlib.nullcontext()
+        context: AbstractContextManager[object] = contextlib.nullcontext()
         stream = None
     else:
         import torch
@@ -106,6 +114,7 @@ def finished(ahead: Ahead, device_id: int | None) -> Iterator[Packed]:
             batch = next(ahead, None)
             if batch is None:
                 return None
+            assert isinstance(batch, dict)  # a layout was asked for
             packed = pack(batch, ahead.cells)
             if stream is not None:
                 written.record(stream)
@@ -116,7 +125,7 @@ def finished(ahead: Ahead, device_id: int | None) -> Iterator[Packed]:
     return iter(make, None)
 
 
-def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held) -> list[Any]:
+def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held) -> list[Tensor]:
     """The outputs of the next run as torch tensors, ordered into the current stream; `held` keeps them."""
     import torch
 
@@ -137,7 +146,7 @@ def take_outputs(built: Built, packed: Packed, device_id: int | None, held: Held
     return outputs
 
 
-def rebuild(packed: Packed, outputs: Mapping[str, Any]) -> dict[str, Any]:
+def rebuild(packed: Packed, outputs: Mapping[str, Tensor]) -> TensorBatch:
     """Make a batch of outputs by name, with keys in their order and the entries that DALI does not carry."""
     import torch
 
@@ -145,11 +154,11 @@ def rebuild(packed: Packed, outputs: Mapping[str, Any]) -> dict[str, Any]:
     for name in packed.bfloat16 & found.keys():
         if found[name].dtype is torch.uint16:
             found[name] = found[name].view(torch.bfloat16)
-    batch: dict[str, Any] = {}
+    batch: TensorBatch = {}
     for path in packed.keys:
         name = ".".join(path)
         if path in packed.kept:
-            value = packed.kept[path]
+            value: object = packed.kept[path]
         elif name in packed.sparse:
             parts = [f"{name}.{part}" for part in SPARSE_PARTS]
             if not all(part in found for part in parts):
@@ -166,7 +175,7 @@ def rebuild(packed: Packed, outputs: Mapping[str, Any]) -> dict[str, Any]:
     return batch | found
 
 
-def _sparse(key: str, parts: list[Any], shape: tuple[int, ...]) -> Any:
+def _sparse(key: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     import torch
 
     indices, values, offsets = parts
@@ -298,7 +307,7 @@ class Built:
         Whether batches are dicts.
     """
 
-    pipe: Any
+    pipe: Pipeline
     inputs: dict[str, str]
     names: tuple[str, ...]
     named: bool

@@ -7,7 +7,7 @@ up outputs without a copy. What DALI cannot carry travels beside it, in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DaliOptions, LoaderOptions
-from hbx_gpu._protocols import AnyFeed
+from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu._streams import Held
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
 
 
 class CellPipeline(CellLoader):
@@ -29,13 +32,13 @@ class CellPipeline(CellLoader):
 
     def __init__(
         self,
-        dataset: Any,
-        sampler: Any = None,
-        collate_fn: Callable[[Any], Any] | None = None,
+        dataset: object,
+        sampler: object = None,
+        collate_fn: CollateFunction | None = None,
         *,
         options: LoaderOptions | None = None,
         feed: AnyFeed | None = None,
-        batch_sampler: Any = None,
+        batch_sampler: object = None,
         batch_size: int | None = None,
         shuffle: bool | None = None,
         drop_last: bool | None = None,
@@ -111,7 +114,7 @@ class CellPipeline(CellLoader):
         position = state["sampler"]
         self._position = int(position.get("cells", position["batches"]))
 
-    def pipeline(self) -> Any:
+    def pipeline(self) -> Pipeline:
         """A ``nvidia.dali.Pipeline`` for an iterator of DALI's, such as ``DALIGenericIterator``.
 
         Its attribute `names` holds the names of the outputs, in order. It raises ``StopIteration`` after the
@@ -155,7 +158,7 @@ class _Run(Ahead):
         self._closed = False
         self._held = Held()
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         if self._closed:
             raise StopIteration
         try:

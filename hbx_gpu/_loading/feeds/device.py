@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,20 +19,24 @@ from hbx_gpu._collates import (
     DenseCollate,
 )
 from hbx_gpu._datasets.cells import CellDataset
-from hbx_gpu._datasets.stored import StoredDataset
+from hbx_gpu._datasets.stored import AnyStored
 from hbx_gpu._float16 import may_overflow, say_overflow, was_said
-from hbx_gpu._protocols import Rows
+from hbx_gpu._protocols import Rows, TensorBatch
 from hbx_gpu._tensors import check_columns
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hbx_gpu._engine.device import DeviceEngine, Pending, StagedPlan
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._loading.options import LoaderOptions
     from hbx_gpu._plan.rows import BatchPlan
     from hbx_gpu._source import RowIndex
 
-DatasetT = TypeVar("DatasetT", bound=StoredDataset[Any, Any, Any])
+Cut: TypeAlias = "Callable[[int, int], Tensor | list[Tensor]]"
+"""Returns what the rows [first, last) of a window become: a tensor, or one for each row."""
+DatasetT = TypeVar("DatasetT", bound=AnyStored)
 # Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
 # compressed bytes in page-locked and device memory.
 _CSR_BYTES = 16
@@ -122,7 +126,7 @@ class StagedFeed(SlotFeed[DatasetT]):
         last = np.cumsum([len(part) for part in selections]).tolist()
         return [_Made(window, stop - len(part), stop) for part, stop in zip(selections, last, strict=True)]
 
-    def deliver(self, made: _Made) -> dict[str, Any]:
+    def deliver(self, made: _Made) -> TensorBatch:
         """Tensors that the caller's current stream may use; raises what the kernels found."""
         window = made.window
         if window.slot is not None:
@@ -136,7 +140,7 @@ class StagedFeed(SlotFeed[DatasetT]):
         self._backend.hand_over(window.event, window.tensors)
         return {"X": window.x(made.first, made.last), **window.columns.batch(made.first, made.last)}
 
-    def _overflow(self, tensors: Sequence[Any]) -> Any:
+    def _overflow(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """Order the search for infinite float16 values: a bool tensor; None where there can be none."""
         import torch
 
@@ -150,7 +154,7 @@ class StagedFeed(SlotFeed[DatasetT]):
         """Plan rows, bring what they need, and pack what of it crosses."""
         raise NotImplementedError
 
-    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
         """Order what makes the rows: it, the tensors they lie in, and what cuts a batch out of these."""
         raise NotImplementedError
 
@@ -198,25 +202,25 @@ class DeviceFeed(StagedFeed[CellDataset]):
     def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         return self.chunks.stage(selection, slot)
 
-    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
         if self._layout == "dense":
             pending = self._engine.submit_dense(staging, slot, self._dtype, self._transform)
             (x,) = pending.tensors
 
-            def dense(first: int, last: int) -> Any:
+            def dense(first: int, last: int) -> Tensor:
                 return x[first:last]
 
             return pending, [x], dense
         pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"], canonical=True)
         return pending, *self._csr(pending, staging.plan, self._dataset.n_features)
 
-    def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Any], Callable[..., Any]]:
+    def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Tensor], Cut]:
         """Return the tensors of a window, and the function that cuts sparse tensors from them."""
         import torch
 
         indices, values, offsets = pending.tensors
 
-        def cut(first: int, last: int) -> Any:
+        def cut(first: int, last: int) -> Tensor:
             # Without drops the plan knows the bounds; with them a window is one batch, counted by now.
             a, b = (0, pending.nnz) if self._engine.drops else map(int, plan.offsets[[first, last]])
             with warnings.catch_warnings():
@@ -293,10 +297,10 @@ class _Window:
     event: Event
     slot: Slot | None
     free: deque[Slot]
-    tensors: list[Any]
-    x: Callable[[int, int], Any]
+    tensors: list[Tensor]
+    x: Cut
     columns: Columns
-    overflow: Any = None
+    overflow: Tensor | None = None
 
     def give_back(self) -> None:
         """Give the staging memory up, if that has not been done."""
@@ -317,7 +321,7 @@ class Columns:
         self._sent = {name: np.ascontiguousarray(c) for name, c in found.items() if c.dtype.kind in "iuf"}
         sizes = [-(-column.nbytes // 8) * 8 for column in self._sent.values()]
         self._places = [0, *np.cumsum(sizes).tolist()]
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def pack(self, slot: Slot) -> None:
         """Copy to page-locked memory."""
@@ -325,7 +329,7 @@ class Columns:
         for column, at in zip(self._sent.values(), self._places, strict=False):
             slot.side[at : at + column.nbytes] = column.view(np.uint8)
 
-    def send(self, slot: Slot, backend: Backend) -> list[Any]:
+    def send(self, slot: Slot, backend: Backend) -> list[Tensor]:
         """Order the copy; the tensor it goes to."""
         import torch
 
@@ -335,13 +339,13 @@ class Columns:
             self._tensors[name] = buffer[at : at + column.nbytes].view(getattr(torch, column.dtype.name))
         return [buffer]
 
-    def batch(self, first: int, last: int) -> dict[str, Any]:
+    def batch(self, first: int, last: int) -> TensorBatch:
         """The columns of rows [first, last)."""
-        found = self._kept | self._tensors
+        found: dict[str, np.ndarray | Tensor] = {**self._kept, **self._tensors}
         return {name: found[name][first:last] for name in self._names}
 
 
-def _canonical(x: Any) -> Any:
+def _canonical(x: Tensor) -> Tensor:
     """Columns ascending and unique within rows; needed where columns repeat, and waits for the device."""
     import torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,16 @@ from hbx_gpu._collates import (
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._datasets.plain import PlainDataset
-from hbx_gpu._loading.feeds.device import DatasetT, DecodedBytes, DeviceFeed, StagedFeed
+from hbx_gpu._loading.feeds.device import Cut, DatasetT, DecodedBytes, DeviceFeed, StagedFeed
 from hbx_gpu._loading.feeds.tokens import TokenFeed
 from hbx_gpu._loading.token_collate import TokenCollate
-from hbx_gpu._protocols import AnyCollate, AnyFeed, Collate, Loadable, Rows, TensorBatch
+from hbx_gpu._protocols import AnyCollate, AnyFeed, AnyLoadable, Collate, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
     from hbx_gpu._engine.device import DeviceEngine, Pending, StagedPlan
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
@@ -57,7 +59,7 @@ class CopiedFeed:
 
     one_batch_per_window = False
 
-    def __init__(self, dataset: Loadable[Any], collate: Collate[Any, TensorBatch], backend: Backend) -> None:
+    def __init__(self, dataset: AnyLoadable, collate: Collate[Any, TensorBatch], backend: Backend) -> None:
         self._dataset, self._collate, self._backend = dataset.with_row_numbers(), collate, backend
         self._free: deque[Slot] = deque()
 
@@ -98,12 +100,17 @@ class CopiedFeed:
             buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for tensor, at in zip(tensors, places, strict=False)
         )
-        return [_Copied(event, buffer, _replaced(batch, sent)) for batch in made]
+        return [
+            _Copied(event, buffer, {name: _replaced(value, sent) for name, value in batch.items()})
+            for batch in made
+        ]
 
     def deliver(self, made: _Copied) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
+        import torch
+
         # Tensors that are on the device already are outputs of DALI, in its memory.
-        there = [value for value in made.batch.values() if getattr(value, "is_cuda", False)]
+        there = [value for value in made.batch.values() if isinstance(value, torch.Tensor) and value.is_cuda]
         self._backend.hand_over(made.event, [made.buffer], there)
         return made.batch
 
@@ -121,11 +128,11 @@ class _Copied:
     """A batch whose tensors lie in a device buffer that `event` says is written."""
 
     event: Event
-    buffer: Any
+    buffer: Tensor
     batch: TensorBatch
 
 
-def _parts(tensor: Any) -> tuple[Any, ...]:
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Dense tensors that a tensor consists of."""
     import torch
 
@@ -134,7 +141,7 @@ def _parts(tensor: Any) -> tuple[Any, ...]:
     return (tensor,)
 
 
-def _tensors(value: Any) -> list[Any]:
+def _tensors(value: object) -> list[Tensor]:
     """All dense tensors of the host in a batch, in order."""
     import torch
 
@@ -147,7 +154,7 @@ def _tensors(value: Any) -> list[Any]:
     return []
 
 
-def _replaced(value: Any, sent: Any) -> Any:
+def _replaced(value: object, sent: Iterator[Tensor]) -> object:
     """The batch with the tensors of :func:`_tensors` replaced, one after the other."""
     import torch
 
@@ -242,13 +249,13 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
             copying.nbytes = staging.host_bytes
         return staging
 
-    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Any], Callable[..., Any]]:
+    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
         plan, rows = staging.plan, self._rows
         if rows.width is None and not rows.placed:
             pending = self._engine.submit_rows(staging, slot, (plan.n_elements,), placed=False)
             (flat,) = pending.tensors
 
-            def ragged(first: int, last: int) -> list[Any]:
+            def ragged(first: int, last: int) -> list[Tensor]:
                 bounds = plan.offsets[first : last + 1].tolist()
                 return [
                     flat[a:b].view(rows.shape_of(plan, row))
@@ -263,7 +270,7 @@ class DenseFeed(StagedFeed[DenseCellDataset]):
             with self._backend.on_decode_stream():
                 x = x.bfloat16()
 
-        def regular(first: int, last: int) -> Any:
+        def regular(first: int, last: int) -> Tensor:
             return x[first:last]
 
         return pending, [*pending.tensors, x], regular
@@ -286,11 +293,11 @@ class LayersFeed:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         return next(iter(self._feeds.values())).checked(batches)
 
-    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[Any, ...]]:
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[object, ...]]:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         return list(zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True))
 
-    def deliver(self, made: tuple[Any, ...]) -> TensorBatch:
+    def deliver(self, made: tuple[object, ...]) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         found = [feed.deliver(entry) for feed, entry in zip(self._feeds.values(), made, strict=True)]
         layers = {name: batch["X"] for name, batch in zip(self._feeds, found, strict=True)}
@@ -312,7 +319,7 @@ def _sums(sizes: Iterable[list[int]]) -> list[int]:
 
 
 def cells_feed(
-    dataset: Loadable[Any], backend: Backend, collate: AnyCollate, options: LoaderOptions
+    dataset: AnyLoadable, backend: Backend, collate: AnyCollate, options: LoaderOptions
 ) -> AnyFeed:
     """The feed of one modality: decoded on the device where it can be, else made by `collate` and copied.
 
@@ -404,12 +411,12 @@ class MultimodalFeed:
         for feed in self._feeds.values():
             feed.set_epoch(epoch)
 
-    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[np.ndarray, tuple[Any, ...]]]:
+    def make(self, selections: Sequence[np.ndarray]) -> list[tuple[np.ndarray, tuple[object, ...]]]:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         made = zip(*(feed.make(selections) for feed in self._feeds.values()), strict=True)
         return list(zip(selections, made, strict=True))
 
-    def deliver(self, made: tuple[np.ndarray, tuple[Any, ...]]) -> TensorBatch:
+    def deliver(self, made: tuple[np.ndarray, tuple[object, ...]]) -> TensorBatch:
         """See :class:`~hbx_gpu._protocols.Feed`."""
         import torch
 

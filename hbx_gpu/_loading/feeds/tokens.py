@@ -21,6 +21,8 @@ from hbx_gpu.tokens._device.batch import DeviceTokens, FlatRows, Made, Wanted
 from hbx_gpu.tokens._encode import aux_ids, front_ids
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hbx_gpu._engine.device import FlatCsr, Pending, StagedPlan
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._loading.options import LoaderOptions
@@ -36,7 +38,7 @@ class _Window:
     event: Event
     slot: Slot | None
     free: deque[Slot]
-    tensors: list[object]
+    tensors: list[Tensor]
     columns: Columns
 
     def give_back(self) -> None:
@@ -110,7 +112,7 @@ class TokenFeed(SlotFeed[CellDataset]):
         wanted = [self._wanted(rows) for rows in selections]
         made: list[Made] = []
 
-        def tokens(flat: FlatCsr) -> list[object]:
+        def tokens(flat: FlatCsr) -> list[Tensor]:
             for (first, last), one in zip(pairwise(bounds), wanted, strict=True):
                 rows = FlatRows(
                     flat.indices, flat.values[0], flat.offsets + np.uint64(8 * first), flat.types[0],

@@ -9,12 +9,12 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from hbx_gpu._devices import cores, free_host_memory
-from hbx_gpu._protocols import Chunked, Loadable
+from hbx_gpu._protocols import AnyLoadable, Chunked
 from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.chunks import Extents
 from hbx_gpu._storage.readers import Reader, Slab
@@ -23,7 +23,7 @@ from hbx_gpu.errors import UnsupportedError
 if TYPE_CHECKING:
     from hbx_gpu._loading.options import LoaderOptions
 
-LoadableT = TypeVar("LoadableT", bound=Loadable[Any])
+LoadableT = TypeVar("LoadableT", bound=AnyLoadable)
 
 LOAD_BYTES = 32 << 20
 """Bytes that each thread loads at a time."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from hbx_gpu.errors import HbxError, TableError
 
@@ -69,7 +69,7 @@ def guarded(table: Table, root: Path, name: str) -> Table:
 class _Guarded:
     """A LanceDB table, or an intermediate object that its methods return."""
 
-    def __init__(self, inner: Any, root: Path, table: str) -> None:
+    def __init__(self, inner: object, root: Path, table: str) -> None:
         self._inner, self._root, self._table = inner, root, table
 
     def __getattr__(self, name: str) -> object:
@@ -81,6 +81,7 @@ class _Guarded:
 
     def __len__(self) -> int:
         with lance_errors(self._root, self._table):
+            assert isinstance(self._inner, Sized)
             return len(self._inner)
 
     def _passed(self, found: object) -> object:

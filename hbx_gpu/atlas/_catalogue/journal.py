@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
 from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, own_folder, parse_json, read_small
@@ -78,7 +78,7 @@ class IngestNote:
     replaces: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> IngestNote:
+    def from_json(cls, data: dict[str, object]) -> IngestNote:
         """The note as :meth:`Journal.write` stored it.
 
         Raises
@@ -91,12 +91,12 @@ class IngestNote:
                 **_texts(group, "zarr_group", "feature_space", "field_name", "layout_uid"),
                 new_features=_names(group["new_features"]),
             )
-            for group in data["groups"]
+            for group in _list(data["groups"], dict)
         )
         return cls(
             **_texts(data, "staging", "obs_table", "dataset_uid"),
             groups=groups,
-            new_columns={table: _names(columns) for table, columns in data["new_columns"].items()},
+            new_columns={table: _names(columns) for table, columns in _object(data["new_columns"]).items()},
             new_registries=_names(data["new_registries"]),
             replaces=_names(data["replaces"]),
         )
@@ -138,6 +138,7 @@ class RemoveNote:
 
 
 Note = IngestNote | RepackNote | RemoveNote
+_K = TypeVar("_K", dict[str, object], list[object])
 _N = TypeVar("_N", IngestNote, RepackNote, RemoveNote)
 
 
@@ -186,8 +187,8 @@ class Journal:
     def removals(self) -> list[RemoveNote]:
         """All notes of removals that did not finish; raises as :meth:`notes`."""
 
-        def parse(data: dict[str, Any]) -> RemoveNote:
-            pairs = [_names(pair) for pair in data["layouts"]]
+        def parse(data: dict[str, object]) -> RemoveNote:
+            pairs = [_names(pair) for pair in _list(data["layouts"], list)]
             if any(len(pair) != 2 for pair in pairs):
                 raise TypeError("layouts are pairs")
             layouts = tuple((space, uid) for space, uid in pairs)
@@ -247,11 +248,23 @@ def _refused(path: Path, reason: str) -> AtlasError:
     )
 
 
-def _texts(data: dict[str, Any], *keys: str) -> dict[str, str]:
-    found = {key: data[key] for key in keys}
-    if not all(isinstance(value, str) for value in found.values()):
+def _texts(data: Mapping[str, object], *keys: str) -> dict[str, str]:
+    found = {key: value for key in keys if isinstance(value := data[key], str)}
+    if len(found) < len(keys):
         raise TypeError(f"{', '.join(keys)} are texts")
     return found
+
+
+def _object(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError("an object is expected")
+    return value
+
+
+def _list(value: object, kind: type[_K]) -> list[_K]:
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise TypeError(f"a list of {kind.__name__} is expected")
+    return value
 
 
 def _names(values: object) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import Within, open_regular, own_folder, parse_json, read_small
@@ -33,6 +33,8 @@ _PIECE = 4 << 20
 # Files of a Lance table: a folder, and a plain name in it.
 _FILE = re.compile(r"(_versions|data|_deletions)/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 _NEWEST = (1 << 64) - 1  # Lance names its manifests by this number minus the version
+# Table -> version -> file -> (size, SHA-256).
+_Tables: TypeAlias = dict[str, dict[str, dict[str, tuple[int, str]]]]
 # (path, size, mtime, inode) of files that this process has verified.
 _seen: set[tuple[str, int, int, int]] = set()
 _lock = threading.Lock()
@@ -76,10 +78,10 @@ def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most
     TableError
         A file has changed.
     """
-    document = _load(root, record)
-    if document is None:
+    tables = _load(root, record)
+    if tables is None:
         return
-    files = document["tables"].get(table, {}).get(str(version))
+    files = tables.get(table, {}).get(str(version))
     if files is None:
         raise AtlasError(
             f"{path_of(root, record.version)} knows no version {version} of table {table!r}, which snapshot "
@@ -105,16 +107,19 @@ def verify_all(root: Path, record: SnapshotRecord) -> None:
             verify(root, record, table, version, most=1 << 62)
 
 
-def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
+def _load(root: Path, record: SnapshotRecord) -> _Tables | None:
     path = path_of(root, record.version)
     Within(str(root)).check(str(path))
     if not os.path.lexists(path):
         return None
     document = parse_json(read_small(path, _LARGEST), path)
     try:
+        if not isinstance(document, dict):
+            raise TypeError(f"it holds a {type(document).__name__}")
         if document["format"] != _FORMAT:
             return None  # written by a later release
-        for versions in document["tables"].values():
+        tables: _Tables = document["tables"]
+        for versions in tables.values():
             for files in versions.values():
                 for relative, (size, sha256) in files.items():
                     if not _FILE.fullmatch(relative):
@@ -131,7 +136,7 @@ def _load(root: Path, record: SnapshotRecord) -> dict[str, Any] | None:
             f"snapshot {record.version} of the atlas at {root} is recorded otherwise than when it was taken "
             f"({path}); the table of snapshots was damaged or changed, copy the atlas again from its origin"
         )
-    return dict(document)
+    return tables
 
 
 def _plain(record: SnapshotRecord) -> object:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._untrusted import NO_LINK, Within, check_tree, leads_out
 from hbx_gpu.errors import AtlasError, UnsafePathError
@@ -37,7 +36,7 @@ def plain_name(name: object, what: str) -> str:
     return name
 
 
-def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Path:
+def group_path(store: Path, zarr_group: object, *, allow_links: bool = False) -> Path:
     """Directory of a group, which lies in the store.
 
     Parameters
@@ -56,13 +55,14 @@ def group_path(store: Path, zarr_group: Any, *, allow_links: bool = False) -> Pa
     UnsafePathError
         A link leads out of it.
     """
-    parts = zarr_group.split("/") if isinstance(zarr_group, str) else [""]
-    if any(map(_is_strange, parts)) or parts[0] == STAGING or len(zarr_group) > _MOST:
+    name = zarr_group if isinstance(zarr_group, str) else ""
+    parts = name.split("/")
+    if any(map(_is_strange, parts)) or parts[0] == STAGING or len(name) > _MOST:
         raise AtlasError(
             f"zarr_group {_short(zarr_group)} must be a relative path below {store}; the atlas was damaged, "
             "or made to reach files outside of it"
         )
-    path: Path = store / zarr_group
+    path = store / name
     if not allow_links:
         Within(str(store)).check(str(path))
     return path

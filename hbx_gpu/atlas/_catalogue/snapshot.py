@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +135,7 @@ class Snapshot:
         path: str | os.PathLike[str],
         version: int | None = None,
         *,
-        store: Any = None,
+        store: object = None,
         version_table_name: str = VERSION_TABLE,
         allow_links: bool = False,
     ) -> Snapshot:

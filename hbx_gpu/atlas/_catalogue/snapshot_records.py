@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbx_gpu._paths import local_path
 from hbx_gpu._untrusted import parse_json
@@ -106,14 +106,14 @@ def read_records(
     return sorted((_parse(row, version_table_name) for row in rows), key=lambda record: record.version)
 
 
-def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
+def _parse(row: dict[str, object], table: str) -> SnapshotRecord:
     where = f"table {table!r}"
     try:
         if "obs_table_versions" in row:
             obs_tables = _mapping(row["obs_table_versions"], where)
             total_rows = row["total_rows"]
         else:
-            obs_tables = {row["cell_table_name"]: row["cell_table_version"]}
+            obs_tables = {str(row["cell_table_name"]): row["cell_table_version"]}
             total_rows = row["total_cells"]
         names = _mapping(row["registry_table_names"], where)
         versions = _mapping(row["registry_table_versions"], where)
@@ -125,7 +125,7 @@ def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
             layouts_version=_number(row["feature_layouts_table_version"]),
             total_rows=_number(total_rows),
             created_at=str(row["created_at"]),
-            zarr_store_uri=row.get("zarr_store_uri") or "",
+            zarr_store_uri=str(row.get("zarr_store_uri") or ""),
         )
     except (KeyError, TypeError, CorruptDataError) as error:
         if isinstance(error, UnsafePathError):
@@ -135,19 +135,19 @@ def _parse(row: dict[str, Any], table: str) -> SnapshotRecord:
         ) from error
 
 
-def _mapping(text: Any, where: str) -> dict[str, Any]:
+def _mapping(text: object, where: str) -> dict[str, object]:
     found = parse_json(text.encode() if isinstance(text, str) else b"", where)
     if not isinstance(found, dict):
         raise TypeError(f"{str(found)[:100]} is not a mapping")
     return found
 
 
-def _pinned(name: Any, version: Any, where: str) -> tuple[str, int]:
+def _pinned(name: object, version: object, where: str) -> tuple[str, int]:
     return plain_name(name, f"the name of a table in {where}"), _number(version)
 
 
-def _number(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise TypeError(f"{str(value)[:100]} is not the number of a version or of rows")
     return value
 
@@ -181,7 +181,7 @@ def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VER
 
 
 def resolve_store(
-    root: Path, record: SnapshotRecord, store: Any = None, *, allow_links: bool = False
+    root: Path, record: SnapshotRecord, store: object = None, *, allow_links: bool = False
 ) -> Path:
     """Directory of the zarr store: the given one, else the sibling of ``lance_db``, else the recorded one.
 
@@ -223,7 +223,7 @@ def resolve_store(
     )
 
 
-def store_path(store: Any) -> str | os.PathLike[str]:
+def store_path(store: object) -> str | os.PathLike[str]:
     """Where a store lies: a path, or a local store object of zarr (``.root``) or obstore (``.prefix``).
 
     Raises

@@ -425,7 +425,7 @@ def _free_uid(content: str, catalogue: Catalogue) -> str:
     return uid
 
 
-def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, Any]:
+def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, object]:
     """Columns of the dataset's row that say where a group comes from."""
     codec = settings.storage.codec
     return {

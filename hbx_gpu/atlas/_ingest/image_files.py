@@ -10,13 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from hbx_gpu._untrusted import check_regular, check_tree, found_at
 from hbx_gpu.atlas._ingest.inputs import hash_file
 from hbx_gpu.errors import HbxError, InvalidDataError
+
+if TYPE_CHECKING:
+    import zarr
+    from PIL.Image import Image
 
 # Of arrays whose axes nobody names: the last of these.
 _AXES = "tczyx"
@@ -27,6 +32,19 @@ _SHOWN = 3
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 # Of pictures by Pillow's mode; all others hold bytes.
 _PICTURE_DTYPES = {"1": "bool", "I": "int32", "F": "float32", "I;16": "uint16"}
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """Anything that is sliced as NumPy arrays are."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, region: tuple[slice, ...], /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class StoredImage:
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: str
-    array: Any
+    array: Sliced
     digest: Callable[[], str]
 
     def read(self, region: tuple[slice, ...]) -> np.ndarray:
@@ -71,7 +89,7 @@ class StoredImage:
             ) from error
 
 
-def open_image(image: Any, *, axes: str | None = None, allow_links: bool = False) -> StoredImage:
+def open_image(image: object, *, axes: str | None = None, allow_links: bool = False) -> StoredImage:
     """Open an image for reading.
 
     Parameters
@@ -97,8 +115,9 @@ def open_image(image: Any, *, axes: str | None = None, allow_links: bool = False
         opened = _open_path(Path(image), allow_links=allow_links)
     elif isinstance(image, Sequence):
         opened = open_tiles([Path(file) for file in image])
-    elif hasattr(image, "shape") and hasattr(image, "dtype"):
-        opened = _opened(image, "array in memory", "array in memory", lambda: _hash_array(image))
+    elif isinstance(image, Sliced):
+        array = image
+        opened = _opened(array, "array in memory", "array in memory", lambda: _hash_array(array))
     else:
         raise InvalidDataError(
             f"expected an image: a path, an array or a list of files, got {type(image).__name__}"
@@ -114,7 +133,7 @@ def open_image(image: Any, *, axes: str | None = None, allow_links: bool = False
 
 
 def _opened(
-    array: Any, source: str, name: str, digest: Callable[[], str], axes: str | None = None
+    array: Sliced, source: str, name: str, digest: Callable[[], str], axes: str | None = None
 ) -> StoredImage:
     shape = tuple(int(n) for n in array.shape)
     if not 1 <= len(shape) or not all(shape):
@@ -175,7 +194,7 @@ def _open_zarr(path: Path, *, allow_links: bool) -> StoredImage:
         ) from error
 
 
-def _multiscales(group: Any, path: Path) -> Any:
+def _multiscales(group: zarr.Group, path: Path) -> Any:
     attributes: dict[str, Any] = dict(group.attrs)
     images = attributes.get("ome", attributes).get("multiscales")
     if not images:
@@ -198,7 +217,10 @@ def _open_tiff(path: Path) -> StoredImage:
         raise InvalidDataError(f"{path} cannot be read as a TIFF file: {error}") from error
     import zarr
 
-    return _opened(zarr.open(store, mode="r"), str(path), path.name, lambda: hash_file(path), axes)
+    node = zarr.open(store, mode="r")
+    if not isinstance(node, zarr.Array):
+        raise InvalidDataError(f"{path} is a TIFF file whose first series is not one array")
+    return _opened(node, str(path), path.name, lambda: hash_file(path), axes)
 
 
 def open_tiles(files: Sequence[Path]) -> StoredImage:
@@ -244,7 +266,7 @@ class _TileFiles:
     def shape(self) -> tuple[int, ...]:
         return (len(self.files), *self.tile_shape)
 
-    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, region: tuple[slice, ...], /) -> np.ndarray:
         return np.stack([_read_tile(file) for file in self.files[region[0] if region else slice(None)]])
 
 
@@ -280,15 +302,16 @@ def _channels_first(shape: tuple[int, ...], axes: str, file: Path) -> tuple[tupl
     raise InvalidDataError(f"{file}: one tile is (Y, X) or (C, Y, X), found shape {shape}")
 
 
-def _open_picture(file: Path) -> Any:
+def _open_picture(file: Path) -> Image:
     images = _import("PIL.Image", f"{file} is a picture")
     try:
-        return images.open(file)
+        image: Image = images.open(file)
+        return image
     except OSError as error:
         raise InvalidDataError(f"{file} cannot be read as a picture: {error}") from error
 
 
-def _import(name: str, why: str) -> Any:
+def _import(name: str, why: str) -> ModuleType:
     import importlib
 
     try:
@@ -323,10 +346,10 @@ def hash_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_array(array: Any) -> str:
+def _hash_array(array: Sliced) -> str:
     digest = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
     for part in row_blocks(tuple(array.shape), np.dtype(array.dtype).itemsize, _HASH_BYTES):
-        digest.update(np.ascontiguousarray(array[part]).tobytes())
+        digest.update(np.ascontiguousarray(array[(part,)]).tobytes())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -63,8 +63,8 @@ class ImageInput:
         ``tczyx``. Boxes are given by columns ``y0``, ``y1``, ``x0``, ``x1`` and so on, half-open, in pixels.
     """
 
-    image: Any
-    table: Any
+    image: object
+    table: object
     cell_column: str = "cell_id"
     tile_column: str = "tile"
     file_column: str = "file"
@@ -169,7 +169,7 @@ def _parsed(texts: pd.Series) -> pd.Series:
     return texts.where(texts != "", None)
 
 
-def _read_table(table: Any) -> tuple[str, pd.DataFrame, bool]:
+def _read_table(table: object) -> tuple[str, pd.DataFrame, bool]:
     """Name for messages, the table, and whether it comes from text, where nothing has a type."""
     import pandas as pd
 
@@ -177,7 +177,11 @@ def _read_table(table: Any) -> tuple[str, pd.DataFrame, bool]:
         return "table of images", table, False
     if isinstance(table, Mapping):
         return "table of images", pd.DataFrame(table), False
-    path = Path(os.fspath(table))
+    if not isinstance(table, str | os.PathLike):
+        raise TypeError(
+            f"a table of cells and images is a file or a data frame, not a {type(table).__name__}"
+        )
+    path = Path(table)
     check_file(path, "a table of cells and images")
     try:
         if path.suffix == ".parquet":

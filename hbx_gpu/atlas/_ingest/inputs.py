@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -161,8 +161,8 @@ def _values_of(adata: AnnData, matrix: str) -> object:
     return adata.X if matrix == "X" else adata.raw.X if matrix == "raw" else adata.layers[matrix]
 
 
-def _open(values: Any, name: str) -> CsrMatrix | DenseMatrix:
-    if scipy.sparse.issparse(values):
+def _open(values: object, name: str) -> CsrMatrix | DenseMatrix:
+    if isinstance(values, scipy.sparse.spmatrix | scipy.sparse.sparray):
         rows = values.tocsr()
         return CsrMatrix(name, rows.shape, rows.indptr, rows.indices, rows.data)
     if isinstance(values, np.ndarray) and values.ndim == 2:
@@ -193,7 +193,7 @@ def _hash(matrix: CsrMatrix | DenseMatrix, names: Sequence[str]) -> str:
         parts += [matrix.indptr, matrix.indices]
     for part in parts:
         step = max(1, _HASH_BYTES // max(1, part[:1].nbytes))
-        for i in range(0, len(part), step):
+        for i in range(0, part.shape[0], step):
             digest.update(np.ascontiguousarray(part[i : i + step]).tobytes())
     for name in names:
         digest.update(str(name).encode() + b"\0")
@@ -281,7 +281,8 @@ def cell_uids(dataset_uid: str, n: int) -> pa.Array:
     return pa.array([digits[i : i + 16] for i in range(0, len(digits), 16)], pa.string())
 
 
-def _strings(values: Any) -> list[str] | None:
+def _strings(values: Iterable[object]) -> list[str] | None:
     """The values if all are non-empty strings, else None."""
     listed = list(values)
-    return listed if all(isinstance(value, str) and value for value in listed) else None
+    texts = [value for value in listed if isinstance(value, str) and value]
+    return texts if len(texts) == len(listed) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 
 from hbx_gpu._advice import option
 from hbx_gpu.errors import InvalidDataError
+
+if TYPE_CHECKING:
+    import datetime
 
 Kind = Literal["empty", "truth", "whole", "fractions", "text", "time", "list", "other"]
 """What the values of a column are, whatever type they come in."""
@@ -269,13 +272,12 @@ def _float_text(value: float) -> str:
     return f"{digits}e{int(exponent)}" if e else digits
 
 
-def _time_text(value: Any) -> str:
+def _time_text(value: datetime.datetime) -> str:
     text = value.isoformat(timespec="seconds").removesuffix("+00:00")
     micros = value.microsecond
     if micros:
         text += f".{micros // 1000:03d}" if micros % 1000 == 0 else f".{micros:06d}"
-    result: str = text + ("Z" if value.tzinfo else "")
-    return result
+    return text + ("Z" if value.tzinfo else "")
 
 
 def cast_sql(name: str, there: Column, wanted: pa.DataType) -> str:

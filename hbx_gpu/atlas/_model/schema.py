@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 import pyarrow as pa
 from lancedb.pydantic import LanceModel
 from pydantic import Field, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from hbx_gpu.atlas._model.columns import fits
 from hbx_gpu.atlas._model.spaces import PointerKind, get_space
@@ -98,7 +99,7 @@ class PointerField:
         *,
         feature_space: str,
         feature_registry_schema: type | str | None = None,
-        default: Any = None,
+        default: object = None,
         **kwargs: Any,
     ) -> Any:
         """Declare a pointer column in the body of a :class:`HoxBaseSchema` subclass.
@@ -127,7 +128,7 @@ class StableUIDField:
     """Marks the field of a registry class that identifies a feature; the feature's uid is derived from it."""
 
     @staticmethod
-    def declare(*, default: Any = ..., **kwargs: Any) -> Any:
+    def declare(*, default: object = ..., **kwargs: Any) -> Any:
         """Declare the identifying field in the body of a :class:`FeatureBaseSchema` subclass."""
         extra = {**(kwargs.pop("json_schema_extra", None) or {}), "stable_uid": True}
         return Field(default=default, json_schema_extra=extra, **kwargs)
@@ -265,12 +266,12 @@ class AtlasVersion(LanceModel):
     created_at: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat())
 
 
-def _extra(info: Any) -> dict[str, object]:
+def _extra(info: FieldInfo) -> dict[str, object]:
     extra = info.json_schema_extra
-    return extra if isinstance(extra, dict) else {}
+    return dict(extra) if isinstance(extra, dict) else {}
 
 
-def _pointer_class(info: Any) -> type[Pointer] | None:
+def _pointer_class(info: FieldInfo) -> type[Pointer] | None:
     """The pointer class in ``P`` or ``P | None``, None for any other annotation."""
     annotation = info.annotation
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)

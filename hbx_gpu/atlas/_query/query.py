@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from hbx_gpu._datasets.cells import CellDataset
+    from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.modality import Modality as Part
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
     from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
     from hbx_gpu.atlas._query.results import MultimodalResult
     from hbx_gpu.chromatin import Bins, Fragments, Peaks
+    from hbx_gpu.chromatin._dataset import FragmentMatrixDataset
+
+
+DType: TypeAlias = str | type | np.dtype
+"""A dtype, by name or as NumPy has it."""
 
 
 class AtlasQuery:
@@ -136,7 +141,7 @@ class AtlasQuery:
             raise ValueError(f"feature_join must be 'union' or 'intersection', got {how!r}")
         return self._changed(join=how)
 
-    def search(self, *_: Any, **__: Any) -> NoReturn:
+    def search(self, *_: object, **__: object) -> NoReturn:
         """Not offered: full-text and vector searches go to LanceDB itself, whose answer :meth:`where` takes.
 
         Raises
@@ -228,6 +233,12 @@ class AtlasQuery:
 
     # Results without measurements
 
+    @overload
+    def count(self, group_by: None = None) -> int: ...
+
+    @overload
+    def count(self, group_by: str | list[str]) -> pd.DataFrame: ...
+
     def count(self, group_by: str | list[str] | None = None) -> int | pd.DataFrame:
         """Number of rows, or a frame of the distinct values of columns and their ``count``, sorted by value.
 
@@ -288,6 +299,7 @@ class AtlasQuery:
 
     # Results with measurements
 
+    @overload
     def to_cell_dataset(
         self,
         feature_space: str | None = None,
@@ -295,9 +307,32 @@ class AtlasQuery:
         metadata_columns: list[str] | None = None,
         *,
         field_name: str | None = None,
-        dtype: Any = None,
+        dtype: DType | Mapping[str, DType] | None = None,
+        matrix: None = None,
+    ) -> FeatureDataset: ...
+
+    @overload
+    def to_cell_dataset(
+        self,
+        feature_space: str | None = None,
+        layer: str | Sequence[str] | None = None,
+        metadata_columns: list[str] | None = None,
+        *,
+        field_name: str | None = None,
+        dtype: DType | Mapping[str, DType] | None = None,
+        matrix: Bins | Peaks,
+    ) -> FragmentMatrixDataset: ...
+
+    def to_cell_dataset(
+        self,
+        feature_space: str | None = None,
+        layer: str | Sequence[str] | None = None,
+        metadata_columns: list[str] | None = None,
+        *,
+        field_name: str | None = None,
+        dtype: DType | Mapping[str, DType] | None = None,
         matrix: Bins | Peaks | None = None,
-    ) -> CellDataset:
+    ) -> FeatureDataset | FragmentMatrixDataset:
         """A map-style dataset over the rows that have a modality.
 
         Rows without it are left out before `limit` and `offset` count.
@@ -329,7 +364,7 @@ class AtlasQuery:
         """
         pointer = self._selection.fields.one(feature_space, field_name)
         self._selection.check_panels([pointer])
-        dataset: CellDataset = self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
+        dataset = self._dataset(pointer, layer, metadata_columns, dtype, matrix=matrix)
         self._selection.warn_if_empty(dataset)
         return dataset
 
@@ -340,7 +375,7 @@ class AtlasQuery:
         metadata_columns: list[str] | None = None,
         *,
         field_names: Sequence[str] | None = None,
-        dtypes: Mapping[str, object] | None = None,
+        dtypes: Mapping[str, DType | Mapping[str, DType]] | None = None,
         matrices: Mapping[str, Bins | Peaks] | None = None,
     ) -> MultimodalCellDataset:
         """A map-style dataset over all rows, with several modalities of each row.
@@ -394,11 +429,11 @@ class AtlasQuery:
         pointer: PointerColumn,
         layer: str | Sequence[str] | None,
         metadata_columns: list[str] | None,
-        dtype: Any = None,
+        dtype: DType | Mapping[str, DType] | None = None,
         *,
         matrix: Bins | Peaks | None = None,
         absent: bool = False,
-    ) -> Any:
+    ) -> FeatureDataset | FragmentMatrixDataset:
         chosen = self._selection
         names = chosen.metadata(metadata_columns)
         found = chosen.read_rows(pointer, names, absent=absent)
@@ -407,8 +442,9 @@ class AtlasQuery:
             layers = results.fragment_layers(pointer, layers)
         if layers is None:
             layers = (default_layer(chosen.snapshot, pointer.feature_space, found.groups),)
-        if dtype is not None and not isinstance(dtype, Mapping):
-            dtype = dict.fromkeys(layers, np.dtype(dtype).name)
+        dtypes = (
+            {} if dtype is None else dtype if isinstance(dtype, Mapping) else dict.fromkeys(layers, dtype)
+        )
         recipe = QueryRecipe(
             path=str(chosen.snapshot.path),
             version=chosen.snapshot.version,
@@ -418,7 +454,7 @@ class AtlasQuery:
             field_name=pointer.name,
             layers=layers,
             metadata_columns=None if metadata_columns is None else tuple(names),
-            dtypes=tuple((dtype or {}).items()),
+            dtypes=tuple((name, np.dtype(wanted).name) for name, wanted in dtypes.items()),
             absent=absent,
             version_table_name=chosen.snapshot.version_table_name,
             allow_links=chosen.snapshot.allow_links,
@@ -498,9 +534,7 @@ class AtlasQuery:
                 f"{field!r} is sparse: to_anndata() gives matrices, to_fragments() fragments, and "
                 "to_cell_dataset() rows"
             )
-        batch: Any = dataset[:]
-        data: np.ndarray | list[np.ndarray] = batch.data
-        return data
+        return dataset[:].data
 
     def to_fragments(self, field: str = "chromatin_accessibility") -> Fragments:
         """Fragments of the rows that have them, in query order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -95,7 +95,7 @@ class MultimodalResult:
     def __len__(self) -> int:
         return len(self.obs)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> AnnData | Fragments | DenseBatch | RaggedBatch:
         return self.mod[name]
 
     def __contains__(self, name: str) -> bool:
@@ -174,9 +174,11 @@ def read_fragments(modality: Modality) -> Fragments:
         A modality without fragments.
     """
     from hbx_gpu import chromatin
+    from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu.chromatin._chromosomes import registered
 
     dataset, registry = modality.open(fragment_layers(modality.pointer))
+    assert isinstance(dataset, CellDataset)  # fragments are sparse
     names, _ = registered(registry, list(dataset.feature_uids))
     return chromatin.read_fragments(dataset, modality.obs[modality.present], names)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -20,10 +20,11 @@ from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
+from hbx_gpu._storage.readers import Slab
 from hbx_gpu.atlas._catalogue import swap, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
@@ -360,7 +361,7 @@ def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _
         shutil.copymode(Path(layout.path) / "zarr.json", file)
 
 
-def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[dict[str, object]]) -> None:
+def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[Codec]) -> None:
     """The array's own metadata, attributes and all, with another codec chain."""
     document = json.loads(old.read_text(encoding="utf-8"))
     if layout.sharded:
@@ -414,7 +415,7 @@ def _decoded(layout: ArrayLayout, batch: int, pool: ThreadPoolExecutor) -> Itera
             ids = np.arange(first, min(first + batch, n_chunks(layout)))
             slab = reader.read(directory.extents(ids))
 
-            def decode(i: int, slab: Any = slab, ids: np.ndarray = ids) -> np.ndarray | None:
+            def decode(i: int, slab: Slab = slab, ids: np.ndarray = ids) -> np.ndarray | None:
                 if slab.nbytes[i] < 0:
                     return None
                 try:

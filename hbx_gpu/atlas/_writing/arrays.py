@@ -17,11 +17,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from hbx_gpu._codecs.checksum import with_crc32c
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
+from hbx_gpu._source import Codec
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 
 Role = Literal["index", "values", "dense"]
@@ -154,10 +156,10 @@ class ChunkEncoder:
         The codec chain, as in zarr metadata.
     """
 
-    def __init__(self, dtype: str, compressor: Any, chunk: int, *, most: int) -> None:
+    def __init__(self, dtype: str, compressor: object, chunk: int, *, most: int) -> None:
         self._chunk = chunk
         self.batch = max(1, min(_BATCH_VALUES // chunk, most))
-        self._encoded: dict[str, Any] = {}
+        self._encoded: dict[str, Buffer] = {}
         # Chunks of an unsharded array in memory are exactly the inner chunks of a sharded one.
         self._scratch = zarr.create_array(
             MemoryStore(self._encoded),
@@ -166,7 +168,7 @@ class ChunkEncoder:
             config={"write_empty_chunks": True},
             **layout_of(dtype, compressor),
         )
-        self.codecs: list[dict[str, Any]] = json.loads(self._encoded["zarr.json"].to_bytes())["codecs"]
+        self.codecs: list[Codec] = json.loads(self._encoded["zarr.json"].to_bytes())["codecs"]
         self._pack = _packer(compressor)
         self._pool = ThreadPoolExecutor(cores())
 
@@ -281,7 +283,7 @@ class ShardedArrayWriter:
         path: Path,
         *,
         dtype: str,
-        compressor: Any,
+        compressor: object,
         chunk: int,
         shard: int,
         row_shape: tuple[int, ...] = (),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hbx_gpu._codecs.chain import ChunkCodec
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
 from hbx_gpu.atlas._writing.arrays import ChunkEncoder, Role, codec_names, compressor_for
@@ -21,7 +20,7 @@ class StoredArray:
 
     relative: str
     layout: ArrayLayout
-    compressor: Any
+    compressor: object
 
     def encoder(self) -> ChunkEncoder:
         """Make an encoder. It keeps its last chunks in memory, so thousands of groups must not keep one."""
@@ -83,7 +82,7 @@ def n_chunks(layout: ArrayLayout) -> int:
     return -(-layout.shape[0] // layout.chunk_shape[0])
 
 
-def _chain(codecs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, object]]]:
+def _chain(codecs: Sequence[Codec]) -> list[tuple[str, dict[str, object]]]:
     return [(codec["name"], codec.get("configuration") or {}) for codec in codecs]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Rows(list[Any]):
+class Rows(list["torch.Tensor"]):
     """Row tensors of a dataset together with the width of their dense matrix.
 
     Attributes
@@ -21,7 +21,7 @@ class Rows(list[Any]):
         Number of genes; of the widest block, where the archive has several.
     """
 
-    def __init__(self, rows: Sequence[Any], n_features: int) -> None:
+    def __init__(self, rows: Sequence[torch.Tensor], n_features: int) -> None:
         super().__init__(rows)
         self.n_features = n_features
 
@@ -79,7 +79,7 @@ def collate_sparse_matrix_batch(
     return tensor.to_dense() if dense else tensor
 
 
-def _width(batch: Any, n_features: int | None, largest: int) -> int:
+def _width(batch: object, n_features: int | None, largest: int) -> int:
     if n_features is None:
         # Columns beyond the recorded genes exist: raw.X beside the genes of a smaller X.
         return max(getattr(batch, "n_features", None) or 0, largest)
@@ -112,8 +112,8 @@ def computable(values: np.ndarray) -> np.ndarray:
 
 
 def collate_neighbor_sparse_matrix_batch(
-    batch: Sequence[dict[str, Any]], *, n_features: int | None = None
-) -> dict[str, Any]:
+    batch: Sequence[Mapping[str, Any]], *, n_features: int | None = None
+) -> dict[str, object]:
     """Stack cells and their neighbors.
 
     Parameters

@@ -7,7 +7,7 @@ import operator
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureI
 from hbx_gpu.scdl._format.header import Header
 from hbx_gpu.scdl._format.layout import COL_PTR, DATA, HEADER, LAYOUT_VERSION, NEIGHBOR_FILES, ROW_PTR
 from hbx_gpu.scdl._format.neighbors import NEIGHBOR_DTYPES
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RowReader:
@@ -56,7 +59,7 @@ class RowReader:
         return self.archive.header
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """Content of `metadata.json` as stored; its row count may be stale."""
         return self.archive.metadata
 
@@ -122,14 +125,22 @@ class RowReader:
         obs = self.archive.obs
         return ObservedFeatureIndex() if obs is None else obs
 
-    def _row(self, index: Any) -> int:
+    def _row(self, index: SupportsIndex) -> int:
         row = operator.index(index)
         n = self.archive.n_rows
         if not -n <= row < n:
             raise IndexError(f"row {row} is out of range: the archive has {n} rows")
         return row % n
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int | np.integer) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> list[torch.Tensor]: ...
+
+    def __getitem__(
+        self, index: int | np.integer | slice | Sequence[int] | np.ndarray
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Row tensors.
 
         Parameters
@@ -144,7 +155,7 @@ class RowReader:
         """
         if isinstance(index, slice):
             return self.__getitems__(range(*index.indices(self.archive.n_rows)))
-        if isinstance(index, list | tuple | range) or (isinstance(index, np.ndarray) and index.ndim):
+        if isinstance(index, Sequence) or (isinstance(index, np.ndarray) and index.ndim):
             return self.__getitems__(index)
         import torch
 
@@ -198,7 +209,7 @@ class RowReader:
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,
         obs_feature_names: Sequence[str] | None = None,
-    ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray] | None, list[Any] | None]:
+    ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray] | None, list[object] | None]:
         """One cell.
 
         Parameters
@@ -239,7 +250,7 @@ class RowReader:
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,
         obs_feature_names: Sequence[str] | None = None,
-    ) -> tuple[np.ndarray, list[np.ndarray] | None, list[Any] | None]:
+    ) -> tuple[np.ndarray, list[np.ndarray] | None, list[object] | None]:
         """One cell as a dense row.
 
         Parameters and errors are those of :meth:`get_row`.

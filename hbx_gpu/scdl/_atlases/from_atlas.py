@@ -103,6 +103,7 @@ def atlas_to_archive(
     InvalidDataError
         No cells.
     """
+    from hbx_gpu._datasets.cells import CellDataset
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery
 
@@ -113,6 +114,11 @@ def atlas_to_archive(
         query.feature_spaces(feature_space)
     made_of = origin.find(Path(source), snapshot.version, allow_links=allow_links)
     dataset = query.to_cell_dataset(feature_space, layer or _only_layer(snapshot))
+    if not isinstance(dataset, CellDataset):
+        raise UnsupportedError(
+            f"{feature_space or 'the feature space'} of {source} is dense, and archives hold sparse counts; "
+            "choose another feature space"
+        )
     if made_of is not None and (union or keep_uids or not _is_image(dataset, made_of)):
         made_of = None
     if dataset.dtype.kind not in "uf":

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any
 
 import numpy as np
 
@@ -84,7 +83,7 @@ class Origin:
         return open_neighbors(self.path, self.n_rows)
 
     @cached_property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """Content of `metadata.json`."""
         return read_metadata(self.path)
 
@@ -133,7 +132,7 @@ def find(atlas: Path, snapshot: int, *, allow_links: bool = False) -> Origin | N
     return None
 
 
-def _parse(document: Any) -> _Record:
+def _parse(document: object) -> _Record:
     expected = {field.name for field in fields(_Record)}
     if not isinstance(document, dict) or set(document) != expected:
         raise CorruptDataError(f"an object with {sorted(expected)} is expected, found {shown(document)}")

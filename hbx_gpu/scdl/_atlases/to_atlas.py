@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -252,7 +252,7 @@ def _obs_frame(archive: Archive, first: int, last: int) -> pd.DataFrame:
         if names is None
         else [name or str(first + i) for i, name in enumerate(names.slice(first, last - first).to_pylist())]
     )
-    columns: dict[str, Any] = {}
+    columns: dict[str, object] = {}
     obs = archive.obs
     if obs is not None:
         touched = (obs.bounds[:-1] < last) & (obs.bounds[1:] > first)

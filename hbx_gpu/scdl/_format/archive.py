@@ -12,9 +12,10 @@ import re
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from hbx_gpu._paths import checked
 from hbx_gpu._untrusted import NO_LINK, check_tree, parse_json, read_small
@@ -172,7 +173,7 @@ class Archive:
             self._widths[block] = width
         return self._widths[block]
 
-    def block_of(self, rows: Any) -> np.ndarray:
+    def block_of(self, rows: npt.ArrayLike) -> np.ndarray:
         """int64, like `rows`. The gene block of each row; rows must be in range."""
         result: np.ndarray = np.searchsorted(self.bounds, rows, side="right") - 1
         return result

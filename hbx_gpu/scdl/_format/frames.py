@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,7 @@ class Frame(Mapping[str, np.ndarray]):
         """Some elements of a column, in the order asked for."""
         return self.arrow(name).take(pa.array(rows))
 
-    def value(self, name: str, row: int) -> Any:
+    def value(self, name: str, row: int) -> object:
         """One element of a column: a NumPy scalar, a text or None."""
         return decoded(self.take(name, np.array([row])))[0]
 
@@ -89,7 +89,7 @@ class MemoryFrame(Frame):
         Columns of different lengths.
     """
 
-    def __init__(self, columns: Mapping[str, Any]) -> None:
+    def __init__(self, columns: Mapping[str, object]) -> None:
         if not isinstance(columns, Mapping):
             raise TypeError(
                 f"expected a dict of column name -> array, found {type(columns).__name__}; "
@@ -121,7 +121,7 @@ class MemoryFrame(Frame):
         column = self._columns[name]
         return decoded(column) if isinstance(column, pa.ChunkedArray) else column
 
-    def value(self, name: str, row: int) -> Any:
+    def value(self, name: str, row: int) -> object:
         column = self._columns[name]
         return super().value(name, row) if isinstance(column, pa.ChunkedArray) else column[row]
 
@@ -133,7 +133,7 @@ def decoded(column: pa.ChunkedArray) -> np.ndarray:
     return result
 
 
-def _stored_form(column: Any) -> Any:
+def _stored_form(column: object) -> pa.ChunkedArray | np.ndarray:
     if isinstance(column, pa.Array):
         return pa.chunked_array([column])
     return column if isinstance(column, pa.ChunkedArray) else np.asarray(column)
@@ -306,10 +306,10 @@ class StoredFrame(Frame):
                 f"most {most:,} are read; the file is damaged, restore it or convert the source again"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Path]:
         return {"file": self.file}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["file"])  # type: ignore[misc]
 
 
@@ -393,7 +393,11 @@ def _most(rows: int) -> int:
     return _SPARE_BYTES + _ROW_BYTES * max(rows, 1)
 
 
-def as_frame(columns: Any) -> Frame:
+Columns: TypeAlias = "Frame | Mapping[str, object] | pa.Table"
+"""Columns in any form."""
+
+
+def as_frame(columns: Columns) -> Frame:
     """A Frame of a Frame, a mapping of arrays or an Arrow table."""
     if isinstance(columns, Frame):
         return columns

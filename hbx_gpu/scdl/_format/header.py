@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbx_gpu._untrusted import read_small
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
@@ -269,7 +270,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def archive_header(
-    lengths: dict[str, int], dtypes: dict[str, Any], features: Iterable[FeatureIndexInfo] = ()
+    lengths: dict[str, int], dtypes: Mapping[str, npt.DTypeLike], features: Iterable[FeatureIndexInfo] = ()
 ) -> Header:
     """The header of an archive of three arrays.
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.scdl._format.frames import as_frame, cast, iter_parquet, joined_type, plain
+from hbx_gpu.scdl._format.frames import Columns, as_frame, cast, iter_parquet, joined_type, plain
 from hbx_gpu.scdl._format.header import FeatureIndexInfo
 from hbx_gpu.scdl._format.layout import ENDS, INDEX_VERSION, LABELS, LABELS_JSON, LAYOUT_VERSION, block_file
 
@@ -74,7 +74,7 @@ def _column(values: pd.Series) -> pa.Array:
     return pc.cast(array, pa.string()) if pa.types.is_large_string(array.type) else array
 
 
-def _missing(value: Any) -> bool:
+def _missing(value: object) -> bool:
     return value is None or value != value
 
 
@@ -223,7 +223,7 @@ def _join(block: _Block, path: Path) -> None:
 
 
 def write_feature_index(
-    folder: Path, blocks: Iterable[tuple[int, Any]], labels: Sequence[Any] | None = None
+    folder: Path, blocks: Iterable[tuple[int, Columns]], labels: Sequence[object] | None = None
 ) -> FeatureIndexInfo:
     """Write a feature index folder.
 
@@ -252,13 +252,13 @@ def write_feature_index(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; a feature index is written into a new folder")
-    blocks = [(int(n_rows), as_frame(columns)) for n_rows, columns in blocks]
-    texts = ["" if label is None else str(label) for label in labels or [None] * len(blocks)]
-    if len(texts) != len(blocks):
-        raise ValueError(f"expected {len(blocks)} labels, found {len(texts)}")
-    for i, (_, frame) in enumerate(blocks):
-        pq.write_table(frame.table(), folder / block_file(i, len(blocks)))
-    return _finish(folder, [n_rows for n_rows, _ in blocks], texts)
+    frames = [(int(n_rows), as_frame(columns)) for n_rows, columns in blocks]
+    texts = ["" if label is None else str(label) for label in labels or [None] * len(frames)]
+    if len(texts) != len(frames):
+        raise ValueError(f"expected {len(frames)} labels, found {len(texts)}")
+    for i, (_, frame) in enumerate(frames):
+        pq.write_table(frame.table(), folder / block_file(i, len(frames)))
+    return _finish(folder, [n_rows for n_rows, _ in frames], texts)
 
 
 def _finish(folder: Path, sizes: Sequence[int], labels: Sequence[str]) -> FeatureIndexInfo:

@@ -13,7 +13,6 @@ import pickle
 import pickletools
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import numpy as np
 
@@ -42,12 +41,12 @@ class _Unexpected(Exception):
 class _Array:
     """Stands for a pickled array, and for its dtype; keeps the elements."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.elements: list[object] = []
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         # (version, shape, dtype, is_fortran, elements); a dtype's state is longer and of no use here.
-        if len(state) == 5:
+        if len(state) == 5 and isinstance(state[4], list | bytes):
             self.elements = list(state[4])
 
 
@@ -109,7 +108,7 @@ def read_labels(folder: Path, n_blocks: int) -> list[str | None]:
     return [None] * n_blocks
 
 
-def _json_labels(file: Path) -> Any:
+def _json_labels(file: Path) -> object:
     return parse_json(read_small(file), file)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class NeighborSamplingStrategy(StrEnum):
     WEIGHTED = "weighted"
 
     @classmethod
-    def parse(cls, value: Any) -> NeighborSamplingStrategy:
+    def parse(cls, value: str) -> NeighborSamplingStrategy:
         """A strategy by name.
 
         Raises

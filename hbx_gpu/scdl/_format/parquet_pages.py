@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from hbx_gpu._untrusted import open_regular
 from hbx_gpu.errors import CorruptDataError
@@ -29,6 +29,9 @@ _ROW_GROUPS, _COLUMNS = 4, 1
 _FILE_PATH, _META = 1, 3
 _COMPRESSED, _DATA_OFFSET, _DICTIONARY_OFFSET = 7, 9, 11
 _PAGE_UNCOMPRESSED, _PAGE_COMPRESSED = 2, 3
+
+Struct: TypeAlias = dict[int, Any]
+"""Fields of a struct by number; readers expect a type of each, and take a TypeError for damage."""
 
 
 def check_pages(file: Path, column: int, most: list[int]) -> None:
@@ -71,7 +74,7 @@ def check_pages(file: Path, column: int, most: list[int]) -> None:
         ) from error
 
 
-def _footer(stream: BinaryIO) -> list[dict[int, Any]]:
+def _footer(stream: BinaryIO) -> list[Struct]:
     size = os.fstat(stream.fileno()).st_size
     stream.seek(max(size - 8, 0))
     tail = stream.read(8)
@@ -80,11 +83,11 @@ def _footer(stream: BinaryIO) -> list[dict[int, Any]]:
         raise ValueError(f"a footer of {length:,} bytes in a file of {size:,}")
     stream.seek(size - 8 - length)
     footer = _Thrift(stream.read(length)).struct(_DEPTH)
-    groups: list[dict[int, Any]] = footer[_ROW_GROUPS]
+    groups: list[Struct] = footer[_ROW_GROUPS]
     return groups
 
 
-def _pages(stream: BinaryIO, meta: dict[int, Any]) -> Iterator[int]:
+def _pages(stream: BinaryIO, meta: Struct) -> Iterator[int]:
     """Bytes of each page of a column chunk when it is decompressed."""
     at = meta[_DATA_OFFSET]
     if (dictionary := meta.get(_DICTIONARY_OFFSET, 0)) > 0:  # some writers store 0 where there is none
@@ -114,10 +117,10 @@ class _Thrift:
         """Bytes parsed so far."""
         return self._stream.tell()
 
-    def struct(self, depth: int) -> dict[int, Any]:
+    def struct(self, depth: int) -> Struct:
         if not depth:
             raise ValueError("structs are nested too deeply")
-        found: dict[int, Any] = {}
+        found: Struct = {}
         number = 0
         while head := self._byte():
             step, kind = head >> 4, head & 15

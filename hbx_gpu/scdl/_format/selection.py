@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class ObservedRow(tuple[Any, ...]):
         row.names = names
         return row
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: SupportsIndex | slice | str) -> Any:
         if isinstance(key, str):
             return dict(zip(self.names, super().__getitem__(0), strict=True))[key]
         return super().__getitem__(key)
@@ -50,7 +50,7 @@ class ObservedRows(tuple[Any, ...]):
             )
         return dict(parts[0])
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: SupportsIndex | slice | str) -> Any:
         return self._only()[key] if isinstance(key, str) else super().__getitem__(key)
 
     def keys(self) -> list[str]:

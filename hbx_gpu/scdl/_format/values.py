@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -175,7 +174,7 @@ def _error(values: np.ndarray, stored: np.ndarray) -> np.ndarray:
     return error
 
 
-def _whole(value: Any) -> float | int:
+def _whole(value: float) -> float | int:
     return int(value) if np.isfinite(value) else float(value)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -147,7 +147,7 @@ def gene_axis(
     return GeneAxis(column, uids, remaps_of)
 
 
-def _texts(values: Any) -> np.ndarray:
+def _texts(values: Iterable[object]) -> np.ndarray:
     texts = [str(value) for value in values]
     out = np.empty(len(texts), object)
     out[:] = texts

@@ -305,7 +305,7 @@ def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray | None]:
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         if column.null_count and pa.types.is_integer(kind):
             column = column.cast(pa.float64(), safe=False)
-        values: Any = column.to_numpy()
+        values: np.ndarray = column.to_numpy()
         return values, None
     texts = column.cast(pa.string())
     distinct = pc.drop_null(texts.unique())

@@ -27,6 +27,7 @@ def host(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.nda
 
 def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
     program, tables = compiled.program, compiled.tables
+    assert isinstance(program, Sequence)
     known = Known(compiled, cells)
     n = len(cells)
     whole, fractions = numbers_of(program)

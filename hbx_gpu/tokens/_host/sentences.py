@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from hbx_gpu.tokens._reference_sampled import shared_genes
 def sentences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
     """Outputs of :class:`Weighted`, :class:`Ranked` and :class:`Prompt`."""
     known = Known(compiled, cells)
-    program: Any = compiled.program
+    program = compiled.program
     if isinstance(program, Weighted):
         made, lengths = _weighted(compiled, program, cells, known)
     elif isinstance(program, Ranked):
