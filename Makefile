@@ -48,7 +48,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test fast lint typecheck changelog bench fuzz races mutants gpu clean
+.PHONY: help demo test fast lint typecheck changelog docs bench fuzz races mutants gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -75,6 +75,10 @@ changelog: $(STAMP)  ## what the next release changes, from changes/
 
 typecheck: $(STAMP)  ## mypy
 	@$(PY) -m mypy
+
+docs: $(STAMP)  ## the documentation site, into docs/_build; a warning is an error
+	@$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
 
 bench: $(STAMP)  ## cells per second beside an AnnData baseline, with peak memory
 	@$(PY) -m benchmarks.throughput $(ARGS)

@@ -6,6 +6,7 @@ from benchmarks.commands import dispatch
 
 QUESTIONS = {
     "compare": "How fast is this loader beside every other one that installs, on the same data?",
+    "bars": "What does a table of compare look like as a picture?",
     "throughput": "How fast are its own paths (loader, map, workers) beside plain AnnData?",
     "stages": "Where does the time of a batch go, and what does planning cost as an atlas grows?",
     "startup": "What do an atlas and a worker cost until the first batch, in seconds and in memory?",

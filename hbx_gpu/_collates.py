@@ -156,7 +156,7 @@ def dense_to_tensor_collate(
     Returns
     -------
     dict
-        ``X``: tensor (n_rows, n_features) or (n_rows, *per_cell_shape), or n_rows tensors. Metadata as in
+        ``X``: tensor (n_rows, n_features) or ``(n_rows, *per_cell_shape)``, or n_rows tensors. Metadata as in
         :func:`sparse_to_dense_collate`.
 
     Raises
@@ -450,7 +450,7 @@ def multimodal_to_dense_collate(batch: MultimodalBatch | Sequence[MultimodalBatc
     Returns
     -------
     dict
-        ``batch[space]["X"]``: float32 tensor (n_cells, n_features); (n_cells, *per_cell_shape) in the
+        ``batch[space]["X"]``: float32 tensor (n_cells, n_features); ``(n_cells, *per_cell_shape)`` in the
         stored dtype for tiles; a list of tensors where shapes differ. Where several layers were read,
         ``batch[space]["layers"][name]`` beside it.
         ``batch["present"][space]``: bool tensor (n_cells,).

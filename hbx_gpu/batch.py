@@ -113,7 +113,7 @@ class DenseBatch:
     Attributes
     ----------
     data
-        (n_rows, n_features), or (n_rows, *per_cell_shape) for tiles.
+        (n_rows, n_features), or ``(n_rows, *per_cell_shape)`` for tiles.
     n_features
         Number of columns (tiles: number of elements of one tile).
     per_cell_shape

@@ -85,7 +85,7 @@ def test_readme_snippet_prints_what_the_readme_says(tmp_path: Path) -> None:
     assert done.stdout.endswith(expected)
 
 
-@pytest.mark.parametrize("name", ["frameworks", "guide", "multimodal", "stores", "testing"])
+@pytest.mark.parametrize("name", ["frameworks", "guide", "multimodal", "stores", "testing", "training"])
 def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every Python block of a page, one after the other in one session."""
     if name == "multimodal":
@@ -110,7 +110,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_lists_its_commands() -> None:
     listed = [line.split()[1] for line in make("-s", "help").stdout.splitlines()]
-    expected = "help demo test fast lint changelog typecheck bench fuzz races mutants gpu clean"
+    expected = "help demo test fast lint changelog typecheck docs bench fuzz races mutants gpu clean"
     assert listed == expected.split()
 
 

@@ -137,6 +137,7 @@ class SingleCellCollection:
         """Convert all .h5ad files below a folder and add them in the order of their paths.
 
         Archives are named after their files; files of one name get that of their folders before it.
+        Parameters that are not described here are those of :class:`SingleCellMemMapDataset`.
 
         Parameters
         ----------
@@ -148,8 +149,6 @@ class SingleCellCollection:
             Convert in processes of their own instead of threads.
         progress
             Called with the files done and their total.
-
-        The others are those of :class:`SingleCellMemMapDataset`.
 
         Raises
         ------
