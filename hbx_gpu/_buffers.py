@@ -6,6 +6,7 @@ it, its memory goes back to the pool instead of to the system.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -42,7 +43,7 @@ class BufferPool:
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
         """Like ``numpy.empty``; 64-byte aligned."""
         dtype = np.dtype(dtype)
-        count = int(np.prod(shape, dtype=np.int64))
+        count = shape if isinstance(shape, int) else math.prod(shape)
         nbytes = count * dtype.itemsize
         if nbytes < _SMALL:
             return np.empty(shape, dtype)
@@ -89,7 +90,7 @@ class _Lease:
 
     def __init__(self, pool: BufferPool, block: np.ndarray, size: int) -> None:
         self._pool, self._block, self._size = pool, block, size
-        address = block.ctypes.data
+        address = int(block.__array_interface__["data"][0])
         aligned = -(-address // _ALIGNMENT) * _ALIGNMENT
         self.__array_interface__ = {
             "shape": (size,),

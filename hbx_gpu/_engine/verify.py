@@ -37,6 +37,7 @@ class ChunkChecks:
         self, table: SourceTable, directory: ChunkDirectory, tails: Sequence[int] | None = None
     ) -> None:
         self._tails = np.array(tails if tails is not None else [0] * len(directory.layouts), np.int64)
+        self._any_tails = bool(self._tails.any())
         self._table, self._directory = table, directory
         # Checksums cover whole chunks, random rows a few blocks of one: each chunk is verified once.
         self._verified = np.zeros(int(table.chunk_base[-1]), dtype=bool)
@@ -90,9 +91,9 @@ class ChunkChecks:
         CorruptChunkError
             As for :meth:`checked`.
         """
-        tails = self._tails[plan.chunk_array]
-        if not tails.any():
+        if not self._any_tails:
             return slab
+        tails = self._tails[plan.chunk_array]
         here = (tails > 0) & (slab.address != 0)
         if resident is not None:
             here &= ~resident

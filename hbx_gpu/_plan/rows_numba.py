@@ -79,12 +79,12 @@ def _ascending(keys):
 
 
 @_jit
-def _n_pieces(begin, length, size):
-    """Number of chunks of `size` elements that a segment lies in."""
-    first = begin // size
-    if begin + length <= (first + 1) * size:
-        return 1
-    return (begin + length - 1) // size - first + 1
+def _chunk_of(element, size):
+    """``element // size``; the product of floats, which may be off by one, takes a fraction of the time."""
+    chunk = np.int64(element * (1.0 / size))
+    if chunk * size > element:
+        return chunk - 1
+    return chunk + 1 if (chunk + 1) * size <= element else chunk
 
 
 @_jit
@@ -92,6 +92,7 @@ def _plan(selection, source, start, length, n_roles, element_base, chunk_element
     n = len(selection)
     sources, offsets = np.empty(n, np.int32), np.empty(n + 1, np.int64)
     row, key, begin = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    first_chunk = np.empty(n, np.int64)  # of the first array of the row's Source
     n_filled = n_pieces = np.int64(0)
     offsets[0] = 0
     for k in range(n):
@@ -110,7 +111,12 @@ def _plan(selection, source, start, length, n_roles, element_base, chunk_element
         for array in range(group * n_roles, group * n_roles + n_roles):
             if chunk_elements[array] != size:  # most arrays of a Source are chunked alike
                 size = chunk_elements[array]
-                pieces = _n_pieces(first, count, size)
+                chunk = _chunk_of(first, size)
+                pieces = np.int64(1)
+                if first + count > (chunk + 1) * size:
+                    pieces = _chunk_of(first + count - 1, size) - chunk + 1
+                if array == group * n_roles:
+                    first_chunk[n_filled - 1] = chunk
             n_pieces += pieces
 
     piece_chunk, piece_ptr = np.empty(n_pieces, np.int64), np.empty(n_pieces + 1, np.int64)
@@ -127,21 +133,29 @@ def _plan(selection, source, start, length, n_roles, element_base, chunk_element
             b += 1
         for array in range(group * n_roles, group * n_roles + n_roles):
             size, base = chunk_elements[array], chunk_base[array]
-            first_piece, before, moved = p, np.int64(-1), False
+            alike = size == chunk_elements[group * n_roles]
+            first_piece, before, left = p, np.int64(-1), _FEW * (b - a)
             for i in range(a, b):
                 k, first = row[order[i]], begin[order[i]]
                 at, out = first, offsets[k]
                 end = first + offsets[k + 1] - out
-                chunk = at // size
+                chunk = first_chunk[order[i]] if alike else _chunk_of(at, size)
                 while at < end:
                     stop = min(end, (chunk + 1) * size)
                     piece_chunk[p], piece_row[p] = base + chunk, k
                     piece_skip[p], piece_count[p] = at - chunk * size, stop - at
                     piece_out[p] = out + at - first
-                    moved |= at < before
-                    before, at = at, stop
+                    q = p
+                    if at < before:  # segments that overlap have pieces out of order, mostly by few places
+                        while q > first_piece and left > 0:
+                            if (piece_chunk[q - 1] - base) * size + piece_skip[q - 1] <= at:
+                                break
+                            for column in (piece_chunk, piece_row, piece_skip, piece_count, piece_out):
+                                column[q - 1], column[q] = column[q], column[q - 1]
+                            q, left = q - 1, left - 1
+                    before, at = max(before, at), stop
                     chunk, p = chunk + 1, p + 1
-            if moved:  # segments that overlap have pieces out of order
+            if left == 0:
                 part = slice(first_piece, p)
                 again = _ascending((piece_chunk[part] - base) * size + piece_skip[part])
                 for column in (piece_chunk, piece_row, piece_skip, piece_count, piece_out):

@@ -115,6 +115,7 @@ class ChunkDirectory:
         sizes = [math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts]
         self._end = self._begin + np.array(sizes, np.int64)
         self._watched = np.array([layout.watched for layout in layouts], bool)
+        self._any_plain, self._any_watched = bool(self._is_plain.any()), bool(self._watched.any())
         self._has_skips = any(la.table is not None and la.table.skipped is not None for la in layouts)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -151,10 +152,10 @@ class ChunkDirectory:
             raise IndexError(
                 f"chunk numbers must be in 0..{self.base[-1] - 1}, found {ids.min()}..{ids.max()}"
             )
-        if not self._is_plain.any() and not self._watched.any():
+        if not self._any_plain and not self._any_watched:
             return self._looked_up(ids)
         array = np.searchsorted(self.base, ids, "right") - 1
-        if self._watched.any():
+        if self._any_watched:
             self._check_unchanged(array)
         plain = self._is_plain[array]
         if plain.all():
@@ -348,7 +349,7 @@ class ChunkDirectory:
     @property
     def has_plain_files(self) -> bool:
         """Return whether any array is stored without compression in a plain file."""
-        return bool(self._is_plain.any())
+        return self._any_plain
 
     def check_current(self, array: int) -> None:
         """Raise an error where an array was replaced after its layout was read.

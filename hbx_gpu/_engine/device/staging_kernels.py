@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -23,6 +24,9 @@ RANGE = np.dtype([("source", "<u8"), ("target", "<u8"), ("nbytes", "<u8")])
 SLACK = 8
 """Bytes after the patches of a run, because decoders load eight bytes from any byte of the patches."""
 
+_AHEAD = 16  # chunks or copies whose first bytes are asked for before their turn comes
+_CACHE_LINE = 64  # bytes
+
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 _HEADER_BYTES = HEADER.size
 
@@ -37,6 +41,34 @@ def _copy(typingctx, target, source, nbytes):  # noqa: ARG001 - numba's signatur
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def _prefetch(typingctx, address):  # noqa: ARG001
+    """Ask for the cache line at an address that will be read soon. It may be any address."""
+
+    def codegen(context, builder, signature, args):  # noqa: ARG001
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        place = builder.inttoptr(args[0], cgutils.voidptr_t)
+        builder.call(function, [place, flag(0), flag(3), flag(1)])  # to read, often, data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), codegen
+
+
+@_jit
+def _ask_for_directory(address, element, record_bytes):
+    """Ask for the header of a rowpack chunk, and for the directory record of one of its elements.
+
+    Random rows need a few lines in each of thousands of chunks, and would wait for memory at every one.
+    `record_bytes` may be wrong: it is that of the chunk before, which is mostly of the same array.
+    """
+    record = address + np.uint64(_HEADER_BYTES + element // (8 * BLOCK) * record_bytes)
+    _prefetch(address)
+    _prefetch(record)
+    _prefetch(record + np.uint64(_CACHE_LINE))
 
 
 @_jit
@@ -105,12 +137,18 @@ def size_runs(
         (runs, bytes staged). They must not be used unless every status is OK.
     """
     n_runs, n_pieces, at = 0, 0, np.int64(0)
+    record_bytes = np.int64(24)
     for j in range(len(jobs)):
+        if j + _AHEAD < len(jobs) and resident[j + _AHEAD] < 0:
+            soon = jobs[j + _AHEAD]
+            _ask_for_directory(address[soon], skip[piece_ptr[soon]], record_bytes)
         c = jobs[j]
         staged = resident[j] < 0
         src = _bytes_at(address[c], nbytes[c] if staged else 0)
         geometry = parse_header(src, element_size[j], elements[j])
         status[j] = geometry[0] if staged else OK
+        if staged:
+            record_bytes = np.int64(32 + 8 * geometry[2] if geometry[1] else 24)
         begin, end = np.int64(-1), np.int64(0)  # blocks of the run that is open
         for p in range(piece_ptr[c], piece_ptr[c + 1]):
             if count[p] < 1 or skip[p] < 0 or skip[p] + count[p] > elements[j]:
@@ -178,6 +216,9 @@ def whole_runs(address, nbytes, elements, element_size, place, runs, status):
 def copy_ranges(ranges, base, target):
     """Carry out copies: `base` is added to their sources, `target` is the address that places count from."""
     for k in range(len(ranges)):
+        if k + _AHEAD < len(ranges):
+            for line in range(4):
+                _prefetch(base + ranges[k + _AHEAD].source + np.uint64(_CACHE_LINE * line))
         _copy(target + ranges[k].target, base + ranges[k].source, ranges[k].nbytes)
 
 

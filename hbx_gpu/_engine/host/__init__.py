@@ -201,7 +201,7 @@ class HostEngine:
         absent = slab.address == 0
         self._fill_absent(plan, np.flatnonzero(absent), outputs, unsorted)
         kind = self._kind_of[plan.chunk_array]
-        for k in np.unique(kind):
+        for k in np.flatnonzero(np.bincount(kind)).tolist():
             jobs = np.flatnonzero((kind == k) & ~absent)
             if not len(jobs):
                 continue
