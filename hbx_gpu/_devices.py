@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 
+from hbx_gpu._advice import option
 from hbx_gpu.errors import DeviceUnavailableError
 
 _LOG = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def resolve(device: object) -> int | None:
     reason = _missing(index)
     if reason is not None:
         raise DeviceUnavailableError(
-            f"device={str(device)!r} was asked for, but {reason}. "
-            'device="auto" takes the CPU where there is no GPU'
+            f"{option('device', str(device))} was asked for, but {reason}. "
+            f"{option('device', 'auto')} takes the CPU where there is no GPU"
         )
     return _index(index)
 

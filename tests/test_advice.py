@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import anndata
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 import hbx_gpu
 from hbx_gpu import cli
@@ -27,6 +29,7 @@ TABLES: dict[str, list[Mapping[str, str]]] = {
     "remove": [remove.FLAGS],
     "info": [info.FLAGS],
     "bench": [bench._FLAGS],
+    "doctor": [],
     "convert_h5ad_to_scdl": [convert_h5ad_to_scdl._FLAGS],
 }
 # As a message writes an argument of Python, where it does not send the user there.
@@ -66,8 +69,8 @@ def calls(path: Path, name: str) -> Iterator[ast.Call]:
             yield node
 
 
-# All but the commands, and what only one of them calls.
-ELSEWHERE = {"_commands", "_bench", "demo.py", "cli.py"}
+# All but the commands, and what only one of them calls; the doctor speaks of options of other programs.
+ELSEWHERE = {"_commands", "_bench", "_doctor", "demo.py", "cli.py"}
 LIBRARY = [path for path in sorted(ROOT.rglob("*.py")) if not ELSEWHERE & {*path.parts}]
 # What runs under a command that reads files or writes atlases and archives.
 UNDER_COMMANDS = [
@@ -109,6 +112,38 @@ def test_texts_under_commands_name_no_keyword_on_their_own() -> None:
     assert not found
 
 
+# What runs under `hbx-gpu bench` and speaks of options that it has.
+UNDER_BENCH = [
+    p
+    for p in LIBRARY + sorted((ROOT / "_bench").rglob("*.py"))
+    if p.relative_to(ROOT).parts[0]
+    in ("_bench", "_inplace", "_stores", "_storage", "_loading", "_devices.py", "_engine", "_datasets")
+    or p.relative_to(ROOT).parts[:2] in [("atlas", "_query"), ("scdl", "_sources")]
+]
+
+
+def test_texts_under_bench_name_no_keyword_of_its_options() -> None:
+    """Names of Python's parameters and flags, where the user came through the command."""
+    written = re.compile(rf"\b({'|'.join(sorted(bench._FLAGS))})=")
+    chosen = {text for p in UNDER_BENCH for call in calls(p, "spelled") for _, text in _texts(call)}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in UNDER_BENCH
+        for line, text in literals(path)
+        if written.search(text) and text not in chosen
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_a_command_names_no_flag_that_it_lacks(command: str) -> None:
+    """Texts of a command's module, and of the room that only it calls."""
+    own = [ROOT / "_commands" / f"{command}.py"]
+    own += sorted((ROOT / "_bench").rglob("*.py")) if command == "bench" else []
+    found = {flag for path in own for _, text in literals(path) for flag in FLAG.findall(text)}
+    assert found <= options_of(command)
+
+
 def _texts(call: ast.Call) -> Iterator[tuple[int, str]]:
     for node in ast.walk(call):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -123,6 +158,32 @@ def test_every_option_that_is_advised_is_known() -> None:
         for call in calls(path, "option"):
             if isinstance(call.args[0], ast.Constant):
                 assert call.args[0].value in known | only_python, f"{path}:{call.lineno}"
+
+
+@pytest.mark.slow
+def test_messages_of_bench(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Situations in which it cannot measure."""
+    mods = {name: data([f"{name}{i}" for i in range(4)], names="c") for name in ("rna", "prot")}
+    mudata.MuData(mods).write_h5mu(tmp_path / "m.h5mu")
+    dense = data(["a", "b"])
+    dense.X = dense.X.toarray()
+    dense.write_h5ad(tmp_path / "dense.h5ad")
+    for args, advice in [
+        ([tmp_path / "m.h5mu"], "--field"),
+        ([tmp_path / "m.h5mu", "--field", "nothing"], "rna"),
+        ([tmp_path / "dense.h5ad"], "--field or --layer"),
+        ([files / "counts.h5ad", "--layer", "nothing"], "has no matrix 'nothing'"),
+        ([files / "counts.h5ad", "--seconds", "-1"], "--seconds"),
+        ([files / "nothing.h5ad"], "does not exist"),
+        ([files / "empty.h5ad"], ""),
+    ]:
+        status, text = said("bench", [*args, "--device", "cpu"], capsys)
+        assert status == 1, text
+        assert advice in text
+    if not torch.cuda.is_available():
+        status, text = said("bench", [files / "counts.h5ad", "--device", "cuda"], capsys)
+        assert status == 1
+        assert "--device auto takes the CPU" in text
 
 
 def test_an_option_that_a_command_lacks_is_pythons() -> None:

@@ -110,7 +110,7 @@ def kind_of(path: Path) -> str:
     if is_other_store(path):
         return "file"
 
-    there = (describe_path(path) or "it is neither") if path.exists() else "nothing is there"
+    there = (describe_path(path) or "it is none of these") if path.exists() else "nothing is there"
     raise InvalidDataError(
         f"expected an SCDL archive (a folder with row_ptr.npy), an atlas (a folder with lance_db) or a .h5ad "
         f"file at {path}; {there}"

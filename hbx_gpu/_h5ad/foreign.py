@@ -22,6 +22,10 @@ _FILTERS = {
 }
 
 
+A_FOLDER = "it is a directory"
+"""What :func:`describe_path` says of a folder of no known kind."""
+
+
 def describe_path(path: Path) -> str:
     """What a path that is not an HDF5 file holds, and what to do; an empty string if unknown."""
     name = path.name.lower()
@@ -36,7 +40,7 @@ def describe_path(path: Path) -> str:
                 "it is a folder in 10x matrix market format; write it as .h5ad: "
                 "scanpy.read_10x_mtx(path).write_h5ad('file.h5ad')"
             )
-        return "it is a directory"
+        return A_FOLDER
     if found := found_at(path):  # opening a named pipe would wait for its writer
         return found
     with open(path, "rb") as file:

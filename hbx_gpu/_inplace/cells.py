@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._advice import option, spelled
 from hbx_gpu._inplace.join import Join
 from hbx_gpu._inplace.matrices import Places, Wanted, open_dataset
 from hbx_gpu._inplace.table import CellTable
@@ -374,7 +375,8 @@ class Cells:
     def _modality(self, name: str | None) -> str:
         if name is None:
             if len(self.modalities) > 1:
-                raise UnknownNameError(f"pass feature_space=, one of {self.modalities}")
+                given = spelled("feature_space=", option("field_name"))
+                raise UnknownNameError(f"pass {given}, one of {self.modalities}")
             return self.modalities[0]
         if name not in self.modalities:
             raise UnknownNameError(f"no modality {name!r} in the stores; they hold {self.modalities}")

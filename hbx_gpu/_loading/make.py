@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hbx_gpu._advice import option
 from hbx_gpu._collates import (
     ArrayCollate,
     CsrCollate,
@@ -205,7 +206,9 @@ def make_loader(
     )
     if operators is not None:
         if executor == "direct":
-            raise ValueError('operators are DALI\'s: leave executor at "auto", or pass executor="dali"')
+            raise ValueError(
+                f"operators are DALI's: leave executor at 'auto', or pass {option('executor', 'dali')}"
+            )
         if dtype == "bfloat16":
             raise ValueError(
                 "DALI has no bfloat16, so operators would compute on its bits; ask for float32 or float16 "
@@ -228,7 +231,8 @@ def _through_dali(executor: str, sampler: object, device: object, options: Loade
             raise ValueError(
                 'DALI carries tensors: pass layout="dense" or layout="csr" instead of a collate_fn'
             )
-        require_dali(instead='executor="auto" hands them over directly where there is no DALI')
+        instead = f"{option('executor', 'auto')} hands them over directly where there is no DALI"
+        require_dali(instead=instead)
         return True
     if options.layout is None:
         return False
@@ -326,7 +330,7 @@ def _loader(
     if options.num_workers:
         raise ValueError(
             "batches of worker processes do not go through DALI: leave num_workers at 0, or pass "
-            'executor="direct"'
+            f"{option('executor', 'direct')}"
         )
     options = replace(options, num_workers=0)
     if isinstance(options.dali, DynamicOptions):

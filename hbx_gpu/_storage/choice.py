@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import MmapReader, PreadReader, Reader
 
@@ -88,12 +89,17 @@ def choose(candidates: Mapping[str, Callable[[np.ndarray], object]], n_rows: int
     """Return the name from `fastest`, and log it with the measured times."""
     name, cost = fastest(candidates, n_rows, threads=threads)
     if not cost:
-        _LOG.info("io='auto': %s, the only reader that can be used here", name)
+        _LOG.info("%s: %s, the only reader that can be used here", option("io", "auto"), name)
         return name
     figures = ", ".join(f"{other} {1e6 * value:.1f}" for other, value in cost.items())
     why = "is fastest" if name == min(cost, key=lambda other: cost[other]) else "is as good as any"
     _LOG.info(
-        "io='auto': %s %s on these files (microseconds per row, %d threads: %s)", name, why, threads, figures
+        "%s: %s %s on these files (microseconds per row, %d threads: %s)",
+        option("io", "auto"),
+        name,
+        why,
+        threads,
+        figures,
     )
     return name
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Reader, Slab, _Cache, coalesce
 from hbx_gpu._untrusted import check_regular
@@ -217,7 +218,7 @@ class KvikioReader(Reader):
         if self._process != os.getpid():
             raise RuntimeError(
                 "this process was forked after kvikio had read in its parent, where its threads stayed: "
-                "start processes with the 'spawn' method, or use io='pinned'"
+                f"start processes with the 'spawn' method, or use {option('io', 'pinned')}"
             )
 
     def _opened(self, path: str) -> _File:
@@ -250,8 +251,8 @@ class KvikioReader(Reader):
             raise OSError(f"kvikio cannot read {file.path} from byte {offset} on: {outcome}") from outcome
         if outcome < needed:
             raise OSError(
-                f"kvikio read {outcome} of {needed} bytes of {file.path} from byte {offset} on; io='pinned' "
-                "reads without kvikio"
+                f"kvikio read {outcome} of {needed} bytes of {file.path} from byte {offset} on; "
+                f"{option('io', 'pinned')} reads without kvikio"
             )
 
 

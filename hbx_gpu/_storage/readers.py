@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._untrusted import open_regular
@@ -291,7 +292,8 @@ class PreadReader(Reader):
         super().__init__(directory)
         if not hasattr(os, "preadv"):
             raise UnsupportedError(
-                f"reading with io='pinned' needs preadv of Linux or macOS, which {sys.platform} does not have"
+                f"reading with {option('io', 'pinned')} needs preadv of Linux or macOS, which {sys.platform} "
+                "does not have"
             )
         self._max_gap, self._max_size = max_gap, max_size
         self._files = _Cache(_Descriptor, _MAX_OPEN)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbx_gpu._h5ad.foreign import A_FOLDER, describe_path
 from hbx_gpu._stores.anndata import open_anndata, open_collection, open_mudata
 from hbx_gpu._stores.loom import open_loom
 from hbx_gpu._stores.tenx import groups_of, open_tenx
@@ -85,6 +86,8 @@ def _inside(folder: Path) -> list[Path]:
             found.append(path)
     if not found:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        if (known := describe_path(folder)) != A_FOLDER:
+            raise UnsupportedError(f"no store that can be opened in {folder}: {known}")
         raise InvalidDataError(
             f"no store that can be opened in {folder}; it holds {names}. Known are {_KNOWN}"
         )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import h5py
 import numpy as np
 
+from hbx_gpu._h5ad.foreign import describe_path
 from hbx_gpu._h5ad.links import check_inside
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.hdf5 import hdf5_layout
@@ -119,7 +120,8 @@ def _open_hdf5(path: Path) -> h5py.File:
     if found := found_at(path):
         raise InvalidDataError(f"{path} cannot be opened: {found}")
     if not h5py.is_hdf5(path):
-        raise InvalidDataError(f"{path} is not an HDF5 file: its first bytes are not the HDF5 signature")
+        why = describe_path(path) or "its first bytes are not the HDF5 signature"
+        raise InvalidDataError(f"{path} is not an HDF5 file: {why}")
     with contextlib.suppress(ImportError):
         import hdf5plugin  # noqa: F401 - registers the filters that h5py itself lacks
     try:

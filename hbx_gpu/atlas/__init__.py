@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas._atlas import RaggedAtlas as RaggedAtlas
-    from hbx_gpu.atlas._atlas import create_or_open_atlas as create_or_open_atlas
     from hbx_gpu.atlas._catalogue.snapshot import Snapshot as Snapshot
     from hbx_gpu.atlas._catalogue.snapshot_records import list_versions as list_versions
+    from hbx_gpu.atlas._create import create_or_open_atlas as create_or_open_atlas
     from hbx_gpu.atlas._ingest.anndata import add_from_anndata as add_from_anndata
     from hbx_gpu.atlas._ingest.anndata import add_from_h5ad as add_from_h5ad
     from hbx_gpu.atlas._ingest.commit import IngestReport as IngestReport
@@ -56,7 +56,7 @@ _PUBLIC = {
     "add_from_anndata": "_ingest.anndata",
     "add_from_h5ad": "_ingest.anndata",
     "add_multimodal": "_ingest.multimodal",
-    "create_or_open_atlas": "_atlas",
+    "create_or_open_atlas": "_create",
     "get_space": "_model.spaces",
     "layout_uid": "_model.schema",
     "list_versions": "_catalogue.snapshot_records",

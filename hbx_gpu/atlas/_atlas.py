@@ -15,6 +15,7 @@ from hbx_gpu._advice import spelled
 from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalogue import creation, tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalogue.declared import Given, RegistrySchemas, read_declared
 from hbx_gpu.atlas._catalogue.journal import WriteLock
 from hbx_gpu.atlas._catalogue.names import Names, only_table
 from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store
@@ -82,12 +83,14 @@ class RaggedAtlas:
     def create(
         cls,
         path: str | os.PathLike[str],
+        *given: Given,
         obs_schemas: ObsSchemas | None = None,
-        dataset_table_name: str = "datasets",
-        dataset_schema: type[DatasetSchema] = DatasetSchema,
-        *,
+        cell_table_name: str | None = None,
+        cell_schema: type[HoxBaseSchema] | None = None,
+        dataset_table_name: str | None = None,
+        dataset_schema: type[DatasetSchema] | None = None,
         store: object = None,
-        registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
+        registry_schemas: RegistrySchemas | None = None,
         codec: str = DEFAULT_CODEC,
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
@@ -100,6 +103,9 @@ class RaggedAtlas:
         ----------
         path
             Directory of the atlas.
+        *given
+            By position ``obs_schemas, dataset_table_name, dataset_schema, registry_schemas``, or as in
+            Homeobox 0.2.3 ``cell_table_name, cell_schema, dataset_table_name, dataset_schema``.
         store
             Where the arrays go instead of ``zarr_store`` in that directory: a path, or a local store object
             of zarr or obstore. An atlas does not record it, so pass it whenever you open the atlas.
@@ -109,26 +115,30 @@ class RaggedAtlas:
         Raises
         ------
         TypeError
-            `obs_schemas` is the name of a table, as in old releases of Homeobox.
+            An argument is given twice or has a wrong type.
         FileExistsError
             An atlas already exists there.
         AtlasLockedError
             Somebody else is making it.
         """
         del store_kwargs
-        root = _root(path)
-        if isinstance(obs_schemas, str):
-            raise TypeError(
-                "obs_schemas maps obs tables to their classes: "
-                f"pass {{{obs_schemas!r}: MyCellSchema}} instead of the name {obs_schemas!r}"
-            )
-        schemas = dict(obs_schemas) if obs_schemas else {"cells": None}
+        root = root_of(path)
+        named = {
+            "obs_schemas": obs_schemas,
+            "cell_table_name": cell_table_name,
+            "cell_schema": cell_schema,
+            "dataset_table_name": dataset_table_name,
+            "dataset_schema": dataset_schema,
+            "registry_schemas": registry_schemas,
+        }
+        asked = read_declared(given, named)
+        schemas = asked.obs_schemas or {asked.cell_table_name: None}
         where = root / "zarr_store" if store is None else local_path(store_path(store))
-        names = Names((), dataset_table_name, {}, version_table_name, check_codec(codec))
+        names = Names((), asked.dataset_table_name, {}, version_table_name, check_codec(codec))
         session = WriteSession(
             Catalogue(root, where, names, allow_links=allow_links),
             obs_schemas=schemas,
-            registry_schemas=registry_schemas,
+            registry_schemas=asked.registry_schemas,
             pointer_fields=pointer_fields,
         )
         root.mkdir(parents=True, exist_ok=True)
@@ -146,7 +156,7 @@ class RaggedAtlas:
                 check_store(root, where, allow_links=allow_links)
             where.mkdir(parents=store is not None, exist_ok=True)
             make_group(where)
-            tables.ensure_table(root, dataset_table_name, dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
+            tables.ensure_table(root, asked.dataset_table_name, asked.dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
             tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())  # type: ignore[no-untyped-call]
             tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())  # type: ignore[no-untyped-call]
             # Last, because saving the names marks the atlas as complete.
@@ -202,7 +212,7 @@ class RaggedAtlas:
             Somebody else is making it.
         """
         del store_kwargs
-        root = _root(path)
+        root = root_of(path)
         if not (root / "lance_db").is_dir():
             raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
         names = _names(root, version_table_name, allow_links=allow_links)
@@ -537,90 +547,6 @@ class RaggedAtlas:
         return add_from_h5ad(self, path, **kwargs)
 
 
-def create_or_open_atlas(
-    atlas_path: str | os.PathLike[str],
-    obs_schemas: ObsSchemas | None = None,
-    dataset_table_name: str = "datasets",
-    dataset_schema: type[DatasetSchema] = DatasetSchema,
-    registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
-    *,
-    cell_table_name: str = "cells",
-    cell_schema: type[HoxBaseSchema] | None = None,
-    codec: str | None = None,
-    store: object = None,
-    version_table_name: str = VERSION_TABLE,
-    pointer_fields: Mapping[str, str] | None = None,
-    store_kwargs: object = None,
-    allow_links: bool = False,
-) -> RaggedAtlas:
-    """Open the atlas at a path for writing; create it first if it does not exist.
-
-    Parameters
-    ----------
-    atlas_path
-        Directory of the atlas.
-    obs_schemas
-        Obs table -> its class, or None to take further columns from the data and merge them. Without this
-        argument there is one table, `cell_table_name`, with the class `cell_schema`. Tables that do not
-        exist yet are created.
-    dataset_table_name, dataset_schema
-        The table of groups; used when the atlas is made.
-    registry_schemas
-        Feature space -> class of its features. Spaces without one take their columns from the data.
-    cell_table_name, cell_schema
-        The only obs table, in the older way of calling.
-    codec
-        How new arrays are compressed, see `codec_names`; by default as before, ``hbx_gpu.rowpack``
-        in a new atlas and ``homeobox.bitpacking`` in one that Homeobox made.
-    store
-        The zarr store where it is not the sibling of ``lance_db``: a path, or a local store object of zarr or
-        obstore.
-    version_table_name
-        Table that records the snapshots.
-    pointer_fields
-        Pointer column -> feature space, for obs tables without a class in a new atlas; by default
-        ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
-    store_kwargs
-        Accepted and not used: local stores have no options.
-    allow_links
-        Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
-
-    Raises
-    ------
-    AtlasError
-        A class disagrees with the tables of the existing atlas.
-    """
-    del store_kwargs
-    schemas = dict(obs_schemas) if obs_schemas else None
-    if schemas is None and cell_schema is not None:
-        schemas = {cell_table_name: cell_schema}
-    root = _root(atlas_path)
-    if creation.is_unfinished(root) or (
-        Names.load(root, version_table=version_table_name, allow_links=allow_links) is None
-    ):
-        return RaggedAtlas.create(
-            root,
-            obs_schemas=schemas or {cell_table_name: None},
-            dataset_table_name=dataset_table_name,
-            dataset_schema=dataset_schema,
-            store=store,
-            registry_schemas=registry_schemas,
-            codec=codec or DEFAULT_CODEC,
-            version_table_name=version_table_name,
-            pointer_fields=pointer_fields,
-            allow_links=allow_links,
-        )
-    return RaggedAtlas.open(
-        root,
-        obs_schemas=schemas,
-        registry_schemas=registry_schemas,
-        store=store,
-        codec=codec,
-        version_table_name=version_table_name,
-        allow_links=allow_links,
-    )
-
-
 def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None:
     if creation.is_unfinished(root):
         with WriteLock(root).hold():
@@ -633,6 +559,7 @@ def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None
     return Names.load(root, version_table=version_table, allow_links=allow_links)
 
 
-def _root(path: str | os.PathLike[str]) -> Path:
+def root_of(path: str | os.PathLike[str]) -> Path:
+    """Directory of the atlas that is meant by it or by its ``lance_db``."""
     root = local_path(path)
     return root.parent if root.name == "lance_db" else root

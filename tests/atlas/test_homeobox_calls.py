@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import pytest
 import scipy.sparse as sp
 import zarr.storage
 
-from hbx_gpu.atlas import AtlasQuery, HoxBaseSchema, PointerField, RaggedAtlas, SparseZarrPointer
+from hbx_gpu.atlas import (
+    AtlasQuery,
+    DatasetSchema,
+    FeatureBaseSchema,
+    HoxBaseSchema,
+    PointerField,
+    RaggedAtlas,
+    SparseZarrPointer,
+    create_or_open_atlas,
+)
 from hbx_gpu.errors import AtlasError, UnknownNameError, UnsupportedError
 
 
@@ -47,8 +57,6 @@ def test_an_atlas_with_its_store_elsewhere(tmp_path: Path) -> None:
     atlas.snapshot()
     read = RaggedAtlas.checkout_latest(tmp_path / "a", None, store).query().to_anndata()
     np.testing.assert_array_equal(read.X.toarray().sum(1), simple().X.toarray().sum(1))
-    with pytest.raises(TypeError, match=r"pass \{'cells': MyCellSchema\}"):
-        RaggedAtlas.create(tmp_path / "b", "cells", Cells)  # type: ignore[arg-type]
     with pytest.raises(AtlasError, match="pass a path, a zarr LocalStore or an obstore LocalStore"):
         RaggedAtlas.open(tmp_path / "a", store=zarr.storage.MemoryStore())
 
@@ -75,6 +83,37 @@ def test_open_as_every_release_of_homeobox_is_called(multimodal: Path) -> None:
         RaggedAtlas.open(multimodal, registry_tables={"gene_expression": "genes"})
     with pytest.raises(ValueError, match="once"):
         RaggedAtlas.open(multimodal, {"cells": None}, {"cells": None})
+
+
+class Study(DatasetSchema):
+    lab: str | None = None
+
+
+@pytest.mark.parametrize("make", [RaggedAtlas.create, create_or_open_atlas])
+def test_an_atlas_is_made_as_every_release_of_homeobox_makes_it(tmp_path: Path, make: Any) -> None:
+    before = make(tmp_path / "a", "donors", Cells, "groups", Study, registry_schemas={})
+    now = make(tmp_path / "b", {"donors": Cells}, "groups", Study, {"gene_expression": FeatureBaseSchema})
+    by_name = make(tmp_path / "c", cell_table_name="donors", cell_schema=Cells, dataset_table_name="groups")
+    for atlas in (before, now, by_name):
+        assert atlas.obs_tables == ["donors"]
+        assert atlas.obs_schema("donors") is Cells
+        assert atlas.catalogue.names.dataset_table == "groups"
+    assert "lab" in before.list_datasets().columns
+    assert "lab" in now.list_datasets().columns
+    for given, named, message in [
+        (("donors", Cells, "groups", Study, {}), {}, "at most cell_table_name, cell_schema"),
+        (
+            ({"donors": Cells},),
+            {"obs_schemas": {"donors": Cells}},
+            "obs_schemas is given by position and by name",
+        ),
+        (({"donors": Cells},), {"cell_schema": Cells}, "pass one of them"),
+        (("donors", Study), {}, "cell_schema must be a class derived from HoxBaseSchema"),
+        ((Cells,), {}, "obs_schemas must be {table: class or None}"),
+    ]:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            make(tmp_path / "d", *given, **named)
+    assert not (tmp_path / "d").exists()
 
 
 def query(path: Path) -> AtlasQuery:

@@ -1,10 +1,11 @@
-"""Any two files, ingested with default options: genes, values and obs columns against a plain model."""
+"""Any two or three files, ingested at once or later, with default options, against a plain model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -140,22 +141,29 @@ def _likely(naming: str) -> bool:
     return naming not in ("ensembl", "versions")
 
 
-def joined(kinds: Sequence[str], columns: Sequence[list[Any]]) -> list[list[Any]] | None:
-    """Values of a column of two files in the type that holds both; None where there is no such type."""
-    of = {"gaps": "int", "category": "text"}
-    found = {
-        of.get(kind, kind)
-        for kind, values in zip(kinds, columns, strict=True)
-        if any(v is not None for v in values)
-    }
-    if len(found) <= 1 or found == {"int", "big"}:
-        return list(columns)
-    if found == {"big", "fraction"}:
+def meaning(kind: str, values: list[Any]) -> str | None:
+    """What a column holds; None without any value."""
+    if all(value is None for value in values):
         return None
-    if "text" in found:
-        return [[None if v is None else str(v) for v in values] for values in columns]
-    number = float if "fraction" in found else int
-    return [[None if v is None else number(v) for v in values] for values in columns]
+    return {"gaps": "int", "category": "text"}.get(kind, kind)
+
+
+def joined(kinds: Sequence[str], columns: Sequence[list[Any]]) -> tuple[list[list[Any]], int]:
+    """Values of a column of several files in the type that holds all, and how many files have one."""
+    state: str | None = None
+    done: list[list[Any]] = []
+    for kind, values in zip(kinds, columns, strict=True):
+        new = meaning(kind, values)
+        pair = {state, new} - {None}
+        if pair == {"big", "fraction"}:
+            return done, len(done)
+        done.append(values)
+        if len(pair) == 2 and pair != {"int", "big"}:
+            change: Any = str if "text" in pair else float if "fraction" in pair else int
+            done = [[None if v is None else change(v) for v in one] for one in done]
+        # The type that the columns have now.
+        state = next((k for k in ("text", "fraction", "big", "int", "bool") if k in pair), state)
+    return done, len(done)
 
 
 def plain(value: Any) -> Any:
@@ -174,62 +182,135 @@ def a_file(draw: st.DrawFn, seed: int) -> File:
     return File(tuple(genes), index, tuple(columns), matrix, form, obs, draw(st.integers(2, 4)), seed)
 
 
-@settings(
+QUICK = settings(
     max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # an example is small as it comes; shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@QUICK
 @given(first=a_file(1), second=a_file(2))
 def test_any_two_files(first: File, second: File, caplog: pytest.LogCaptureFixture) -> None:
-    check_together([first, second], caplog)
+    check_together([first, second], [], caplog)
 
 
-def check_together(files: list[File], caplog: pytest.LogCaptureFixture) -> None:
+@QUICK
+@given(first=a_file(1), second=a_file(2), third=a_file(3), together=st.integers(1, 3))
+def test_any_three_files_at_once_or_later(
+    first: File, second: File, third: File, together: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [first, second, third]
+    check_together(files[:together], files[together:], caplog)
+
+
+@pytest.mark.parametrize("lacking", ["cells", "genes"])
+def test_an_empty_file_among_others(lacking: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused; the files before it are added, and its genes have no say."""
+    first = File((0, 1, 2), "symbols", ("ensembl",), "counts in X", "csr", {"a": "int"}, 3, 1)
+    empty = dataclasses.replace(first, index="positions", columns=(), seed=2)
+    empty = dataclasses.replace(empty, n=0) if lacking == "cells" else dataclasses.replace(empty, genes=())
+    third = dataclasses.replace(first, genes=(1, 2, 5), seed=3)
+    check_together([first, empty], [third], caplog)
+    check_together([empty], [first, third], caplog)
+
+
+def check_together(files: list[File], later: list[File], caplog: pytest.LogCaptureFixture) -> None:
+    """Ingest `files` with one command, then each of `later` with one of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{i}.h5ad") for i in range(len(files))]
-        for file, path in zip(files, paths, strict=True):
-            file.write(path)
-        caplog.clear()
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error):
-            status = cli.main(["ingest", *map(str, paths), "--atlas", str(Path(folder, "A"))])
-        said = caplog.text + error.getvalue()
-        names = sorted({name for file in files for name in file.obs})
-        expected_obs: dict[str, list[list[Any]] | None] = {}
-        for name in names:
-            kinds = [file.obs.get(name, "missing") for file in files]
-            columns = [file.values(name) if name in file.obs else [None] * file.n for file in files]
-            expected_obs[name] = joined(kinds, columns)
-        if refused := [name for name, values in expected_obs.items() if values is None]:
-            assert status == 1, said
-            assert f"column {refused[0]!r}" in said
-            assert "--obs-type" in said
+        atlas = Path(folder, "A")
+        added: list[File] = []
+        for batch in [files, *([file] for file in later)]:
+            paths = [Path(folder, f"{file.seed}.h5ad") for file in batch]
+            for file, path in zip(batch, paths, strict=True):
+                file.write(path)
+            caplog.clear()
+            error = io.StringIO()
+            with contextlib.redirect_stderr(error):
+                status = cli.main(["ingest", *map(str, paths), "--atlas", str(atlas)])
+            said = caplog.text + error.getvalue()
+            taken = list(itertools.takewhile(lambda file: file.n and file.genes, batch))
+            n = min([len(added) + len(taken), *(joined_column(name, added + taken)[1] for name in "ab")])
+            whole = taken[: n - len(added)]
+            assert status == (0 if len(whole) == len(batch) else 1), said
+            if len(whole) < len(taken):
+                (refused,) = {name for name in "ab" if joined_column(name, added + taken)[1] == n} or {""}
+                assert f"column {refused!r}" in said
+                assert "--obs-type" in said
+            elif len(taken) < len(batch):
+                assert "nothing to ingest" in said
+            if batch is files and whole:
+                few_said(identified(taken), taken, said)
+            added += whole
+        if not added:
+            assert not atlas.exists()
             return
-        assert status == 0, said
-        adata = RaggedAtlas.checkout_latest(Path(folder, "A")).query().to_anndata()
+        checked = RaggedAtlas.checkout_latest(atlas)
+        adata = checked.query().to_anndata()
+        rows = checked.list_datasets().set_index("source_name")["feature_id_column"]
+    chosen = [str(rows[f"{file.seed}.h5ad"]) for file in added]
+    namings = [
+        file.index if column == "index" else column.removeprefix("column ")
+        for column, file in zip(chosen, added, strict=True)
+    ]
+    at_once = [file for file in files if file.n and file.genes]
+    n_first = sum(file in files for file in added)
+    assert namings[:n_first] == identified(at_once)[:n_first]
+    check_later(namings, added, n_first)
+    check_content(adata, added, namings, said)
 
-    chosen = identified(files)
-    ids = [named(naming, file.genes) for naming, file in zip(chosen, files, strict=True)]
+
+def joined_column(name: str, files: Sequence[File]) -> tuple[list[list[Any]], int]:
+    """The values of an obs column of some files, joined."""
+    kinds = [file.obs.get(name, "missing") for file in files]
+    columns = [file.values(name) if name in file.obs else [None] * file.n for file in files]
+    return joined(kinds, columns)
+
+
+def few_said(namings: Sequence[str], files: Sequence[File], said: str) -> None:
+    """A file that shares less than half of the smaller set with those before it is named."""
+    seen: set[str] = set()
+    few = False
+    for naming, file in zip(namings, files, strict=True):
+        ids = set(named(naming, file.genes))
+        few |= bool(seen) and len(ids & seen) < min(len(ids), len(seen)) / 2
+        seen |= ids
+    assert ("share few genes" in said) == few, said
+
+
+def check_later(namings: Sequence[str], files: Sequence[File], n_first: int) -> None:
+    """A file that comes to an atlas is identified by what shares most with it, never by positions."""
+    seen: set[str] = set()
+    for i, (naming, file) in enumerate(zip(namings, files, strict=True)):
+        own = [name for name in (file.index, *file.columns) if name != "positions"] or ["positions"]
+        shared = {name: len(seen & set(named(name, file.genes))) for name in own}
+        if i >= n_first and seen:
+            assert naming in own
+            assert shared[naming] == max(shared.values())
+        seen |= set(named(naming, file.genes))
+
+
+def check_content(adata: anndata.AnnData, files: list[File], namings: list[str], said: str) -> None:
+    """Genes, counts and obs columns of every file."""
+    ids = [named(naming, file.genes) for naming, file in zip(namings, files, strict=True)]
     assert set(adata.var_names) == {uid for each in ids for uid in each}, said
     dense = pd.DataFrame(adata.X.toarray(), index=adata.obs["obs_name"], columns=adata.var_names)
     for file, uids in zip(files, ids, strict=True):
         assert np.array_equal(dense.loc[file.cells, uids].to_numpy(), file.counts)
         others = [uid for uid in adata.var_names if uid not in uids]
         assert not dense.loc[file.cells, others].to_numpy().any()
-    smaller = min(map(len, map(set, ids)))
-    few = len(set(ids[0]) & set(ids[1])) < smaller / 2
-    assert ("share few genes" in said) == few, said
     obs = adata.obs.set_index("obs_name")
-    for name, values in expected_obs.items():
-        assert values is not None
+    for name in sorted({name for file in files for name in file.obs}):
+        values, n = joined_column(name, files)
+        assert n == len(files)
         for file, wanted in zip(files, values, strict=True):
             if name not in obs:
                 assert not any(v is not None for v in wanted)
                 continue
             got = [plain(v) for v in obs.loc[file.cells, name].tolist()]
-            assert got == wanted, (name, obs[name].dtype)
+            assert got == wanted, (name, obs[name].dtype, [f.obs.get(name) for f in files])
             assert [type(v) is bool for v in got] == [type(v) is bool for v in wanted]
 
 

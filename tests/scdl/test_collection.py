@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu.dataloader import sparse_to_dense_collate
+from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
 from hbx_gpu.scdl._format.archive import open_archive
 from tests.scdl.files import adata, content, counts, h5ad, leftovers
+
+ENSEMBL = [f"ENSG{i:011d}" for i in range(10)]
 
 
 @pytest.fixture
@@ -127,3 +131,45 @@ def test_errors(sources: Path, tmp_path: Path) -> None:
         collection.load_h5ad(sources / "a.h5ad")
     with pytest.raises(FileNotFoundError, match="SCDL archives"):
         SingleCellCollection.open(tmp_path / "empty")
+
+
+def two_namings(tmp_path: Path, second: list[str]) -> tuple[SingleCellCollection, list[sp.csr_matrix]]:
+    """A collection of two archives whose genes are named by Ensembl ids, in the second as given."""
+    folder = tmp_path / "h5ad"
+    folder.mkdir()
+    matrices = [counts(4, 3, seed=1), counts(5, 3, seed=2)]
+    for name, x, ids in zip("ab", matrices, (ENSEMBL[:3], second), strict=True):
+        data = adata(x, cells=name)
+        data.var_names, data.var["feature_id"] = ids, ids
+        data.write_h5ad(folder / f"{name}.h5ad")
+    collection = SingleCellCollection(tmp_path / "all")
+    collection.load_h5ad_multi(folder)
+    return collection, matrices
+
+
+def test_flatten_refuses_archives_that_share_too_few_genes(tmp_path: Path) -> None:
+    collection, matrices = two_namings(tmp_path, [ENSEMBL[2], *ENSEMBL[7:9]])
+    with pytest.raises(InvalidDataError, match=r"only 1 of its 3 features .*require_shared_genes=0\.5"):
+        collection.flatten(tmp_path / "flat", require_shared_genes=0.5)
+    assert not (tmp_path / "flat").exists()
+    collection.flatten(tmp_path / "enough", require_shared_genes=0.3)
+    assert len(content(tmp_path / "enough")["rows"]) == 9
+    with pytest.warns(UserWarning, match="only 1 of its 3 features"):
+        collection.flatten(tmp_path / "flat")
+    archive = open_archive(tmp_path / "flat")
+    assert archive.data.tolist() == [v for x in matrices for v in x.data]
+
+
+def test_genes_of_a_collection_meet_without_their_versions(tmp_path: Path) -> None:
+    order = [2, 0, 1]
+    collection, (first, second) = two_namings(tmp_path, [f"{ENSEMBL[i]}.{i + 1}" for i in order])
+    with pytest.warns(UserWarning, match="Without versions, 3 are shared"):
+        apart = collection.to_cell_dataset()
+    assert apart.n_features == 6
+    with pytest.raises(InvalidDataError, match=r"require_shared_genes=0\.9"):
+        collection.to_cell_dataset(require_shared_genes=0.9)
+    dataset = collection.to_cell_dataset(strip_versions=True, require_shared_genes=0.9)
+    assert dataset.feature_uids.tolist() == ENSEMBL[:3]
+    wanted = np.zeros((9, 3), np.float32)
+    wanted[:4], wanted[4:, order] = first.toarray(), second.toarray()
+    assert np.array_equal(sparse_to_dense_collate(dataset[:])["X"].numpy(), wanted)

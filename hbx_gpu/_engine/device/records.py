@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu.errors import UnsupportedError
 
 RUN = np.dtype(
@@ -126,6 +127,6 @@ def element_type(dtype: np.dtype, name: str) -> int:
     if number is None:
         raise UnsupportedError(
             f"{name} has dtype {dtype}, which cannot be decoded on a device (it can be: "
-            f"{', '.join(ELEMENT_TYPES)}); read it with device='cpu'"
+            f"{', '.join(ELEMENT_TYPES)}); read it with {option('device', 'cpu')}"
         )
     return number

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._devices import cores, free_host_memory
 from hbx_gpu._engine.device.backend import NoRoom, Slot
 from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64, Layout, Resident, StagedPlan
@@ -202,8 +203,9 @@ class DeviceChunks:
         self.store = self._new_store(capacity, area, "device" if on_device else "host")
         self._touch = on_device and load == "touch"
         left = "" if n == len(sizes) else f", {int(sizes[n:].sum()) >> 20} MiB stream"
+        stay = f"{int(sizes[:n].sum()) >> 20} MiB of chunks stay{left}"
         tell(
-            f"residency={self.residency!r} ({reason}): {int(sizes[:n].sum()) >> 20} MiB of chunks stay{left}"
+            f"{option('residency', self.residency)} ({reason}): {stay}"
             f"; they come {'when first needed' if self._touch else 'now'}"
         )
         if not self._touch:
@@ -237,7 +239,8 @@ class DeviceChunks:
             slot, begin = self.slot(), time.perf_counter()
             staging = self.stage(rows, slot)
             if in_place and staging.resident is None:
-                tell("residency='host': blocks are packed, since not all chunks can be read in place")
+                here = option("residency", "host")
+                tell(f"{here}: blocks are packed, since not all chunks can be read in place")
                 return False
             packed = time.perf_counter()
             dense = self._layout == "dense"
@@ -248,7 +251,7 @@ class DeviceChunks:
         faster = cost[True] < cost[False]
         ways = f"{1e3 * cost[True]:.2f} ms in place, {1e3 * cost[False]:.2f} ms packed"
         how = "kernels read page-locked memory in place" if faster else "blocks are packed"
-        tell(f"residency='host': {how} ({len(rows)} rows: {ways})")
+        tell(f"{option('residency', 'host')}: {how} ({len(rows)} rows: {ways})")
         return faster
 
     def _choose(self, io: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from hbx_gpu._advice import option
 from hbx_gpu._devices import cores, free_host_memory
 from hbx_gpu._protocols import AnyLoadable, Chunked
 from hbx_gpu._storage.choice import choose
@@ -223,7 +224,8 @@ def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
         )
     reader = _open(dataset, options)
     if residency == "auto":
-        tell("residency='auto' on the CPU: 'none', the page cache keeps chunks and all processes share it")
+        here = option("residency", "auto")
+        tell(f"{here} on the CPU: 'none', the page cache keeps chunks and all processes share it")
     elif residency != "none":
         budget = options.residency_budget
         reader = HeapReader(
@@ -232,7 +234,8 @@ def hold_on_host(dataset: LoadableT, options: LoaderOptions) -> LoadableT:
             budget=int(SHARE * free_host_memory()) if budget is None else budget,
             threads=options.threads or cores(),
         )
-        tell(f"residency={residency!r} on the CPU: {_size(reader.nbytes)} of chunks copied to memory")
+        here = option("residency", residency)
+        tell(f"{here} on the CPU: {_size(reader.nbytes)} of chunks copied to memory")
     return dataset.reading_with(reader)
 
 
@@ -242,7 +245,9 @@ def _open(dataset: Chunked, options: LoaderOptions) -> Reader:
     if io is None:
         return dataset.open_reader(dataset.reader_kind)
     if io == "kvikio":
-        raise ValueError("io='kvikio' brings chunks to a GPU; on the CPU pass 'mmap', 'pinned' or 'auto'")
+        raise ValueError(
+            f"{option('io', 'kvikio')} brings chunks to a GPU; on the CPU pass 'mmap', 'pinned' or 'auto'"
+        )
     readers = {"mmap": dataset.open_reader("mmap"), "pinned": dataset.open_reader("preadv")}
     if io == "auto":
 

@@ -19,7 +19,7 @@ from hbx_gpu.atlas._ingest.inputs import choose_for
 from hbx_gpu.atlas._ingest.multimodal import Layers, modalities_with_matrix, resolve_modality
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._model.spaces import get_space
-from hbx_gpu.errors import HbxError
+from hbx_gpu.errors import HbxError, InvalidDataError
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +169,9 @@ def _look_at(
 ) -> _Seen:
     chosen = choose_for(file, wanted, counts=counts)
     name = wanted or (chosen.name if chosen else "X")
+    if 0 in file.matrix(name).shape:
+        # Adding it is refused, so its features have no say in how those of others are identified.
+        raise InvalidDataError(f"{file.source} has no cells or no features")
     features = FeatureTable.of_frame(file.var(name), file.source)
     obs_columns = file.obs_columns() if of_file else None
     return _Seen(space, name, str(chosen) if chosen else name, features, column, obs_columns)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hbx_gpu._advice import option, spelled
 from hbx_gpu.atlas._model.spaces import get_space, known_spaces
 from hbx_gpu.errors import UnknownNameError
 
@@ -114,7 +115,9 @@ class Fields:
         if not pointers:
             raise ValueError(f"{what} has no data to read; available: {self._described()}")
         names = [pointer.name for pointer in pointers]
-        raise ValueError(f"{what} has several pointer fields: {names}; choose one with field_name=")
+        raise ValueError(
+            f"{what} has several pointer fields: {names}; choose one with {option('field_name')}"
+        )
 
     def matrix(self) -> PointerColumn:
         """The pointer field that becomes AnnData.
@@ -131,7 +134,7 @@ class Fields:
         if active and not matrices:
             raise TypeError(
                 f"{[p.name for p in active]} hold images or fragments, not rows of a matrix; "
-                "read them with to_cell_dataset(field_name=...)"
+                f"read them with {spelled('to_cell_dataset(field_name=...)', 'Python')}"
             )
         if len(matrices) > 1:
             raise ValueError(
