@@ -199,18 +199,20 @@ HBX_CALLED void hbx_highest(const HbxRecipe& recipe, const HbxRow& row, const Hb
 }
 
 // out[0, n) = n of some columns at random, with replacement where they are too few, and of all where there are none.
-HBX_CALLED void hbx_pick(const HbxRecipe& recipe, const HbxRow& row, const u32* some, u32 n_some, u32 n, u32 step,
+// `half` of each draw's words decides; draws with replacement are those of a block of their own.
+HBX_CALLED void hbx_pick(const HbxRecipe& recipe, const HbxRow& row, const u32* some, u32 n_some, u32 n, u32 step, u32 half,
                          u32 block_number, const HbxWork& work, u32* out, HbxTeam* team) {
     if (n_some >= n) {
         u64* key = work.keys(n_some);
         for (u32 i = threadIdx.x; i < n_some; i += blockDim.x) {
-            key[i] = row.draws.key(step, (u32)recipe.index[some[i]], block_number);
+            HbxWords4 words = row.draws.words(step, (u32)recipe.index[some[i]]);
+            key[i] = half ? (u64)words.w[2] << 32 | words.w[3] : words.key();
         }
         hbx_smallest(key, n_some, n, &work.space, work.item, team);
         for (u32 k = threadIdx.x; k < n; k += blockDim.x) out[k] = some[work.item[k]];
     } else {
         for (u32 k = threadIdx.x; k < n; k += blockDim.x) {
-            u64 key = row.draws.key(step, k, block_number + 1u);
+            u64 key = row.draws.key(step, k, block_number);
             out[k] = n_some ? some[hbx_below_span(key, n_some)] : (u32)recipe.known[hbx_below_span(key, recipe.n_known)];
         }
     }
@@ -228,7 +230,7 @@ HBX_DEVICE void hbx_ranked_columns(const HbxRecipe& recipe, const HbxRow& row, u
         u32 n_some = absent ? absent : row.n;
         u32* out = work.chosen + 1u + kept;
         if (absent >= missing) {
-            hbx_pick(recipe, row, some, n_some, missing, HBX_ZEROS, 0, work, out, team);
+            hbx_pick(recipe, row, some, n_some, missing, HBX_ZEROS, 0, 1, work, out, team);
         } else {
             for (u32 k = threadIdx.x; k < missing; k += blockDim.x) {
                 out[k] = some[hbx_below_span(row.draws.key(HBX_ZEROS, k, 1), n_some)];
@@ -275,7 +277,7 @@ HBX_KERNEL __launch_bounds__(256, 1) token_ranked(const HbxRecipe* recipes, cons
         }
         __syncthreads();
         // Genes to predict.
-        hbx_pick(recipe, row, row.columns, row.n, n_expressed, HBX_PICK, 0, work, work.chosen, &team);
+        hbx_pick(recipe, row, row.columns, row.n, n_expressed, HBX_PICK, 0, 1, work, work.chosen, &team);
         u32 n_some = absent;
         if (whole[HBX_R_ONE_ABSENT]) {  // with those whose logarithm is below 1
             n_some = 0;
@@ -288,7 +290,7 @@ HBX_KERNEL __launch_bounds__(256, 1) token_ranked(const HbxRecipe* recipes, cons
             }
             __syncthreads();
         }
-        hbx_pick(recipe, row, work.list, n_some, own_tasks - n_expressed, HBX_ZEROS, 2, work, work.chosen + n_expressed,
+        hbx_pick(recipe, row, work.list, n_some, own_tasks - n_expressed, HBX_ZEROS, 1, 3, work, work.chosen + n_expressed,
                  &team);
         __syncthreads();
         u64 sum = 0;

@@ -69,29 +69,31 @@ def normalise(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, ta
     Returns
     -------
     np.ndarray
-        float64 (n,); float32 arithmetics are widened.
+        float64 (n,); float32 arithmetics are widened. 0 where a count is 0, also of a cell without counts.
     """
-    if not len(x):
-        return np.empty(0, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(x == 0, 0.0, _scaled(norm, x, total, known, kept, target))
+
+
+def _scaled(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, target: float) -> np.ndarray:
+    """As `normalise`, but for zeros of a cell without counts."""
     if norm in (Norm.F64_DIV, Norm.F64_RECIP, Norm.F64_KNOWN):
         if norm == Norm.F64_RECIP:
             return x * (1.0 / np.float64(total)) * target
         return x / np.float64(known if norm == Norm.F64_KNOWN else total) * target
     one, n = np.float32(1), np.float32(target)
     y, t, t_known = x.astype(np.float32), np.float32(total), np.float32(known)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ways: dict[Norm, Callable[[], np.ndarray]] = {
-            Norm.COUNT: lambda: y,
-            Norm.F32_RECIP: lambda: y * (one / t) * n,
-            Norm.F32_DIV: lambda: y / t_known * n,
-            Norm.F32_EPS: lambda: n * y / (t + np.float32(1e-6)),
-            Norm.F32_FACTOR: lambda: y * (n / t),
-            Norm.F32_KNOWN_EPS: lambda: y / (t_known + np.float32(1e-9)) * n,
-            Norm.F32_KEPT: lambda: y / np.float32(kept) * n,
-            Norm.F32_TIMES: lambda: y * n / t,
-        }
-        result = ways[norm]()
-    return result.astype(np.float64)
+    ways: dict[Norm, Callable[[], np.ndarray]] = {
+        Norm.COUNT: lambda: y,
+        Norm.F32_RECIP: lambda: y * (one / t) * n,
+        Norm.F32_DIV: lambda: y / t_known * n,
+        Norm.F32_EPS: lambda: n * y / (t + np.float32(1e-6)),
+        Norm.F32_FACTOR: lambda: y * (n / t),
+        Norm.F32_KNOWN_EPS: lambda: y / (t_known + np.float32(1e-9)) * n,
+        Norm.F32_KEPT: lambda: y / np.float32(kept) * n,
+        Norm.F32_TIMES: lambda: y * n / t,
+    }
+    return ways[norm]().astype(np.float64)
 
 
 def rank_keys(norm: Norm, values: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -69,10 +69,13 @@ class Draws:
         counter[2], counter[3] = self.epoch, np.uint64(step) | index << np.uint64(8)
         return philox(counter, (self.seed & 0xFFFFFFFF, self.seed >> 32))
 
-    def keys(self, step: Step, index: np.ndarray, block: int = 0) -> np.ndarray:
-        """uint64 (n,): 64-bit keys; the k smallest are a uniform choice of k, their order a shuffle."""
+    def keys(self, step: Step, index: np.ndarray, block: int = 0, *, half: int = 0) -> np.ndarray:
+        """uint64 (n,): 64-bit keys; the k smallest are a uniform choice of k, their order a shuffle.
+
+        `half` 1 takes the other two words of the same draws.
+        """
         words = self.words(step, index, block)
-        result: np.ndarray = words[0] << _HALF | words[1]
+        result: np.ndarray = words[2 * half] << _HALF | words[2 * half + 1]
         return result
 
     def units(self, step: Step, index: np.ndarray) -> np.ndarray:

@@ -107,16 +107,17 @@ def _tasks(
     if program.count_one_absent:
         absent = np.union1d(absent, row.columns[level[row.columns] < 1])
     parts = []
-    for step, blocks, columns, n in (
-        (Step.PICK, (0, 1), row.columns, n_expressed),
-        (Step.ZEROS, (2, 3), absent, n_absent),
+    for step, half, block, columns, n in (
+        (Step.PICK, 0, 1, row.columns, n_expressed),
+        # The first half of each draw decides which genes fill the row up.
+        (Step.ZEROS, 1, 3, absent, n_absent),
     ):
         if len(columns) >= n:
             index = tables.index[columns]
-            parts.append(columns[smallest(draws.keys(step, index, blocks[0]), index, n)])
+            parts.append(columns[smallest(draws.keys(step, index, half=half), index, n)])
         else:
             some = columns if len(columns) else tables.known
-            parts.append(_with_replacement(some, draws, step, blocks[1], n))
+            parts.append(_with_replacement(some, draws, step, block, n))
     columns = np.concatenate(parts).astype(np.int64)
     by_id = {int(tables.token[c]): level[c] for c in row.columns.tolist()}
     ids = np.concatenate([tables.token[columns], shared]).astype(np.int64)

@@ -45,6 +45,8 @@ def log1p(x):
 @jit
 def normalise(norm, x, total, known, kept, target):
     """See :func:`hbx_gpu.tokens._arithmetic.normalise`."""
+    if x == 0.0:
+        return 0.0
     if norm == _F64_DIV:
         return x / total * target
     if norm == _F64_RECIP:

@@ -7,8 +7,8 @@ import numpy as np
 
 from hbx_gpu._draws import MULTIPLIERS, ROUNDS, WEYL
 
-jit = numba.njit(nogil=True, cache=True, boundscheck=False)
-sums = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc"})
+jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+sums = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc"})
 """For sums of whole numbers below 2**53, which are the same in any order: adding may become vectors."""
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
@@ -90,6 +90,21 @@ def keys(seed, epoch, cell, step, block, index, n, out):
         b = right
         right = (c & LOW) * _M1
         out[i] = (((right >> HALF) ^ b ^ u_10) << HALF) | (right & LOW)
+
+
+@jit
+def two_keys(seed, epoch, cell, step, index, n, out, out_2):
+    """out[i] = 64-bit key of index[i], and out_2[i] another one: the other two words of the same draw."""
+    u, v = seed & LOW, seed >> HALF
+    for i in range(n):
+        a, b = cell & LOW, cell >> HALF
+        c, d = np.uint64(epoch), np.uint64(step) | (np.uint64(index[i]) << EIGHT)
+        key_0, key_1 = u, v
+        for _ in range(ROUNDS):
+            a, b, c, d = _round(a, b, c, d, key_0, key_1)
+            key_0, key_1 = (key_0 + _W0) & LOW, (key_1 + _W1) & LOW
+        out[i] = (a << HALF) | (b & LOW)
+        out_2[i] = (c << HALF) | (d & LOW)
 
 
 @jit

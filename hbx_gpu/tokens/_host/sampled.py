@@ -6,7 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step, special_index
 from hbx_gpu.tokens._host.arithmetic import log1p
-from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, unit_bits, words
+from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, two_keys, unit_bits, words
 from hbx_gpu.tokens._host.sorting import smallest
 
 FIXED = 2.0**32
@@ -16,6 +16,8 @@ _PICK, _ZEROS, _WEIGHTED, _CHROM = int(Step.PICK), int(Step.ZEROS), int(Step.WEI
 _THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
 _PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
 _GUIDE = 2048
+_FEW = 512
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _GUIDE_BITS, _GUIDE_SHIFT = np.uint64(11), np.uint64(53)
 
 
@@ -108,14 +110,27 @@ def weighted_rows(
         lengths[row] = at
 
 
+@jit
+def place_rows(drafts, lengths, starts, widths, pad, out):
+    """Rows of full length to their places, padded."""
+    for row in range(len(starts)):
+        one = out[starts[row] : starts[row] + widths[row]]
+        length = np.int64(lengths[row])
+        draft = drafts[row]
+        for k in range(length):
+            one[k] = draft[k]
+        for k in range(length, len(one)):
+            one[k] = pad
+
+
 # -- State ---------------------------------------------------------------------------------------------
 
 
 @jit
 def ranked_rows(
     pointers, genes, counts, cells, seed, epoch, logged, cls_column, n_expressed, n_absent, count_one_absent,
-    shared, shared_columns, token, index_of, known, logs_of, numbers,
-    key, key_2, key_3, ties, histogram, item, index, absent, some, level, is_known,
+    shared, shared_columns, token, index_of, known, known_index, some_keys, some, logs_of, numbers,
+    key, key_2, key_3, ties, histogram, item, index, level, is_known,
     ids, values, task_ids, task_values, totals,
 ):  # fmt: skip
     """All outputs, a row after the other; `level` and `is_known` are zeros by column, left so."""
@@ -162,23 +177,25 @@ def ranked_rows(
         for k in range(kept):
             out[1 + k] = columns[item[k]]
         missing = length - 1 - kept
-        n_zero = 0
-        for i in range(len(known)):
-            absent[n_zero] = known[i]
-            n_zero += 1 - is_known[known[i]]
+        n_zero = len(known) - n
+        n_low = n_zero  # genes that count as unexpressed in the tasks
+        if count_one_absent:
+            for i in range(n):
+                n_low += level[columns[i]] < np.float32(1.0)
+        found, found_2 = _unexpressed(
+            known, known_index, is_known, level, count_one_absent, missing, n_zero, n_absent, n_low,
+            seed, epoch, cell, key_2, key_3, some_keys, some,
+        )  # fmt: skip
         if missing:
             if n_zero >= missing:
-                for i in range(n_zero):
-                    index[i] = index_of[absent[i]]
-                keys(seed, epoch, cell, _ZEROS, 0, index, n_zero, key)
-                smallest(key, n_zero, missing, key_2, key_3, histogram, item)
+                smallest(some_keys[0], found, missing, key_2, key_3, histogram, item)
                 for k in range(missing):
-                    out[1 + kept + k] = absent[item[k]]
+                    out[1 + kept + k] = some[0, item[k]]
             else:
                 keys(seed, epoch, cell, _ZEROS, 1, numbers, missing, key)
                 for k in range(missing):
                     if n_zero:
-                        out[1 + kept + k] = absent[mulhi(key[k], np.uint64(n_zero))]
+                        out[1 + kept + k] = some[0, mulhi(key[k], np.uint64(n_zero))]
                     else:
                         out[1 + kept + k] = columns[mulhi(key[k], np.uint64(n))]
         for k in range(length):
@@ -190,21 +207,16 @@ def ranked_rows(
             out[k] = token[column]
 
         # Genes to predict.
-        n_some = n
         for i in range(n):
-            some[i] = columns[i]
+            index[i] = index_of[columns[i]]
+        keys(seed, epoch, cell, _PICK, 0, index, n, key)
         _tasks(
-            some, n_some, known, n_expressed, _PICK, 0, seed, epoch, cell, index_of, numbers,
-            index, key, key_2, key_3, histogram, item, task_ids[row],
+            columns, key, n, n, known, n_expressed, _PICK, 1, seed, epoch, cell, numbers,
+            ties, key_2, key_3, histogram, item, task_ids[row],
         )  # fmt: skip
-        n_some = 0
-        for i in range(len(known)):
-            column = known[i]
-            some[n_some] = column
-            n_some += is_known[column] == 0 or (count_one_absent and level[column] < 1.0)
         _tasks(
-            some, n_some, known, n_absent, _ZEROS, 2, seed, epoch, cell, index_of, numbers,
-            index, key, key_2, key_3, histogram, item, task_ids[row, n_expressed:],
+            some[1], some_keys[1], found_2, n_low, known, n_absent, _ZEROS, 3, seed, epoch, cell, numbers,
+            ties, key_2, key_3, histogram, item, task_ids[row, n_expressed:],
         )  # fmt: skip
         own = n_expressed + n_absent
         whole = 0.0
@@ -225,20 +237,61 @@ def ranked_rows(
 
 
 @jit
-def _tasks(
-    some, n_some, known, n, step, block, seed, epoch, cell, index_of, numbers,
-    index, key, key_2, key_3, histogram, item, out,
+def _unexpressed(
+    known, known_index, is_known, level, low_too, wanted, n, wanted_2, n_2,
+    seed, epoch, cell, few, few_2, keys_of, columns_of,
 ):  # fmt: skip
-    """out[:n] = n of `some` columns at random; with replacement where they are too few, of all if none."""
+    """Unexpressed genes whose keys may be among the smallest: to fill up with, and to predict.
+
+    keys_of[0, :found], columns_of[0, :found]: those of `n` genes that hold the `wanted` smallest keys, in
+    ascending column; all of them where there are fewer than `wanted`. The same in [1] by the second keys, of
+    `n_2` genes, with those of a logarithm below 1 where `low_too`. Returns both numbers.
+    """
+    limit, limit_2 = _limit(wanted, n), _limit(wanted_2, n_2)
+    while True:
+        found, found_2 = 0, 0
+        for first in range(0, len(known), _FEW):
+            m = min(_FEW, len(known) - first)
+            two_keys(seed, epoch, cell, _ZEROS, known_index[first : first + m], m, few, few_2)
+            for i in range(m):
+                if few[i] <= limit and is_known[known[first + i]] == 0:
+                    keys_of[0, found] = few[i]
+                    columns_of[0, found] = known[first + i]
+                    found += 1
+            for i in range(m):
+                if few_2[i] <= limit_2:
+                    column = known[first + i]
+                    if is_known[column] == 0 or (low_too and level[column] < np.float32(1.0)):
+                        keys_of[1, found_2] = few_2[i]
+                        columns_of[1, found_2] = column
+                        found_2 += 1
+        if found >= min(wanted, n) and found_2 >= min(wanted_2, n_2):
+            return found, found_2
+        limit, limit_2 = _ALL, _ALL
+
+
+@jit
+def _limit(wanted, n):
+    """Keys up to this hold the `wanted` smallest of n, nearly always."""
+    share = (wanted + 6.0 * np.sqrt(wanted) + 16.0) / max(n, 1)
+    return _ALL if wanted >= n or share >= 1.0 else np.uint64(share * 2.0**64)
+
+
+@jit
+def _tasks(
+    some, some_keys, found, n_some, known, n, step, block, seed, epoch, cell, numbers,
+    key, key_2, key_3, histogram, item, out,
+):  # fmt: skip
+    """out[:n] = n of `n_some` columns by their keys, which the `found` ones given here have the smallest of.
+
+    With replacement where they are too few, of all known ones if there is none.
+    """
     if n_some >= n:
-        for i in range(n_some):
-            index[i] = index_of[some[i]]
-        keys(seed, epoch, cell, step, block, index, n_some, key)
-        smallest(key, n_some, n, key_2, key_3, histogram, item)
+        smallest(some_keys, found, n, key_2, key_3, histogram, item)
         for k in range(n):
             out[k] = some[item[k]]
         return
-    keys(seed, epoch, cell, step, block + 1, numbers, n, key)
+    keys(seed, epoch, cell, step, block, numbers, n, key)
     for k in range(n):
         if n_some:
             out[k] = some[mulhi(key[k], np.uint64(n_some))]

@@ -16,6 +16,8 @@ from hbx_gpu.tokens._host.known import Known
 from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
 from hbx_gpu.tokens._reference_sampled import shared_genes
 
+IDS = ("input_ids", "labels", "task_ids", "metadata_ids", "metadata_labels")
+
 
 def sentences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
     """Outputs of :class:`Weighted`, :class:`Ranked` and :class:`Prompt`."""
@@ -61,7 +63,7 @@ def _weighted(
     chromosome[tables.known] = own
     room = max(known.longest, program.samples, len(codes), 2048) + 1
     key, key_2, key_3, histogram, item, guide = _scratch(room)
-    ids, lengths = POOL.empty((n, program.length), np.int64), np.empty(n, np.int32)
+    ids, lengths = POOL.empty((n, program.length), np.int32), np.empty(n, np.int32)
     sampled.weighted_rows(
         known.pointers, known.genes, known.counts, cells.numbers, np.uint64(cells.seed),
         np.uint64(cells.epoch), program.samples, program.cls, program.close, program.offset, chromosome,
@@ -90,13 +92,14 @@ def _ranked(
     owner[tables.token[tables.known]] = tables.known
     room = max(known.longest, len(tables.known), program.length, *program.tasks) + 1
     key, key_2, key_3, histogram, item, index = _scratch(room)
+    keys, columns = np.empty((2, room), np.uint64), np.empty((2, room), np.uint32)
     sampled.ranked_rows(
         known.pointers, known.genes, known.counts, cells.numbers, np.uint64(cells.seed),
         np.uint64(cells.epoch), program.logged, program.cls_column, program.tasks[0], program.tasks[1],
         program.count_one_absent, shared, owner[shared], tables.token, tables.index, tables.known,
+        tables.index[tables.known], keys, columns,
         _logs().astype(np.float32), np.arange(room, dtype=np.uint32), key, key_2, key_3,
-        np.empty(room, np.uint64), histogram, item, index, np.empty(room, np.uint32),
-        np.empty(room, np.uint32), np.zeros(compiled.n_features, np.float32),
+        np.empty(room, np.uint64), histogram, item, index, np.zeros(compiled.n_features, np.float32),
         np.zeros(compiled.n_features, np.uint8), *made.values(),
     )  # fmt: skip
     return made, np.full(n, program.length, np.int32)
@@ -139,14 +142,17 @@ def _handed_out(
     """Rows of full length as they are asked for."""
     n, most = len(lengths), program.length
     width = options.width(lengths, most)
-    inside = np.arange(most, dtype=np.int32) < lengths[:, None]
     result = {}
     for name, array in made.items():
-        dtype = np.dtype(options.ids_dtype) if array.dtype == np.int64 else array.dtype
+        dtype = np.dtype(options.ids_dtype) if name in IDS else array.dtype
         if name not in PADDED:
             result[name] = array.astype(dtype, copy=False)
+        elif isinstance(program, Weighted):
+            result[name] = _placed(array, lengths, width, dtype, program.pad_id, options.padding == "packed")
         elif options.padding == "packed":
-            result[name] = array[inside].astype(dtype, copy=False)
+            result[name] = array.reshape(-1).astype(dtype, copy=False)
+        elif width == most:
+            result[name] = array.astype(dtype, copy=False)
         else:
             pad = {"labels": -100, "prompt_mask": program.pad_id}.get(
                 name, program.pad_value if name in FLOATS else program.pad_id
@@ -155,7 +161,18 @@ def _handed_out(
             kept = min(width, most)
             whole[:, :kept] = array[:, :kept]
             whole[:, kept:] = pad
-            if lengths.min(initial=most) < kept:
-                np.copyto(whole[:, :kept], dtype.type(pad), where=~inside[:, :kept])
             result[name] = whole
     return result
+
+
+def _placed(
+    drafts: np.ndarray, lengths: np.ndarray, width: int, dtype: np.dtype, pad: int, packed: bool
+) -> np.ndarray:
+    """Drafts of rows as they are handed out."""
+    n = len(lengths)
+    widths = lengths.astype(np.int64) if packed else np.full(n, width, np.int64)
+    starts = np.zeros(n, np.int64)
+    np.cumsum(widths[:-1], out=starts[1:])
+    whole = POOL.empty(int(widths.sum()), dtype)
+    sampled.place_rows(drafts, lengths, starts, widths, pad, whole)
+    return whole if packed else whole.reshape(n, width)

@@ -272,9 +272,13 @@ def _sum(amounts, n):
 def _rank_keys(norm, scaled, amount, columns, scale, n, total, total_known, target, key):
     """key = what sorts genes by falling rank value: the complement of a positive float64's bits."""
     if norm == _F64_DIV and scaled:  # the same steps, in a loop that becomes vectors
+        values = key.view(np.float64)
         for i in range(n):
-            value = amount[i] / total * target / scale[columns[i]]
-            key[i] = _ALL - np.float64(value).view(np.uint64)
+            values[i] = scale[columns[i]]
+        for i in range(n):
+            values[i] = amount[i] / total * target / values[i]
+        for i in range(n):
+            key[i] = ~key[i]
         return
     for i in range(n):
         value = normalise(norm, amount[i], total, total_known, 0.0, target)
@@ -296,11 +300,8 @@ def _values(whole, fraction, amount, n, total, total_known, kept_total, out):
             out[i] = x if x < most else most
         return
     for i in range(n):
-        if norm == _KEPT_NORM and kept_total == 0.0:
-            out[i] = 0.0
-        else:
-            value = normalise(norm, amount[i], total, total_known, kept_total, fraction[_TARGET])
-            out[i] = bend(curve, value, clip)
+        value = normalise(norm, amount[i], total, total_known, kept_total, fraction[_TARGET])
+        out[i] = bend(curve, value, clip)
 
 
 @jit
