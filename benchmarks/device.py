@@ -159,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
     machine = conditions(gpu)
+    noted: dict[str, Any] = {**machine, "wrong_elements": wrong}
     text = "\n".join(
         (
             table(("cells/s", "GPU", "CPU", "floor: link", "floor: float32 copy"), rows),
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (options.out / "device.txt").write_text(text + "\n")
     write_json(
         options.out / "device.json",
-        {"conditions": {**machine, "wrong_elements": wrong}, "spec": spec.describe(), "runs": results},
+        {"conditions": noted, "spec": spec.describe(), "runs": results},
     )
     return int(wrong > 0)
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -55,12 +56,19 @@ def feed_of(dataset: Any, path: str, layout: str) -> Any:
 @contextmanager
 def cpu_clock() -> Iterator[None]:
     """Let stages measure the CPU time of their thread."""
-    before = stats.time
-    stats.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
+    module = vars(stats)
+    before = module["time"]
+    module["time"] = SimpleNamespace(perf_counter=time.thread_time)
     try:
         yield
     finally:
-        stats.time = before  # type: ignore[misc]
+        module["time"] = before
+
+
+def delivered(feed: Any, rows: np.ndarray) -> object:
+    """One batch, as a loader hands it over."""
+    batch: object = feed.deliver(feed.make([rows])[0])
+    return batch
 
 
 def one_batch(feed: Any, rows: np.ndarray, recorder: stats.Recorder) -> float:
@@ -153,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for warm in batches[:5]:
                     one_batch(feed, warm, recorder)
                 found = measure(feed, batches[5:])
-                n_calls = calls(lambda feed=feed, batches=batches: feed.deliver(feed.make([batches[-1]])[0]))
+                n_calls = calls(partial(delivered, feed, batches[-1]))
                 results.append({"path": path, "layout": layout, "rows": n, "calls": n_calls, **found})
                 figures = [*(f"{found[name]:,.0f}" for name in COLUMNS), f"{found['total'] / n:.2f}"]
                 rows.append((f"{path}, {layout}, {n:,} rows", *figures, str(n_calls)))

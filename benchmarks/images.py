@@ -26,7 +26,8 @@ def pictures(n: int) -> np.ndarray:
     rows, columns = np.mgrid[:TILE, :TILE]
     phases = rng.uniform(0, 6, (n, 3, 1, 1))
     waves = 127 + 90 * np.sin(rows / 8 + phases) * np.cos(columns / 11 - phases)
-    return np.clip(waves + rng.normal(0, 6, waves.shape), 0, 255).astype(np.uint8)
+    result: np.ndarray = np.clip(waves + rng.normal(0, 6, waves.shape), 0, 255).astype(np.uint8)
+    return result
 
 
 def torch_loop(tiles: np.ndarray, *, vertical: bool) -> Callable[[int], Any]:

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in args.batch_sizes:
         n = max(8, args.batches // size)
         order = [rng.integers(0, args.cells, size) for _ in range(n)]
-        ways: dict[str, Callable[[Any], Run]] = {"alone": lambda d, order=order: alone(d, order)}
+        ways: dict[str, Callable[[Any], Run]] = {"alone": partial(alone, order=order)}
         for layout in ("csr", "dense"):
 
             def through(dataset: Any, layout: str = layout, order: list[np.ndarray] = order) -> Run:
@@ -150,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for way, start in ways.items():
             found = compare(start(whole), [start(part) for part in parts], args.repeat)
             results.append({"batch": size, "way": way, **found})
-    report = {"conditions": conditions(), "data": sizes, "results": results}
-    print(describe(report["conditions"]))
+    machine = conditions()
+    report = {"conditions": machine, "data": sizes, "results": results}
+    print(describe(machine))
     print(
         f"{args.cells:,} cells: {args.genes:,} genes, {args.proteins} proteins, tiles 3 x {args.tile} x "
         f"{args.tile} uint8; page cache warm; random rows; ms per batch"

@@ -60,7 +60,8 @@ class MadeUpAtlas:
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum()
+    result: np.ndarray = weights / weights.sum()
+    return result
 
 
 def _of_runs(codes: np.ndarray, size: int, n_codes: int) -> np.ndarray:

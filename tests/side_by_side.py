@@ -74,7 +74,7 @@ def compile_once() -> None:
             finally:
                 held.discard(module)
 
-    Dispatcher.compile = compile
+    Dispatcher.compile = compile  # type: ignore[method-assign, assignment]
 
 
 if SIDE_BY_SIDE:

@@ -19,15 +19,15 @@ import torch
 import hbx_gpu
 from hbx_gpu import cli
 from hbx_gpu._advice import from_command, option, spelled
-from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, info, ingest, remove, repack
+from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, ingest, links
 
 ROOT = Path(hbx_gpu.__file__).parent
 TABLES: dict[str, list[Mapping[str, str]]] = {
     "ingest": [ingest._FLAGS, ingest._FLAGS_OF_SEVERAL],
     "convert": [convert._FLAGS],
-    "repack": [repack.FLAGS],
-    "remove": [remove.FLAGS],
-    "info": [info.FLAGS],
+    "repack": [links.FLAGS],
+    "remove": [links.FLAGS],
+    "info": [links.FLAGS],
     "bench": [bench._FLAGS],
     "doctor": [],
     "convert_h5ad_to_scdl": [convert_h5ad_to_scdl._FLAGS],

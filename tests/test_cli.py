@@ -106,7 +106,7 @@ def test_options_reach_the_ingest(tmp_path: Path, capsys: pytest.CaptureFixture[
     row = atlas.list_datasets().iloc[0]
     assert (row["source_matrix"], row["zarr_layer"], row["codec"]) == ("spliced", "log_normalized", "gzip")
     assert atlas.obs_tables == ["spots"]
-    array: Any = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")[row["zarr_group"]]["csr/indices"]
+    array = zarr.open_array(tmp_path / "a" / "zarr_store" / row["zarr_group"] / "csr/indices", mode="r")
     assert (array.chunks, array.shards) == ((8,), (16,))
     # The atlas remembers its codec.
     capsys.readouterr()
@@ -283,8 +283,8 @@ def test_modalities(tmp_path: Path, two: tuple[Path, Path], capsys: pytest.Captu
     assert set(atlas.pointer_fields) == {"gene_expression", "protein_abundance"}
     datasets = atlas.list_datasets().set_index("feature_space")
     assert datasets["dataset_uid"].nunique() == 1
-    group = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")
-    group = group[datasets.loc["protein_abundance", "zarr_group"]]
+    store = zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")
+    group: Any = store[datasets.loc["protein_abundance", "zarr_group"]]
     adata = anndata.read_h5ad(two[1])
     np.testing.assert_array_equal(group["layers/counts"][:], adata.X.toarray())
     np.testing.assert_array_equal(group["layers/dsb_normalized"][:], adata.layers["dsb"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def on_cpu(dataset: CellDataset, sampler: Any, **kwargs: Any) -> list[dict[str, 
     return list(make_loader(dataset, sampler, num_workers=0, **kwargs))
 
 
-def brought(batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def brought(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Batches in host memory; a GPU's current stream orders the copy behind the hand-over."""
     return [{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
 
@@ -185,11 +185,16 @@ def test_transforms_refuse_what_is_no_count(backend: Any, tmp_path: Path) -> Non
     )
 
 
+def noted(seen: list[int], allocate: Any, n: int) -> Any:
+    seen.append(n)
+    return allocate(n)
+
+
 def test_steady_state_allocates_no_staging(backend: Any, dataset: CellDataset) -> None:
     made: list[int] = []
     for name in ("host_buffer", "device_buffer"):
         allocate = getattr(backend, name)
-        setattr(backend, name, lambda n, allocate=allocate: (made.append(n), allocate(n))[1])
+        setattr(backend, name, partial(noted, made, allocate))
     loader = device_loader(
         dataset, sampler_for(dataset), backend, LoaderOptions(layout="dense", threads=2, window=1)
     )
@@ -215,7 +220,7 @@ def test_the_order_of_streams_is_what_makes_batches_right(dataset: CellDataset) 
         )
         expected = on_cpu(dataset, sampler_for(dataset), layout="dense")
         if not waits:  # nor may the host's own wait, which it needs for the status words, hide it
-            loader.feed.deliver = lambda made: deliver_blindly(backend, made)
+            loader.feed.deliver = partial(deliver_blindly, backend)  # type: ignore[method-assign]
         seen: list[np.ndarray] = []
         for batch in loader:
             read_later(backend, batch["X"], seen)
@@ -280,7 +285,7 @@ def test_host_and_device_budget_holds(dataset: CellDataset) -> None:
     lock = threading.Lock()
     make, deliver = feed.make, feed.deliver
 
-    def making(selections: list[np.ndarray]) -> Any:
+    def making(selections: Any) -> Any:
         nonlocal held
         with lock:
             held += len(selections)
@@ -293,7 +298,7 @@ def test_host_and_device_budget_holds(dataset: CellDataset) -> None:
             held -= 1
         return deliver(made)
 
-    feed.make, feed.deliver = making, delivering
+    feed.make, feed.deliver = making, delivering  # type: ignore[method-assign]
     assert len(list(loader)) == len(loader)
     assert max(alive) == 1  # a budget of nothing: one batch at a time
 

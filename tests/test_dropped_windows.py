@@ -97,7 +97,12 @@ def test_new_arena_memory_is_free_of_earlier_kernels() -> None:
     nbytes = 1 << 20
     output = backend.empty(nbytes + 256, "uint8")  # as much as an arena of so many bytes takes
     address = int(output.data_ptr())
-    backend.decode.order(lambda: (time.sleep(0.05), ctypes.memset(address, 1, nbytes)))
+
+    def write() -> None:
+        time.sleep(0.05)
+        ctypes.memset(address, 1, nbytes)
+
+    backend.decode.order(write)
     del output
     slot: Any = Slot(backend)
     slot.reserve(nbytes, nbytes)

@@ -59,6 +59,7 @@ def real(request: pytest.FixtureRequest, atlas: RaggedAtlas) -> CellDataset:
         genes = query.to_cell_dataset("gene_expression").feature_uids
         query = query.features(list(genes[::7]), "gene_expression")
     dataset = query.to_cell_dataset("gene_expression", metadata_columns=["obs_name", "dataset_uid"])
+    assert isinstance(dataset, CellDataset)
     n = len(dataset)
     dataset.columns["note"] = np.array([f"cell {i}" for i in range(n)], dtype=object)
     dataset.columns["score"] = np.linspace(0, 1, n, dtype=np.float32)
@@ -234,7 +235,7 @@ def test_memory_is_kept_while_the_batch_is_and_no_longer(dataset: CellDataset) -
     found = next(batches)
     batch.clear()
     del memory
-    loader.feed.make = None
+    loader.feed.make = None  # type: ignore[method-assign, assignment]
     loader.close()
     gc.collect()
     assert (found["X"] == 1).all()
@@ -291,7 +292,8 @@ def test_errors_of_operators_arrive_at_next(dataset: CellDataset) -> None:
         next(iter(load(lambda fields, rng: fields["X"])))  # noqa: ARG005
     with pytest.raises(ZeroDivisionError):
         next(iter(load(lambda fields, rng: 1 / 0)))  # noqa: ARG005
-    for options in ({"executor": "direct"}, {"dtype": "bfloat16"}):
+    wrong: list[dict[str, Any]] = [{"executor": "direct"}, {"dtype": "bfloat16"}]
+    for options in wrong:
         with pytest.raises(ValueError, match="operators"):
             make_loader(dataset, sampler_for(dataset), layout="dense", operators=hide_some, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -71,7 +72,7 @@ def atlas_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             var=pd.DataFrame({"global_feature_uid": genes}, index=genes),
         )
-        record = DatasetRecord(zarr_group=name, feature_space="gene_expression", n_cells=adata.n_obs)
+        record = DatasetRecord(zarr_group=name, feature_space="gene_expression", n_cells=adata.n_obs)  # type: ignore[call-arg]
         add_from_anndata(
             atlas, adata, field_name="gene_expression", zarr_layer="counts", dataset_record=record
         )
@@ -86,15 +87,9 @@ def test_end_to_end(atlas_path: Path, selector: str, num_workers: int) -> None:
     store = atlas_path / "zarr_store"
     atlas_r = RaggedAtlas.checkout_latest(str(atlas_path), CellSchema, store)
 
-    dataset = (
-        atlas_r.query()
-        .where("split = 'train'")
-        .to_cell_dataset(
-            **{selector: "gene_expression"},  # the page has used both names
-            layer="counts",
-            metadata_columns=["cell_type"],
-        )
-    )
+    named: dict[str, Any] = {selector: "gene_expression"}  # the page has used both names
+    query = atlas_r.query().where("split = 'train'")
+    dataset: Any = query.to_cell_dataset(layer="counts", metadata_columns=["cell_type"], **named)
     assert dataset.n_features == len(GENES)
     sampler = CellSampler(
         groups_np=dataset.groups_np,

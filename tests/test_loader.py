@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def test_the_memory_budget_holds(
     made: set[int] = set()
     make = loader.feed.make
 
-    def watched(selections: list[np.ndarray]) -> list[object]:
+    def watched(selections: Any) -> Any:
         with lock:
             made.update(order.index(rows.tolist()) for rows in selections)
             held.append(sum(sizes[i] for i in made))
@@ -311,8 +312,9 @@ def test_two_iterations_do_not_disturb_each_other(load: Executor, dataset: CellD
 
 @pytest.mark.parametrize("name", ["batch_size", "shuffle", "drop_last", "batch_sampler"])
 def test_what_the_sampler_decides_is_refused(dataset: CellDataset, name: str) -> None:
+    given: dict[str, Any] = {name: 1}
     with pytest.raises(ValueError, match=name):
-        make_loader(dataset, sampler_for(dataset), **{name: 1})
+        make_loader(dataset, sampler_for(dataset), **given)
 
 
 def test_bad_numbers(dataset: CellDataset) -> None:
@@ -552,7 +554,8 @@ def test_lightning_predicts_with_another_loader_of_the_same_class(
     assert again.num_workers == 0
     assert len(again) == len(loader)
     found, seen = list(again), again.batch_sampler.seen
-    assert seen == list(loader.batch_sampler)
+    ours: Any = loader.batch_sampler
+    assert seen == list(ours)
     for rows, batch in zip(seen, found, strict=True):
         assert np.array_equal(batch["X"].numpy(), expected[rows])
         assert batch["index"].tolist() == rows
@@ -564,7 +567,8 @@ def test_another_loader_of_worker_processes_counts_what_they_were_fed(dataset: C
         assert again.num_workers == 1
         batches = iter(again)
         first = next(batches)["index"].tolist()
-        assert first == next(iter(loader.batch_sampler))
+        ours: Any = loader.batch_sampler
+        assert first == next(iter(ours))
         assert again.state_dict()["sampler"]["batches"] == 1
         again.close()
 
@@ -577,7 +581,8 @@ def test_predicting_names_rows_that_the_sampler_leaves_out(dataset: CellDataset)
 
 def test_a_loader_takes_one_sampler_that_decides(dataset: CellDataset) -> None:
     sampler = sampler_for(dataset)
-    for wrong in ({}, {"sampler": sampler, "batch_sampler": sampler}):
+    wrongs: list[dict[str, Any]] = [{}, {"sampler": sampler, "batch_sampler": sampler}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"either sampler= or batch_sampler="):
             CellLoader(dataset, **wrong)
     with pytest.raises(ValueError, match="batch_size, shuffle: the sampler decides this"):
@@ -633,7 +638,7 @@ def test_windows_of_wide_batches_leave_room_for_every_thread(load: Executor, dat
     lengths: list[int] = []
     make = loader.feed.make
 
-    def watched(selections: list[np.ndarray]) -> list[object]:
+    def watched(selections: Any) -> Any:
         lengths.append(len(selections))
         return make(selections)
 
@@ -659,8 +664,8 @@ def test_an_iterator_that_the_garbage_collector_drops_on_a_loader_thread_ends(
             gc.collect()
         return call(argument)
 
-    other.feed.make = lambda rows: collecting(make, rows)  # type: ignore[method-assign]
-    other.feed.deliver = lambda made: collecting(deliver, made)  # type: ignore[method-assign]
+    other.feed.make = partial(collecting, make)  # type: ignore[method-assign]
+    other.feed.deliver = partial(collecting, deliver)  # type: ignore[method-assign]
     gc.disable()
     try:
         batches: Any = iter(loader)

@@ -106,7 +106,7 @@ def test_every_modality_has_a_row_for_every_cell(cite: AtlasQuery) -> None:
         assert len(alone) == present.sum() < 41
         found = multimodal_to_dense_collate(batch)[name]["X"].numpy()
         assert not found[~present].any(), "a cell without the modality has zeros"
-        whole = alone[:]
+        whole: Any = alone[:]
         expected = whole.data if isinstance(whole, DenseBatch) else alone_dense(whole)
         np.testing.assert_array_equal(found[present], expected)
         assert len(part) == 41
@@ -126,7 +126,8 @@ def test_measured_tells_zero_from_not_measured(cite: AtlasQuery) -> None:
     dataset = cite.to_multimodal_dataset(["gene_expression", "protein_abundance"])
     batch = dataset[[0, 40, 5, 40]]
     collated = multimodal_to_dense_collate(batch)
-    for name, part in dataset.datasets.items():
+    parts: dict[str, Any] = dict(dataset.datasets)
+    for name, part in parts.items():
         mask = batch.measured[name]
         assert mask.dtype == bool
         assert mask.shape == (4, dataset.n_features[name])
@@ -167,13 +168,14 @@ def test_several_layers_in_one_read(cite: AtlasQuery, cells: AtlasQuery) -> None
     assert part.data is part.layers["counts"]
     assert (part.layers["counts"].dtype, part.layers["dsb_normalized"].dtype) == (np.uint32, np.float32)
     for layer, values in part.layers.items():
-        np.testing.assert_array_equal(values, cite.to_cell_dataset("protein_abundance", layer)[:].data)
+        alone: Any = cite.to_cell_dataset("protein_abundance", layer)[:]
+        np.testing.assert_array_equal(values, alone.data)
     collated = multimodal_to_dense_collate(dataset[[3, 1]])
     assert torch.equal(collated["protein_abundance"]["X"], collated["protein_abundance"]["layers"]["counts"])
 
     fragments: Any = cells.to_cell_dataset("chromatin_accessibility", ["starts", "lengths"])[:]
     for layer in ("starts", "lengths"):
-        alone: Any = cells.to_cell_dataset("chromatin_accessibility", layer)[:]
+        alone = cells.to_cell_dataset("chromatin_accessibility", layer)[:]
         np.testing.assert_array_equal(fragments.layers[layer], alone.values)
         np.testing.assert_array_equal(fragments.indices, alone.indices)
 
@@ -223,9 +225,12 @@ def test_chunks_of_all_spaces_are_looked_up_and_read_once(
 ) -> None:
     asked = []
     extents = ChunkDirectory.extents
-    monkeypatch.setattr(
-        ChunkDirectory, "extents", lambda self, chunks: (asked.append(chunks), extents(self, chunks))[1]
-    )
+
+    def noted(self: ChunkDirectory, chunks: np.ndarray) -> Any:
+        asked.append(chunks)
+        return extents(self, chunks)
+
+    monkeypatch.setattr(ChunkDirectory, "extents", noted)
     everything.read_batches([[0, 1], [2, 3, 27], [0, 5]])
     assert len(asked) == 1
     assert len(asked[0]) == len(set(asked[0].tolist()))
@@ -256,7 +261,8 @@ def test_crossing_to_another_process(everything: MultimodalCellDataset) -> None:
     copy = pickle.loads(data)
     same(on_cpu(multimodal_to_dense_collate(copy[:])), before)
     # Parts made again by their queries, where the folder with their arrays has gone.
-    recipes = [part._recipe for part in everything.datasets.values()]
+    parts: list[Any] = list(everything.datasets.values())
+    recipes = [part._recipe for part in parts]
     again = MultimodalCellDataset(
         {name: recipe.rebuild() for name, recipe in zip(everything.datasets, recipes, strict=True) if recipe}
     )
@@ -413,9 +419,8 @@ def test_a_box_outside_its_image_names_the_cell(
 ) -> None:
     from dataclasses import replace
 
+    from hbx_gpu._storage.metadata import read_layout as real
     from hbx_gpu.atlas._query import opening as reading
-
-    real = reading.read_layout
 
     def smaller(path: str, name: str, **kwargs: Any) -> Any:
         layout = real(path, name, **kwargs)

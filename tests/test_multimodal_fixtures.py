@@ -307,4 +307,5 @@ def check_query(
     assert not counts[~present].any()
     assert np.array_equal(counts[present], np.diff(arrays[f"{key}/offsets"]))
     assert np.array_equal(ours[part.indices], theirs[arrays[f"{key}/indices"]])
-    assert np.array_equal(part.values, arrays.get(f"{key}/{layer}", arrays.get(f"{key}/values")))
+    named = f"{key}/{layer}"
+    assert np.array_equal(part.values, arrays[named if named in arrays else f"{key}/values"])

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError
@@ -81,8 +82,10 @@ def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 def test_operators_of_dali_are_part_of_the_pipeline(dataset: CellDataset) -> None:
     def graph(fields: Fields) -> Fields:
-        from nvidia.dali import fn, types
+        from nvidia.dali import fn
+        from nvidia.dali import types as dali_types
 
+        types: Any = dali_types
         x = fn.cast(fields["X"] * 0.5, dtype=types.FLOAT16)
         return {"X": x, "index": fields["index"], "largest": fn.reductions.max(fields["X"])}
 
@@ -373,6 +376,7 @@ def test_a_context_manager_ends_everything(dataset: CellDataset) -> None:
             batches = iter(loader)
             next(batches)
             assert loader_threads()
+            assert isinstance(loader, CellPipeline)
             dali = loader.pipeline()
         assert not loader_threads()
         del batches, dali
@@ -443,7 +447,7 @@ print("read")
 # -- DALI's own iterator -----------------------------------------------------------------------------
 
 
-def generic(loader: CellPipeline, **kwargs: Any) -> Any:
+def generic(loader: Any, **kwargs: Any) -> Any:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     pipe: Any = loader.pipeline()
@@ -491,9 +495,10 @@ def test_what_dali_generic_iterator_cannot_carry(tmp_path: Path) -> None:
     ):
         generic(loader)
     with cell_pipeline(dataset, sampler_for(dataset), dtype="bfloat16") as loader:
+        assert isinstance(loader, CellPipeline)
         pipe = loader.pipeline()
         (x, *_) = pipe.run()
-        bits = torch.from_dlpack(x.as_tensor())[0]
+        bits = from_dlpack(x.as_tensor())[0]
     want = direct(dataset, dtype="bfloat16")[0]["X"]
     assert bits.dtype == torch.uint16
     assert torch.equal(bits.view(torch.bfloat16), want)

@@ -23,7 +23,7 @@ def make_table(chunk_sizes: np.ndarray, lengths: np.ndarray) -> SourceTable:
         n_roles=chunk_sizes.shape[1],
         chunk_base=np.concatenate([[0], np.cumsum(n_chunks.ravel())]).astype(np.int64),
         chunk_elements=chunk_sizes.ravel().astype(np.int64),
-        element_base=element_base(n_chunks.ravel(), chunk_sizes.ravel()),
+        element_base=element_base(n_chunks.ravel(), chunk_sizes.ravel().tolist()),
         remap=np.zeros(n, np.int32),
         remap_start=np.arange(n),
         remap_length=np.ones(n, np.int64),

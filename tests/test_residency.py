@@ -257,7 +257,7 @@ def test_absent_chunks_stay_fill_values(tmp_path: Path) -> None:
 def test_resident_rowpack_batches_read_and_copy_no_chunk(rowpack: CellDataset) -> None:
     backend = EmulatedBackend()
     feed = feed_for(rowpack, backend, residency="device")
-    feed.chunks._reader.read = None  # whoever reads now fails
+    feed.chunks._reader.read = None  # type: ignore[method-assign, assignment]  # whoever reads now fails
     rowpack_rows = np.arange(len(rowpack))
     for made in feed.make([rowpack_rows]):
         before = backend.uploaded
@@ -280,7 +280,7 @@ def test_chunks_are_loaded_once(rowpack: CellDataset) -> None:
     list(loader_of(rowpack, feed))
     whole = store.nbytes
     assert whole > needed_bytes(rowpack)
-    feed.chunks._reader.read = None
+    feed.chunks._reader.read = None  # type: ignore[method-assign, assignment]
     list(loader_of(rowpack, feed))
     assert store.nbytes == whole
 
@@ -291,7 +291,12 @@ def test_threads_that_need_the_same_chunks(rowpack: CellDataset) -> None:
     store = feed.chunks.store
     assert store is not None
     fill = store._fill
-    store._fill = lambda block, begin: (time.sleep(0.1), fill(block, begin))
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return fill(*arguments)
+
+    store._fill = slowly  # type: ignore[method-assign, assignment]
     rows = np.arange(len(rowpack))
     with ThreadPoolExecutor(4) as pool:
         made = [entry for (entry,) in pool.map(feed.make, [[rows]] * 8)]
@@ -417,7 +422,12 @@ def test_resident_chunks_leave_room_for_a_model(dataset: CellDataset, residency:
     backend.free = 6 << 20  # half of it is less than chunks and the area beside them would take
     taken: list[int] = []
     allocate = backend.device_buffer
-    backend.device_buffer = lambda n: (taken.append(n), allocate(n))[1]
+
+    def noted(n: int) -> Any:
+        taken.append(n)
+        return allocate(n)
+
+    backend.device_buffer = noted  # type: ignore[method-assign, assignment]
     feed = feed_for(dataset, backend, residency=residency)
     assert feed.chunks.residency == "device"
     assert 0 < max(taken) <= backend.free // 2
@@ -495,7 +505,7 @@ def test_a_copy_on_the_heap(dataset: CellDataset, residency: str, share: float) 
     assert isinstance(held._reader, HeapReader)
     assert held._reader.nbytes <= budget + 16
     if share > 1:
-        held._reader._reader.read = None  # nothing is read any more
+        held._reader._reader.read = None  # type: ignore[method-assign, assignment]  # nothing is read any more
         assert np.array_equal(held[rows[:50]].values, expected.values[: expected.offsets[50]])
         with pytest.raises(TypeError, match="num_workers"):
             held._reader.__reduce__()
@@ -516,7 +526,8 @@ def test_host_feed(dataset: CellDataset, io: str | None, residency: str) -> None
 def test_host_feed_of_several_spaces(dataset: CellDataset) -> None:
     both = MultimodalCellDataset({"a": dataset, "b": dataset})
     feed = HostFeed(both, as_is, LoaderOptions(residency="host", residency_budget=10**6))
-    (batch,) = feed.make([np.arange(7)])
+    made: list[Any] = feed.make([np.arange(7)])
+    (batch,) = made
     assert np.array_equal(batch.modalities["b"].values, dataset[np.arange(7)].values)
 
 

@@ -15,6 +15,7 @@ from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu._loading.sizing import Made, Sizing
+from hbx_gpu._protocols import Rows
 from hbx_gpu.sampler import CellSampler
 
 ROOM = 1 << 30
@@ -110,7 +111,7 @@ class SlowFeed:
         self.held, self.most = 0, 0
         self.lock = threading.Lock()
 
-    def make(self, selections: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    def make(self, selections: Sequence[np.ndarray]) -> list[np.ndarray]:
         with self.lock:
             self.held += self.size * len(selections)
             self.most = max(self.most, self.held)
@@ -119,7 +120,7 @@ class SlowFeed:
         time.sleep(self.per_window + spike)
         for _ in selections:
             time.sleep(self.per_batch)
-        return selections
+        return list(selections)
 
     def deliver(self, made: np.ndarray) -> np.ndarray:
         return made
@@ -127,8 +128,8 @@ class SlowFeed:
     def nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
         return [self.size] * len(selections)
 
-    def checked(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return list(batches)
+    def checked(self, batches: Sequence[Rows]) -> list[np.ndarray]:
+        return [np.asarray(rows) for rows in batches]
 
     def set_epoch(self, epoch: int) -> None:
         pass

@@ -120,7 +120,7 @@ def test_what_only_first_windows_take_is_a_stage_of_the_first_epoch() -> None:
     feed = Timed(read=0.001, decode=0.01)
     make, slow = feed.make, [0.3, 0.3]
 
-    def compiling(selections: list[np.ndarray]) -> list[Any]:
+    def compiling(selections: Any) -> Any:
         with stage("decode"):
             time.sleep(slow.pop() if slow else 0)
         return make(selections)

@@ -31,7 +31,7 @@ def convert(how: str, source: str, target: str, rows: int) -> dict[str, Any]:
     if how == "hbx_gpu":
         from hbx_gpu.scdl import SingleCellMemMapDataset
     else:
-        from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+        from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset  # type: ignore[no-redef]
     imported = peak_rss()
     options: dict[str, Any] = {"load_block_row_size": rows}
     if how != "regular":
@@ -100,7 +100,8 @@ def _source(options: argparse.Namespace) -> Path:
             write_h5ad(temporary, options.cells, options.genes, seed=0, model=model, compression=None,
                        progress=bar.update)  # fmt: skip
         temporary.rename(path)
-    return path
+    result: Path = path
+    return result
 
 
 def _differing(folders: Sequence[Path]) -> set[str]:

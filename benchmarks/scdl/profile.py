@@ -105,8 +105,8 @@ def _stack(rows: list[Any]) -> Any:
     from scipy import sparse
 
     x = sparse.vstack([sparse.csr_matrix(row) for row in rows], "csr")
-    parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
-    return torch.sparse_csr_tensor(*parts, size=x.shape)
+    pointers, columns, values = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+    return torch.sparse_csr_tensor(pointers, columns, values, size=x.shape)
 
 
 def open_anndata(path: str, order: str, batch_size: int) -> Opened:
@@ -172,7 +172,7 @@ def _run(batches: Iterator[tuple[int, int]], seconds: float) -> tuple[int, int]:
         if time.perf_counter() - clock >= seconds:
             break
     if hasattr(batches, "close"):
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     return cells, values
 
 

@@ -29,7 +29,7 @@ def measure(atlas: str, batch_size: int, rows: int) -> dict[str, Any]:
     resident = psutil.Process().memory_info
     before = resident().rss
     clock = time.perf_counter()
-    dataset = RaggedAtlas.checkout_latest(atlas).query().to_cell_dataset("gene_expression")
+    dataset: Any = RaggedAtlas.checkout_latest(atlas).query().to_cell_dataset("gene_expression")
     opened = time.perf_counter() - clock
     with_index = resident().rss
     dataset[list(range(batch_size))]

@@ -60,12 +60,12 @@ class Dataset(ABC, Generic[BatchT]):
     def n_cells(self) -> int:
         return len(self)
 
-    def __getitem__(self, rows: int | slice | Rows) -> BatchT:
+    def __getitem__(self, rows: int | np.integer | slice | Rows) -> BatchT:
         """A batch of the rows asked for; one row number gives a batch of one row."""
         if isinstance(rows, slice):
             return self.__getitems__(np.arange(len(self))[rows])
         # One number in any form: an int, a NumPy integer, an array or tensor without axes.
-        if isinstance(rows, int) or np.ndim(rows) == 0:
+        if isinstance(rows, int | np.integer) or np.ndim(rows) == 0:
             teach_torch()
             return self.marked(self.__getitems__(np.atleast_1d(np.asarray(rows))))
         return self.__getitems__(rows)

@@ -399,4 +399,4 @@ def test_recipe_is_small_plain_data(ragged: AtlasQuery) -> None:
     recipe = ragged.to_cell_dataset(metadata_columns=["donor"])._recipe
     assert len(pickle.dumps(recipe)) < 1000
     with pytest.raises(AttributeError):
-        recipe.version = 0  # type: ignore[misc, union-attr]
+        recipe.version = 0  # type: ignore[union-attr]

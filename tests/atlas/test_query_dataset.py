@@ -161,6 +161,7 @@ def test_sources_share_what_they_can(ragged: AtlasQuery) -> None:
     for source in sources:
         assert source.remap is snapshot.remap(source.name, "gene_expression")
         assert set(source.layers) == {"counts"}
+        assert source.index is not None
         assert source.index.absent_is_fill
     only = ragged.where("gene_expression.zarr_group = 'set1/gene_expression'").to_cell_dataset()
     assert [s.name for s in only._sources] == ["set1/gene_expression"]

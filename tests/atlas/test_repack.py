@@ -77,7 +77,8 @@ def whole(dataset: CellDataset) -> list[list[Any]]:
 
 
 def whole_array(path: Path) -> list[Any]:
-    return np.asarray(zarr.open_array(path, mode="r")[:]).tolist()
+    result: list[Any] = np.asarray(zarr.open_array(path, mode="r")[:]).tolist()
+    return result
 
 
 def contents(root: Path) -> dict[str, list[Any]]:
@@ -85,7 +86,8 @@ def contents(root: Path) -> dict[str, list[Any]]:
     store = root / "zarr_store"
     paths = sorted({p.parent for name in ("zarr.json", ".zarray") for p in store.rglob(name)})
     nodes: dict[str, Any] = {str(p.relative_to(store)): zarr.open(p, mode="r") for p in paths}
-    return {name: node[...].tolist() for name, node in nodes.items() if isinstance(node, zarr.Array)}
+    arrays = {name: node for name, node in nodes.items() if hasattr(node, "dtype")}
+    return {name: node[...].tolist() for name, node in arrays.items()}
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -244,16 +244,12 @@ def test_killed_while_being_put_in_order(
         raise Died
 
     def half_replaced(store: Path, note: Any) -> None:
-        os.rename(store / note.zarr_group, swap.staging(store, note.staging) / swap.OLD)
+        os.rename(store / note.zarr_group, paths.staging_path(store, note.staging) / swap.OLD)
         die()
 
     with monkeypatch.context() as patch:
         patch.setattr(_files, "exchange", lambda *_: False)
-        patch.setattr(
-            swap,
-            "replace_group",
-            half_replaced,
-        )
+        patch.setattr(swap, "replace_group", half_replaced)
         patch.setattr(swap, "discard", die)  # so that settle() gets no further than restoring
         with pytest.raises(Died):
             repack(atlas, ROWPACK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_calls_do_not_grow_with_the_rows(dataset: CellDataset, path: str, layout
     for n in (800, 3_200):  # both need all files
         for _ in range(2):  # the first warms up
             rows = rng.integers(0, len(dataset), n)
-            found[n] = host_cost.calls(lambda rows=rows: feed.deliver(feed.make([rows])[0]))
+            found[n] = host_cost.calls(partial(host_cost.delivered, feed, rows))
     assert found[3_200] <= 1.1 * found[800], found
 
 
@@ -49,7 +50,7 @@ def test_stages_are_measured_in_cpu_time(dataset: CellDataset) -> None:
     found = host_cost.measure(host_cost.feed_of(dataset, "stream", "dense"), [np.arange(100)] * 3)
     assert set(found) == set(host_cost.COLUMNS)
     assert sum(found[name] for name in host_cost.COLUMNS[:-1]) == pytest.approx(found["total"], rel=0.5)
-    assert stats.time.perf_counter() > 0  # the clock is back
+    assert vars(stats)["time"].perf_counter() > 0  # the clock is back
 
 
 def test_the_null_backend_counts_what_it_does_not_do(dataset: CellDataset) -> None:

@@ -69,7 +69,9 @@ def damaged(rng: np.random.Generator) -> Iterator[bytes]:
                 # Header and directory are the interesting part.
                 end = min(len(chunk), 32 + 96) if rng.random() < 0.6 else len(chunk)
                 at = int(rng.integers(0, end))
-                chunk[at] = rng.choice([rng.integers(0, 256), chunk[at] ^ 1, (chunk[at] + 1) % 256, 0])
+                chunk[at] = rng.choice(
+                    [int(rng.integers(0, 256)), int(chunk[at]) ^ 1, (int(chunk[at]) + 1) % 256, 0]
+                )
             if rng.random() < 0.1:
                 chunk = chunk[: rng.integers(0, len(chunk) + 1)]
             if rng.random() < 0.1:

@@ -19,13 +19,13 @@ from hbx_gpu._codecs.chain import V2_CHAIN, ChunkCodec
 from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
-LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
-BIG = {"name": "bytes", "configuration": {"endian": "big"}}
-PACK4 = {"name": "homeobox.bitpacking", "configuration": {"transform": "delta", "element_size": 4}}
-PACK8 = {"name": "homeobox.bitpacking", "configuration": {"transform": "none", "element_size": 8}}
-ZSTD = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}
-CRC = {"name": "crc32c", "configuration": {}}
-TRANSPOSE = {"name": "transpose", "configuration": {"order": [1, 0]}}
+LITTLE: Codec = {"name": "bytes", "configuration": {"endian": "little"}}
+BIG: Codec = {"name": "bytes", "configuration": {"endian": "big"}}
+PACK4: Codec = {"name": "homeobox.bitpacking", "configuration": {"transform": "delta", "element_size": 4}}
+PACK8: Codec = {"name": "homeobox.bitpacking", "configuration": {"transform": "none", "element_size": 8}}
+ZSTD: Codec = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}
+CRC: Codec = {"name": "crc32c", "configuration": {}}
+TRANSPOSE: Codec = {"name": "transpose", "configuration": {"order": [1, 0]}}
 
 
 def layout(*codecs: Codec, dtype: str = "uint32", chunk: tuple[int, ...] = (10,)) -> ArrayLayout:
@@ -40,7 +40,7 @@ def layout(*codecs: Codec, dtype: str = "uint32", chunk: tuple[int, ...] = (10,)
     )
 
 
-def v2(**changes: Any) -> dict[str, Any]:
+def v2(**changes: Any) -> Codec:
     chain = {"dtype": "<u4", "order": "C", "filters": None, "compressor": None}
     return {"name": V2_CHAIN, "configuration": chain | changes}
 
@@ -99,7 +99,7 @@ def test_big_endian_comes_back_native() -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_transposed_chunks_are_c_contiguous(order: tuple[int, ...]) -> None:
     values = np.arange(24, dtype=np.uint32).reshape(4, 3, 2)
-    transpose = {"name": "transpose", "configuration": {"order": list(order)}}
+    transpose: Codec = {"name": "transpose", "configuration": {"order": list(order)}}
     stored = values.transpose(order).tobytes()
     found = ChunkCodec(layout(transpose, LITTLE, chunk=(4, 3, 2))).decode(stored)
     np.testing.assert_array_equal(found, values)

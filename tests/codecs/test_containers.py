@@ -303,11 +303,11 @@ def layout(codecs: list[Codec], dtype: str = "uint32", shape: tuple[int, ...] = 
     )  # fmt: skip
 
 
-BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-BIG = {"name": "bytes", "configuration": {"endian": "big"}}
+BYTES: Codec = {"name": "bytes", "configuration": {"endian": "little"}}
+BIG: Codec = {"name": "bytes", "configuration": {"endian": "big"}}
 
 
-def v2(compressor: dict[str, Any] | None, **more: Any) -> list[dict[str, Any]]:
+def v2(compressor: dict[str, Any] | None, **more: Any) -> list[Codec]:
     chain = {"dtype": "<u4", "order": "C", "filters": None, "compressor": compressor} | more
     return [{"name": "zarr.v2", "configuration": chain}]
 
@@ -336,9 +336,7 @@ def v2(compressor: dict[str, Any] | None, **more: Any) -> list[dict[str, Any]]:
         (v2(None), None),
     ],
 )
-def test_which_chains_are_one_compressor(
-    codecs: list[dict[str, Any]], expected: tuple[str, bool] | None
-) -> None:
+def test_which_chains_are_one_compressor(codecs: list[Codec], expected: tuple[str, bool] | None) -> None:
     found = compression_of(layout(codecs))
     assert (found and (found.container, found.checksummed)) == expected
     assert found is None or found.nbytes == 400

@@ -18,7 +18,7 @@ from hbx_gpu._codecs.zarr_codec import RowpackCodec
 from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
-LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+LITTLE: Codec = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 def rowpack(element_size: int = 4, transform: str = "none") -> Codec:

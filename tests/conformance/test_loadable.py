@@ -50,9 +50,9 @@ def without(batch: Any, name: str) -> Any:
 
 
 def test_it_is_one(dataset: Any) -> None:
+    assert len(dataset) == dataset.n_cells > 5
     assert isinstance(dataset, Loadable)
     assert isinstance(dataset, Chunked)
-    assert len(dataset) == dataset.n_cells > 5
 
 
 def test_batches_of_a_window_are_those_read_alone(dataset: Any) -> None:

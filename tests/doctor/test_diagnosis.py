@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from hbx_gpu._devices import cores
 from hbx_gpu._doctor.diagnosis import CUDA, INSTALL_GPU, INSTALL_TORCH, choices, problems, report
 from hbx_gpu._doctor.facts import Facts, Gpu, Package, look
 
-ON_CPU = Facts(
+ON_CPU: Any = Facts(
     hbx_gpu="0.1.0",
     python="3.11.7",
     system="Linux 6.1",
@@ -88,9 +89,7 @@ def test_a_machine_with_everything_is_well() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_named_with_what_mends_it(
-    change: dict[str, object], what: str, mend: str
-) -> None:
+def test_what_does_not_fit_is_named_with_what_mends_it(change: dict[str, Any], what: str, mend: str) -> None:
     found = problems(replace(ON_GPU, **change))
     assert any(what in problem.what and mend in problem.mend for problem in found), found
     assert what in report(replace(ON_GPU, **change))
@@ -108,7 +107,7 @@ def test_without_cupy_a_gpu_is_not_used() -> None:
 
 
 def test_broken_dali_is_not_chosen() -> None:
-    broken = replace(ON_CPU, packages=ON_CPU.packages | {"DALI": Package("2.4.0", CUDA, "ImportError: x")})
+    broken = replace(ON_CPU, packages={**ON_CPU.packages, "DALI": Package("2.4.0", CUDA, "ImportError: x")})
     assert chosen(broken)["executor"] == "direct"
 
 

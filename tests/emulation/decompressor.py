@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import zlib
+from typing import Any
 
 import numcodecs.lz4
 import numcodecs.zstd
@@ -57,5 +58,5 @@ def inflate(algorithm: str, data: bytes, size: int) -> bytes | None:
 
 def _array(address: int, n: int, dtype: type) -> np.ndarray:
     nbytes = n * np.dtype(dtype).itemsize
-    result: np.ndarray = np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
-    return result
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    return np.frombuffer(memory, np.dtype(dtype))

@@ -49,8 +49,8 @@ class Saving(Recorder):
 
 
 def trainer(folder: Path, devices: int, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    plain = {"max_epochs": 3, "enable_checkpointing": False, "default_root_dir": folder}
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plain: Any = {"max_epochs": 3, "enable_checkpointing": False, "default_root_dir": folder}
     strategy = "ddp" if devices > 1 else "auto"
     return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **quiet, **(plain | options))
 
@@ -69,7 +69,7 @@ def main(folder: Path, stage: str, devices: int, checkpoint: str | None) -> None
     run = trainer(folder, devices)
     run.fit(model, loader, new_loader(dataset, shuffle=False), ckpt_path=checkpoint)
     found["fit"], found["val"] = model.seen, model.held
-    predicted = run.predict(model, new_loader(dataset, shuffle=False))
+    predicted: Any = run.predict(model, new_loader(dataset, shuffle=False))
     assert predicted is not None
     found["predict"] = [batch["row"].tolist() for batch in predicted]
     model = Recorder()
@@ -83,4 +83,4 @@ def main(folder: Path, stage: str, devices: int, checkpoint: str | None) -> None
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *(sys.argv[4:] or [None]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None)

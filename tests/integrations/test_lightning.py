@@ -37,8 +37,8 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 
 def trainer(**options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    plain = {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 2}
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plain: Any = {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 2}
     return Trainer(**quiet, **(plain | options))
 
 
@@ -187,7 +187,7 @@ def test_predictions_come_with_their_rows(dataset: CellDataset, workers: int) ->
     keep = Keep()
     order = CellSampler(dataset.groups_np, BATCH, shuffle=False)
     loader = make_loader(dataset, order, layout="dense", num_workers=workers)
-    found = trainer(callbacks=[keep]).predict(Recorder(), loader)
+    found: Any = trainer(callbacks=[keep]).predict(Recorder(), loader)
     assert found is not None
     rows = [batch["row"].tolist() for batch in found]
     assert keep.batches == keep.epoch == rows
@@ -247,7 +247,7 @@ def test_splits_by_fraction_and_by_column(dataset: CellDataset) -> None:
     runs.test(model, datamodule=data, verbose=False)
     for name in ("val", "test"):
         assert flat([rows for at, rows in model.held if at == name]) == data.rows[name].tolist()
-    predicted = runs.predict(model, datamodule=data)
+    predicted: Any = runs.predict(model, datamodule=data)
     assert predicted is not None
     assert torch.cat([batch["row"] for batch in predicted]).tolist() == ALL
 

@@ -51,13 +51,12 @@ def compare(batch: SparseBatch, compiled: Any, engine: Emulated, **options: Any)
 def test_tokens_are_those_of_the_reference(name: str, order: str, shared_keys: int) -> None:
     """In rows that are sorted in shared memory, and in rows that are too long for it."""
     engine = Emulated(order, shared_keys)
-    for seed, options in enumerate(
-        (
-            {"ids_dtype": "int32"},
-            {"padding": "max_length", "pad_to_multiple_of": 8},
-            {"padding": "longest" if name == "split" else "packed"},
-        )
-    ):
+    forms: list[dict[str, Any]] = [
+        {"ids_dtype": "int32"},
+        {"padding": "max_length", "pad_to_multiple_of": 8},
+        {"padding": "longest" if name == "split" else "packed"},
+    ]
+    for seed, options in enumerate(forms):
         batch = odd_rows(seed, small=name in SMALL, in_order=seed == 1)
         compare(batch, COMPILED[name], engine, **options)
 

@@ -212,7 +212,8 @@ def test_rows_that_a_sampler_refuses() -> None:
 
 
 def test_empty() -> None:
-    for groups in ([], np.empty(0, np.int32)):
+    none: list[Any] = [[], np.empty(0, np.int32)]
+    for groups in none:
         for locality in LOCALITIES:
             s = CellSampler(groups, 4, locality=locality, seed=0)
             assert (len(s), list(s), s.n_dropped) == (0, [], 0)
@@ -239,8 +240,15 @@ def test_same_cells_as_homeobox(homeobox_fixtures: Path) -> None:
             assert len(ours) <= plan["len"]
             assert sorted(joined(ours)) == sorted(joined(theirs))
     for plan in plans["balanced_cell_sampler"]:
-        names = ("balance_values", "batch_size", "shuffle", "seed", "drop_last", "num_workers")
-        b = BalancedCellSampler(**{name: plan[name] for name in names})
+        of_balanced = (
+            "balance_values",
+            "batch_size",
+            "shuffle",
+            "seed",
+            "drop_last",
+            "num_workers",
+        )
+        b = BalancedCellSampler(**{name: plan[name] for name in of_balanced})
         b.set_epoch(plan["epoch"])
         assert len(b) == plan["len"]
         values = np.array(plan["balance_values"])

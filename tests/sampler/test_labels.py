@@ -38,7 +38,7 @@ def test_weighted_without_replacement_takes_the_heavy_first_and_none_twice() -> 
         s.set_epoch(epoch)
         cells = np.concatenate(list(s.batches()))
         assert sorted(cells) == list(range(100))
-        first += np.count_nonzero(cells[:1] < 50)
+        first += int(np.count_nonzero(cells[:1] < 50))
     assert 0.82 < first / 300 < 0.97  # nine tenths
     assert len(WeightedCellSampler(weights, 10, 30, False, seed=1)) == 3
 

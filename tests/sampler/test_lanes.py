@@ -15,7 +15,7 @@ from hbx_gpu.sampler import (
 from hbx_gpu.sampler._cells import pack_lanes
 
 
-def lanes_of(batches: list[Any], lanes: int) -> list[list[Any]]:
+def lanes_of(batches: Any, lanes: int) -> list[Any]:
     return [batches[lane::lanes] for lane in range(lanes)]
 
 
@@ -33,7 +33,9 @@ def test_packing_is_a_permutation_that_switches_groups_rarely(
     order = pack_lanes(n_batches, lanes, queue_ranks=ranks)
     assert sorted(order.tolist()) == list(range(sum(counts)))
     group_of = np.repeat(np.arange(len(counts)), counts)
-    runs = sum(1 + np.count_nonzero(np.diff(group_of[o[o >= 0]])) for o in lanes_of(order, lanes) if len(o))
+    runs = sum(
+        1 + int(np.count_nonzero(np.diff(group_of[o[o >= 0]]))) for o in lanes_of(order, lanes) if len(o)
+    )
     # Each group is one run on its lane; a lane that would run dry splits at most one run more, twice.
     assert runs <= np.count_nonzero(n_batches) + 2 * lanes
 

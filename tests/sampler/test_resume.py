@@ -65,7 +65,8 @@ options_of = {
 @given(data=st.data())
 def test_what_remains_is_the_same_on_any_ranks_and_workers(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(MAKERS)))
-    options = data.draw(options_of[kind]) | {"seed": data.draw(st.integers(0, 2**33))}
+    drawn: Any = data.draw(options_of[kind])
+    options = drawn | {"seed": data.draw(st.integers(0, 2**33))}
     epoch = data.draw(st.integers(0, 5))
     expected: list[int] | None = None
     state: dict[str, Any] | None = None

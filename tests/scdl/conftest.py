@@ -79,8 +79,8 @@ class Handmade:
             records.append(
                 write_feature_index(self.path / "obs_features", [(self.obs_rows, cells)], ["a.h5ad"])
             )
-        for file in self.path.glob("*_features/labels.json"):
-            file.unlink()  # release 0.1.3 writes labels.npy alone
+        for labels in self.path.glob("*_features/labels.json"):
+            labels.unlink()  # release 0.1.3 writes labels.npy alone
         if self.header:
             lengths = {name: len(array) for name, array in stored.items()}
             dtypes = {name: array.dtype for name, array in stored.items()} | self.stated

@@ -15,7 +15,7 @@ from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.frames import MemoryFrame
 from hbx_gpu.scdl._format.names import read_obs_names, read_var_names
-from hbx_gpu.scdl._sources.cells import GeneBlock
+from hbx_gpu.scdl._sources.axis import GeneBlock
 from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad
 from tests.scdl.conftest import Case
 

@@ -109,7 +109,8 @@ def test_names_categories_and_neighbours_come_back(tmp_path: Path) -> None:
     assert after == before
     assert before["cells"][:2] == ["c0", "c1"]
     assert before["neighbors"] is not None
-    kinds = [open_archive(tmp_path / name).obs.frames[0].arrow("kind").type for name in ("archive", "back")]
+    opened: list[Any] = [open_archive(tmp_path / name).obs for name in ("archive", "back")]
+    kinds = [obs.frames[0].arrow("kind").type for obs in opened]
     assert kinds[0] == kinds[1]
 
 
@@ -131,7 +132,8 @@ def test_an_atlas_becomes_an_archive_and_an_atlas(real_h5ad: tuple[Path, Path], 
     place = {uid: i for i, uid in enumerate(second.feature_uids)}
     mapped = np.array([place[uid] for uid in first.feature_uids])
     for begin in range(0, n, 2000):
-        a, b = first[begin : begin + 2000], second[begin : begin + 2000]
+        a: Any = first[begin : begin + 2000]
+        b: Any = second[begin : begin + 2000]
         assert np.array_equal(a.values, b.values)
         assert np.array_equal(mapped[a.indices], b.indices)
     assert one.to_modality_obs()["obs_name"].to_pylist() == two.to_modality_obs()["obs_name"].to_pylist()

@@ -19,7 +19,7 @@ from hbx_gpu.scdl import (  # noqa: E402
 from tests.scdl.conftest import Case  # noqa: E402
 
 
-def rows(*dense: list[float], dtype: str = "f4") -> list[torch.Tensor]:
+def rows(*dense: Any, dtype: str = "f4") -> list[Any]:
     made = []
     for row in np.array(dense):
         columns = np.flatnonzero(row)
@@ -91,7 +91,7 @@ def test_loader_batches_are_as_wide_as_the_genes(
 ) -> None:
     case = scdl_cases[name]
     dataset = SingleCellMemMapDataset(case.archive)
-    loader = DataLoader(
+    loader: Any = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=4,
         collate_fn=collate_sparse_matrix_batch,
@@ -104,7 +104,7 @@ def test_loader_batches_are_as_wide_as_the_genes(
 
 def test_loader_without_collate(scdl_cases: dict[str, Case]) -> None:
     case = scdl_cases["single_f32"]
-    loader = DataLoader(SingleCellMemMapDataset(case.archive), batch_size=1)  # type: ignore[arg-type]
+    loader: Any = DataLoader(SingleCellMemMapDataset(case.archive), batch_size=1)  # type: ignore[arg-type]
     for row, item in enumerate(loader):
         start, stop = (int(e) for e in case.expected["row_ptr"][row : row + 2])
         assert item.shape == (1, 2, stop - start)
@@ -150,4 +150,5 @@ def test_neighbour_batches_of_empty_cells() -> None:
             "current_cell_index": 0, "next_cell_index": 1}  # fmt: skip
     batch: Any = collate_neighbor_sparse_matrix_batch([item, item])
     assert (batch["current_cells"].shape, batch["next_cells"].shape) == ((2, 0), (2, 3))
-    assert collate_neighbor_sparse_matrix_batch([item], n_features=9)["current_cells"].shape == (1, 9)
+    one: Any = collate_neighbor_sparse_matrix_batch([item], n_features=9)
+    assert one["current_cells"].shape == (1, 9)

@@ -85,7 +85,8 @@ def test_rows_genes_and_cells(tmp_path: Path) -> None:
     (obs,) = found["obs"]
     assert obs["text"] == [text for part in parts for text in part["obs"][0]["text"]]
     assert found["dtypes"] == ["float32", "uint16", "uint8"]
-    assert [s["rows"] for s in open_archive(tmp_path / "a").metadata["sources"]] == [5, 5, 3]
+    sources: Any = open_archive(tmp_path / "a").metadata["sources"]
+    assert [s["rows"] for s in sources] == [5, 5, 3]
 
 
 def test_onto_itself(tmp_path: Path) -> None:

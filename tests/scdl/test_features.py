@@ -96,7 +96,7 @@ class TestVariables:
         assert [index.number_vars_at_row(row) for row in (0, 9, 10, 14, 15, 19)] == [3, 3, 2, 2, 3, 3]
 
     def test_lookup(self) -> None:
-        index = VariableFeatureIndex()
+        index: Any = VariableFeatureIndex()
         index.append_features(5, ONE, "x.h5ad")
         index.append_features(2, TWO)
         values, label = index.lookup(np.int64(4), ["length", "name"])
@@ -216,7 +216,8 @@ class TestCells:
     def test_one_row(self, index: ObservedFeatureIndex) -> None:
         values, label = index[7]
         assert (values, label) == (["y7", "z7"], "6.h5ad")
-        assert index[np.int32(7)]["z"] == index[-2]["z"] == "z7"
+        seventh: Any = np.int32(7)
+        assert index[seventh]["z"] == index[-2]["z"] == "z7"
         for outside in (9, -10):
             with pytest.raises(IndexError, match="9 rows"):
                 index[outside]

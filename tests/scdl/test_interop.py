@@ -59,8 +59,8 @@ for path, neighbors in json.loads(sys.argv[1]):
         "dtypes": sorted(ds.dtypes.items()),
         "values": [r[0][0].astype(float).tolist() for r in rows],
         "columns": [r[0][1].tolist() for r in rows],
-        "var": [[[plain(x) for x in column] for column in r[1]] for r in rows],
-        "obs": [[plain(x) for x in r[2]] for r in rows] if len(ds.obs_features()) else [],
+        "var": [[[plain(x) for x in column] for column in r[1] or ()] for r in rows],
+        "obs": [[plain(x) for x in r[2] or ()] for r in rows] if len(ds.obs_features()) else [],
         "batch": [batch.crow_indices().tolist(), batch.col_indices().tolist(), batch.values().tolist()],
         "neighbors": [
             [ds.get_neighbor_indices_for_cell(i).tolist(), ds.get_neighbor_weights_for_cell(i).tolist()]
@@ -104,8 +104,8 @@ def ours(path: Path, neighbors: bool) -> dict[str, Any]:
         "dtypes": [list(item) for item in sorted(ds.dtypes.items())],
         "values": [np.asarray(r[0][0], float).tolist() for r in rows],
         "columns": [r[0][1].tolist() for r in rows],
-        "var": [[[plain(x) for x in column] for column in r[1]] for r in rows],
-        "obs": [[plain(x) for x in r[2]] for r in rows] if len(ds.obs_features()) else [],
+        "var": [[[plain(x) for x in column] for column in r[1] or ()] for r in rows],
+        "obs": [[plain(x) for x in r[2] or ()] for r in rows] if len(ds.obs_features()) else [],
         "batch": [batch.crow_indices().tolist(), batch.col_indices().tolist(), batch.values().tolist()],
         "neighbors": [
             [ds.get_neighbor_indices_for_cell(i).tolist(), ds.get_neighbor_weights_for_cell(i).tolist()]

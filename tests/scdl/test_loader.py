@@ -40,8 +40,8 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 def sampler(dataset: Any, **options: Any) -> CellSampler:
-    options: Any = {"batch_size": 7, "seed": 1, "locality": "none", "num_workers": 0} | options
-    return CellSampler(dataset.groups_np, **options)
+    plain: dict[str, Any] = {"batch_size": 7, "seed": 1, "locality": "none", "num_workers": 0}
+    return CellSampler(dataset.groups_np, **(plain | options))
 
 
 def readable(cases: dict[str, Case]) -> Iterator[tuple[str, Case]]:
@@ -65,7 +65,7 @@ def test_every_archive_through_the_loader(scdl_cases: dict[str, Case], layout: s
     if executor == "dali" and (reason := dali_missing()):
         pytest.skip(reason)
     for name, case in readable(scdl_cases):
-        dataset = SingleCellMemMapDataset(case.archive)
+        dataset: Any = SingleCellMemMapDataset(case.archive)
         with make_loader(dataset, sampler(dataset), layout=layout, executor=executor) as loader:
             check(list(loader), dense_of(case, dataset.to_cell_dataset()), name)
 
@@ -73,7 +73,7 @@ def test_every_archive_through_the_loader(scdl_cases: dict[str, Case], layout: s
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_every_archive_on_a_device(scdl_cases: dict[str, Case], layout: str, backend: Any) -> None:
     for name, case in readable(scdl_cases):
-        dataset = SingleCellMemMapDataset(case.archive)
+        dataset: Any = SingleCellMemMapDataset(case.archive)
         truth = dense_of(case, dataset.to_cell_dataset())
         for how in ({"io": "mmap"}, {"io": "pinned"}, {"residency": "device"}, {"residency": "host"}):
             with device_loader(

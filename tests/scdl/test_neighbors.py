@@ -62,7 +62,7 @@ def test_stored_neighbours(case: Case, dataset: SingleCellMemMapDataset) -> None
 def test_random_draws_reach_every_neighbour_equally(case: Case, dataset: SingleCellMemMapDataset) -> None:
     row = int(np.diff(case.expected["neighbor_indptr"]).argmax())
     known = set(stored(case, row)[0].tolist())
-    drawn = [dataset.sample_neighbor_index(row) for _ in range(400)]
+    drawn: list[Any] = [dataset.sample_neighbor_index(row) for _ in range(400)]
     assert {int(d) for d in drawn} == known
     assert isinstance(drawn[0], np.uint32)
     counts = np.unique(drawn, return_counts=True)[1]
@@ -74,10 +74,10 @@ def test_seeds(case: Case) -> None:
         dataset = SingleCellMemMapDataset(case.archive, load_neighbors=True, neighbor_seed=seed)
         return dataset.sample_neighbor_indices(range(24), 5).ravel().tolist()
 
-    state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    state = np.random.get_state(legacy=False)["state"]["key"].tolist()  # noqa: NPY002
     assert draw(3) == draw(3) != draw(4)
     assert draw(None) != draw(None)
-    assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == state  # noqa: NPY002
 
 
 def test_first(case: Case) -> None:

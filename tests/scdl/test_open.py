@@ -49,7 +49,7 @@ def test_real_archive(scdl_cases: dict[str, Case], name: str) -> None:
         assert (archive.n_vars, archive.max_width) == ([50], 70)
     else:
         assert archive.n_vars == case.info["n_vars_per_block"]
-    assert [Path(x).name for x in archive.var.labels] == [
+    assert [Path(str(x)).name for x in archive.var.labels] == [
         Path(x).name for x in case.info["labels_per_var_block"]
     ]
     archive.check_pointers()

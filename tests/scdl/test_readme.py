@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make():  # type: ignore[no-untyped-def]
+def make() -> Any:
     from hbx_gpu.scdl import SingleCellMemMapDataset
 
     return SingleCellMemMapDataset("97e_scmm", H5AD)
@@ -80,17 +81,18 @@ def test_tokenization() -> None:
     make()
     ds = SingleCellMemMapDataset("97e_scmm")
     index = 0
-    values, var_feature_ids, obs_feature_ids = ds.get_row(
+    row: Any = ds.get_row(
         index,
         return_var_features=True,
         var_feature_names=["feature_id"],
         return_obs_features=True,
         obs_feature_names=["cell_line"],
     )
+    values, var_feature_ids, obs_feature_ids = row
     assert len(var_feature_ids) == 1
     assert len(obs_feature_ids) == 1
     gene_data, col_idxs = np.array(values[0]), np.array(values[1])
-    tokenizer_function = lambda x, y, z, w: x  # noqa: ARG005, E731
+    tokenizer_function: Any = lambda x, y, z, w: x  # noqa: ARG005, E731
     tokens = tokenizer_function(gene_data, col_idxs, var_feature_ids[0], obs_feature_ids[0])
     assert tokens.tolist() == counts(25, 34, seed=1)[0].data.tolist()
     assert obs_feature_ids == ["line0"]
@@ -117,8 +119,8 @@ def test_data_loader() -> None:
     from hbx_gpu.scdl import collate_sparse_matrix_batch
 
     data = make()
-    model = lambda x: x  # noqa: E731
-    dataloader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=collate_sparse_matrix_batch)
+    model: Any = lambda x: x  # noqa: E731
+    dataloader: Any = DataLoader(data, batch_size=8, shuffle=True, collate_fn=collate_sparse_matrix_batch)
     n_epochs = 2
     for _ in range(n_epochs):
         total = sum(float(model(batch).values().sum()) for batch in dataloader)

@@ -178,10 +178,11 @@ def test_obs_columns_of_real_archives(scdl_cases: dict[str, Case]) -> None:
 
 
 def test_columns_as_batches_carry_them() -> None:
-    numbers, vocabulary = encode(pa.chunked_array([pa.array([3, None], pa.int32())]))
-    assert vocabulary is None
+    numbers, no_vocabulary = encode(pa.chunked_array([pa.array([3, None], pa.int32())]))
+    assert no_vocabulary is None
     assert np.array_equal(numbers, [3.0, np.nan], equal_nan=True)
     assert encode(pa.chunked_array([pa.array([3], pa.uint8())]))[0].dtype == np.uint8
+    vocabulary: Any
     codes, vocabulary = encode(pa.chunked_array([pa.array([True, None, False])]))
     assert (codes.tolist(), vocabulary.tolist()) == ([1, -1, 0], [False, True])
     codes, vocabulary = encode(pa.chunked_array([["b", None], ["a", "b"]], pa.string()))

@@ -72,7 +72,7 @@ def test_narrowest_indices(tmp_path: Path, n_values: int, pointer: str, n_column
         writer.append_rows(np.array([0, n_values]), np.full(n_values, n_columns - 1), np.ones(n_values))
         writer.append_var(pa.table({"gene": ["x"]}), 1, label="")
     archive = open_archive(tmp_path / "a")
-    assert (archive.indptr.dtype, archive.indices.dtype) == (pointer, column)
+    assert (archive.indptr.dtype.name, archive.indices.dtype.name) == (pointer, column)
     assert archive.nnz == n_values
     assert archive.indices.max() == n_columns - 1
 
@@ -160,7 +160,7 @@ def test_what_was_replaced_is_never_put_back(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(_files, "exchange", lambda a, b: False)  # noqa: ARG005
         # As if killed while sweeping up.
-        patch.setattr(swap.shutil, "rmtree", lambda *a, **k: None)  # noqa: ARG005
+        patch.setattr(shutil, "rmtree", lambda *a, **k: None)  # noqa: ARG005
         _write(tmp_path / "a", overwrite=True)
     assert len(leftovers(tmp_path)) == 1
     shutil.rmtree(tmp_path / "a")

@@ -205,8 +205,12 @@ def test_rows_without_bytes(archive: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["int", "text", "nested"])
 def test_pages_are_found_where_they_lie(tmp_path: Path, kind: str) -> None:
-    values: list[Any] = {"int": [1, None, 3], "text": ["a", None, "c"], "nested": [[1], None, [2, 3]]}[kind]
-    table = pa.table({"first": [["x"]] * 300, "second": values * 100, "third": [1.0] * 300})
+    values: dict[str, list[Any]] = {
+        "int": [1, None, 3],
+        "text": ["a", None, "c"],
+        "nested": [[1], None, [2, 3]],
+    }
+    table = pa.table({"first": [["x"]] * 300, "second": values[kind] * 100, "third": [1.0] * 300})
     for version, dictionary in (("1.0", True), ("2.0", True), ("2.0", False)):
         for codec in ("none", "zstd", "snappy", "gzip"):
             pq.write_table(
@@ -219,7 +223,7 @@ def test_pages_are_found_where_they_lie(tmp_path: Path, kind: str) -> None:
                 data_page_size=64,
             )
             frame = StoredFrame(tmp_path / "a.parquet")
-            assert frame.arrow("second").to_pylist() == values * 100
+            assert frame.arrow("second").to_pylist() == values[kind] * 100
             assert pa.concat_tables(frame.pieces()).equals(table)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,15 +365,21 @@ def chunks(document: dict[str, Any], *shape: int, inner: int | None = None) -> N
         document["codecs"][0]["configuration"]["chunk_shape"] = [inner]
 
 
+def shaped(document: dict[str, Any], k: int) -> None:
+    document["shape"] = [1 << k]
+
+
+def of_70_axes(document: dict[str, Any]) -> None:
+    document["shape"] = [1] * 70
+    chunks(document, *[1] * 70)
+
+
 METADATA: dict[str, Callable[[Path], None]] = {
-    **{
-        f"shape 2^{k}": zarr_json(lambda d, k=k: d.update(shape=[1 << k]))
-        for k in (40, 45, 56, 62, 63, 64, 4000)
-    },
+    **{f"shape 2^{k}": zarr_json(partial(shaped, k=k)) for k in (40, 45, 56, 62, 63, 64, 4000)},
     "outer chunk x 2^32": zarr_json(lambda d: chunks(d, 256 << 32)),
     "outer chunk x 2^20": zarr_json(lambda d: chunks(d, 256 << 20)),
     "inner chunk 2^40": zarr_json(lambda d: chunks(d, 1 << 40, inner=1 << 40)),
-    "70 axes": zarr_json(lambda d: (d.update(shape=[1] * 70), chunks(d, *[1] * 70))),
+    "70 axes": zarr_json(of_70_axes),
     "float index": zarr_json(lambda d: d.update(data_type="float64")),
     "separator": zarr_json(lambda d: d["chunk_key_encoding"].update(configuration={"separator": "/../"})),
     "long integer": zarr_json(lambda d: d.update(fill_value=10**4299)),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 
 
 def plain_array(path: Path, n_chunks: int, chunk: int = 10, name: str = "set0/counts") -> ArrayLayout:
@@ -30,4 +30,4 @@ def write_chunks(path: Path, sizes: list[int]) -> list[bytes]:
     return contents
 
 
-RAW = ({"name": "bytes", "configuration": {"endian": "little"}},)
+RAW: tuple[Codec, ...] = ({"name": "bytes", "configuration": {"endian": "little"}},)

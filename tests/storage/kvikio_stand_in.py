@@ -36,7 +36,7 @@ class StandIn:
     def _read(self, buf: np.ndarray, size: int, offset: int) -> int:
         if self.error:
             raise RuntimeError(self.error)
-        count = os.preadv(self.fd, [memoryview(buf)[: size - self.short]], offset)
+        count = os.preadv(self.fd, [buf[: size - self.short].data], offset)
         self.done += 1
         return count
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zarr
 
-from hbx_gpu._source import ArrayLayout
+from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
@@ -142,7 +142,7 @@ def test_absent_inner_chunks(sharded: ArrayLayout) -> None:
 
 
 def test_unreadable_index_codecs(sharded: ArrayLayout) -> None:
-    zstd = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"})
+    zstd: tuple[Codec, ...] = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"})
     with pytest.raises(UnsupportedCodecError, match=r"array 'set0/counts': shard index codecs .*zstd"):
         ChunkDirectory([replace(sharded, index_codecs=zstd)])
 
@@ -153,7 +153,12 @@ def test_only_touched_shards_are_loaded_and_once(
     directory = ChunkDirectory([sharded])
     opened: list[str] = []
     real = ChunkDirectory._read_index
-    monkeypatch.setattr(ChunkDirectory, "_read_index", lambda self, *a: opened.append(a[1]) or real(self, *a))
+
+    def noted(self: ChunkDirectory, *arguments: Any) -> Any:
+        opened.append(arguments[1])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ChunkDirectory, "_read_index", noted)
     for ids in ([5], [5, 6], [4, 5, 6, 7, 7]):
         directory.extents(np.array(ids))
     assert opened == [str(Path(sharded.path, "c/1"))]

@@ -201,15 +201,15 @@ def test_a_fork_after_the_first_read_is_refused(
 def test_without_kvikio_or_driver_it_says_what_is_missing(
     directory: ChunkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvikio.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(DeviceUnavailableError, match=r"pip install 'hbx_gpu\[gpu\]'"):
         KvikioReader(directory)
-    monkeypatch.setattr(kvikio.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
 
     def no_driver(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(kvikio.ctypes, "CDLL", no_driver)
+    monkeypatch.setattr("ctypes.CDLL", no_driver)
     with pytest.raises(DeviceUnavailableError, match="driver"):
         KvikioReader(directory)
 

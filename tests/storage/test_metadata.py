@@ -13,7 +13,7 @@ import zarr
 from hbx_gpu._storage import read_layout
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
 
-SHARDING = {
+SHARDING: dict[str, Any] = {
     "name": "sharding_indexed",
     "configuration": {
         "chunk_shape": [2],

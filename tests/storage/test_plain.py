@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from hbx_gpu.errors import CorruptChunkError, CorruptDataError
 VALUES = ("u1", "u2", "u4", "u8", "f2", "f4", "f8", "i4")
 
 
-def stored(path: Path, values: np.ndarray, offset: int = 0, **options: int) -> ArrayLayout:
+def stored(path: Path, values: np.ndarray, offset: int = 0, **options: Any) -> ArrayLayout:
     path.write_bytes(os.urandom(offset) + values.tobytes() + os.urandom(5))
     return plain_layout(path, values.dtype, len(values), byte_offset=offset, **options)
 
@@ -137,15 +138,16 @@ def test_engines_give_the_rows(data: st.DataObject, tmp_path_factory: pytest.Tem
         truth += [(remap[columns[a : a + n]], values[a : a + n]) for a, n in zip(start, lengths, strict=True)]
     rows = RowIndex(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("source", "start", "length")))
     selection = rng.integers(0, len(rows), 20)
-    dtype = np.result_type(*(s.layers["X"].dtype for s in sources))
+    common = np.result_type(*(s.layers["X"].dtype for s in sources))
     table = source_table(sources, ["X"], 200)
     directory = ChunkDirectory([la for s in sources if s.index for la in (s.index, s.layers["X"])])
     plan = plan_rows(table, rows, selection)
-    for engine in (HostEngine, ReferenceEngine):
+    engines: list[Any] = [HostEngine, ReferenceEngine]
+    for engine in engines:
         with open_reader(reader, directory) as opened:
             slab = opened.read(directory.extents(plan.chunks))
-            indices, (values,), offsets = engine(table, directory, [dtype]).csr(plan, slab)
-        assert values.dtype == dtype
+            indices, (values,), offsets = engine(table, directory, [common]).csr(plan, slab)
+        assert values.dtype == common
         for i, row in enumerate(selection):
             part = slice(offsets[i], offsets[i + 1])
             assert indices[part].tolist() == truth[row][0].tolist()

@@ -74,7 +74,13 @@ def same_scalar(a: Any, b: Any) -> bool:
 def test_v3_arrays(assemble: Any, geometry: Any, dtype_name: str, data: st.DataObject) -> None:
     shape, chunk, per_shard = geometry
     dtype = np.dtype(dtype_name)
-    bytes_bytes = [None, [ZstdCodec(level=1)], [GzipCodec(level=1)], [BloscCodec()], [Crc32cCodec()]]
+    bytes_bytes: list[Any] = [
+        None,
+        [ZstdCodec(level=1)],
+        [GzipCodec(level=1)],
+        [BloscCodec()],
+        [Crc32cCodec()],
+    ]
     if np.prod(chunk, dtype=int) * dtype.itemsize % 4 == 0:
         bytes_bytes += [[BitpackingCodec(transform=t)] for t in ("none", "delta", "delta_zigzag")]
     sharded = bool(shape) and data.draw(st.booleans(), "sharded")
@@ -82,13 +88,14 @@ def test_v3_arrays(assemble: Any, geometry: Any, dtype_name: str, data: st.DataO
     index_location = data.draw(st.sampled_from(["start", "end"]), "index_location")
     fill = data.draw(fill_values(dtype), "fill")
     order = data.draw(st.permutations(range(len(shape))), "order")
+    shards: Any = {"shape": shard, "index_location": index_location} if sharded else None
     with tempfile.TemporaryDirectory() as path:
         array = zarr.create_array(
             path,
             shape=shape,
             dtype=dtype,
             chunks=chunk,
-            shards={"shape": shard, "index_location": index_location} if sharded else None,
+            shards=shards,
             filters=[TransposeCodec(order=order)] if data.draw(st.booleans(), "transpose") else None,
             serializer=BytesCodec(endian=data.draw(st.sampled_from(["little", "big"]), "endian")),
             compressors=data.draw(st.sampled_from(bytes_bytes), "compressors"),

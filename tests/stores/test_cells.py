@@ -16,6 +16,7 @@ import scipy.sparse as sp
 
 import hbx_gpu
 from hbx_gpu import CellSampler, make_loader, sparse_to_dense_collate
+from hbx_gpu._inplace.cells import Cells
 from hbx_gpu.errors import (
     InvalidDataError,
     UnknownNameError,
@@ -67,7 +68,7 @@ def expected(data: list[anndata.AnnData], names: list[str], layer: str = "X") ->
 
 def test_outer_and_inner_joins(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     paths, data = pair
-    cells = hbx_gpu.open(paths)
+    cells: Any = hbx_gpu.open(paths)
     outer = cells.to_cell_dataset()
     assert outer.feature_uids.tolist() == ["G1", "G2", "G3", "G4", "G5"]
     np.testing.assert_array_equal(dense(outer, outer.feature_uids), expected(data, list(outer.feature_uids)))
@@ -80,12 +81,13 @@ def test_outer_and_inner_joins(pair: tuple[list[Path], list[anndata.AnnData]]) -
 
 def test_a_panel_and_another_column_of_var(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     paths, data = pair
-    dataset = hbx_gpu.open(paths).features(["g5", "g1"]).to_cell_dataset(feature_id_column="symbol")
+    cells: Any = hbx_gpu.open(paths)
+    dataset = cells.features(["g5", "g1"]).to_cell_dataset(feature_id_column="symbol")
     np.testing.assert_array_equal(dense(dataset, ["g5", "g1"]), expected(data, ["G5", "G1"]))
     with pytest.raises(UnknownNameError, match="1 of 2 features are in none of the stores"):
-        hbx_gpu.open(paths).features(["G1", "nope"]).to_cell_dataset()
+        cells.features(["G1", "nope"]).to_cell_dataset()
     with pytest.raises(UnknownNameError, match="no column 'ensembl'"):
-        hbx_gpu.open(paths).to_cell_dataset(feature_id_column="ensembl")
+        cells.to_cell_dataset(feature_id_column="ensembl")
 
 
 def test_conditions_add_up_and_limits_come_after(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
@@ -166,7 +168,8 @@ def test_a_spawned_process_reads_the_same(pair: tuple[list[Path], list[anndata.A
 def test_a_recipe_makes_the_dataset_again(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     """What a process does that comes after the temporary folder has gone."""
     paths, _ = pair
-    dataset: Any = hbx_gpu.open(paths).where("n > 0").features(["G3"]).to_cell_dataset(layer="counts")
+    cells: Any = hbx_gpu.open(paths).where("n > 0")
+    dataset = cells.features(["G3"]).to_cell_dataset(layer="counts")
     again = dataset._recipe.rebuild()
     a, b = dataset[np.arange(len(dataset))], again[np.arange(len(again))]
     np.testing.assert_array_equal(a.values, b.values)
@@ -190,7 +193,9 @@ def test_a_loader_gives_every_cell_once(pair: tuple[list[Path], list[anndata.Ann
 def test_paths_globs_and_folders(pair: tuple[list[Path], list[anndata.AnnData]]) -> None:
     paths, _ = pair
     folder = paths[0].parent
-    for opened in (hbx_gpu.open(folder), hbx_gpu.open(*paths), hbx_gpu.open(str(folder / "*"))):
+    ways: list[Any] = [[folder], paths, [str(folder / "*")]]
+    for opened in [hbx_gpu.open(*way) for way in ways]:
+        assert isinstance(opened, Cells)
         assert opened.n_cells == 35
     with pytest.raises(FileNotFoundError, match="does not exist"):
         hbx_gpu.open(folder / "none.h5ad")
@@ -238,7 +243,8 @@ def test_scdl_archives(shared: Path) -> None:
         except Exception:
             continue
         dataset = hbx_gpu.open(path).to_cell_dataset()
-        a, b = wanted[np.arange(len(wanted))], dataset[np.arange(len(dataset))]
+        a: Any = wanted[np.arange(len(wanted))]
+        b: Any = dataset[np.arange(len(dataset))]
         np.testing.assert_array_equal(a.offsets, b.offsets)
         np.testing.assert_array_equal(a.values, b.values)
         np.testing.assert_array_equal(wanted.feature_uids[a.indices], dataset.feature_uids[b.indices])

@@ -47,8 +47,7 @@ def indptr(change: str) -> np.ndarray:
     elif change == "13 entries":
         found = found[:-1]
     elif change == "integers are expected":
-        result: np.ndarray = found.astype(np.float64)
-        return result
+        found = found.astype(np.float64)
     result: np.ndarray = found
     return result
 

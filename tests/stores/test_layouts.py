@@ -18,8 +18,15 @@ import scipy.sparse as sp
 import zarr
 
 import hbx_gpu
+from hbx_gpu._inplace.cells import Cells
 from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsafePathError
 from tests.stores.small import as_dense, put, rows_of, small, written
+
+
+def n_cells(*paths: Any) -> int:
+    opened = hbx_gpu.open(*paths)
+    assert isinstance(opened, Cells)
+    return opened.n_cells
 
 
 def test_raw_has_features_of_its_own(tmp_path: Path) -> None:
@@ -167,13 +174,13 @@ def test_a_folder_and_a_group_of_stores(tmp_path: Path) -> None:
     small().write_h5ad(folder / "b.h5ad")
     (folder / "readme.txt").write_text("no store")
     (folder / ".hidden").mkdir()
-    assert hbx_gpu.open(folder).n_cells == 24
+    assert n_cells(folder) == 24
     zarr.open_group(str(tmp_path / "root.zarr"), mode="w")
     for name in ("one", "two"):
         small().write_zarr(tmp_path / "root.zarr" / name)
-    assert hbx_gpu.open(tmp_path / "root.zarr").n_cells == 24
+    assert n_cells(tmp_path / "root.zarr") == 24
     small().write_h5ad(tmp_path / "we[1]rd.h5ad")
-    assert hbx_gpu.open(tmp_path / "we[1]rd.h5ad").n_cells == 12
+    assert n_cells(tmp_path / "we[1]rd.h5ad") == 12
     with pytest.raises(InvalidDataError, match="no path was given"):
         hbx_gpu.open([])
 
@@ -181,7 +188,7 @@ def test_a_folder_and_a_group_of_stores(tmp_path: Path) -> None:
 def test_names_say_nothing(tmp_path: Path) -> None:
     small().write_h5ad(tmp_path / "a.zarr")
     small().write_zarr(tmp_path / "b.h5ad")
-    assert hbx_gpu.open(tmp_path / "a.zarr", tmp_path / "b.h5ad").n_cells == 24
+    assert n_cells(tmp_path / "a.zarr", tmp_path / "b.h5ad") == 24
 
 
 def test_links(tmp_path: Path) -> None:
@@ -242,7 +249,7 @@ def test_columns_of_every_kind(tmp_path: Path, name: str) -> None:
     assert cells.where("booleans IS NULL").count() == 4
     assert cells.where("numbers = 3").count() == 4
     dataset = cells.to_cell_dataset(metadata_columns=list(data.obs.columns))
-    assert len(dataset[[0, 1]].metadata) == len(data.obs.columns)
+    assert len(dataset[[0, 1]].metadata or ()) == len(data.obs.columns)
 
 
 def test_text_of_fixed_width(tmp_path: Path) -> None:
@@ -288,7 +295,12 @@ def test_decoded_chunks_are_kept_within_a_bound(tmp_path: Path, monkeypatch: pyt
     dataset = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
     decoded: list[int] = []
     decode = ChunkCodec.decode
-    monkeypatch.setattr(ChunkCodec, "decode", lambda self, *a: (decoded.append(1), decode(self, *a))[1])
+
+    def counted(self: ChunkCodec, *arguments: Any) -> Any:
+        decoded.append(1)
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(ChunkCodec, "decode", counted)
     for kept, times in (
         (dataset, 2),
         (dataset.with_decoded_cache(0), 6),

@@ -51,7 +51,9 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dataset(atlas: Path) -> CellDataset:
     """All its cells."""
-    return RaggedAtlas.checkout_latest(str(atlas)).query().to_cell_dataset()
+    found = RaggedAtlas.checkout_latest(str(atlas)).query().to_cell_dataset()
+    assert isinstance(found, CellDataset)
+    return found
 
 
 @pytest.fixture(params=WAYS)

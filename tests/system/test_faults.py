@@ -37,7 +37,9 @@ def copied(atlas: Path, tmp_path: Path) -> Path:
 
 
 def opened(path: Path) -> CellDataset:
-    return RaggedAtlas.checkout_latest(str(path)).query().to_cell_dataset()
+    found = RaggedAtlas.checkout_latest(str(path)).query().to_cell_dataset()
+    assert isinstance(found, CellDataset)
+    return found
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ def _last_layers(atlas: Path, dataset: CellDataset) -> Path:
 
 
 def test_a_consumer_that_stops(dataset: CellDataset, load: Load) -> None:
-    before = None
+    before = 0
     for _ in range(5):
         loader = load(dataset, sampler_for(dataset), **EACH)
         for batch in loader:

@@ -48,8 +48,8 @@ class Emulated:
                 cells.columns.astype(np.int32), cells.values, np.asarray(cells.offsets, np.int64)
             )
         ]  # fmt: skip
-        addresses = [np.uint64(tensor.data_ptr()) for tensor in sent]
-        rows = FlatRows(*addresses, kind, len(cells.columns), lengths)
+        columns, values, offsets = (np.uint64(tensor.data_ptr()) for tensor in sent)
+        rows = FlatRows(columns, values, offsets, kind, len(cells.columns), lengths)
         wanted = Wanted(
             cells.numbers, cells.front, cells.seed, cells.epoch, cells.batch, cells.where, cells.obs
         )
@@ -61,7 +61,7 @@ class Emulated:
             for name, tensor in made.result().items()
             if name not in cells.obs
         }
-        lengths = found["lengths"]
+        lengths = np.asarray(found["lengths"])
         if options.padding == "packed":
             assert found.pop("cu_seqlens").tolist() == [0, *np.cumsum(lengths)]
             assert found.pop("max_seqlen") == lengths.max()

@@ -91,7 +91,7 @@ def test_widths_and_dtypes() -> None:
         recipe = rank(length=50, missing_medians="drop")
         vocabulary = {gene: i + 4 for i, gene in enumerate(genes)} | SPECIALS
         recipe = tokens.geneformer_v2(vocabulary, MEDIANS, length=50)
-        batch = tokens.encode(rows, recipe, genes, ids_dtype="int32", **options)  # type: ignore[arg-type]
+        batch = tokens.encode(rows, recipe, genes, ids_dtype="int32", **options)
         assert batch["input_ids"].shape == (3, width)
         assert batch["input_ids"].dtype == np.int32
         assert batch["lengths"].tolist() == [5, 2, 42]

@@ -9,6 +9,7 @@ import pytest
 
 from hbx_gpu import tokens
 from hbx_gpu.tokens import _reference
+from hbx_gpu.tokens._program import Sequence
 from hbx_gpu.tokens._rows import known_genes
 from tests.tokens.fixtures import Tokens, equal_up_to_ties, ragged, unpadded
 
@@ -19,6 +20,7 @@ def values_of(data: Tokens, compiled: tokens.Compiled, row: int) -> dict[int, fl
     """What each token of a row is ranked by; infinite for special tokens."""
     one = data.counts[row]
     cell = known_genes(one.indices, one.data, compiled.tables)
+    assert isinstance(compiled.program, Sequence)
     ranked = _reference.rank_values(compiled.program, compiled.tables, cell)
     found = dict(zip(compiled.tables.token[cell.columns].tolist(), ranked.tolist(), strict=True))
     return {**dict.fromkeys(range(5), np.inf), **found}

@@ -9,6 +9,7 @@ import pytest
 
 from hbx_gpu import tokens
 from hbx_gpu.tokens import _reference_sampled
+from hbx_gpu.tokens._draws import Draws, thin
 from tests.tokens.fixtures import Tokens, ragged, unpadded
 
 
@@ -16,16 +17,16 @@ def uce(data: Tokens, z: dict[str, np.ndarray], **options: int) -> tokens.Weight
     tables = [
         dict(zip(data.genes, z[name].tolist(), strict=True)) for name in ("protein_index", "chrom", "start")
     ]
-    return tokens.uce(
-        *tables, **({"length": int(z["pad_length"]), "samples": int(z["sample_size"])} | options)
-    )
+    plain: dict[str, Any] = {"length": int(z["pad_length"]), "samples": int(z["sample_size"])}
+    return tokens.uce(*tables, **(plain | options))
 
 
 def test_uce_sentences_from_the_package_s_own_draws(data: Tokens) -> None:
     """Given the genes that NumPy drew for UCE, its sentences come out, equal starts aside."""
     z = data.load("uce")
     compiled = tokens.compile(uce(data, z), data.genes)
-    program, tables = compiled.program, compiled.tables
+    program: Any = compiled.program
+    tables = compiled.tables
     start = dict(zip(z["protein_index"].tolist(), z["start"].tolist(), strict=True))
     for i, row in enumerate(z["rows"]):
         drawn = z["sampled_columns"][i].astype(np.int64)
@@ -173,7 +174,7 @@ def cellarium(
         "tissue": [f"UBERON:{j % 4}" for j in range(n)],
     }
     length = z["train_torch11.prompt_mask_nc"].shape[1]
-    recipe = tokens.cellarium_gpt(data.genes, length=length, metadata=metadata, **options)  # type: ignore[arg-type]
+    recipe = tokens.cellarium_gpt(data.genes, length=length, metadata=metadata, **options)
     return recipe, obs
 
 
@@ -247,15 +248,14 @@ def test_cellarium_gpt_trains(data: Tokens, engine: str, name: str) -> None:
 
 def test_cellarium_gpt_thins_as_binomials_do(small: Tokens) -> None:
     z = small.load("native")
-    draws = _reference_sampled.Draws
     expected = ragged(z["thin_0.3"], z["thin_0.3_ptr"])
     for i, theirs in enumerate(expected):
         if len(theirs) == 0 or theirs[0] < 0:
             continue
         one = small.counts[i]
         known = z["known_gene"][one.indices]
-        made = _reference_sampled.thin(
-            draws(int(z["seed"]), int(z["epoch"]), int(z["first_cell"]) + i),
+        made = thin(
+            Draws(int(z["seed"]), int(z["epoch"]), int(z["first_cell"]) + i),
             one.indices[known].astype(np.int64),
             one.data[known],
             np.full(int(known.sum()), 0.3),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
@@ -256,7 +256,7 @@ class SingleCellMemMapDataset(RowReader):
 
     def get_row_with_neighbor(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,
@@ -299,7 +299,7 @@ class SingleCellMemMapDataset(RowReader):
 
     def get_row_padded_with_neighbor(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,

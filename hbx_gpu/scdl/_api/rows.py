@@ -204,7 +204,7 @@ class RowReader:
 
     def get_row(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,
@@ -245,7 +245,7 @@ class RowReader:
 
     def get_row_padded(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: Sequence[str] | None = None,
         return_obs_features: bool = False,
