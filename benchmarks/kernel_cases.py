@@ -11,6 +11,7 @@ import numpy as np
 from hbx_gpu._codecs.bitpacking import encode_bitpacking
 from hbx_gpu._codecs.rowpack import encode_rowpack
 from hbx_gpu._codecs.rowpack_format import RECORD_BLOCKS, read_header
+from hbx_gpu._engine.device.launches import TILE_SLACK
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PIECE, PLAIN, RUN, SEGMENT, SOURCE
 from hbx_gpu.synthetic import Block, GammaPoisson, Uniform, expression_profiles
 
@@ -327,7 +328,7 @@ class Bench:
 
     def _tile(self, knobs: Knobs) -> int:
         """Features per tile, a multiple of 8 where the row takes several."""
-        room = min(knobs.tile_bytes or self.device.max_shared, self.device.max_shared) // 4
+        room = (min(knobs.tile_bytes or self.device.max_shared, self.device.max_shared) - TILE_SLACK) // 4
         return self.genes if self.genes <= room else room // 8 * 8
 
     def rowpack_dense(self, batch: Batch, kind: str, transform: bool, knobs: Knobs) -> Case:
@@ -351,7 +352,7 @@ class Bench:
 
         def run(k: int) -> None:
             arguments = (*head, outputs[k % len(outputs)], *tail)
-            self.device.launch(kernel, knobs.grid or n_rows, knobs.block, arguments, 4 * tile)
+            self.device.launch(kernel, knobs.grid or n_rows, knobs.block, arguments, 4 * tile + TILE_SLACK)
 
         def check() -> None:
             self.device.poison(memory[0])
@@ -361,7 +362,9 @@ class Bench:
 
         read = round(self.rowpack.packed_bytes * batch.nnz / max(1, len(self.counts.indices)))
         name = kernel + (" normalise log1p" if transform else "")
-        return Case(name, kernel, n_rows, read, written, len(outputs), run, check, knobs.block, 4 * tile)
+        return Case(
+            name, kernel, n_rows, read, written, len(outputs), run, check, knobs.block, 4 * tile + TILE_SLACK
+        )
 
     def _csr_outputs(self, batch: Batch, knobs: Knobs) -> tuple[list[Any], list[np.uint64]]:
         """Flat columns and counts (int32, uint32), and the HbxOutput records of each place."""
@@ -511,7 +514,7 @@ class Bench:
 
         def run(k: int) -> None:
             arguments = (*head, outputs[k % len(outputs)], *tail)
-            self.device.launch(kernel, knobs.grid or n_rows, knobs.block, arguments, 4 * tile)
+            self.device.launch(kernel, knobs.grid or n_rows, knobs.block, arguments, 4 * tile + TILE_SLACK)
 
         def check() -> None:
             self.device.poison(memory[0])
@@ -521,5 +524,14 @@ class Bench:
 
         name = kernel + (" normalise log1p" if transform else "")
         return Case(
-            name, kernel, n_rows, 8 * batch.nnz, written, len(outputs), run, check, knobs.block, 4 * tile
+            name,
+            kernel,
+            n_rows,
+            8 * batch.nnz,
+            written,
+            len(outputs),
+            run,
+            check,
+            knobs.block,
+            4 * tile + TILE_SLACK,
         )

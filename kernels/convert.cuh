@@ -199,17 +199,39 @@ struct HbxFormatF64 {
     }
 };
 
-// Writes out[0, n) = value(tile[0, n)), by all threads of a block: 16 bytes at a time where `out` is aligned to
-// 16, else one element. `tile` is 16-byte aligned, in shared memory, of 4-byte numbers (8-byte for float64);
-// `value` maps one of them to the format's Number. The caller puts a barrier before and after.
+// Elements of a row before its first 16-byte boundary.
+template <class Element>
+HBX_DEVICE u32 hbx_head(const Element* out) {
+    return ((16u - ((u32)(u64)out & 15u)) & 15u) / (u32)sizeof(Element);
+}
+
+#define HBX_TILE_SLACK 16u  // bytes of a tile that hbx_tile_shift may leave out
+
+// Numbers to leave out at the front of a 16-byte aligned tile, so that the element of `out` at its first 16-byte
+// boundary stands at one in the tile too: rows of any width then go out in vectors.
+template <class Number, class Element>
+HBX_DEVICE u32 hbx_tile_shift(const Element* out) {
+    const u32 step = 16u / (u32)sizeof(Number);
+    return (step - hbx_head(out) % step) % step;
+}
+
+// Writes out[0, n) = value(tile[0, n)), by all threads of a block: 16 bytes at a time, single elements up to the first
+// 16-byte boundary of `out` and after the last. `tile` is in shared memory, hbx_tile_shift numbers after a 16-byte
+// boundary, of 4-byte numbers (8-byte for float64); `value` maps one of them to the format's Number. The caller puts
+// a barrier before and after.
 template <class Format, class T, class Value>
 HBX_DEVICE void hbx_store_row(typename Format::Element* out, const T* tile, u32 n, Value value) {
     const u32 step = 16u / (u32)sizeof(typename Format::Element);
-    u32 vectors = ((u64)out & 15u) == 0 ? n / step : 0;
+    u32 head = hbx_head(out);
+    if (head > n) head = n;
+    u32 vectors = (n - head) / step;
     for (u32 v = threadIdx.x; v < vectors; v += blockDim.x) {
-        ((HbxWords*)out)[v] = Format::vector(tile + v * step, value);
+        ((HbxWords*)(out + head))[v] = Format::vector(tile + head + v * step, value);
     }
-    for (u32 i = vectors * step + threadIdx.x; i < n; i += blockDim.x) out[i] = Format::bits(value(tile[i]));
+    for (u32 i = threadIdx.x; i < n - vectors * step; i += blockDim.x) {
+        u32 at = i < head ? i : i + vectors * step;
+        out[at] = Format::bits(value(tile[at]));
+    }
 }
 
 // --- numbers by type number ------------------------------------------------------------------------------

@@ -76,14 +76,13 @@ struct HbxDensifyFinish {
 };
 
 // A block takes one row at a time, grid-stride: the sums of `tile_features` columns at a time stand in dynamic
-// shared memory (tile_features numbers: 8 bytes for float64, else 4), then go out with 16-byte stores where the
-// row is aligned. A row whose offsets are wrong is written as zeros.
+// shared memory (tile_features numbers: 8 bytes for float64, else 4; and HBX_TILE_SLACK bytes), then go out with
+// 16-byte stores. A row whose offsets are wrong is written as zeros.
 template <class Format>
 HBX_DEVICE void hbx_densify(const i32* indices, const void* values, u32 value_type, u64 n_elements, const i64* offsets,
                             u32 n_rows, void* out, u32 n_features, u32 tile_features, double target_sum, u32 log,
                             u32* status, u32* any, u8* shared, double* parts) {
     typedef typename Format::Number Number;
-    Number* tile = (Number*)shared;
     HbxDensifyFinish<Number> finish = {log != 0};
     bool typed = hbx_size_of(value_type) != 0 && value_type != HBX_BF16;
     // Unsigned values are what they should be.
@@ -101,7 +100,9 @@ HBX_DEVICE void hbx_densify(const i32* indices, const void* values, u32 value_ty
         typename Format::Element* line = (typename Format::Element*)out + r * n_features;
         for (u64 first = 0; first < n_features; first += tile_features) {
             u32 n = n_features - (u32)first < tile_features ? n_features - (u32)first : tile_features;
-            hbx_densify_zero(tile, n);
+            u32 shift = hbx_tile_shift<Number>(line + first);
+            Number* tile = (Number*)shared + shift;
+            hbx_densify_zero((Number*)shared, shift + n);
             __syncthreads();
             u32 bits = hbx_densify_add(row, scale, tile, (u32)first, n);
             if (bits != 0) hbx_fail(status + r, any, bits);

@@ -1,10 +1,10 @@
 // Dense rows out of hbx_gpu.rowpack chunks, nothing in between: decode, remap, normalise, log1p, round, store.
 //
 // A block of threads (whole warps, 256 threads at most) takes a row. Counts add up as u32 in a tile in dynamic shared
-// memory, 4 * tile_features bytes; with more features than that, the block walks along them in tiles and decodes
-// again. Warps take the row's blocks of 128 in turn, indices and values of a block together. Then all threads write
-// the tile and leave zeros behind: 16 bytes at a time, single elements up to the first 16-byte boundary and behind
-// the last. Small counts, nearly all, find what they become in a table made once per row.
+// memory, 4 * tile_features + HBX_TILE_SLACK bytes; with more features than that, the block walks along them in tiles
+// and decodes again. Warps take the row's blocks of 128 in turn, indices and values of a block together. Then all
+// threads write the tile and leave zeros behind: 16 bytes at a time, single elements up to the first 16-byte boundary
+// and behind the last. Small counts, nearly all, find what they become in a table made once per row.
 // The arena is 16-byte aligned, `out` is aligned to its elements and holds n_rows * n_features of them; all are
 // written, also those of rows that failed. Element sizes 1, 2 and 4 only.
 // Checked: row, segment, piece, run and source against their tables and runs against the arena (64 bits); every
@@ -178,28 +178,21 @@ HBX_DEVICE bool hbx_all_small(const HbxVector<u32>* counts) {
     return all < HBX_SMALL;  // a power of two
 }
 
-// Writes out[0, n) = value(tile[0, n)) and zeros to the tile, by all threads of a block.
+// Writes out[0, n) = value(tile[0, n)) and zeros to the tile, by all threads of a block. The tile begins
+// hbx_tile_shift counts after a 16-byte boundary.
 template <class Format>
 HBX_DEVICE void hbx_flush_tile(typename Format::Element* out, u32* tile, u32 n, const HbxCount& value) {
     const u32 size = (u32)sizeof(typename Format::Element), step = 16u / size;
-    u32 head = ((16u - ((u32)(u64)out & 15u)) & 15u) / size;
+    u32 head = hbx_head(out);
     if (head > n) head = n;
     u32 vectors = (n - head) / step;
     for (u32 v = threadIdx.x; v < vectors; v += blockDim.x) {
         HbxVector<u32> counts[step / 4];
         u32* from = tile + head + v * step;
-        if (head % 4u == 0) {
 #pragma unroll
-            for (u32 k = 0; k < step / 4; k++) {
-                counts[k] = ((HbxVector<u32>*)from)[k];
-                ((HbxVector<u32>*)from)[k] = HbxVector<u32>{};
-            }
-        } else {
-#pragma unroll
-            for (u32 k = 0; k < step; k++) {
-                counts[k / 4].at[k % 4] = from[k];
-                from[k] = 0;
-            }
+        for (u32 k = 0; k < step / 4; k++) {
+            counts[k] = ((HbxVector<u32>*)from)[k];
+            ((HbxVector<u32>*)from)[k] = HbxVector<u32>{};
         }
         HbxWords words;
         if (!value.convert) {
@@ -239,7 +232,7 @@ HBX_DEVICE void hbx_dense_rows(const HbxDense& job, const u32* row_ptr, u32 n_ro
         return;
     }
     u32 warp = threadIdx.x / HBX_WARP;
-    for (u32 i = threadIdx.x; i < tile_features; i += blockDim.x) counts[i] = 0;
+    for (u32 i = threadIdx.x; i < tile_features + HBX_TILE_SLACK / 4u; i += blockDim.x) counts[i] = 0;
     for (u64 row = blockIdx.x; row < n_rows; row += gridDim.x) {
         u32 first = row_ptr[row], last = row_ptr[row + 1];
         if (first > last || last > job.n_segments) {
@@ -250,6 +243,8 @@ HBX_DEVICE void hbx_dense_rows(const HbxDense& job, const u32* row_ptr, u32 n_ro
         do {
             u32 left = job.n_features - tile.begin;
             tile.n = left < tile_features ? left : tile_features;
+            typename Format::Element* line = out + (row * job.n_features + tile.begin);
+            tile.counts = counts + hbx_tile_shift<u32>(line);
             __syncthreads();  // the tile is zero, and nobody reads totals or table
             u64 total = hbx_add_row(job, tile, first, last, scratch + warp);
             if (tile.begin == 0 && target_sum > 0) {
@@ -258,7 +253,7 @@ HBX_DEVICE void hbx_dense_rows(const HbxDense& job, const u32* row_ptr, u32 n_ro
             }
             __syncthreads();
             if (tile.begin == 0 && value.convert) hbx_prepare_counts(value, target_sum, totals);
-            hbx_flush_tile<Format>(out + (row * job.n_features + tile.begin), counts, tile.n, value);
+            hbx_flush_tile<Format>(line, tile.counts, tile.n, value);
             tile.begin += tile.n;
         } while (tile.begin < job.n_features);
     }

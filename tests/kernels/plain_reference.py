@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hbx_gpu._codecs.bitpacking_format import BLOCK
+from hbx_gpu._engine.device.launches import TILE_SLACK
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PACKED, PLAIN, SOURCE
 
 BAD_RECORD, BAD_WIDTH, TRUNCATED, BAD_PATCH, BAD_COLUMN, BAD_HEADER, BAD_PLACE = (1 << k for k in range(7))
@@ -278,7 +279,7 @@ def run_densify(
             status,
             flag,
         ],
-        tile * (8 if dtype == "float64" else 4),
+        tile * (8 if dtype == "float64" else 4) + TILE_SLACK,
     )
     assert (np.concatenate([room[:16], room[-16:]]) == CANARY).all(), "written outside the output"
     return room[16:-16].view(stored).reshape(n_rows, n_features), status, int(flag[0])

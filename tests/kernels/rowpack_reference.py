@@ -10,6 +10,7 @@ import numpy as np
 
 from hbx_gpu._codecs import rowpack, rowpack_format
 from hbx_gpu._codecs.rowpack_format import BLOCK, RECORD_BLOCKS, Block, ChunkHeader
+from hbx_gpu._engine.device.launches import TILE_SLACK
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, PIECE, RUN, SEGMENT, SOURCE
 from hbx_gpu.errors import CorruptChunkError
 
@@ -474,7 +475,7 @@ def run_dense(
         status,
         flag,
     ]
-    launcher.run(f"rowpack_dense_{kind}", grid, block, args, 4 * tile)
+    launcher.run(f"rowpack_dense_{kind}", grid, block, args, 4 * tile + TILE_SLACK)
     rows = memory[edge + shift : edge + shift + n_rows * n_features]
     outside = np.concatenate([memory[: edge + shift], memory[edge + shift + rows.size :]])
     assert (outside.view(np.uint8) == CANARY).all(), "written outside the output"

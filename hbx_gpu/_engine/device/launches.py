@@ -27,6 +27,8 @@ _WARPS = _BLOCK // 32
 _SCAN_BLOCK = 1024
 _MAX_GRID = 1 << 16
 _SET_BYTES = 8  # of shared memory per word of 32 columns, for sorting
+TILE_SLACK = 16
+"""Bytes of shared memory beside a tile, in which rows of any width stand as aligned as in the output."""
 _SLICE = 16 << 10  # bytes of a shuffled block that a block of threads takes at a time
 _NOWHERE = np.uint64(0)
 
@@ -344,9 +346,9 @@ class Launches:
             return
         number = 8 if dtype == "float64" else 4
         tile = n_features
-        if tile * number > self._backend.max_shared:
+        if tile * number + TILE_SLACK > self._backend.max_shared:
             # Whole multiples of 16 bytes of every dtype: tiles after the first begin as aligned as rows do.
-            tile = max(1, self._backend.max_shared // (8 * number) * 8)
+            tile = max(1, (self._backend.max_shared - TILE_SLACK) // (8 * number) * 8)
         shape = (out, np.uint32(n_features), np.uint32(tile))
         steps = (np.float64(transform.target_sum or 0.0), np.uint32(transform.log1p))
         arena = () if part == "rows" else self._arena()
@@ -355,7 +357,7 @@ class Launches:
             min(n_rows, _MAX_GRID),
             _BLOCK,
             (*arena, *args, *shape, *steps, *self._status(part)),
-            number * tile,
+            number * tile + TILE_SLACK,
         )
 
     def _launch(
