@@ -22,7 +22,18 @@ import hbx_gpu.testing
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hbx_gpu"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-HEAVY = {"torch", "numba", "lancedb", "pandas", "anndata", "cupy", "nvidia", "lightning"}
+HEAVY = {
+    "torch",
+    "numba",
+    "lancedb",
+    "pandas",
+    "anndata",
+    "cupy",
+    "nvidia",
+    "lightning",
+    "scvi",
+    "accelerate",
+}
 FACADES = [hbx_gpu, hbx_gpu.atlas, hbx_gpu.scdl, hbx_gpu.testing]
 
 

@@ -85,18 +85,18 @@ def test_readme_snippet_prints_what_the_readme_says(tmp_path: Path) -> None:
     assert done.stdout.endswith(expected)
 
 
-@pytest.mark.parametrize("name", ["frameworks", "guide", "multimodal", "stores", "testing", "training"])
+@pytest.mark.parametrize("name", ["frameworks", "guide", "multimodal", "scvi", "stores", "testing", "training"])
 def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every Python block of a page, one after the other in one session."""
     if name == "multimodal":
         pytest.importorskip("nvidia.dali")
-    if name == "frameworks":
-        pytest.importorskip("lightning")
+    if name in (needed := {"frameworks": "lightning", "scvi": "scvi"}):
+        pytest.importorskip(needed[name])
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / f"{name}.md"
     namespace: dict[str, object] = {"__name__": "__main__"}
     sources = [content for language, content in blocks(page) if language == "python"]
-    assert len(sources) > {"frameworks": 2, "stores": 0, "testing": 2}.get(name, 5)
+    assert len(sources) > {"frameworks": 2, "scvi": 2, "stores": 0, "testing": 2}.get(name, 5)
     for number, source in enumerate(sources):
         exec(compile(source, f"{page}, block {number}", "exec"), namespace)
 

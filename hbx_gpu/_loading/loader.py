@@ -21,7 +21,7 @@ from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.pairs import with_controls
-from hbx_gpu._loading.shown import Batches, HasOrder, as_order
+from hbx_gpu._loading.shown import Batches, HasOrder, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
@@ -136,6 +136,8 @@ class CellLoader(DataLoader[Any]):
         self._live: list[Ahead] = []
         # torch sets this attribute where it makes the batch sampler itself, and refuses later assignments.
         self.__dict__["sampler"] = batches.sampler
+        # Hugging Face accelerate deals the batches of other loaders to processes, which ours does by itself.
+        self._is_accelerate_prepared = isinstance(batches.sampler, RankSampler)
 
     @property
     def epoch(self) -> int:

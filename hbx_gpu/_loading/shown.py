@@ -58,16 +58,17 @@ class RandomRows(Rows, RandomSampler):
     """The rows of an order from a ``RandomSampler``: frameworks put one that knows of ranks in its place."""
 
     def __init__(self, order: Order, given: RandomSampler) -> None:
+        # One namespace: accelerate gives the sampler that it sees a generator, so that processes draw alike.
+        self.__dict__ = vars(given)
         super().__init__(order)
-        self.__dict__ |= vars(given)
 
 
 class SequentialRows(Rows, SequentialSampler):
     """The rows of an order from a ``SequentialSampler``; see :class:`RandomRows`."""
 
     def __init__(self, order: Order, given: SequentialSampler) -> None:
+        self.__dict__ = vars(given)
         super().__init__(order)
-        self.__dict__ |= vars(given)
 
 
 class RankSampler(Rows, DistributedSampler[int]):
