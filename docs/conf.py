@@ -40,7 +40,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types, in words that stand alone
 autodoc_default_options = {"members": True}
 # Packages that the documented modules import, where they are not installed.
-autodoc_mock_imports = [name for name in ("torch", "nvidia") if importlib.util.find_spec(name) is None]
+_OPTIONAL = ("torch", "nvidia", "lightning", "scvi", "accelerate")
+autodoc_mock_imports = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
 napoleon_numpy_docstring = True
 napoleon_google_docstring = False
 napoleon_use_ivar = True

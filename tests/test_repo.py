@@ -85,7 +85,9 @@ def test_readme_snippet_prints_what_the_readme_says(tmp_path: Path) -> None:
     assert done.stdout.endswith(expected)
 
 
-@pytest.mark.parametrize("name", ["frameworks", "guide", "multimodal", "scvi", "stores", "testing", "training"])
+@pytest.mark.parametrize(
+    "name", ["frameworks", "guide", "multimodal", "scvi", "stores", "testing", "training"]
+)
 def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every Python block of a page, one after the other in one session."""
     if name == "multimodal":
