@@ -45,6 +45,13 @@ def bar(unit: str, title: str | None = None) -> Iterator[Progress]:
             shown.close()
 
 
+def line(text: str) -> None:
+    """Print a line on stdout. A bar that is shown on stderr makes room for it and follows below."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+
+
 def note(text: str) -> None:
     """Print a line on stderr. A bar that is shown there makes room for it and follows below."""
     from tqdm import tqdm

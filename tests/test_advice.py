@@ -30,6 +30,7 @@ TABLES: dict[str, list[Mapping[str, str]]] = {
     "info": [links.FLAGS],
     "bench": [bench._FLAGS],
     "doctor": [],
+    "verify": [links.FLAGS],
     "convert_h5ad_to_scdl": [convert_h5ad_to_scdl._FLAGS],
 }
 # As a message writes an argument of Python, where it does not send the user there.

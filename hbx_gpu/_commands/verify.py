@@ -1,0 +1,96 @@
+"""The subcommand `hbx-gpu verify`: whether an atlas or another store is whole."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hbx_gpu._advice import from_command
+from hbx_gpu._commands.links import FLAGS, add_allow_links
+from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._progress import bar, line
+
+_SHOWN = 10
+
+
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+) -> None:
+    """Add the subcommand to a parser's."""
+    parser = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="say whether an atlas or another store is whole",
+        description="Check tables, metadata and pointers, where each chunk lies, and the checksum of each "
+        "chunk; chunks without a checksum are decoded. Nothing is written. The exit status is 1 if something "
+        "is damaged.",
+    )
+    parser.add_argument(
+        "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
+    )
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument(
+        "--fast", action="store_true", help="read no chunk: tables, metadata, pointers, sizes, shard indexes"
+    )
+    levels.add_argument(
+        "--full", action="store_true", help="decode every chunk, and look at every column number"
+    )
+    parser.add_argument(
+        "--version",
+        dest="snapshot",
+        type=int,
+        metavar="N",
+        help="snapshot of an atlas; by default the newest",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
+    add_allow_links(parser)
+    parser.set_defaults(command=run, if_interrupted="nothing was changed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line per dataset, and what is damaged; 1 if anything is."""
+    from hbx_gpu._devices import cores
+    from hbx_gpu._verify.dataset import Level
+    from hbx_gpu._verify.stores import verify
+
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    level: Level = "fast" if args.fast else "full" if args.full else "checksums"
+    total = sum(file.stat().st_size for file in _files(args.path))
+    begin, whole, damaged, done = time.perf_counter(), 0, 0, 0
+    with from_command(FLAGS), bar("B", "verify") as progress:
+
+        def moved(n: int) -> None:
+            nonlocal done
+            done += n
+            progress(done, max(total, done))
+
+        verdicts = verify(
+            args.path,
+            level,
+            version=args.snapshot,
+            allow_links=args.allow_links,
+            threads=args.threads or cores(),
+            progress=moved,
+        )
+        for verdict in verdicts:
+            if verdict.damage:
+                damaged += 1
+                line(f"{verdict.name}: DAMAGED")
+                for damage in verdict.damage[:_SHOWN]:
+                    line(f"  {damage}")
+                if len(verdict.damage) > _SHOWN:
+                    line(f"  and {len(verdict.damage) - _SHOWN} more")
+            else:
+                whole += 1
+                line(f"{verdict.name}: whole, {verdict.cells:,} cells")
+    took = time.perf_counter() - begin
+    line(f"{whole} whole, {damaged} damaged; {done / 1e6:,.1f} MB of chunks read in {took:.1f} s")
+    return int(bool(damaged))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The files of a store, for the length of the progress bar."""
+    return (file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

@@ -1,0 +1,135 @@
+"""hbx-gpu verify finds damage of every kind, names the dataset that has it, and calls the others whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+
+from hbx_gpu import cli
+from hbx_gpu.scdl import SingleCellMemMapDataset
+from tests.security.stores import anndata, arrays, make_atlas, rewrite
+
+
+def verify(path: Path, *options: str) -> int:
+    return cli.main(["verify", str(path), *options])
+
+
+def chunk_file(atlas: Path, name: str) -> Path:
+    """The file with the chunks of an array of the first dataset."""
+    (found,) = [path for path in arrays(atlas)[: len(arrays(atlas)) // 2] if str(path).endswith(name)]
+    return found / "c" / "0"
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("options", [(), ("--fast",), ("--full",), ("--threads", "1")])
+@pytest.mark.parametrize("codec", ["hbx_gpu.rowpack", "homeobox.bitpacking", "zstd"])
+def test_a_whole_atlas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], codec: str, options: tuple[str, ...]
+) -> None:
+    assert verify(make_atlas(tmp_path / "a", codec), *options) == 0
+    out = capsys.readouterr().out
+    assert out.count("whole, 40 cells") == 2
+    assert "2 whole, 0 damaged" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "found_fast"),
+    [
+        (lambda atlas: flip(chunk_file(atlas, "csr/indices"), 40), False),
+        (lambda atlas: flip(chunk_file(atlas, "layers/counts"), 40), False),
+        (lambda atlas: cut(chunk_file(atlas, "csr/indices")), True),
+        (lambda atlas: chunk_file(atlas, "layers/counts").unlink(), True),
+        (lambda atlas: flip(chunk_file(atlas, "csr/indices"), -1), True),  # of the shard's index
+        (lambda atlas: (chunk_file(atlas, "csr/indices").parents[1] / "zarr.json").write_text("{"), True),
+    ],
+)
+def test_a_damaged_dataset_is_named_and_the_other_is_whole(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    found_fast: bool,
+) -> None:
+    atlas = make_atlas(tmp_path / "a")
+    damage(atlas)
+    for options in ((), ("--full",)):
+        assert verify(atlas, *options) == 1
+        out = capsys.readouterr().out
+        assert "1 whole, 1 damaged" in out
+        assert "DAMAGED\n  " in out
+    assert verify(atlas, "--fast") == int(found_fast)
+
+
+def test_a_pointer_beyond_its_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    atlas = make_atlas(tmp_path / "a")
+
+    def beyond(record: dict[str, dict[str, int]]) -> None:
+        record["gene_expression"]["end"] += 1_000_000
+
+    rewrite(atlas, "cells", beyond)
+    assert verify(atlas, "--fast") == 1
+    assert "pointer beyond the array" in capsys.readouterr().out
+
+
+def test_every_damaged_chunk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    atlas = make_atlas(tmp_path / "a")
+    file = chunk_file(atlas, "csr/indices")
+    middle = file.stat().st_size // 2
+    flip(file, 40)
+    flip(file, middle)
+    assert verify(atlas) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == 2
+    assert all("csr/indices" in line for line in lines)
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr", "archive"])
+def test_stores_without_checksums_are_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    data, path = anndata(1), tmp_path / f"store.{form}"
+    if form == "zarr":
+        data.write_zarr(path)
+    else:
+        data.write_h5ad(tmp_path / "store.h5ad")
+    if form == "archive":
+        SingleCellMemMapDataset(str(path), tmp_path / "store.h5ad")
+    assert verify(path) == 0
+    assert "whole, 40 cells" in capsys.readouterr().out
+    if form == "archive":
+        cut(path / "data.npy")
+    elif form == "h5ad":
+        with h5py.File(path, "r+") as file:
+            file["X/indices"][3] = 10_000
+    else:
+        data.X.indices[3] = 10_000
+        data.write_zarr(path)
+    assert verify(path) == 1
+    said = capsys.readouterr()
+    assert ("data.npy" if form == "archive" else "a column number is outside [0, 30)") in said.out + said.err
+
+
+def test_several_modalities(homeobox_fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cite_multimodal", "all_spaces"):
+        assert verify(homeobox_fixtures / name / "atlas", "--full") == 0
+        out = capsys.readouterr().out
+        assert "protein_abundance: whole" in out
+    assert "image_tiles: whole" in out
+
+
+def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(tmp_path / "nothing") == 1
+    assert "nothing" in capsys.readouterr().err
+    assert verify(make_atlas(tmp_path / "a"), "--threads", "0") == 1
+    assert "--threads must be at least 1" in capsys.readouterr().err
