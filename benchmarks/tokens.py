@@ -3,6 +3,9 @@
 Whole epochs in random order through a loader on one thread: read, decode, tokens, padding and masks; and the
 same rows as CSR, which is where tokens begin. Cells per second of processor time, of all threads of the
 process together; recipes take turns in one process; the median of the rounds, after one to warm up.
+
+``--reference PACKAGE=INTERPRETER`` runs a published package's own code instead, in an interpreter that has
+it, beside our recipe on the same cells, and compares what both make; the status is 1 where that differs.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import DataSpec, conditions, prepare
+from benchmarks.token_peers import PEERS, compare
+from hbx_gpu import SparseBatch
 from hbx_gpu._bench.machine import describe
 from hbx_gpu._bench.settings import open_dataset
 from hbx_gpu._bench.tables import spread, table, write_json
@@ -75,6 +81,31 @@ def cells_per_second(loader: Any, epoch: int) -> float:
     return n / (time.process_time() - begin)
 
 
+def _references(chosen: Sequence[str], rows: SparseBatch, genes: Sequence[str], out: Path) -> int:
+    """Packages beside ours on the same cells; 1 if what they make differs."""
+    found = []
+    for entry in chosen:
+        package, _, interpreter = entry.partition("=")
+        if package not in PEERS or not interpreter:
+            raise SystemExit(
+                f"--reference: expected one of {', '.join(PEERS)} and =INTERPRETER, got {entry!r}"
+            )
+        found.append(compare(package, interpreter, rows, genes))
+    header = ("package", "its cells/s", "ours", "ratio", "what it makes of the cells, nothing sampled")
+    print(table(header, [each.line for each in found]))
+    nnz = len(rows.indices) / max(len(rows), 1)
+    print(
+        f"{len(rows)} cells of {len(genes):,} genes, {nnz:,.0f} nonzeros each, in memory; cells per second "
+        "of processor time, one thread: the fastest of 3 calls of the package, of 5 of ours"
+    )
+    machine = conditions()
+    print(describe(machine))
+    write_json(
+        out / "token-references.json", {"conditions": machine, "results": [asdict(each) for each in found]}
+    )
+    return int(any(each.differs for each in found))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=__doc__)
@@ -83,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--density", type=float, default=0.075, help="share of genes that a cell expresses")
     parser.add_argument("--rows", type=int, default=256, help="of a batch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--reference", action="append", default=[], metavar="PACKAGE=INTERPRETER",
+        help=f"compare with a package: {', '.join(PEERS)}",
+    )  # fmt: skip
+    parser.add_argument("--compared", type=int, default=256, help="cells to compare with packages")
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--data", type=Path, default=Path("demo/benchmark-data"))
     parser.add_argument("--out", type=Path, default=Path("demo/benchmarks"))
@@ -96,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = DataSpec(cells=options.cells, genes=options.genes, density=options.density)
     dataset = open_dataset(prepare(options.data, spec).atlas, "gene_expression")
     genes = [str(uid) for uid in dataset.feature_uids]
+    if options.reference:
+        rows = dataset.__getitems__(np.arange(min(options.compared, len(dataset))))
+        return _references(options.reference, rows, genes, options.out)
 
     def loader(**choices: Any) -> Any:
         order = CellSampler(dataset.groups_np, batch_size=options.rows, seed=0)
