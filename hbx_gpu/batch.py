@@ -26,6 +26,12 @@ def teach_torch() -> None:
 def _one_row(batch: Sized, row: int) -> slice:
     """Return a row number as a slice; as for sequences, negative ones count from the end."""
     n = len(batch)
+    if not isinstance(row, int | np.integer):
+        raise TypeError(
+            f"batch[{row!r}]: a batch has rows by number. Tensors by name come from a collate: pass "
+            "collate_fn=hbx_gpu.dataloader.sparse_to_dense_collate to a torch DataLoader, or layout='dense' "
+            "to make_loader"
+        )
     if not -n <= row < n:
         raise IndexError(f"row {row} is out of range for a batch of {n}")
     return slice(row % n, row % n + 1)
@@ -303,8 +309,8 @@ def put_together(batches: RowsT | Sequence[RowsT]) -> RowsT:
     ):
         raise TypeError(
             f"these {len(batches)} rows are from datasets that differ in features, layers, categories or obs "
-            "columns, or were not read as dataset[i]; pass the ConcatDataset to hbx_gpu.make_loader, which "
-            "puts datasets together or says how they differ"
+            "columns, or were not read as dataset[i]; pass a ConcatDataset of them to hbx_gpu.make_loader, "
+            "which puts datasets together or says how they differ"
         )
     metadata = {name: np.concatenate([columns[name] for columns in each]) for name in each[0]}
     return first.joined_with(batches[1:], metadata or None)

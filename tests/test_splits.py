@@ -235,6 +235,9 @@ def test_a_row_of_a_batch_is_a_batch(dataset: CellDataset, expected: np.ndarray)
     assert len(list(for_torch(batch))) == 3
     with pytest.raises(IndexError, match="row 3 is out of range for a batch of 3"):
         batch[3]
+    # As of a DataLoader with batch_size=None, which converts nothing.
+    with pytest.raises(TypeError, match="sparse_to_dense_collate to a torch DataLoader"):
+        batch["X"]  # type: ignore[index]
 
 
 def test_states_of_an_atlas(tmp_path: Path) -> None:

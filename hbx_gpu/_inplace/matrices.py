@@ -13,6 +13,7 @@ import numpy as np
 
 from hbx_gpu._inplace.identity import identities
 from hbx_gpu._inplace.join import Axis, Join, joined
+from hbx_gpu._inplace.kinds_of_values import warn_of_mixture
 from hbx_gpu._inplace.table import CellTable
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._stores.store import Part, Store
@@ -159,6 +160,7 @@ def open_dataset(
     if len(set(dtypes.values())) > 1:
         found = ", ".join(f"{kind} in {name}" for name, kind in list(dtypes.items())[:4])
         _warn(f"matrix {layer!r} differs in type between stores ({found}); batches have one for all")
+    warn_of_mixture(stores, places.parts, layer)
     axis = _axis(places.parts, wanted)
     pointers = [matrix.pointers() if matrix.form == "csr" else np.zeros(0, np.int64) for matrix in matrices]
     sources = [
@@ -182,8 +184,7 @@ def open_dataset(
 
 def _path_of(part: Part, stores: Sequence[Store]) -> Path:
     """The store that a part belongs to."""
-    every = ((store, [*store.parts, *(p for p, _ in store.modalities.values())]) for store in stores)
-    return next(store.path for store, parts in every if any(part is one for one in parts))
+    return next(store.path for store in stores if any(part is one for one in store.every_part))
 
 
 def _axis(parts: Sequence[Part], wanted: Wanted) -> Axis:

@@ -130,3 +130,8 @@ class Store:
     modalities: dict[str, tuple[Part, np.ndarray]] = field(default_factory=dict)
     read_obs: Callable[[], pd.DataFrame] | None = None
     allow_links: bool = False
+
+    @property
+    def every_part(self) -> list[Part]:
+        """The parts, and those of modalities."""
+        return [*self.parts, *(part for part, _ in self.modalities.values())]

@@ -139,6 +139,8 @@ def test_what_identifies_genes() -> None:
     assert gene_axis([twice]).uids.tolist() == ["n", "m", "n"]
     with pytest.raises(InvalidDataError, match="more than once"):
         gene_axis([twice, block("b", 1, np.array(["n"], object), length=[1])], "names")
+    with pytest.raises(InvalidDataError, match=r"feature_id='unique_names' to number repeated names"):
+        gene_axis([twice, block("b", 1, np.array(["n"], object), length=[1])])
     unique = gene_axis([twice, block("b", 1, np.array(["m"], object), length=[1])], "unique_names")
     assert unique.uids.tolist() == ["n", "m", "n-1"]
     assert unique.remaps[1].tolist() == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,17 @@ def test_versions_are_dropped_and_repeated_names_numbered_on_request(tmp_path: P
     twice.var_names_make_unique()
     assert names == ["a", "b", "a-1", "c"]
     np.testing.assert_array_equal(values, expected([twice, once], names))
+
+
+def test_counts_beside_logarithms_are_said(tmp_path: Path) -> None:
+    genes = ["G1", "G2", "G3"]
+    counts, logs = adata(1, 8, genes), adata(2, 8, genes)
+    logs.X.data = np.log1p(logs.X.data / 3).astype(np.float32)
+    with pytest.warns(
+        UserWarning, match=r"'X' mixes kinds of values: .*0\.h5ad.* holds counts .*1\.h5ad.*layer="
+    ):
+        opened(tmp_path, counts, logs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(tmp_path, counts, logs, layer="counts")
+        opened(tmp_path, logs, logs)

@@ -180,11 +180,13 @@ def _choose(blocks: Sequence[GeneBlock], known: KnownFeatures | None = None) -> 
         return NAMES if tables[0].texts(INDEX) is not None else POSITION
     shared = [name for name in blocks[0].frame.names if all(name in b.frame.names for b in blocks)]
     good = [name for name in shared if all(table.identifies(name) for table in tables)]
+    names_repeat = all(table.texts(INDEX) is not None for table in tables)
+    numbering = f"{option('feature_id', UNIQUE_NAMES)} to number repeated names, " if names_repeat else ""
     found = f"several columns would do: {good}" if good else f"none of the columns they share, {shared}, does"
     raise InvalidDataError(
         f"{blocks[0].where} to {blocks[-1].where}: {len(blocks)} blocks with genes of their own need an id "
         f"that identifies a gene in all of them; {found}. Name a column of var with {option('feature_id')}, "
-        f"or {option('feature_id', POSITION)} if column k is the same gene in all blocks"
+        f"{numbering}or {option('feature_id', POSITION)} if column k is the same gene in all blocks"
     )
 
 
