@@ -178,6 +178,17 @@ class Trace:
         return result
 
     @property
+    def steady_rate(self) -> float:
+        """Cells per second over the second half of the time; over everything where that has no batch."""
+        ends = np.cumsum(self.seconds)
+        late = ends > ends[-1] / 2
+        if late.all():
+            return self.rate
+        begin = ends[~late][-1]
+        result: float = np.array(self.cells)[late].sum() / max(ends[-1] - begin, 1e-9)
+        return result
+
+    @property
     def wait_share(self) -> float:
         """Share of the time that the model waited for data."""
         result: float = sum(self.waited) / max(self.seconds.sum(), 1e-9)
@@ -197,8 +208,9 @@ class Trace:
                 f"(always the largest class: {self.largest_class:.1%})"
             )
         lines.append(
-            f"{sum(self.cells):,} cells in {self.seconds.sum():.1f} s: {self.rate:,.0f} cells/s, "
-            f"of which the model waited for data {self.wait_share:.1%} of the time"
+            f"{sum(self.cells):,} cells in {self.seconds.sum():.1f} s, the first batch after "
+            f"{self.seconds[0]:.1f} s; {self.steady_rate:,.0f} cells/s in the second half of the time. The "
+            f"model waited for data {self.wait_share:.1%} of the time"
         )
         return "\n".join(lines)
 
@@ -293,48 +305,51 @@ def _step(
 
 
 def draw(trace: Trace, path: Path) -> None:
-    """Picture of throughput and loss over the cells seen, as PNG."""
+    """Picture of throughput and loss over the seconds of training, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    seen = np.cumsum(trace.cells)
     ends = np.cumsum(trace.seconds)
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(9, 5.6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    # Batches arrive in bursts of one read-ahead window: rates are shown over stretches, not single batches.
-    edges = np.unique(np.linspace(0, len(seen), min(40, len(seen)) + 1).astype(int))
-    at, time_at = np.append(0, seen)[edges], np.append(0.0, ends)[edges]
-    waited = np.add.reduceat(np.array(trace.waited), edges[:-1]) / np.diff(time_at)
-    top.stairs(np.diff(at) / np.diff(time_at), at, fill=True, color="#2f6f9f", alpha=0.25)
-    top.stairs(
-        np.diff(at) / np.diff(time_at),
-        at,
-        color="#2f6f9f",
-        linewidth=1.6,
-        label="cells trained on per second",
+    # Batches arrive in bursts: what is drawn is how many arrive in each of some equal stretches of time.
+    edges = np.linspace(0, ends[-1], min(30, len(ends)) + 1)
+    width = edges[1]
+    rates = np.histogram(ends, edges, weights=trace.cells)[0] / width
+    waited = np.minimum(np.histogram(ends, edges, weights=trace.waited)[0] / width, 1)
+    blue, red = "#2f6f9f", "#c2571a"
+    top.stairs(rates, edges, fill=True, color=blue, alpha=0.25)
+    top.stairs(rates, edges, color=blue, linewidth=1.6, label="cells trained on per second")
+    half = ends[-1] / 2
+    top.hlines(
+        trace.steady_rate,
+        half,
+        ends[-1],
+        color=blue,
+        linestyle="--",
+        label=f"second half of the time: {trace.steady_rate:,.0f}",
     )
-    top.axhline(trace.rate, color="#2f6f9f", linewidth=1, linestyle="--", label=f"mean: {trace.rate:,.0f}")
+    top.axvline(ends[0], color="#3a3a3a", linestyle=":", label=f"first batch: {ends[0]:.1f} s")
     top.set_ylabel("cells/s")
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     share = top.twinx()
-    share.stairs(100 * waited, at, color="#c2571a", linewidth=1.2, label="time waiting for data, %")
+    share.stairs(100 * waited, edges, color=red, linewidth=1.2, label="time waiting for data, %")
     share.set_ylim(0, 100)
-    share.set_ylabel("waiting, %", color="#c2571a")
-    share.tick_params(axis="y", colors="#c2571a")
+    share.set_ylabel("waiting, %", color=red)
+    share.tick_params(axis="y", colors=red)
     lines = [line for axis in (top, share) for line in axis.get_legend_handles_labels()[0]]
-    top.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    top.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
-    bottom.plot(seen, trace.loss, color="#3a3a3a", linewidth=1)
+    bottom.plot(ends, trace.loss, color="#3a3a3a", linewidth=1)
     bottom.set_ylabel(trace.loss_name)
     bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("cells seen")
-    bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    bottom.set_xlim(0, seen[-1])
+    bottom.set_xlabel("seconds")
+    bottom.set_xlim(0, ends[-1])
     for axis in (top, bottom):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

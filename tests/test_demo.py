@@ -31,7 +31,7 @@ def test_synthetic_demo_learns_cell_types(tmp_path: Path, capsys: pytest.Capture
     assert number(out, r"([\d.]+) over the last 10\n") < 1.0
     assert number(out, r"last 10 batches: ([\d.]+)%") > 1.5 * number(out, r"largest class: ([\d.]+)%")
     assert number(out, r"([\d,]+) cells in") == 3_000
-    assert number(out, r": ([\d,]+) cells/s") > 0
+    assert number(out, r"; ([\d,]+) cells/s in the second half") > 0
     assert 0 <= number(out, r"waited for data ([\d.]+)%") <= 100
     picture = (tmp_path / "throughput.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -99,6 +99,12 @@ def test_share_of_waiting_is_of_the_whole() -> None:
     trace = demo.Trace("task", "loss", cells=[10, 10], waited=[1.0, 0.0], trained=[1.0, 2.0], loss=[2.0, 1.0])
     assert trace.rate == 5
     assert trace.wait_share == 0.25
-    assert (
-        "20 cells in 4.0 s: 5 cells/s, of which the model waited for data 25.0% of the time" in trace.report()
-    )
+    assert "20 cells in 4.0 s, the first batch after 2.0 s; 5 cells/s in the second half" in trace.report()
+    assert "The model waited for data 25.0% of the time" in trace.report()
+
+
+def test_the_steady_rate_leaves_the_beginning_out() -> None:
+    slow = demo.Trace("task", "loss", cells=[10] * 4, waited=[0.0] * 4, trained=[7.0, 1.0, 5.0, 5.0])
+    assert slow.steady_rate == 20 / 10
+    once = demo.Trace("task", "loss", cells=[10], waited=[0.0], trained=[2.0])
+    assert once.steady_rate == once.rate == 5
