@@ -6,7 +6,7 @@ of :func:`hbx_gpu.dataloader.make_loader` does so by itself, and ``prepare`` lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hbx_gpu._loading.loader import CellLoader
@@ -64,25 +64,11 @@ class PreparedLoader(DataLoaderStateMixin):
         self.gradient_state = GradientState()
         self.iteration = 0
 
-    @property
-    def dataset(self) -> object:
-        """Dataset of the loader."""
-        return self.loader.dataset
-
-    @property
-    def sampler(self) -> object:
-        """Sampler of rows of this process."""
-        return self.loader.sampler
-
-    @property
-    def batch_sampler(self) -> object:
-        """Sampler of batches of this process."""
-        return self.loader.batch_sampler
-
-    @property
-    def collate_fn(self) -> Callable[..., object]:
-        """What makes a batch of what the dataset returns."""
-        return self.loader.collate_fn
+    def __getattr__(self, name: str) -> object:
+        """Attributes of the loader, from which accelerate makes another one to skip batches."""
+        if name == "loader":  # before it is set
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def __len__(self) -> int:
         return len(self.loader)
