@@ -181,7 +181,8 @@ class CellLoader(DataLoader[Any]):
                 run.delivered += 1
                 if line is not None:
                     line.update()
-                yield with_controls(batch) if self._paired else batch
+                batch = with_controls(batch) if self._paired else batch
+                yield batch if self.options.convert is None else self.options.convert(batch)
         finally:
             recorder.end()
             if line is not None:

@@ -153,6 +153,8 @@ def make_loader(
         sampler's seed, or 0).
     **kwargs
         ``num_workers``: 0 = threads of this process, > 0 = that many spawned, persistent torch workers.
+        ``convert``: function that is applied to each batch just before it is handed over, for the form that a
+        training loop wants.
         ``threads``: threads when num_workers is 0 (default: the cores this process may use).
         ``window``: batches under one plan when num_workers is 0 (default: as many as make 4,096 rows).
         ``residency_budget``: bytes that may stay. ``residency_load``, on a GPU: ``"start"`` (default: all

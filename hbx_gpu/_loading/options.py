@@ -103,6 +103,8 @@ class LoaderOptions:
         Whether a line on the terminal shows the progress of the epoch.
     dali
         How batches go through DALI; None: they do not.
+    convert
+        Called with each batch before it is handed over, on the consumer's thread.
     rows
         Row numbers that the sampler draws from, int; None: all. A framework that puts another sampler in its
         place gets batches of these rows only.
@@ -137,6 +139,7 @@ class LoaderOptions:
     window: int | None = None
     progress: bool = False
     dali: DaliOptions | DynamicOptions | None = None
+    convert: Callable[[Any], object] | None = None
     rows: np.ndarray | None = field(default=None, compare=False)
     torch: Mapping[str, Any] = field(default_factory=dict)
 

@@ -64,7 +64,7 @@ class PreparedLoader(DataLoaderStateMixin):
         self.gradient_state = GradientState()
         self.iteration = 0
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Attributes of the loader, from which accelerate makes another one to skip batches."""
         if name == "loader":  # before it is set
             raise AttributeError(name)

@@ -6,11 +6,13 @@ A model is made from ``data.registry`` and trained with ``model.train(datamodule
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._protocols import TensorBatch
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.integrations._install import not_installed
 from hbx_gpu.integrations.lightning import CellDataModule, Cells, codes_of
@@ -25,6 +27,16 @@ except ImportError as error:
 __all__ = ["ScviDataModule", "load_query_data"]
 
 _Batch = dict[str, torch.Tensor]
+Registry: TypeAlias = dict[str, Any]
+"""What a model of scvi-tools knows of its data, in the form in which it is saved."""
+
+
+class Features(Cells, Protocol):
+    """Cells of one feature space."""
+
+    @property
+    def feature_uids(self) -> np.ndarray | None:
+        """Names of the features, object (n_features,)."""
 
 
 class ScviDataModule(CellDataModule):
@@ -61,7 +73,7 @@ class ScviDataModule(CellDataModule):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Features,
         *,
         batch_key: str | None = None,
         labels_key: str | None = None,
@@ -70,7 +82,7 @@ class ScviDataModule(CellDataModule):
         continuous_covariate_keys: Sequence[str] | None = None,
         size_factor_key: str | None = None,
         model_name: str = "SCVI",
-        reference: ScviDataModule | Mapping[str, Any] | None = None,
+        reference: ScviDataModule | Registry | None = None,
         batch_size: int = 128,
         **options: Any,
     ) -> None:
@@ -224,9 +236,9 @@ class ScviDataModule(CellDataModule):
             self.batch_size = batch_size
 
     @property
-    def registry(self) -> dict[str, Any]:
+    def registry(self) -> Registry:
         """What a model of scvi-tools has to know of the data."""
-        categorical: dict[str, Any] = {}
+        categorical: Registry = {}
         if self._mapping:
             categorical = {
                 "field_keys": list(self._mapping),
@@ -289,7 +301,7 @@ class ScviDataModule(CellDataModule):
             "setup_method_name": "setup_datamodule",
         }
 
-    def tensors(self, batch: Mapping[str, Any]) -> _Batch:
+    def tensors(self, batch: TensorBatch) -> _Batch:
         """Return the tensors that scvi-tools wants for a batch of this module's loaders.
 
         Parameters
@@ -327,7 +339,7 @@ class ScviDataModule(CellDataModule):
 
     def on_before_batch_transfer(
         self,
-        batch: Mapping[str, Any],
+        batch: TensorBatch,
         dataloader_idx: int,  # noqa: ARG002 - by the interface of Lightning
     ) -> _Batch | tuple[_Batch, _Batch]:
         """Return the tensors of a batch, and for SCANVI those of its labeled cells beside them."""
@@ -361,7 +373,7 @@ class ScviDataModule(CellDataModule):
 class _InOrder:
     """The tensors of a loader's batches; it can be iterated again and again."""
 
-    def __init__(self, loader: Any, data: ScviDataModule) -> None:
+    def __init__(self, loader: CellLoader, data: ScviDataModule) -> None:
         self._loader, self._data = loader, data
 
     def __iter__(self) -> Iterator[_Batch]:
@@ -463,7 +475,7 @@ def _check_features(here: np.ndarray, reference: np.ndarray) -> None:
 
 
 def _encoded(
-    dataset: Cells, column: str, before: Any, *, missing: str | None = None, new: str = "refused"
+    dataset: Cells, column: str, before: object, *, missing: str | None = None, new: str = "refused"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes int32 (n_rows,) of a column, and what they mean: sorted, `missing` last, as scvi-tools has it.
 
@@ -489,7 +501,7 @@ def _encoded(
     occurring = names[np.unique(codes[codes >= 0])].tolist()
     found = sorted({name for name in occurring if name != missing})
     if before is not None:
-        known = np.asarray(before, dtype=object).tolist()
+        known = np.asarray(before, dtype=object).reshape(-1).tolist()
         strangers = [name for name in found if name not in known]
         if strangers and new == "refused":
             raise ValueError(f"the column {column!r} has {strangers[:5]}, which the reference does not have")
