@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -412,6 +412,13 @@ def _layer(batch: Part, name: str) -> Part:
     return replace(batch, data=batch.layers[name], metadata=None)
 
 
+@runtime_checkable
+class _Distinct(Protocol):
+    """Masks that are made of a few distinct ones, as those of a multimodal batch."""
+
+    def distinct(self, name: str, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class MeasuredTensors(Mapping[str, "Tensor"]):
     """Masks of a batch as bool tensors (n_cells, n_features), each made when it is asked for.
 
@@ -429,12 +436,11 @@ class MeasuredTensors(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
-        distinct = getattr(self._measured, "distinct", None)
-        if self._device is None or distinct is None:
+        if self._device is None or not isinstance(self._measured, _Distinct):
             return torch.from_numpy(self._measured[name])
         # Only the masks that occur cross to the device; there are as many as datasets in the batch.
-        masks, number = distinct(name)
-        masks, number = (torch.from_numpy(array).to(self._device) for array in (masks, number))
+        found = self._measured.distinct(name)
+        masks, number = (torch.from_numpy(array).to(self._device) for array in found)
         return masks[number]
 
     def __iter__(self) -> Iterator[str]:

@@ -105,7 +105,7 @@ def require_dali(wish: str = "batches were to go through DALI", instead: str = "
 
 def cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
+    if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # where the system has no affinity
 

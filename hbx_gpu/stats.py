@@ -24,7 +24,15 @@ WARM_UP = "warm-up"
 Code is compiled then, and memory touched for the first time.
 """
 
-_here = threading.local()
+
+class _Here(threading.local):
+    """The stage and the window that the calling thread is in."""
+
+    current: stage | None = None
+    window: Window | None = None
+
+
+_here = _Here()
 # Share of its time that a consumer may wait for worker processes before it is told to try threads.
 _WAITS_MUCH = 0.1
 
@@ -52,18 +60,17 @@ class stage:
         self._inner = 0.0
 
     def __enter__(self) -> stage:
-        self._outer: stage | None = getattr(_here, "stage", None)
-        _here.stage = self
+        self._outer = _here.current
+        _here.current = self
         self._begin = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         spent = time.perf_counter() - self._begin
-        _here.stage = self._outer
+        _here.current = self._outer
         if self._outer is not None:
             self._outer._inner += spent
-        window: Window | None = getattr(_here, "window", None)
-        if window is not None:
+        if (window := _here.window) is not None:
             window.charge(self.name, spent - self._inner, self.nbytes)
 
 
@@ -234,7 +241,7 @@ class Window:
 
     def __enter__(self) -> Window:
         self._begin = time.perf_counter()
-        _here.window, _here.stage = self, None
+        _here.window, _here.current = self, None
         return self
 
     def __exit__(

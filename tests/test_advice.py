@@ -169,7 +169,7 @@ def test_messages_of_bench(files: Path, tmp_path: Path, capsys: pytest.CaptureFi
     dense = data(["a", "b"])
     dense.X = dense.X.toarray()
     dense.write_h5ad(tmp_path / "dense.h5ad")
-    for args, advice in [
+    cases: list[tuple[list[Path | str], str]] = [
         ([tmp_path / "m.h5mu"], "--field"),
         ([tmp_path / "m.h5mu", "--field", "nothing"], "rna"),
         ([tmp_path / "dense.h5ad"], "--field or --layer"),
@@ -177,7 +177,8 @@ def test_messages_of_bench(files: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([files / "counts.h5ad", "--seconds", "-1"], "--seconds"),
         ([files / "nothing.h5ad"], "does not exist"),
         ([files / "empty.h5ad"], ""),
-    ]:
+    ]
+    for args, advice in cases:
         status, text = said("bench", [*args, "--device", "cpu"], capsys)
         assert status == 1, text
         assert advice in text

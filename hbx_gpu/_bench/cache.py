@@ -34,7 +34,7 @@ def forget(files: Sequence[Path]) -> str:
     Pages that some process maps or has not written back stay, and so do those of file systems in memory.
     The share that is left is measured, not assumed.
     """
-    if not hasattr(os, "posix_fadvise"):
+    if not hasattr(os, "posix_fadvise"):  # macOS, Windows
         return "this system has no posix_fadvise"
     try:
         for file in files:
@@ -61,7 +61,7 @@ def resident_share(files: Sequence[Path]) -> float:
         The system does not tell.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "mincore"):
+    if not hasattr(libc, "mincore"):  # Windows
         raise OSError("this system has no mincore: what is in the page cache cannot be told")
     pages = found = 0
     for file in files:

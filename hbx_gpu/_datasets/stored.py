@@ -13,7 +13,7 @@ import numpy as np
 
 from hbx_gpu._datasets.base import BatchT, Dataset, digest_of_axes
 from hbx_gpu._datasets.state import Spill, unspill
-from hbx_gpu._datasets.subsets import SubsetRecipe, digest_of_rows
+from hbx_gpu._datasets.subsets import SubsetRecipe, Versioned, digest_of_rows
 from hbx_gpu._protocols import Rows
 from hbx_gpu._source import ArrayLayout, BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._tensors import check_columns
@@ -339,7 +339,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         if self._identity is None:
             rows = digest_of_rows(self._sources, self._rows)
-            snapshot = getattr(self._recipe, "version", None)
+            snapshot = self._recipe.version if isinstance(self._recipe, Versioned) else None
             self._identity = {"cells": len(self._rows), "rows": rows, "snapshot": snapshot}
         return dict(self._identity)
 

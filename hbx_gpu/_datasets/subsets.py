@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,14 @@ WholeT_co = TypeVar("WholeT_co", bound=_Whole, covariant=True)
 
 class _Rebuildable(Protocol[WholeT_co]):
     def rebuild(self) -> WholeT_co: ...
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A recipe of a dataset that has a version, as those of atlases."""
+
+    @property
+    def version(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class SubsetRecipe(Generic[WholeT]):
     @property
     def version(self) -> int | None:
         """Snapshot of the atlas, if the dataset is from one."""
-        return getattr(self.whole, "version", None)
+        return self.whole.version if isinstance(self.whole, Versioned) else None
 
     def rebuild(self) -> WholeT:
         """The dataset of these rows."""

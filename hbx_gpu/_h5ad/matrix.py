@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import scipy.sparse
@@ -276,7 +276,7 @@ class DenseMatrix:
     def _rows_per_block(self) -> int:
         width = max(1, self.shape[1])
         rows = max(1, BLOCK_VALUES // width)
-        chunk_rows = (getattr(self.values, "chunks", None) or (1,))[0]
+        chunk_rows = _chunk_length(self.values)
         if chunk_rows * width <= _MAX_BLOCK_VALUES:
             # Whole chunks, so that none is decoded twice.
             return max(1, rows // chunk_rows) * chunk_rows
@@ -335,9 +335,21 @@ def _in_step(streams: Sequence[Iterator[_B]], rows: Callable[[_B, int, int], _B]
         blocks = rest
 
 
-def _block_size(values: object) -> int:
-    chunk = (getattr(values, "chunks", None) or (1,))[0]
-    return min(max(BLOCK_VALUES, chunk), _MAX_BLOCK_VALUES)
+@runtime_checkable
+class _InChunks(Protocol):
+    """An array of h5py, which may have chunks, or one of ours."""
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None: ...
+
+
+def _chunk_length(values: Sliceable) -> int:
+    """Length of a chunk on the first axis; 1 for arrays without chunks."""
+    return (values.chunks or (1,))[0] if isinstance(values, _InChunks) else 1
+
+
+def _block_size(values: Sliceable) -> int:
+    return min(max(BLOCK_VALUES, _chunk_length(values)), _MAX_BLOCK_VALUES)
 
 
 def row_runs(indptr: np.ndarray, size: int) -> Iterator[tuple[int, int]]:

@@ -44,6 +44,7 @@ class Ahead:
 
     recorder: Recorder
     cells: int = 0
+    _closed = True  # until a constructor has come to its end
 
     def __iter__(self) -> Ahead:
         return self
@@ -193,5 +194,5 @@ class ReadAhead(Ahead):
         self._ready.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closed") and not self._closed:
+        if not self._closed:
             close_dropped(self.close)

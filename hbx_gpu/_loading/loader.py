@@ -23,6 +23,7 @@ from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.pairs import with_controls
 from hbx_gpu._loading.shown import Batches, HasOrder, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
+from hbx_gpu._loading.told import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
@@ -36,7 +37,7 @@ def _identity(batch: object) -> object:
 
 def default_window(sampler: object) -> int:
     """Return the number of batches that make a window of about `ROWS_PER_WINDOW` rows."""
-    return max(1, ROWS_PER_WINDOW // int(getattr(sampler, "batch_size", ROWS_PER_WINDOW)))
+    return max(1, ROWS_PER_WINDOW // (batch_size_of(sampler) or ROWS_PER_WINDOW))
 
 
 _STATE_VERSION = 2
@@ -104,7 +105,7 @@ class CellLoader(DataLoader[Any]):
         sampler = batch_sampler if sampler is None else sampler
         num_workers = options.num_workers
         if num_workers is None:
-            num_workers = int(getattr(sampler, "num_workers", 0))
+            num_workers = workers_of(sampler)
         keywords = dict(options.torch)
         if num_workers > 0:
             # Spawn: forked children of a process with threads and open files hang or corrupt.
@@ -123,7 +124,7 @@ class CellLoader(DataLoader[Any]):
         )
         self.feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
         self.options = replace(options, num_workers=num_workers)
-        self._paired = bool(getattr(self._order, "paired", False))
+        self._paired = is_paired(self._order)
         self._memory_budget = options.memory_budget or HOST_BUDGET
         self._progress = options.progress
         self._threads = options.threads or cores()
@@ -193,9 +194,8 @@ class CellLoader(DataLoader[Any]):
 
     def _from_workers(self) -> Iterator[Any]:
         """Yield batches of worker processes; errors at their start are explained."""
-        tell_epoch = getattr(self.collate_fn, "set_epoch", None)
-        if tell_epoch is not None:  # before workers are asked for batches of it
-            tell_epoch(self._order.epoch)
+        if isinstance(self.collate_fn, OfEpochs):  # before workers are asked for batches of it
+            self.collate_fn.set_epoch(self._order.epoch)
         with explained():
             batches = super().__iter__()
         while True:
@@ -305,6 +305,7 @@ class CellLoader(DataLoader[Any]):
             run.ended = True
             if run.ahead is not None:
                 run.ahead.close()
+        # torch has no public way to end workers that persist.
         workers: object = getattr(self, "_iterator", None)
         if workers is not None and hasattr(workers, "_shutdown_workers"):
             workers._shutdown_workers()

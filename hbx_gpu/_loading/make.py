@@ -36,6 +36,7 @@ from hbx_gpu._loading.options import (
 )
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._loading.tokens import with_token_collates
+from hbx_gpu._loading.told import seed_of, workers_of
 from hbx_gpu._protocols import AnyCollate, AnyFeed, CollateFunction, Loadable
 from hbx_gpu.images import TileCollate
 from hbx_gpu.sampler import CellSampler
@@ -240,7 +241,7 @@ def _through_dali(executor: str, sampler: object, device: object, options: Loade
         return False
     num_workers = options.num_workers
     if num_workers is None and str(device) == "cpu":
-        num_workers = int(getattr(sampler, "num_workers", 0))
+        num_workers = workers_of(sampler)
     if num_workers:
         return False
     reason = dali_missing()
@@ -295,7 +296,7 @@ def build_loader(
     dataset = _columns_for(dataset, collate)
     if options.reads_on_its_own:
         workers = options.num_workers
-        if workers or (workers is None and options.dali is None and getattr(sampler, "num_workers", 0)):
+        if workers or (workers is None and options.dali is None and workers_of(sampler)):
             raise ValueError(
                 "io and residency are about memory of this process, which worker processes do not share: "
                 "pass num_workers=0"
@@ -464,7 +465,7 @@ def _with_image_collates(
         dataset.datasets if isinstance(dataset, MultimodalCellDataset) else {"": dataset}
     )
     if seed is None:
-        seed = int(getattr(sampler, "seed", None) or 0)
+        seed = seed_of(sampler)
     found: dict[str, TileCollate] = {}
     for name, wanted in (images if isinstance(images, Mapping) else {"": images}).items():
         part = parts.get(name)

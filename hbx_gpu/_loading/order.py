@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hbx_gpu._loading.told import OfEpochs, batch_size_of, drops_last
+
 _STATE_KEYS = ("epoch", "batches", "rows")
 
 
@@ -49,6 +51,13 @@ class Ranked(Protocol):
     num_replicas: int
 
 
+@runtime_checkable
+class _OverRows(Protocol):
+    """A batch sampler that takes the rows of its batches from another sampler."""
+
+    sampler: object
+
+
 def cannot_be_iterated(sampler: object) -> TypeError:
     """The error for a sampler that yields nothing."""
     return TypeError(f"a sampler yields row numbers, and a {type(sampler).__name__} cannot be iterated")
@@ -78,17 +87,17 @@ class GivenOrder:
     @property
     def batch_size(self) -> int | None:
         """Batch size of the sampler; None if it does not tell."""
-        return getattr(self.sampler, "batch_size", None)
+        return batch_size_of(self.sampler)
 
     @property
     def drop_last(self) -> bool:
         """Whether the sampler drops a partial batch, if it tells."""
-        return bool(getattr(self.sampler, "drop_last", False))
+        return drops_last(self.sampler)
 
     @property
     def rows(self) -> object:
         """The sampler of rows inside a batch sampler; None where there is none."""
-        return getattr(self.sampler, "sampler", None)
+        return self.sampler.sampler if isinstance(self.sampler, _OverRows) else None
 
     @property
     def ranked(self) -> Ranked | None:
@@ -112,9 +121,8 @@ class GivenOrder:
             self.resumed = False
         self.epoch = epoch
         for sampler in (self.sampler, self.rows):
-            told = getattr(sampler, "set_epoch", None)
-            if callable(told):
-                told(epoch)
+            if isinstance(sampler, OfEpochs):
+                sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.batches():

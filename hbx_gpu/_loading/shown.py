@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
+from hbx_gpu._loading.told import batch_size_of, drops_last
 from hbx_gpu.sampler import CellSampler, EpochSampler
 
 
@@ -148,8 +149,7 @@ class Batches:
     @classmethod
     def of(cls, order: Order) -> Batches:
         """The batches of an order."""
-        size, drop_last = getattr(order, "batch_size", None), getattr(order, "drop_last", False)
-        return cls(shown(order), size, drop_last)
+        return cls(shown(order), batch_size_of(order), drops_last(order))
 
     def within(self, rows: np.ndarray | None) -> Batches:
         """Return the same batches in the order of the dataset, but of these rows only.
@@ -167,7 +167,7 @@ class Batches:
 
     def _order_of(self, sampler: Sampler[int]) -> Order:
         if isinstance(sampler, Rows):
-            if getattr(sampler.order, "drop_last", False) and not self.drop_last:
+            if drops_last(sampler.order) and not self.drop_last:
                 warnings.warn(
                     "the sampler leaves out the last rows of an epoch, and so will what is predicted from "
                     "it: make it with drop_last=False",

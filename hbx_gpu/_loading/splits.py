@@ -34,6 +34,14 @@ _SAMPLERS_OF_ROWS = (
 
 
 @runtime_checkable
+class _Grouped(Protocol):
+    """A dataset that knows the stored matrix of each row."""
+
+    @property
+    def groups_np(self) -> np.ndarray: ...
+
+
+@runtime_checkable
 class Selectable(Protocol):
     """A dataset that can return some of its rows as a dataset."""
 
@@ -89,9 +97,9 @@ def order_for(
     if sampler is None:
         if not isinstance(dataset, Sized):
             raise TypeError(f"a {type(dataset).__name__} does not tell how many rows it has; pass a sampler")
-        groups = getattr(dataset, "groups_np", None)
+        groups = dataset.groups_np if isinstance(dataset, _Grouped) else np.zeros(len(dataset), np.int32)
         return CellSampler(
-            np.zeros(len(dataset), np.int32) if groups is None else groups,
+            groups,
             _BATCH_SIZE if batch_size is None else batch_size,
             bool(shuffle),
             seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 from hbx_gpu._loading.token_collate import TokenCollate
+from hbx_gpu._loading.told import seed_of
 from hbx_gpu._protocols import Loadable
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens import Compiled, Recipe, compile  # noqa: A004
@@ -103,7 +104,7 @@ def _collate(
     _LOG.info("hbx_gpu tokens of %s: %s", dataset.feature_space, compiled.report)
     seed = options.token_seed
     if seed is None:
-        seed = int(getattr(sampler, "seed", None) or 0)
+        seed = seed_of(sampler)
     return TokenCollate(
         compiled,
         categories=known,

@@ -213,10 +213,11 @@ class ChunkDirectory:
         layout = self.layouts[array]
         return object_path(layout, self._object_of(array, number)), layout.name, number
 
-    def error(self, chunk_id: int, reason: str) -> CorruptChunkError:
-        """Make the error to raise for a chunk."""
+    def error(self, chunk_id: int, reason: str | Exception) -> CorruptChunkError:
+        """Make the error to raise for a chunk; the reason may be an error of its codec."""
         file, array, number = self.locate(chunk_id)
-        return CorruptChunkError(reason, file=file, array=array, chunk=number)
+        what = reason.reason if isinstance(reason, CorruptChunkError) else str(reason)
+        return CorruptChunkError(what, file=file, array=array, chunk=number)
 
     def error_at(self, file: int, offset: int, nbytes: int, reason: str) -> CorruptChunkError:
         """Make the error to raise for an extent."""

@@ -267,7 +267,7 @@ class _File:
         self.identity, self.size = (found.st_dev, found.st_ino), found.st_size
 
     def __del__(self) -> None:
-        if hasattr(self, "handle"):
+        if hasattr(self, "handle"):  # the constructor may not have come so far
             self.handle.close()
 
 

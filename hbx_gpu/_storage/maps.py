@@ -62,7 +62,7 @@ class FileMap:
 
     def hand_back(self) -> None:
         """Drop the pages from this process; the map stays valid, and the file stays in the page cache."""
-        if self.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+        if self.nbytes and hasattr(mmap, "MADV_DONTNEED"):  # not on every system
             self._libc.madvise(self.address, self.nbytes, mmap.MADV_DONTNEED)
 
 

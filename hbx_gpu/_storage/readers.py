@@ -290,7 +290,7 @@ class PreadReader(Reader):
         self, directory: ChunkDirectory, *, max_gap: int = MAX_GAP, max_size: int = _MAX_SIZE
     ) -> None:
         super().__init__(directory)
-        if not hasattr(os, "preadv"):
+        if not hasattr(os, "preadv"):  # Windows
             raise UnsupportedError(
                 f"reading with {option('io', 'pinned')} needs preadv of Linux or macOS, which {sys.platform} "
                 "does not have"
@@ -354,6 +354,8 @@ def _pread_reader(directory: ChunkDirectory, max_gap: int, max_size: int) -> Pre
 class _Descriptor:
     """A file descriptor that closes with its last reference."""
 
+    _fd = -1
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = open_regular(path)
@@ -361,7 +363,7 @@ class _Descriptor:
         self.identity = (found.st_dev, found.st_ino)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
+        if self._fd >= 0:
             os.close(self._fd)
 
     def size(self) -> int:

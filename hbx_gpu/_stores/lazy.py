@@ -78,7 +78,7 @@ class StoredArray:
         try:
             chunk = self._codec.decode(raw, self._directory.skipped_filters(number))
         except ValueError as error:
-            raise self._directory.error(number, getattr(error, "reason", str(error))) from error
+            raise self._directory.error(number, error) from error
         self._last = number, chunk
         return chunk
 

@@ -151,6 +151,6 @@ def read_whole(layout: ArrayLayout) -> np.ndarray:
         try:
             values = codec.decode(slab.view(chunk), directory.skipped_filters(chunk))
         except ValueError as error:
-            raise directory.error(chunk, getattr(error, "reason", str(error))) from error
+            raise directory.error(chunk, error) from error
         target[:] = values[: len(target)]
     return out

@@ -65,7 +65,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _columns(table: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if hasattr(table, "to_pandas"):  # Arrow, polars
         table = table.to_pandas()
-    if not hasattr(table, "columns") and not isinstance(table, Mapping):
+    if not hasattr(table, "columns") and not isinstance(table, Mapping):  # no frame of pandas, polars, ...
         rows = list(table)
         if any(isinstance(row, str) or len(row) != 3 for row in rows):
             raise InvalidDataError("peaks must be (chrom, start, end) triples, a table or a BED file")

@@ -24,18 +24,25 @@ COLORS = ("rgb", "gray", "any")
 _FEW = 1024
 
 
+class _Mine(threading.local):
+    """Pipelines of the calling thread."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Pipeline] = {}
+
+
 class Pipelines:
     """DALI pipelines of each thread that asks, made once and gone with the thread."""
 
     def __init__(self, device_id: int | None, num_threads: int) -> None:
         self.device_id, self.num_threads = device_id, num_threads
-        self._local = threading.local()
+        self._mine = _Mine()
 
     def get(self, key: Hashable, graph: Callable[[], DataNode], samples: int) -> Pipeline:
         """The calling thread's pipeline for `key`, for a batch of so many; `graph` defines it."""
         from hbx_gpu.images._graph import build
 
-        known = self._mine()
+        known = self._mine.known
         pipe = known.get(key)
         if pipe is None or pipe.max_batch_size < samples:
             # DALI keeps some hundred bytes per operator for each sample that may come.
@@ -45,13 +52,7 @@ class Pipelines:
 
     def drop(self, key: Hashable) -> None:
         """Forget the calling thread's pipeline for `key`: an operator failed in it."""
-        self._mine().pop(key, None)
-
-    def _mine(self) -> dict[Hashable, Pipeline]:
-        known: dict[Hashable, Pipeline] | None = getattr(self._local, "known", None)
-        if known is None:
-            known = self._local.known = {}
-        return known
+        self._mine.known.pop(key, None)
 
 
 class Decoder:

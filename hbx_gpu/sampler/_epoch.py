@@ -65,6 +65,7 @@ class EpochSampler(_TorchSampler):
     #: Several ranks leave out an incomplete last round, because batches cannot be cut.
     _whole_batches: bool = False
     _n_epoch: int
+    _order_id: dict[str, object] | None = None
 
     def __init__(
         self,
@@ -361,7 +362,7 @@ class EpochSampler(_TorchSampler):
 
     def _fingerprint(self) -> dict[str, object]:
         # Computed once: it hashes arrays of one entry per cell, and a state may be taken at every step.
-        if not hasattr(self, "_order_id"):
+        if self._order_id is None:
             self._order_id = {
                 "sampler": type(self).__name__,
                 "batch_size": self.batch_size,

@@ -183,6 +183,6 @@ def _csr(
     """Offsets, columns, values, width and metadata of rows."""
     if isinstance(rows, SparseBatch):
         return rows.offsets, rows.indices, rows.values, rows.n_features, rows.metadata or {}
-    if getattr(rows, "format", None) == "csr":
+    if getattr(rows, "format", None) == "csr":  # of scipy, whose classes would have to be imported
         return rows.indptr.astype(np.int64), rows.indices, rows.data, rows.shape[1], {}
     raise TypeError(f"rows must be a SparseBatch or a scipy CSR matrix, got a {type(rows).__name__}")

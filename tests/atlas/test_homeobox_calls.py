@@ -100,7 +100,7 @@ def test_an_atlas_is_made_as_every_release_of_homeobox_makes_it(tmp_path: Path, 
         assert atlas.catalogue.names.dataset_table == "groups"
     assert "lab" in before.list_datasets().columns
     assert "lab" in now.list_datasets().columns
-    for given, named, message in [
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         (("donors", Cells, "groups", Study, {}), {}, "at most cell_table_name, cell_schema"),
         (
             ({"donors": Cells},),
@@ -110,7 +110,8 @@ def test_an_atlas_is_made_as_every_release_of_homeobox_makes_it(tmp_path: Path, 
         (({"donors": Cells},), {"cell_schema": Cells}, "pass one of them"),
         (("donors", Study), {}, "cell_schema must be a class derived from HoxBaseSchema"),
         ((Cells,), {}, "obs_schemas must be {table: class or None}"),
-    ]:
+    ]
+    for given, named, message in calls:
         with pytest.raises(TypeError, match=re.escape(message)):
             make(tmp_path / "d", *given, **named)
     assert not (tmp_path / "d").exists()

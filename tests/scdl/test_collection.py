@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_genes_of_a_collection_meet_without_their_versions(tmp_path: Path) -> No
     assert apart.n_features == 6
     with pytest.raises(InvalidDataError, match=r"require_shared_genes=0\.9"):
         collection.to_cell_dataset(require_shared_genes=0.9)
-    dataset = collection.to_cell_dataset(strip_versions=True, require_shared_genes=0.9)
+    dataset: Any = collection.to_cell_dataset(strip_versions=True, require_shared_genes=0.9)
     assert dataset.feature_uids.tolist() == ENSEMBL[:3]
     wanted = np.zeros((9, 3), np.float32)
     wanted[:4], wanted[4:, order] = first.toarray(), second.toarray()

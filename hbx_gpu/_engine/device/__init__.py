@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["DENSE_KERNELS", "DeviceEngine", "FlatCsr", "Pending", "StagedPlan"]
 
 
+class _Slots(threading.local):
+    """The slot of the calling thread, for batches that are made at once."""
+
+    slot: Slot | None = None
+
+
 class DeviceEngine:
     """Decode, remap and densify on a device. Safe to use from many threads.
 
@@ -71,7 +77,7 @@ class DeviceEngine:
         self.table, self.directory, self.dtypes, self.backend = table, directory, list(dtypes), backend
         self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
         self.stager = Stager(table, directory, dtypes, chosen(directory.layouts, decode, backend))
-        self._slots = threading.local()
+        self._slots = _Slots()
         # Whether rows are sorted for sparse tensors: where remaps do not ascend, and once a batch has shown
         # that stored rows do not.
         self._sorts = not _remaps_ascend(table)
@@ -280,7 +286,7 @@ class DeviceEngine:
         return self._received(self.submit_dense(staging, slot, dtype, transform, layer))
 
     def _packed(self, plan: BatchPlan, slab: Slab, layout: Layout) -> tuple[StagedPlan, Slot]:
-        slot: Slot | None = getattr(self._slots, "slot", None)
+        slot = self._slots.slot
         if slot is None:
             slot = self._slots.slot = Slot(self.backend)
         staging = self.measure(plan, slab, layout=layout)

@@ -193,7 +193,7 @@ class Stager:
                 skipped = self.directory.skipped_filters(int(staging.plan.chunks[c]))
                 decoded = np.ascontiguousarray(self.codecs[array].decode(staging.slab.view(c), skipped))
             except ValueError as error:
-                raise self._error(staging.plan, c, getattr(error, "reason", str(error))) from error
+                raise self._error(staging.plan, c, error) from error
             copy_ranges(ranges, np.uint64(_address(decoded)), target)
         for at, values in staging.fills:
             _put(host, at, values)
@@ -462,7 +462,7 @@ class Stager:
         if (layout != "dense" and self.table.drops) or not all(staging.fused):
             staging.arena_bytes = staging.flat_bytes
 
-    def _error(self, plan: BatchPlan, c: int, reason: str) -> CorruptChunkError:
+    def _error(self, plan: BatchPlan, c: int, reason: str | Exception) -> CorruptChunkError:
         return self.directory.error(int(plan.chunks[c]), reason)
 
 

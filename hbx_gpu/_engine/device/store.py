@@ -331,8 +331,7 @@ class ChunkStore:
                 skipped = self._engine.directory.skipped_filters(chunk)
                 elements = self._stager.codecs[array].decode(slab.view(int(i)), skipped)
             except ValueError as error:
-                reason = getattr(error, "reason", str(error))
-                raise self._engine.directory.error(chunk, reason) from error
+                raise self._engine.directory.error(chunk, error) from error
             at = int(block.at[i])
             host[at : at + elements.nbytes] = np.ascontiguousarray(elements).view(np.uint8)
 

@@ -41,6 +41,12 @@ _KERNELS: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[[in
 }
 
 
+class _Scratch(threading.local):
+    """Memory of the calling thread."""
+
+    buffer: np.ndarray | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """The properties that arrays of one kernel call share; codec "" means that no kernel decodes them.
@@ -125,7 +131,7 @@ class HostEngine:
         taken = [one.codec in (RAW, "bitpacking") for one in self._kinds]
         tails = [co.tail if taken[k] else 0 for co, k in zip(self._codecs, kind_of, strict=True)]
         self._checks = ChunkChecks(table, directory, tails)
-        self._scratch = threading.local()
+        self._scratch = _Scratch()
 
     def csr(self, plan: BatchPlan, slab: Slab) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         """Rows of `plan` in CSR form, columns in stored order.
@@ -320,7 +326,7 @@ class HostEngine:
                     return part
             decoded = self._codecs[array].decode(raw, self.directory.skipped_filters(chunk))
         except ValueError as error:
-            raise self.directory.error(chunk, getattr(error, "reason", str(error))) from error
+            raise self.directory.error(chunk, error) from error
         decoded = np.ascontiguousarray(decoded)
         self._kept.add(chunk, decoded)
         return decoded
@@ -378,7 +384,7 @@ class HostEngine:
 
     def _scratch_bytes(self, nbytes: int) -> np.ndarray:
         """Return scratch memory of this thread. It is kept between calls, because fresh pages are slow."""
-        buffer = getattr(self._scratch, "buffer", None)
+        buffer = self._scratch.buffer
         if buffer is None or len(buffer) < nbytes:
             # uint64 backing keeps every view aligned.
             buffer = self._scratch.buffer = np.empty(-(-nbytes // 8), dtype=np.uint64).view(np.uint8)

@@ -202,7 +202,7 @@ class BoxEngine:
                         layout.chunk_shape
                     )
                 except ValueError as error:
-                    raise self.directory.error(number, getattr(error, "reason", str(error))) from error
+                    raise self.directory.error(number, error) from error
                 if (
                     codec.tail
                 ):  # such a chunk aliases the file; keeping it avoids verifying its checksum again

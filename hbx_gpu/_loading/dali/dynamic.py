@@ -15,6 +15,7 @@ from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import pack, rebuild
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DynamicOptions, Operators
+from hbx_gpu._loading.told import rank_of, seed_of
 from hbx_gpu._streams import Held
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class DynamicLoader(CellLoader):
             options = DynamicOptions()
         seed = options.seed
         if seed is None:
-            seed = int(getattr(self._order, "seed", 0))
-        entropy = (seed, self.epoch, int(getattr(self._order, "rank", 0)))
+            seed = seed_of(self._order)
+        entropy = (seed, self.epoch, rank_of(self._order))
         return HandOver(ahead, options, entropy, self._order.n_done)
 
 
@@ -112,7 +113,7 @@ class HandOver(Ahead):
             self._ahead.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closed") and not self._closed:
+        if not self._closed:
             close_dropped(self.close)
 
 

@@ -16,6 +16,7 @@ from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DaliOptions, LoaderOptions
+from hbx_gpu._loading.told import rank_of, seed_of
 from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu._streams import Held
 
@@ -73,12 +74,12 @@ class CellPipeline(CellLoader):
         """Seed of DALI's random operators; read after the sampler began, which may draw a seed."""
         seed = self.dali.seed
         if seed is None:
-            seed = int(getattr(self._order, "seed", 0))
+            seed = seed_of(self._order)
         entropy = [seed, self.epoch, self._rank(), self._position]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _rank(self) -> int:
-        return int(getattr(self._order, "rank", 0))
+        return rank_of(self._order)
 
     def set_epoch(self, epoch: int) -> None:
         """See :meth:`CellLoader.set_epoch`."""
@@ -216,5 +217,5 @@ class _Run(Ahead):
             self._ahead.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closed") and not self._closed:
+        if not self._closed:
             close_dropped(self.close)

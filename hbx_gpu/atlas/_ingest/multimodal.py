@@ -304,6 +304,7 @@ def _is_matrix(data: object) -> bool:
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
         return path.endswith(".h5ad") or bool(split_modality(path)[1])
+    # An AnnData is told by its attributes: anndata takes long to import, and files need no AnnData.
     return isinstance(data, AnnDataGroup | _Backed | Input) or hasattr(data, "obs_names")
 
 
@@ -347,7 +348,7 @@ def _open_all(
         found: dict[str, object] = {name: file.modality(name) for name in modalities_with_matrix(file)}
         _say_left_out(str(file.path), found, file.modalities())
         return found, [(str(file.path), file.obs())], str(file.path)
-    if hasattr(modalities, "mod") and hasattr(modalities, "obs"):
+    if hasattr(modalities, "mod") and hasattr(modalities, "obs"):  # a MuData; mudata is optional
         if getattr(modalities, "axis", 0) == 1:
             raise InvalidDataError(
                 "the parts of this MuData share features, not cells (axis=1), so they are datasets and no "
@@ -390,7 +391,7 @@ def _open_one(
     data: object, stack: contextlib.ExitStack, files: dict[Path, MuDataSource], allow_links: bool
 ) -> object:
     if not isinstance(data, str | os.PathLike):
-        if getattr(data, "isbacked", False):
+        if getattr(data, "isbacked", False):  # an AnnData
             return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
         return data
     path = os.fspath(data)

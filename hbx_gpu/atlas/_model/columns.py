@@ -448,7 +448,7 @@ def features_table(features: Any, source: str) -> pa.Table:
         import pandas as pd
 
         features = pd.DataFrame([record.model_dump() for record in features])
-    elif not isinstance(features, pa.Table) and hasattr(features, "to_arrow"):
+    elif not isinstance(features, pa.Table) and hasattr(features, "to_arrow"):  # polars, which is optional
         features = features.to_arrow()
     if not isinstance(features, pa.Table):
         if "uid" not in features.columns and features.index.name == "uid":

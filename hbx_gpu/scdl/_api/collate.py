@@ -82,7 +82,7 @@ def collate_sparse_matrix_batch(
 def _width(batch: object, n_features: int | None, largest: int) -> int:
     if n_features is None:
         # Columns beyond the recorded genes exist: raw.X beside the genes of a smaller X.
-        return max(getattr(batch, "n_features", None) or 0, largest)
+        return max(batch.n_features if isinstance(batch, Rows) else 0, largest)
     if n_features == 0:
         return largest
     if largest > n_features:
