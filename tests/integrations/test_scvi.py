@@ -66,7 +66,8 @@ def dataset(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def module(dataset: Any, **options: Any) -> ScviDataModule:
-    return ScviDataModule(dataset, **({"batch_size": 64, "executor": "direct"} | KEYS | options))
+    plain: dict[str, Any] = {"batch_size": 64, "executor": "direct"}
+    return ScviDataModule(dataset, **(plain | KEYS | options))
 
 
 def steps(model: Any, batches: Any, n_epochs: int = 2) -> list[float]:

@@ -91,7 +91,8 @@ def test_a_state_at_the_end_of_an_epoch(dataset: CellDataset, workers: int) -> N
 
 def test_a_plain_dataloader(dataset: CellDataset) -> None:
     sampler = CellSampler(dataset.groups_np, 16, seed=3)
-    loader: Any = DataLoader(dataset, batch_sampler=sampler, collate_fn=sparse_to_dense_collate)
+    cells: Any = dataset  # torch knows its own datasets only
+    loader: Any = DataLoader(cells, batch_sampler=sampler, collate_fn=sparse_to_dense_collate)
     for epoch in range(2):
         sampler.set_epoch(epoch)
         expected = list(sampler)

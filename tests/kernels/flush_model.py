@@ -77,12 +77,12 @@ def blocks_per_sm(kernel: str, n: int, arch: str = "sm_90") -> int:
     used = registers.read()["kernels"][kernel][arch]
     shared = 4 * tile_of(n) + 16 + used["shared"] + _RESERVED
     of_registers = _REGISTERS // (-(-used["registers"] // 8) * 8 * _THREADS)
-    return min(_SHARED_PER_SM // shared, of_registers, _MAX_THREADS // _THREADS)
+    return int(min(_SHARED_PER_SM // shared, of_registers, _MAX_THREADS // _THREADS))
 
 
 def table() -> list[tuple[str, ...]]:
     """Rows of the table, as text."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind, size in SIZES.items():
         kernel = f"rowpack_dense_{kind}"
         for n in WIDTHS:
