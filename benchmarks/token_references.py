@@ -128,7 +128,7 @@ def scgpt(cells: Cells, sampled: bool) -> Result:
     return _collated(collator, cells)
 
 
-class _Vocabulary(dict):
+class _Vocabulary(dict[str, int]):
     def get_stoi(self) -> dict[str, int]:
         return self
 

@@ -51,7 +51,9 @@ def test_a_package_that_is_not_there_is_named() -> None:
 
 def test_an_unknown_package_is_refused() -> None:
     with pytest.raises(SystemExit, match="expected one of transcriptformer"):
-        tokens._references(["bert=python"], SparseBatch(*[np.zeros(0)] * 3, 1, {}), [], Path())
+        tokens._references(
+            ["bert=python"], SparseBatch(np.zeros(0), np.zeros(0), np.zeros(0), 1, {}), [], Path()
+        )
 
 
 def test_every_peer_has_code_in_the_other_interpreter() -> None:
