@@ -35,7 +35,7 @@ class Model(torch.nn.Module):
 def test_a_run_and_the_rest_of_one(tmp_path: Path) -> None:
     dataset = example_dataset(tmp_path / "arrays")
 
-    class CellTrainer(Trainer):
+    class CellTrainer(Trainer):  # type: ignore[misc]  # transformers is optional
         def get_train_dataloader(self) -> Any:
             order = CellSampler(dataset.groups_np, 16, seed=3)
             loader = make_loader(dataset, order, layout="dense", executor="direct", threads=1)
