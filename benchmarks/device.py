@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import DataSpec, conditions, prepare
-from hbx_gpu._bench import floors
+from hbx_gpu._bench import limits
 from hbx_gpu._bench.machine import describe
 from hbx_gpu._bench.settings import open_dataset
 from hbx_gpu._bench.tables import spread, table, write_json
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = CudaBackend(gpu)
     backend.warm_up()
     wrong = differences(dataset, backend, 512)
-    speed = floors.bandwidth(gpu, 1)
+    speed = limits.bandwidth(gpu, 1)
     assert speed.link is not None
     rows, results = [], []
     for batch in options.batch_sizes:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     noted: dict[str, Any] = {**machine, "wrong_elements": wrong}
     text = "\n".join(
         (
-            table(("cells/s", "GPU", "CPU", "floor: link", "floor: float32 copy"), rows),
+            table(("cells/s", "GPU", "CPU", "limit: link", "limit: float32 copy"), rows),
             f"{spec.describe()}; page cache warm, whole epochs, median of {options.repeat} (range) after one "
             f"more; first batch equal to the CPU's but for {wrong} elements",
             describe(machine),

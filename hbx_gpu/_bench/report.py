@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hbx_gpu._bench import machine
-from hbx_gpu._bench.runs import Report
+from hbx_gpu._bench.runs import NOISE, Report
 from hbx_gpu._bench.tables import table, write_json
 
 
@@ -27,15 +27,22 @@ def _loading(report: Report) -> str:
     rows = [
         (
             result.setting.describe(),
-            f"{result.median:,.0f}",
+            f"{result.median:,.0f}{' ~' if result.is_noisy else ''}",
             f"{min(result.rates):,.0f} .. {max(result.rates):,.0f}",
-            f"{result.floor:,.0f}",
-            f"{result.median / result.floor:.0%}",
+            f"{result.limit:,.0f}",
+            f"{result.median / result.limit:.0%}",
             "ok" if not result.wrong else f"{result.wrong} of {result.checked} WRONG",
         )
         for result in report.results
     ]
-    return table(("loading", "cells/s", "range", "floor", "of floor", "rows"), rows)
+    legend = [
+        "cells/s: median of the repeats, range: slowest and fastest of them",
+        "limit: what memory and link of this machine allow (below), of limit: cells/s as a share of it",
+        "rows: whether sampled rows equal those of the NumPy engine",
+    ]
+    if any(result.is_noisy for result in report.results):
+        legend.append(f"~: the repeats differ by more than {NOISE:.0%}, so other work used the machine")
+    return "\n".join([table(("loading", "cells/s", "range", "limit", "of limit", "rows"), rows), *legend])
 
 
 def _training(report: Report) -> str:
@@ -51,7 +58,11 @@ def _training(report: Report) -> str:
         for one in report.trained
     ]
     header = ("training while loading", "cells/s", "step alone", "waits for data", "slowed down by", "loss")
-    return table(header, rows)
+    legend = (
+        "step alone: a training step on a batch that is there already; waits for data: share of the time\n"
+        "slowed down by: how much longer a step takes while the loader works; loss: first and last batch"
+    )
+    return f"{table(header, rows)}\n{legend}"
 
 
 def _conditions(report: Report) -> str:
@@ -62,7 +73,7 @@ def _conditions(report: Report) -> str:
     return "\n".join(
         (
             f"{report.what}; {sizes.values:,.0f} values and {sizes.stored:,.0f} stored bytes per cell",
-            f"floor: every stored byte crosses once, every byte made is written once, at {rates}, "
+            f"limit: every stored byte crosses once, every byte made is written once, at {rates}, "
             "measured in this process",
             machine.describe(report.conditions),
         )
@@ -81,7 +92,7 @@ def content(report: Report) -> dict[str, object]:
                 **asdict(result.setting),
                 "cells_per_s": result.median,
                 "runs": result.rates,
-                "floor_cells_per_s": result.floor,
+                "limit_cells_per_s": result.limit,
                 "checked_rows": result.checked,
                 "wrong_rows": result.wrong,
                 "stats": result.stats.as_dict(),
@@ -105,7 +116,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def draw(report: Report, path: Path) -> bool:
-    """Rates as bars with their floors as marks, on a logarithmic axis; False without matplotlib."""
+    """Rates as bars with their limits as marks, on a logarithmic axis; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -117,10 +128,23 @@ def draw(report: Report, path: Path) -> bool:
     found = list(reversed(report.results))
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.32 * len(found)), layout="constrained")
     places = range(len(found))
-    axis.barh(places, [r.median for r in found], color="#1f5f8f", height=0.7, label="measured (median)")
+    axis.barh(
+        places,
+        [r.median for r in found],
+        color="#1f5f8f",
+        height=0.7,
+        label="measured: median, with the range of the repeats as a line",
+    )
     for place, result in zip(places, found, strict=True):
         axis.plot([min(result.rates), max(result.rates)], [place, place], color="#333333", linewidth=1)
-    axis.plot([r.floor for r in found], places, "|", color="#c2571a", markersize=12, label="floor")
+    axis.plot(
+        [r.limit for r in found],
+        places,
+        "|",
+        color="#c2571a",
+        markersize=12,
+        label="limit: what memory and link allow",
+    )
     axis.set_yticks(places, [r.setting.describe() for r in found], fontsize=8)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

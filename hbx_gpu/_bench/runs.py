@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hbx_gpu._bench import cache, floors
+from hbx_gpu._bench import cache, limits
 from hbx_gpu._bench.check import Checker
 from hbx_gpu._bench.machine import Conditions, conditions
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
@@ -66,6 +66,10 @@ class Options:
     allow_links: bool = False
 
 
+NOISE = 0.2
+"""Range of the repeats, as a share of their median, from which on a figure is marked as noisy."""
+
+
 @dataclass
 class Result:
     """One setting, measured.
@@ -74,7 +78,7 @@ class Result:
     ----------
     rates
         Cells/s of each repeat.
-    floor
+    limit
         Cells/s that memory and link allow.
     stats
         Statistics of the loader in the last repeat.
@@ -84,7 +88,7 @@ class Result:
 
     setting: Setting
     rates: list[float]
-    floor: float
+    limit: float
     stats: LoaderStats
     checked: int
     wrong: int
@@ -94,6 +98,11 @@ class Result:
         """Median of the rates, in cells/s."""
         return statistics.median(self.rates)
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the repeats differ by more than a fifth of their median."""
+        return max(self.rates) - min(self.rates) > NOISE * self.median
+
 
 @dataclass
 class Report:
@@ -101,8 +110,8 @@ class Report:
 
     what: str
     conditions: Conditions
-    bandwidth: floors.Bandwidth
-    bytes_per_cell: floors.Bytes
+    bandwidth: limits.Bandwidth
+    bytes_per_cell: limits.Bytes
     results: list[Result] = field(default_factory=list)
     trained: list[Trained] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -199,8 +208,8 @@ class _Bench:
         self._device = "cpu" if gpu is None else f"cuda:{gpu}"
         self._checker = Checker(dataset, options.seed)
         self.files = cache.files_below(options.path)
-        self.bandwidth = floors.bandwidth(gpu, options.threads or cores())
-        self.sizes = floors.bytes_per_cell(dataset)
+        self.bandwidth = limits.bandwidth(gpu, options.threads or cores())
+        self.sizes = limits.bytes_per_cell(dataset)
 
     def loader(self, setting: Setting) -> CellLoader:
         sampler = setting.sampler(self._dataset, self._options.seed)
@@ -222,7 +231,7 @@ class _Bench:
         return Result(
             setting,
             rates,
-            floors.floor(setting, self.bandwidth, self.sizes),
+            limits.limit(setting, self.bandwidth, self.sizes),
             stats,
             self._checker.rows - before[0],
             self._checker.wrong - before[1],

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from hbx_gpu import cli
-from hbx_gpu._bench import cache, floors, report
+from hbx_gpu._bench import cache, limits, report
 from hbx_gpu._bench.check import Checker
-from hbx_gpu._bench.runs import Options, run
+from hbx_gpu._bench.runs import Options, Result, run
 from hbx_gpu._bench.settings import Setting, combinations, executors, open_dataset
 from hbx_gpu._bench.training import MODELS, make_step, train
 from hbx_gpu._loading.make import device_loader
@@ -27,6 +27,7 @@ from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsafePathError, UnsupportedError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.scdl import SingleCellMemMapDataset
+from hbx_gpu.stats import Recorder
 from hbx_gpu.synthetic import write_demo_pair
 from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
@@ -80,7 +81,7 @@ def test_the_command_prints_checks_and_writes(atlas: Path, tmp_path: Path, capsy
     out, err = capsys.readouterr()
     assert "all equal" in out
     assert "dense float32, random, batch 64, direct, page cache" in out
-    for part in ("floor", "training while loading", "waits for data", "numpy ", "stored bytes per cell"):
+    for part in ("limit", "training while loading", "waits for data", "numpy ", "stored bytes per cell"):
         assert part in out
     assert "bench: 100%" in err
     found = json.loads((tmp_path / "out/bench.json").read_text())
@@ -91,7 +92,7 @@ def test_the_command_prints_checks_and_writes(atlas: Path, tmp_path: Path, capsy
         assert one["cells_per_s"] > 0
         assert one["wrong_rows"] == 0
         assert one["checked_rows"] > 0
-        assert one["floor_cells_per_s"] > 0
+        assert one["limit_cells_per_s"] > 0
         assert one["stats"]["batches"] > 0
     assert len(found["results"]) + len(found["not_measured"]) >= 2 * len(
         warm
@@ -182,7 +183,7 @@ def test_a_gpu_that_is_not_there(atlas: Path, capsys: Any) -> None:
     with pytest.raises(DeviceUnavailableError):
         run(options(device="cuda"), dataset=None)
     assert cli.main(["bench", str(atlas), "--device", "cuda"]) == 1
-    assert "device='cuda' was asked for, but" in capsys.readouterr().err
+    assert "--device cuda was asked for, but" in capsys.readouterr().err
 
 
 def test_dense_spaces_are_not_measured(homeobox_fixtures: Path) -> None:
@@ -275,20 +276,28 @@ def test_a_file_in_memory_is_not_called_cold() -> None:
         file.unlink()
 
 
-def test_floors(dataset: CellDataset) -> None:
-    speed = floors.bandwidth(None, 1)
+@pytest.mark.parametrize(
+    ("rates", "noisy"), [([100.0], False), ([95.0, 100.0, 112.0], False), ([80.0, 100.0, 105.0], True)]
+)
+def test_a_noisy_figure_is_marked(rates: list[float], noisy: bool) -> None:
+    result = Result(Setting(), rates, 1.0, Recorder(1, 1, 1).stats(), 0, 0)
+    assert result.is_noisy == noisy
+
+
+def test_limits(dataset: CellDataset) -> None:
+    speed = limits.bandwidth(None, 1)
     assert 1e8 < speed.copy < 1e12
     assert 1e8 < speed.fill < 1e12
-    sizes = floors.bytes_per_cell(dataset)
+    sizes = limits.bytes_per_cell(dataset)
     assert sizes.n_features == dataset.n_features
     assert sizes.values == pytest.approx(dataset.row_index.length.mean())
     assert 0 < sizes.stored < sizes.values * 8 + 1000
-    dense = floors.floor(Setting("dense"), speed, sizes)
+    dense = limits.limit(Setting("dense"), speed, sizes)
     assert dense == pytest.approx(1 / (dataset.n_features * 4 / speed.fill + sizes.stored / speed.copy))
-    assert floors.floor(Setting("dense", "bfloat16"), speed, sizes) > dense
-    gpu = floors.Bandwidth(fill=1e12, copy=1e12, link=1e9)
-    assert floors.floor(Setting(), gpu, sizes) == pytest.approx(1e9 / sizes.stored)
-    assert floors.floor(Setting(residency="device"), gpu, sizes) > floors.floor(Setting(), gpu, sizes)
+    assert limits.limit(Setting("dense", "bfloat16"), speed, sizes) > dense
+    gpu = limits.Bandwidth(fill=1e12, copy=1e12, link=1e9)
+    assert limits.limit(Setting(), gpu, sizes) == pytest.approx(1e9 / sizes.stored)
+    assert limits.limit(Setting(residency="device"), gpu, sizes) > limits.limit(Setting(), gpu, sizes)
 
 
 @pytest.mark.parametrize("model", MODELS)

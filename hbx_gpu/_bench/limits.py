@@ -1,4 +1,4 @@
-"""Compute floors from bandwidths measured on this machine and the bytes that a cell needs."""
+"""Compute limits from bandwidths measured on this machine and the bytes that a cell needs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def bytes_per_cell(dataset: CellDataset) -> Bytes:
     return Bytes(stored / cells, float(dataset.row_index.length.mean()), dataset.n_features)
 
 
-def floor(setting: Setting, found: Bandwidth, sizes: Bytes) -> float:
+def limit(setting: Setting, found: Bandwidth, sizes: Bytes) -> float:
     """Cells/s that memory and link allow: every stored byte crosses once, every byte made is written once.
 
     Link and device memory work side by side; on the CPU both are the same memory, one after the other.
