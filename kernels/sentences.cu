@@ -90,7 +90,8 @@ HBX_DEVICE u32 hbx_sentence(const HbxRecipe& recipe, const HbxRow& row, const Hb
         u32 place = distinct + hbx_block_before(drawn, team, &total);
         if (drawn) {
             u32 column = row.columns[i];
-            key[place] = (u64)turn[recipe.chromosome[column]] << 32 | (u32)recipe.place[column];
+            // Dense numbers: 32 bits tell them apart.
+            key[place] = (u64)turn[recipe.chromosome[column]] * recipe.n_features + (u32)recipe.place[column];
             gene[place] = i;
         }
         distinct += total;

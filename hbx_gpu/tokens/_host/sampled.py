@@ -15,10 +15,11 @@ SMALL = 4096
 _PICK, _ZEROS, _WEIGHTED, _CHROM = int(Step.PICK), int(Step.ZEROS), int(Step.WEIGHTED), int(Step.CHROM)
 _THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
 _PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
-_GUIDE = 2048
+GUIDE = 4096
+"""Stretches of the summed weights that draws are looked up by."""
 _FEW = 512
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_GUIDE_BITS, _GUIDE_SHIFT = np.uint64(11), np.uint64(53)
+_GUIDE_SHIFT = np.uint64(52)
 
 
 # -- UCE -----------------------------------------------------------------------------------------------
@@ -50,12 +51,16 @@ def weighted_rows(
             total += weights[np.int32(x)] if x < SMALL else np.uint64(np.rint(log1p(x) * FIXED))
             sums[i] = total
             times[i] = 0
-        # Where to begin looking, by the leading bits of the draw.
+        # Where to begin looking, by the leading bits of the draw: a gene whose sum lies in one stretch of the
+        # total is passed from the stretch after the next on, whatever rounding did. No branches to guess.
+        for g in range(GUIDE):
+            guide[g] = 0
+        stretches = GUIDE / np.float64(total)
+        for i in range(n):
+            guide[min(np.int64(np.float64(sums[i]) * stretches) + 2, GUIDE)] = i + 1
         i = 0
-        for g in range(_GUIDE):
-            first = mulhi(np.uint64(g) << _GUIDE_SHIFT, total)
-            while sums[i] <= first:
-                i += 1
+        for g in range(GUIDE):
+            i = max(i, np.int64(guide[g]))
             guide[g] = i
         keys(seed, epoch, cell, _WEIGHTED, 0, numbers, samples, key)
         for j in range(samples):
@@ -67,8 +72,8 @@ def weighted_rows(
         # Genes that were drawn, by the turn of their chromosome and their place on it.
         turn[:] = -1
         for i in range(n):
-            if times[i]:
-                turn[chromosome[columns[i]]] = 0
+            c = chromosome[columns[i]]
+            turn[c] = 0 if times[i] > 0 else turn[c]
         present = 0
         for c in range(len(turn)):
             if turn[c] == 0:
@@ -81,11 +86,11 @@ def weighted_rows(
             turn[guide[item[c]]] = c
         distinct = 0
         for i in range(n):
-            if times[i]:
-                column = columns[i]
-                key[distinct] = (np.uint64(turn[chromosome[column]]) << HALF) | np.uint64(place[column])
-                sums[distinct] = np.uint64(i)
-                distinct += 1
+            column = columns[i]
+            # Dense numbers: few bits differ, and sorting looks at the leading ones.
+            key[distinct] = np.uint64(turn[chromosome[column]] * len(place) + place[column])
+            sums[distinct] = np.uint64(i)
+            distinct += np.int64(times[i] > 0)
         smallest(key, distinct, distinct, key_2, key_3, histogram, item)
         at, before = 1, -1
         for k in range(distinct):

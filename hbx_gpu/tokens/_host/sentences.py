@@ -61,7 +61,7 @@ def _weighted(
     codes, own = np.unique(program.chromosome[tables.known], return_inverse=True)
     chromosome = np.zeros(compiled.n_features, np.int32)
     chromosome[tables.known] = own
-    room = max(known.longest, program.samples, len(codes), 2048) + 1
+    room = max(known.longest, program.samples, len(codes), sampled.GUIDE) + 1
     key, key_2, key_3, histogram, item, guide = _scratch(room)
     ids, lengths = POOL.empty((n, program.length), np.int32), np.empty(n, np.int32)
     sampled.weighted_rows(
