@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, random_split
 
+import hbx_gpu
 from hbx_gpu._datasets.joined import joined
 from hbx_gpu._source import ObsColumns
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
@@ -106,6 +107,28 @@ def test_concatenations_are_one_dataset(dataset: CellDataset, expected: np.ndarr
     assert np.array_equal(x(pickle.loads(pickle.dumps(one))[:]), expected[[0, 1, 119]])
     with pytest.raises(HbxError, match="obs columns cannot be put together"):
         joined([dataset, dataset.without_metadata()])
+
+
+def test_parts_of_one_dataset_of_any_kind_are_put_together(dataset: CellDataset, tmp_path: Path) -> None:
+    """Dense rows and several modalities cannot be joined, but splits of one dataset can."""
+    two = MultimodalCellDataset({"rna": dataset, "atac": example_dataset(tmp_path, example_groups())})
+    x = np.arange(40, dtype=np.float32).reshape(10, 4)
+    anndata.AnnData(x).write_h5ad(tmp_path / "dense.h5ad")
+    dense = hbx_gpu.open(tmp_path / "dense.h5ad").to_cell_dataset()
+    for whole, n in ((two, 120), (dense, 10)):
+        first, second = random_split(for_torch(whole), [n - 4, 4], torch.Generator().manual_seed(0))
+        both: Any = ConcatDataset([second, Subset(first, [3, 1])])
+        rows = [*second.indices, first.indices[3], first.indices[1]]
+        for loader in (make_loader(both, batch_size=6, layout="dense"), DataLoader(both, batch_size=6)):
+            (batch,) = loader
+            found = batch["rna"]["X"] if whole is two else batch["X"]
+            wanted = (
+                sparse_to_dense_collate(dataset[rows])["X"] if whole is two else torch.from_numpy(x[rows])
+            )
+            assert torch.equal(found, wanted)
+    other = hbx_gpu.open(tmp_path / "dense.h5ad").to_cell_dataset()
+    with pytest.raises(HbxError, match="select all rows with one query"):
+        make_loader(ConcatDataset(for_torch([dense, other])), batch_size=6, layout="dense")
 
 
 def test_labels_of_a_concatenation_are_numbered_together(dataset: CellDataset) -> None:

@@ -57,10 +57,31 @@ def unwrapped(dataset: object) -> object:
         whole = _of_ours(dataset.dataset)
         return dataset if whole is None else whole.subset(np.asarray(dataset.indices, np.int64))
     if isinstance(dataset, ConcatDataset):
+        if (rows := _rows_of_one(dataset)) is not None and isinstance(rows[0], Selectable):
+            return rows[0].subset(rows[1])
         found = [_of_ours(part) for part in dataset.datasets]
         parts = [part for part in found if part is not None]
         return joined(parts) if len(parts) == len(found) else dataset
     return dataset
+
+
+def _rows_of_one(dataset: object) -> tuple[object, np.ndarray] | None:
+    """The dataset and its rows, where all parts of a concatenation or subset are from one of ours.
+
+    Datasets of every kind have subsets, while only those of sparse rows can be put together.
+    """
+    if isinstance(dataset, Subset):
+        whole = _rows_of_one(dataset.dataset)
+        return None if whole is None else (whole[0], whole[1][np.asarray(dataset.indices, np.int64)])
+    if isinstance(dataset, ConcatDataset):
+        parts = [_rows_of_one(part) for part in dataset.datasets]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or any(whole is not found[0][0] for whole, _ in found):
+            return None
+        return found[0][0], np.concatenate([rows for _, rows in found])
+    if not isinstance(dataset, Selectable) or not isinstance(dataset, Sized):
+        return None
+    return dataset, np.arange(len(dataset))
 
 
 def _of_ours(dataset: object) -> Selectable | None:
