@@ -158,7 +158,7 @@ class CellLoader(DataLoader[Any]):
         """
         return self._iterate()
 
-    def _iterate(self) -> Iterator[Any]:
+    def _iterate(self) -> Iterator[object]:
         if self.num_workers > 0:
             refuse_in_workers()
         batches = self._from_workers() if self.num_workers > 0 else self._read_ahead()
@@ -192,7 +192,7 @@ class CellLoader(DataLoader[Any]):
             if ahead is not None:
                 close_dropped(ahead.close)
 
-    def _from_workers(self) -> Iterator[Any]:
+    def _from_workers(self) -> Iterator[object]:
         """Yield batches of worker processes; errors at their start are explained."""
         if isinstance(self.collate_fn, OfEpochs):  # before workers are asked for batches of it
             self.collate_fn.set_epoch(self._order.epoch)

@@ -117,14 +117,15 @@ class HandOver(Ahead):
             close_dropped(self.close)
 
 
-def passed(tensor: Any) -> Any:
+def passed(tensor: Tensor) -> Tensor:
     """A torch tensor as DALI hands it to torch: the same memory, which it keeps alive."""
     from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # torch lacks a stub
 
     if tensor.is_cuda:
         from nvidia.dali.experimental import dynamic
 
-        return dynamic.as_tensor(tensor).torch()  # orders the streams of both
+        ordered: Tensor = dynamic.as_tensor(tensor).torch()  # orders the streams of both
+        return ordered
     from nvidia.dali.tensors import TensorCPU
 
     held: Any = TensorCPU(to_dlpack(tensor), "")  # its stub lacks __dlpack__
