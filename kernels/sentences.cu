@@ -15,7 +15,8 @@ HBX_DEVICE u32 hbx_below_span(u64 key, u32 n) { return (u32)__umul64hi(key, n); 
 
 // --- UCE --------------------------------------------------------------------------------------------------
 
-// Draws genes in proportion to log1p of their counts: times[i] = how often gene i of the row.
+// Draws genes in proportion to log1p of their counts: times[i] = how often gene i of the row. The caller puts a
+// barrier before it reads them.
 HBX_DEVICE void hbx_draw_weighted(const HbxRow& row, u32 samples, u64* sums, u32* times, HbxTeam* team) {
     u64 carry = 0;
     for (u32 first = 0; first < row.n; first += blockDim.x) {
@@ -40,7 +41,6 @@ HBX_DEVICE void hbx_draw_weighted(const HbxRow& row, u32 samples, u64* sums, u32
         }
         atomicAdd(times + low, 1u);
     }
-    __syncthreads();
 }
 
 // turn[c] = when chromosome c comes, of those that were drawn; returns how many those are. `turn` and `order` have

@@ -111,6 +111,13 @@ def test_keys_that_differ_in_their_last_bits_are_told_apart() -> None:
         compare(batch, tokens.compile(recipe, genes), Emulated(shared_keys=128))
 
 
+def test_genes_that_draw_the_same_keep_their_order() -> None:
+    """All genes share one number, so that no draw tells them apart."""
+    recipe = tokens.state_se(VOCABULARY, length=24, tasks=(7, 6, 5))
+    compiled = tokens.compile(recipe, GENES, columns=np.full(N, 3))
+    compare(odd_rows(2), compiled, Emulated())
+
+
 def test_nothing_in_the_vocabulary() -> None:
     recipe = tokens.geneformer_v2({"g3": 9} | SPECIALS, {"g3": 1.0})
     batch = SparseBatch(np.array([1, 2, 5], np.int32), np.ones(3), np.array([0, 2, 3]), N, {})
