@@ -20,12 +20,13 @@ from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
-from hbx_gpu._loading.pairs import with_controls
+from hbx_gpu._loading.pairs import with_controls, with_neighbors
 from hbx_gpu._loading.shown import Batches, HasOrder, RankSampler, as_order
 from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.told import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
+from hbx_gpu.sampler import NeighborSampler
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
@@ -125,6 +126,7 @@ class CellLoader(DataLoader[Any]):
         self.feed: AnyFeed = feed or HostFeed(loadable(dataset), as_collate(self.collate_fn))
         self.options = replace(options, num_workers=num_workers)
         self._paired = is_paired(self._order)
+        self._neighbors = self._order.neighbors_per_cell if isinstance(self._order, NeighborSampler) else 0
         self._memory_budget = options.memory_budget or HOST_BUDGET
         self._progress = options.progress
         self._threads = options.threads or cores()
@@ -183,6 +185,7 @@ class CellLoader(DataLoader[Any]):
                 if line is not None:
                     line.update()
                 batch = with_controls(batch) if self._paired else batch
+                batch = with_neighbors(batch, self._neighbors) if self._neighbors else batch
                 yield batch if self.options.convert is None else self.options.convert(batch)
         finally:
             recorder.end()

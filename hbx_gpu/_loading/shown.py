@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sa
 
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
 from hbx_gpu._loading.told import batch_size_of, drops_last
-from hbx_gpu.sampler import CellSampler, EpochSampler
+from hbx_gpu.sampler import CellSampler, EpochSampler, NeighborSampler
 
 
 class Rows(Sampler[int]):
@@ -97,7 +97,7 @@ class RankSampler(Rows, DistributedSampler[int]):
         if isinstance(self.order, GivenOrder):
             ranked = self.order.ranked
             return (0, 1) if ranked is None else (ranked.rank, ranked.num_replicas)
-        if isinstance(self.order, EpochSampler):
+        if isinstance(self.order, EpochSampler | NeighborSampler):
             return self.order.rank, self.order.world_size
         return 0, 1
 

@@ -8,6 +8,7 @@ and when (:mod:`hbx_gpu.sampler._epoch`). What each order does to the compositio
 from hbx_gpu.sampler._cells import CellSampler
 from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._labels import BalancedCellSampler, GroupedCellSampler, WeightedCellSampler
+from hbx_gpu.sampler._neighbors import NeighborSampler, neighbor_table
 from hbx_gpu.sampler._splits import split_rows
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "CellSampler",
     "EpochSampler",
     "GroupedCellSampler",
+    "NeighborSampler",
     "WeightedCellSampler",
+    "neighbor_table",
     "split_rows",
 ]
