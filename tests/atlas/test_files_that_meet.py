@@ -302,6 +302,27 @@ def test_the_same_cells_in_another_file_are_refused_unless_accepted(tmp_path: Pa
     assert published(atlas).query().count() == 115
 
 
+def test_a_corrected_file_without_replace_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same names of cells in a file of the same name, and other counts."""
+    data, path = make(["A", "B", "C"], 0, n=20), tmp_path / "f.h5ad"
+    data.write_h5ad(path)
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 0
+    assert "same name" not in caplog.text
+    data.X = data.X * 2
+    data.write_h5ad(path)
+    assert run("ingest", path, "--atlas", tmp_path / "a") == 0
+    said = next(r.getMessage() for r in caplog.records if "from a file of the same name" in r.getMessage())
+    uid = said.rsplit(" ", 1)[1]
+    assert run("remove", tmp_path / "a", uid) == 0
+    adata = RaggedAtlas.checkout_latest(tmp_path / "a").query().to_anndata()
+    assert np.array_equal(adata.X.toarray(), data.X.toarray())
+    capsys.readouterr()
+    assert run("ingest", f"{path}:raw", "--atlas", tmp_path / "b") == 1
+    assert "has no matrix 'raw'; it holds ['X']" in capsys.readouterr().err
+
+
 def test_a_wrong_choice_is_replaced_and_old_snapshots_keep_what_they_had(tmp_path: Path) -> None:
     path, atlas = tmp_path / "f.h5ad", tmp_path / "a"
     data = make(["A", "B", "C"], 0, var={"gene_ids": ENSEMBL[:3]})

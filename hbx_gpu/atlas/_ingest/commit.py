@@ -20,7 +20,7 @@ from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote
 from hbx_gpu.atlas._catalogue.session import WriteSession, finish_replacement
-from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells
+from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells, say_other_version
 from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
 from hbx_gpu.atlas._ingest.joining import Joined, join_obs
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
@@ -317,6 +317,8 @@ def _check_duplicates(
         else:
             _log.warning("warning: %s; they are stored twice", what)
         return note
+    if not note.replaces and not settings.accept_duplicates:
+        say_other_version(catalogue, same_names, {part.source_name for part in dataset.parts}, dataset.source)
     return note
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._advice import spelled
 from hbx_gpu.atlas._catalogue import tables
 from hbx_gpu.atlas._catalogue.catalogue import Catalogue
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.parts import Part
+
+_log = logging.getLogger(__name__)
 
 # Of the smaller dataset; names such as cell_0 meet by chance, so counts decide.
 _MOST_NAMES, _MOST_COUNTS = 0.5, 0.8
@@ -101,6 +105,37 @@ def find_same_cells(
             source = next(iter(catalogue.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
             return SameCells(uid, str(source.get("source_name") or ""), n_names)
     return None
+
+
+def say_other_version(
+    catalogue: Catalogue, candidates: Mapping[str, int], source_names: Collection[str], source: str
+) -> None:
+    """Warn where cells of the same names, with other values, came from a file of the same name.
+
+    Parameters
+    ----------
+    catalogue
+        The atlas.
+    candidates
+        As :func:`datasets_with_names` finds them.
+    source_names
+        Names of the new files; data in memory have none.
+    source
+        The new dataset, for the message.
+    """
+    for uid, n_names in candidates.items():
+        row = next(iter(catalogue.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
+        name = str(row.get("source_name") or "")
+        if Path(name).suffix and name in source_names:
+            remove = spelled(f"remove_dataset({uid!r})", f"hbx-gpu remove ATLAS {uid}")
+            _log.warning(
+                "warning: %s: %d of its cells have the names of cells of dataset %r, from a file of the same "
+                "name, and other values; both are kept. If the file was corrected, remove the old one: %s",
+                source,
+                n_names,
+                uid,
+                remove,
+            )
 
 
 class _Values:

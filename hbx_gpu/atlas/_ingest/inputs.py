@@ -90,6 +90,7 @@ def from_h5ad(
     if backed is not None and matrix not in ("X", "raw"):
         return from_anndata(backed, matrix, source=file.source)
     inside = f"mod/{file.modality}/" if file.modality else ""
+    values = file.matrix(matrix)  # first, because it says which matrices there are
     obs, var = file.obs(), file.var(matrix)
     sha256 = sha256 or hash_file(file.path)
     if backed is not None:
@@ -105,7 +106,7 @@ def from_h5ad(
         file.path.name,
         sha256,
         inside + matrix,
-        file.matrix(matrix),
+        values,
         obs,
         var,
         file.matrices(),
