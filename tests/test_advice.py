@@ -221,6 +221,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data([f"{g}.3" for g in genes], seed=1, names="d").write_h5ad(folder / "versions.h5ad")
     data(["a", "b", "b", "c"], seed=2).write_h5ad(folder / "repeated.h5ad")
     data(genes)[:0].copy().write_h5ad(folder / "empty.h5ad")
+    data(genes)[:, :0].copy().write_h5ad(folder / "no_genes.h5ad")
     return folder
 
 
@@ -275,6 +276,10 @@ def test_messages_of_every_command(files: Path, tmp_path: Path, capsys: pytest.C
     assert status == 1
     assert "no cells" in text
     assert "was there" not in text
+    status, text = run("convert", files / "no_genes.h5ad", tmp_path / "E")
+    assert status == 1
+    assert "no features" in text
+    assert not (tmp_path / "E").exists()
     status, text = run("convert", files / "log.h5ad", archive)
     assert status == 0
     assert "--allow-normalized" in text

@@ -216,9 +216,11 @@ def convert_h5ad_files(
         _compare_genes(files, chosen, options)
     shapes = [_shape(file, choice.name, options) for file, choice in zip(files, chosen, strict=True)]
     total = sum(n for n, _ in shapes)
-    if not total and options.choose:
+    if options.choose and (not total or not any(n for _, n in shapes)):
+        what = "features" if total else "cells"
         raise InvalidDataError(
-            f"{', '.join(map(str, files[:_SHOWN]))}: there are no cells in it, so there is nothing to convert"
+            f"{', '.join(map(str, files[:_SHOWN]))}: there are no {what} in it, so there is nothing to "
+            "convert"
         )
     with ArchiveWriter(
         target,
