@@ -98,7 +98,7 @@ def _entropy(symbols: np.ndarray) -> float:
 
 
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
-    """Seconds of the fastest call: on a shared machine the others measure the neighbours."""
+    """Seconds of the fastest call: on a shared machine the others measure the neighbors."""
     call()
     took: list[float] = []
     end = time.perf_counter() + seconds

@@ -198,7 +198,7 @@ def measure(
     layouts = [layout for layout in LAYOUTS if layout in options.layouts]
     with tqdm(total=options.repeat * len(contenders), unit="run", desc="measuring") as bar:
         for number in range(options.repeat):
-            # Each repeat starts elsewhere: nobody always runs in the wake of the same neighbour.
+            # Each repeat starts elsewhere: nobody always runs in the wake of the same neighbor.
             shift = number * len(contenders) // options.repeat
             for contender in [*contenders[shift:], *contenders[:shift]]:
                 bar.set_postfix_str(contender.name)

@@ -10,7 +10,7 @@ from hbx_gpu._bench.machine import describe
 from hbx_gpu._bench.tables import table
 
 _ORDERS = {"random": "random rows", "stream": "shuffled stream", "floor": "floor"}
-# A colour per peer; variants of a peer differ in line and marker.
+# A color per peer; variants of a peer differ in line and marker.
 _COLORS = {
     "ours": "#1f5f8f",
     "in_place": "#4aa3c7",

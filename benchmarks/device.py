@@ -44,17 +44,17 @@ class Setting:
     def describe(self) -> str:
         """A line of the table."""
         what = self.layout if self.layout == "csr" else f"dense {self.dtype}"
-        steps = ", normalise + log1p" if self.transform else ""
+        steps = ", normalize + log1p" if self.transform else ""
         return f"{what}{steps}, {self.locality}, {self.reader}"
 
 
-NORMALISED = Transform(target_sum=1e4, log1p=True)
+NORMALIZED = Transform(target_sum=1e4, log1p=True)
 SETTINGS = (
     Setting("dense"),
     Setting("dense", "bfloat16"),
-    Setting("dense", "bfloat16", NORMALISED),
-    Setting("dense", "bfloat16", NORMALISED, "group"),
-    Setting("dense", "bfloat16", NORMALISED, "none", "pinned"),
+    Setting("dense", "bfloat16", NORMALIZED),
+    Setting("dense", "bfloat16", NORMALIZED, "group"),
+    Setting("dense", "bfloat16", NORMALIZED, "none", "pinned"),
     Setting("csr"),
 )
 

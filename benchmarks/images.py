@@ -31,7 +31,7 @@ def pictures(n: int) -> np.ndarray:
 
 
 def torch_loop(tiles: np.ndarray, *, vertical: bool) -> Callable[[int], Any]:
-    """Random crop, flips and normalisation of one tile after the other, as torchvision's classes do them."""
+    """Random crop, flips and normalization of one tile after the other, as torchvision's classes do them."""
     import torch
 
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
@@ -130,13 +130,13 @@ def cases(n: int) -> dict[str, dict[str, Callable[[int], Any]]]:
 
     ragged = [tile[:, : TILE - k % 20, k % 20 :].copy() for k, tile in enumerate(tiles)]
     return {
-        "crop, flip, normalise": {
+        "crop, flip, normalize": {
             "torch, tile by tile": torch_loop(tiles, vertical=False),
             "DALI, 1 thread": dali(tiles, 1, plain),
             "DALI, 2 threads": dali(tiles, 2, plain),
             "DALI, 2 threads, list of tiles of differing shape": dali(ragged, 2, plain),
         },
-        "crop, two flips, normalise": {
+        "crop, two flips, normalize": {
             "torch, tile by tile": torch_loop(tiles, vertical=True),
             "DALI, 1 thread": dali(tiles, 1, {**plain, "vertical_flip": 0.5}),
             "DALI, 2 threads": dali(tiles, 2, {**plain, "vertical_flip": 0.5}),
@@ -146,7 +146,7 @@ def cases(n: int) -> dict[str, dict[str, Callable[[int], Any]]]:
             "DALI, 1 thread": dali(tiles, 1, every),
             "DALI, 2 threads": dali(tiles, 2, every),
         },
-        "JPEG, crop, flip, normalise": {
+        "JPEG, crop, flip, normalize": {
             "Pillow and torch, tile by tile": pillow_loop(files),
             "DALI, 1 thread": dali(files, 1, plain),
             "DALI, 2 threads": dali(files, 2, plain),

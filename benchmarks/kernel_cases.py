@@ -213,7 +213,7 @@ def check_dense(
 ) -> None:
     """Raise AssertionError unless `out` (bytes) holds the batch's dense rows.
 
-    Raw counts must be equal; after normalise and log1p a float32 may be off by 2e-6 of its size, a 16-bit
+    Raw counts must be equal; after normalize and log1p a float32 may be off by 2e-6 of its size, a 16-bit
     float by one step.
     """
     columns, values = flat(counts, batch, remap)
@@ -361,7 +361,7 @@ class Bench:
             check_dense(self.counts, batch, self.remap, kind, transform, self.device.host(memory[0]))
 
         read = round(self.rowpack.packed_bytes * batch.nnz / max(1, len(self.counts.indices)))
-        name = kernel + (" normalise log1p" if transform else "")
+        name = kernel + (" normalize log1p" if transform else "")
         return Case(
             name, kernel, n_rows, read, written, len(outputs), run, check, knobs.block, 4 * tile + TILE_SLACK
         )
@@ -522,7 +522,7 @@ class Bench:
             check_status()
             check_dense(self.counts, batch, self.remap, kind, transform, self.device.host(memory[0]))
 
-        name = kernel + (" normalise log1p" if transform else "")
+        name = kernel + (" normalize log1p" if transform else "")
         return Case(
             name,
             kernel,

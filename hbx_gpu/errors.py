@@ -65,7 +65,7 @@ class ResourceError(HbxError, RuntimeError):
 
 
 class AtlasError(HbxError):
-    """The catalogue of an atlas contradicts itself or the request."""
+    """The catalog of an atlas contradicts itself or the request."""
 
 
 class TableError(AtlasError, ValueError):

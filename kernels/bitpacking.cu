@@ -143,7 +143,7 @@ HBX_DEVICE void hbx_packed_scan(Word* totals, u32 n_blocks) {
     }
 }
 
-// Writes those of four neighbouring words, from `first` on, that are wanted.
+// Writes those of four neighboring words, from `first` on, that are wanted.
 template <class Word>
 HBX_DEVICE void hbx_packed_store(Word* out, u32 first, const Word* words, u32 wanted_from, u32 wanted_to) {
     if (first >= wanted_from && first < wanted_to && wanted_to - first >= 4u && ((u64)(out + first) & 15u) == 0) {

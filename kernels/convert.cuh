@@ -144,7 +144,7 @@ struct alignas(16) HbxVector {
 };
 
 // Formats of an output element. `Element` holds its bits, `Number` is what it is computed in, `vector` makes
-// 16 bytes from 16 / sizeof(Element) neighbours in a 16-byte aligned tile.
+// 16 bytes from 16 / sizeof(Element) neighbors in a 16-byte aligned tile.
 struct HbxFormatF32 {
     typedef u32 Element;
     typedef float Number;

@@ -118,7 +118,7 @@ struct HbxTotals {
     double all, known, kept;
 };
 
-HBX_DEVICE double hbx_normalise(u32 norm, double x, const HbxTotals& totals, double target) {
+HBX_DEVICE double hbx_normalize(u32 norm, double x, const HbxTotals& totals, double target) {
     if (x == 0) return 0;
     if (norm == HBX_NORM_F64_DIV) return HBX_MUL(HBX_DIV(x, totals.all), target);
     if (norm == HBX_NORM_F64_RECIP) return HBX_MUL(HBX_MUL(x, HBX_DIV(1.0, totals.all)), target);

@@ -110,7 +110,7 @@ HBX_DEVICE u32 hbx_gather_columns(i32* to, const void* from, u32 type, u32 count
     return bits;
 }
 
-// A warp takes one piece at a time, grid-stride; its lanes take neighbouring elements. Any number of warps per
+// A warp takes one piece at a time, grid-stride; its lanes take neighboring elements. Any number of warps per
 // block, no shared memory. Pieces are aligned to their elements, outputs to theirs. Checked: record, source, output,
 // alignment, types, every column number; a column that is none is written as -1 beside its status bit.
 HBX_KERNEL gather_pieces(const u8* arena, u64 arena_bytes, const HbxPlain* pieces, u32 n_pieces,

@@ -47,7 +47,7 @@ typedef long long i64;
 #define HBX_BAD_PATCH 8u    // positions of exceptions or resets do not ascend in their range
 #define HBX_BAD_COLUMN 16u  // a column number outside the group's features
 #define HBX_BAD_HEADER 32u  // bitpacking: transform, count or length
-#define HBX_NOT_COUNTS 128u // a value that is to be normalised or logged is negative or no whole number
+#define HBX_NOT_COUNTS 128u // a value that is to be normalized or logged is negative or no whole number
 #define HBX_BAD_PLACE 64u   // the plan points outside an output (a bug of the host, never of a file)
 #define HBX_BAD_STREAM 256u // a decompressor refused a stream, or found another number of bytes in it
 

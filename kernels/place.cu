@@ -3,7 +3,7 @@
 
 #define HBX_PLACE_DEPTH 4u  // elements in flight per lane
 
-// One row by one warp, its lanes on neighbouring columns of the output. `columns` holds for each of them the row's
+// One row by one warp, its lanes on neighboring columns of the output. `columns` holds for each of them the row's
 // column, or a negative number; null: the same one. Returns status bits.
 template <class T>
 HBX_DEVICE u32 hbx_place_row(T* out, const T* from, u64 length, u32 n_features, const i32* columns) {

@@ -1,7 +1,7 @@
 // CSR out of hbx_gpu.rowpack chunks: column indices through the remap, values of layers.
 //
 // A warp takes a piece: it looks its blocks of 128 up, four at once, decodes one after the other, turns each round
-// in shared memory so that neighbouring lanes hold neighbouring elements, and writes those that belong to the piece.
+// in shared memory so that neighboring lanes hold neighboring elements, and writes those that belong to the piece.
 // Blocks of threads are 256 wide, the grid is any; no dynamic shared memory. The arena is 16-byte aligned.
 // Checked: piece, run, source and output against their tables and the run against the arena (64 bits); every block
 // against the run; every column against the group's features. A piece that fails sets its status word and writes

@@ -1,4 +1,4 @@
-// Dense rows out of hbx_gpu.rowpack chunks, nothing in between: decode, remap, normalise, log1p, round, store.
+// Dense rows out of hbx_gpu.rowpack chunks, nothing in between: decode, remap, normalize, log1p, round, store.
 //
 // A block of threads (whole warps, 256 threads at most) takes a row. Counts add up as u32 in a tile in dynamic shared
 // memory, 4 * tile_features + HBX_TILE_SLACK bytes; with more features than that, the block walks along them in tiles

@@ -326,7 +326,7 @@ HBX_DEVICE void hbx_order(const HbxRecipe& recipe, const HbxRow& row, u32 kept, 
         } else if (order == 3) {
             key[i] = row.draws.key(HBX_PICK, (u32)recipe.index[column]);
         } else {
-            double value = hbx_normalise(norm, row.amount[i], row.totals, recipe.fraction[HBX_F_RANK_TARGET]);
+            double value = hbx_normalize(norm, row.amount[i], row.totals, recipe.fraction[HBX_F_RANK_TARGET]);
             if (whole[HBX_I_SCALED]) value = hbx_rank_value(norm, value, recipe.scale[column]);
             key[i] = ~hbx_bits64(value);
         }
@@ -389,7 +389,7 @@ struct HbxValues {
             return hbx_bin_of(recipe, edges, count, (u32)recipe.index[work.chosen[k]], row.draws);
         }
         const i64* whole = recipe.whole;
-        double value = hbx_normalise((u32)whole[HBX_I_NORM], count, row.totals, recipe.fraction[HBX_F_TARGET]);
+        double value = hbx_normalize((u32)whole[HBX_I_NORM], count, row.totals, recipe.fraction[HBX_F_TARGET]);
         return hbx_bend((u32)whole[HBX_I_CURVE], value, hbx_f32(recipe.fraction[HBX_F_CLIP]));
     }
 };

@@ -174,7 +174,7 @@ def test_pickle_is_a_path(tmp_path: Path, groups: list[StoredGroup]) -> None:
 
 
 def test_worker_imports_are_light(tmp_path: Path, groups: list[StoredGroup]) -> None:
-    """Unpickling and reading a batch imports no catalogue, no dataframe and no framework."""
+    """Unpickling and reading a batch imports no catalog, no dataframe and no framework."""
     dataset = example_dataset(tmp_path, groups, recipe=FakeRecipe(str(tmp_path)))
     (tmp_path / "dataset.pickle").write_bytes(pickle.dumps(dataset))
     code = (

@@ -349,7 +349,7 @@ def test_junk_is_not_zero() -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_synchronises_the_consumer(tmp_path: Path) -> None:
+def test_nothing_synchronizes_the_consumer(tmp_path: Path) -> None:
     on_gpu()
     groups = example_groups()
     for group in groups:  # columns that ascend: those of a sparse tensor that do not are sorted, which waits

@@ -526,7 +526,7 @@ def test_images_depend_on_seed_epoch_and_cell_alone(everything: MultimodalCellDa
     assert all(tile.dtype == np.float32 for tile in first.values())
     present = everything.present["tiles_a"]
     for cell, tile in first.items():
-        assert bool(np.any(tile)) == present[cell], "zeros where there is no tile, also behind normalisation"
+        assert bool(np.any(tile)) == present[cell], "zeros where there is no tile, also behind normalization"
     for kwargs in ({"batch_size": 7}, {"batch_size": 28, "window": 1}, {"batch_size": 5, "executor": "dali"}):
         again = augmented(everything, images={"tiles_a": steps}, **kwargs)
         for cell in first:

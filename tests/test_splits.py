@@ -132,13 +132,13 @@ def test_parts_of_one_dataset_of_any_kind_are_put_together(dataset: CellDataset,
 
 
 def test_labels_of_a_concatenation_are_numbered_together(dataset: CellDataset) -> None:
-    def labelled(words: list[str], codes: list[int], rows: list[int]) -> CellDataset:
+    def labeled(words: list[str], codes: list[int], rows: list[int]) -> CellDataset:
         part = dataset.subset(rows)
         obs = ObsColumns({"label": np.array(codes)}, {"label": np.array(words, object)})
         part.__dict__.update(_obs=obs)
         return part
 
-    one = joined([labelled(["B", "T"], [1, -1], [0, 1]), labelled(["T", "NK"], [0, 1, 0], [2, 3, 4])])
+    one = joined([labeled(["B", "T"], [1, -1], [0, 1]), labeled(["T", "NK"], [0, 1, 0], [2, 3, 4])])
     words = one.categories["label"]
     assert words.tolist() == ["B", "T", "NK"]
     assert one.columns["label"].tolist() == [1, -1, 1, 2, 1]

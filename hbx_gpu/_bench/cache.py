@@ -14,7 +14,7 @@ _KEPT = 0.02  # share of the pages that may stay
 
 
 def files_below(path: Path) -> list[Path]:
-    """Files of a store that loading reads; the catalogue of an atlas is read once, at opening."""
+    """Files of a store that loading reads; the catalog of an atlas is read once, at opening."""
     if path.is_file():
         return [path]
     return sorted(f for f in path.rglob("*") if f.is_file() and "lance_db" not in f.relative_to(path).parts)

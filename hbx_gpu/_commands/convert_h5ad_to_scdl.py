@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         help="refuse files that share less than this fraction of the smaller set of genes with those before "
         "them; by default a fraction under one half is said",
     )
-    add("load-neighbors", action="store_true", help="take the neighbours of the cells too")
+    add("load-neighbors", action="store_true", help="take the neighbors of the cells too")
     add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")
     add("overwrite", action="store_true", help="replace an archive at the save path; by default refused")
     add("debug", action="store_true", help="show tracebacks and details")

@@ -235,10 +235,10 @@ def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
 def _discard(atlas: RaggedAtlas, is_new: bool) -> None:
     """Remove a new, empty atlas after its first file was refused."""
     if is_new:
-        from hbx_gpu.atlas._catalogue.creation import discard_empty
+        from hbx_gpu.atlas._catalog.creation import discard_empty
 
-        with atlas.session.writing() as catalogue:
-            discard_empty(catalogue)
+        with atlas.session.writing() as catalog:
+            discard_empty(catalog)
 
 
 def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) -> dict[str, FilePlan]:
@@ -346,7 +346,7 @@ def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list
 
 def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     from hbx_gpu.atlas import create_or_open_atlas
-    from hbx_gpu.atlas._catalogue.creation import is_unfinished
+    from hbx_gpu.atlas._catalog.creation import is_unfinished
     from hbx_gpu.atlas._ingest.multimodal import resolve_modality
     from hbx_gpu.errors import InvalidDataError
 
@@ -506,7 +506,7 @@ def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> obje
     if job.file is not None:
         found = {name: f"{job.file}:{name}" for name in _modalities_of(job.file, args, list(job.given))}
     table = args.table or atlas.obs_tables[0]
-    fields = atlas.catalogue.pointer_spaces(table)
+    fields = atlas.catalog.pointer_spaces(table)
     spaces = {name: resolve_modality(name, fields, table, path)[1] for name, path in job.given.items()}
     images = [name for name, space in spaces.items() if not space.has_features]
     tables = _tables(args, images)
@@ -555,5 +555,5 @@ def _id_columns(args: argparse.Namespace) -> str | dict[str, str] | None:
 def _has_news(atlas: RaggedAtlas) -> bool:
     """Whether an earlier run added cells that are in no snapshot."""
     versions = atlas.list_versions(atlas.path)
-    stored = sum(atlas.catalogue.obs(table).count_rows() for table in atlas.obs_tables)
+    stored = sum(atlas.catalog.obs(table).count_rows() for table in atlas.obs_tables)
     return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))

@@ -11,7 +11,7 @@ from hbx_gpu._verify.dataset import Level, Stored, problems
 from hbx_gpu.errors import HbxError
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas._atlas import RaggedAtlas as RaggedAtlas
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot as Snapshot
-    from hbx_gpu.atlas._catalogue.snapshot_records import list_versions as list_versions
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot as Snapshot
+    from hbx_gpu.atlas._catalog.snapshot_records import list_versions as list_versions
     from hbx_gpu.atlas._create import create_or_open_atlas as create_or_open_atlas
     from hbx_gpu.atlas._ingest.anndata import add_from_anndata as add_from_anndata
     from hbx_gpu.atlas._ingest.anndata import add_from_h5ad as add_from_h5ad
@@ -50,7 +50,7 @@ _PUBLIC = {
     "PointerField": "_model.schema",
     "RaggedAtlas": "_atlas",
     "RepackReport": "_upkeep.repack",
-    "Snapshot": "_catalogue.snapshot",
+    "Snapshot": "_catalog.snapshot",
     "SparseZarrPointer": "_model.schema",
     "StableUIDField": "_model.schema",
     "add_from_anndata": "_ingest.anndata",
@@ -59,7 +59,7 @@ _PUBLIC = {
     "create_or_open_atlas": "_create",
     "get_space": "_model.spaces",
     "layout_uid": "_model.schema",
-    "list_versions": "_catalogue.snapshot_records",
+    "list_versions": "_catalog.snapshot_records",
     "make_uid": "_model.schema",
     "register_space": "_model.spaces",
     "repack": "_upkeep.repack",

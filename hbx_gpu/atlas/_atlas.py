@@ -13,16 +13,16 @@ import pyarrow as pa
 
 from hbx_gpu._advice import spelled
 from hbx_gpu._paths import local_path
-from hbx_gpu.atlas._catalogue import creation, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.declared import Given, RegistrySchemas, read_declared
-from hbx_gpu.atlas._catalogue.journal import WriteLock
-from hbx_gpu.atlas._catalogue.names import Names, only_table
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store
-from hbx_gpu.atlas._catalogue.removal import Removal, find_dataset, remove_dataset
-from hbx_gpu.atlas._catalogue.session import ObsSchemas, WriteSession, declared_schemas
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
-from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE, list_versions, store_path
+from hbx_gpu.atlas._catalog import creation, tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
+from hbx_gpu.atlas._catalog.journal import WriteLock
+from hbx_gpu.atlas._catalog.names import Names, only_table
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store
+from hbx_gpu.atlas._catalog.removal import Removal, find_dataset, remove_dataset
+from hbx_gpu.atlas._catalog.session import ObsSchemas, WriteSession, declared_schemas
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE, list_versions, store_path
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import (
     AtlasVersion,
@@ -136,7 +136,7 @@ class RaggedAtlas:
         where = root / "zarr_store" if store is None else local_path(store_path(store))
         names = Names((), asked.dataset_table_name, {}, version_table_name, check_codec(codec))
         session = WriteSession(
-            Catalogue(root, where, names, allow_links=allow_links),
+            Catalog(root, where, names, allow_links=allow_links),
             obs_schemas=schemas,
             registry_schemas=asked.registry_schemas,
             pointer_fields=pointer_fields,
@@ -230,7 +230,7 @@ class RaggedAtlas:
         if not where.is_dir():
             raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
         session = WriteSession(
-            Catalogue(root, where, names, allow_links=allow_links),
+            Catalog(root, where, names, allow_links=allow_links),
             obs_schemas=schemas,
             registry_schemas=registry_schemas,
         )
@@ -360,7 +360,7 @@ class RaggedAtlas:
         return self._session
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> Catalog:
         """Tables of the atlas, open for writing.
 
         Raises
@@ -368,7 +368,7 @@ class RaggedAtlas:
         AtlasError
             The atlas is checked out, thus read-only.
         """
-        return self.session.catalogue
+        return self.session.catalog
 
     @property
     def pointer_fields(self) -> dict[str, PointerField]:
@@ -376,7 +376,7 @@ class RaggedAtlas:
         if self._snapshot is not None:
             fields = [p for t in self.obs_tables for p in self._snapshot.pointer_fields(t).values()]
             return {p.name: PointerField(p.name, p.feature_space) for p in fields}
-        spaces = [item for t in self.obs_tables for item in self.catalogue.pointer_spaces(t).items()]
+        spaces = [item for t in self.obs_tables for item in self.catalog.pointer_spaces(t).items()]
         return {name: PointerField(name, space) for name, space in spaces}
 
     def query(self, obs_table_name: str | None = None) -> AtlasQuery:
@@ -403,7 +403,7 @@ class RaggedAtlas:
 
     def list_datasets(self) -> pd.DataFrame:
         """One row per group: ``dataset_uid``, ``zarr_group``, ``feature_space``, ``layout_uid``, ..."""
-        return self._snapshot.datasets() if self._snapshot else self.catalogue.datasets().to_pandas()
+        return self._snapshot.datasets() if self._snapshot else self.catalog.datasets().to_pandas()
 
     def feature_registry(self, feature_space: str) -> pd.DataFrame:
         """The features of a space, ascending ``global_index``, ``uid`` and all other columns.
@@ -415,7 +415,7 @@ class RaggedAtlas:
         """
         if self._snapshot is not None:
             return self._snapshot.registry(feature_space).table.to_pandas()
-        return self.catalogue.registry(feature_space).to_arrow().sort_by("global_index").to_pandas()
+        return self.catalog.registry(feature_space).to_arrow().sort_by("global_index").to_pandas()
 
     def obs_schema(self, table: str) -> type[HoxBaseSchema] | None:
         """The class given for an obs table, if any."""
@@ -447,8 +447,8 @@ class RaggedAtlas:
         """
         source = f"features for {feature_space!r}"
         data = columns.features_table(features, source)
-        with self.session.writing() as catalogue:
-            new = set(catalogue.unregistered(feature_space, data.column("uid").to_pylist()))
+        with self.session.writing() as catalog:
+            new = set(catalog.unregistered(feature_space, data.column("uid").to_pylist()))
             keep = []
             for i, uid in enumerate(data.column("uid").to_pylist()):
                 if uid in new:
@@ -456,7 +456,7 @@ class RaggedAtlas:
                     keep.append(i)
             if keep:
                 tables.prepare(
-                    catalogue.registry(feature_space),
+                    catalog.registry(feature_space),
                     data.take(pa.array(keep)),
                     allow_new=self.session.registry_schema(feature_space) is None,
                     source=source,
@@ -465,12 +465,12 @@ class RaggedAtlas:
 
     def optimize(self) -> None:
         """Give new features their global index and merge small files. No snapshot loses anything."""
-        with self.session.writing() as catalogue:
-            maintenance.optimize(catalogue)
+        with self.session.writing() as catalog:
+            maintenance.optimize(catalog)
 
     def validate(self) -> list[str]:
         """Reasons why no snapshot of the atlas can be taken, as sentences; empty if there are none."""
-        return maintenance.validate(self.catalogue)
+        return maintenance.validate(self.catalog)
 
     def snapshot(self) -> int:
         """Record the current state as a snapshot; returns its number: 0, 1, 2, ...
@@ -481,8 +481,8 @@ class RaggedAtlas:
             The atlas is not fit for reading; the message says what is missing, for example a call of
             :meth:`optimize`.
         """
-        with self.session.writing() as catalogue:
-            return maintenance.snapshot(catalogue)
+        with self.session.writing() as catalog:
+            return maintenance.snapshot(catalog)
 
     def remove_dataset(self, dataset: str) -> Removal:
         """Remove the cells of a dataset, and the features that no other dataset has, from the newest state.
@@ -500,8 +500,8 @@ class RaggedAtlas:
         UnknownNameError
             No such dataset, or several.
         """
-        with self.session.writing() as catalogue:
-            return remove_dataset(catalogue, find_dataset(catalogue, dataset))
+        with self.session.writing() as catalog:
+            return remove_dataset(catalog, find_dataset(catalog, dataset))
 
     def add_pointer_field(self, name: str, feature_space: str, *, obs_table: str | None = None) -> None:
         """Add a pointer column to an obs table; existing cells lack that modality. Safe to repeat.
@@ -525,8 +525,8 @@ class RaggedAtlas:
         get_space(feature_space)
         if columns.stored_names([name], ()) != {name: name}:
             raise AtlasError(f"pointer column {name!r}: the name must be free of dots and backticks")
-        with self.session.writing() as catalogue:
-            catalogue.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
+        with self.session.writing() as catalog:
+            catalog.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
 
     def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
         """See :func:`hbx_gpu.atlas.add_multimodal`."""

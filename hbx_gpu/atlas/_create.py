@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 
 from hbx_gpu.atlas._atlas import RaggedAtlas, root_of
-from hbx_gpu.atlas._catalogue import creation
-from hbx_gpu.atlas._catalogue.declared import Given, RegistrySchemas, read_declared
-from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.session import ObsSchemas
-from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE
+from hbx_gpu.atlas._catalog import creation
+from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
+from hbx_gpu.atlas._catalog.names import Names
+from hbx_gpu.atlas._catalog.session import ObsSchemas
+from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE
 from hbx_gpu.atlas._model.schema import DatasetSchema, HoxBaseSchema
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC
 

@@ -219,7 +219,7 @@ def decode_images(
     images
         uint8, 1-D: the bytes of a JPEG, PNG or TIFF each. Those without elements stay so.
     channels
-        ``"rgb"``, ``"gray"`` (luma of ITU-R BT.601 if there are colours), or ``"any"``: as many as stored.
+        ``"rgb"``, ``"gray"`` (luma of ITU-R BT.601 if there are colors), or ``"any"``: as many as stored.
     cells
         Row numbers for messages; default: positions.
     num_threads

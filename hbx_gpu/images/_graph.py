@@ -179,7 +179,7 @@ def _colored(tiles: DataNode, transform: ImageTransform, layout: str, gpu: bool)
 
 
 def _finish(tiles: DataNode, transform: ImageTransform, stored: np.dtype, **options: object) -> DataNode:
-    mean, std = transform.normalisation(stored)
+    mean, std = transform.normalization(stored)
     node: DataNode = fn.crop_mirror_normalize(
         tiles, mean=mean, std=std, dtype=_DTYPES[transform.dtype], output_layout="CHW", **options
     )

@@ -44,7 +44,7 @@ def transform_tile(transform: ImageTransform, tile: np.ndarray, drawn: Drawn) ->
         x = brightness_contrast(x, _only(drawn.brightness), _only(drawn.contrast))
     if drawn.colors is not None:
         x = np.einsum("ij,jhw->ihw", drawn.colors[0].astype(np.float64), x)
-    return finish(x, *transform.normalisation(tile.dtype), transform.dtype)
+    return finish(x, *transform.normalization(tile.dtype), transform.dtype)
 
 
 def _only(values: np.ndarray | None) -> float:

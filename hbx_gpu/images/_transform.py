@@ -110,9 +110,9 @@ class ImageTransform:
         _one_of("dtype", self.dtype, DTYPES)
         for name in ("mean", "std"):
             put(name, _channels(name, getattr(self, name)))
-        self._check_normalisation()
+        self._check_normalization()
 
-    def _check_normalisation(self) -> None:
+    def _check_normalization(self) -> None:
         if self.std is not None and not all(value > 0 for value in self.std):  # type: ignore[union-attr]
             raise ValueError(f"std must be positive for every channel, got {self.std}")
         lengths = {len(value) for value in (self.mean, self.std) if isinstance(value, tuple)} - {1}
@@ -162,7 +162,7 @@ class ImageTransform:
                 return len(value)
         return 3 if self.recolor else None
 
-    def normalisation(self, stored: np.dtype) -> tuple[list[float], list[float]]:
+    def normalization(self, stored: np.dtype) -> tuple[list[float], list[float]]:
         """`mean` and `std` in units of stored values, `scale` included.
 
         Parameters

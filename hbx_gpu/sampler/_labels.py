@@ -301,7 +301,7 @@ class GroupedCellSampler(EpochSampler):
         if not served.all():
             lacking = np.unique(wanted[~served])
             raise ValueError(
-                f"{np.count_nonzero(~served)} labelled cells have no control to go with them: "
+                f"{np.count_nonzero(~served)} labeled cells have no control to go with them: "
                 f"{len(lacking)} of the match combinations hold no control cell; "
                 "give these cells the label -1, or match on something coarser"
             )
@@ -447,5 +447,5 @@ def _controls_per_batch(batch_size: int, fraction: float) -> int:
             f"control_fraction must lie between 0 and 1, got {fraction}; without controls pass controls=None"
         )
     if at_least("batch_size", batch_size, 1) < 2:
-        raise ValueError("batch_size must be at least 2 to hold a labelled cell and a control, got 1")
+        raise ValueError("batch_size must be at least 2 to hold a labeled cell and a control, got 1")
     return min(max(1, round(batch_size * fraction)), batch_size - 1)

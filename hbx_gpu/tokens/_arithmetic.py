@@ -54,7 +54,7 @@ def log1p(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def normalise(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, target: float) -> np.ndarray:
+def normalize(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, target: float) -> np.ndarray:
     """Counts scaled; see :class:`Norm`.
 
     Parameters
@@ -76,7 +76,7 @@ def normalise(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, ta
 
 
 def _scaled(norm: Norm, x: np.ndarray, total: int, known: int, kept: float, target: float) -> np.ndarray:
-    """As `normalise`, but for zeros of a cell without counts."""
+    """As `normalize`, but for zeros of a cell without counts."""
     if norm in (Norm.F64_DIV, Norm.F64_RECIP, Norm.F64_KNOWN):
         if norm == Norm.F64_RECIP:
             return x * (1.0 / np.float64(total)) * target

@@ -113,7 +113,7 @@ def _ordered(program: Sequence, tables: Tables, row: Row, draws: Draws) -> np.nd
 
 def rank_values(program: Sequence, tables: Tables, row: Row) -> np.ndarray:
     """float64 (n,). What genes are ranked by."""
-    values = a.normalise(program.rank, row.counts, row.total, row.known, 0.0, program.rank_target)
+    values = a.normalize(program.rank, row.counts, row.total, row.known, 0.0, program.rank_target)
     return a.rank_keys(program.rank, values, tables.scale[row.columns]) if program.scaled else values
 
 
@@ -140,7 +140,7 @@ def _values(program: Sequence, tables: Tables, row: Row, draws: Draws, genes: np
             np.float32
         )
         return result
-    values = a.normalise(program.norm, counts, row.total, row.known, float(counts.sum()), program.target)
+    values = a.normalize(program.norm, counts, row.total, row.known, float(counts.sum()), program.target)
     if program.norm == Norm.COUNT and program.curve == Curve.NONE and program.clip == np.inf:
         return values.astype(np.float32)
     return a.bend(program.curve, values, program.clip)

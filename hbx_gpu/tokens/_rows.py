@@ -38,7 +38,7 @@ def not_counts(where: str) -> InvalidDataError:
     return InvalidDataError(
         f"{where}: tokens are made of counts, but some values are negative, fractions or not finite. Choose "
         "the "
-        "layer that holds counts: logarithms and normalised values cannot be turned back"
+        "layer that holds counts: logarithms and normalized values cannot be turned back"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._query.query import AtlasQuery
 

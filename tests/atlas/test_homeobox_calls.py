@@ -73,7 +73,7 @@ def test_open_as_every_release_of_homeobox_is_called(multimodal: Path) -> None:
     ]
     for arguments in calls:
         assert RaggedAtlas.open(str(multimodal / "lance_db"), *arguments, store=store).obs_tables == ["cells"]
-    tables = {"gene_expression": RaggedAtlas.open(multimodal).catalogue.names.registries["gene_expression"]}
+    tables = {"gene_expression": RaggedAtlas.open(multimodal).catalog.names.registries["gene_expression"]}
     assert RaggedAtlas.open(multimodal, registry_tables=tables, store_kwargs={}).obs_tables == ["cells"]
     with pytest.raises(UnknownNameError, match=r"no obs table 'kells' in this atlas; it has \['cells'\]"):
         RaggedAtlas.open(multimodal, "kells")
@@ -97,7 +97,7 @@ def test_an_atlas_is_made_as_every_release_of_homeobox_makes_it(tmp_path: Path, 
     for atlas in (before, now, by_name):
         assert atlas.obs_tables == ["donors"]
         assert atlas.obs_schema("donors") is Cells
-        assert atlas.catalogue.names.dataset_table == "groups"
+        assert atlas.catalog.names.dataset_table == "groups"
     assert "lab" in before.list_datasets().columns
     assert "lab" in now.list_datasets().columns
     calls: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [

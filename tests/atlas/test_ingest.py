@@ -58,11 +58,11 @@ def contents(root: Path) -> dict[str, Any]:
     files = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "lance_db" not in p.parts}
     return {
         "files": files - {".hbx_gpu/lock"},
-        "obs": atlas.catalogue.obs("cells").to_arrow().to_pylist(),
-        "schema": atlas.catalogue.obs("cells").schema,
-        "datasets": atlas.catalogue.dataset_rows(),
-        "registry": atlas.catalogue.registry("gene_expression").to_arrow().to_pylist(),
-        "layouts": atlas.catalogue.layouts().to_arrow().to_pylist(),
+        "obs": atlas.catalog.obs("cells").to_arrow().to_pylist(),
+        "schema": atlas.catalog.obs("cells").schema,
+        "datasets": atlas.catalog.dataset_rows(),
+        "registry": atlas.catalog.registry("gene_expression").to_arrow().to_pylist(),
+        "layouts": atlas.catalog.layouts().to_arrow().to_pylist(),
     }
 
 
@@ -156,7 +156,7 @@ def test_stored_order_repeats_and_zeros_are_kept(tmp_path: Path) -> None:
     ]
     assert group["csr/indices"][:].tolist() == parts[1].tolist()
     assert group["csr/layers/counts"][:].tolist() == parts[0].tolist()
-    pointers = atlas.catalogue.obs("cells").to_arrow().column("gene_expression").to_pylist()
+    pointers = atlas.catalog.obs("cells").to_arrow().column("gene_expression").to_pylist()
     assert [(p["start"], p["end"], p["zarr_row"]) for p in pointers] == [(0, 3, 0), (3, 3, 1), (3, 5, 2)]
 
 
@@ -168,7 +168,7 @@ def test_real_files(tmp_path: Path, real_h5ad: tuple[Path, Path]) -> None:
     assert done[-1] == (1107, 1107)
     found = published(atlas).query().to_anndata()
     assert found.shape == (11_107, 1_507)
-    rows = sorted(atlas.catalogue.dataset_rows(), key=lambda row: -row["n_rows"])
+    rows = sorted(atlas.catalog.dataset_rows(), key=lambda row: -row["n_rows"])
     for row, path, id_column in zip(rows, real_h5ad, ("gene_ids", "index"), strict=True):
         adata = anndata.read_h5ad(path)
         if id_column != "index":
@@ -310,7 +310,7 @@ def test_datasets_with_the_same_features_share_a_layout(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     for seed in range(3):
         atlas.add_from_anndata(make(counts(seed=seed), seed))
-    assert atlas.catalogue.layouts().count_rows() == 5
+    assert atlas.catalog.layouts().count_rows() == 5
 
 
 # Cells
@@ -368,8 +368,8 @@ def test_a_class_decides_what_is_stored(tmp_path: Path) -> None:
     adata = make(counts(2, 3), 0, donor=["p", "q"], extra=[1, 2], uid=["u1", "u2"])
     adata.var["extra"] = 1
     atlas.add_from_anndata(adata)
-    rows = atlas.catalogue.obs("cells").to_arrow().to_pylist()
-    assert atlas.catalogue.obs("cells").schema.equals(Donor.to_arrow_schema(), check_metadata=True)
+    rows = atlas.catalog.obs("cells").to_arrow().to_pylist()
+    assert atlas.catalog.obs("cells").schema.equals(Donor.to_arrow_schema(), check_metadata=True)
     assert [(r["uid"], r["donor"], r["split"], r["age"]) for r in rows] == [
         ("u1", "p", "train", None),
         ("u2", "q", "train", None),
@@ -407,7 +407,7 @@ def test_a_record_identifies_the_dataset(tmp_path: Path) -> None:
     assert (
         add_from_anndata(atlas, make(counts()), feature_space="gene_expression", dataset_record=record) == 12
     )
-    row = atlas.catalogue.dataset_rows()[0]
+    row = atlas.catalog.dataset_rows()[0]
     assert (row["dataset_uid"], row["zarr_group"], row["organism"]) == ("d1", "study/one/rna", "human")
     assert zarr.open_group(tmp_path / "a" / "zarr_store", mode="r")["study/one"].name == "/study/one"
     with pytest.raises(AlreadyIngestedError, match="group 'study/one/rna'"):
@@ -440,7 +440,7 @@ def test_the_same_data_are_added_once(tmp_path: Path) -> None:
     for source, copy in ((tmp_path / "a.h5ad", tmp_path / "copy.h5ad"), (adata, adata.copy())):
         # The object holds the cells of the file, which is accepted when it is said.
         assert atlas.add_from_anndata(source, obs_table="cells", accept_duplicates=True) == 12
-        before = atlas.catalogue.obs("cells").count_rows()
+        before = atlas.catalog.obs("cells").count_rows()
         with pytest.raises(
             AlreadyIngestedError, match=r"is in the atlas already as dataset '.*nothing was added"
         ):
@@ -454,7 +454,7 @@ def test_the_same_data_are_added_once(tmp_path: Path) -> None:
         ):
             with pytest.raises(AlreadyIngestedError, match=f"ingested differently: .*{message}"):
                 atlas.add_from_anndata(copy, **{"obs_table": "cells", "exist_ok": True, **change})
-        assert atlas.catalogue.obs("cells").count_rows() == before
+        assert atlas.catalog.obs("cells").count_rows() == before
     # A file is known as a whole, an AnnData in memory by the matrix that is read.
     with pytest.raises(AlreadyIngestedError, match="source_matrix was 'X', is 'spliced'"):
         atlas.add_from_h5ad(tmp_path / "a.h5ad", layer="spliced", obs_table="cells")

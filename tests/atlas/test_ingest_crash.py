@@ -18,8 +18,8 @@ import pytest
 import scipy.sparse as sp
 
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._ingest import commit as ingest
 from hbx_gpu.atlas._writing import arrays
 from tests.atlas.dying import DYING
@@ -27,7 +27,7 @@ from tests.atlas.dying import DYING
 _KILL = f"""
 import os, signal, sys
 from hbx_gpu.atlas import RaggedAtlas
-from hbx_gpu.atlas._catalogue import catalogue, journal, tables
+from hbx_gpu.atlas._catalog import catalog, journal, tables
 from hbx_gpu.atlas._writing import arrays
 path, file, where, when, n = sys.argv[1:]
 {DYING}
@@ -63,17 +63,17 @@ _STEPS = [
     ("journal.Journal:write", "after", 1),
     pytest.param("arrays.ShardedArrayWriter:append", "after", 1, marks=pytest.mark.slow),
     pytest.param("arrays.ShardedArrayWriter:close", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalogue.Catalogue:publish", "before", 1, marks=pytest.mark.slow),
-    ("catalogue.Catalogue:publish", "after", 1),
+    pytest.param("catalog.Catalog:publish", "before", 1, marks=pytest.mark.slow),
+    ("catalog.Catalog:publish", "after", 1),
     pytest.param("tables.Addition:commit", "before", 1, marks=pytest.mark.slow),
     ("tables.Addition:commit", "after", 1),  # features
-    pytest.param("catalogue.Catalogue:add_layout", "after", 1, marks=pytest.mark.slow),
+    pytest.param("catalog.Catalog:add_layout", "after", 1, marks=pytest.mark.slow),
     ("tables.Addition:commit", "after", 2),  # dataset
     ("tables:finish_promotions", "before", 1),  # a column of the obs table is half promoted
     pytest.param("tables.Addition:commit", "before", 3, marks=pytest.mark.slow),
     ("tables.Addition:commit", "after", 3),  # cells: complete from here on
     pytest.param("journal.Journal:remove", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalogue.Catalogue:layouts", "after", 4, marks=pytest.mark.slow),  # in optimize
+    pytest.param("catalog.Catalog:layouts", "after", 4, marks=pytest.mark.slow),  # in optimize
 ]
 
 
@@ -111,15 +111,15 @@ def check_recovery(root: Path, first: Path, second: Path, before: tuple[Any, ...
     atlas.snapshot()
     assert not list((root / ".hbx_gpu").glob("ingest-*"))
     assert not (root / "zarr_store" / ".staging").exists()
-    rows = atlas.catalogue.dataset_rows()
+    rows = atlas.catalog.dataset_rows()
     groups = {
         str(p.parent.parent.relative_to(root / "zarr_store"))
         for p in (root / "zarr_store").rglob("csr/zarr.json")
     }
     assert groups == {row["zarr_group"] for row in rows}
-    stored = set(tables.read(atlas.catalogue.obs("cells"), ["dataset_uid"]).column(0).to_pylist())
+    stored = set(tables.read(atlas.catalog.obs("cells"), ["dataset_uid"]).column(0).to_pylist())
     assert stored == {row["dataset_uid"] for row in rows}
-    assert not [name for name in atlas.catalogue.obs("cells").schema.names if "hbx_gpu" in name]
+    assert not [name for name in atlas.catalog.obs("cells").schema.names if "hbx_gpu" in name]
     known = set(atlas.feature_registry("gene_expression")["uid"])
     assert known == (set("abcdexyz") if len(rows) == 2 else set("abcd"))
     assert digest(root, 0) == before
@@ -177,8 +177,8 @@ def test_killed_at_any_time(scene: tuple[Path, Path, Path], seed: int) -> None:
 _EXCEPTIONS = [
     (arrays.ShardedArrayWriter, "append"),
     (arrays.ShardedArrayWriter, "close"),
-    (Catalogue, "publish"),
-    (Catalogue, "add_layout"),
+    (Catalog, "publish"),
+    (Catalog, "add_layout"),
     (tables.Addition, "commit"),
     (ingest, "_commit_dataset"),
     (ingest, "_commit_cells"),
@@ -208,7 +208,7 @@ def test_an_exception_leaves_nothing(
         with pytest.raises(type(error)):
             atlas.add_from_h5ad(first)
     assert not (root / "zarr_store" / ".staging").exists()
-    assert len(atlas.catalogue.dataset_rows()) == 1
+    assert len(atlas.catalog.dataset_rows()) == 1
     assert atlas.snapshot() == 1  # not even optimize() is needed
     check_recovery(root, first, second, before)
 
@@ -242,7 +242,7 @@ def test_cleaning_up_may_fail_too(scene: tuple[Path, Path, Path], monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "_commit_cells", full)
-        patch.setattr(Catalogue, "undo", full)
+        patch.setattr(Catalog, "undo", full)
         with pytest.raises(OSError, match="No space left"):
             atlas.add_from_h5ad(first)
     assert len(list((root / ".hbx_gpu").glob("ingest-*"))) == 1
@@ -259,7 +259,7 @@ def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: 
     for step in ("_remove_group", "remove_layout", "_remove_features"):
         with monkeypatch.context() as patch:
             patch.setattr(ingest, "_commit_cells", fail)
-            patch.setattr(Catalogue, step, fail)
+            patch.setattr(Catalog, step, fail)
             with pytest.raises(RuntimeError):
                 RaggedAtlas.open(root).add_from_h5ad(first)
     check_recovery(root, first, second, before)
@@ -268,16 +268,16 @@ def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: 
 _MULTIMODAL_STEPS = [
     ("journal.Journal:write", "after", 1),  # the note of what the atlas is extended by
     pytest.param("tables:ensure_table", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalogue.Names:save", "before", 1, marks=pytest.mark.slow),
-    ("catalogue.Names:save", "after", 1),
-    ("catalogue.Catalogue:extend", "after", 1),
+    pytest.param("catalog.Names:save", "before", 1, marks=pytest.mark.slow),
+    ("catalog.Names:save", "after", 1),
+    ("catalog.Catalog:extend", "after", 1),
     pytest.param("journal.Journal:write", "after", 2, marks=pytest.mark.slow),
     pytest.param("arrays.DenseGroupWriter:close", "after", 1, marks=pytest.mark.slow),
-    ("catalogue.Catalogue:publish", "after", 2),
-    pytest.param("catalogue.Catalogue:publish", "after", 3, marks=pytest.mark.slow),
+    ("catalog.Catalog:publish", "after", 2),
+    pytest.param("catalog.Catalog:publish", "after", 3, marks=pytest.mark.slow),
     pytest.param("tables.Addition:commit", "after", 1, marks=pytest.mark.slow),
     ("tables.Addition:commit", "after", 2),  # features of both spaces
-    pytest.param("catalogue.Catalogue:add_layout", "after", 1, marks=pytest.mark.slow),
+    pytest.param("catalog.Catalog:add_layout", "after", 1, marks=pytest.mark.slow),
     pytest.param("tables.Addition:commit", "after", 3, marks=pytest.mark.slow),  # datasets
     ("tables.Addition:commit", "after", 4),  # cells: complete from here on
 ]
@@ -295,8 +295,8 @@ def everything(root: Path) -> dict[str, Any]:
             )
             for name in names
         },
-        "schema": atlas.catalogue.obs("cells").schema,
-        "registries": dict(atlas.catalogue.names.registries),
+        "schema": atlas.catalog.obs("cells").schema,
+        "registries": dict(atlas.catalog.names.registries),
         "config": (root / "hbx_gpu.json").read_text(),
         "files": sorted(str(p.relative_to(store)) for p in store.rglob("*")),
         "notes": list((root / ".hbx_gpu").glob("ingest-*")),
@@ -327,7 +327,7 @@ def test_killed_with_several_modalities(
     dataset = RaggedAtlas.checkout(root, version).query().to_cell_dataset("gene_expression")
     assert dataset.n_cells == 50
     if complete:
-        cells = atlas.catalogue.obs("cells").to_arrow().to_pylist()
+        cells = atlas.catalog.obs("cells").to_arrow().to_pylist()
         tiles = {row["obs_name"]: row["image_tiles"]["position"] for row in cells if row["image_tiles"]}
         assert tiles == {"s2c0": 2, "s2c1": 0, "s2c29": 1}
     assert digest(root, 0) == found
@@ -345,7 +345,7 @@ def test_undoing_an_extension_twice(scene: tuple[Path, Path, Path], monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "_commit_cells", fail)
-        patch.setattr("hbx_gpu.atlas._catalogue.journal.Journal.remove", fail)
+        patch.setattr("hbx_gpu.atlas._catalog.journal.Journal.remove", fail)
         with pytest.raises(RuntimeError):
             RaggedAtlas.open(root).add_multimodal({"protein": adata})
     assert everything(root) == before

@@ -46,10 +46,10 @@ def some(n: int, seed: int = 0, longest: int = 900) -> list[Fragment]:
 def read_back(atlas: RaggedAtlas) -> dict[str, list[tuple[str, int, int]]]:
     """Barcode -> its fragments in stored order."""
     store = zarr.open_group(atlas.path / "zarr_store", mode="r")
-    layouts = atlas.catalogue.layouts().to_pandas()
-    rows = {row["zarr_group"]: row for row in atlas.catalogue.dataset_rows()}
+    layouts = atlas.catalog.layouts().to_pandas()
+    rows = {row["zarr_group"]: row for row in atlas.catalog.dataset_rows()}
     found = {}
-    for row in atlas.catalogue.obs("cells").to_arrow().to_pylist():
+    for row in atlas.catalog.obs("cells").to_arrow().to_pylist():
         pointer = row["chromatin_accessibility"]
         if pointer is None:
             continue
@@ -162,7 +162,7 @@ def test_refused(tmp_path: Path, text: str, message: str) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     with pytest.raises(InvalidDataError, match=message):
         atlas.add_multimodal({"atac": tmp_path / "f.tsv"})
-    assert not atlas.catalogue.dataset_rows()
+    assert not atlas.catalog.dataset_rows()
 
 
 def test_refused_files(tmp_path: Path) -> None:
@@ -179,4 +179,4 @@ def test_refused_files(tmp_path: Path) -> None:
     anndata.AnnData(x).write_h5ad(tmp_path / "peaks.h5ad")
     # A matrix of peaks is no error: it has a space of its own.
     atlas.add_multimodal({"atac": tmp_path / "peaks.h5ad"})
-    assert [row["feature_space"] for row in atlas.catalogue.dataset_rows()] == ["chromatin_peaks"]
+    assert [row["feature_space"] for row in atlas.catalog.dataset_rows()] == ["chromatin_peaks"]

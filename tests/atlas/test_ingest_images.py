@@ -33,7 +33,7 @@ def image(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
 
 
 def pointers(atlas: RaggedAtlas, field: str) -> dict[str, Any]:
-    rows = atlas.catalogue.obs("cells").to_arrow().to_pylist()
+    rows = atlas.catalog.obs("cells").to_arrow().to_pylist()
     return {row["obs_name"]: row[field] for row in rows if row[field] is not None}
 
 
@@ -147,7 +147,7 @@ def test_boxes_of_a_large_image(tmp_path: Path, kind: str) -> None:
 
 
 def test_boxes_on_the_leading_axes_only(tmp_path: Path) -> None:
-    """Colour images, (Y, X, C): the box ends at x, channels follow in full, as in atlases of others."""
+    """Color images, (Y, X, C): the box ends at x, channels follow in full, as in atlases of others."""
     picture = image((30, 40, 3), "uint8")
     tifffile.imwrite(tmp_path / "rgb.tif", picture, photometric="rgb")
     table = {"cell_id": ["a"], "y0": [1], "y1": [3], "x0": [4], "x1": [40]}
@@ -271,7 +271,7 @@ def test_refused(tmp_path: Path, name: str, given: ImageInput, message: str) -> 
     with pytest.raises(InvalidDataError, match=message):
         atlas.add_multimodal({"rna": rna(), name: given})
     assert set(tmp_path.rglob("*")) - before <= {tmp_path / "a" / ".hbx_gpu" / "lock"}
-    assert not atlas.catalogue.dataset_rows()
+    assert not atlas.catalog.dataset_rows()
 
 
 def test_refused_files(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_refused_files(tmp_path: Path) -> None:
         add("tiles", tiles_of(tmp_path / "bad.tif", tile=[0]))
     with pytest.raises(InvalidDataError, match=r"0\.png: expected a zarr array or OME-Zarr folder"):
         add("tiles", tiles_of(tmp_path / "0.png", tile=[0]))
-    assert not atlas.catalogue.dataset_rows()
+    assert not atlas.catalog.dataset_rows()
 
 
 def test_the_same_images_are_added_once(tmp_path: Path) -> None:

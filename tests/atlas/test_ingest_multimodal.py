@@ -54,7 +54,7 @@ def protein(ids: str = "fbdxa", seed: int = 1, **obs: Any) -> anndata.AnnData:
 
 
 def stored(atlas: RaggedAtlas) -> pd.DataFrame:
-    return atlas.catalogue.obs("cells").to_pandas().set_index("obs_name")
+    return atlas.catalog.obs("cells").to_pandas().set_index("obs_name")
 
 
 def state(root: Path) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def state(root: Path) -> dict[str, Any]:
         "files": files - {".hbx_gpu/lock"},
         "config": (root / "hbx_gpu.json").read_text(),
         "tables": sorted(p.name for p in (root / "lance_db").iterdir()),
-        "obs": atlas.catalogue.obs("cells").to_arrow().to_pylist(),
-        "schema": atlas.catalogue.obs("cells").schema,
-        "datasets": atlas.catalogue.dataset_rows(),
-        "registry": atlas.catalogue.registry("gene_expression").to_arrow().to_pylist(),
-        "layouts": atlas.catalogue.layouts().to_arrow().to_pylist(),
+        "obs": atlas.catalog.obs("cells").to_arrow().to_pylist(),
+        "schema": atlas.catalog.obs("cells").schema,
+        "datasets": atlas.catalog.dataset_rows(),
+        "registry": atlas.catalog.registry("gene_expression").to_arrow().to_pylist(),
+        "layouts": atlas.catalog.layouts().to_arrow().to_pylist(),
     }
 
 
@@ -128,7 +128,7 @@ def test_joins(tmp_path: Path, join: str, rows: str, report: dict[str, Any], as_
     assert list(table.index) == list(rows)
     assert set(table["dataset_uid"]) == {found.dataset_uid}
     check_arrays(atlas, first, second)
-    groups = {row["zarr_group"] for row in atlas.catalogue.dataset_rows()}
+    groups = {row["zarr_group"] for row in atlas.catalog.dataset_rows()}
     assert groups == {f"{found.dataset_uid}/gene_expression", f"{found.dataset_uid}/protein_abundance"}
     # Cells that are left out are not stored either.
     protein_group: Any = zarr.open_group(atlas.path / "zarr_store", mode="r")[
@@ -200,7 +200,7 @@ def test_obs_columns_merge(tmp_path: Path) -> None:
     second = protein("cax", kind=["m", "k", "x"], n=[3.0, np.nan, 0.5], other=[7, 8, 9])
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_multimodal({"rna": first, "protein": second})
-    rows = atlas.catalogue.obs("cells").to_arrow().to_pylist()
+    rows = atlas.catalog.obs("cells").to_arrow().to_pylist()
     found = {row["obs_name"]: (row["kind"], row["n"], row["own"], row["other"]) for row in rows}
     assert found == {
         "a": ("k", 1.0, True, 8),
@@ -240,9 +240,9 @@ def test_a_new_atlas_has_the_columns_it_was_made_with(tmp_path: Path) -> None:
     assert {name: field.feature_space for name, field in atlas.pointer_fields.items()} == fields
     atlas.add_multimodal({"protein": protein()})
     assert set(stored(atlas)["adt"].map(lambda p: p["zarr_group"])) == {
-        f"{atlas.catalogue.dataset_rows()[0]['dataset_uid']}/adt"
+        f"{atlas.catalog.dataset_rows()[0]['dataset_uid']}/adt"
     }
-    assert set(atlas.catalogue.names.registries) == {"protein_abundance"}
+    assert set(atlas.catalog.names.registries) == {"protein_abundance"}
 
 
 def test_an_atlas_is_extended(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_dense_layers_come_back(
     rows = max(1, chunk // 6)
     assert group["layers/counts"].chunks == (rows, 6)
     assert group["layers/counts"].shards == (max(1, 4 * chunk // 6 // rows) * rows, 6)
-    row = atlas.catalogue.dataset_rows()[0]
+    row = atlas.catalog.dataset_rows()[0]
     assert row["zarr_layer"] == "counts,dsb_normalized"
     assert row["codec"] == ("zstd" if "." in codec else codec)
 
@@ -495,7 +495,7 @@ def test_mudata(tmp_path: Path, mdata: Any, how: str) -> None:
     assert table["donor"].to_dict() == mdata.obs["donor"].to_dict()
     assert table["n"].to_dict() == dict(zip("abcdefx", [0, 1, 2, 3, 4, 5, 9], strict=True))
     assert not [name for name in table.columns if ":" in name]
-    rows = atlas.catalogue.dataset_rows()
+    rows = atlas.catalog.dataset_rows()
     if how != "object":
         assert {row["source_matrix"] for row in rows} == {"mod/rna/X", "mod/prot/X"}
         assert len({row["source_sha256"] for row in rows}) == 1

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._query.balance import balanced_rows
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import UnknownNameError

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError

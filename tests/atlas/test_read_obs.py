@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hbx_gpu._source import RowIndex
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._query import obs
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import CorruptDataError, UnknownNameError

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from hbx_gpu.atlas._catalogue.registry import Registry
-from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot, list_versions
-from hbx_gpu.atlas._catalogue.snapshot_records import read_records
+from hbx_gpu.atlas._catalog.registry import Registry
+from hbx_gpu.atlas._catalog.snapshot import PointerColumn, Snapshot, list_versions
+from hbx_gpu.atlas._catalog.snapshot_records import read_records
 from hbx_gpu.atlas._model.spaces import (
     FeatureSpace,
     find_layers,
@@ -134,7 +134,7 @@ def test_moved_read_only_atlas_opens_and_nothing_is_written(copied: Callable[...
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def test_datasets_have_normalised_columns(homeobox_fixtures: Path) -> None:
+def test_datasets_have_normalized_columns(homeobox_fixtures: Path) -> None:
     for name in ATLASES:
         frame = Snapshot.open(homeobox_fixtures / name / "atlas").datasets()
         assert {"dataset_uid", "zarr_group", "feature_space", "layout_uid", "n_rows"} <= set(frame.columns)

@@ -21,9 +21,9 @@ import zarr
 from hbx_gpu import _files, cli
 from hbx_gpu._storage import ChunkDirectory, read_layout
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
-from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._upkeep import repack as repacking
-from hbx_gpu.atlas._upkeep.summary import summarise_groups
+from hbx_gpu.atlas._upkeep.summary import summarize_groups
 from hbx_gpu.atlas._writing import arrays
 from hbx_gpu.atlas._writing.arrays import codec_names
 from hbx_gpu.dataloader import CellDataset
@@ -137,7 +137,7 @@ def test_real_files_there_and_back(
     assert all(a[0] < b[0] for a, b in itertools.pairwise(ticks))
     assert contents(root) == stored
     assert [whole(dataset_of(root, reader=kind)) for kind in KINDS] == expected
-    groups = {group.n_values: group for group in summarise_groups(Snapshot.open(root))}
+    groups = {group.n_values: group for group in summarize_groups(Snapshot.open(root))}
     mouse = next(group for group in report.groups if group.n_values == 691_914)
     assert 8 * payload(root, mouse.zarr_group) / 691_914 <= 10.5
     assert groups[691_914].codecs == [ROWPACK]
@@ -191,7 +191,7 @@ def test_every_codec_to_the_next(atlas: Path) -> None:
 
 def test_what_is_not_rewritten_is_kept(atlas: Path) -> None:
     """Other arrays and files are linked, attributes and modes stay; float layers keep their codec."""
-    row = RaggedAtlas.open(atlas).catalogue.dataset_rows()[0]
+    row = RaggedAtlas.open(atlas).catalog.dataset_rows()[0]
     group = atlas / "zarr_store" / row["zarr_group"]
     n = zarr.open_array(group / "csr/indices", mode="r").shape[0]
     # With a checksum: without one the layer would be written again.
@@ -232,7 +232,7 @@ def test_files_are_copied_where_they_cannot_be_linked(atlas: Path, monkeypatch: 
 
 
 def test_unsharded_arrays_and_absent_chunks_stay_what_they_are(atlas: Path) -> None:
-    row = RaggedAtlas.open(atlas).catalogue.dataset_rows()[0]
+    row = RaggedAtlas.open(atlas).catalog.dataset_rows()[0]
     group = atlas / "zarr_store" / row["zarr_group"]
     values: Any = zarr.open_array(group / "csr/layers/counts", mode="r")[:]
     values[32:64] = 0  # a chunk inside a shard
@@ -269,14 +269,14 @@ def test_a_second_run_has_nothing_to_do_and_goes_on_where_the_first_ended(
         real(self, encoded)
 
     with monkeypatch.context() as patch:
-        first = min(row["zarr_group"] for row in RaggedAtlas.open(atlas).catalogue.dataset_rows())
+        first = min(row["zarr_group"] for row in RaggedAtlas.open(atlas).catalog.dataset_rows())
         left[0] = 2 * -(-len(stored[f"{first}/csr/indices"]) // 32) + 3
         patch.setattr(arrays.ObjectWriter, "put", put)
         with pytest.raises(OSError, match="No space left"):
             repack(atlas, ROWPACK)
     assert contents(atlas) == stored
     assert nothing_left_over(atlas)
-    codecs = {group.codecs[0] for group in summarise_groups(Snapshot.open(atlas))}
+    codecs = {group.codecs[0] for group in summarize_groups(Snapshot.open(atlas))}
     assert codecs == {ROWPACK, HOMEOBOX}
     assert json.loads((atlas / "hbx_gpu.json").read_text())["codec"] == HOMEOBOX
     assert sorted(group.outcome for group in repack(atlas, ROWPACK).groups) == ["repacked", "unchanged"]
@@ -307,7 +307,7 @@ def test_an_atlas_of_homeobox_goes_on_in_its_codec(homeobox_fixtures: Path, tmp_
     root = tmp_path / "atlas"
     shutil.copytree(homeobox_fixtures / "ragged_rna" / "atlas", root)
     opened = RaggedAtlas.open(root)
-    assert opened.catalogue.names.codec == HOMEOBOX
+    assert opened.catalog.names.codec == HOMEOBOX
 
 
 def test_a_dataset_that_lacks_the_codec_is_refused_not_misread(atlas: Path) -> None:

@@ -20,8 +20,8 @@ import scipy.sparse as sp
 
 from hbx_gpu import _files
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
-from hbx_gpu.atlas._catalogue import journal, paths, swap
-from hbx_gpu.atlas._catalogue.names import set_default_codec
+from hbx_gpu.atlas._catalog import journal, paths, swap
+from hbx_gpu.atlas._catalog.names import set_default_codec
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._writing import arrays
 from tests.atlas.dying import DYING
@@ -32,7 +32,7 @@ _KILL = f"""
 import os, signal, sys
 from hbx_gpu import _files
 from hbx_gpu.atlas import repack
-from hbx_gpu.atlas._catalogue import swap
+from hbx_gpu.atlas._catalog import swap
 from hbx_gpu.atlas._writing import arrays
 path, where, when, n, exchange = sys.argv[1:]
 {DYING}

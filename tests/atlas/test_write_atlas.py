@@ -27,8 +27,8 @@ from hbx_gpu.atlas import (
     SparseZarrPointer,
     create_or_open_atlas,
 )
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.session import WriteSession
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.session import WriteSession
 from hbx_gpu.atlas._model.schema import AtlasVersion, Cell, FeatureLayout, Gene
 from hbx_gpu.errors import AtlasError, AtlasLockedError, InvalidDataError, UnknownNameError
 
@@ -249,15 +249,15 @@ def test_registry_class_is_enforced(tmp_path: Path) -> None:
 def test_repeated_rows_of_other_writers_are_removed(tmp_path: Path) -> None:
     atlas = create_or_open_atlas(tmp_path / "a")
     atlas.add_from_anndata(adata(["b", "a"]))
-    registry = atlas.catalogue.registry("gene_expression")
+    registry = atlas.catalog.registry("gene_expression")
     registry.add(pa.table({"uid": ["a", "q", "q"]}))
-    layouts = atlas.catalogue.layouts()
+    layouts = atlas.catalog.layouts()
     layouts.add(layouts.to_arrow())
     assert any("run optimize()" in problem for problem in atlas.validate())
     atlas.optimize()
     assert atlas.validate() == []
     assert atlas.feature_registry("gene_expression")["uid"].tolist() == ["b", "a", "q"]
-    rows = atlas.catalogue.layouts().to_arrow().sort_by("local_index").to_pylist()
+    rows = atlas.catalog.layouts().to_arrow().sort_by("local_index").to_pylist()
     assert [(r["feature_uid"], r["local_index"], r["global_index"]) for r in rows] == [
         ("b", 0, 0),
         ("a", 1, 1),
@@ -281,7 +281,7 @@ def test_layouts_take_indices_from_their_own_space(tmp_path: Path) -> None:
     atlas.optimize()
     atlas.add_from_anndata(adata(["CD8A", "CD3E"]))
     atlas.optimize()
-    rows = atlas.catalogue.layouts().to_arrow().to_pylist()
+    rows = atlas.catalog.layouts().to_arrow().to_pylist()
     assert {r["feature_uid"]: r["global_index"] for r in rows} == {"CD8A": 0, "CD3E": 1}
     assert atlas.snapshot() == 0
 
@@ -332,7 +332,7 @@ def test_no_version_is_ever_removed(tmp_path: Path) -> None:
     # Nothing is configured to clean up by itself either.
     for manifest in (tmp_path / "a" / "lance_db").rglob("*.manifest"):
         assert b"auto_cleanup" not in manifest.read_bytes()
-    # This test can fail: optimising as LanceDB would, given no age at all, removes them.
+    # This test can fail: optimizing as LanceDB would, given no age at all, removes them.
     for name in tables.table_names(tmp_path / "a"):
         tables.open_table(tmp_path / "a", name).optimize(cleanup_older_than=pd.Timedelta(0).to_pytimedelta())
     with pytest.raises(AtlasError, match="cleaned up"):
@@ -350,9 +350,9 @@ def test_compaction_asks_to_keep_everything(tmp_path: Path, monkeypatch: pytest.
 
 
 def break_pointer(atlas: RaggedAtlas) -> None:
-    rows = atlas.catalogue.obs("cells").to_arrow().to_pylist()
+    rows = atlas.catalog.obs("cells").to_arrow().to_pylist()
     rows[0]["gene_expression"]["end"] = 10_000
-    table = atlas.catalogue.obs("cells")
+    table = atlas.catalog.obs("cells")
     table.delete("true")
     table.add(pa.Table.from_pylist(rows, schema=table.schema))
 
@@ -360,9 +360,9 @@ def break_pointer(atlas: RaggedAtlas) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda a: a.catalogue.datasets().delete("true"), "which the dataset table does not list"),
-        (lambda a: a.catalogue.layouts().delete("local_index = 1"), "does not number its 2 features"),
-        (lambda a: a.catalogue.layouts().delete("true"), "its feature list '.*' is not stored"),
+        (lambda a: a.catalog.datasets().delete("true"), "which the dataset table does not list"),
+        (lambda a: a.catalog.layouts().delete("local_index = 1"), "does not number its 2 features"),
+        (lambda a: a.catalog.layouts().delete("true"), "its feature list '.*' is not stored"),
         (lambda a: next((a.path / "zarr_store").rglob("counts/zarr.json")).unlink(), "holds layers"),
         (lambda a: next((a.path / "zarr_store").rglob("indices/zarr.json")).unlink(), "cannot be opened"),
         (break_pointer, "points to element 10000"),

@@ -79,12 +79,12 @@ def test_every_case_passes_its_check(device: EmulatedDevice, tmp_path: Path) -> 
     names = {result["case"] for result in results}
     dense = {f"{kernel}_{kind}" for kernel in ("rowpack_dense", "densify") for kind in ("f32", "f16", "bf16")}
     assert names == {"rowpack_csr", "gather_pieces", "bitpacking_decode_u32", "sort_rows"} | dense | {
-        f"{name} normalise log1p" for name in dense
+        f"{name} normalize log1p" for name in dense
     }
     assert {result["data"] for result in results} == {"uniform", "realistic"}
     text = kernels.write(tmp_path, {"gpu": "none", "versions": {"numpy": "2"}}, options, results)
     assert text == (tmp_path / "kernels.txt").read_text()
-    assert "rowpack_dense_bf16 normalise log1p" in text
+    assert "rowpack_dense_bf16 normalize log1p" in text
     saved = json.loads((tmp_path / "kernels.json").read_text())
     assert len(saved["results"]) == len(results)
     for result in saved["results"]:

@@ -148,7 +148,7 @@ def test_a_range_equals_the_slice_and_touches_its_blocks_only(values: Any, trans
     np.testing.assert_array_equal(compact[5 + first - b0 * 128 :][: last - first], values[first:last])
 
 
-def test_blocks_decode_without_their_neighbours() -> None:
+def test_blocks_decode_without_their_neighbors() -> None:
     """Whatever other blocks hold, a block comes out right: nothing is carried from one to the next."""
     values = np.cumsum(np.random.default_rng(1).integers(0, 50, 4_000)).astype(np.uint32)
     chunk = np.frombuffer(encode_rowpack(values, "gaps"), np.uint8)

@@ -1,7 +1,7 @@
 """Kernels on the CPU: launches compiled kernel files with NumPy arrays and torch CPU tensors as arguments.
 
 For tests, never a fallback: a value takes hundreds of nanoseconds. `EmulatedLauncher` checks what a GPU would
-not: argument types, divergence, and (sanitised) every access.
+not: argument types, divergence, and (sanitized) every access.
 """
 
 from __future__ import annotations

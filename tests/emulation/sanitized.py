@@ -1,6 +1,6 @@
 """Runs kernel tests under AddressSanitizer and UBSan: `python -m tests.emulation.sanitized [pytest options]`.
 
-Starts pytest in a process with libasan preloaded, in which emulated kernels are the sanitised builds. Without
+Starts pytest in a process with libasan preloaded, in which emulated kernels are the sanitized builds. Without
 arguments: all of tests/kernels in one thread order. With HBX_FUZZ_SECONDS: the property tests again and again
 for that long, with other seeds and thread orders. The exit status is pytest's; an invalid access ends the run
 with its report.
@@ -24,8 +24,8 @@ KERNEL_TESTS = ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]
 
 
 def environment(*, reports: Path | None = None) -> dict[str, str]:
-    """Environment of a process that can load sanitised kernels; report files are named `reports`.PID."""
-    # The sanitiser must be loaded first, and knows C++ exceptions only if their library came with it.
+    """Environment of a process that can load sanitized kernels; report files are named `reports`.PID."""
+    # The sanitizer must be loaded first, and knows C++ exceptions only if their library came with it.
     libraries = [compiler_library("libasan.so"), compiler_library("libstdc++.so")]
     log = f":log_path={reports}" if reports else ""
     return {
@@ -38,7 +38,7 @@ def environment(*, reports: Path | None = None) -> dict[str, str]:
         "HBX_EMULATED_WATCH": "accesses",
         "HBX_EMULATED_ORDERS": os.environ.get("HBX_EMULATED_ORDERS", "forward"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        # What a test was doing is lost in a buffer when the sanitiser ends the process.
+        # What a test was doing is lost in a buffer when the sanitizer ends the process.
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -46,7 +46,7 @@ def environment(*, reports: Path | None = None) -> dict[str, str]:
 def run(
     arguments: list[str], *, capture: bool = False, more: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit status of pytest, and its output (if captured) with the sanitisers' reports.
+    """Exit status of pytest, and its output (if captured) with the sanitizers' reports.
 
     `more` are environment variables on top of `environment`.
     """

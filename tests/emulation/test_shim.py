@@ -179,7 +179,7 @@ def test_block_that_is_no_multiple_of_a_warp(planted: EmulatedLauncher) -> None:
     out = np.zeros(46, U32)
     planted.run("partial_warp", 1, 45, [out])
     assert out[:44].tolist() == [*range(1, 32), 31, *range(33, 45)]
-    assert out[44] == 0xDEADBEEF  # its neighbour does not exist
+    assert out[44] == 0xDEADBEEF  # its neighbor does not exist
     assert out[45] == 15
 
 
@@ -237,10 +237,10 @@ def test_threads_that_leave_before_a_barrier_are_reported(planted: EmulatedLaunc
 def test_what_was_not_written_in_shared_memory_shows(planted: EmulatedLauncher) -> None:
     data, out = numbers(256), np.zeros(256, U32)
     planted.run("reverse_block", 1, 256, [data, out, U32(256)])  # leaves numbers behind
-    planted.run("uninitialised_shared", 1, 256, [data, out, U32(200)])
+    planted.run("uninitialized_shared", 1, 256, [data, out, U32(200)])
     np.testing.assert_array_equal(out[:56], np.full(56, 0xA5A5A5A5, U32))
     np.testing.assert_array_equal(out[56:], data[:200][::-1])
-    planted.run("uninitialised_dynamic", 2, 256, [out], shared=1024)
+    planted.run("uninitialized_dynamic", 2, 256, [out], shared=1024)
     np.testing.assert_array_equal(out, np.full(256, 0xA5A5A5A5, U32))
 
 
@@ -299,7 +299,7 @@ def test_sound_kernels_pass_the_sanitizers(order: str) -> None:
         ("global_write_overrun", "[view[:10], u32(10)]", 0, "heap-buffer-overflow"),
         ("shared_overrun", "[out, u32(41)]", 0, "global-buffer-overflow"),
         ("dynamic_overrun", "[out, u32(41)]", 160, "heap-buffer-overflow"),
-        ("uninitialised_dynamic", "[out]", 0, "heap-buffer-overflow"),
+        ("uninitialized_dynamic", "[out]", 0, "heap-buffer-overflow"),
         ("wide_shift", "[out, u32(32)]", 0, "shift exponent 32 is too large"),
         ("misaligned_vector", "[data, out, u32(1)]", 0, "misaligned address"),
     ],

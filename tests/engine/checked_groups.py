@@ -1,4 +1,4 @@
-"""A small sparse group as our writer stores it, and a dataset over it, without any catalogue."""
+"""A small sparse group as our writer stores it, and a dataset over it, without any catalog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense rows against NumPy and torch: sums, rounding, normalisation."""
+"""Dense rows against NumPy and torch: sums, rounding, normalization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One behaviour suite for every engine; instantiated below for the NumPy reference and the host engine."""
+"""One behavior suite for every engine; instantiated below for the NumPy reference and the host engine."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ _ATLAS = {
 
 def _build_journal(folder: Path) -> None:
     """An atlas with one note of each kind that a killed writer leaves."""
-    from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal, RemoveNote, RepackNote
+    from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote, Journal, RemoveNote, RepackNote
 
     _build_atlas(folder)
     group = GroupNote("a/b", "gene_expression", "gene_expression", "c", ("gene",))
@@ -145,14 +145,14 @@ def _build_journal(folder: Path) -> None:
 
 
 def _read_journal(folder: Path) -> Content:
-    from hbx_gpu.atlas._catalogue.journal import Journal
+    from hbx_gpu.atlas._catalog.journal import Journal
 
     journal = Journal(folder)
     return (np.array([repr([*journal.notes(), *journal.repacks(), *journal.removals()])]),)
 
 
 def _read_names(folder: Path) -> Content:
-    from hbx_gpu.atlas._catalogue.names import Names
+    from hbx_gpu.atlas._catalog.names import Names
 
     return (np.array([repr(Names.load(folder))]),)
 

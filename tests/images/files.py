@@ -22,7 +22,7 @@ def picture(height: int = 50, width: int = 70, channels: int = 3, seed: int = 0)
 
 
 def encode(pixels: np.ndarray, kind: str, *, mode: str | None = None, **options: Any) -> np.ndarray:
-    """Bytes of an image file, uint8 1-D; (h, w, 1) is written as grey."""
+    """Bytes of an image file, uint8 1-D; (h, w, 1) is written as gray."""
     pixels = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     image = Image.fromarray(pixels)
     with io.BytesIO() as file:

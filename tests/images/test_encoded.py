@@ -70,7 +70,7 @@ def test_any_keeps_the_channels() -> None:
 
 
 def test_gray_jpeg_as_stored() -> None:
-    """DALI itself, asked for a grey JPEG "as stored", writes outside its memory."""
+    """DALI itself, asked for a gray JPEG "as stored", writes outside its memory."""
     data = encode(GRAY, "JPEG")
     for _ in range(3):
         (found,) = decode_images([data], "any")

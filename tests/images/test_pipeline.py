@@ -30,7 +30,7 @@ AUGMENT = ImageTransform(
 # Arithmetic in float32 over a handful of operations: some 1e-6 of the largest value.
 ARITHMETIC = 3e-6
 # Rotation steps through source coordinates in float32: up to 1e-4 of a pixel off at these sizes, times the
-# difference of neighbours, which in noise is the whole range.
+# difference of neighbors, which in noise is the whole range.
 ROTATION = 2e-4
 # Bilinear weights are float32; places are stepped likewise.
 BILINEAR = 1e-5
@@ -62,7 +62,7 @@ def both(
 
 
 def assert_close(transform: ImageTransform, tiles: Any, tolerance: float) -> None:
-    """Within `tolerance` of the largest value the reference gives, normalisation undone."""
+    """Within `tolerance` of the largest value the reference gives, normalization undone."""
     found, expected = both(transform, tiles)
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
@@ -85,7 +85,7 @@ EXACT = [
 
 @pytest.mark.parametrize("dtype", SCALES)
 @pytest.mark.parametrize("transform", EXACT, ids=range(len(EXACT)))
-def test_what_only_moves_and_normalises_is_exact(transform: ImageTransform, dtype: str) -> None:
+def test_what_only_moves_and_normalizes_is_exact(transform: ImageTransform, dtype: str) -> None:
     found, expected = both(transform, noise(dtype))
     if transform.dtype == "float16":  # DALI rounds halves away from zero, NumPy to even
         np.testing.assert_array_max_ulp(found, expected, 1)
@@ -104,7 +104,7 @@ def test_rotation(interpolation: str, dtype: str) -> None:
 
 def test_rotation_is_counter_clockwise() -> None:
     tile = np.zeros((1, 1, 5, 5), np.uint8)
-    tile[0, 0, 2, 4] = 255  # right of the centre
+    tile[0, 0, 2, 4] = 255  # right of the center
     for cell in range(200):
         pipeline = ImagePipeline(ImageTransform(rotation=100), num_threads=1)
         turned = pipeline(tile, [cell], 0)[0, 0]
@@ -123,7 +123,7 @@ def test_rotation_is_counter_clockwise() -> None:
     [("nearest", 0), ("bilinear", BILINEAR), ("bicubic", TABULATED), ("lanczos", TABULATED)],
 )
 def test_resize(interpolation: str, tolerance: float, antialias: bool, dtype: str) -> None:
-    # From odd sizes: no nearest neighbour is a tie.
+    # From odd sizes: no nearest neighbor is a tie.
     for size in [(17, 23), (61, 83), (37, 24), (7, 111)]:
         transform = ImageTransform(resize=size, interpolation=interpolation, antialias=antialias)
         assert_close(transform, noise(dtype, (3, 2, 37, 51)), tolerance)

@@ -19,7 +19,7 @@ def test_defaults_change_nothing() -> None:
     assert transform.output_shape((4, 7, 9)) == (4, 7, 9)
     assert not transform.interpolates
     assert transform.n_channels is None
-    assert transform.normalisation(np.dtype(np.uint16)) == ([0.0], [1.0])
+    assert transform.normalization(np.dtype(np.uint16)) == ([0.0], [1.0])
 
 
 def test_values_take_the_form_that_equal_recipes_share() -> None:
@@ -44,9 +44,9 @@ def test_factors_do_not_go_below_zero() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
-def test_scale_is_part_of_the_normalisation(dtype: str, largest: int) -> None:
+def test_scale_is_part_of_the_normalization(dtype: str, largest: int) -> None:
     transform = ImageTransform(scale=True, mean=(0.5, 0.25), std=0.5)
-    mean, std = transform.normalisation(np.dtype(dtype))
+    mean, std = transform.normalization(np.dtype(dtype))
     assert mean == [0.5 * largest, 0.25 * largest]
     assert std == [0.5 * largest]
 

@@ -16,7 +16,7 @@ from tests.gpu import gpu_missing
 if importlib.util.find_spec("hypothesis") is None:
     collect_ignore_glob = ["test_*_properties.py"]
 
-# HBX_EMULATED_ORDERS=forward runs one order only: sanitised runs and fuzzing have little to gain from three.
+# HBX_EMULATED_ORDERS=forward runs one order only: sanitized runs and fuzzing have little to gain from three.
 ORDERS = os.environ.get("HBX_EMULATED_ORDERS", "forward,reverse,random:7").split(",")
 
 

@@ -1,4 +1,4 @@
-"""densify_*: dense rows in four float types, with and without normalising and log1p; rounding to the bit."""
+"""densify_*: dense rows in four float types, with and without normalizing and log1p; rounding to the bit."""
 
 from __future__ import annotations
 

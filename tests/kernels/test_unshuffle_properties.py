@@ -1,4 +1,4 @@
-"""Any record of unshuffle_blocks: refused, or its block in order; under the sanitiser, nothing outside."""
+"""Any record of unshuffle_blocks: refused, or its block in order; under the sanitizer, nothing outside."""
 
 from __future__ import annotations
 

@@ -146,5 +146,5 @@ def test_grouped_missing_codes_and_unmatched_cells() -> None:
     s = GroupedCellSampler(labels, 4, controls=controls, match=donors, seed=0)
     assert set(flat([s])) == {0, 1, 3, 5, 6}, "no label: 2; no donor: 4; controls need no label: 6"
     donors[0] = 8
-    with pytest.raises(ValueError, match=r"1 labelled cells have no control .* 1 of the match combinations"):
+    with pytest.raises(ValueError, match=r"1 labeled cells have no control .* 1 of the match combinations"):
         GroupedCellSampler(labels, 4, controls=controls, match=donors, seed=0)

@@ -170,7 +170,7 @@ def test_drop_last_counts_what_it_drops_and_says_so_once(
     assert len(caplog.records) == 1
     assert samplers[0].n_dropped > 0
     assert {len(b) for b in batches} == {6 if make is make_balanced else 8}
-    if make is make_grouped:  # counts labelled cells; see its own test
+    if make is make_grouped:  # counts labeled cells; see its own test
         assert size > 1 or samplers[0].n_dropped == 31 % 4 + 62 % 4 + 31 % 4
     else:
         n = 124 if make is make_balanced else len(flat([make()]))

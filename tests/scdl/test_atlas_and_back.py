@@ -96,7 +96,7 @@ def test_real_archives_come_back(scdl_cases: dict[str, Case], name: str, tmp_pat
         assert obs.column(column).to_pylist() == original_obs.column(column).to_pylist()
 
 
-def test_names_categories_and_neighbours_come_back(tmp_path: Path) -> None:
+def test_names_categories_and_neighbors_come_back(tmp_path: Path) -> None:
     import scipy.sparse as sp
 
     adata = files.adata(files.counts(30, 12))

@@ -129,7 +129,7 @@ class Pairs(Dataset):  # type: ignore[type-arg]
         return self.dataset.get_row_with_neighbor(index)
 
 
-def test_neighbour_batches(scdl_cases: dict[str, Case]) -> None:
+def test_neighbor_batches(scdl_cases: dict[str, Case]) -> None:
     case = scdl_cases["neighbors"]
     dataset = SingleCellMemMapDataset(case.archive, load_neighbors=True)
     dense = case.expected["dense"]
@@ -145,7 +145,7 @@ def test_neighbour_batches(scdl_cases: dict[str, Case]) -> None:
     assert seen == 24
 
 
-def test_neighbour_batches_of_empty_cells() -> None:
+def test_neighbor_batches_of_empty_cells() -> None:
     item = {"current_cell": (np.empty(0), np.empty(0)), "next_cell": (np.array([7]), np.array([2])),
             "current_cell_index": 0, "next_cell_index": 1}  # fmt: skip
     batch: Any = collate_neighbor_sparse_matrix_batch([item, item])

@@ -1,4 +1,4 @@
-"""Archives joined into one: rows, genes, cells, neighbours, dtypes, and what must not happen on the way."""
+"""Archives joined into one: rows, genes, cells, neighbors, dtypes, and what must not happen on the way."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_neighbors_of_other_rows_are_left_out(tmp_path: Path) -> None:
     path = make(tmp_path, "a1", near=True)
     pointers = np.fromfile(path / "neighbor_indptr.npy", "u8")
     pointers[:-1].tofile(path / "neighbor_indptr.npy")
-    with pytest.warns(UserWarning, match="Neighbours are left out"):
+    with pytest.warns(UserWarning, match="Neighbors are left out"):
         concat_archives([path], tmp_path / "a")
     assert open_archive(tmp_path / "a").neighbors is None
 

@@ -87,7 +87,7 @@ def test_real_frames(scdl_cases: dict[str, Case], name: str) -> None:
 
 
 class TestVariables:
-    def test_equal_neighbours_merge(self) -> None:
+    def test_equal_neighbors_merge(self) -> None:
         index = VariableFeatureIndex()
         for frame in (ONE, dict(reversed(ONE.items())), TWO, ONE):
             index.append_features(5, frame, "x.h5ad")

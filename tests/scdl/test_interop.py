@@ -162,7 +162,7 @@ def test_the_real_package_opens_what_we_write(scdl_cases: dict[str, Case], tmp_p
     compare(made)
 
 
-def test_many_blocks_with_neighbours_and_missing_values(tmp_path: Path) -> None:
+def test_many_blocks_with_neighbors_and_missing_values(tmp_path: Path) -> None:
     """More gene blocks than digits; columns and pointers that widen; every kind of obs column."""
     folder = tmp_path / "h5ad"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Archives through `make_loader`: threads, spawned workers, an emulated device; neighbours in batches."""
+"""Archives through `make_loader`: threads, spawned workers, an emulated device; neighbors in batches."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_resuming_in_mid_epoch(scdl_cases: dict[str, Case]) -> None:
         assert [batch["index"].tolist() for batch in loader] == expected[2:]
 
 
-# -- neighbours -----------------------------------------------------------------------------------------
+# -- neighbors -----------------------------------------------------------------------------------------
 
 
 def links_of(case: Case) -> list[dict[int, set[float]]]:
@@ -166,7 +166,7 @@ def check_pairs(batches: list[dict[str, Any]], case: Case, truth: np.ndarray) ->
 
 @pytest.mark.parametrize("strategy", ["random", "first", "weighted"])
 @pytest.mark.parametrize("layout", ["dense", "csr"])
-def test_neighbours_are_a_second_batch(
+def test_neighbors_are_a_second_batch(
     scdl_cases: dict[str, Case], layout: str, strategy: str, backend: Any
 ) -> None:
     case = scdl_cases["neighbors"]
@@ -187,7 +187,7 @@ def test_neighbours_are_a_second_batch(
         assert list(mine) == list(theirs)
 
 
-def test_neighbours_from_workers_are_the_same(scdl_cases: dict[str, Case]) -> None:
+def test_neighbors_from_workers_are_the_same(scdl_cases: dict[str, Case]) -> None:
     case = scdl_cases["neighbors"]
     dataset = SingleCellMemMapDataset(case.archive, load_neighbors=True)
     paired = dataset.to_cell_dataset(["stage"])
@@ -238,8 +238,8 @@ def test_weighted_draws_follow_the_weights(handmade: Any) -> None:
         paired.draw(rows)
 
 
-def test_neighbours_of_several_archives(scdl_cases: dict[str, Case]) -> None:
-    """Row numbers count through the archives; one without neighbours has its cells stand in."""
+def test_neighbors_of_several_archives(scdl_cases: dict[str, Case]) -> None:
+    """Row numbers count through the archives; one without neighbors has its cells stand in."""
     case, other = scdl_cases["neighbors"], scdl_cases["single_f32"]
     paths = [other.archive, case.archive, case.archive]
     paired = PairedDataset(to_cell_dataset(paths), paths, strategy="first")
@@ -254,7 +254,7 @@ def test_neighbours_of_several_archives(scdl_cases: dict[str, Case]) -> None:
 
 def test_what_cannot_be_paired(scdl_cases: dict[str, Case]) -> None:
     archive = scdl_cases["single_f32"].archive
-    with pytest.raises(InvalidDataError, match="no neighbours are stored"):
+    with pytest.raises(InvalidDataError, match="no neighbors are stored"):
         PairedDataset(to_cell_dataset(archive), [archive])
     with pytest.raises(ValueError, match="Unsupported neighbor_sampling_strategy"):
         PairedDataset(to_cell_dataset(archive), [archive], strategy="nearest")

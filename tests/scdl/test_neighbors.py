@@ -1,4 +1,4 @@
-"""Neighbours: what is stored, how one is drawn, and files that cannot be used."""
+"""Neighbors: what is stored, how one is drawn, and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stored(case: Case, row: int) -> tuple[np.ndarray, np.ndarray]:
     return case.expected["neighbor_indices"][start:stop], case.expected["neighbor_values"][start:stop]
 
 
-def test_stored_neighbours(case: Case, dataset: SingleCellMemMapDataset) -> None:
+def test_stored_neighbors(case: Case, dataset: SingleCellMemMapDataset) -> None:
     for row in range(24):
         indices, weights = stored(case, row)
         np.testing.assert_array_equal(dataset.get_neighbor_indices_for_cell(row), indices, strict=True)
@@ -59,7 +59,7 @@ def test_stored_neighbours(case: Case, dataset: SingleCellMemMapDataset) -> None
             dataset.sample_neighbor_index(outside)
 
 
-def test_random_draws_reach_every_neighbour_equally(case: Case, dataset: SingleCellMemMapDataset) -> None:
+def test_random_draws_reach_every_neighbor_equally(case: Case, dataset: SingleCellMemMapDataset) -> None:
     row = int(np.diff(case.expected["neighbor_indptr"]).argmax())
     known = set(stored(case, row)[0].tolist())
     drawn: list[Any] = [dataset.sample_neighbor_index(row) for _ in range(400)]
@@ -89,7 +89,7 @@ def test_first(case: Case) -> None:
     assert dataset.sample_neighbor_indices(range(24)).tolist() == wanted
 
 
-def test_cells_without_neighbours_are_their_own(case: Case, dataset: SingleCellMemMapDataset) -> None:
+def test_cells_without_neighbors_are_their_own(case: Case, dataset: SingleCellMemMapDataset) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [dataset.sample_neighbor_index(row) for row in ALONE] == ALONE
@@ -99,7 +99,7 @@ def test_cells_without_neighbours_are_their_own(case: Case, dataset: SingleCellM
         assert strict.sample_neighbor_index(7) == 7
 
 
-def test_rows_with_neighbours(case: Case, dataset: SingleCellMemMapDataset) -> None:
+def test_rows_with_neighbors(case: Case, dataset: SingleCellMemMapDataset) -> None:
     dense = case.expected["dense"]
     for row in range(24):
         found = dataset.get_row_with_neighbor(row, return_obs_features=True, obs_feature_names=["stage"])
@@ -118,7 +118,7 @@ def test_rows_with_neighbours(case: Case, dataset: SingleCellMemMapDataset) -> N
     assert dataset.get_row_with_neighbor(-1)["current_cell_index"] == 23
 
 
-class TestWithoutNeighbours:
+class TestWithoutNeighbors:
     def test_not_asked_for(self, case: Case) -> None:
         dataset = SingleCellMemMapDataset(case.archive, neighbor_sampling_strategy="nonsense")
         assert len(dataset.get_neighbor_indices_for_cell(3)) == 0
@@ -151,7 +151,7 @@ class TestWithoutNeighbours:
             SingleCellMemMapDataset(case.archive, load_neighbors=True, neighbor_sampling_strategy="nonsense")
 
 
-def with_neighbours(handmade: Handmade, **changed: Any) -> Path:
+def with_neighbors(handmade: Handmade, **changed: Any) -> Path:
     arrays = {
         "indptr": np.arange(41, dtype="u8"),
         "indices": np.arange(40, dtype="u4")[::-1],
@@ -165,7 +165,7 @@ def with_neighbours(handmade: Handmade, **changed: Any) -> Path:
 
 class TestFiles:
     def test_padding(self, handmade: Handmade) -> None:
-        path = with_neighbours(
+        path = with_neighbors(
             handmade, indptr=np.zeros(41, "u8"), indices=np.zeros(1, "u1"), values=np.zeros(1, "u1")
         )
         dataset = SingleCellMemMapDataset(path, load_neighbors=True)
@@ -173,10 +173,10 @@ class TestFiles:
         assert dataset.sample_neighbor_indices(range(40)).tolist() == list(range(40))
 
     def test_of_other_rows(self, handmade: Handmade) -> None:
-        path = with_neighbours(handmade, indptr=np.arange(31, dtype="u8"))
-        with pytest.warns(UserWarning, match="neighbours of 30 rows, but the archive has 40"):
+        path = with_neighbors(handmade, indptr=np.arange(31, dtype="u8"))
+        with pytest.warns(UserWarning, match="neighbors of 30 rows, but the archive has 40"):
             dataset = SingleCellMemMapDataset(path, load_neighbors=True)
-        with pytest.raises(ValueError, match="neighbours of 30 rows"):
+        with pytest.raises(ValueError, match="neighbors of 30 rows"):
             dataset.sample_neighbor_index(0)
         assert len(dataset[0]) == 2
         assert pickle.loads(pickle.dumps(dataset)).get_neighbor_stats() == {"has_neighbors": False}
@@ -185,12 +185,12 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["indices", "values"])
     def test_short_and_long(self, handmade: Handmade, name: str, n: int) -> None:
         dtype = {"indices": "u4", "values": "f4"}[name]
-        path = with_neighbours(handmade, **{name: np.zeros(n, dtype)})
+        path = with_neighbors(handmade, **{name: np.zeros(n, dtype)})
         with pytest.raises(NeighborsUnusableError, match=f"neighbor_{name}.npy: expected 40"):
             _ = open_archive(path).neighbors
 
     def test_outside(self, handmade: Handmade) -> None:
-        path = with_neighbours(handmade, indices=np.full(40, 40, "u4"))
+        path = with_neighbors(handmade, indices=np.full(40, 40, "u4"))
         table = open_archive(path).neighbors
         assert table is not None
         self.refused(table)
@@ -198,7 +198,7 @@ class TestFiles:
     def test_descending(self, handmade: Handmade) -> None:
         indptr = np.arange(41, dtype="u8")
         indptr[5] = 12
-        path = with_neighbours(handmade, indptr=indptr)
+        path = with_neighbors(handmade, indptr=indptr)
         table = open_archive(path).neighbors
         assert table is not None
         assert table.of(3)[0].tolist() == [36]
@@ -207,20 +207,20 @@ class TestFiles:
     @pytest.mark.parametrize("strategy", list(NeighborSamplingStrategy))
     @pytest.mark.parametrize("flaw", ["outside", "descending", "beyond"])
     def test_in_batches(self, handmade: Handmade, strategy: str, flaw: str) -> None:
-        """The loader takes no damaged row for one without neighbours, and no cells of the next archive."""
+        """The loader takes no damaged row for one without neighbors, and no cells of the next archive."""
         indptr, indices = np.arange(41, dtype="u8"), np.arange(40, dtype="u4")
         if flaw == "outside":
             indices[5] = 45
         else:
             indptr[5] = {"descending": 12, "beyond": 1 << 40}[flaw]
-        path = with_neighbours(handmade, indptr=indptr, indices=indices)
+        path = with_neighbors(handmade, indptr=indptr, indices=indices)
         handmade.path = path.with_name("next")
         paths = [path, handmade.write()]
         paired = PairedDataset(to_cell_dataset(paths), paths, strategy=strategy)
         assert paired.draw([0, 40, 7])[0].tolist() == [0, 40, 7]
-        with pytest.raises(NeighborsUnusableError, match=r"neighbours of row [45] "):
+        with pytest.raises(NeighborsUnusableError, match=r"neighbors of row [45] "):
             paired.draw(np.arange(10))
-        with pytest.warns(UserWarning, match=r"left out: the neighbours of row [45] "):
+        with pytest.warns(UserWarning, match=r"left out: the neighbors of row [45] "):
             concat_archives(paths, path.with_name("joined"))
         assert open_archive(path.with_name("joined")).neighbors is None
 
@@ -258,7 +258,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("bad", [-1.0, np.nan])
     def test_no_probabilities(self, bad: float) -> None:
-        with pytest.raises(ValueError, match="row 0 has negative or missing neighbour weights"):
+        with pytest.raises(ValueError, match="row 0 has negative or missing neighbor weights"):
             self.table(1, bad).draw(
                 np.array([0]), np.random.default_rng(0), NeighborSamplingStrategy.WEIGHTED
             )

@@ -16,7 +16,7 @@ import pytest
 from hbx_gpu import cli
 from hbx_gpu._bench.settings import open_dataset
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
-from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal, RepackNote
+from hbx_gpu.atlas._catalog.journal import IngestNote, Journal, RepackNote
 from hbx_gpu.errors import AtlasError, HbxError, UnsafePathError
 from tests.security.stores import anndata, arrays, content, edit, move_group, read, rewrite
 
@@ -123,7 +123,7 @@ def test_what_else_notes_name(
 
 
 def test_a_group_of_a_snapshot_is_not_undone(atlas: Path) -> None:
-    name = RaggedAtlas.open(atlas).catalogue.dataset_rows()[0]["zarr_group"]
+    name = RaggedAtlas.open(atlas).catalog.dataset_rows()[0]["zarr_group"]
     note(atlas, "ingest", "x", INGEST | {"groups": [GROUP | {"zarr_group": name, "field_name": "other"}]})
     with pytest.raises(AtlasError, match=r"is part of a snapshot.*Nothing was changed"):
         RaggedAtlas.open(atlas)

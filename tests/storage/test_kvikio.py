@@ -113,7 +113,7 @@ def test_placing(wanted: list[tuple[int, int, int]], max_gap: int, max_size: int
         assert (placed.nbytes - placed.needed < PAGE).all()
 
 
-def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
+def test_neighbors_are_read_at_once(tmp_path: Path) -> None:
     directory = directory_of(tmp_path, chunks_per_shard=8)
     reader, opened = stand_in(directory)
     extents = all_extents(directory)

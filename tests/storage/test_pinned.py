@@ -68,7 +68,7 @@ def test_the_bytes_come_from_reads_not_from_the_map(tmp_path: Path, monkeypatch:
         assert slab.copy is not None
         slab.copy(ranges, target)
     assert target.tobytes() == b"".join(contents[2][b : b + 10] for b in begins.tolist())
-    assert len(calls) == 2  # neighbours at once, as many as a call takes
+    assert len(calls) == 2  # neighbors at once, as many as a call takes
     assert max(calls) <= 1_024
 
 

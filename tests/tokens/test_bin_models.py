@@ -75,7 +75,7 @@ def test_scgpt_two_sided_bins(data: Tokens, engine: str) -> None:
     assert abs(place.mean() - 0.5) < 4 * np.sqrt(1 / 12 / wide.sum())
 
 
-def test_normalised_values(data: Tokens) -> None:
+def test_normalized_values(data: Tokens) -> None:
     """log1p agrees with NumPy's float32 function to its last bit or two."""
     z = data.load("scgpt")
     ours = []

@@ -136,11 +136,11 @@ def test_a_device_says_what_it_found(tmp_path: Path) -> None:
 
 def test_obs_columns_become_ids(dataset: CellDataset) -> None:
     words = {str(uid): i + 4 for i, uid in enumerate(dataset.feature_uids)}
-    labelled = dataset.with_columns({"label": np.arange(len(dataset)) % 3})
+    labeled = dataset.with_columns({"label": np.arange(len(dataset)) % 3})
     recipe = tokens.ExpressedGenes(
         words, length=5, pad=0, aux={"labels_of_mine": tokens.ObsTokens("label", {0: 5, 1: 6}, unknown=0)}
     )
-    loader = make_loader(labelled, sampler(dataset), layout="tokens", tokens=recipe, executor="direct")
+    loader = make_loader(labeled, sampler(dataset), layout="tokens", tokens=recipe, executor="direct")
     with loader:
         for batch in loader:
             wanted = np.array([5, 6, 0])[batch["index"].numpy() % 3]

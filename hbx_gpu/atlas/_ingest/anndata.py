@@ -13,8 +13,8 @@ from hbx_gpu._advice import option, spelled
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.source import open_source
-from hbx_gpu.atlas._catalogue.names import only_table
-from hbx_gpu.atlas._catalogue.session import Writable, WriteSession
+from hbx_gpu.atlas._catalog.names import only_table
+from hbx_gpu.atlas._catalog.session import Writable, WriteSession
 from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
 from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
 from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad
@@ -127,8 +127,8 @@ def add_from_anndata(
     """
     session = atlas.session
     table = obs_table or obs_table_name or only_table(session.obs_tables)
-    name = _field_name(session.catalogue.pointer_spaces(table), table, field_name, feature_space)
-    space = get_space(session.catalogue.pointer_spaces(table)[name])
+    name = _field_name(session.catalog.pointer_spaces(table), table, field_name, feature_space)
+    space = get_space(session.catalog.pointer_spaces(table)[name])
     check_matrix_space(name, space)
     if dataset_record is not None and dataset_record.feature_space != space.name:
         raise AtlasError(
@@ -153,14 +153,14 @@ def add_from_anndata(
         if isinstance(adata, Input):
             data = adata
         elif isinstance(adata, str | os.PathLike) or adata.isbacked:
-            file, backed = _open_file(adata, stack, allow_links=session.catalogue.allow_links)
+            file, backed = _open_file(adata, stack, allow_links=session.catalog.allow_links)
             chosen = choose_for(file, layer, counts=target == "counts")
             data = from_h5ad(file, layer or (chosen.name if chosen else "X"), backed=backed)
         else:
             chosen = choose_for(adata, layer, counts=target == "counts")
             data = from_anndata(adata, layer or (chosen.name if chosen else "X"))
         choice, ids = identify(
-            session.catalogue,
+            session.catalog,
             space.name,
             data.var,
             data.source,
@@ -262,7 +262,7 @@ def storage_of(
     chunk = flat_shape(chunk_shape, DEFAULT_CHUNK, name="chunk_shape")
     default_shard = max(1, DEFAULT_SHARD // chunk) * chunk
     shard = flat_shape(shard_shape, default_shard, name="shard_shape")
-    return Storage(check_codec(codec or session.catalogue.names.codec), chunk, shard)
+    return Storage(check_codec(codec or session.catalog.names.codec), chunk, shard)
 
 
 def _field_name(

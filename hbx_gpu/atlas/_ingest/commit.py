@@ -16,10 +16,10 @@ from pydantic_core import PydanticUndefined
 from hbx_gpu._advice import option
 from hbx_gpu._progress import Progress
 from hbx_gpu._version import __version__
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote
-from hbx_gpu.atlas._catalogue.session import WriteSession, finish_replacement
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote
+from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
 from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells, say_other_version
 from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
 from hbx_gpu.atlas._ingest.joining import Joined, join_obs
@@ -149,11 +149,11 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
     InvalidDataError, AlreadyIngestedError, AtlasError
         See :func:`add_from_anndata`.
     """
-    catalogue = session.catalogue
-    if _ingested_before(catalogue, dataset, settings):
+    catalog = session.catalog
+    if _ingested_before(catalog, dataset, settings):
         return IngestReport("", 0)
     fields = {part.field_name: part.space.name for part in dataset.parts}
-    new = {name: s for name, s in fields.items() if name not in catalogue.pointer_spaces(settings.obs_table)}
+    new = {name: s for name, s in fields.items() if name not in catalog.pointer_spaces(settings.obs_table)}
     note = IngestNote(make_uid(), settings.obs_table)
     written = False
     try:
@@ -163,32 +163,32 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
                 note.staging,
                 note.obs_table,
                 new_columns={note.obs_table: tuple(new)},
-                new_registries=catalogue.extension(settings.obs_table, new),
+                new_registries=catalog.extension(settings.obs_table, new),
             )
-            catalogue.journal.write(note)
+            catalog.journal.write(note)
             written = True
-            catalogue.extend(settings.obs_table, new)
+            catalog.extend(settings.obs_table, new)
         for part in dataset.parts:
-            part.order_features(catalogue.feature_order)
+            part.order_features(catalog.feature_order)
         plan = _make_plan(session, dataset, settings, note)
         note, written = plan.note, True
-        catalogue.journal.write(note)
-        pointers = _write_arrays(catalogue, dataset, settings, note)
-        note = _check_duplicates(catalogue, dataset, settings, note, plan.same_names, pointers)
-        _commit_features(catalogue, plan)
+        catalog.journal.write(note)
+        pointers = _write_arrays(catalog, dataset, settings, note)
+        note = _check_duplicates(catalog, dataset, settings, note, plan.same_names, pointers)
+        _commit_features(catalog, plan)
         _commit_dataset(plan)
         _commit_cells(plan, pointers)
     except BaseException:
         if written:
             try:
-                catalogue.undo(note)
+                catalog.undo(note)
             except Exception:
                 # The note stays, so the next writer tries again; what went wrong first is what matters.
                 _log.warning("%s: the failed ingest could not be undone yet", dataset.source, exc_info=True)
         raise
     # Complete now: this removes what it replaces, and temporary files.
-    finish_replacement(catalogue, note)
-    catalogue.undo(note)
+    finish_replacement(catalog, note)
+    catalog.undo(note)
     return _report(note, dataset)
 
 
@@ -211,9 +211,9 @@ def _check_extensible(session: WriteSession, table: str, new: Mapping[str, str])
         )
 
 
-def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings) -> bool:
+def _ingested_before(catalog: Catalog, dataset: Dataset, settings: Settings) -> bool:
     """Whether there is nothing left to do; raises where the same data are there in another form."""
-    rows = [_stored_row(catalogue, part, settings.record) for part in dataset.parts]
+    rows = [_stored_row(catalog, part, settings.record) for part in dataset.parts]
     stored = {part.name: row for part, row in zip(dataset.parts, rows, strict=True) if row is not None}
     if not stored:
         return False
@@ -233,9 +233,9 @@ def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings)
         if settings.codec_asked and part.space.index_array is not None:
             # As it is stored now, which repack() may have changed; the row says how it was ingested.
             codec = codec_of(
-                catalogue.group_path(row["zarr_group"]),
+                catalog.group_path(row["zarr_group"]),
                 part.space,
-                within=None if catalogue.allow_links else catalogue.store,
+                within=None if catalog.allow_links else catalog.store,
             )
             if codec != settings.storage.codec:
                 changed.append(
@@ -245,7 +245,7 @@ def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings)
     uid = first["dataset_uid"]
     if any(row["dataset_uid"] != uid for row in stored.values()):
         changed.append("its modalities were added as several datasets")
-    if not catalogue.obs(settings.obs_table).count_rows(f"dataset_uid = {tables.quoted(uid)}"):
+    if not catalog.obs(settings.obs_table).count_rows(f"dataset_uid = {tables.quoted(uid)}"):
         changed.append(f"its cells are in another obs table than {settings.obs_table!r}")
     another = ", or a dataset_record with another zarr_group" if len(dataset.parts) == 1 else ""
     there = f"dataset {uid!r} (group {first['zarr_group']!r}, from {first.get('source_name')!r})"
@@ -263,13 +263,13 @@ def _ingested_before(catalogue: Catalogue, dataset: Dataset, settings: Settings)
     return True
 
 
-def _replaced(catalogue: Catalogue, dataset: Dataset, settings: Settings) -> tuple[str, ...]:
+def _replaced(catalog: Catalog, dataset: Dataset, settings: Settings) -> tuple[str, ...]:
     """Datasets in whose place a new one comes: made of the same file, or of one of the same name."""
     if not settings.replace:
         return ()
     found: dict[str, None] = {}
     for part in dataset.parts:
-        for row in catalogue.dataset_rows(f"feature_space = {tables.quoted(part.space.name)}"):
+        for row in catalog.dataset_rows(f"feature_space = {tables.quoted(part.space.name)}"):
             same_file = row.get("source_sha256") == part.identity["source_sha256"]
             named = row.get("source_name") == part.source_name and part.source_name != "AnnData object"
             if same_file or named:
@@ -278,7 +278,7 @@ def _replaced(catalogue: Catalogue, dataset: Dataset, settings: Settings) -> tup
 
 
 def _check_duplicates(
-    catalogue: Catalogue,
+    catalog: Catalog,
     dataset: Dataset,
     settings: Settings,
     note: IngestNote,
@@ -297,7 +297,7 @@ def _check_duplicates(
     names = pa.array(list(dataset.joined.ids), pa.string())
     for part in dataset.parts:
         found = find_same_cells(
-            catalogue, settings.obs_table, same_names, part, names, pointers[part.field_name]
+            catalog, settings.obs_table, same_names, part, names, pointers[part.field_name]
         )
         if found is None:
             continue
@@ -307,7 +307,7 @@ def _check_duplicates(
         )
         if settings.replace:
             note = replace(note, replaces=(*note.replaces, found.dataset_uid))
-            catalogue.journal.write(note)
+            catalog.journal.write(note)
         elif not settings.accept_duplicates:
             raise AlreadyIngestedError(
                 f"{what}, though the file differs; put it in the place of the other with "
@@ -318,33 +318,33 @@ def _check_duplicates(
             _log.warning("warning: %s; they are stored twice", what)
         return note
     if not note.replaces and not settings.accept_duplicates:
-        say_other_version(catalogue, same_names, {part.source_name for part in dataset.parts}, dataset.source)
+        say_other_version(catalog, same_names, {part.source_name for part in dataset.parts}, dataset.source)
     return note
 
 
-def _stored_row(catalogue: Catalogue, part: Part, record: DatasetSchema | None) -> dict[str, Any] | None:
+def _stored_row(catalog: Catalog, part: Part, record: DatasetSchema | None) -> dict[str, Any] | None:
     """The dataset's row of a group made of the same data, best of one made in the same way."""
     if record is not None:
         where = f"zarr_group = {tables.quoted(record.zarr_group)}"
-    elif "source_sha256" in catalogue.datasets().schema.names:
+    elif "source_sha256" in catalog.datasets().schema.names:
         space, sha256 = tables.quoted(part.space.name), tables.quoted(part.identity["source_sha256"])
         where = f"source_sha256 = {sha256} AND feature_space = {space}"
     else:
         return None
-    rows = catalogue.dataset_rows(where)
+    rows = catalog.dataset_rows(where)
     same = [row for row in rows if all(row.get(key) == value for key, value in part.identity.items())]
     return next(iter([*same, *rows]), None)
 
 
 def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note: IngestNote) -> _Plan:
     """Everything that can be refused is refused here, before anything is written."""
-    catalogue = session.catalogue
-    replaced = _replaced(catalogue, dataset, settings)
-    records = _records(dataset.parts, settings, catalogue)
+    catalog = session.catalog
+    replaced = _replaced(catalog, dataset, settings)
+    records = _records(dataset.parts, settings, catalog)
     for record in records:
-        if catalogue.group_path(record.zarr_group).exists():
+        if catalog.group_path(record.zarr_group).exists():
             raise AtlasError(
-                f"group {record.zarr_group!r} exists in {catalogue.store}, though no dataset refers to it; "
+                f"group {record.zarr_group!r} exists in {catalog.store}, though no dataset refers to it; "
                 "remove it or choose another zarr_group"
             )
     features, new = _plan_features(session, dataset.parts)
@@ -352,7 +352,7 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
     layouts: dict[str, Sequence[str]] = {
         uid: part.features.ids
         for uid, part in zip(uids, dataset.parts, strict=True)
-        if part.features and not catalogue.layout_exists(uid)
+        if part.features and not catalog.layout_exists(uid)
     }
     cells = _plan_cells(session, dataset, settings, records[0].dataset_uid, replaced)
     rows = [
@@ -360,7 +360,7 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
         for record, uid, part, kept in zip(records, uids, dataset.parts, dataset.joined.rows, strict=True)
     ]
     datasets = tables.prepare(
-        catalogue.datasets(),
+        catalog.datasets(),
         pa.Table.from_pylist(rows),
         allow_new=True,
         source=f"{dataset.source}, dataset record",
@@ -384,7 +384,7 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
         note.new_registries,
         replaced,
     )
-    same_names = datasets_with_names(catalogue, settings.obs_table, dataset.joined.ids, replaced)
+    same_names = datasets_with_names(catalog, settings.obs_table, dataset.joined.ids, replaced)
     return _Plan(note, features, list(layouts.values()), datasets, cells, same_names)
 
 
@@ -397,7 +397,7 @@ def _new_columns(additions: Sequence[tables.Addition], note: IngestNote) -> dict
     return out
 
 
-def _records(parts: Sequence[Part], settings: Settings, catalogue: Catalogue) -> list[DatasetSchema]:
+def _records(parts: Sequence[Part], settings: Settings, catalog: Catalog) -> list[DatasetSchema]:
     """A row per group: the one given, or ones that follow from the content."""
     if settings.record is not None:
         return [settings.record]
@@ -407,21 +407,21 @@ def _records(parts: Sequence[Part], settings: Settings, catalogue: Catalogue) ->
             f"{part.identity['source_sha256']}\0{part.identity['source_matrix']}\0{part.field_name}"
             for part in parts
         ]
-        uid = _free_uid("\0\0".join(sorted(keys)), catalogue)
+        uid = _free_uid("\0\0".join(sorted(keys)), catalog)
     return [
         DatasetSchema(dataset_uid=uid, zarr_group=f"{uid}/{part.field_name}", feature_space=part.space.name)
         for part in parts
     ]
 
 
-def _free_uid(content: str, catalogue: Catalogue) -> str:
+def _free_uid(content: str, catalog: Catalog) -> str:
     """A uid that follows from the content; from its next edition where the atlas had it before.
 
     Arrays of a dataset that was removed or replaced stay for the snapshots that have it.
     """
     uid = hashlib.sha256(content.encode()).hexdigest()[:16]
     edition = 1
-    while catalogue.group_path(uid).exists():
+    while catalog.group_path(uid).exists():
         edition += 1
         uid = hashlib.sha256(f"{content}\0edition {edition}".encode()).hexdigest()[:16]
     return uid
@@ -444,7 +444,7 @@ def _plan_features(
     session: WriteSession, parts: Sequence[Part]
 ) -> tuple[list[tables.Addition], list[list[str]]]:
     """Rows for the registries, one addition per registry; and per part the features it brings."""
-    catalogue = session.catalogue
+    catalog = session.catalog
     unseen: dict[str, set[str]] = {}
     found: dict[str, list[tuple[Part, pa.Table]]] = {}
     new: list[list[str]] = []
@@ -452,10 +452,10 @@ def _plan_features(
         if part.features is None:
             new.append([])
             continue
-        registry = catalogue.names.registries.get(part.space.name, "")
+        registry = catalog.names.registries.get(part.space.name, "")
         # A set: numpy.isin compares every pair of objects, which takes seconds for 20,000 features.
         known = unseen.setdefault(registry, set())
-        own = set(catalogue.unregistered(part.space.name, part.features.ids)) - known
+        own = set(catalog.unregistered(part.space.name, part.features.ids)) - known
         known |= own
         new.append([uid for uid in part.features.ids if uid in own])
         rows = np.flatnonzero([uid in own for uid in part.features.ids])
@@ -471,7 +471,7 @@ def _plan_features(
             raise InvalidDataError(f"{source}: columns of var disagree: {error}; rename them") from error
         additions.append(
             tables.prepare(
-                catalogue.registry(space),
+                catalog.registry(space),
                 rows,
                 allow_new=session.registry_schema(space) is None,
                 source=source,
@@ -484,9 +484,9 @@ def _plan_features(
 def _plan_cells(
     session: WriteSession, dataset: Dataset, settings: Settings, dataset_uid: str, replaced: Sequence[str]
 ) -> tables.Addition:
-    catalogue = session.catalogue
+    catalog = session.catalog
     schema = session.obs_schema(settings.obs_table)
-    pointers = catalogue.pointer_spaces(settings.obs_table)
+    pointers = catalog.pointer_spaces(settings.obs_table)
     own = OWN_COLUMNS if schema is None else tuple(name for name in OWN_COLUMNS if name != "uid")
     frames = [(name, f"{dataset.source}, obs", frame, rows) for name, frame, rows in dataset.common] + [
         (part.name, f"{part.source}, obs", part.obs, rows)
@@ -498,12 +498,12 @@ def _plan_cells(
         frames,
         reserved={*own, *pointers},
         winner=settings.obs_from,
-        known=columns.names_in_files(catalogue.obs(settings.obs_table).schema),
+        known=columns.names_in_files(catalog.obs(settings.obs_table).schema),
         edits=settings.edits,
     )
     source = f"{dataset.source}, obs"
     cells = tables.prepare(
-        catalogue.obs(settings.obs_table),
+        catalog.obs(settings.obs_table),
         obs_columns(dataset.joined.ids, found, dataset_uid, source=source),
         allow_new=schema is None,
         defaults={}
@@ -534,10 +534,10 @@ def _check_uids(cells: tables.Addition, replaced: Sequence[str]) -> None:
 
 
 def _write_arrays(
-    catalogue: Catalogue, dataset: Dataset, settings: Settings, note: IngestNote
+    catalog: Catalog, dataset: Dataset, settings: Settings, note: IngestNote
 ) -> dict[str, pa.Array]:
     """Stream every modality into its group; pointer column -> pointers, one per cell of the dataset."""
-    staging = catalogue.staging(note.staging)
+    staging = catalog.staging(note.staging)
     total = sum(len(part.ids) for part in dataset.parts)
     done, out = 0, {}
     for i, (part, rows, group) in enumerate(
@@ -556,7 +556,7 @@ def _write_arrays(
         out[part.field_name] = _pointer_column(pointers, group.zarr_group, rows)
         done += len(part.ids)
     for i, group in enumerate(note.groups):
-        catalogue.publish(staging / f"group{i}", group.zarr_group)
+        catalog.publish(staging / f"group{i}", group.zarr_group)
     return out
 
 
@@ -568,12 +568,12 @@ def _pointer_column(pointers: pa.StructArray, zarr_group: str, rows: np.ndarray)
     return whole.take(pa.array(rows, mask=rows < 0))
 
 
-def _commit_features(catalogue: Catalogue, plan: _Plan) -> None:
+def _commit_features(catalog: Catalog, plan: _Plan) -> None:
     for addition in plan.features:
         if len(addition.data):
             addition.commit()
     for feature_uids in plan.layouts:
-        catalogue.add_layout(list(feature_uids))
+        catalog.add_layout(list(feature_uids))
 
 
 def _commit_dataset(plan: _Plan) -> None:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbx_gpu._advice import spelled
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ class SameCells:
 
 
 def datasets_with_names(
-    catalogue: Catalogue, obs_table: str, names: Collection[str], ignored: Collection[str]
+    catalog: Catalog, obs_table: str, names: Collection[str], ignored: Collection[str]
 ) -> dict[str, int]:
     """Datasets that share most names of cells with a new one -> how many; `ignored` ones aside."""
-    table = catalogue.obs(obs_table)
+    table = catalog.obs(obs_table)
     if "obs_name" not in table.schema.names or not len(names):
         return {}
     stored = tables.read(table, ["obs_name", "dataset_uid"])
@@ -67,7 +67,7 @@ def datasets_with_names(
 
 
 def find_same_cells(
-    catalogue: Catalogue,
+    catalog: Catalog,
     obs_table: str,
     candidates: Mapping[str, int],
     part: Part,
@@ -78,7 +78,7 @@ def find_same_cells(
 
     Parameters
     ----------
-    catalogue, obs_table
+    catalog, obs_table
         Where the stored cells are.
     candidates
         As :func:`datasets_with_names` finds them.
@@ -87,7 +87,7 @@ def find_same_cells(
     names, pointers
         Names of the new cells, and where they are in that modality.
     """
-    table = catalogue.obs(obs_table)
+    table = catalog.obs(obs_table)
     if part.field_name not in table.schema.names or part.space.pointer == "discrete_spatial":
         return None
     for uid, n_names in candidates.items():
@@ -99,22 +99,22 @@ def find_same_cells(
         there = stored.column(part.field_name)
         pairs = [(there[i].as_py(), pointers[places[i]].as_py()) for i in chosen]
         pairs = [(a, b) for a, b in pairs if b is not None and b.get("zarr_group")]
-        read = _Values(catalogue.store, part.space)
+        read = _Values(catalog.store, part.space)
         same = [equal for a, b in pairs if (equal := read.same(a, b)) is not None]
         if same and sum(same) >= _MOST_COUNTS * len(same):
-            source = next(iter(catalogue.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
+            source = next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
             return SameCells(uid, str(source.get("source_name") or ""), n_names)
     return None
 
 
 def say_other_version(
-    catalogue: Catalogue, candidates: Mapping[str, int], source_names: Collection[str], source: str
+    catalog: Catalog, candidates: Mapping[str, int], source_names: Collection[str], source: str
 ) -> None:
     """Warn where cells of the same names, with other values, came from a file of the same name.
 
     Parameters
     ----------
-    catalogue
+    catalog
         The atlas.
     candidates
         As :func:`datasets_with_names` finds them.
@@ -124,7 +124,7 @@ def say_other_version(
         The new dataset, for the message.
     """
     for uid, n_names in candidates.items():
-        row = next(iter(catalogue.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
+        row = next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
         name = str(row.get("source_name") or "")
         if Path(name).suffix and name in source_names:
             remove = spelled(f"remove_dataset({uid!r})", f"hbx-gpu remove ATLAS {uid}")

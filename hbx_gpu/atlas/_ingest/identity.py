@@ -11,13 +11,13 @@ import pyarrow as pa
 from hbx_gpu._identity.choice import FeatureChoice, KnownFeatures, choose
 from hbx_gpu._identity.overlap import compare, require
 from hbx_gpu._identity.tables import FeatureTable
-from hbx_gpu.atlas._catalogue import tables
+from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.errors import InvalidDataError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+    from hbx_gpu.atlas._catalog.catalog import Catalog
 
 _log = logging.getLogger(__name__)
 
@@ -25,20 +25,20 @@ GivenColumn = str | FeatureChoice | None
 """How features are identified: a column of var, what was chosen for all files together, or to be chosen."""
 
 
-def known_features(catalogue: Catalogue, feature_space: str) -> KnownFeatures:
+def known_features(catalog: Catalog, feature_space: str) -> KnownFeatures:
     """The features of a space in an atlas, and the columns from which its datasets took their ids."""
-    if feature_space not in catalogue.names.registries:
+    if feature_space not in catalog.names.registries:
         return KnownFeatures(())
-    uids = tables.read(catalogue.registry(feature_space), ["uid"]).column("uid").to_pylist()
+    uids = tables.read(catalog.registry(feature_space), ["uid"]).column("uid").to_pylist()
     columns: list[str] = []
-    if "feature_id_column" in catalogue.datasets().schema.names:
-        rows = catalogue.dataset_rows(f"feature_space = {tables.quoted(feature_space)}")
+    if "feature_id_column" in catalog.datasets().schema.names:
+        rows = catalog.dataset_rows(f"feature_space = {tables.quoted(feature_space)}")
         columns = [row["feature_id_column"] for row in reversed(rows) if row["feature_id_column"]]
     return KnownFeatures(frozenset(uids), tuple(dict.fromkeys(columns)))
 
 
 def identify(
-    catalogue: Catalogue,
+    catalog: Catalog,
     feature_space: str,
     var: pd.DataFrame,
     source: str,
@@ -59,7 +59,7 @@ def identify(
         choice = given
     else:
         (found,) = choose_together(
-            catalogue,
+            catalog,
             feature_space,
             [table],
             column=given,
@@ -72,7 +72,7 @@ def identify(
 
 
 def choose_together(
-    catalogue: Catalogue,
+    catalog: Catalog,
     feature_space: str,
     files: Sequence[FeatureTable],
     *,
@@ -87,7 +87,7 @@ def choose_together(
 
     Parameters
     ----------
-    catalogue, feature_space
+    catalog, feature_space
         The atlas, and where its features are.
     files
         The features of every file.
@@ -103,10 +103,10 @@ def choose_together(
     InvalidDataError
         Ids that are missing, repeated or not texts; a file shares less than `require_shared`.
     """
-    known = known_features(catalogue, feature_space)
+    known = known_features(catalog, feature_space)
     chosen = choose(files, known, column=column, strip_versions=strip_versions)
     there = set(known.uids)
-    texts = _text_columns(catalogue, feature_space) if there else {}
+    texts = _text_columns(catalog, feature_space) if there else {}
     out: list[FeatureChoice | None] = []
     for table, choice in zip(files, chosen, strict=True):
         try:
@@ -126,8 +126,8 @@ def choose_together(
     return out
 
 
-def _text_columns(catalogue: Catalogue, feature_space: str) -> dict[str, set[str]]:
-    registry = catalogue.registry(feature_space)
+def _text_columns(catalog: Catalog, feature_space: str) -> dict[str, set[str]]:
+    registry = catalog.registry(feature_space)
     names = [f.name for f in registry.schema if pa.types.is_string(f.type) and f.name != "uid"]
     found = tables.read(registry, names) if names else pa.table({})
     return {name: set(found.column(name).drop_null().to_pylist()) for name in names}

@@ -19,8 +19,8 @@ from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu._stores.source import MuDataSource, open_mudata_source
-from hbx_gpu.atlas._catalogue.names import only_table
-from hbx_gpu.atlas._catalogue.session import Writable
+from hbx_gpu.atlas._catalog.names import only_table
+from hbx_gpu.atlas._catalog.session import Writable
 from hbx_gpu.atlas._ingest.anndata import (
     backing_file,
     check_layer,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from hbx_gpu.atlas._catalogue.catalogue import Catalogue
+    from hbx_gpu.atlas._catalog.catalog import Catalog
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class _Options:
     allow_rounding: bool
     strip_versions: bool
     require_shared_genes: float | None
-    catalogue: Catalogue
+    catalog: Catalog
     stack: contextlib.ExitStack
 
     def layers_of(self, name: str, space: FeatureSpace) -> dict[str, str]:
@@ -195,9 +195,9 @@ def add_multimodal(
     storage = storage_of(session, codec, chunk_shape, shard_shape)
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.writing())
-        opened, common, source = _open_all(modalities, stack, allow_links=session.catalogue.allow_links)
+        opened, common, source = _open_all(modalities, stack, allow_links=session.catalog.allow_links)
         _check_names(opened, layers or {}, feature_id_column, obs_from)
-        fields = session.catalogue.pointer_spaces(table)
+        fields = session.catalog.pointer_spaces(table)
         targets = {name: resolve_modality(name, fields, table, data) for name, data in opened.items()}
         _check_targets(targets)
         options = _Options(
@@ -206,7 +206,7 @@ def add_multimodal(
             allow_rounding,
             strip_versions,
             require_shared_genes,
-            session.catalogue,
+            session.catalog,
             stack,
         )
         parts = [_part(name, *targets[name], data, options) for name, data in opened.items()]
@@ -428,10 +428,10 @@ def _part(name: str, field_name: str, space: FeatureSpace, data: object, options
                 f"modality {name!r}: images of feature space {space.name!r} need a table that maps cells "
                 f"to them: {spelled('ImageInput(image, table)', '--tiles-table TABLE')}"
             )
-        return image_part(name, field_name, space, data, allow_links=options.catalogue.allow_links)
+        return image_part(name, field_name, space, data, allow_links=options.catalog.allow_links)
     check_matrix_space(field_name, space)
     if isinstance(data, Path):
-        data = options.stack.enter_context(H5adFile(data, allow_links=options.catalogue.allow_links))
+        data = options.stack.enter_context(H5adFile(data, allow_links=options.catalog.allow_links))
     return _matrix_part(name, field_name, space, data, options)
 
 
@@ -454,7 +454,7 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
             )
     matrices: dict[str, Matrix] = {layer: found.matrix for layer, found in zip(wanted, inputs, strict=True)}
     choice, ids = identify(
-        options.catalogue,
+        options.catalog,
         space.name,
         first.var,
         first.source,

@@ -11,8 +11,8 @@ from hbx_gpu._h5ad.files import AnnDataGroup, H5muFile
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._stores.source import open_source
-from hbx_gpu.atlas._catalogue.names import only_table
-from hbx_gpu.atlas._catalogue.session import Writable
+from hbx_gpu.atlas._catalog.names import only_table
+from hbx_gpu.atlas._catalog.session import Writable
 from hbx_gpu.atlas._ingest.anndata import field_of, first_layer
 from hbx_gpu.atlas._ingest.identity import choose_together
 from hbx_gpu.atlas._ingest.inputs import choose_for
@@ -116,18 +116,18 @@ def plan_files(
         return {}
     session = atlas.session
     table = obs_table or only_table(session.obs_tables)
-    fields = session.catalogue.pointer_spaces(table)
+    fields = session.catalog.pointer_spaces(table)
     found: dict[str, _Seen] = {}
     for path in files:
         try:
             if path.suffix == ".h5mu":
-                links = session.catalogue.allow_links
+                links = session.catalog.allow_links
                 with H5muFile(path, allow_links=links) as modalities:
                     found |= _look_at_modalities(modalities, fields, table, feature_id_column, layers or {})
                 continue
             space = get_space(fields[field_of(field_name or "gene_expression", fields, table)])
             column = feature_id_column if isinstance(feature_id_column, str) else None
-            with open_source(path, allow_links=session.catalogue.allow_links) as file:
+            with open_source(path, allow_links=session.catalog.allow_links) as file:
                 wanted = (layer or {}).get(path)
                 counts = (zarr_layer or first_layer(space)) == "counts"
                 found[str(path)] = _look_at(file, space.name, wanted, column, counts=counts)
@@ -138,11 +138,11 @@ def plan_files(
     if alone and all(path.suffix != ".h5mu" for path in files):
         edits.check([name for names in alone.values() for name in names], ", ".join(alone))
     choices: dict[str, FeatureChoice | None] = {}
-    with session.writing() as catalogue:
+    with session.writing() as catalog:
         for space_name, column in dict.fromkeys((seen.space, seen.column) for seen in found.values()):
             group = [p for p, seen in found.items() if (seen.space, seen.column) == (space_name, column)]
             chosen = choose_together(
-                catalogue,
+                catalog,
                 space_name,
                 [found[path].features for path in group],
                 column=column,

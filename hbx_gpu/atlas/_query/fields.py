@@ -11,7 +11,7 @@ from hbx_gpu.atlas._model.spaces import get_space, known_spaces
 from hbx_gpu.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from hbx_gpu._datasets.dense import FeatureDataset
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot
 
 _BLOCK_ELEMENTS = 1 << 27
 """Number of matrix entries, zeros included, that are read at once when a matrix is assembled."""

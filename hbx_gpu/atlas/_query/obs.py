@@ -21,7 +21,7 @@ from hbx_gpu.errors import CorruptDataError, TableError, UnknownNameError
 if TYPE_CHECKING:
     from lancedb.table import Table
 
-    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn, Snapshot
 
 ROWID = "_rowid"
 _BATCH_ROWS = 65_536

@@ -19,7 +19,7 @@ from hbx_gpu.errors import CorruptDataError, UnknownNameError
 if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.stored import Recipe
-    from hbx_gpu.atlas._catalogue.snapshot import Group, PointerColumn, Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Group, PointerColumn, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.modality import Modality as Part
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
-    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn, Snapshot
     from hbx_gpu.atlas._query.results import MultimodalResult
     from hbx_gpu.chromatin import Bins, Fragments, Peaks
     from hbx_gpu.chromatin._dataset import FragmentMatrixDataset

@@ -66,7 +66,7 @@ class QueryRecipe:
 
     def rebuild(self) -> FeatureDataset:
         """Open the snapshot and build the dataset, with the same rows in the same order."""
-        from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+        from hbx_gpu.atlas._catalog.snapshot import Snapshot
         from hbx_gpu.atlas._query.selection import Selection
 
         snapshot = Snapshot.open(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from hbx_gpu._datasets.dense import FeatureDataset
-    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn
     from hbx_gpu.atlas._query.matrices import Matrices
     from hbx_gpu.atlas._query.selection import Selection
     from hbx_gpu.chromatin import Fragments

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lancedb.table import Table
 
     from hbx_gpu._datasets.dense import FeatureDataset
-    from hbx_gpu.atlas._catalogue.snapshot import PointerColumn, Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn, Snapshot
 
 
 @dataclass(frozen=True)

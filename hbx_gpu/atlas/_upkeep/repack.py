@@ -25,12 +25,12 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._storage.readers import Slab
-from hbx_gpu.atlas._catalogue import swap, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote, WriteLock
-from hbx_gpu.atlas._catalogue.names import Names, OlderGenerationError, set_default_codec
-from hbx_gpu.atlas._catalogue.paths import check_database, check_store, group_path, staging_path
-from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
+from hbx_gpu.atlas._catalog import swap, tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.journal import Journal, RepackNote, WriteLock
+from hbx_gpu.atlas._catalog.names import Names, OlderGenerationError, set_default_codec
+from hbx_gpu.atlas._catalog.paths import check_database, check_store, group_path, staging_path
+from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
 from hbx_gpu.atlas._writing.arrays import (
@@ -209,7 +209,7 @@ def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord], *, allo
             f"the atlas at {root} has no snapshot and was not made by hbx_gpu, so nothing says what it "
             "holds; take a snapshot with the program that made it"
         )
-    Catalogue(root, store, names, allow_links=allow_links).recover()
+    Catalog(root, store, names, allow_links=allow_links).recover()
     return names.dataset_table
 
 

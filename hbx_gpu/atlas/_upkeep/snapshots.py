@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu.atlas._catalogue import manifest, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.snapshot_records import read_records
+from hbx_gpu.atlas._catalog import manifest, tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.snapshot_records import read_records
 from hbx_gpu.atlas._model.schema import AtlasVersion
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import scan
@@ -22,15 +22,15 @@ from hbx_gpu.errors import AtlasError, HbxError
 _SHOWN = 5
 
 
-def optimize(catalogue: Catalogue) -> None:
+def optimize(catalog: Catalog) -> None:
     """Give new features their global index, copy it to the layouts, and merge small fragments."""
-    for name in sorted(set(catalogue.names.registries.values())):
-        assign_indices(tables.open_table(catalogue.root, name), catalogue.layouts())
-    _fill_layouts(catalogue)
-    names = catalogue.names
+    for name in sorted(set(catalog.names.registries.values())):
+        assign_indices(tables.open_table(catalog.root, name), catalog.layouts())
+    _fill_layouts(catalog)
+    names = catalog.names
     for name in (*names.obs_tables, names.dataset_table, *sorted(set(names.registries.values()))):
-        tables.compact(tables.open_table(catalogue.root, name))
-    tables.compact(catalogue.layouts())
+        tables.compact(tables.open_table(catalog.root, name))
+    tables.compact(catalog.layouts())
 
 
 def assign_indices(registry: Table, layouts: Table) -> int:
@@ -57,8 +57,8 @@ def assign_indices(registry: Table, layouts: Table) -> int:
     return len(fresh)
 
 
-def _fill_layouts(catalogue: Catalogue) -> None:
-    layouts = catalogue.layouts()
+def _fill_layouts(catalog: Catalog) -> None:
+    layouts = catalog.layouts()
     new = tables.read(layouts, ["layout_uid"], "global_index IS NULL").column("layout_uid").unique()
     if not len(new):
         return
@@ -69,13 +69,13 @@ def _fill_layouts(catalogue: Catalogue) -> None:
     # A list of uids does not name its feature space; the dataset does. Where two spaces share a list, the
     # first dataset decides; readers resolve through the registry anyway.
     space_of: dict[str, str] = {}
-    for row in catalogue.dataset_rows():
+    for row in catalog.dataset_rows():
         space_of.setdefault(row["layout_uid"], row["feature_space"])
     for layout in pc.unique(rows.column("layout_uid")).to_pylist():
         if layout not in space_of:
             continue
         part = rows.filter(pc.equal(rows.column("layout_uid"), layout)).sort_by("local_index")
-        registry = tables.read(catalogue.registry(space_of[layout]), ["uid", "global_index"])
+        registry = tables.read(catalog.registry(space_of[layout]), ["uid", "global_index"])
         at = pc.index_in(part.column("feature_uid"), value_set=registry.column("uid").combine_chunks())
         update = pa.table(
             {
@@ -87,7 +87,7 @@ def _fill_layouts(catalogue: Catalogue) -> None:
         layouts.merge_insert(["layout_uid", "local_index"]).when_matched_update_all().execute(update)
 
 
-def snapshot(catalogue: Catalogue) -> int:
+def snapshot(catalog: Catalog) -> int:
     """Record the present version of every table; returns the number of the snapshot.
 
     Raises
@@ -95,53 +95,53 @@ def snapshot(catalogue: Catalogue) -> int:
     AtlasError
         The atlas is not fit for reading; the message says what is missing.
     """
-    if problems := validate(catalogue):
+    if problems := validate(catalog):
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise AtlasError(f"no snapshot taken of the atlas at {catalogue.root}:\n{listed}")
-    names = catalogue.names
-    versions = catalogue.versions()
+        raise AtlasError(f"no snapshot taken of the atlas at {catalog.root}:\n{listed}")
+    names = catalog.names
+    versions = catalog.versions()
     taken = tables.read(versions, ["version"]).column("version").to_pylist()
-    obs = {name: catalogue.obs(name) for name in names.obs_tables}
+    obs = {name: catalog.obs(name) for name in names.obs_tables}
     record = AtlasVersion(
         version=max(taken, default=-1) + 1,
         obs_table_versions=json.dumps({name: table.version for name, table in obs.items()}),
         dataset_table_name=names.dataset_table,
-        dataset_table_version=catalogue.datasets().version,
+        dataset_table_version=catalog.datasets().version,
         registry_table_names=json.dumps(dict(names.registries)),
         registry_table_versions=json.dumps(
-            {space: catalogue.registry(space).version for space in names.registries}
+            {space: catalog.registry(space).version for space in names.registries}
         ),
-        feature_layouts_table_version=catalogue.layouts().version,
+        feature_layouts_table_version=catalog.layouts().version,
         total_rows=sum(table.count_rows() for table in obs.values()),
     )
     versions.add([record])
-    records = read_records(catalogue.root, version_table_name=names.version_table)
-    manifest.write(catalogue.root, next(r for r in records if r.version == record.version))
+    records = read_records(catalog.root, version_table_name=names.version_table)
+    manifest.write(catalog.root, next(r for r in records if r.version == record.version))
     return record.version
 
 
-def validate(catalogue: Catalogue) -> list[str]:
+def validate(catalog: Catalog) -> list[str]:
     """Reasons why the atlas cannot be read, as sentences; empty if there are none."""
     problems = []
-    for space, name in catalogue.names.registries.items():
-        problems += _check_registry(catalogue.registry(space), name)
+    for space, name in catalog.names.registries.items():
+        problems += _check_registry(catalog.registry(space), name)
     lengths: dict[tuple[str, str], int] = {}
-    layout_sizes = _layout_sizes(catalogue, problems)
-    for row in catalogue.dataset_rows():
+    layout_sizes = _layout_sizes(catalog, problems)
+    for row in catalog.dataset_rows():
         key = (row["zarr_group"], row["feature_space"])
         lengths[key] = -1
         if row["feature_space"] not in known_spaces():
             continue  # a space that is not registered in this process cannot be checked
         described = get_space(row["feature_space"])
-        problem, lengths[key] = _check_group(catalogue, row["zarr_group"], described)
+        problem, lengths[key] = _check_group(catalog, row["zarr_group"], described)
         problems += [f"group {row['zarr_group']!r}: {problem}"] if problem else []
         if described.has_features and row["layout_uid"] not in layout_sizes:
             problems.append(
                 f"group {row['zarr_group']!r}: its feature list {row['layout_uid']!r} is not stored"
             )
-    for name in catalogue.names.obs_tables:
-        for field_name, space_name in catalogue.pointer_spaces(name).items():
-            problems += _check_pointers(catalogue.obs(name), name, field_name, space_name, lengths)
+    for name in catalog.names.obs_tables:
+        for field_name, space_name in catalog.pointer_spaces(name).items():
+            problems += _check_pointers(catalog.obs(name), name, field_name, space_name, lengths)
     return problems
 
 
@@ -158,9 +158,9 @@ def _check_registry(registry: Table, name: str) -> list[str]:
     return problems
 
 
-def _layout_sizes(catalogue: Catalogue, problems: list[str]) -> dict[str, int]:
-    rows = tables.read(catalogue.layouts(), ["layout_uid", "local_index", "global_index"])
-    used = {row["layout_uid"] for row in catalogue.dataset_rows()}
+def _layout_sizes(catalog: Catalog, problems: list[str]) -> dict[str, int]:
+    rows = tables.read(catalog.layouts(), ["layout_uid", "local_index", "global_index"])
+    used = {row["layout_uid"] for row in catalog.dataset_rows()}
     sums = rows.group_by("layout_uid").aggregate(
         [
             ("local_index", "count"),
@@ -182,9 +182,9 @@ def _layout_sizes(catalogue: Catalogue, problems: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _check_group(catalogue: Catalogue, zarr_group: str, space: FeatureSpace) -> tuple[str, int]:
+def _check_group(catalog: Catalog, zarr_group: str, space: FeatureSpace) -> tuple[str, int]:
     """Faults of a group (empty if there are none), and the length of its arrays (-1 if unknown)."""
-    path = catalogue.group_path(zarr_group)
+    path = catalog.group_path(zarr_group)
     if not path.is_dir():
         return f"{path} does not exist", -1
     layers = find_layers(path, space)
@@ -198,7 +198,7 @@ def _check_group(catalogue: Catalogue, zarr_group: str, space: FeatureSpace) -> 
     shapes = {}
     for relative, dtypes in arrays.values():
         try:
-            within = "" if catalogue.allow_links else catalogue.store
+            within = "" if catalog.allow_links else catalog.store
             array = read_layout(path / relative, f"{zarr_group}/{relative}", within=within)
         except (OSError, HbxError) as error:
             return f"array {relative} cannot be opened: {error}", -1

@@ -16,7 +16,7 @@ from hbx_gpu.atlas._query.obs import scan
 from hbx_gpu.errors import HbxError
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot
     from hbx_gpu.atlas._upkeep.repack import RepackReport
 
 
@@ -60,11 +60,11 @@ class GroupSummary:
         return 8 * self.n_array_bytes / self.n_values if self.n_values else None
 
 
-def summarise_groups(snapshot: Snapshot) -> list[GroupSummary]:
+def summarize_groups(snapshot: Snapshot) -> list[GroupSummary]:
     """All groups of a snapshot, in the order in which they were added."""
     rows = snapshot.datasets().to_dict("records")
     cells = _cells_per_group(snapshot)
-    return [_summarise(snapshot, row, cells) for row in rows]
+    return [_summarize(snapshot, row, cells) for row in rows]
 
 
 def _cells_per_group(snapshot: Snapshot) -> dict[str, int]:
@@ -78,7 +78,7 @@ def _cells_per_group(snapshot: Snapshot) -> dict[str, int]:
     return counts
 
 
-def _summarise(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -> GroupSummary:
+def _summarize(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -> GroupSummary:
     name, space_name = row["zarr_group"], row["feature_space"]
     path = snapshot.group_path(name)
     layers: dict[str, str] = {}
@@ -129,10 +129,10 @@ def _size_of(folder: Path) -> int:
 
 def describe(snapshot: Snapshot) -> str:
     """A readable page about a snapshot: tables, datasets, feature spaces, obs columns."""
-    from hbx_gpu.atlas._catalogue.snapshot_records import list_versions
+    from hbx_gpu.atlas._catalog.snapshot_records import list_versions
 
     versions = list_versions(snapshot.path, version_table_name=snapshot.version_table_name)
-    groups = summarise_groups(snapshot)
+    groups = summarize_groups(snapshot)
     lines = [
         f"atlas      {snapshot.path}",
         f"snapshot   {snapshot.version}, taken {snapshot.record.created_at}",

@@ -21,7 +21,7 @@ from hbx_gpu.scdl._writing.concat import append_frames, append_neighbors
 from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery
     from hbx_gpu.dataloader import CellDataset
 
@@ -104,7 +104,7 @@ def atlas_to_archive(
         No cells.
     """
     from hbx_gpu._datasets.cells import CellDataset
-    from hbx_gpu.atlas._catalogue.snapshot import Snapshot
+    from hbx_gpu.atlas._catalog.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery
 
     check_target(target, overwrite=overwrite)

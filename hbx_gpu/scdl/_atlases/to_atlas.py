@@ -104,7 +104,7 @@ def archive_to_atlas(
         feature_id,
         strip_versions=strip_versions,
         require_shared=require_shared_genes,
-        known=known_features(atlas.catalogue, SPACE) if atlas is not None else None,
+        known=known_features(atlas.catalog, SPACE) if atlas is not None else None,
     )
     frames = [_var_frame(archive, b, axis) for b in range(len(blocks))]
     _warn_of_differences(archive, axis, frames)

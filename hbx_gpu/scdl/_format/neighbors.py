@@ -197,7 +197,7 @@ class NeighborTable:
         weights = self.weights[np.arange(len(row)) + (start - (stop - count))[row]].astype(np.float64)
         if not (fine := weights >= 0).all():
             raise InvalidDataError(
-                f"row {rows[row[~fine][0]]} has negative or missing neighbour weights, which cannot be "
+                f"row {rows[row[~fine][0]]} has negative or missing neighbor weights, which cannot be "
                 "probabilities; use neighbor_sampling_strategy='random'"
             )
         totals = np.bincount(row, weights, len(count))
@@ -214,7 +214,7 @@ class NeighborTable:
 
 def _damaged(row: int) -> NeighborsUnusableError:
     return NeighborsUnusableError(
-        f"the neighbours of row {row} lie outside of the archive: {', '.join(NEIGHBOR_FILES)} are damaged. "
+        f"the neighbors of row {row} lie outside of the archive: {', '.join(NEIGHBOR_FILES)} are damaged. "
         "Convert the source again with load_neighbors=True"
     )
 
@@ -234,9 +234,9 @@ def open_neighbors(path: Path, n_rows: int) -> NeighborTable | None:
     size = files[0].stat().st_size
     if size != (n_rows + 1) * NEIGHBOR_DTYPES[0].itemsize:
         raise NeighborsUnusableError(
-            f"{files[0]}: neighbours of {size / NEIGHBOR_DTYPES[0].itemsize - 1:.12g} rows, but the archive "
+            f"{files[0]}: neighbors of {size / NEIGHBOR_DTYPES[0].itemsize - 1:.12g} rows, but the archive "
             f"has {n_rows} (rows were appended, or the file is damaged): they cannot be used. Convert the "
-            "source again with load_neighbors=True, or remove the three neighbour files"
+            "source again with load_neighbors=True, or remove the three neighbor files"
         )
     indptr = np.memmap(files[0], NEIGHBOR_DTYPES[0], mode="r")
     n_links = int(indptr[-1])

@@ -108,11 +108,11 @@ class PairedDataset(Dataset[PairBatch]):
         self._first = np.array(first, np.int64)
         if first[-1] != len(groups):
             raise InvalidDataError(
-                f"the archives have {first[-1]} rows, the dataset {len(groups)}: neighbours need all of them"
+                f"the archives have {first[-1]} rows, the dataset {len(groups)}: neighbors need all of them"
             )
         if not any(table is not None for table in self._tables):
             raise InvalidDataError(
-                f"no neighbours are stored in {', '.join(map(str, self._archives))}; convert the source "
+                f"no neighbors are stored in {', '.join(map(str, self._archives))}; convert the source "
                 "again with load_neighbors=True and its neighbor_key"
             )
 
@@ -207,7 +207,7 @@ class PairedDataset(Dataset[PairBatch]):
         return self.cells.measured_masks(groups)
 
     def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
-        """See :meth:`CellDataset.with_columns`; columns of the cells, not of their neighbours."""
+        """See :meth:`CellDataset.with_columns`; columns of the cells, not of their neighbors."""
         return self._derived(cells=self.cells.with_columns(columns))
 
     def with_row_numbers(self) -> Self:
@@ -286,7 +286,7 @@ class PairFeed:
     def __init__(self, feed: AnyFeed, dataset: PairedDataset) -> None:
         if feed.one_batch_per_window:
             raise UnsupportedError(
-                "neighbours on a device need batches whose columns are all kept; use layout='dense', or all "
+                "neighbors on a device need batches whose columns are all kept; use layout='dense', or all "
                 "features"
             )
         _check_names(dataset.cells.columns)
@@ -326,6 +326,6 @@ class PairFeed:
 def _check_names(columns: Iterable[str]) -> None:
     if taken := sorted(set(columns) & set(KEYS)):
         raise ValueError(
-            f"metadata column {taken[0]!r} would be overwritten by what batches hold of the neighbours; "
+            f"metadata column {taken[0]!r} would be overwritten by what batches hold of the neighbors; "
             "leave it out of metadata_columns"
         )

@@ -225,5 +225,5 @@ def _neighbors(archive: Annotated) -> NeighborTable | None:
             table.check()
         return table
     except NeighborsUnusableError as error:
-        warnings.warn(f"Neighbours are left out: {error}", UserWarning, stacklevel=4)
+        warnings.warn(f"Neighbors are left out: {error}", UserWarning, stacklevel=4)
         return None

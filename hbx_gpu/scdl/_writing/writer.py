@@ -243,7 +243,7 @@ class ArchiveWriter:
     def _check(self) -> None:
         counts = {"var": self._var.n_rows, "obs": self._obs.n_rows}
         if self._neighbors is not None:
-            counts["neighbours"] = max(self._neighbors.n_rows, self.n_rows)
+            counts["neighbors"] = max(self._neighbors.n_rows, self.n_rows)
         # An archive without cell table is legal; one whose table is too short is not.
         wrong = {k: n for k, n in counts.items() if n != self.n_rows and not (k == "obs" and n == 0)}
         if wrong:
@@ -318,7 +318,7 @@ class _Neighbors(contextlib.AbstractContextManager["_Neighbors"]):
         self._skip_to(first_row)
         if len(indices) and int(indices.max()) > np.iinfo(np.uint32).max:
             raise InvalidDataError(
-                f"neighbour {int(indices.max())} needs more than the 32 bits that an archive has for it; "
+                f"neighbor {int(indices.max())} needs more than the 32 bits that an archive has for it; "
                 "split the data into several archives"
             )
         _write(self._indptr, np.asarray(indptr[1:]).astype(np.uint64) + np.uint64(self._n_links))
@@ -330,7 +330,7 @@ class _Neighbors(contextlib.AbstractContextManager["_Neighbors"]):
 
     def _skip_to(self, row: int) -> None:
         if row < self.n_rows:
-            raise ValueError(f"neighbours of row {row} come after those of row {self.n_rows - 1}")
+            raise ValueError(f"neighbors of row {row} come after those of row {self.n_rows - 1}")
         _write(self._indptr, np.full(row - self.n_rows, self._n_links, np.uint64))
         self.n_rows = row
 

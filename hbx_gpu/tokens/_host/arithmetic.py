@@ -43,8 +43,8 @@ def log1p(x):
 
 
 @jit
-def normalise(norm, x, total, known, kept, target):
-    """See :func:`hbx_gpu.tokens._arithmetic.normalise`."""
+def normalize(norm, x, total, known, kept, target):
+    """See :func:`hbx_gpu.tokens._arithmetic.normalize`."""
     if x == 0.0:
         return 0.0
     if norm == _F64_DIV:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._arithmetic import INV_LN10
 from hbx_gpu.tokens._draws import MAX_INDEX, Step
-from hbx_gpu.tokens._host.arithmetic import bend, log1p, normalise, rank_key
+from hbx_gpu.tokens._host.arithmetic import bend, log1p, normalize, rank_key
 from hbx_gpu.tokens._host.bins import assign, find_edges
 from hbx_gpu.tokens._host.draws import jit, keys, sums
 from hbx_gpu.tokens._host.hiding import hide_ids, hide_values
@@ -281,7 +281,7 @@ def _rank_keys(norm, scaled, amount, columns, scale, n, total, total_known, targ
             key[i] = ~key[i]
         return
     for i in range(n):
-        value = normalise(norm, amount[i], total, total_known, 0.0, target)
+        value = normalize(norm, amount[i], total, total_known, 0.0, target)
         if scaled:
             value = rank_key(norm, value, scale[columns[i]])
         key[i] = _ALL - np.float64(value).view(np.uint64)
@@ -300,7 +300,7 @@ def _values(whole, fraction, amount, n, total, total_known, kept_total, out):
             out[i] = x if x < most else most
         return
     for i in range(n):
-        value = normalise(norm, amount[i], total, total_known, kept_total, fraction[_TARGET])
+        value = normalize(norm, amount[i], total, total_known, kept_total, fraction[_TARGET])
         out[i] = bend(curve, value, clip)
 
 

@@ -61,14 +61,14 @@ HBX_KERNEL mixed_operations(u32* out) {
 HBX_KERNEL foreign_mask(u32* out) { out[threadIdx.x] = __shfl_sync(0x0000ffffu, threadIdx.x, 0); }
 
 // Only the first `n` numbers are written, all are read.
-HBX_KERNEL uninitialised_shared(const u32* in, u32* out, u32 n) {
+HBX_KERNEL uninitialized_shared(const u32* in, u32* out, u32 n) {
     __shared__ u32 tile[256];
     if (threadIdx.x < n) tile[threadIdx.x] = in[threadIdx.x];
     __syncthreads();
     out[threadIdx.x] = tile[255 - threadIdx.x];
 }
 
-HBX_KERNEL uninitialised_dynamic(u32* out) {
+HBX_KERNEL uninitialized_dynamic(u32* out) {
     HBX_DYN_SMEM(raw);
     out[threadIdx.x] = ((u32*)raw)[threadIdx.x];
 }

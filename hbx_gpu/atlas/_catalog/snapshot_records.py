@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hbx_gpu._paths import local_path
 from hbx_gpu._untrusted import parse_json
-from hbx_gpu.atlas._catalogue.guarded import open_guarded
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_store, plain_name
+from hbx_gpu.atlas._catalog.guarded import open_guarded
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store, plain_name
 from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from hbx_gpu._files import replace_folder, sync
-from hbx_gpu.atlas._catalogue.journal import Journal, RepackNote
-from hbx_gpu.atlas._catalogue.paths import STAGING, group_path, staging_path
+from hbx_gpu.atlas._catalog.journal import Journal, RepackNote
+from hbx_gpu.atlas._catalog.paths import STAGING, group_path, staging_path
 
 NEW = "group"
 OLD = "replaced"

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._files import sync
-from hbx_gpu.atlas._catalogue import swap, tables, unfinished
-from hbx_gpu.atlas._catalogue.journal import GroupNote, IngestNote, Journal
-from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, group_path, staging_path
+from hbx_gpu.atlas._catalog import swap, tables, unfinished
+from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote, Journal
+from hbx_gpu.atlas._catalog.names import Names
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, group_path, staging_path
 from hbx_gpu.atlas._model.schema import FEATURE_SPACE_KEY, Gene, default_registry, layout_uid, pointer_column
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._writing.arrays import make_group
@@ -28,7 +28,7 @@ from hbx_gpu.errors import AtlasError, UnknownNameError
 _SQL_BATCH = 1000
 
 
-class Catalogue:
+class Catalog:
     """Tables and groups of one atlas, opened for writing. Callers hold the write lock.
 
     Parameters

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from hbx_gpu._files import lock, sync, write_durably
 from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, own_folder, parse_json, read_small
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, plain_name
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, plain_name
 from hbx_gpu.errors import AtlasError, AtlasLockedError, UnsafePathError
 
 FOLDER = ".hbx_gpu"

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from hbx_gpu.atlas._catalogue import removal, tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.journal import IngestNote, WriteLock
-from hbx_gpu.atlas._catalogue.names import Names, only_table
-from hbx_gpu.atlas._catalogue.removal import remove_dataset
+from hbx_gpu.atlas._catalog import removal, tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.journal import IngestNote, WriteLock
+from hbx_gpu.atlas._catalog.names import Names, only_table
+from hbx_gpu.atlas._catalog.removal import remove_dataset
 from hbx_gpu.atlas._model.schema import (
     Cell,
     FeatureBaseSchema,
@@ -29,19 +29,19 @@ ObsSchemas = Mapping[str, type[HoxBaseSchema] | None]
 """Obs table -> its schema class, None for a table that takes its columns from the data."""
 
 
-def recover(catalogue: Catalogue) -> None:
+def recover(catalog: Catalog) -> None:
     """Undo or finish the work of killed writers; every step is safe to repeat."""
-    for note in catalogue.journal.notes():
-        finish_replacement(catalogue, note)
-    catalogue.recover()
-    removal.recover(catalogue)
+    for note in catalog.journal.notes():
+        finish_replacement(catalog, note)
+    catalog.recover()
+    removal.recover(catalog)
 
 
-def finish_replacement(catalogue: Catalogue, note: IngestNote) -> None:
+def finish_replacement(catalog: Catalog, note: IngestNote) -> None:
     """Remove the datasets that a new one replaces, if the new one is complete; safe to repeat."""
-    if note.replaces and catalogue.is_complete(note):
+    if note.replaces and catalog.is_complete(note):
         for uid in note.replaces:
-            remove_dataset(catalogue, uid)
+            remove_dataset(catalog, uid)
 
 
 def declared_schemas(
@@ -96,7 +96,7 @@ class WriteSession:
 
     Parameters
     ----------
-    catalogue
+    catalog
         Tables of the atlas.
     obs_schemas, registry_schemas
         Schema classes by obs table and by feature space; tables without a class take further columns from the
@@ -107,22 +107,22 @@ class WriteSession:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        catalog: Catalog,
         *,
         obs_schemas: ObsSchemas | None = None,
         registry_schemas: Mapping[str, type[FeatureBaseSchema]] | None = None,
         pointer_fields: Mapping[str, str] | None = None,
     ) -> None:
-        self.catalogue = catalogue
+        self.catalog = catalog
         self._obs_schemas = dict(obs_schemas or {})
         self._registry_schemas = dict(registry_schemas or {})
         self._without_class = Cell if pointer_fields is None else cells_class(pointer_fields)
-        self.lock = WriteLock(catalogue.root)
+        self.lock = WriteLock(catalog.root)
 
     @property
     def obs_tables(self) -> list[str]:
         """Names of the obs tables, sorted."""
-        return sorted(self.catalogue.names.obs_tables)
+        return sorted(self.catalog.names.obs_tables)
 
     def obs_schema(self, table: str) -> type[HoxBaseSchema] | None:
         """The class declared for an obs table, if any."""
@@ -133,7 +133,7 @@ class WriteSession:
         return self._registry_schemas.get(feature_space)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Catalogue]:
+    def writing(self) -> Iterator[Catalog]:
         """Hold the write lock; the remains of killed writers are cleaned up first.
 
         Raises
@@ -143,20 +143,20 @@ class WriteSession:
         """
         with self.lock.hold() as taken:
             if taken:
-                recover(self.catalogue)
-            yield self.catalogue
+                recover(self.catalog)
+            yield self.catalog
 
     @property
     def complete(self) -> bool:
         """Whether every table for which a class was declared exists."""
-        names = self.catalogue.names
+        names = self.catalog.names
         return set(self._obs_schemas) <= set(names.obs_tables) and set(self._registry_schemas) <= set(
             names.registries
         )
 
     def ensure_tables(self) -> None:
         """Create declared obs tables and registries that do not exist; the caller holds the write lock."""
-        root, names = self.catalogue.root, self.catalogue.names
+        root, names = self.catalog.root, self.catalog.names
         registries = dict(names.registries)
         for space, schema in self._registry_schemas.items():
             registries.setdefault(space, registry_table_name(schema))
@@ -172,7 +172,7 @@ class WriteSession:
         obs = tuple(sorted({*names.obs_tables, *self._obs_schemas}))
         changed = replace(names, obs_tables=obs, registries=registries)
         if changed != names:
-            self.catalogue.names = changed
+            self.catalog.names = changed
             changed.save(root)
 
     def check_schemas(self) -> None:
@@ -183,14 +183,14 @@ class WriteSession:
         AtlasError
             A class disagrees with its table.
         """
-        names = self.catalogue.names
+        names = self.catalog.names
         for table, declared in self._obs_schemas.items():
             if declared is not None and table in names.obs_tables:
-                check_schema(declared, self.catalogue.obs(table).schema, table)
+                check_schema(declared, self.catalog.obs(table).schema, table)
         for space, schema in self._registry_schemas.items():
             if space in names.registries:
                 name = names.registries[space]
-                check_schema(schema, self.catalogue.registry(space).schema, name)
+                check_schema(schema, self.catalog.registry(space).schema, name)
 
 
 class Writable(Protocol):

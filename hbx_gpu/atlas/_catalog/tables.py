@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
-from hbx_gpu.atlas._catalogue.guarded import guarded, lance_errors, open_guarded
+from hbx_gpu.atlas._catalog.guarded import guarded, lance_errors, open_guarded
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
 from hbx_gpu.errors import AtlasError

@@ -20,8 +20,8 @@ from typing import TypeAlias
 
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import Within, open_regular, own_folder, parse_json, read_small
-from hbx_gpu.atlas._catalogue.journal import FOLDER
-from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord
+from hbx_gpu.atlas._catalog.journal import FOLDER
+from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord
 from hbx_gpu.errors import AtlasError, TableError
 
 MOST_BYTES = 1 << 30

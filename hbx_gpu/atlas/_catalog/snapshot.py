@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbx_gpu._advice import option
-from hbx_gpu.atlas._catalogue import manifest
-from hbx_gpu.atlas._catalogue.guarded import lance_errors, open_guarded
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, check_database, group_path
-from hbx_gpu.atlas._catalogue.registry import Registry
-from hbx_gpu.atlas._catalogue.snapshot_records import (
+from hbx_gpu.atlas._catalog import manifest
+from hbx_gpu.atlas._catalog.guarded import lance_errors, open_guarded
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_database, group_path
+from hbx_gpu.atlas._catalog.registry import Registry
+from hbx_gpu.atlas._catalog.snapshot_records import (
     VERSION_TABLE,
     SnapshotRecord,
     atlas_root,

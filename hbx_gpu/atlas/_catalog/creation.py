@@ -9,11 +9,11 @@ from pathlib import Path
 
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import own_folder
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.catalogue import Catalogue
-from hbx_gpu.atlas._catalogue.journal import FOLDER
-from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import check_database
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.catalog import Catalog
+from hbx_gpu.atlas._catalog.journal import FOLDER
+from hbx_gpu.atlas._catalog.names import Names
+from hbx_gpu.atlas._catalog.paths import check_database
 
 # This file exists from before the first table is made until the names of all tables are written.
 _MARK = "making"
@@ -41,16 +41,16 @@ def making(root: Path) -> Iterator[None]:
     mark.unlink()
 
 
-def discard_empty(catalogue: Catalogue) -> None:
+def discard_empty(catalog: Catalog) -> None:
     """Remove an atlas to which nothing was added, and its folder if that holds nothing else.
 
     Callers hold the write lock.
     """
-    root = catalogue.root
-    stored = (catalogue.obs(name) for name in catalogue.names.obs_tables)
-    if catalogue.dataset_rows() or any(table.count_rows() for table in stored):
+    root = catalog.root
+    stored = (catalog.obs(name) for name in catalog.names.obs_tables)
+    if catalog.dataset_rows() or any(table.count_rows() for table in stored):
         return
-    if tables.read(catalogue.versions(), ["version"]).num_rows:
+    if tables.read(catalog.versions(), ["version"]).num_rows:
         return
     for folder in (root / "lance_db", root / "zarr_store"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hbx_gpu.atlas._catalogue.session import ObsSchemas
+from hbx_gpu.atlas._catalog.session import ObsSchemas
 from hbx_gpu.atlas._model.schema import DatasetSchema, FeatureBaseSchema, HoxBaseSchema
 
 RegistrySchemas = Mapping[str, type[FeatureBaseSchema]]

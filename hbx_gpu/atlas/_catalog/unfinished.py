@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.journal import IngestNote, Journal
-from hbx_gpu.atlas._catalogue.names import Names
-from hbx_gpu.atlas._catalogue.paths import LAYOUT_TABLE, group_path, plain_column
-from hbx_gpu.atlas._catalogue.snapshot_records import SnapshotRecord, read_records
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.journal import IngestNote, Journal
+from hbx_gpu.atlas._catalog.names import Names
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, group_path, plain_column
+from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord, read_records
 from hbx_gpu.atlas._model.schema import default_registry
 from hbx_gpu.atlas._model.spaces import known_spaces
 
@@ -31,7 +31,7 @@ class Written(Protocol):
         ...
 
 
-def check(catalogue: Written, note: IngestNote) -> None:
+def check(catalog: Written, note: IngestNote) -> None:
     """Refuse a note that names something unfinished work cannot have made. Nothing is changed.
 
     Raises
@@ -41,14 +41,14 @@ def check(catalogue: Written, note: IngestNote) -> None:
     UnsafePathError
         A name leads out of the store.
     """
-    if (reason := _fault(catalogue, note)) is not None:
-        raise catalogue.journal.refused(note, reason)
+    if (reason := _fault(catalog, note)) is not None:
+        raise catalog.journal.refused(note, reason)
 
 
-def _fault(catalogue: Written, note: IngestNote) -> str | None:
-    catalogue.staging(note.staging)
-    names = catalogue.names
-    records = read_records(catalogue.root, version_table_name=names.version_table)
+def _fault(catalog: Written, note: IngestNote) -> str | None:
+    catalog.staging(note.staging)
+    names = catalog.names
+    records = read_records(catalog.root, version_table_name=names.version_table)
     pinned = {table for record in records for table in record.pinned}
     kept = pinned | {*names.obs_tables, names.dataset_table, names.version_table, LAYOUT_TABLE}
     registries = {*names.registries.values()}
@@ -58,9 +58,9 @@ def _fault(catalogue: Written, note: IngestNote) -> str | None:
     for table in note.new_registries:
         if table in kept or table not in known:
             return f"table {table!r} was not made by an ingest that did not end"
-    listed = _groups_of_snapshots(catalogue, records) if note.groups else set()
+    listed = _groups_of_snapshots(catalog, records) if note.groups else set()
     for group in note.groups:
-        group_path(catalogue.store, group.zarr_group)  # what is removed is reached through no link
+        group_path(catalog.store, group.zarr_group)  # what is removed is reached through no link
         plain_column(group.field_name)
         if group.zarr_group in listed:
             return f"group {group.zarr_group!r} is part of a snapshot"
@@ -69,28 +69,28 @@ def _fault(catalogue: Written, note: IngestNote) -> str | None:
             continue
         if table not in kept | registries:
             return f"there is no table {table!r}"
-        opened = tables.open_table(catalogue.root, table)
+        opened = tables.open_table(catalog.root, table)
         for column in map(plain_column, columns):
-            if column in opened.schema.names and _is_used(catalogue, note, opened, column):
+            if column in opened.schema.names and _is_used(catalog, note, opened, column):
                 return f"column {column!r} of table {table!r} holds values"
     return None
 
 
-def _groups_of_snapshots(catalogue: Written, records: Sequence[SnapshotRecord]) -> set[str]:
+def _groups_of_snapshots(catalog: Written, records: Sequence[SnapshotRecord]) -> set[str]:
     """Names of all groups that the last snapshot lists; groups are never removed from it."""
     if not records:
         return set()
     name, version = records[-1].dataset_table
-    table = tables.open_table(catalogue.root, name)
+    table = tables.open_table(catalog.root, name)
     table.checkout(version)
     return set(tables.read(table, ["zarr_group"]).column("zarr_group").to_pylist())
 
 
-def _is_used(catalogue: Written, note: IngestNote, table: Table, column: str) -> bool:
+def _is_used(catalog: Written, note: IngestNote, table: Table, column: str) -> bool:
     """Whether rows that this ingest did not add have a value in a column."""
     where = f"`{column}` IS NOT NULL"
     if "dataset_uid" in table.schema.names:
         where += f" AND dataset_uid != {tables.quoted(note.dataset_uid)}"
-    elif table.name in catalogue.names.registries.values():
+    elif table.name in catalog.names.registries.values():
         where += " AND global_index IS NOT NULL"
     return table.count_rows(where) > 0

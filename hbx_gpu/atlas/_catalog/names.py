@@ -12,9 +12,9 @@ from typing import Any
 from hbx_gpu._advice import option
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import parse_json, read_small
-from hbx_gpu.atlas._catalogue import tables
-from hbx_gpu.atlas._catalogue.paths import check_database, plain_name
-from hbx_gpu.atlas._catalogue.snapshot_records import VERSION_TABLE, read_records
+from hbx_gpu.atlas._catalog import tables
+from hbx_gpu.atlas._catalog.paths import check_database, plain_name
+from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE, read_records
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, codec_names
 from hbx_gpu.errors import AtlasError
 
