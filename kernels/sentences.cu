@@ -44,7 +44,7 @@ HBX_DEVICE void hbx_draw_weighted(const HbxRow& row, u32 samples, u64* sums, u32
 }
 
 // turn[c] = when chromosome c comes, of those that were drawn; returns how many those are. `turn` and `order` have
-// n_codes entries.
+// n_codes entries. The caller puts a barrier before it reads them.
 HBX_DEVICE u32 hbx_turns(const HbxRecipe& recipe, const HbxRow& row, const u32* times, u32* turn, u32* order,
                          const HbxWork& work, HbxTeam* team) {
     for (u32 c = threadIdx.x; c < recipe.n_codes; c += blockDim.x) turn[c] = 0;
@@ -67,7 +67,6 @@ HBX_DEVICE u32 hbx_turns(const HbxRecipe& recipe, const HbxRow& row, const u32* 
     }
     hbx_smallest(key, present, present, &work.space, work.item, team);
     for (u32 k = threadIdx.x; k < present; k += blockDim.x) turn[order[work.item[k]]] = k;
-    __syncthreads();
     return present;
 }
 
@@ -129,8 +128,8 @@ HBX_KERNEL __launch_bounds__(256, 2) token_weighted(const HbxRecipe* recipes, co
         HbxRow row = hbx_row(rows, r);
         if (!hbx_has_work(recipe, rows)) row.n = 0;  // which token_genes has told
         u32 length = hbx_sentence(recipe, row, work, rows.drafts + r * most, most, &team);
+        // The first sum of the next row is a barrier before anything is written that this row reads.
         if (threadIdx.x == 0) rows.lengths[r] = (i32)length;
-        __syncthreads();
     }
 }
 

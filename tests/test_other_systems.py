@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HIDE = """
 import ctypes, importlib, mmap, os, pathlib, pkgutil, subprocess, sys
 for name in ("numpy", "scipy.sparse", "pandas", "pyarrow", "h5py", "zarr", "anndata.io", "lancedb", "numba",
-             "multiprocessing.connection", "torch.multiprocessing", "torch.utils.data", "nvidia.dali"):
+             "multiprocessing.connection", "torch.multiprocessing", "torch.utils.data", "nvidia.dali",
+             "lightning.pytorch", "accelerate", "scvi"):
     try:
         importlib.import_module(name)
     except ImportError:
@@ -38,8 +39,11 @@ for module in pkgutil.walk_packages(hbx_gpu.__path__, "hbx_gpu."):
     if not module.name.endswith("__main__"):
         try:
             importlib.import_module(module.name)
-        except ModuleNotFoundError as error:  # an optional package; never one of ours, never a hidden one
-            assert error.name.partition(".")[0] in ("torch", "nvidia", "matplotlib", "cupy"), error
+        except ImportError as error:  # an optional package; never one of ours, never a hidden one
+            missing = error.__cause__ if module.name.startswith("hbx_gpu.integrations.") else error
+            assert isinstance(missing, ModuleNotFoundError), missing
+            optional = ("torch", "nvidia", "matplotlib", "cupy", "lightning", "accelerate", "scvi")
+            assert missing.name.partition(".")[0] in optional, missing
 """
 
 USE = """

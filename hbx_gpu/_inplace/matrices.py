@@ -67,15 +67,24 @@ class Places:
                 row_of[at : at + part.n_cells] = np.arange(part.n_cells)
                 parts.append(part)
                 at += part.n_cells
-        if not absent:
-            selected = selected[part_of[selected] >= 0]
-        return cls(parts, part_of[selected], row_of[selected], selected)
+        if len(selected) < table.n_cells:
+            part_of, row_of = part_of[selected], row_of[selected]
+        if not absent and len(part_of) and part_of.min() < 0:
+            there = part_of >= 0
+            part_of, row_of, selected = part_of[there], row_of[there], selected[there]
+        return cls(parts, part_of, row_of, selected)
 
     def row_index(self, pointers: Sequence[np.ndarray]) -> RowIndex:
         """The rows as extents of elements, given int64 row pointers (n_cells + 1,) of each part."""
         start, length = np.zeros(len(self.row), np.int64), np.zeros(len(self.row), np.int32)
         for number, bounds in enumerate(pointers):
             mine = np.flatnonzero(self.part == number)
+            if len(mine) and len(mine) == len(bounds) - 1 == mine[-1] - mine[0] + 1:
+                here = slice(int(mine[0]), int(mine[-1]) + 1)
+                if (self.row[here] == np.arange(len(mine))).all():  # the usual case, without fancy indexing
+                    start[here] = bounds[:-1]
+                    np.subtract(bounds[1:], bounds[:-1], out=length[here], casting="same_kind")
+                    continue
             rows = self.row[mine]
             start[mine] = bounds[rows]
             length[mine] = bounds[rows + 1] - bounds[rows]

@@ -21,7 +21,7 @@ from tests.emulation.build import compiler_library, outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BARRIER = re.compile(r"\b__sync(?:threads|warp)\(\w*\);")
-# What meets every barrier of a file; the tests of all of them for a header.
+# Arguments of pytest for what meets every barrier of a file; for a header, the tests of all its users.
 TESTS = {
     "bitpacking.cu": ["test_bitpacking.py"],
     "compact.cu": ["test_compact.py"],
@@ -29,7 +29,7 @@ TESTS = {
     "rowpack_csr.cu": ["test_rowpack_csr.py"],
     "rowpack_dense.cu": ["test_rowpack_dense.py"],
     "rowpack.cuh": ["test_rowpack_csr.py", "test_rowpack_dense.py"],
-    "sentences.cu": ["test_tokens.py"],
+    "sentences.cu": ["test_tokens.py", "-k", "uce or state or gpt or same"],
     "smallest.cuh": ["test_tokens.py"],
     "sort_rows.cu": ["test_sort_rows.py"],
     "tokens.cu": ["test_tokens.py"],
@@ -103,12 +103,16 @@ def _watched(arguments: Sequence[str]) -> tuple[int, str]:
 
 def _inside(names: Sequence[str]) -> None:
     """In the watched process: one fork per barrier, since a race ends the process that has it."""
-    import hypothesis  # noqa: F401 - imported once for all forks
+    import hypothesis  # noqa: F401 - imported once for all forks, as the next two
     import pytest
+    import torch  # noqa: F401
+
+    import tests.tokens.recipes
 
     files = {str(barrier): TESTS[barrier.file] for barrier in barriers()}
     for name in names:
-        tests = [str(ROOT / "tests" / "kernels" / file) for file in files[name]]
+        folder = ROOT / "tests" / "kernels"
+        tests = [str(folder / part) if part.startswith("test_") else part for part in files[name]]
         child = os.fork()
         if child == 0:
             os.environ["HBX_EMULATED_WITHOUT"] = name

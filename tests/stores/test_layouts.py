@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import zarr
 
 import hbx_gpu
 from hbx_gpu._inplace.cells import Cells
-from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsafePathError
+from hbx_gpu.errors import CorruptChunkError, InvalidDataError, UnknownNameError, UnsafePathError
 from tests.stores.small import as_dense, put, rows_of, small, written
 
 
@@ -329,22 +328,28 @@ def test_filters_of_hdf5plugin(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(rows_of(tmp_path / "a.h5ad"), data.X.toarray())
 
 
-def test_ten_million_cells_open_at_once(tmp_path: Path) -> None:
-    """Row pointers are read, and nothing else; the bound is loose, because machines are shared."""
-    n = 10_000_000
+def test_ten_million_cells_open_without_a_look_at_their_values(tmp_path: Path) -> None:
+    """Row pointers are read, and nothing else: chunks that nobody can decode are found when rows are read.
+
+    Seconds would measure the machine, which may take ten times as long to touch memory as another.
+    """
+    n, chunk = 10_000_000, 1 << 20
     small(1, 3).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "a") as file:
         del file["X/indptr"], file["X/data"], file["X/indices"], file["obs"]
         file["X"].attrs["shape"] = [n, 3]
         file["X/indptr"] = np.arange(n + 1, dtype=np.int64)
         for name, dtype in (("data", "f4"), ("indices", "i4")):
-            file.create_dataset(f"X/{name}", shape=(n,), dtype=dtype, chunks=(1 << 20,), compression="gzip")
+            array = file.create_dataset(
+                f"X/{name}", shape=(n,), dtype=dtype, chunks=(chunk,), compression="gzip"
+            )
+            for first in range(0, n, chunk):
+                array.id.write_direct_chunk((first,), b"no gzip")
         obs = file.create_group("obs")
         obs.attrs.update({"_index": "_index", "encoding-type": "dataframe", "encoding-version": "0.2.0"})
         obs.attrs["column-order"] = np.zeros(0, dtype=h5py.string_dtype())
-        obs.create_dataset("_index", shape=(n,), dtype="S8", chunks=(1 << 20,), compression="gzip")
-    before = time.process_time()
+        obs.create_dataset("_index", shape=(n,), dtype="S8", chunks=(chunk,), compression="gzip")
     dataset: Any = hbx_gpu.open(tmp_path / "a.h5ad").to_cell_dataset()
-    assert time.process_time() - before < 3
     assert len(dataset) == n
-    assert dataset[[n - 1]].indices.tolist() == [0]
+    with pytest.raises(CorruptChunkError):
+        dataset[[n - 1]]

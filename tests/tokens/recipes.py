@@ -53,6 +53,8 @@ RECIPES: dict[str, tokens.Recipe] = {
         {gene: i * 13 % 50 for i, gene in enumerate(GENES)}, samples=40, length=60,
     ),
     "state": tokens.state_se(VOCABULARY, length=24, tasks=(7, 6, 5)),
+    # More genes to predict than a row has: both draws are with replacement.
+    "state tasks": tokens.state_se(VOCABULARY, length=90, tasks=(10, 110, 5)),
     "state log": tokens.state_se(
         VOCABULARY, values="log1p", length=150, tasks=(70, 90, 5), reference_unexpressed=True, n_ids=300
     ),
