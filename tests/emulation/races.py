@@ -107,16 +107,16 @@ def _inside(names: Sequence[str]) -> None:
     import pytest
     import torch  # noqa: F401
 
-    import tests.tokens.recipes
+    import tests.tokens.recipes  # noqa: F401
 
     files = {str(barrier): TESTS[barrier.file] for barrier in barriers()}
     for name in names:
         folder = ROOT / "tests" / "kernels"
-        tests = [str(folder / part) if part.startswith("test_") else part for part in files[name]]
+        asked = [str(folder / part) if part.startswith("test_") else part for part in files[name]]
         child = os.fork()
         if child == 0:
             os.environ["HBX_EMULATED_WITHOUT"] = name
-            os._exit(int(pytest.main([*_PYTEST, *tests])))
+            os._exit(int(pytest.main([*_PYTEST, *asked])))
         _, status = os.waitpid(child, 0)
         race = os.waitstatus_to_exitcode(status) == _RACE
         print(f"\nbarrier {name} {'reported' if race else 'missed'}", flush=True)
