@@ -53,8 +53,7 @@ HBX_DEVICE u32 hbx_in_order(u32* genes, double* counts, u32 n, const HbxWork& wo
     hbx_smallest(key, n, n, &work.space, work.item, team);
     u64* saved = work.space.a;
     for (u32 k = threadIdx.x; k < n; k += blockDim.x) saved[k] = hbx_bits64(counts[k]);
-    __syncthreads();
-    u32 found = 0;
+    u32 found = 0;  // counting the first genes is a barrier before anything saved is read
     for (u32 first = 0; first < n; first += blockDim.x) {
         u32 k = first + threadIdx.x, total;
         bool starts = k < n && (k == 0 || key[work.item[k]] != key[work.item[k - 1u]]);
@@ -559,6 +558,6 @@ HBX_KERNEL __launch_bounds__(256, 2) token_sequences(const HbxRecipe* recipes, c
         if (mask == 2 || mask == 3) {
             hbx_mask_row(recipe, rows, row, genes.n, work, (u64)out, (u32)width, &team);
         }
-        __syncthreads();
+        __syncthreads();  // spare: on every path today, choosing the next row's genes begins with another
     }
 }

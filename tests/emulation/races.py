@@ -55,11 +55,11 @@ class Barrier:
 
 
 def barriers() -> Iterator[Barrier]:
-    """Yield all barriers of all kernels."""
+    """Yield all barriers of all kernels, but for those whose comment says that they are spare."""
     for path in sorted(sources.kernels_folder().iterdir()):
         if path.suffix in (".cu", ".cuh"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                if BARRIER.search(line):
+                if BARRIER.search(line) and "// spare: " not in line:
                     yield Barrier(path.name, number)
 
 

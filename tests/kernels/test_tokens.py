@@ -61,6 +61,14 @@ def test_tokens_are_those_of_the_reference(name: str, order: str, shared_keys: i
         compare(batch, COMPILED[name], engine, **options)
 
 
+@pytest.mark.parametrize(
+    "name", ["expressed", "expressed value", "foundation", "bins all", "split", "uce", "state", "gpt"]
+)
+def test_a_block_takes_row_after_row(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceTokens, "_grid", lambda *_: 2)
+    compare(odd_rows(5, small=name in SMALL), COMPILED[name], Emulated(order))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int64", "float16", "float32", "float64"])
 def test_counts_of_any_dtype(dtype: str) -> None:
     batch = odd_rows(3, small=True)
