@@ -288,7 +288,8 @@ def test_refused_files(tmp_path: Path) -> None:
         add("tiles", ImageInput(tmp_path, table))
     gone = {"cell_id": ["a"], "file": ["7.png"]}
     for name in ("tiles", "encoded"):
-        with pytest.raises(FileNotFoundError, match=r"1 image file.s. cannot be read, .*7.png .it is miss"):
+        missing = r"1 image file\(s\) cannot be read, first: \['.*7\.png \(it is missing\)'\]"
+        with pytest.raises(FileNotFoundError, match=missing):
             add(name, ImageInput(tmp_path, gone))
     (tmp_path / "empty").touch()
     with pytest.raises(InvalidDataError, match=r"1 image file\(s\) are empty"):

@@ -94,6 +94,16 @@ def test_every_damaged_chunk_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all("csr/indices" in line for line in lines)
 
 
+def test_a_checksum_after_a_general_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    atlas = make_atlas(tmp_path / "a", "zstd")
+    flip(chunk_file(atlas, "layers/counts"), 40)
+    assert verify(atlas) == 1
+    out = capsys.readouterr().out
+    assert "CRC32C is" in out
+    assert "1 whole, 1 damaged" in out
+    assert verify(atlas, "--fast") == 0
+
+
 @pytest.mark.parametrize("form", ["h5ad", "zarr", "archive"])
 def test_stores_without_checksums_are_decoded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
