@@ -76,6 +76,10 @@ class RemotePathError(AtlasError, ValueError):
     """An address of an object store, where only local paths are supported."""
 
 
+class RemoteError(HbxError, OSError):
+    """Object storage does not answer, or refuses; names the address, never credentials."""
+
+
 class UnknownNameError(AtlasError, ValueError, KeyError):
     """A layer, feature space, column, table or feature does not exist; the message lists those that do."""
 

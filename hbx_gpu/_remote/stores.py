@@ -1,0 +1,242 @@
+"""Requests to object storage through obstore: sizes, names, bytes. Every one of them has a time limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+from hbx_gpu._remote.options import options_of
+from hbx_gpu._remote.places import Place
+from hbx_gpu.errors import RemoteError, RemotePathError, UnsupportedError
+
+if TYPE_CHECKING:
+    from obstore import Bytes, GetOptions, ObjectMeta
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+# obstore takes these apart from the configuration of a store.
+_CLIENT = frozenset(
+    {
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_content_type",
+        "default_headers",
+        "http1_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "http2_only",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_url",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "root_certificate",
+        "randomize_addresses",
+        "read_timeout",
+        "timeout",
+        "user_agent",
+    }
+)
+_stores: dict[tuple[int, str, tuple[tuple[str, str], ...]], ObjectStore] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says about an object.
+
+    Attributes
+    ----------
+    nbytes
+        Its size.
+    version
+        Its ETag; where the server gives none, the time of its last change. It differs for another content.
+    """
+
+    nbytes: int
+    version: str
+
+
+def store_of(place: Place) -> ObjectStore:
+    """The obstore store of the bucket or server of a place, with its options; `Place.key` is a path in it.
+
+    Raises
+    ------
+    UnsupportedError
+        obstore is not installed.
+    RemotePathError
+        An option is unknown to the store.
+    """
+    options = options_of(place.url)
+    key = (os.getpid(), place.root, tuple(sorted(options.items())))
+    with _lock:
+        if key not in _stores:
+            _stores[key] = _make(place, options)
+        return _stores[key]
+
+
+def _make(place: Place, options: Mapping[str, str]) -> ObjectStore:
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{place.root} is object storage, which needs obstore: pip install 'hbx_gpu[cloud]'"
+        ) from error
+    client: ClientConfig = {"connect_timeout": "5s", "timeout": "60s", "pool_max_idle_per_host": "128"}
+    client.update({k: v for k, v in options.items() if k in _CLIENT})  # type: ignore[typeddict-item]
+    config = {k: v for k, v in options.items() if k not in _CLIENT}
+    retry: RetryConfig = {
+        "max_retries": 4,
+        "retry_timeout": timedelta(seconds=60),
+        "backoff": {
+            "init_backoff": timedelta(milliseconds=50),
+            "max_backoff": timedelta(seconds=4),
+            "base": 2,
+        },
+    }
+    from obstore.exceptions import BaseError
+
+    try:
+        if place.lists:
+            return from_url(
+                place.root,
+                config=config or None,  # type: ignore[arg-type] # its keys are checked by obstore
+                client_options=client,
+                retry_config=retry,
+            )
+        return from_url(place.root, client_options=client, retry_config=retry)
+    except (BaseError, ValueError, TypeError) as error:
+        # The text of the error may repeat a value, so only names are told.
+        raise RemotePathError(
+            f"{place.root} cannot be opened with the storage options {sorted(options)}: "
+            f"{type(error).__name__}; the names are those of obstore, such as endpoint, access_key_id, "
+            "secret_access_key, region, allow_http"
+        ) from None
+
+
+def info_of(meta: ObjectMeta) -> ObjectInfo:
+    """Size and version from the answer of a store."""
+    version = meta.get("e_tag") or meta["last_modified"].isoformat()
+    return ObjectInfo(int(meta["size"]), version)
+
+
+def head(place: Place) -> ObjectInfo | None:
+    """Size and version of an object, None if there is none."""
+    import obstore
+
+    try:
+        return info_of(obstore.head(store_of(place), place.key))
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        fail(place, error)
+
+
+def get(place: Place, options: GetOptions | None = None) -> tuple[Bytes, ObjectInfo]:
+    """An object, or the part of it that the options of obstore name, and what the store says about it.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such object.
+    RemoteError
+        The store does not answer, or refuses.
+    """
+    import obstore
+
+    try:
+        found = obstore.get(store_of(place), place.key, options=options)
+        return found.bytes(), info_of(found.meta)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no object {place}") from None
+    except Exception as error:
+        fail(place, error)
+
+
+def read_bytes(place: Place) -> bytes:
+    """An object as a whole; raises as :func:`get`."""
+    return bytes(get(place)[0])
+
+
+def names(place: Place) -> tuple[list[str], list[str]]:
+    """Names of the objects and of the folders directly below a place, each sorted.
+
+    Raises
+    ------
+    UnsupportedError
+        The server cannot list.
+    RemoteError
+        It does not answer, or refuses.
+    """
+    import obstore
+
+    _check_lists(place)
+    prefix = f"{place.key}/" if place.key else ""
+    try:
+        found = obstore.list_with_delimiter(store_of(place), prefix or None)
+    except Exception as error:
+        fail(place, error)
+    objects = [meta["path"].removeprefix(prefix) for meta in found["objects"]]
+    folders = [path.rstrip("/").removeprefix(prefix) for path in found["common_prefixes"]]
+    return sorted(filter(None, objects)), sorted(filter(None, folders))
+
+
+def walk(place: Place) -> Iterator[tuple[str, ObjectInfo]]:
+    """All objects below a place: path relative to it, size and version. Raises as :func:`names`."""
+    import obstore
+
+    _check_lists(place)
+    prefix = f"{place.key}/" if place.key else ""
+    try:
+        for page in obstore.list(store_of(place), prefix or None):
+            for meta in page:
+                yield meta["path"].removeprefix(prefix), info_of(meta)
+    except Exception as error:
+        fail(place, error)
+
+
+def _check_lists(place: Place) -> None:
+    if not place.lists:
+        raise UnsupportedError(
+            f"{place} is on a plain HTTP server, which cannot list what it holds; what has to be found by "
+            "listing, such as the tables of an atlas, needs an address of s3, gs or az"
+        )
+
+
+def fail(place: Place, error: Exception) -> NoReturn:
+    """Raise an error of ours for one of obstore's, without what may hold credentials."""
+    raise RemoteError(f"{place}: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of obstore means, in words. Its own text may hold headers or signed addresses."""
+    from obstore import exceptions as known
+
+    if isinstance(error, RemoteError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "there is no such object"
+    if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError):
+        return (
+            "the store refuses access; check the storage options access_key_id and secret_access_key, or "
+            "those of the environment"
+        )
+    if isinstance(error, known.PreconditionError):
+        return "the object was replaced after it was opened"
+    text = str(error)
+    for sign, meaning in (
+        ("timed out", "the store did not answer in time"),
+        ("TimedOut", "the store did not answer in time"),
+        ("Connect", "no connection to the store; check the address and the option endpoint"),
+        ("429", "the store asks for fewer requests (429)"),
+        ("503", "the store is overloaded (503)"),
+        ("status: 5", "the store failed (a 5xx status)"),
+    ):
+        if sign in text:
+            return meaning
+    return f"the request failed ({type(error).__name__})"

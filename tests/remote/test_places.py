@@ -1,0 +1,78 @@
+"""Addresses and their options: read as they are written, and never shown with credentials."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hbx_gpu._remote import options
+from hbx_gpu._remote.places import Place, is_remote, parse
+from hbx_gpu._remote.stores import store_of
+from hbx_gpu.errors import RemotePathError
+from tests.emulation.build import outer_environment
+
+SECRET = "wJalrXUtnFEMI"
+
+
+def test_an_address_is_used_like_a_path() -> None:
+    place = parse("s3://bucket/a//b/")
+    assert isinstance(place, Place)
+    assert (place.url, place.root, place.key, place.name) == ("s3://bucket/a/b", "s3://bucket", "a/b", "b")
+    assert str(place / "c" / "zarr.json") == "s3://bucket/a/b/c/zarr.json"
+    assert place.parent.parent == Place("s3://bucket") == place.parent.parent.parent
+    assert place.lists
+    assert not Place("https://host/x").lists
+
+
+def test_an_address_that_went_through_a_path_is_the_same() -> None:
+    assert parse(Path("s3://bucket/a")) == Place("s3://bucket/a")
+
+
+def test_local_paths_stay_local(tmp_path: Path) -> None:
+    assert parse(tmp_path) == tmp_path
+    assert parse(f"file://{tmp_path}") == tmp_path
+    assert not is_remote("C:/x")
+    assert not is_remote(f"file://{tmp_path}")
+
+
+@pytest.mark.parametrize("text", ["ftp://host/x", "s3:///x", "s3://b/../c"])
+def test_other_addresses_are_refused(text: str) -> None:
+    with pytest.raises(RemotePathError):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", [f"https://user:{SECRET}@host/x", f"https://host/x?sig={SECRET}"])
+def test_credentials_in_an_address_are_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(RemotePathError) as caught:
+        parse(text)
+    assert SECRET not in str(caught.value)
+
+
+def test_options_are_found_below_their_address_and_never_shown() -> None:
+    place = parse("s3://seen/a", {"secret_access_key": SECRET, "region": "r"})
+    assert options.options_of("s3://seen/a/b/c")["region"] == "r"
+    assert options.options_of("s3://seen/ab") == {}
+    assert SECRET not in repr(place)
+    assert SECRET.encode() not in pickle.dumps(place)
+
+
+def test_an_unknown_option_is_named_without_its_value() -> None:
+    place = parse("s3://seen/unknown", {"secret_acess_key": SECRET})
+    assert isinstance(place, Place)
+    with pytest.raises(RemotePathError, match="secret_acess_key") as caught:
+        store_of(place)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_process_that_is_started_finds_the_options() -> None:
+    parse("s3://seen/child", {"region": "of-the-parent"})
+    code = "from hbx_gpu._remote.options import options_of; print(options_of('s3://seen/child/x')['region'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=outer_environment(), capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert found.stdout.strip() == "of-the-parent"
