@@ -40,27 +40,38 @@ from hbx_gpu.tokens._recipes import (
 from hbx_gpu.tokens._sampled import GeneSentence, PromptQuery, WeightedSentence
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
-def nested(batch: Mapping[str, Tensor], name: str = "input_ids") -> Tensor:
+def nested(batch: Mapping[str, Tensor | np.ndarray], name: str = "input_ids") -> Tensor:
     """One output of a packed batch as a nested tensor of torch (jagged layout), without a copy.
 
     Parameters
     ----------
     batch
-        From a loader with ``padding="packed"``: tensors, ``cu_seqlens`` among them.
+        From a loader, or from :func:`encode`, with ``padding="packed"``: ``cu_seqlens`` is among its entries.
     name
-        Which output.
+        Which output, by the name that it has in `batch`.
 
     Returns
     -------
     torch.Tensor
         (n_rows, j), with rows of their own lengths.
+
+    Raises
+    ------
+    ValueError
+        The batch is padded, or has no entry `name`.
     """
     import torch
 
-    return torch.nested.nested_tensor_from_jagged(batch[name], batch["cu_seqlens"].to(torch.int64))
+    if "cu_seqlens" not in batch:
+        raise ValueError('nested tensors are made of packed batches: ask for padding="packed"')
+    if name not in batch:
+        raise ValueError(f"the batch has no {name!r}; it has {', '.join(sorted(batch))}")
+    bounds = torch.as_tensor(batch["cu_seqlens"])
+    return torch.nested.nested_tensor_from_jagged(torch.as_tensor(batch[name]), bounds.to(torch.int64))
 
 
 __all__ = [

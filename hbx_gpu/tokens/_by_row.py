@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hbx_gpu.tokens._cells import Cells, Options
@@ -25,6 +27,8 @@ PADDED = (*FLOATS, *_BOOLS, *_IDS)
 def reference(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
     """See :class:`hbx_gpu.tokens._cells.Engine`."""
     program, tables = compiled.program, compiled.tables
+    if not len(cells):
+        return _of_no_cells(compiled, cells, options)
     rows = [_row(compiled, cells, i) for i in range(len(cells))]
     drawn = [Draws(cells.seed, cells.epoch, int(number)) for number in cells.numbers]
     if isinstance(program, Sequence):
@@ -44,6 +48,15 @@ def reference(compiled: Compiled, cells: Cells, options: Options) -> dict[str, n
         ]
     lengths = np.array([len(row["input_ids"]) for row in made], np.int32)
     return padded(program, made, options, options.width(lengths, program.length), {})
+
+
+def _of_no_cells(compiled: Compiled, cells: Cells, options: Options) -> dict[str, np.ndarray]:
+    """The arrays of a batch without rows: those of a cell without genes, and none of it."""
+    one = replace(
+        cells, offsets=np.zeros(2, np.int64), numbers=np.zeros(1, np.int64),
+        front=np.zeros((1, cells.front.shape[1]), np.int64),
+    )  # fmt: skip
+    return {name: array[:0] for name, array in reference(compiled, one, options).items()}
 
 
 def _sequences(

@@ -106,7 +106,13 @@ class Compiled:
 def renamed(compiled: Compiled, made: Mapping[str, T]) -> dict[str, T]:
     """Outputs by the names that the model has for them."""
     names = compiled.recipe.names
-    return {names.get(name, name): output for name, output in made.items()}
+    found = {names.get(name, name): output for name, output in made.items()}
+    if len(found) < len(made):
+        raise ValueError(
+            f"names={dict(names)!r} gives an output the name of another, of {', '.join(made)}; "
+            "give each a name of its own"
+        )
+    return found
 
 
 def fingerprint_of(feature_uids: Sequence[str] | np.ndarray) -> str:

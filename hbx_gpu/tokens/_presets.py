@@ -34,7 +34,7 @@ def geneformer_v2(
     **options
         Fields of :class:`RankValue`.
     """
-    return RankValue(vocabulary, medians=medians, mlm=mlm, **options)
+    return RankValue.geneformer_v2(vocabulary, medians, mlm=mlm, **options)
 
 
 def geneformer_v1(
@@ -44,8 +44,7 @@ def geneformer_v1(
 
     Parameters as for :func:`geneformer_v2`.
     """
-    chosen = {"length": 2048, "cls": None, "eos": None}
-    return RankValue(vocabulary, medians=medians, mlm=mlm, **{**chosen, **options})
+    return RankValue.geneformer_v1(vocabulary, medians, mlm=mlm, **options)
 
 
 def bionemo_geneformer(

@@ -24,6 +24,34 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+OUTPUTS = frozenset(
+    (
+        "input_ids", "attention_mask", "lengths", "values", "counts", "labels", "mask", "masked_values",
+        "gen_ids", "gen_values", "gen_lengths", "task_ids", "task_values", "totals", "query_mask",
+        "prompt_mask", "total_counts", "label_weights", "metadata_ids", "metadata_labels", "metadata_mask",
+        "cu_seqlens", "max_seqlen",
+    )
+)  # fmt: skip
+"""What recipes may make, by our names."""
+
+
+def _check_names(names: Mapping[str, str], aux: Mapping[str, object]) -> None:
+    """Refuse names that rename nothing, or that give two outputs one name."""
+    known = OUTPUTS | set(aux)
+    if unknown := sorted(set(names) - known):
+        raise ValueError(
+            f"names: there is no output {unknown[0]!r} to rename; outputs are {', '.join(sorted(known))}"
+        )
+    owner: dict[str, str] = {}
+    for name in sorted({*names, "input_ids", "attention_mask", "lengths"}):  # the others are not always there
+        other = owner.setdefault(names.get(name, name), name)
+        if other != name:
+            raise ValueError(
+                f"names: {other!r} and {name!r} would both be called {names.get(name, name)!r}; give each "
+                "output a name of its own"
+            )
+
+
 def _probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a probability, in 0 .. 1, got {value}")
@@ -187,6 +215,7 @@ class Recipe:
             mapping = read_table(self.mapping, "the mapping of renamed genes")
             _set(self, mapping={old: str(new) for old, new in mapping.items()})
         _set(self, names=dict(self.names or {}), aux=dict(self.aux or {}))
+        _check_names(self.names, self.aux)
 
     def token_id(self, token: Token, role: str) -> int:
         """The id of a special token.
@@ -287,6 +316,21 @@ class RankValue(Recipe):
                 self.token_id(getattr(self, role), role)
         for token in mlm.protect if mlm else ():
             self.token_id(token, "protect")
+
+    @classmethod
+    def geneformer_v2(
+        cls, vocabulary: Table, medians: Table, *, mlm: MaskTokens | float | None = None, **options: Any
+    ) -> RankValue:
+        """The recipe of Geneformer V2; the same as :func:`hbx_gpu.tokens.geneformer_v2`."""
+        return cls(vocabulary, medians=medians, mlm=mlm, **options)
+
+    @classmethod
+    def geneformer_v1(
+        cls, vocabulary: Table, medians: Table, *, mlm: MaskTokens | float | None = None, **options: Any
+    ) -> RankValue:
+        """The recipe of Geneformer V1; the same as :func:`hbx_gpu.tokens.geneformer_v1`."""
+        chosen = {"length": 2048, "cls": None, "eos": None}
+        return cls(vocabulary, medians=medians, mlm=mlm, **{**chosen, **options})
 
 
 FrontToken: TypeAlias = "tuple[Token | ObsTokens, float]"

@@ -138,6 +138,28 @@ def test_settings_that_mean_nothing() -> None:
         tokens.compile(tokens.Recipe(WORDS), PLAIN)
 
 
+def test_names_that_do_not_fit() -> None:
+    named = recipe(names={"input_ids": "values", "values": "input_ids"})  # each has one of its own
+    assert "values" in tokens.encode(rows([1, 2, 3]), named, PLAIN)
+    with pytest.raises(ValueError, match="there is no output 'inputs' to rename"):
+        recipe(names={"inputs": "gene"})
+    with pytest.raises(ValueError, match="gives an output the name of another"):
+        tokens.encode(rows([1, 2, 3]), recipe(names={"attention_mask": "labels"}, mlm=0.5), PLAIN)
+    with pytest.raises(ValueError, match="'input_ids' and 'values' would both be called 'input_ids'"):
+        recipe(names={"values": "input_ids"})
+    with pytest.raises(ValueError, match="would both be called 'gene'"):
+        recipe(names={"input_ids": "gene", "labels": "gene"})
+
+
+def test_nested_tensors_of_padded_batches() -> None:
+    packed = tokens.encode(rows([1, 0, 3]), recipe(), PLAIN, padding="packed")
+    assert tokens.nested(packed).unbind()[0].tolist() == [2, 6, 4, 3]
+    with pytest.raises(ValueError, match="made of packed batches"):
+        tokens.nested(tokens.encode(rows([1, 0, 3]), recipe(), PLAIN))
+    with pytest.raises(ValueError, match="has no 'values'"):
+        tokens.nested(packed, "values")
+
+
 def test_a_feature_space_that_changed() -> None:
     compiled = tokens.compile(recipe(), PLAIN)
     with pytest.raises(InvalidDataError, match="feature space has changed"):
@@ -184,6 +206,7 @@ def test_files_of_tables(tmp_path: Path) -> None:
     (tmp_path / "words.pkl").write_bytes(pickle.dumps({k: np.int64(v) for k, v in WORDS.items()}, protocol=2))
     read = tokens.geneformer_v2(tmp_path / "words.json", tmp_path / "medians.pkl")
     assert read == recipe()
+    assert tokens.RankValue.geneformer_v2(tmp_path / "words.json", tmp_path / "medians.pkl") == recipe()
     assert read_table(tmp_path / "words.pkl", "words") == WORDS
 
 

@@ -94,3 +94,20 @@ def test_names_of_a_model() -> None:
     recipe = tokens.scgpt(VOCABULARY, side="one", names={"input_ids": "gene", "values": "expr"})
     batch = tokens.encode(rows, recipe, genes)
     assert set(batch) == {"gene", "expr", "lengths", "attention_mask"}
+
+
+@pytest.mark.parametrize("padding", ["longest", "max_length", "packed"])
+def test_a_batch_without_rows_has_all_outputs(padding: str) -> None:
+    none = csr_matrix((0, N), dtype=np.float32)
+    for name, compiled in COMPILED.items():
+        if name == "split" and padding == "packed":
+            continue
+        options: dict[str, Any] = {"padding": padding, "obs": {"species": [0]}}
+        full = tokens.encode(csr_matrix((1, N), dtype=np.float32), compiled, **options)
+        options["obs"] = {"species": []}
+        for engine in ("host", "reference"):
+            made = tokens.encode(none, compiled, engine=engine, **options)
+            assert {k: np.asarray(v).dtype for k, v in made.items()} == {
+                k: np.asarray(v).dtype for k, v in full.items()
+            }, name
+            assert len(made["input_ids"]) == len(made["lengths"]) == 0
