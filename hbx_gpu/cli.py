@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hbx_gpu._commands import bench, convert, doctor, info, ingest, remove, repack, verify
+from hbx_gpu._commands.places import use_storage_options
 from hbx_gpu._progress import NoteHandler
 from hbx_gpu._version import __version__
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command: Callable[[argparse.Namespace], int] = args.command
     try:
+        use_storage_options(args)
         return command(args)
     except KeyboardInterrupt:
         print(f"hbx-gpu: interrupted; {args.if_interrupted}", file=sys.stderr)

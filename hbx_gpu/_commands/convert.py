@@ -10,6 +10,7 @@ from pathlib import Path
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, note
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -84,6 +85,7 @@ def add_parser(
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an archive at TARGET")
     links.add_allow_links(parser)
+    add_storage_options(parser)
     parser.set_defaults(
         command=_convert,
         if_interrupted="an archive is as it was before; an atlas has the finished blocks, run it again",

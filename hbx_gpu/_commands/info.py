@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -30,6 +31,7 @@ def add_parser(
         help="snapshot of an atlas; by default the newest",
     )
     add_allow_links(parser)
+    add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
 
 

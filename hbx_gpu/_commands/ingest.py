@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -137,6 +138,7 @@ def add_parser(
         "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
     )
     links.add_allow_links(parser)
+    add_storage_options(parser)
     several = parser.add_argument_group("several modalities of the same cells, joined by cell id")
     several.add_argument(
         "--modality",

@@ -6,6 +6,7 @@ import argparse
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -27,6 +28,7 @@ def add_parser(
         help="uid of the dataset, or the name of its file, as hbx-gpu info shows",
     )
     add_allow_links(parser)
+    add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="the next writer finishes it")
 
 

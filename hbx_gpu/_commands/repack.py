@@ -6,6 +6,7 @@ import argparse
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar
 
@@ -28,6 +29,7 @@ def add_parser(
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
     add_allow_links(parser)
+    add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="every group is whole; run the command again to go on")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
+from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar, line
 
@@ -46,6 +47,7 @@ def add_parser(
     )
     parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
     add_allow_links(parser)
+    add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
 
 

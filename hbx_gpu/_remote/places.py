@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from hbx_gpu._paths import local_path
+from hbx_gpu._remote.keys import checked as checked_options
 from hbx_gpu._remote.options import remember
 from hbx_gpu.errors import RemotePathError
 
@@ -90,7 +91,7 @@ def is_remote(path: object) -> bool:
     return found is not None and found[1].lower() != "file"
 
 
-def parse(path: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None) -> AnyPath:
+def parse(path: str | os.PathLike[str], storage_options: Mapping[str, object] | None = None) -> AnyPath:
     """A path or an address as the user wrote it.
 
     Parameters
@@ -109,7 +110,8 @@ def parse(path: str | os.PathLike[str], storage_options: Mapping[str, str] | Non
     Raises
     ------
     RemotePathError
-        The scheme is unknown, the address names no server or bucket, or holds credentials or a query.
+        The scheme is unknown, the address names no server or bucket, or holds credentials or a query; or an
+        option is unknown.
     """
     if isinstance(path, Place):
         place = path
@@ -118,7 +120,7 @@ def parse(path: str | os.PathLike[str], storage_options: Mapping[str, str] | Non
     else:
         place = Place(_checked(os.fspath(path)))
     if storage_options:
-        remember(place.url, storage_options)
+        remember(place.url, checked_options(place.scheme, storage_options))
     return place
 
 

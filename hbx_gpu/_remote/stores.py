@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
+from hbx_gpu._remote.keys import CLIENT
 from hbx_gpu._remote.options import options_of
 from hbx_gpu._remote.places import Place
 from hbx_gpu.errors import RemoteError, RemotePathError, UnsupportedError
@@ -17,31 +18,6 @@ if TYPE_CHECKING:
     from obstore import Bytes, GetOptions, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-# obstore takes these apart from the configuration of a store.
-_CLIENT = frozenset(
-    {
-        "allow_http",
-        "allow_invalid_certificates",
-        "connect_timeout",
-        "default_content_type",
-        "default_headers",
-        "http1_only",
-        "http2_keep_alive_interval",
-        "http2_keep_alive_timeout",
-        "http2_keep_alive_while_idle",
-        "http2_only",
-        "pool_idle_timeout",
-        "pool_max_idle_per_host",
-        "proxy_url",
-        "proxy_ca_certificate",
-        "proxy_excludes",
-        "root_certificate",
-        "randomize_addresses",
-        "read_timeout",
-        "timeout",
-        "user_agent",
-    }
-)
 _stores: dict[tuple[int, str, tuple[tuple[str, str], ...]], ObjectStore] = {}
 _lock = threading.Lock()
 
@@ -88,8 +64,8 @@ def _make(place: Place, options: Mapping[str, str]) -> ObjectStore:
             f"{place.root} is object storage, which needs obstore: pip install 'hbx_gpu[cloud]'"
         ) from error
     client: ClientConfig = {"connect_timeout": "5s", "timeout": "60s", "pool_max_idle_per_host": "128"}
-    client.update({k: v for k, v in options.items() if k in _CLIENT})  # type: ignore[typeddict-item]
-    config = {k: v for k, v in options.items() if k not in _CLIENT}
+    client.update({k: v for k, v in options.items() if k in CLIENT})  # type: ignore[typeddict-item]
+    config = {k: v for k, v in options.items() if k not in CLIENT}
     retry: RetryConfig = {
         "max_retries": 4,
         "retry_timeout": timedelta(seconds=60),
