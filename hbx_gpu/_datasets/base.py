@@ -115,6 +115,8 @@ class Dataset(ABC, Generic[BatchT]):
         """
         if not all(isinstance(rows, np.ndarray) and rows.dtype == np.int64 for rows in batches):
             return [self.row_numbers(rows) for rows in batches]
+        if len(batches) == 1:
+            return [self.row_numbers(batches[0])]
         whole = self.row_numbers(np.concatenate([*batches, np.empty(0, np.int64)]))
         ends = accumulate(map(len, batches), initial=0)
         return [whole[first:last] for first, last in pairwise(ends)]

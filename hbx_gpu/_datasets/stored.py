@@ -261,7 +261,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     def read_rows(self, selections: Sequence[np.ndarray]) -> list[BatchT]:
         """Several batches under one plan, of row numbers that :meth:`checked` has returned."""
-        plan, slab = self.read(np.concatenate([*selections, np.empty(0, np.int64)]))
+        plan, slab = self.read(joined(selections))
         return self.decode(plan, slab, selections)
 
     def read(self, selection: np.ndarray, reader: Reader | None = None) -> tuple[PlanT, Slab]:
@@ -279,12 +279,12 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
             extents = replace(self._directory.extents(plan.chunks), share=plan.share)
         with stage("read") as reading:
             slab = (reader or self._reader).read(extents)
-            reading.nbytes = int(slab.nbytes[slab.nbytes > 0].sum())
+            reading.nbytes = int(np.maximum(slab.nbytes, 0).sum())
         return plan, slab
 
     def _metadata(self, selections: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
         """Metadata of each of several batches."""
-        rows = np.concatenate([*selections, np.empty(0, np.int64)])
+        rows = joined(selections)
         whole = {name: column[rows] for name, column in self.columns.items()}
         if self._view.numbered:
             whole["index"] = rows
@@ -478,6 +478,13 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
 AnyStored: TypeAlias = StoredDataset[Any, Any, Any]
 """A stored dataset of any rows."""
+
+
+def joined(selections: Sequence[np.ndarray]) -> np.ndarray:
+    """The row numbers of several batches end to end; of one batch, the same array."""
+    if len(selections) == 1:
+        return selections[0]
+    return np.concatenate([*selections, np.empty(0, np.int64)])
 
 
 def common_dtype(sources: Sequence[Source], layer: str) -> np.dtype:

@@ -55,7 +55,10 @@ class ChunkChecks:
         CorruptChunkError
             Bytes were altered, or a header is not one that an encoder writes.
         """
-        for c in jobs[~self._verified[plan.chunks[jobs]]]:
+        verified = self._verified[plan.chunks[jobs]]
+        if verified.all():
+            return
+        for c in jobs[~verified]:
             try:
                 read_header(slab.view(int(c)).data, check=True)
             except CorruptChunkError as error:

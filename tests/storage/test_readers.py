@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zarr.codecs import ZstdCodec
 
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage import ChunkDirectory, Extents, open_reader, read_layout, readers
+from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._storage.readers import MmapReader, PreadReader, coalesce
 from hbx_gpu.errors import CorruptChunkError
 from tests.storage.arrays import plain_array, write_chunks
@@ -348,3 +350,34 @@ def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
         assert not again.view(0).any()  # and the map still works
         reader.close()
         del slab, again  # the last references to the map
+
+
+def test_bytes_that_are_not_looked_at_do_not_count_as_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random rows look at a small part of their chunks: the pages they touched stay mapped for longer."""
+    size = 1 << 20
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0").write_bytes(bytes(size))
+    layout = ArrayLayout(
+        path=str(tmp_path),
+        name="a",
+        shape=(size,),
+        dtype=np.dtype(np.uint8),
+        chunk_shape=(size,),
+        shard_shape=(size,),
+        codecs=({"name": "bytes"},),
+    )
+    handed_back: list[FileMap] = []
+    monkeypatch.setattr(FileMap, "hand_back", lambda entry: handed_back.append(entry))
+    directory = ChunkDirectory([layout])
+    for share, kept in ((1.0, 0), (1 / 64, 31)):
+        handed_back.clear()
+        with MmapReader(directory, resident_bytes=size // 2) as reader:
+            extents = replace(directory.extents(np.array([0])), share=share)
+            for _ in range(kept):
+                reader.read(extents)
+            assert not handed_back
+            for _ in range(2):  # what was looked at adds up
+                reader.read(extents)
+            assert handed_back

@@ -204,13 +204,15 @@ class HostEngine:
         `unsorted`, unless it is empty, is set to 1 for pieces whose columns do not ascend.
         """
         slab = self._checks.without_tails(plan, slab)
-        absent = slab.address == 0
-        self._fill_absent(plan, np.flatnonzero(absent), outputs, unsorted)
         kind = self._kind_of[plan.chunk_array]
-        for k in np.flatnonzero(np.bincount(kind)).tolist():
-            jobs = np.flatnonzero((kind == k) & ~absent)
-            if not len(jobs):
+        if not slab.address.all():
+            absent = slab.address == 0
+            self._fill_absent(plan, np.flatnonzero(absent), outputs, unsorted)
+            kind[absent] = -1
+        for k in sorted(set(kind.tolist())):
+            if k < 0:
                 continue
+            jobs = (kind == k).nonzero()[0]
             one = self._kinds[k]
             if one.codec == RAW:
                 self._raw(plan, slab, jobs, one, outputs[one.role], unsorted)
@@ -254,7 +256,7 @@ class HostEngine:
         else:
             values(jobs, slab.address, slab.nbytes, *buffers, *pieces, out, status)
         if status.any():
-            c = int(np.flatnonzero(status)[0])
+            c = int(status.nonzero()[0][0])
             raise self._error(plan, c, int(status[c]), describe)
 
     def _raw(
