@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas import add_from_h5ad as add_from_h5ad
     from hbx_gpu.atlas import add_multimodal as add_multimodal
     from hbx_gpu.atlas import create_or_open_atlas as create_or_open_atlas
+    from hbx_gpu.atlas import ingest_many as ingest_many
     from hbx_gpu.batch import DenseBatch as DenseBatch
     from hbx_gpu.batch import MultimodalBatch as MultimodalBatch
     from hbx_gpu.batch import RaggedBatch as RaggedBatch
@@ -36,6 +37,7 @@ _PUBLIC = {
     "add_from_anndata": "hbx_gpu.atlas",
     "add_from_h5ad": "hbx_gpu.atlas",
     "add_multimodal": "hbx_gpu.atlas",
+    "ingest_many": "hbx_gpu.atlas",
     "CellDataset": "hbx_gpu.dataloader",
     "DenseCellDataset": "hbx_gpu.dataloader",
     "MultimodalCellDataset": "hbx_gpu.dataloader",

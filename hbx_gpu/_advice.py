@@ -27,6 +27,11 @@ def from_command(flags: Mapping[str, str]) -> Iterator[None]:
         _flags.pop()
 
 
+def current() -> Mapping[str, str] | None:
+    """Flags of the command through which the user came, for a process that works for it; None in Python."""
+    return _flags[-1] if _flags else None
+
+
 @contextmanager
 def within_memory(what: str) -> Iterator[None]:
     """Turn a want of memory into an error that names what it was wanted for.

@@ -64,25 +64,17 @@ class FeatureChoice:
                 f"{[name for name in table.columns if name != INDEX]}, and its index"
             )
         what = "the index" if self.column == INDEX else f"column {self.column!r}"
-        good = [name for name in table.candidates() if name != self.column]
-        advice = (
-            f"name one that is unique with {option(parameter)}: {good}"
-            if good
-            else f"no column of var is unique; {option(parameter, UNIQUE_NAMES)} numbers repeated names "
-            "(a, a-1, ...) as AnnData's var_names_make_unique does, in the order of each file"
-            if table.texts(INDEX) is not None
-            else "no column of var is unique; add one"
-        )
         ids = table.texts(self.column)
         if ids is None:
             raise InvalidDataError(
-                f"{table.where}: {what} of var holds values that are missing or not strings; {advice}"
+                f"{table.where}: {what} of var holds values that are missing or not strings; "
+                f"{self._advice(table, parameter)}"
             )
         if len(set(ids)) < len(ids):
             twice = _repeated(ids)
             raise InvalidDataError(
                 f"{table.where}: {what} of var names {len(twice)} feature(s) more than once, for example "
-                f"{twice[:_SHOWN]}; {advice}"
+                f"{twice[:_SHOWN]}; {self._advice(table, parameter)}"
             )
         if not self.strip_versions:
             return ids
@@ -93,6 +85,17 @@ class FeatureChoice:
                 f"once, for example {twice[:_SHOWN]}; leave {option('strip_versions')} out"
             )
         return stripped
+
+    def _advice(self, table: FeatureTable, parameter: str) -> str:
+        """Which other columns would do."""
+        if good := [name for name in table.candidates() if name != self.column]:
+            return f"name one that is unique with {option(parameter)}: {good}"
+        if table.texts(INDEX) is not None:
+            return (
+                f"no column of var is unique; {option(parameter, UNIQUE_NAMES)} numbers repeated names "
+                "(a, a-1, ...) as AnnData's var_names_make_unique does, in the order of each file"
+            )
+        return "no column of var is unique; add one"
 
     def __str__(self) -> str:
         known = {INDEX: "the index of var", UNIQUE_NAMES: "the index of var, repeated names numbered"}

@@ -66,6 +66,13 @@ class FeatureTable:
                 readers[name] = functools.partial(var.iloc.__getitem__, (slice(None), i))
         return cls(where, readers)
 
+    def alone(self) -> FeatureTable:
+        """The same table without the frame or file that it was read from; it can be pickled."""
+        found: dict[str, list[str] | list[None]] = {name: self.texts(name) or [None] for name in self.columns}
+        return FeatureTable(
+            self.where, {name: functools.partial(list, texts) for name, texts in found.items()}
+        )
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns, :data:`INDEX` first where the features have names."""

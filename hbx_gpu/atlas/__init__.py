@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.commit import IngestReport as IngestReport
     from hbx_gpu.atlas._ingest.fragments import FragmentsInput as FragmentsInput
     from hbx_gpu.atlas._ingest.images import ImageInput as ImageInput
+    from hbx_gpu.atlas._ingest.many import FileReport as FileReport
+    from hbx_gpu.atlas._ingest.many import ManyReport as ManyReport
     from hbx_gpu.atlas._ingest.multimodal import add_multimodal as add_multimodal
+    from hbx_gpu.atlas._many import ingest_many as ingest_many
     from hbx_gpu.atlas._model.schema import DatasetRecord as DatasetRecord
     from hbx_gpu.atlas._model.schema import DatasetSchema as DatasetSchema
     from hbx_gpu.atlas._model.schema import DenseZarrPointer as DenseZarrPointer
@@ -43,10 +46,12 @@ _PUBLIC = {
     "DiscreteSpatialPointer": "_model.schema",
     "FeatureBaseSchema": "_model.schema",
     "FeatureSpace": "_model.spaces",
+    "FileReport": "_ingest.many",
     "FragmentsInput": "_ingest.fragments",
     "HoxBaseSchema": "_model.schema",
     "ImageInput": "_ingest.images",
     "IngestReport": "_ingest.commit",
+    "ManyReport": "_ingest.many",
     "PointerField": "_model.schema",
     "RaggedAtlas": "_atlas",
     "RepackReport": "_upkeep.repack",
@@ -58,6 +63,7 @@ _PUBLIC = {
     "add_multimodal": "_ingest.multimodal",
     "create_or_open_atlas": "_create",
     "get_space": "_model.spaces",
+    "ingest_many": "_many",
     "layout_uid": "_model.schema",
     "list_versions": "_catalog.snapshot_records",
     "make_uid": "_model.schema",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.inputs import Input
+    from hbx_gpu.atlas._ingest.many import ManyReport
 
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
 _UNKNOWN = (
@@ -533,6 +535,14 @@ class RaggedAtlas:
         from hbx_gpu.atlas._ingest.multimodal import add_multimodal
 
         return add_multimodal(self, modalities, **kwargs)
+
+    def ingest_many(
+        self, sources: Iterable[str | os.PathLike[str]], executor: Executor | None = None, **kwargs: Any
+    ) -> ManyReport:
+        """See :func:`hbx_gpu.ingest_many`."""
+        from hbx_gpu.atlas._ingest.many import add_many
+
+        return add_many(self, sources, executor, **kwargs)
 
     def add_from_anndata(self, adata: AnnData | str | os.PathLike[str] | Input, **kwargs: Any) -> int:
         """See :func:`hbx_gpu.atlas.add_from_anndata`."""

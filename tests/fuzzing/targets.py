@@ -139,7 +139,7 @@ def _build_journal(folder: Path) -> None:
 
     _build_atlas(folder)
     group = GroupNote("a/b", "gene_expression", "gene_expression", "c", ("gene",))
-    ingest = IngestNote("d", "cells", "e", (group,), {"cells": ("age",)}, ("registry",), ("f",))
+    ingest = IngestNote("d", "cells", ("e",), (group,), {"cells": ("age",)}, ("registry",), ("f",))
     for note in (ingest, RepackNote("a/b", "g"), RemoveNote("h", "i", (("gene_expression", "c"),))):
         Journal(folder).write(note)
 

@@ -38,14 +38,14 @@ def note(root: Path, kind: str, name: str, fields: dict[str, Any]) -> None:
     """Plant a note as its writer would have named and signed it."""
     folder = root / ".hbx_gpu"
     folder.mkdir(exist_ok=True)
-    signed = {"format": 1, "atlas": Journal(root)._uid()} | fields
+    signed = {"format": 2, "atlas": Journal(root)._uid()} | fields
     (folder / f"{kind}-{name}.json").write_text(json.dumps(signed))
 
 
 INGEST = {
     "staging": "x",
     "obs_table": "cells",
-    "dataset_uid": "",
+    "dataset_uids": [],
     "groups": [],
     "new_columns": {},
     "replaces": [],
@@ -104,9 +104,9 @@ def test_folders_that_notes_name(
         {"obs_table": "../../outside"},
         {"obs_table": "datasets"},
         {"atlas": "another"},
-        {"format": 2},
+        {"format": 3},
         {"staging": "y"},
-        {"dataset_uid": None},
+        {"dataset_uids": None},
     ],
     ids=str,
 )

@@ -148,6 +148,13 @@ class Catalog:
         """
         if feature_space not in self.names.registries:
             return np.arange(len(uids))
+        return in_order(self.feature_places(feature_space), uids)
+
+    def feature_places(self, feature_space: str) -> dict[str, int | None]:
+        """Registered feature of a space -> its number, or the one that ``optimize()`` will give it.
+
+        None where no stored list names a feature that has no number yet.
+        """
         rows = tables.read(self.registry(feature_space), ["uid", "global_index"])
         numbers = rows.column("global_index")
         place = dict(zip(rows.column("uid").to_pylist(), numbers.to_pylist(), strict=True))
@@ -158,9 +165,7 @@ class Catalog:
             for at, uid in enumerate(names, 0 if largest is None else largest + 1):
                 if uid in place and place[uid] is None:
                     place[uid] = at
-        numbered = [place.get(uid) for uid in uids]
-        last = max((at for at in numbered if at is not None), default=-1) + 1
-        return np.argsort([last if at is None else at for at in numbered], kind="stable")
+        return place
 
     def layout_exists(self, uid: str) -> bool:
         """Whether a feature list is stored."""
@@ -168,18 +173,22 @@ class Catalog:
 
     def add_layout(self, feature_uids: list[str]) -> None:
         """Store an ordered feature list; its global indices follow in ``optimize()``."""
-        n = len(feature_uids)
-        self.layouts().add(
-            pa.table(
-                {
-                    "layout_uid": pa.array([layout_uid(feature_uids)] * n, pa.string()),
-                    "feature_uid": pa.array(feature_uids, pa.string()),
-                    "local_index": pa.array(np.arange(n), pa.int64()),
-                    "global_index": pa.nulls(n, pa.int64()),
-                },
-                schema=self.layouts().schema,
-            )
-        )
+        self.add_layouts({layout_uid(feature_uids): feature_uids})
+
+    def add_layouts(self, lists: Mapping[str, Sequence[str]]) -> None:
+        """Store ordered feature lists (uid -> features) in one commit, which is none for no list."""
+        if not lists:
+            return
+        table = self.layouts()
+        lengths = [len(features) for features in lists.values()]
+        rows = {
+            "layout_uid": pa.array(np.repeat(np.array(list(lists), object), lengths), pa.string()),
+            "feature_uid": pa.array([uid for features in lists.values() for uid in features], pa.string()),
+            "local_index": pa.array(np.concatenate([np.arange(n) for n in lengths]), pa.int64()),
+            "global_index": pa.nulls(sum(lengths), pa.int64()),
+        }
+        # A stream, so that the lists keep their order.
+        table.add(pa.table(rows, schema=table.schema).to_reader())
 
     # Groups
 
@@ -218,7 +227,7 @@ class Catalog:
         reached = " OR ".join(f"`{g.field_name}`.zarr_group = {tables.quoted(g.zarr_group)}" for g in members)
         if not reached:
             return False
-        return obs.count_rows(f"dataset_uid = {tables.quoted(note.dataset_uid)} AND ({reached})") > 0
+        return obs.count_rows(f"{tables.one_of('dataset_uid', note.dataset_uids)} AND ({reached})") > 0
 
     def recover(self) -> None:
         """Undo or finish the work of killed ingests and repacks; every step is safe to repeat.
@@ -240,6 +249,8 @@ class Catalog:
             swap.settle(self.journal, self.store, repack)
         for note in notes:
             self.undo(note)
+        # Tasks that outlived their ingest may have written on; no note knows of their files.
+        swap.sweep(self.store, [note.staging for note in self.journal.repacks()])
 
     def undo(self, note: IngestNote) -> None:
         """Remove every trace of an incomplete ingest; for a complete one, remove only temporary files."""
@@ -248,11 +259,10 @@ class Catalog:
         for space in {group.feature_space for group in note.groups} & set(self.names.registries):
             tables.finish_promotions(self.registry(space))
         if not self.is_complete(note):
+            if note.groups:
+                groups = tables.one_of("zarr_group", [group.zarr_group for group in note.groups])
+                self.datasets().delete(f"{tables.one_of('dataset_uid', note.dataset_uids)} AND {groups}")
             for group in note.groups:
-                self.datasets().delete(
-                    f"dataset_uid = {tables.quoted(note.dataset_uid)} "
-                    f"AND zarr_group = {tables.quoted(group.zarr_group)}"
-                )
                 self._remove_group(group.zarr_group)
             for group in note.groups:
                 self.remove_layout(group.layout_uid)
@@ -300,3 +310,10 @@ class Catalog:
             self.names.save(self.root)
         for name in note.new_registries:
             tables.drop_table(self.root, name)
+
+
+def in_order(places: Mapping[str, int | None], uids: Sequence[str]) -> np.ndarray:
+    """int64, (len(uids),). Positions of `uids` in ascending order of places; those without one come last."""
+    found = [places.get(uid) for uid in uids]
+    last = max((at for at in found if at is not None), default=-1) + 1
+    return np.argsort([last if at is None else at for at in found], kind="stable")

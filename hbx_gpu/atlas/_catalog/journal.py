@@ -19,7 +19,7 @@ from hbx_gpu.errors import AtlasError, AtlasLockedError, UnsafePathError
 
 FOLDER = ".hbx_gpu"
 """Folder of an atlas with the lock and the notes of its writers."""
-_FORMAT = 1
+_FORMAT = 2
 # A note lists all features that an ingest registers, so it can be large.
 _NOTE_BYTES = 256 << 20
 
@@ -51,27 +51,29 @@ class GroupNote:
 class IngestNote:
     """What an ingest leaves on disk if it is killed; written before it changes anything.
 
+    Several datasets may share a note: their cells are added in one commit, so all are complete, or none.
+
     Attributes
     ----------
     staging
         Folder of unfinished files, relative to the atlas's zarr store.
     obs_table
         Obs table that receives the cells.
-    dataset_uid
-        Uid of the dataset, ``""`` while only columns and registries have been created for it.
+    dataset_uids
+        Uids of the datasets; none while there are only unfinished files, new columns and registries.
     groups
-        One group per modality.
+        One group per dataset and modality.
     new_columns
         Table -> columns that the ingest adds to it.
     new_registries
         Registry tables that the ingest creates.
     replaces
-        Datasets that are removed when this one is complete.
+        Datasets that are removed when these are complete.
     """
 
     staging: str
     obs_table: str
-    dataset_uid: str = ""
+    dataset_uids: tuple[str, ...] = ()
     groups: tuple[GroupNote, ...] = ()
     new_columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     new_registries: tuple[str, ...] = ()
@@ -94,7 +96,8 @@ class IngestNote:
             for group in _list(data["groups"], dict)
         )
         return cls(
-            **_texts(data, "staging", "obs_table", "dataset_uid"),
+            **_texts(data, "staging", "obs_table"),
+            dataset_uids=_names(data["dataset_uids"]),
             groups=groups,
             new_columns={table: _names(columns) for table, columns in _object(data["new_columns"]).items()},
             new_registries=_names(data["new_registries"]),

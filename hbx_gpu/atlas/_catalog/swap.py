@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from hbx_gpu._files import replace_folder, sync
@@ -20,6 +21,19 @@ def discard(store: Path, name: str) -> None:
     shutil.rmtree(staging_path(store, name), ignore_errors=True)
     with contextlib.suppress(OSError):  # it holds files of another writer
         (store / STAGING).rmdir()
+
+
+def sweep(store: Path, kept: Collection[str]) -> None:
+    """Remove all unfinished files but those in folders with these names; the caller holds the write lock."""
+    folder = store / STAGING
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        # What somebody planted here, a link or a file, is not ours to remove.
+        if path.name not in kept and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def replace_group(store: Path, note: RepackNote) -> None:

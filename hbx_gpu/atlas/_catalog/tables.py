@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,8 @@ from hbx_gpu.atlas._catalog.guarded import guarded, lance_errors, open_guarded
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
 from hbx_gpu.errors import AtlasError
+
+_log = logging.getLogger(__name__)
 
 # By default LanceDB removes versions older than seven days when it optimizes. Snapshots refer to versions,
 # so all must be kept.
@@ -163,6 +166,8 @@ def prepare(
         stored=lambda name: read(table, [name]).column(name),
         lenient=lenient,
     )
+    for note in merge.notes:
+        _log.warning("%s", note)
     data = data.drop_columns([name for name in merge.left_out if name in table.schema.names])
     schema = columns.merged_schema(table.schema, merge)
     for name in later:

@@ -90,7 +90,7 @@ def _is_used(catalog: Written, note: IngestNote, table: Table, column: str) -> b
     """Whether rows that this ingest did not add have a value in a column."""
     where = f"`{column}` IS NOT NULL"
     if "dataset_uid" in table.schema.names:
-        where += f" AND dataset_uid != {tables.quoted(note.dataset_uid)}"
+        where += f" AND NOT ({tables.one_of('dataset_uid', note.dataset_uids)})"
     elif table.name in catalog.names.registries.values():
         where += " AND global_index IS NOT NULL"
     return table.count_rows(where) > 0

@@ -15,12 +15,14 @@ from hbx_gpu._progress import Progress
 from hbx_gpu._stores.source import open_source
 from hbx_gpu.atlas._catalog.names import only_table
 from hbx_gpu.atlas._catalog.session import Writable, WriteSession
-from hbx_gpu.atlas._ingest.commit import Dataset, Settings, ingest
+from hbx_gpu.atlas._ingest.cells import Dataset
+from hbx_gpu.atlas._ingest.commit import ingest
 from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
 from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h5ad
 from hbx_gpu.atlas._ingest.joining import Joined
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage
+from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._model.schema import DatasetSchema
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CHUNK, DEFAULT_SHARD, check_codec, flat_shape
@@ -127,7 +129,7 @@ def add_from_anndata(
     """
     session = atlas.session
     table = obs_table or obs_table_name or only_table(session.obs_tables)
-    name = _field_name(session.catalog.pointer_spaces(table), table, field_name, feature_space)
+    name = field_name_of(session.catalog.pointer_spaces(table), table, field_name, feature_space)
     space = get_space(session.catalog.pointer_spaces(table)[name])
     check_matrix_space(name, space)
     if dataset_record is not None and dataset_record.feature_space != space.name:
@@ -265,9 +267,16 @@ def storage_of(
     return Storage(check_codec(codec or session.catalog.names.codec), chunk, shard)
 
 
-def _field_name(
+def field_name_of(
     fields: Mapping[str, str], table: str, field_name: str | None, feature_space: str | None
 ) -> str:
+    """The pointer column that a matrix goes to.
+
+    Raises
+    ------
+    UnknownNameError
+        There is none of that name or space.
+    """
     name = field_name or field_of(feature_space or "gene_expression", fields, table)
     if name not in fields:
         raise UnknownNameError(f"obs table {table!r} has no pointer column {name!r}; it has {sorted(fields)}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,94 +13,23 @@ import pyarrow.compute as pc
 from pydantic_core import PydanticUndefined
 
 from hbx_gpu._advice import option
-from hbx_gpu._progress import Progress
 from hbx_gpu._version import __version__
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote
 from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
+from hbx_gpu.atlas._ingest.before import ingested_before, replaced_datasets
+from hbx_gpu.atlas._ingest.cells import Dataset, ObsNames, cell_rows, pointer_column, reserved_names
 from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells, say_other_version
-from hbx_gpu.atlas._ingest.inputs import OWN_COLUMNS, obs_columns
-from hbx_gpu.atlas._ingest.joining import Joined, join_obs
-from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
-from hbx_gpu.atlas._ingest.parts import Part, Storage
+from hbx_gpu.atlas._ingest.parts import Part
+from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._model import columns
-from hbx_gpu.atlas._model.schema import DatasetSchema, layout_uid, make_uid
+from hbx_gpu.atlas._model.schema import DatasetSchema, HoxBaseSchema, layout_uid, make_uid
+from hbx_gpu.atlas._model.spaces import FeatureSpace
 from hbx_gpu.atlas._writing.arrays import dense_codec
-from hbx_gpu.atlas._writing.recoding import codec_of
 from hbx_gpu.errors import AlreadyIngestedError, AtlasError, InvalidDataError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a dataset is added, whatever it consists of.
-
-    Attributes
-    ----------
-    obs_table
-        Obs table that receives the cells.
-    storage, codec_asked
-        Storage of the arrays, and whether the user named the codec.
-    record
-        The row of a dataset that is one group; None to make rows.
-    dataset_uid
-        None lets it follow from the content.
-    choices
-        Further columns of the dataset's rows: options that decide what is stored.
-    obs_from
-        Modality whose obs columns count where others differ.
-    edits
-        What the user changes about obs columns.
-    exist_ok
-        Skip what was ingested before.
-    replace
-        Let the dataset take the place of the one made of the same file, of a file of that name, or of the
-        same cells.
-    accept_duplicates
-        Add cells that are in the atlas already, from another file.
-    progress
-        Called with the number of cells done and of all cells, over all modalities.
-    """
-
-    obs_table: str
-    storage: Storage
-    codec_asked: bool
-    record: DatasetSchema | None = None
-    dataset_uid: str | None = None
-    choices: Mapping[str, str] = field(default_factory=dict)
-    obs_from: str | None = None
-    edits: ObsEdits = field(default_factory=ObsEdits)
-    exist_ok: bool = False
-    replace: bool = False
-    accept_duplicates: bool = False
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What is added in one go.
-
-    Attributes
-    ----------
-    parts
-        Modalities of the dataset.
-    joined
-        Joined cells of the modalities.
-    source
-        Name of the source, used in error messages.
-    common
-        Tables of obs that belong to no modality: name, table, and per cell the row of the table.
-    """
-
-    parts: Sequence[Part]
-    joined: Joined
-    source: str
-    common: Sequence[tuple[str, pd.DataFrame, np.ndarray]] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +78,7 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
         See :func:`add_from_anndata`.
     """
     catalog = session.catalog
-    if _ingested_before(catalog, dataset, settings):
+    if ingested_before(catalog, dataset, settings):
         return IngestReport("", 0)
     fields = {part.field_name: part.space.name for part in dataset.parts}
     new = {name: s for name, s in fields.items() if name not in catalog.pointer_spaces(settings.obs_table)}
@@ -198,7 +126,7 @@ def _report(note: IngestNote, dataset: Dataset) -> IngestReport:
     measured = {name: int(np.count_nonzero(has)) for name, has in zip(names, there, strict=True)}
     left_out = {part.field_name: len(part.ids) - measured[part.field_name] for part in dataset.parts}
     complete = int(np.count_nonzero(np.all(there, axis=0)))
-    return IngestReport(note.dataset_uid, len(joined.ids), complete, measured, left_out)
+    return IngestReport(note.dataset_uids[0], len(joined.ids), complete, measured, left_out)
 
 
 def _check_extensible(session: WriteSession, table: str, new: Mapping[str, str]) -> None:
@@ -209,72 +137,6 @@ def _check_extensible(session: WriteSession, table: str, new: Mapping[str, str])
             f"{sorted(new)} (into {sorted(set(new.values()))}); declare them in the class of a new atlas, or "
             "open this one without a class and the columns are added"
         )
-
-
-def _ingested_before(catalog: Catalog, dataset: Dataset, settings: Settings) -> bool:
-    """Whether there is nothing left to do; raises where the same data are there in another form."""
-    rows = [_stored_row(catalog, part, settings.record) for part in dataset.parts]
-    stored = {part.name: row for part, row in zip(dataset.parts, rows, strict=True) if row is not None}
-    if not stored:
-        return False
-    changed = []
-    for part in dataset.parts:
-        row = stored.get(part.name)
-        prefix = f"{part.name}: " if len(dataset.parts) > 1 else ""
-        if row is None:
-            changed.append(f"{prefix}it was added without this one")
-            continue
-        asked = {**part.identity, **settings.choices}
-        changed += [
-            f"{prefix}{key} was {row.get(key)!r}, is {value!r}"
-            for key, value in asked.items()
-            if (row.get(key) or "") != value
-        ]
-        if settings.codec_asked and part.space.index_array is not None:
-            # As it is stored now, which repack() may have changed; the row says how it was ingested.
-            codec = codec_of(
-                catalog.group_path(row["zarr_group"]),
-                part.space,
-                within=None if catalog.allow_links else catalog.store,
-            )
-            if codec != settings.storage.codec:
-                changed.append(
-                    f"{prefix}codec was {codec!r}, is {settings.storage.codec!r} (hbx-gpu repack changes it)"
-                )
-    first = next(iter(stored.values()))
-    uid = first["dataset_uid"]
-    if any(row["dataset_uid"] != uid for row in stored.values()):
-        changed.append("its modalities were added as several datasets")
-    if not catalog.obs(settings.obs_table).count_rows(f"dataset_uid = {tables.quoted(uid)}"):
-        changed.append(f"its cells are in another obs table than {settings.obs_table!r}")
-    another = ", or a dataset_record with another zarr_group" if len(dataset.parts) == 1 else ""
-    there = f"dataset {uid!r} (group {first['zarr_group']!r}, from {first.get('source_name')!r})"
-    if changed and settings.replace:
-        return False
-    if changed:
-        raise AlreadyIngestedError(
-            f"{dataset.source}: {there} is in the atlas already, ingested differently: {'; '.join(changed)}. "
-            f"Adding it again would store its cells twice; put it in the place of the other with "
-            f"{option('replace', 'True')}, or use a new atlas{another}"
-        )
-    if not settings.exist_ok:
-        raise AlreadyIngestedError(f"{dataset.source} is in the atlas already as {there}; nothing was added")
-    _log.info("%s is in the atlas already as %s; skipped", dataset.source, there)
-    return True
-
-
-def _replaced(catalog: Catalog, dataset: Dataset, settings: Settings) -> tuple[str, ...]:
-    """Datasets in whose place a new one comes: made of the same file, or of one of the same name."""
-    if not settings.replace:
-        return ()
-    found: dict[str, None] = {}
-    for part in dataset.parts:
-        for row in catalog.dataset_rows(f"feature_space = {tables.quoted(part.space.name)}"):
-            same_file = row.get("source_sha256") == part.identity["source_sha256"]
-            named = row.get("source_name") == part.source_name and part.source_name != "AnnData object"
-            if same_file or named:
-                found[row["dataset_uid"]] = None
-    return tuple(found)
 
 
 def _check_duplicates(
@@ -297,7 +159,12 @@ def _check_duplicates(
     names = pa.array(list(dataset.joined.ids), pa.string())
     for part in dataset.parts:
         found = find_same_cells(
-            catalog, settings.obs_table, same_names, part, names, pointers[part.field_name]
+            catalog,
+            settings.obs_table,
+            same_names,
+            (part.field_name, part.space),
+            names,
+            pointers[part.field_name],
         )
         if found is None:
             continue
@@ -322,24 +189,10 @@ def _check_duplicates(
     return note
 
 
-def _stored_row(catalog: Catalog, part: Part, record: DatasetSchema | None) -> dict[str, Any] | None:
-    """The dataset's row of a group made of the same data, best of one made in the same way."""
-    if record is not None:
-        where = f"zarr_group = {tables.quoted(record.zarr_group)}"
-    elif "source_sha256" in catalog.datasets().schema.names:
-        space, sha256 = tables.quoted(part.space.name), tables.quoted(part.identity["source_sha256"])
-        where = f"source_sha256 = {sha256} AND feature_space = {space}"
-    else:
-        return None
-    rows = catalog.dataset_rows(where)
-    same = [row for row in rows if all(row.get(key) == value for key, value in part.identity.items())]
-    return next(iter([*same, *rows]), None)
-
-
 def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note: IngestNote) -> _Plan:
     """Everything that can be refused is refused here, before anything is written."""
     catalog = session.catalog
-    replaced = _replaced(catalog, dataset, settings)
+    replaced = replaced_datasets(catalog, dataset, settings)
     records = _records(dataset.parts, settings, catalog)
     for record in records:
         if catalog.group_path(record.zarr_group).exists():
@@ -356,7 +209,9 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
     }
     cells = _plan_cells(session, dataset, settings, records[0].dataset_uid, replaced)
     rows = [
-        record.model_dump() | {"layout_uid": uid} | _origin(part, kept, settings)
+        record.model_dump()
+        | {"layout_uid": uid}
+        | origin(part.space, part.identity, part.source_name, int(np.count_nonzero(kept >= 0)), settings)
         for record, uid, part, kept in zip(records, uids, dataset.parts, dataset.joined.rows, strict=True)
     ]
     datasets = tables.prepare(
@@ -378,7 +233,7 @@ def _make_plan(session: WriteSession, dataset: Dataset, settings: Settings, note
     note = IngestNote(
         note.staging,
         note.obs_table,
-        records[0].dataset_uid,
+        (records[0].dataset_uid,),
         groups,
         _new_columns([*features, datasets, cells], note),
         note.new_registries,
@@ -407,34 +262,36 @@ def _records(parts: Sequence[Part], settings: Settings, catalog: Catalog) -> lis
             f"{part.identity['source_sha256']}\0{part.identity['source_matrix']}\0{part.field_name}"
             for part in parts
         ]
-        uid = _free_uid("\0\0".join(sorted(keys)), catalog)
+        uid = free_uid("\0\0".join(sorted(keys)), catalog)
     return [
         DatasetSchema(dataset_uid=uid, zarr_group=f"{uid}/{part.field_name}", feature_space=part.space.name)
         for part in parts
     ]
 
 
-def _free_uid(content: str, catalog: Catalog) -> str:
-    """A uid that follows from the content; from its next edition where the atlas had it before.
+def free_uid(content: str, catalog: Catalog, taken: Collection[str] = ()) -> str:
+    """A uid that follows from the content; from its next edition where the atlas had it, or it is `taken`.
 
     Arrays of a dataset that was removed or replaced stay for the snapshots that have it.
     """
     uid = hashlib.sha256(content.encode()).hexdigest()[:16]
     edition = 1
-    while catalog.group_path(uid).exists():
+    while uid in taken or catalog.group_path(uid).exists():
         edition += 1
         uid = hashlib.sha256(f"{content}\0edition {edition}".encode()).hexdigest()[:16]
     return uid
 
 
-def _origin(part: Part, rows: np.ndarray, settings: Settings) -> dict[str, object]:
+def origin(
+    space: FeatureSpace, identity: Mapping[str, str], source_name: str, n_rows: int, settings: Settings
+) -> dict[str, object]:
     """Columns of the dataset's row that say where a group comes from."""
     codec = settings.storage.codec
     return {
-        "n_rows": int(np.count_nonzero(rows >= 0)),
-        "source_name": part.source_name,
-        **part.identity,
-        "codec": dense_codec(codec) if part.space.index_array is None else codec,
+        "n_rows": n_rows,
+        "source_name": source_name,
+        **identity,
+        "codec": dense_codec(codec) if space.index_array is None else codec,
         "software": f"hbx_gpu {__version__}",
         **settings.choices,
     }
@@ -486,38 +343,34 @@ def _plan_cells(
 ) -> tables.Addition:
     catalog = session.catalog
     schema = session.obs_schema(settings.obs_table)
-    pointers = catalog.pointer_spaces(settings.obs_table)
-    own = OWN_COLUMNS if schema is None else tuple(name for name in OWN_COLUMNS if name != "uid")
-    frames = [(name, f"{dataset.source}, obs", frame, rows) for name, frame, rows in dataset.common] + [
-        (part.name, f"{part.source}, obs", part.obs, rows)
-        for part, rows in zip(dataset.parts, dataset.joined.rows, strict=True)
-        if part.obs is not None
-    ]
-    found = join_obs(
-        dataset.joined,
-        frames,
-        reserved={*own, *pointers},
-        winner=settings.obs_from,
-        known=columns.names_in_files(catalog.obs(settings.obs_table).schema),
-        edits=settings.edits,
+    obs = catalog.obs(settings.obs_table)
+    names = ObsNames(
+        reserved_names(catalog.pointer_spaces(settings.obs_table), has_class=schema is not None),
+        columns.names_in_files(obs.schema),
     )
+    rows = cell_rows(dataset, dataset_uid, names, winner=settings.obs_from, edits=settings.edits)
     source = f"{dataset.source}, obs"
     cells = tables.prepare(
-        catalog.obs(settings.obs_table),
-        obs_columns(dataset.joined.ids, found, dataset_uid, source=source),
+        obs,
+        rows,
         allow_new=schema is None,
-        defaults={}
-        if schema is None
-        else {
-            name: info.default
-            for name, info in schema.model_fields.items()
-            if info.default not in (None, PydanticUndefined)
-        },
+        defaults=defaults_of(schema),
         later=[part.field_name for part in dataset.parts],
         source=source,
     )
     _check_uids(cells, replaced)
     return cells
+
+
+def defaults_of(schema: type[HoxBaseSchema] | None) -> dict[str, object]:
+    """Values that the class of an obs table gives to columns which the data lack."""
+    if schema is None:
+        return {}
+    return {
+        name: info.default
+        for name, info in schema.model_fields.items()
+        if info.default not in (None, PydanticUndefined)
+    }
 
 
 def _check_uids(cells: tables.Addition, replaced: Sequence[str]) -> None:
@@ -553,19 +406,11 @@ def _write_arrays(
                 settings.progress(before + n, total)
 
         pointers = part.write(staging / f"group{i}", scratch, keep, settings.storage, tick)
-        out[part.field_name] = _pointer_column(pointers, group.zarr_group, rows)
+        out[part.field_name] = pointer_column(pointers, group.zarr_group, rows)
         done += len(part.ids)
     for i, group in enumerate(note.groups):
         catalog.publish(staging / f"group{i}", group.zarr_group)
     return out
-
-
-def _pointer_column(pointers: pa.StructArray, zarr_group: str, rows: np.ndarray) -> pa.Array:
-    """Pointers of the cells of the dataset: null where a cell lacks the modality."""
-    names = [pointers.type.field(i).name for i in range(pointers.type.num_fields)]
-    group = pa.array(np.full(len(pointers), zarr_group, object), pa.string())
-    whole = pa.StructArray.from_arrays([group, *pointers.flatten()], names=["zarr_group", *names])
-    return whole.take(pa.array(rows, mask=rows < 0))
 
 
 def _commit_features(catalog: Catalog, plan: _Plan) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,10 @@ from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
 
-if TYPE_CHECKING:
-    from hbx_gpu.atlas._ingest.parts import Part
-
 _log = logging.getLogger(__name__)
 
 # Of the smaller dataset; names such as cell_0 meet by chance, so counts decide.
-_MOST_NAMES, _MOST_COUNTS = 0.5, 0.8
+MOST_NAMES, _MOST_COUNTS = 0.5, 0.8
 _COMPARED = 64
 
 
@@ -62,7 +59,7 @@ def datasets_with_names(
         row["values"]: row["counts"]
         for row in shared
         if row["values"] not in ignored
-        and row["counts"] >= _MOST_NAMES * min(sizes[row["values"]], len(names))
+        and row["counts"] >= MOST_NAMES * min(sizes[row["values"]], len(names))
     }
 
 
@@ -70,7 +67,7 @@ def find_same_cells(
     catalog: Catalog,
     obs_table: str,
     candidates: Mapping[str, int],
-    part: Part,
+    field: tuple[str, FeatureSpace],
     names: pa.Array,
     pointers: pa.Array,
 ) -> SameCells | None:
@@ -82,24 +79,25 @@ def find_same_cells(
         Where the stored cells are.
     candidates
         As :func:`datasets_with_names` finds them.
-    part
-        A modality of the new dataset whose group is written.
+    field
+        Pointer column of a modality of the new dataset whose group is written, and its feature space.
     names, pointers
         Names of the new cells, and where they are in that modality.
     """
     table = catalog.obs(obs_table)
-    if part.field_name not in table.schema.names or part.space.pointer == "discrete_spatial":
+    field_name, space = field
+    if field_name not in table.schema.names or space.pointer == "discrete_spatial":
         return None
     for uid, n_names in candidates.items():
-        where = f"dataset_uid = {tables.quoted(uid)} AND `{part.field_name}`.zarr_group IS NOT NULL"
-        stored = tables.read(table, ["obs_name", part.field_name], where)
+        where = f"dataset_uid = {tables.quoted(uid)} AND `{field_name}`.zarr_group IS NOT NULL"
+        stored = tables.read(table, ["obs_name", field_name], where)
         places = pc.index_in(stored.column("obs_name").cast(pa.string()), value_set=names).to_pylist()
         rows = [i for i, place in enumerate(places) if place is not None]
         chosen = rows[:: max(1, len(rows) // _COMPARED)]
-        there = stored.column(part.field_name)
+        there = stored.column(field_name)
         pairs = [(there[i].as_py(), pointers[places[i]].as_py()) for i in chosen]
         pairs = [(a, b) for a, b in pairs if b is not None and b.get("zarr_group")]
-        read = _Values(catalog.store, part.space)
+        read = _Values(catalog.store, space)
         same = [equal for a, b in pairs if (equal := read.same(a, b)) is not None]
         if same and sum(same) >= _MOST_COUNTS * len(same):
             source = next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})

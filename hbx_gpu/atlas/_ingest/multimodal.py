@@ -29,7 +29,8 @@ from hbx_gpu.atlas._ingest.anndata import (
     first_layer,
     storage_of,
 )
-from hbx_gpu.atlas._ingest.commit import Dataset, IngestReport, Settings, ingest
+from hbx_gpu.atlas._ingest.cells import Dataset
+from hbx_gpu.atlas._ingest.commit import IngestReport, ingest
 from hbx_gpu.atlas._ingest.fragments import FragmentsInput, FragmentsPart
 from hbx_gpu.atlas._ingest.identity import GivenColumn, identify
 from hbx_gpu.atlas._ingest.images import ImageInput, image_part
@@ -37,6 +38,7 @@ from hbx_gpu.atlas._ingest.inputs import Input, choose_for, from_anndata, from_h
 from hbx_gpu.atlas._ingest.joining import CellIds, Join, check_join, join_cells
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import MatrixPart, Part
+from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, known_spaces
 from hbx_gpu.errors import AtlasError, InvalidDataError, UnknownNameError
 

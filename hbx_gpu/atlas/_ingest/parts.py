@@ -182,13 +182,7 @@ class MatrixPart(Part):
         self.features = Features(
             column, self.feature_ids, lambda rows: feature_columns(self.data, column, self.feature_ids, rows)
         )
-        self.identity = {
-            "source_sha256": self.data.sha256,
-            "source_matrix": ",".join(self.matrix_names),
-            "zarr_layer": ",".join(self.matrices),
-            "feature_id_column": self.choice.column,
-            "feature_id_versions": "stripped" if self.choice.strip_versions else "",
-        }
+        self.identity = matrix_identity(self.data.sha256, self.matrix_names, list(self.matrices), self.choice)
 
     def order_features(self, order: Callable[[str, Sequence[str]], np.ndarray]) -> None:
         """See :class:`Part`: columns of sparse groups are renumbered, and rows sorted by them.
@@ -328,6 +322,29 @@ class MatrixPart(Part):
         finally:
             writer.abort()
         return dense_pointers(np.cumsum(keep) - 1)
+
+
+def matrix_identity(
+    sha256: str, matrices: Sequence[str], layers: Sequence[str], choice: FeatureChoice
+) -> dict[str, str]:
+    """Columns of a dataset's row by which the same matrices of the same file are recognized.
+
+    Parameters
+    ----------
+    sha256
+        Of the file.
+    matrices, layers
+        Names of the matrices in the source, and of the layers that they are written to.
+    choice
+        How the features are identified.
+    """
+    return {
+        "source_sha256": sha256,
+        "source_matrix": ",".join(matrices),
+        "zarr_layer": ",".join(layers),
+        "feature_id_column": choice.column,
+        "feature_id_versions": "stripped" if choice.strip_versions else "",
+    }
 
 
 def sorted_elements(indptr: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray | None:

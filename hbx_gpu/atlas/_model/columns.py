@@ -57,11 +57,14 @@ class Merge:
         Existing columns that change type: name -> new type, and the SQL expression that gives the values.
     left_out
         Columns of the data that are not stored.
+    notes
+        Sentences that tell the user which columns change type.
     """
 
     new: tuple[pa.Field, ...]
     changed: Mapping[str, tuple[pa.DataType, str]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def to_arrow(
@@ -270,6 +273,7 @@ def plan_merge(
     new: list[pa.Field] = []
     changed: dict[str, tuple[pa.DataType, str]] = {}
     left_out: list[str] = []
+    notes: list[str] = []
     for column in data.schema:
         if column.name not in schema.names:
             # A column whose values are all missing and whose type is unknown holds nothing to store.
@@ -290,11 +294,11 @@ def plan_merge(
             left_out.append(column.name)
             continue
         if change is not None:
-            _log.warning("%s: the atlas holds %s, the file %s; stored as %s", where, *change[:2], change[2])
+            notes.append(f"{where}: the atlas holds {change[0]}, the file {change[1]}; stored as {change[2]}")
             changed[column.name] = (change[2], change[3])
     if left_out and not lenient:
         _log.info("%s: columns %s are not in the table's schema class and left out", source, left_out)
-    return Merge(tuple(new), changed, tuple(left_out))
+    return Merge(tuple(new), changed, tuple(left_out), tuple(notes))
 
 
 def _change(

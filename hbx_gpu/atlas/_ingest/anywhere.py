@@ -1,0 +1,84 @@
+"""Tasks on any executor: handed out a bounded number at a time, and taken back in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from typing import ParamSpec, TypeVar
+
+from hbx_gpu.errors import ResourceError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Tasks that are handed out before the first of them is back; enough for a cluster of hundreds of cores.
+_WINDOW = 512
+
+
+class Here(Executor):
+    """Runs tasks at once, in the thread that submits them."""
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """See ``concurrent.futures.Executor``."""
+        future: Future[R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def in_turn(
+    executor: Executor, function: Callable[..., R], tasks: Iterable[tuple[T, tuple[object, ...] | Future[R]]]
+) -> Iterator[tuple[T, Future[R]]]:
+    """Hand out tasks and give their futures in order; those that are not asked for are canceled at the end.
+
+    Parameters
+    ----------
+    executor
+        Where they run.
+    function
+        What they call.
+    tasks
+        A key, and the arguments of the function or, where nothing has to run, a future that is done.
+    """
+    window = 1 if isinstance(executor, Here) else _WINDOW
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for key, task in tasks:
+            waiting.append((key, task if isinstance(task, Future) else executor.submit(function, *task)))
+            if len(waiting) >= window:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def result_of(future: Future[R], source: str) -> R:
+    """The result of a task.
+
+    Raises
+    ------
+    ResourceError
+        The process, or the cluster, that worked on it is gone.
+    """
+    try:
+        return future.result()
+    except (BrokenExecutor, CancelledError) as error:
+        raise _gone(source, error) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "distributed":
+            raise _gone(source, error) from error
+        raise
+
+
+def _gone(source: str, error: BaseException) -> ResourceError:
+    return ResourceError(
+        f"{source}: the process that worked on it is gone ({type(error).__name__}: {error}); it was killed, "
+        "or there was too little memory. What was finished before it is whole, and the rest was not begun: "
+        "run the same again, and it goes on from there"
+    )

@@ -1,0 +1,116 @@
+"""Adding many files to an atlas, which is named by its path or open already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+
+from hbx_gpu._progress import Progress
+from hbx_gpu.atlas._atlas import RaggedAtlas
+from hbx_gpu.atlas._create import create_or_open_atlas
+from hbx_gpu.atlas._ingest.many import FileReport, ManyReport, Source, add_many
+
+
+def ingest_many(
+    atlas: RaggedAtlas | str | os.PathLike[str],
+    sources: Iterable[Source],
+    executor: Executor | None = None,
+    *,
+    progress: Progress | None = None,
+    added: Callable[[FileReport], object] | None = None,
+    layer: str | Mapping[str, str | None] | None = None,
+    zarr_layer: str | None = None,
+    field_name: str | None = None,
+    feature_space: str | None = None,
+    feature_id_column: str | None = None,
+    strip_versions: bool = False,
+    require_shared_genes: float | None = None,
+    obs_table: str | None = None,
+    chunk_shape: int | tuple[int, ...] | None = None,
+    shard_shape: int | tuple[int, ...] | None = None,
+    codec: str | None = None,
+    allow_rounding: bool = False,
+    obs_types: Mapping[str, str] | None = None,
+    drop_obs: Sequence[str] = (),
+    rename_obs: Mapping[str, str] | None = None,
+    replace: bool = False,
+    accept_duplicates: bool = False,
+) -> ManyReport:
+    """Add many files to an atlas, one dataset each; read anywhere, committed here many at a time.
+
+    A file is in the atlas whole or not at all, whatever is killed and when. Files are recognized by the
+    SHA-256 of their bytes: those that were ingested before in the same way are skipped, so after an
+    interruption the same call goes on where it stopped. Cleaning up after a killed run is the first thing
+    that the next writer does. A task that runs twice, because its executor tries again, adds nothing twice.
+
+    Files are added in the order given, so the atlas is the same whatever the executor. At the first file that
+    cannot be added, its error is raised; all files before it are in the atlas, and none after it.
+
+    Take a snapshot afterward: ``atlas.optimize()``, ``atlas.snapshot()``.
+
+    Parameters
+    ----------
+    atlas
+        Open for writing, or the path of an atlas, which is made if it does not exist.
+    sources
+        Paths of .h5ad files and of all other stores that hold one AnnData. Files of several modalities
+        (.h5mu) are added last and by this process.
+    executor
+        Where files are read and packed: any ``concurrent.futures.Executor``, for example a
+        ``ThreadPoolExecutor``, a ``ProcessPoolExecutor``, or ``dask.distributed.Client(...).get_executor()``.
+        Its processes need the same path to the atlas and to the files, and no access to the tables. None:
+        this process, one file after the other.
+    progress
+        Called with the number of cells whose files are done and of all cells.
+    added
+        Called with the report of each file, in order, once it is in the atlas.
+    layer
+        Matrix to read, of all files or by source; see :func:`hbx_gpu.add_from_anndata`.
+    zarr_layer, field_name, feature_space, feature_id_column, strip_versions, require_shared_genes, obs_table,
+    chunk_shape, shard_shape, codec, allow_rounding, obs_types, drop_obs, rename_obs, replace,
+    accept_duplicates
+        As of :func:`hbx_gpu.add_from_anndata`, for all files. How features are identified is chosen for all
+        files together.
+
+    Returns
+    -------
+    ManyReport
+        What became of each file.
+
+    Raises
+    ------
+    FileNotFoundError
+        A source does not exist; nothing was added.
+    InvalidDataError, AlreadyIngestedError, UnknownNameError
+        See :func:`hbx_gpu.add_from_anndata`.
+    ResourceError
+        A process, or the cluster, that worked on a file is gone; run the same again.
+    AtlasLockedError
+        Somebody else is writing.
+    """
+    opened = atlas if isinstance(atlas, RaggedAtlas) else create_or_open_atlas(atlas)
+    return add_many(
+        opened,
+        sources,
+        executor,
+        progress=progress,
+        added=added,
+        layer=layer,
+        zarr_layer=zarr_layer,
+        field_name=field_name,
+        feature_space=feature_space,
+        feature_id_column=feature_id_column,
+        strip_versions=strip_versions,
+        require_shared_genes=require_shared_genes,
+        obs_table=obs_table,
+        chunk_shape=chunk_shape,
+        shard_shape=shard_shape,
+        codec=codec,
+        allow_rounding=allow_rounding,
+        obs_types=obs_types,
+        drop_obs=drop_obs,
+        rename_obs=rename_obs,
+        replace=replace,
+        accept_duplicates=accept_duplicates,
+    )
