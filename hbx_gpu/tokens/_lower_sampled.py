@@ -23,6 +23,11 @@ class Weighted:
     ----------
     chromosome, place
         int32 (n_features,). Chromosome of each column, and its place in the order of all starts.
+    codes, bounds
+        int64 (k,) and (k + 1,). Chromosomes of known genes. Of known genes sorted by chromosome and start,
+        those of ``codes[c]`` are ``bounds[c]`` up to ``bounds[c + 1]``.
+    turn, tokens
+        int32 (n_features,) and (n_known,). Where each column stands in that order, and ids in that order.
     """
 
     length: int
@@ -33,6 +38,10 @@ class Weighted:
     offset: int
     chromosome: np.ndarray
     place: np.ndarray
+    codes: np.ndarray
+    bounds: np.ndarray
+    turn: np.ndarray
+    tokens: np.ndarray
     zeros: bool = False
     pad_value: float = 0.0
 
@@ -98,6 +107,10 @@ def _(recipe: WeightedSentence, names: list[str], tables: p.Tables) -> Lowered:
         chromosome[c], start[c] = chromosomes[names[c]], starts[names[c]]
     place = np.empty(len(names), np.int32)
     place[np.argsort(start, kind="stable")] = np.arange(len(names), dtype=np.int32)
+    order = np.lexsort((place[tables.known], chromosome[tables.known]))
+    codes, first = np.unique(chromosome[tables.known][order], return_index=True)
+    turn = np.zeros(len(names), np.int32)
+    turn[tables.known[order]] = np.arange(len(order), dtype=np.int32)
     program = Weighted(
         recipe.length,
         recipe.samples,
@@ -107,6 +120,10 @@ def _(recipe: WeightedSentence, names: list[str], tables: p.Tables) -> Lowered:
         recipe.chromosome_offset,
         chromosome,
         place,
+        codes.astype(np.int64),
+        np.append(first, len(order)).astype(np.int64),
+        turn,
+        tables.token[tables.known[order]],
     )
     return program, (), ()
 

@@ -1,4 +1,4 @@
-"""Philox in numba: keys of many genes in loops that the compiler turns into vector instructions."""
+"""Philox in numba: keys of many genes, in vectors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from hbx_gpu._draws import MULTIPLIERS, ROUNDS, WEYL
+from hbx_gpu.tokens._host.lanes import LANES, eight_keys, eight_pairs
 
 jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 sums = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc"})
@@ -47,64 +48,51 @@ def words(seed, epoch, cell, step, index, block):
 
 
 @jit
-def keys(seed, epoch, cell, step, block, index, n, out):
-    """out[i] = 64-bit key of index[i].
+def _begun(seed, epoch, cell, step, block):
+    """The first three rounds, as far as they are the same for all genes of a row.
 
-    Of a counter only its last word differs from gene to gene, so that half of the first three rounds is the
-    same for all; of the last two rounds only what makes the first two words is computed.
+    Of a counter only its last word differs from gene to gene, and reaches one more word with each round.
     """
     u, v = seed & LOW, seed >> HALF
-    fourth = np.uint64(step)
-    # Round 1: the last word reaches one word only.
     left, right = (cell & LOW) * _M0, np.uint64(epoch) * _M1
     a_1 = ((right >> HALF) ^ ((cell >> HALF) | (np.uint64(block) << EIGHT)) ^ u) & LOW
     b_1, c_1, d_1 = right & LOW, (left >> HALF) ^ v, left & LOW
     u, v = (u + _W0) & LOW, (v + _W1) & LOW
-    # Round 2: two words.
     left = a_1 * _M0
     a_2, c_2, d_2 = b_1 ^ u, ((left >> HALF) ^ d_1 ^ v) & LOW, left & LOW
     u, v = (u + _W0) & LOW, (v + _W1) & LOW
-    # Round 3: three words.
     right = c_2 * _M1
-    a_3, b_3, c_3 = (right >> HALF) ^ u, right & LOW, d_2 ^ v
-    u_4, v_4 = (u + _W0) & LOW, (v + _W1) & LOW
-    u_5, v_5 = (u_4 + _W0) & LOW, (v_4 + _W1) & LOW
-    u_6, v_6 = (u_5 + _W0) & LOW, (v_5 + _W1) & LOW
-    u_7, v_7 = (u_6 + _W0) & LOW, (v_6 + _W1) & LOW
-    u_8, v_8 = (u_7 + _W0) & LOW, (v_7 + _W1) & LOW
-    v_9 = (v_8 + _W1) & LOW
-    u_10 = (u_8 + _W0 + _W0) & LOW
-    for i in range(n):
-        c = c_1 ^ fourth ^ (np.uint64(index[i]) << EIGHT)
-        right = (c & LOW) * _M1
-        a = a_2 ^ (right >> HALF)
-        left = (a & LOW) * _M0
-        a, b, c, d = a_3 ^ right, b_3, c_3 ^ (left >> HALF), left
-        a, b, c, d = _round(a, b, c, d, u_4, v_4)
-        a, b, c, d = _round(a, b, c, d, u_5, v_5)
-        a, b, c, d = _round(a, b, c, d, u_6, v_6)
-        a, b, c, d = _round(a, b, c, d, u_7, v_7)
-        a, b, c, d = _round(a, b, c, d, u_8, v_8)
-        right = (c & LOW) * _M1
-        c = ((a & LOW) * _M0 >> HALF) ^ d ^ v_9
-        b = right
-        right = (c & LOW) * _M1
-        out[i] = (((right >> HALF) ^ b ^ u_10) << HALF) | (right & LOW)
+    return c_1 ^ np.uint64(step), a_2, (right >> HALF) ^ u, right & LOW, d_2 ^ v
+
+
+@jit
+def keys(seed, epoch, cell, step, block, index, n, out):
+    """out[i] = 64-bit key of index[i], which are 32-bit integers."""
+    c_1, a_2, a_3, b_3, c_3 = _begun(seed, epoch, cell, step, block)
+    u, v = seed & LOW, seed >> HALF
+    if n < LANES:
+        for i in range(n):
+            w0, w1, _, _ = words(seed, epoch, cell, step, index[i], block)
+            out[i] = (w0 << HALF) | w1
+        return
+    for i in range(0, n - LANES + 1, LANES):
+        eight_keys(index, i, c_1, a_2, a_3, b_3, c_3, u, v, out)
+    eight_keys(index, n - LANES, c_1, a_2, a_3, b_3, c_3, u, v, out)  # the rest, and some once more
 
 
 @jit
 def two_keys(seed, epoch, cell, step, index, n, out, out_2):
     """out[i] = 64-bit key of index[i], and out_2[i] another one: the other two words of the same draw."""
+    c_1, a_2, a_3, b_3, c_3 = _begun(seed, epoch, cell, step, 0)
     u, v = seed & LOW, seed >> HALF
-    for i in range(n):
-        a, b = cell & LOW, cell >> HALF
-        c, d = np.uint64(epoch), np.uint64(step) | (np.uint64(index[i]) << EIGHT)
-        key_0, key_1 = u, v
-        for _ in range(ROUNDS):
-            a, b, c, d = _round(a, b, c, d, key_0, key_1)
-            key_0, key_1 = (key_0 + _W0) & LOW, (key_1 + _W1) & LOW
-        out[i] = (a << HALF) | (b & LOW)
-        out_2[i] = (c << HALF) | (d & LOW)
+    if n < LANES:
+        for i in range(n):
+            w0, w1, w2, w3 = words(seed, epoch, cell, step, index[i], 0)
+            out[i], out_2[i] = (w0 << HALF) | w1, (w2 << HALF) | w3
+        return
+    for i in range(0, n - LANES + 1, LANES):
+        eight_pairs(index, i, c_1, a_2, a_3, b_3, c_3, u, v, out, out_2)
+    eight_pairs(index, n - LANES, c_1, a_2, a_3, b_3, c_3, u, v, out, out_2)
 
 
 @jit

@@ -11,7 +11,7 @@ from hbx_gpu.tokens import _arithmetic as a
 from hbx_gpu.tokens._by_row import FLOATS, PADDED
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
-from hbx_gpu.tokens._host import sampled, sorting
+from hbx_gpu.tokens._host import sampled, sorting, weighted
 from hbx_gpu.tokens._host.known import Known
 from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
 from hbx_gpu.tokens._reference_sampled import shared_genes
@@ -24,7 +24,7 @@ def sentences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, n
     known = Known(compiled, cells)
     program = compiled.program
     if isinstance(program, Weighted):
-        made, lengths = _weighted(compiled, program, cells, known)
+        made, lengths = _weighted(program, cells, known)
     elif isinstance(program, Ranked):
         made, lengths = _ranked(compiled, program, cells, known)
     else:
@@ -54,23 +54,18 @@ def _scratch(room: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _weighted(
-    compiled: Compiled, program: Weighted, cells: Cells, known: Known
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    n, tables = len(cells), compiled.tables
-    codes, own = np.unique(program.chromosome[tables.known], return_inverse=True)
-    chromosome = np.zeros(compiled.n_features, np.int32)
-    chromosome[tables.known] = own
-    room = max(known.longest, program.samples, len(codes), sampled.GUIDE) + 1
+def _weighted(program: Weighted, cells: Cells, known: Known) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    n, n_known = len(cells), len(program.tokens)
+    room = max(known.longest, program.samples, len(program.codes), weighted.GUIDE) + 1
     key, key_2, key_3, histogram, item, guide = _scratch(room)
     ids, lengths = POOL.empty((n, program.length), np.int32), np.empty(n, np.int32)
-    sampled.weighted_rows(
+    weighted.weighted_rows(
         known.pointers, known.genes, known.counts, cells.numbers, np.uint64(cells.seed),
-        np.uint64(cells.epoch), program.samples, program.cls, program.close, program.offset, chromosome,
-        codes.astype(np.int64), program.place, tables.token, _weights(),
+        np.uint64(cells.epoch), program.samples, program.cls, program.close, program.offset,
+        program.codes, program.bounds, program.turn, program.tokens, _weights(),
         np.arange(program.samples, dtype=np.uint32), key, key_2, key_3, histogram, item,
-        np.empty(room, np.uint64), guide, np.empty(room, np.int32), np.empty(len(codes), np.int64), ids,
-        lengths,
+        np.empty(room, np.uint64), guide, np.zeros(n_known, np.uint32),
+        np.zeros(-(-n_known // 64), np.uint64), np.empty((2, len(program.codes)), np.int64), ids, lengths,
     )  # fmt: skip
     return {"input_ids": ids}, lengths
 
@@ -174,5 +169,5 @@ def _placed(
     starts = np.zeros(n, np.int64)
     np.cumsum(widths[:-1], out=starts[1:])
     whole = POOL.empty(int(widths.sum()), dtype)
-    sampled.place_rows(drafts, lengths, starts, widths, pad, whole)
+    weighted.place_rows(drafts, lengths, starts, widths, pad, whole)
     return whole if packed else whole.reshape(n, width)
