@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -154,7 +154,7 @@ def _check_counts(times: np.ndarray) -> None:
 
 
 class RowWriter:
-    """Writes results of all ranks to a file while they come, in the order of the dataset.
+    """Writes results of all ranks to a file or an atlas while they come, in the order of the dataset.
 
     A context manager: the file gets the results when the context ends without an error and every row was
     written once. Until then they lie in a file of their size beside it: they may be larger than memory. All
@@ -163,18 +163,21 @@ class RowWriter:
     Parameters
     ----------
     path
-        A ``.npy`` file to write, or an ``.h5ad`` file that exists and gets an array in ``obsm``.
+        A ``.npy`` file to write, an ``.h5ad`` file that exists and gets an array in ``obsm``, or the
+        directory of an atlas, which gets a dense modality and a snapshot that has it.
     n_rows
         Number of rows of the dataset: ``len(dataset)``.
     n_columns
         Number of columns of the results.
     key
-        Name in ``obsm`` of an ``.h5ad`` file.
+        Name in ``obsm`` of an ``.h5ad`` file, or of the modality of an atlas.
     dtype
-        dtype of the results.
+        dtype of the results; float32 or float16 for an atlas.
     cells
-        int64 (n_rows,): cell of the ``.h5ad`` file that each row of the dataset is. None: row i is cell i,
-        and the file has as many cells as the dataset has rows. Other cells get NaN.
+        Which cell each row of the dataset is, (n_rows,). For an ``.h5ad`` file int64 numbers of its cells, or
+        None: row i is cell i, and the file has as many cells as the dataset has rows. Other cells get NaN.
+        For an atlas the ``uid`` of each cell: ``query.to_modality_obs(...)["uid"]``. Other cells lack the
+        modality.
     overwrite
         Whether a result that is there already is replaced.
 
@@ -184,6 +187,8 @@ class RowWriter:
         The arguments do not fit together, or when the context ends, a row is missing or was written twice.
     FileExistsError
         The result is there already, and `overwrite` is false.
+    RuntimeError
+        On other ranks than the first, when that one could not write the results.
     """
 
     def __init__(
@@ -194,61 +199,16 @@ class RowWriter:
         *,
         key: str | None = None,
         dtype: DTypeLike = "float32",
-        cells: np.ndarray | None = None,
+        cells: Sequence[str] | np.ndarray | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._key, self._overwrite = key, overwrite
         self._shape = (n_rows, n_columns)
         self._dtype = np.dtype(dtype)
-        self._cells = None if cells is None else np.asarray(cells)
-        in_file = self.path.suffix == ".h5ad"
-        if in_file != (key is not None):
-            raise ValueError(
-                f"{self.path}: an .h5ad file needs key=, the name in obsm, and other files have none; write "
-                "to a .npy file or to an .h5ad file"
-            )
-        if in_file:
-            self._n_cells = self._check_target()
-        elif self.path.suffix != ".npy":
-            raise ValueError(f"{self.path}: write results to a .npy file, or to an .h5ad file with key=")
-        elif self.path.exists() and not overwrite:
-            raise FileExistsError(f"{self.path} exists; pass overwrite=True to replace it")
+        self._target = _target(self.path, self._shape, self._dtype, key, cells, overwrite)
         self._beside = self.path.with_name(f".{self.path.name}.{key or 'rows'}.partial.npy")
         self._times = np.zeros(n_rows, np.uint8)
         self._array: np.memmap | None = None
-
-    def _check_target(self) -> int:
-        import h5py
-
-        with h5py.File(self.path, "r") as file:
-            if self._key in file.get("obsm", ()) and not self._overwrite:
-                raise FileExistsError(
-                    f"{self.path} has obsm[{self._key!r}] already; pass overwrite=True to replace it"
-                )
-            obs = file["obs"]
-            n_cells = len(obs[obs.attrs["_index"]])
-        cells = self._cells
-        if cells is None:
-            if n_cells != self._shape[0]:
-                raise ValueError(
-                    f"{self.path} has {n_cells} cells, and the dataset {self._shape[0]} rows: say with "
-                    "cells= which cell each row is"
-                )
-        elif (
-            cells.shape != self._shape[:1]
-            or len(np.unique(cells)) != len(cells)
-            or not (len(cells) == 0 or (cells.min() >= 0 and cells.max() < n_cells))
-        ):
-            raise ValueError(
-                f"cells must hold {self._shape[0]} different numbers of cells of {self.path}, "
-                f"0 to {n_cells - 1}"
-            )
-        if cells is not None and self._dtype.kind != "f" and len(cells) < n_cells:
-            raise ValueError(
-                f"{n_cells - len(cells)} cells of {self.path} get NaN, which {self._dtype} does not have"
-            )
-        return n_cells
 
     def __enter__(self) -> RowWriter:
         if _rank() == 0:
@@ -298,34 +258,124 @@ class RowWriter:
             if kind is None:
                 array.flush()
                 _check_counts(_summed(self._times))
+                failure = None
                 if _rank() == 0:
-                    self._finish(array)
-                _barrier()
+                    try:
+                        self._target.finish(array, self._beside)
+                    except Exception as caught:
+                        failure = caught
+                _agree(failure)
         finally:
             if _rank() == 0:
                 self._beside.unlink(missing_ok=True)
 
-    def _finish(self, array: np.memmap) -> None:
-        if self._key is None:
-            os.replace(self._beside, self.path)
-            return
+
+class _Target(Protocol):
+    """Where a :class:`RowWriter` puts its results."""
+
+    def finish(self, array: np.memmap, beside: Path) -> None:
+        """Put whole results in place. `array` is a map of the file `beside`, which may be moved."""
+
+
+def _target(
+    path: Path,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    key: str | None,
+    cells: Sequence[str] | np.ndarray | None,
+    overwrite: bool,
+) -> _Target:
+    if path.suffix == ".h5ad" or (path / "lance_db").is_dir():
+        if key is None:
+            raise ValueError(
+                f"{path}: an .h5ad file or an atlas needs key=, the name in obsm or of the modality; to "
+                "write a file of its own, choose one that ends in .npy"
+            )
+        if path.suffix == ".h5ad":
+            numbers = None if cells is None else np.asarray(cells)
+            return _Obsm(path, shape, dtype, key, numbers, overwrite=overwrite)
+        return _Modality(path, shape, dtype, key, cells, overwrite=overwrite)
+    if path.suffix != ".npy":
+        raise ValueError(
+            f"{path}: write results to a .npy file, to an .h5ad file with key=, or to an atlas with key= and "
+            "cells="
+        )
+    if key is not None:
+        raise ValueError(f"{path}: a .npy file has no key; leave key= out")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+    return _Npy(path)
+
+
+class _Npy:
+    """A file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def finish(self, array: np.memmap, beside: Path) -> None:  # noqa: ARG002 - of the protocol
+        os.replace(beside, self._path)
+
+
+class _Obsm:
+    """An array in ``obsm`` of an .h5ad file."""
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        key: str,
+        cells: np.ndarray | None,
+        *,
+        overwrite: bool,
+    ) -> None:
+        import h5py
+
+        self._path, self._key, self._cells = path, key, cells
+        with h5py.File(path, "r") as file:
+            if key in file.get("obsm", ()) and not overwrite:
+                raise FileExistsError(f"{path} has obsm[{key!r}] already; pass overwrite=True to replace it")
+            obs = file["obs"]
+            n_cells = len(obs[obs.attrs["_index"]])
+        if cells is None:
+            if n_cells != shape[0]:
+                raise ValueError(
+                    f"{path} has {n_cells} cells, and the dataset {shape[0]} rows: say with "
+                    "cells= which cell each row is"
+                )
+        elif (
+            cells.shape != shape[:1]
+            or cells.dtype.kind not in "iu"
+            or len(np.unique(cells)) != len(cells)
+            or not (len(cells) == 0 or (cells.min() >= 0 and cells.max() < n_cells))
+        ):
+            raise ValueError(
+                f"cells must hold {shape[0]} different numbers of cells of {path}, 0 to {n_cells - 1}"
+            )
+        if cells is not None and dtype.kind != "f" and len(cells) < n_cells:
+            raise ValueError(f"{n_cells - len(cells)} cells of {path} get NaN, which {dtype} does not have")
+        self._n_cells = n_cells
+
+    def finish(self, array: np.memmap, beside: Path) -> None:  # noqa: ARG002 - of the protocol
         import h5py
 
         order = None if self._cells is None else np.argsort(self._cells)
-        step = max(1, _BLOCK // max(1, array.itemsize * self._shape[1]))
-        with h5py.File(self.path, "r+") as file:
+        n_rows, n_columns = array.shape
+        step = max(1, _BLOCK // max(1, array.itemsize * n_columns))
+        with h5py.File(self._path, "r+") as file:
             obsm = file.require_group("obsm")
             for name, value in (("encoding-type", "dict"), ("encoding-version", "0.1.0")):
                 obsm.attrs.setdefault(name, value)
             # Without a name until it is whole: what reads the file after a crash sees no part of it.
             data = file.create_dataset(
                 None,
-                (self._n_cells, self._shape[1]),
-                self._dtype,
+                (self._n_cells, n_columns),
+                array.dtype,
                 fillvalue=np.nan if order is not None else None,
             )
             data.attrs["encoding-type"], data.attrs["encoding-version"] = "array", "0.2.0"
-            for begin in range(0, self._shape[0], step):
+            for begin in range(0, n_rows, step):
                 part = slice(begin, begin + step)
                 if order is None or self._cells is None:
                     data[part] = array[part]
@@ -334,6 +384,53 @@ class RowWriter:
             if self._key in obsm:
                 del obsm[self._key]
             obsm[self._key] = data
+
+
+class _Modality:
+    """A dense modality of an atlas."""
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        key: str,
+        cells: Sequence[str] | np.ndarray | None,
+        *,
+        overwrite: bool,
+    ) -> None:
+        from hbx_gpu.atlas import RaggedAtlas
+
+        if cells is None or len(cells) != shape[0]:
+            raise ValueError(
+                f"{path}: an atlas needs cells=, the uid of the cell of each of {shape[0]} rows, got "
+                f"{None if cells is None else len(cells)}; take query.to_modality_obs(...)['uid']"
+            )
+        if dtype not in (np.float32, np.float16):
+            raise ValueError(f"{path}: an atlas takes results of float32 or float16, got {dtype}")
+        self._path, self._key, self._cells, self._overwrite = path, key, np.asarray(cells, object), overwrite
+        # A wrong name is found before the model runs, not afterwards.
+        atlas = RaggedAtlas.checkout_latest(path)
+        for table in atlas.obs_tables:
+            known = atlas.query(table).select(["uid"]).to_arrow().column("uid").to_numpy()
+            if np.isin(self._cells, known).all():
+                break
+        else:
+            raise ValueError(
+                f"{path}: some of cells= are not in the latest snapshot of this atlas; they are the column "
+                "uid of a query, query.to_modality_obs(...)['uid']"
+            )
+        self._table = table
+        there = atlas.query(table)
+        if key in atlas.pointer_fields and not overwrite and there.where(f"`{key}` IS NOT NULL").count():
+            raise FileExistsError(f"{path} has {key!r} already; pass overwrite=True to replace it")
+
+    def finish(self, array: np.memmap, beside: Path) -> None:  # noqa: ARG002 - of the protocol
+        from hbx_gpu.atlas import RaggedAtlas
+
+        atlas = RaggedAtlas.open(self._path)
+        atlas.add_embedding(self._key, array, self._cells, obs_table=self._table, overwrite=self._overwrite)
+        atlas.snapshot()
 
 
 def _host(values: Tensor | np.ndarray) -> np.ndarray:
@@ -358,6 +455,19 @@ def _barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def _agree(failure: Exception | None) -> None:
+    """Raise what happened on the first rank, on all of them."""
+    if _process_group():
+        import torch.distributed as dist
+
+        told: list[str | None] = [None if failure is None else str(failure)]
+        dist.broadcast_object_list(told)
+        if failure is None and told[0] is not None:
+            raise RuntimeError(f"the first rank could not write the results: {told[0]}")
+    if failure is not None:
+        raise failure
 
 
 def _summed(times: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hbx_gpu import inference
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.inference import RowWriter, gather_rows
 from hbx_gpu.sampler import CellSampler
@@ -130,7 +131,7 @@ def test_a_file_that_would_lack_rows_is_not_written(
     ("name", "arguments", "told"),
     [
         ("cells.h5ad", {}, "needs key="),
-        ("rows.npy", {"key": "X_model"}, "needs key="),
+        ("rows.npy", {"key": "X_model"}, "a .npy file has no key"),
         ("rows.txt", {}, "write results to a .npy file"),
         ("cells.h5ad", {"key": "a", "n": 3}, "has 4 cells, and the dataset 3 rows: say with cells="),
         ("cells.h5ad", {"key": "a", "n": 2, "cells": [1, 1]}, "2 different numbers of cells"),
@@ -174,7 +175,21 @@ except ValueError as error:
 with RowWriter(f"{folder}/rows.npy", 101, 2) as writer:
     for values, index in zip(outputs, rows):
         writer.write(values, index)
-found = {"whole": whole.tolist(), "from_one": from_one.tolist(), "told": told}
+cells = json.load(open(f"{folder}/cells.json"))
+with RowWriter(f"{folder}/atlas", 101, 2, key="X_model", cells=cells) as writer:
+    for values, index in zip(outputs, rows):
+        writer.write(values, index)
+try:
+    with RowWriter(f"{folder}/taken.npy", 101, 2) as writer:
+        for values, index in zip(outputs, rows):
+            writer.write(values, index)
+        if rank == 0:
+            import os
+            os.mkdir(f"{folder}/taken.npy")
+    failed = "nothing"
+except (RuntimeError, OSError) as error:
+    failed = str(error)
+found = {"failed": failed, "whole": whole.tolist(), "from_one": from_one.tolist(), "told": told}
 found["rows"] = sum(len(batch) for batch in rows)
 open(f"{folder}/rank{rank}.json", "w").write(json.dumps(found))
 dist.destroy_process_group()
@@ -185,6 +200,13 @@ dist.destroy_process_group()
 def test_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(JOB)
+    adata = anndata.AnnData(np.ones((101, 3), np.float32))
+    atlas = create_or_open_atlas(tmp_path / "atlas")
+    atlas.add_from_anndata(adata)
+    atlas.optimize()
+    atlas.snapshot()
+    cells = RaggedAtlas.checkout_latest(tmp_path / "atlas").query().to_arrow()["uid"].to_pylist()
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
     environment = outer_environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
     jobs = [
         subprocess.Popen(
@@ -209,4 +231,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert found["from_one"] == [0, 2, 4, 6, 8]
         assert "5 rows come more than once" in found["told"]
         assert 0 < found["rows"] < 101
+        assert "taken.npy" in found["failed"]
+        assert found["failed"].startswith("the first rank could not write") == bool(rank)
     assert np.load(tmp_path / "rows.npy").tolist() == expected
+    query = RaggedAtlas.checkout_latest(tmp_path / "atlas").query()
+    assert np.array_equal(query.to_array("X_model"), expected)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.anndata import add_from_anndata as add_from_anndata
     from hbx_gpu.atlas._ingest.anndata import add_from_h5ad as add_from_h5ad
     from hbx_gpu.atlas._ingest.commit import IngestReport as IngestReport
+    from hbx_gpu.atlas._ingest.embeddings import add_embedding as add_embedding
     from hbx_gpu.atlas._ingest.fragments import FragmentsInput as FragmentsInput
     from hbx_gpu.atlas._ingest.images import ImageInput as ImageInput
     from hbx_gpu.atlas._ingest.many import FileReport as FileReport
@@ -58,6 +59,7 @@ _PUBLIC = {
     "Snapshot": "_catalog.snapshot",
     "SparseZarrPointer": "_model.schema",
     "StableUIDField": "_model.schema",
+    "add_embedding": "_ingest.embeddings",
     "add_from_anndata": "_ingest.anndata",
     "add_from_h5ad": "_ingest.anndata",
     "add_multimodal": "_ingest.multimodal",

@@ -41,6 +41,7 @@ from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, check_codec, make_group
 from hbx_gpu.errors import AtlasError, AtlasLockedError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from anndata import AnnData
 
@@ -543,6 +544,14 @@ class RaggedAtlas:
         from hbx_gpu.atlas._ingest.many import add_many
 
         return add_many(self, sources, executor, **kwargs)
+
+    def add_embedding(
+        self, name: str, values: np.ndarray, cells: Sequence[str] | np.ndarray, **kwargs: Any
+    ) -> int:
+        """See :func:`hbx_gpu.atlas.add_embedding`."""
+        from hbx_gpu.atlas._ingest.embeddings import add_embedding
+
+        return add_embedding(self, name, values, cells, **kwargs)
 
     def add_from_anndata(self, adata: AnnData | str | os.PathLike[str] | Input, **kwargs: Any) -> int:
         """See :func:`hbx_gpu.atlas.add_from_anndata`."""

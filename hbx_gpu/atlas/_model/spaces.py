@@ -63,6 +63,8 @@ class FeatureSpace:
 
 
 _IMAGE_DTYPES = ("float32", "uint8", "uint16")
+EMBEDDINGS = "embeddings"
+"""Space of the results of models: a row of numbers per cell, whose columns are no features."""
 
 _SPACES: dict[str, FeatureSpace] = {
     space.name: space
@@ -141,6 +143,14 @@ _SPACES: dict[str, FeatureSpace] = {
             "csr/layers",
             required_layers={"counts": ("uint32",)},
             optional_layers={"log_normalized": ("float32",), "tfidf": ("float32",)},
+        ),
+        FeatureSpace(
+            EMBEDDINGS,
+            "dense",
+            None,
+            "layers",
+            required_layers={"values": ("float32", "float16")},
+            has_features=False,
         ),
     )
 }
