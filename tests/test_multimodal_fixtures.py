@@ -254,6 +254,7 @@ def test_metadata_of_every_batch(case: Case) -> None:
                 np.testing.assert_array_equal(batch.metadata[column], wanted)
 
 
+@pytest.mark.filterwarnings("ignore:this query selects no cells")
 def test_every_query(case: Case) -> None:
     """Filters and panels, with every other modality beside."""
     for query in case.expected.get("queries", []):

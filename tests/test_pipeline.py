@@ -284,6 +284,7 @@ def test_random_operators_resume(dataset: CellDataset, step: int, how: str) -> N
     assert equal(xs(resumed), xs(whole))
 
 
+@pytest.mark.filterwarnings("ignore:set_epoch.4. drops the position")
 def test_another_epoch_forgets_where_random_operators_were(dataset: CellDataset) -> None:
     begun = noisy(dataset)
     batches = iter(begun)

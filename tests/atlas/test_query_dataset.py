@@ -324,6 +324,7 @@ def test_batches_are_slices_of_the_whole(ragged: AtlasQuery, monkeypatch: pytest
     assert (ragged.to_anndata().X != whole.X).nnz == 0
 
 
+@pytest.mark.filterwarnings("ignore:this query selects no cells")
 def test_empty_results(ragged: AtlasQuery) -> None:
     ragged.where("donor = 'nobody'")
     assert len(ragged.to_cell_dataset(metadata_columns=["donor"])) == 0

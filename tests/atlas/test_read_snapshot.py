@@ -210,6 +210,7 @@ def test_remote_address(address: str) -> None:
         Snapshot.open(address)
 
 
+@pytest.mark.filterwarnings("ignore:optimize.cleanup_older_than=0")
 def test_cleaned_up_table_version_is_named(copied: Callable[..., Any]) -> None:
     root = copied("ragged_rna")
     database = lancedb.connect(str(root / "lance_db"))

@@ -58,6 +58,7 @@ def test_many_files_in_the_order_of_their_paths(sources: Path, tmp_path: Path, p
     assert again.shape() == collection.shape()
 
 
+@pytest.mark.filterwarnings("ignore:.* none of its 70 features is among")
 @pytest.mark.parametrize("destroy", [False, True])
 def test_flatten(sources: Path, tmp_path: Path, destroy: bool) -> None:
     collection = SingleCellCollection(tmp_path / "all")
@@ -148,6 +149,7 @@ def two_namings(tmp_path: Path, second: list[str]) -> tuple[SingleCellCollection
     return collection, matrices
 
 
+@pytest.mark.filterwarnings("ignore:.* only 1 of its 3 features are among")
 def test_flatten_refuses_archives_that_share_too_few_genes(tmp_path: Path) -> None:
     collection, matrices = two_namings(tmp_path, [ENSEMBL[2], *ENSEMBL[7:9]])
     with pytest.raises(InvalidDataError, match=r"only 1 of its 3 features .*require_shared_genes=0\.5"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ def sources(tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> int:
-    return main([str(a) for a in args])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process of its own
+        return main([str(a) for a in args])
 
 
 def test_a_folder(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

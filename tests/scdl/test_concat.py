@@ -131,6 +131,7 @@ def test_copy_size_changes_nothing(tmp_path: Path, copy_size: int) -> None:
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+@pytest.mark.filterwarnings("ignore:.* X holds counts with fractions")
 def test_dtypes(tmp_path: Path) -> None:
     x = counts(5, 4, seed=1)
     small, wide = make(tmp_path, "s", x=x, dtype="uint8"), make(tmp_path, "w", x=x, dtype="uint32")

@@ -199,6 +199,7 @@ def test_auto_dtype(tmp_path: Path, high: int, source: str, dtype: str) -> None:
     assert open_archive(tmp_path / "a").data.dtype == dtype
 
 
+@pytest.mark.filterwarnings("ignore:.* X holds counts with fractions")
 def test_loss_raises_unless_accepted(tmp_path: Path) -> None:
     x = counts(5, 4)
     x.data[2] = 300.5

@@ -52,7 +52,7 @@ def test_a_killed_job_leaves_nothing_for_good(place: Path) -> None:
     mine = Path(state.spill(owner, {"a": np.arange(3)}, None))
     assert folder.is_dir()  # it lives
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert folder.is_dir()
     other = Owner()
     second = Path(state.spill(other, {"a": np.arange(3)}, None))

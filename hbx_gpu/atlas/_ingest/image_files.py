@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,10 @@ def _open_tiff(path: Path) -> StoredImage:
 
     node = zarr.open(store, mode="r")
     if not isinstance(node, zarr.Array):
+        store.close()
         raise InvalidDataError(f"{path} is a TIFF file whose first series is not one array")
+    # The store opens the file again when it reads, and nothing else closes that.
+    weakref.finalize(node, store.close)
     return _opened(node, str(path), path.name, lambda: hash_file(path), axes)
 
 
