@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from tests.tokens.recipes import COMPILED, GENES, RECIPES, SPECIALS, VOCABULARY,
 
 # Draws for every four counts, and logarithms that sum exactly: no huge counts.
 SMALL = ("gpt", "state log")
+# A sanitizer of races sees which code runs, not what it gives: one form of the outputs is enough for each
+# recipe, unless a barrier is missing that any form may meet.
+ONE_FORM = os.environ.get("HBX_EMULATED_WATCH") == "races" and "HBX_EMULATED_WITHOUT" not in os.environ
 
 
 @pytest.fixture(scope="module", params=[*ORDERS, pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -56,7 +60,10 @@ def test_tokens_are_those_of_the_reference(name: str, order: str, shared_keys: i
         {"padding": "max_length", "pad_to_multiple_of": 8},
         {"padding": "longest" if name == "split" else "packed"},
     ]
+    chosen = list(RECIPES).index(name) % len(forms)
     for seed, options in enumerate(forms):
+        if ONE_FORM and seed != chosen:
+            continue
         batch = odd_rows(seed, small=name in SMALL, in_order=seed == 1)
         compare(batch, COMPILED[name], engine, **options)
 
