@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from hbx_gpu._advice import option, spelled
 from hbx_gpu._inplace.join import Join
 from hbx_gpu._inplace.matrices import Places, Wanted, open_dataset
 from hbx_gpu._inplace.table import CellTable
+from hbx_gpu._progress import Progress, silent
 from hbx_gpu._stores.store import Store
 from hbx_gpu.atlas._query.state import whole_number
+from hbx_gpu.atlas._query.statistics import parsed_panel
 from hbx_gpu.errors import InvalidDataError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.modality import Modality
     from hbx_gpu._datasets.multimodal import MultimodalCellDataset
+    from hbx_gpu.statistics import Statistics
 
 SPACE = "gene_expression"
 
@@ -169,17 +173,21 @@ class Cells:
         self._table.check(names)
         return self._with(columns=tuple(names))
 
-    def features(self, uids: Sequence[str], feature_space: str | None = None) -> Cells:
+    def features(self, uids: Sequence[str] | str, feature_space: str | None = None) -> Cells:
         """Exactly these features as the columns of results, in this order.
 
         Parameters
         ----------
         uids
-            Names as in the dataset's `feature_uids`.
+            Names as in the dataset's `feature_uids`. ``"hvg:2000"``: the 2,000 most variable features of all
+            cells of the stores, whose counts are read once for that.
         feature_space
             Modality, where the stores hold several.
         """
         space = self._modality(feature_space)
+        if isinstance(uids, str):
+            n = parsed_panel(uids)
+            uids = list(Cells(self._table).statistics(feature_space=space).highly_variable(n).index)
         others = tuple(entry for entry in self._steps.panels if entry[0] != space)
         return self._with(panels=(*others, (space, tuple(map(str, uids)))))
 
@@ -232,6 +240,33 @@ class Cells:
         Integers and booleans of which some are missing have pandas' nullable types.
         """
         return self._table.frame(self._names(), self._rows)
+
+    def statistics(
+        self,
+        by: str | None = None,
+        *,
+        feature_space: str | None = None,
+        layer: str = "X",
+        target_sum: float | None = 10_000.0,
+        medians: bool = True,
+        executor: Executor | None = None,
+        progress: Progress = silent,
+    ) -> Statistics:
+        """Statistics of the features over the rows; nothing is kept, because nothing is written here.
+
+        Parameters
+        ----------
+        by, target_sum, medians, executor, progress
+            As in :func:`hbx_gpu.statistics.compute`.
+        feature_space, layer
+            As in :meth:`to_cell_dataset`.
+        """
+        from hbx_gpu.statistics import compute
+
+        dataset = self.to_cell_dataset(feature_space, layer, [by] if by is not None else [])
+        return compute(
+            dataset, by, target_sum=target_sum, medians=medians, executor=executor, progress=progress
+        )
 
     # Results with measurements
 

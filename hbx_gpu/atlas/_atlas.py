@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
@@ -36,6 +36,7 @@ from hbx_gpu.atlas._model.schema import (
 )
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._query.query import AtlasQuery
+from hbx_gpu.atlas._query.statistics import Options
 from hbx_gpu.atlas._upkeep import snapshots as maintenance
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, check_codec, make_group
 from hbx_gpu.errors import AtlasError, AtlasLockedError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.inputs import Input
     from hbx_gpu.atlas._ingest.many import ManyReport
+    from hbx_gpu.statistics import Statistics
 
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
 _UNKNOWN = (
@@ -403,6 +405,18 @@ class RaggedAtlas:
                 f"RaggedAtlas.checkout_latest({str(self._path)!r}).query()"
             )
         return AtlasQuery(self._snapshot, obs_table_name)
+
+    def statistics(
+        self, by: str | None = None, *, obs_table_name: str | None = None, **options: Unpack[Options]
+    ) -> Statistics:
+        """Statistics of the features over all cells; see :meth:`AtlasQuery.statistics`.
+
+        Raises
+        ------
+        RuntimeError
+            The atlas is open for writing.
+        """
+        return self.query(obs_table_name).statistics(by, **options)
 
     def list_datasets(self) -> pd.DataFrame:
         """One row per group: ``dataset_uid``, ``zarr_group``, ``feature_space``, ``layout_uid``, ..."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias, Unpack, overload
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.results import Modality
 from hbx_gpu.atlas._query.selection import Selection
 from hbx_gpu.atlas._query.state import FeatureJoin, QueryState, whole_number
+from hbx_gpu.atlas._query.statistics import Options, highly_variable, statistics_of
 from hbx_gpu.errors import UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._query.results import MultimodalResult
     from hbx_gpu.chromatin import Bins, Fragments, Peaks
     from hbx_gpu.chromatin._dataset import FragmentMatrixDataset
-
+    from hbx_gpu.statistics import Statistics
 
 DType: TypeAlias = str | type | np.dtype
 """A dtype, by name or as NumPy has it."""
@@ -102,7 +103,7 @@ class AtlasQuery:
         obs.check_columns(self._selection.schema, columns)
         return self._changed(columns=tuple(columns))
 
-    def features(self, uids: Sequence[str], feature_space: str) -> Self:
+    def features(self, uids: Sequence[str] | str, feature_space: str) -> Self:
         """Read only these features of a space, as columns in the given order.
 
         A second call for the same space replaces the first. Results in memory, and a dataset of a single
@@ -112,7 +113,8 @@ class AtlasQuery:
         Parameters
         ----------
         uids
-            Feature uids, each once. Unknown uids raise when results are read.
+            Feature uids, each once. Unknown uids raise when results are read. ``"hvg:2000"``: the 2,000 most
+            variable features of all cells of the table, from its :meth:`statistics`.
         feature_space
             Name of the space, or of a pointer field.
 
@@ -121,14 +123,14 @@ class AtlasQuery:
         ValueError
             An unknown space, or a uid given twice.
         """
+        space = self._selection.fields.space_named(feature_space)
         if isinstance(uids, str):
-            raise ValueError(f"features() needs a list of uids, got the string {uids!r}")
+            uids = highly_variable(self._selection, uids, space)
         panel = tuple(str(uid) for uid in uids)
         if len(set(panel)) != len(panel):
             seen: set[str] = set()
             twice = [uid for uid in panel if uid in seen or seen.add(uid)]  # type: ignore[func-returns-value]
             raise ValueError(f"every feature may be asked for once; repeated: {twice[:5]}")
-        space = self._selection.fields.space_named(feature_space)
         others = tuple(entry for entry in self._selection.state.panels if entry[0] != space)
         return self._changed(panels=(*others, (space, panel)))
 
@@ -297,6 +299,22 @@ class AtlasQuery:
         assert isinstance(frame, polars.DataFrame)  # a table never becomes a Series
         return frame
 
+    def statistics(self, by: str | None = None, **options: Unpack[Options]) -> Statistics:
+        """Statistics of the features over the rows that the query selects, in one pass (docs/statistics.md).
+
+        The result is kept in the atlas, and read from there the next time.
+
+        Parameters
+        ----------
+        by
+            obs column; the result then has ``groups`` beside the whole.
+        **options
+            `feature_space`, `layer` and `field_name` as in :meth:`to_cell_dataset`; `target_sum`, `medians`,
+            `executor` and `progress` as in :func:`hbx_gpu.statistics.compute`; ``keep=False`` neither reads
+            nor writes the file in the atlas.
+        """
+        return statistics_of(self._selection, by, options)
+
     # Results with measurements
 
     @overload
@@ -445,20 +463,9 @@ class AtlasQuery:
         dtypes = (
             {} if dtype is None else dtype if isinstance(dtype, Mapping) else dict.fromkeys(layers, dtype)
         )
-        recipe = QueryRecipe(
-            path=str(chosen.snapshot.path),
-            version=chosen.snapshot.version,
-            store=str(chosen.snapshot.store_path),
-            table=chosen.name,
-            state=chosen.state,
-            field_name=pointer.name,
-            layers=layers,
-            metadata_columns=None if metadata_columns is None else tuple(names),
-            dtypes=tuple((name, np.dtype(wanted).name) for name, wanted in dtypes.items()),
-            absent=absent,
-            version_table_name=chosen.snapshot.version_table_name,
-            allow_links=chosen.snapshot.allow_links,
-        )
+        named = tuple((name, np.dtype(wanted).name) for name, wanted in dtypes.items())
+        columns = None if metadata_columns is None else names
+        recipe = QueryRecipe.of(chosen, pointer, layers, columns, dtypes=named, absent=absent)
         dataset = recipe.dataset(chosen, found)
         if matrix is None:
             return dataset

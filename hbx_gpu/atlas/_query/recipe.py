@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from hbx_gpu.atlas._query.state import QueryState
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
+    from hbx_gpu.atlas._catalog.snapshot import PointerColumn
     from hbx_gpu.atlas._query.obs import ModalityRows
     from hbx_gpu.atlas._query.selection import Selection
 
@@ -45,6 +47,34 @@ class QueryRecipe:
     absent: bool = False
     version_table_name: str = "atlas_versions"
     allow_links: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        selection: Selection,
+        pointer: PointerColumn,
+        layers: tuple[str, ...],
+        metadata_columns: Sequence[str] | None,
+        *,
+        dtypes: tuple[tuple[str, str], ...] = (),
+        absent: bool = False,
+    ) -> QueryRecipe:
+        """The recipe for layers of a field over the rows of a selection."""
+        snapshot = selection.snapshot
+        return cls(
+            path=str(snapshot.path),
+            version=snapshot.version,
+            store=str(snapshot.store_path),
+            table=selection.name,
+            state=selection.state,
+            field_name=pointer.name,
+            layers=layers,
+            metadata_columns=None if metadata_columns is None else tuple(metadata_columns),
+            dtypes=dtypes,
+            absent=absent,
+            version_table_name=snapshot.version_table_name,
+            allow_links=snapshot.allow_links,
+        )
 
     def dataset(self, selection: Selection, found: ModalityRows | None = None) -> FeatureDataset:
         """The dataset over rows of a selection; `found` passes the rows if they have been read already."""
