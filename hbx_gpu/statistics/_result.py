@@ -150,7 +150,7 @@ class Statistics:
         if fractions := np.flatnonzero(~self.whole).tolist():
             raise InvalidDataError(
                 f"highly variable features of flavor 'seurat_v3' are found from counts, and "
-                f"{len(fractions)} features have values that are no counts, first: "
+                f"{len(fractions)} features have values other than counts, first: "
                 f"{self.feature_uids[fractions[:3]].tolist()}; compute the statistics of a layer of counts"
             )
         batches = [self] if batch_key is None else list(self.groups.values())

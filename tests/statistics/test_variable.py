@@ -94,7 +94,7 @@ def test_constant_features_are_never_variable_and_fractions_are_refused() -> Non
     assert len(found) < made.N_GENES
     assert (found["variances_norm"] > 0).all()
     with pytest.raises(
-        InvalidDataError, match="1 features have values that are no counts, first: \\['g1'\\]"
+        InvalidDataError, match="1 features have values other than counts, first: \\['g1'\\]"
     ):
         statistics_of(np.array([[1, 0.5], [0, 2]])).highly_variable(1)
     with pytest.raises(ValueError, match="flavor must be"):
