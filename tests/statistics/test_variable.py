@@ -93,9 +93,7 @@ def test_constant_features_are_never_variable_and_fractions_are_refused() -> Non
     found = statistics_of(made.counts()).highly_variable(10_000)
     assert len(found) < made.N_GENES
     assert (found["variances_norm"] > 0).all()
-    with pytest.raises(
-        InvalidDataError, match="1 features have values other than counts, first: \\['g1'\\]"
-    ):
+    with pytest.raises(InvalidDataError, match="1 features have values other than counts"):
         statistics_of(np.array([[1, 0.5], [0, 2]])).highly_variable(1)
     with pytest.raises(ValueError, match="flavor must be"):
         statistics_of(np.eye(3)).highly_variable(1, "cell_ranger")
