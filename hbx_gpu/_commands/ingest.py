@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
+from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
-from hbx_gpu._progress import bar
+from hbx_gpu._progress import bar, line
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.identity import GivenColumn
+    from hbx_gpu.atlas._ingest.many import FileReport
     from hbx_gpu.atlas._ingest.plan import FilePlan
 
 # Heavy imports happen in the functions, so that --help answers at once.
@@ -27,6 +29,7 @@ _EXAMPLES = """\
 examples:
   hbx-gpu ingest a.h5ad b.h5ad --atlas A
   hbx-gpu ingest a.h5ad:raw b.h5ad:layers/counts c.h5ad --atlas A
+  hbx-gpu ingest *.h5ad --atlas A --workers 8
   hbx-gpu ingest cite.h5mu --atlas A
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
@@ -134,6 +137,7 @@ def add_parser(
         action="store_true",
         help="add cells that are in the atlas already, from another file",
     )
+    add_executor_options(parser)
     parser.add_argument(
         "--no-snapshot", action="store_true", help="leave optimize and snapshot to a later run"
     )
@@ -174,7 +178,11 @@ def add_parser(
     several.add_argument(
         "--barcodes", metavar="FILE", help="barcodes of the fragments file that are cells, one per line"
     )
-    parser.set_defaults(command=_ingest, parser=parser, if_interrupted="the file in work was not added")
+    parser.set_defaults(
+        command=_ingest,
+        parser=parser,
+        if_interrupted="each file was added whole or not at all",
+    )
 
 
 # Python's parameters, as the options of this command.
@@ -207,21 +215,23 @@ def _ingest(args: argparse.Namespace) -> int:
 def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
     is_new = not args.atlas.exists() or not any(args.atlas.iterdir())
     atlas = _open(args, [path for job in jobs for path in job.paths])
-    added, failure = 0, None
-    try:
-        plans = _plan(atlas, jobs, args)
-    except Exception:
-        _discard(atlas, is_new)
-        raise
-    for job in jobs:
+    several = [job for job in jobs if job.several]
+    added, failure = _run_files(atlas, [job for job in jobs if not job.several], args)
+    if failure is None and several:
         try:
-            added += _run(atlas, job, args, plans)
-        except Exception as error:
-            if args.debug:
-                raise
-            said = job.several or job.label in str(error)
-            failure = error if said else _FileError(f"{job.label}: {error_text(error)}")
-            break
+            plans = _plan(atlas, several, args)
+        except Exception:
+            if not added:
+                _discard(atlas, is_new)
+            raise
+        for job in several:
+            try:
+                added += _run(atlas, job, args, plans)
+            except Exception as error:
+                if args.debug:
+                    raise
+                failure = error
+                break
     if not args.no_snapshot and (added or _has_news(atlas)):
         atlas.optimize()
         version = atlas.snapshot()
@@ -248,15 +258,11 @@ def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) ->
     from hbx_gpu.atlas._ingest.plan import plan_files
 
     files = [job.file for job in jobs if not job.given and job.file is not None]
-    several = any(job.several for job in jobs)
     return plan_files(
         atlas,
         files,
-        layer={job.file: job.layer for job in jobs if job.file is not None},
-        zarr_layer=args.target_layer,
-        field_name=args.field,
         obs_table=args.table,
-        feature_id_column=_id_columns(args) if several else (args.feature_id_column or [None])[-1],
+        feature_id_column=_id_columns(args),
         strip_versions=args.strip_versions,
         require_shared_genes=args.require_shared_genes,
         obs_types=dict(_pairs(args, "--obs-type", args.obs_type)),
@@ -393,25 +399,61 @@ def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -
         ]
 
 
+def _run_files(
+    atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace
+) -> tuple[int, Exception | None]:
+    """Add files of one matrix each; the number of cells added, and why the first one that failed did."""
+    if not jobs:
+        return 0, None
+    files = {str(job.file): job for job in jobs}
+    told = [time.perf_counter()]
+    added = n_told = 0
+
+    def say(file: FileReport) -> None:
+        nonlocal added, n_told
+        added, n_told = added + file.n_cells, n_told + 1
+        begin, told[0] = told[0], time.perf_counter()
+        if not file.n_cells:
+            line(f"{file.source}: already ingested, skipped")
+            return
+        line(f"{file.source}: {file.n_cells:,} cells added in {told[0] - begin:.1f} s")
+        if file.choice is not None:
+            line(f"  matrix {file.matrix}, features by {file.choice} ({file.choice.reason})")
+
+    n_bytes = sum(path.stat().st_size for job in jobs for path in job.paths)
+    title = jobs[0].paths[0].name if len(jobs) == 1 else "ingest"
+    try:
+        with chosen_executor(args, len(jobs), n_bytes) as executor, bar(" cells", title) as show:
+            atlas.ingest_many(
+                list(files),
+                executor,
+                added=say,
+                layer={file: job.layer for file, job in files.items()},
+                zarr_layer=args.target_layer,
+                field_name=args.field,
+                feature_id_column=(args.feature_id_column or [None])[-1],
+                **_common(args, show),
+            )
+    except Exception as error:
+        if args.debug:
+            raise
+        named = n_told == len(files) or any(file in str(error) for file in files)
+        return added, error if named else _FileError(f"{list(files)[n_told]}: {error_text(error)}")
+    return added, None
+
+
 def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping[str, FilePlan]) -> int:
     begin = time.perf_counter()
     title = job.file.name if job.file else "modalities"
     with bar(" cells", title) as show:
-        report = (
-            _add_several(atlas, job, args, show, _plans_of(job, plans))
-            if job.several
-            else _add_one(atlas, job, args, show, plans.get(str(job.file)))
-        )
+        report = _add_several(atlas, job, args, show, _plans_of(job, plans))
     if not report.n_cells:
         print(f"{job.label}: already ingested, skipped")
         return 0
     print(f"{job.label}: {report.n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
-    if job.several:
-        _print_modalities(report)
-        for name, plan in _plans_of(job, plans).items():
-            print(f"  {name}: matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
-    elif chosen := plans.get(str(job.file)):
-        print(f"  matrix {chosen.matrix}, features by {chosen.choice} ({chosen.choice.reason})")
+    _print_modalities(report)
+    for name, plan in _plans_of(job, plans).items():
+        print(f"  {name}: matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
     return report.n_cells
 
 
@@ -439,41 +481,8 @@ def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dic
         "rename_obs": dict(_pairs(args, "--rename-obs", args.rename_obs)),
         "replace": args.replace,
         "accept_duplicates": args.accept_duplicates,
-        "exist_ok": True,
         "progress": show,
     }
-
-
-def _add_one(
-    atlas: RaggedAtlas,
-    job: _Job,
-    args: argparse.Namespace,
-    show: Callable[[int, int], object],
-    plan: FilePlan | None,
-) -> IngestReport:
-    from hbx_gpu.atlas._ingest.commit import IngestReport
-
-    assert job.file is not None
-    column = args.feature_id_column
-    chosen: dict[str, object] = {
-        "layer": job.layer,
-        "feature_id_column": column[-1] if column else None,
-    }
-    if plan is not None:
-        chosen = {
-            "layer": plan.layer,
-            "feature_id_column": plan.choice,
-            "obs_types": plan.edits.types,
-            "drop_obs": plan.edits.drop,
-            "rename_obs": plan.edits.rename,
-        }
-    n = atlas.add_from_h5ad(
-        job.file,
-        zarr_layer=args.target_layer,
-        field_name=args.field,
-        **_common(args, show) | chosen,
-    )
-    return IngestReport("", n)
 
 
 def _add_several(
@@ -494,6 +503,7 @@ def _add_several(
         obs_from=args.obs_from,
         layers=_layers(args),
         feature_id_column=columns,
+        exist_ok=True,
         **_common(args, show),
     )
 

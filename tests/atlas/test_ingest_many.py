@@ -133,7 +133,7 @@ def test_the_atlas_is_the_same_whatever_the_executor(
     assert content(tmp_path / "a") == expected
     assert [file.n_cells for file in report.files] == [8] * 6
     assert (report.n_added, report.n_cells) == (6, 48)
-    assert calls == [(8 * i, 48) for i in range(1, 7)]
+    assert sorted(set(calls)) == [(8 * i, 48) for i in range(1, 7)]
     assert kept == [str(path) for path in files]
 
 

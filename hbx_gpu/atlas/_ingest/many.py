@@ -474,8 +474,14 @@ class _Run:
             told.clear()
 
         tasks = ((planned, _task(planned)) for planned in self._planned(looks))
+
+        def write(task: WriteTask) -> Written:
+            before = done
+            return write_file(task, lambda n: progress(before + n, total))
+
+        function = write if isinstance(self._executor, Here) else write_file
         try:
-            for planned, future in in_turn(self._executor, write_file, tasks):
+            for planned, future in in_turn(self._executor, function, tasks):
                 if not future.done() and time.monotonic() - committed > _MOST_SECONDS:
                     commit()
                 written = result_of(future, planned.file.source)

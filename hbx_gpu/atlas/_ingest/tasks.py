@@ -28,7 +28,7 @@ from hbx_gpu.atlas._ingest.cells import Dataset, ObsNames, cell_rows
 from hbx_gpu.atlas._ingest.inputs import choose_for, from_h5ad, hash_file
 from hbx_gpu.atlas._ingest.joining import Joined
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
-from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage
+from hbx_gpu.atlas._ingest.parts import MatrixPart, Storage, Tick
 from hbx_gpu.atlas._model.spaces import FeatureSpace
 from hbx_gpu.errors import InvalidDataError
 
@@ -215,8 +215,15 @@ class Written:
     n_cells: int = 0
 
 
-def write_file(task: WriteTask) -> Written:
+def write_file(task: WriteTask, tick: Tick = lambda _: None) -> Written:
     """Write the group of one file, its obs rows and its new features into a new folder.
+
+    Parameters
+    ----------
+    task
+        What is to be written.
+    tick
+        Called with the number of cells done, where the caller is in this process.
 
     Raises
     ------
@@ -229,13 +236,13 @@ def write_file(task: WriteTask) -> Written:
     folder.mkdir()  # without its parents: a task that outlives its ingest must not bring the folder back
     try:
         with task.where.spelling():
-            return _write(task, folder)
+            return _write(task, folder, tick)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _write(task: WriteTask, folder: Path) -> Written:
+def _write(task: WriteTask, folder: Path, tick: Tick) -> Written:
     look = task.look
     if _stamp(task.where.path) != look.stamp:
         raise InvalidDataError(
@@ -265,7 +272,7 @@ def _write(task: WriteTask, folder: Path) -> Written:
         scratch = folder / "scratch"
         scratch.mkdir()
         keep = np.ones(len(part.ids), bool)
-        pointers = part.write(folder / GROUP, scratch, keep, task.storage, lambda _: None)
+        pointers = part.write(folder / GROUP, scratch, keep, task.storage, tick)
         shutil.rmtree(scratch)
     save_table(folder / CELLS, rows.append_column(task.field_name, pointers))
     save_table(folder / FEATURES, features)
