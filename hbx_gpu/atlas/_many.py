@@ -67,11 +67,13 @@ def ingest_many(
         Called with the report of each file, in order, once it is in the atlas.
     layer
         Matrix to read, of all files or by source; see :func:`hbx_gpu.add_from_anndata`.
-    zarr_layer, field_name, feature_space, feature_id_column, strip_versions, require_shared_genes, obs_table,
-    chunk_shape, shard_shape, codec, allow_rounding, obs_types, drop_obs, rename_obs, replace,
-    accept_duplicates
+    zarr_layer, field_name, feature_space, feature_id_column, strip_versions, require_shared_genes
         As of :func:`hbx_gpu.add_from_anndata`, for all files. How features are identified is chosen for all
         files together.
+    obs_table, chunk_shape, shard_shape, codec, allow_rounding, obs_types, drop_obs, rename_obs
+        As of :func:`hbx_gpu.add_from_anndata`, for all files.
+    replace, accept_duplicates
+        As of :func:`hbx_gpu.add_from_anndata`, for all files.
 
     Returns
     -------
