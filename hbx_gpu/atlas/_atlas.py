@@ -17,7 +17,7 @@ from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalog import creation, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
-from hbx_gpu.atlas._catalog.journal import WriteLock
+from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.atlas._catalog.names import Names, only_table
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store
 from hbx_gpu.atlas._catalog.removal import Removal, find_dataset, remove_dataset

@@ -1,21 +1,67 @@
-"""What the crash tests put into their scripts: a function that kills its own process."""
+"""A process that kills itself in the middle of its work, for the crash tests."""
 
-DYING = """owner, name = where.split(":")
-module, _, inner = owner.partition(".")
-target = globals()[module]
-target = getattr(target, inner) if inner else target
-real, left = getattr(target, name), int(n)
+from __future__ import annotations
 
-def dying(*args, **kwargs):
-    global left
-    left -= 1
-    if not left and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = real(*args, **kwargs)
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-"""
-"""Kills its process at the n-th call of a function, before or after it. It wants ``where``
-(module.class:name), ``when`` ("before" or "after") and ``n``; the function is to be replaced by
-``setattr(target, name, dying)``."""
+import multiprocessing
+import os
+import pkgutil
+import signal
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
+# Imported once, by the process from which those that die are forked; none of it has threads at work yet.
+_PRELOADED = [
+    "hbx_gpu.atlas._ingest.many",
+    "hbx_gpu.atlas._ingest.multimodal",
+    "hbx_gpu.atlas._upkeep.repack",
+]
+
+
+def die_at(where: str, when: str, n: int) -> None:
+    """Replace a function by one that kills this process at its n-th call, before or after it.
+
+    Parameters
+    ----------
+    where
+        ``module:name`` or ``module:class.name``, below ``hbx_gpu``.
+    when, n
+        ``before`` or ``after`` the n-th call.
+    """
+    module, _, names = where.partition(":")
+    owner_name, _, name = names.rpartition(".")
+    owner = pkgutil.resolve_name(f"hbx_gpu.{module}:{owner_name}" if owner_name else f"hbx_gpu.{module}")
+    real, left = getattr(owner, name), n
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def killed(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run something that kills its process in a fork of one that has everything imported.
+
+    Parameters
+    ----------
+    run
+        The work, a function of a module; it calls :func:`die_at`.
+    *args, **kwargs
+        What it is called with.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=run, args=args, kwargs=kwargs)
+    process.start()
+    process.join(240)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError("the work did not end")
+    assert process.exitcode == -signal.SIGKILL

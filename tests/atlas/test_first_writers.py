@@ -9,7 +9,8 @@ import pytest
 from hbx_gpu import cli
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.atlas._catalog import creation, tables
-from hbx_gpu.atlas._catalog.journal import FOLDER, WriteLock
+from hbx_gpu.atlas._catalog.journal import FOLDER
+from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.errors import AtlasError, AtlasLockedError
 from hbx_gpu.synthetic import write_demo_pair
 

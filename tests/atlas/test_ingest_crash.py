@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,26 +16,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+from hbx_gpu.atlas import ImageInput, RaggedAtlas, create_or_open_atlas
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._ingest import commit as ingest
 from hbx_gpu.atlas._writing import arrays
-from tests.atlas.dying import DYING
-
-_KILL = f"""
-import os, signal, sys
-from hbx_gpu.atlas import RaggedAtlas
-from hbx_gpu.atlas._catalog import catalog, journal, tables
-from hbx_gpu.atlas._writing import arrays
-path, file, where, when, n = sys.argv[1:]
-{DYING}
-atlas = RaggedAtlas.open(path)
-setattr(target, name, dying)
-atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)
-atlas.optimize()
-atlas.snapshot()
-"""
+from tests.atlas.dying import die_at, killed
 
 _SLOW_INGEST = """
 import sys
@@ -46,35 +31,42 @@ print(flush=True)
 atlas.add_from_h5ad(sys.argv[2], chunk_shape=1, shard_shape=2)
 """
 
-# As _KILL, for an ingest that extends the atlas by two modalities.
-_KILL_MULTIMODAL = _KILL.replace(
-    "atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)",
-    """from hbx_gpu.atlas import ImageInput
-import numpy as np
-tiles = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 1, 4, 4)
-table = {"cell_id": ["s2c0", "s2c1", "s2c29"], "tile": [2, 0, 1]}
-given = {"rna": file, "protein": file, "tiles": ImageInput(tiles, table)}
-atlas.add_multimodal(given, chunk_shape=64, shard_shape=128)""",
-)
-
 # Everything an ingest does, in order.
 _STEPS = [
-    pytest.param("journal.Journal:write", "before", 1, marks=pytest.mark.slow),
-    ("journal.Journal:write", "after", 1),
-    pytest.param("arrays.ShardedArrayWriter:append", "after", 1, marks=pytest.mark.slow),
-    pytest.param("arrays.ShardedArrayWriter:close", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalog.Catalog:publish", "before", 1, marks=pytest.mark.slow),
-    ("catalog.Catalog:publish", "after", 1),
-    pytest.param("tables.Addition:commit", "before", 1, marks=pytest.mark.slow),
-    ("tables.Addition:commit", "after", 1),  # features
-    pytest.param("catalog.Catalog:add_layout", "after", 1, marks=pytest.mark.slow),
-    ("tables.Addition:commit", "after", 2),  # dataset
-    ("tables:finish_promotions", "before", 1),  # a column of the obs table is half promoted
-    pytest.param("tables.Addition:commit", "before", 3, marks=pytest.mark.slow),
-    ("tables.Addition:commit", "after", 3),  # cells: complete from here on
-    pytest.param("journal.Journal:remove", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalog.Catalog:layouts", "after", 4, marks=pytest.mark.slow),  # in optimize
+    pytest.param("atlas._catalog.journal:Journal.write", "before", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.journal:Journal.write", "after", 1),
+    pytest.param("atlas._writing.arrays:ShardedArrayWriter.append", "after", 1, marks=pytest.mark.slow),
+    pytest.param("atlas._writing.arrays:ShardedArrayWriter.close", "after", 1, marks=pytest.mark.slow),
+    pytest.param("atlas._catalog.catalog:Catalog.publish", "before", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.catalog:Catalog.publish", "after", 1),
+    pytest.param("atlas._catalog.tables:Addition.commit", "before", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.tables:Addition.commit", "after", 1),  # features
+    pytest.param("atlas._catalog.catalog:Catalog.add_layout", "after", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.tables:Addition.commit", "after", 2),  # dataset
+    ("atlas._catalog.tables:finish_promotions", "before", 1),  # a column of the obs table is half promoted
+    pytest.param("atlas._catalog.tables:Addition.commit", "before", 3, marks=pytest.mark.slow),
+    ("atlas._catalog.tables:Addition.commit", "after", 3),  # cells: complete from here on
+    pytest.param("atlas._catalog.journal:Journal.remove", "after", 1, marks=pytest.mark.slow),
+    pytest.param("atlas._catalog.catalog:Catalog.layouts", "after", 4, marks=pytest.mark.slow),  # in optimize
 ]
+
+
+def _ingest_and_die(root: Path, file: Path, where: str, when: str, n: int) -> None:
+    atlas = RaggedAtlas.open(root)
+    die_at(where, when, n)
+    atlas.add_from_h5ad(file, chunk_shape=64, shard_shape=128)
+    atlas.optimize()
+    atlas.snapshot()
+
+
+def _ingest_modalities_and_die(root: Path, file: Path, where: str, when: str, n: int) -> None:
+    """An ingest that extends the atlas by two modalities."""
+    atlas = RaggedAtlas.open(root)
+    die_at(where, when, n)
+    tiles = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 1, 4, 4)
+    table = {"cell_id": ["s2c0", "s2c1", "s2c29"], "tile": [2, 0, 1]}
+    given = {"rna": file, "protein": file, "tiles": ImageInput(tiles, table)}
+    atlas.add_multimodal(given, chunk_shape=64, shard_shape=128)
 
 
 def make(n: int, genes: list[str], seed: int, **obs: Any) -> anndata.AnnData:
@@ -145,10 +137,7 @@ def check_recovery(root: Path, first: Path, second: Path, before: tuple[Any, ...
 def test_killed_at_any_step(scene: tuple[Path, Path, Path], where: str, when: str, n: int) -> None:
     root, first, second = scene
     before = digest(root, 0)
-    run = subprocess.run(
-        [sys.executable, "-c", _KILL, str(root), str(first), where, when, str(n)], capture_output=True
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
+    killed(_ingest_and_die, root, first, where, when, n)
     check_recovery(root, first, second, before)
 
 
@@ -266,20 +255,20 @@ def test_killed_while_being_undone(scene: tuple[Path, Path, Path], monkeypatch: 
 
 
 _MULTIMODAL_STEPS = [
-    ("journal.Journal:write", "after", 1),  # the note of what the atlas is extended by
-    pytest.param("tables:ensure_table", "after", 1, marks=pytest.mark.slow),
-    pytest.param("catalog.Names:save", "before", 1, marks=pytest.mark.slow),
-    ("catalog.Names:save", "after", 1),
-    ("catalog.Catalog:extend", "after", 1),
-    pytest.param("journal.Journal:write", "after", 2, marks=pytest.mark.slow),
-    pytest.param("arrays.DenseGroupWriter:close", "after", 1, marks=pytest.mark.slow),
-    ("catalog.Catalog:publish", "after", 2),
-    pytest.param("catalog.Catalog:publish", "after", 3, marks=pytest.mark.slow),
-    pytest.param("tables.Addition:commit", "after", 1, marks=pytest.mark.slow),
-    ("tables.Addition:commit", "after", 2),  # features of both spaces
-    pytest.param("catalog.Catalog:add_layout", "after", 1, marks=pytest.mark.slow),
-    pytest.param("tables.Addition:commit", "after", 3, marks=pytest.mark.slow),  # datasets
-    ("tables.Addition:commit", "after", 4),  # cells: complete from here on
+    ("atlas._catalog.journal:Journal.write", "after", 1),  # the note of what the atlas is extended by
+    pytest.param("atlas._catalog.tables:ensure_table", "after", 1, marks=pytest.mark.slow),
+    pytest.param("atlas._catalog.catalog:Names.save", "before", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.catalog:Names.save", "after", 1),
+    ("atlas._catalog.catalog:Catalog.extend", "after", 1),
+    pytest.param("atlas._catalog.journal:Journal.write", "after", 2, marks=pytest.mark.slow),
+    pytest.param("atlas._writing.arrays:DenseGroupWriter.close", "after", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.catalog:Catalog.publish", "after", 2),
+    pytest.param("atlas._catalog.catalog:Catalog.publish", "after", 3, marks=pytest.mark.slow),
+    pytest.param("atlas._catalog.tables:Addition.commit", "after", 1, marks=pytest.mark.slow),
+    ("atlas._catalog.tables:Addition.commit", "after", 2),  # features of both spaces
+    pytest.param("atlas._catalog.catalog:Catalog.add_layout", "after", 1, marks=pytest.mark.slow),
+    pytest.param("atlas._catalog.tables:Addition.commit", "after", 3, marks=pytest.mark.slow),  # datasets
+    ("atlas._catalog.tables:Addition.commit", "after", 4),  # cells: complete from here on
 ]
 
 
@@ -309,14 +298,10 @@ def test_killed_with_several_modalities(
 ) -> None:
     root, _, second = scene
     before, found = everything(root), digest(root, 0)
-    run = subprocess.run(
-        [sys.executable, "-c", _KILL_MULTIMODAL, str(root), str(second), where, when, str(n)],
-        capture_output=True,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
+    killed(_ingest_modalities_and_die, root, second, where, when, n)
     assert digest(root, 0) == found
     after = everything(root)  # opening it undid what was left
-    complete = (where, n) == ("tables.Addition:commit", 4)
+    complete = (where, n) == ("atlas._catalog.tables:Addition.commit", 4)
     if not complete:
         assert after == before
     atlas = RaggedAtlas.open(root)

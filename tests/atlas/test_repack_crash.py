@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,23 +23,17 @@ from hbx_gpu.atlas._catalog import journal, paths, swap
 from hbx_gpu.atlas._catalog.names import set_default_codec
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._writing import arrays
-from tests.atlas.dying import DYING
+from tests.atlas.dying import die_at, killed
 
 ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"
 
-_KILL = f"""
-import os, signal, sys
-from hbx_gpu import _files
-from hbx_gpu.atlas import repack
-from hbx_gpu.atlas._catalog import swap
-from hbx_gpu.atlas._writing import arrays
-path, where, when, n, exchange = sys.argv[1:]
-{DYING}
-if exchange == "no":
-    _files.exchange = lambda *_: False
-setattr(target, name, dying)
-repack(path, "hbx_gpu.rowpack")
-"""
+
+def _repack_and_die(atlas: Path, where: str, when: str, n: int, exchange: bool) -> None:
+    if not exchange:
+        _files.exchange = lambda *_: False  # of this process alone
+    die_at(where, when, n)
+    repack(atlas, ROWPACK)
+
 
 _SLOW_REPACK = """
 import sys, time
@@ -209,19 +202,16 @@ def test_dying_at_any_step(
 @pytest.mark.parametrize(
     ("where", "when", "n", "exchange"),
     [
-        pytest.param("arrays.ObjectWriter:put", "after", 3, "yes", marks=pytest.mark.slow),
-        pytest.param("swap:replace_group", "before", 1, "yes", marks=pytest.mark.slow),
-        ("swap:replace_group", "after", 1, "yes"),
-        ("os:rename", "after", 1, "no"),
+        pytest.param("atlas._writing.arrays:ObjectWriter.put", "after", 3, "yes", marks=pytest.mark.slow),
+        pytest.param("atlas._catalog.swap:replace_group", "before", 1, "yes", marks=pytest.mark.slow),
+        ("atlas._catalog.swap:replace_group", "after", 1, "yes"),
+        ("_files:os.rename", "after", 1, "no"),
     ],
 )
 def test_killed(
     atlas: Path, before: list[tuple[Any, ...]], where: str, when: str, n: int, exchange: str
 ) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _KILL, str(atlas), where, when, str(n), exchange], capture_output=True
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
+    killed(_repack_and_die, atlas, where, when, n, exchange == "yes")
     check_aftermath(atlas, before)
 
 

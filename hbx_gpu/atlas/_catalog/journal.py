@@ -1,21 +1,17 @@
-"""The write lock, and notes of what a writer is about to do, so that killed work can be undone."""
+"""Notes of what a writer is about to do, so that killed work can be undone."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from hbx_gpu._files import lock, sync, write_durably
-from hbx_gpu._untrusted import NO_LINK, leads_out, open_regular, own_folder, parse_json, read_small
+from hbx_gpu._files import sync, write_durably
+from hbx_gpu._untrusted import NO_LINK, leads_out, own_folder, parse_json, read_small
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, plain_name
-from hbx_gpu.errors import AtlasError, AtlasLockedError, UnsafePathError
+from hbx_gpu.errors import AtlasError
 
 FOLDER = ".hbx_gpu"
 """Folder of an atlas with the lock and the notes of its writers."""
@@ -274,75 +270,3 @@ def _names(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("a list of texts is expected")
     return tuple(values)
-
-
-class WriteLock:
-    """Advisory lock of one atlas: held by one thread of one process, released when the process dies.
-
-    Parameters
-    ----------
-    root
-        Directory of the atlas.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._owner: int | None = None
-        self._depth = 0
-        self._guard = threading.Lock()
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[bool]:
-        """Hold the lock, reentrant for one thread. Yields whether it was newly taken.
-
-        Raises
-        ------
-        AtlasLockedError
-            Somebody else holds it.
-        """
-        me = threading.get_ident()
-        with self._guard:
-            again = self._owner == me
-            if again:
-                self._depth += 1
-            elif self._owner is not None:
-                raise AtlasLockedError(
-                    f"another thread of this process is writing to the atlas at {self._root}"
-                )
-            else:
-                self._file = self._take()
-                self._owner, self._depth = me, 1
-        try:
-            yield not again
-        finally:
-            with self._guard:
-                self._depth -= 1
-                if not self._depth:
-                    self._owner = None
-                    os.close(self._file)
-
-    def _take(self) -> int:
-        folder = own_folder(self._root / FOLDER)
-        path = folder / "lock"
-        if path.is_symlink():  # writing through the link would overwrite its target
-            raise leads_out(path, self._root, NO_LINK)
-        file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        try:
-            if os.fstat(file).st_nlink > 1:
-                raise UnsafePathError(
-                    f"{path} has another name too, whose content it would replace; remove it"
-                )
-            free = lock(file)
-            holder = "" if free else os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "unknown"
-        except BaseException:
-            os.close(file)
-            raise
-        if not free:
-            os.close(file)
-            raise AtlasLockedError(
-                f"another writer holds the atlas at {self._root} ({holder}); wait until it has "
-                "finished and try again"
-            )
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        return file

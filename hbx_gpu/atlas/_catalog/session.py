@@ -9,7 +9,8 @@ from typing import Protocol
 
 from hbx_gpu.atlas._catalog import removal, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
-from hbx_gpu.atlas._catalog.journal import IngestNote, WriteLock
+from hbx_gpu.atlas._catalog.journal import IngestNote
+from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.atlas._catalog.names import Names, only_table
 from hbx_gpu.atlas._catalog.removal import remove_dataset
 from hbx_gpu.atlas._model.schema import (

@@ -255,6 +255,7 @@ class Batch:
             catalog.add_layouts({uid: features for uid, (_, features) in layouts.items()})
             rows["datasets"].commit()
             # The cells come last and at once: with them the datasets exist.
+            self._session.lock.check()
             rows["cells"].commit()
         except BaseException:
             self.failed = True

@@ -105,6 +105,7 @@ def ingest(session: WriteSession, dataset: Dataset, settings: Settings) -> Inges
         note = _check_duplicates(catalog, dataset, settings, note, plan.same_names, pointers)
         _commit_features(catalog, plan)
         _commit_dataset(plan)
+        session.lock.check()
         _commit_cells(plan, pointers)
     except BaseException:
         if written:

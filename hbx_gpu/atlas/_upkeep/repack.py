@@ -27,7 +27,8 @@ from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.atlas._catalog import swap, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
-from hbx_gpu.atlas._catalog.journal import Journal, RepackNote, WriteLock
+from hbx_gpu.atlas._catalog.journal import Journal, RepackNote
+from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.atlas._catalog.names import Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalog.paths import check_database, check_store, group_path, staging_path
 from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store

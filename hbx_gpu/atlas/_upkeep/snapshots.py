@@ -71,18 +71,25 @@ def _fill_layouts(catalog: Catalog) -> None:
     space_of: dict[str, str] = {}
     for row in catalog.dataset_rows():
         space_of.setdefault(row["layout_uid"], row["feature_space"])
-    for layout in pc.unique(rows.column("layout_uid")).to_pylist():
-        if layout not in space_of:
-            continue
-        part = rows.filter(pc.equal(rows.column("layout_uid"), layout)).sort_by("local_index")
-        registry = tables.read(catalog.registry(space_of[layout]), ["uid", "global_index"])
+    # One merge for all lists, because each is a version of the table.
+    spaces = pa.array([space_of.get(uid) for uid in rows.column("layout_uid").to_pylist()], pa.string())
+    updates = []
+    for space in pc.unique(spaces).drop_null().to_pylist():
+        part = rows.filter(pc.equal(spaces, space))
+        registry = tables.read(catalog.registry(space), ["uid", "global_index"])
         at = pc.index_in(part.column("feature_uid"), value_set=registry.column("uid").combine_chunks())
-        update = pa.table(
-            {
-                "layout_uid": part.column("layout_uid"),
-                "local_index": part.column("local_index"),
-                "global_index": registry.column("global_index").take(at),
-            }
+        updates.append(
+            pa.table(
+                {
+                    "layout_uid": part.column("layout_uid"),
+                    "local_index": part.column("local_index"),
+                    "global_index": registry.column("global_index").take(at),
+                }
+            )
+        )
+    if updates:
+        update = pa.concat_tables(updates).sort_by(
+            [("layout_uid", "ascending"), ("local_index", "ascending")]
         )
         layouts.merge_insert(["layout_uid", "local_index"]).when_matched_update_all().execute(update)
 
