@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hbx_gpu._advice import from_command
+from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
@@ -28,6 +29,7 @@ def add_parser(
         "atlas", type=local_argument, metavar="ATLAS", help="the atlas; also one that Homeobox made"
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
+    add_executor_options(parser)
     add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="every group is whole; run the command again to go on")
@@ -38,7 +40,15 @@ def run(args: argparse.Namespace) -> int:
     from hbx_gpu.atlas import repack
     from hbx_gpu.atlas._upkeep.summary import describe_repack
 
-    with from_command(FLAGS), bar(" values", "repack") as show:
-        report = repack(args.atlas, args.codec, allow_links=args.allow_links, progress=show)
+    groups = [path.parent for path in (args.atlas / "zarr_store").glob("*/*/zarr.json")]
+    n_bytes = sum(path.stat().st_size for group in groups for path in group.rglob("*"))
+    with (
+        from_command(FLAGS),
+        chosen_executor(args, len(groups), n_bytes) as executor,
+        bar(" values", "repack") as show,
+    ):
+        report = repack(
+            args.atlas, args.codec, executor=executor, allow_links=args.allow_links, progress=show
+        )
     print(describe_repack(report))
     return 0

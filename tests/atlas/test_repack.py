@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +414,31 @@ def test_command_line(
     assert cli.main(["repack", str(atlas), "--codec", "zstd"]) == 130
     assert "every group is whole; run the command again" in capsys.readouterr().err
     assert nothing_left_over(atlas)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_groups_are_rewritten_by_an_executor(tmp_path: Path, n_threads: int) -> None:
+    """As in this process: reports in order, every value as before, progress to the end, nothing left over."""
+    atlas = create_or_open_atlas(tmp_path / "a")
+    for seed in range(4):
+        x = sp.random(30, 8, 0.4, "csr", random_state=np.random.default_rng(seed))
+        x.data = np.ceil(x.data * 9)
+        names = [f"s{seed}c{i}" for i in range(30)]
+        frame = pd.DataFrame(index=names)
+        adata = anndata.AnnData(x.astype(np.float32), obs=frame, var=pd.DataFrame(index=list("abcdefgh")))
+        atlas.add_from_anndata(adata)
+    atlas.optimize()
+    atlas.snapshot()
+    before = RaggedAtlas.checkout_latest(tmp_path / "a").query().to_anndata().X.toarray()
+    calls: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(n_threads) as executor:
+        report = repack(tmp_path / "a", "zstd", executor=executor, progress=lambda *call: calls.append(call))
+    assert [group.outcome for group in report.groups] == ["repacked"] * 4
+    assert [group.zarr_group for group in report.groups] == sorted(g.zarr_group for g in report.groups)
+    assert calls[-1][0] == calls[-1][1] > 0
+    np.testing.assert_array_equal(
+        RaggedAtlas.checkout_latest(tmp_path / "a").query().to_anndata().X.toarray(), before
+    )
+    assert not (tmp_path / "a" / "zarr_store" / ".staging").exists()
+    assert not list((tmp_path / "a" / ".hbx_gpu").glob("*.json"))
+    assert {group.outcome for group in repack(tmp_path / "a", "zstd").groups} == {"unchanged"}

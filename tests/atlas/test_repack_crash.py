@@ -71,10 +71,10 @@ _STEPS: list[tuple[Any, str, str, int, bool]] = [
     (swap, "replace_group", "before", 2, True),
     (swap, "replace_group", "after", 2, True),
     (repacking, "set_default_codec", "before", 1, True),
-    (os, "rename", "before", 1, False),
-    (os, "rename", "after", 1, False),  # the group is nowhere
-    (os, "rename", "after", 2, False),
+    (os, "rename", "before", 2, False),
+    (os, "rename", "after", 2, False),  # the group is nowhere
     (os, "rename", "after", 3, False),
+    (os, "rename", "after", 4, False),
     (swap, "replace_group", "after", 2, False),
 ]
 
@@ -205,7 +205,7 @@ def test_dying_at_any_step(
         pytest.param("atlas._writing.arrays:ObjectWriter.put", "after", 3, "yes", marks=pytest.mark.slow),
         pytest.param("atlas._catalog.swap:replace_group", "before", 1, "yes", marks=pytest.mark.slow),
         ("atlas._catalog.swap:replace_group", "after", 1, "yes"),
-        ("_files:os.rename", "after", 1, "no"),
+        ("_files:os.rename", "after", 2, "no"),
     ],
 )
 def test_killed(

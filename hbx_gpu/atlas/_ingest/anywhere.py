@@ -31,7 +31,11 @@ class Here(Executor):
 
 
 def in_turn(
-    executor: Executor, function: Callable[..., R], tasks: Iterable[tuple[T, tuple[object, ...] | Future[R]]]
+    executor: Executor,
+    function: Callable[..., R],
+    tasks: Iterable[tuple[T, tuple[object, ...] | Future[R]]],
+    *,
+    window: int = _WINDOW,
 ) -> Iterator[tuple[T, Future[R]]]:
     """Hand out tasks and give their futures in order; those that are not asked for are canceled at the end.
 
@@ -43,8 +47,10 @@ def in_turn(
         What they call.
     tasks
         A key, and the arguments of the function or, where nothing has to run, a future that is done.
+    window
+        Most tasks that are handed out at a time; an executor that runs them at once gets one.
     """
-    window = 1 if isinstance(executor, Here) else _WINDOW
+    window = 1 if isinstance(executor, Here) else window
     waiting: deque[tuple[T, Future[R]]] = deque()
     try:
         for key, task in tasks:

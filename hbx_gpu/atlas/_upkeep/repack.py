@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.atlas._catalog.names import Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalog.paths import check_database, check_store, group_path, staging_path
 from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
+from hbx_gpu.atlas._ingest.anywhere import Here, in_turn, result_of
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
 from hbx_gpu.atlas._writing.arrays import (
@@ -43,10 +45,13 @@ from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsafePathError, Unsup
 
 _log = logging.getLogger(__name__)
 
+Tick = Callable[[int], object]
 Outcome = Literal["repacked", "unchanged", "left alone"]
 # Errors of a file system that cannot hard-link at all, or not this file; the file is then copied.
 _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _THREADS = 4
+# Groups that are handed out at a time; each takes its space twice.
+_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ def repack(
     atlas_path: str | os.PathLike[str],
     codec: str,
     *,
+    executor: Executor | None = None,
     allow_links: bool = False,
     progress: Progress | None = None,
 ) -> RepackReport:
@@ -124,7 +130,8 @@ def repack(
     A group is built beside the one in use, compared with it value by value, and put in its place in one
     step; nothing but bytes on disk changes, so pointers and snapshots stay what they are. Groups that have
     the codec are skipped. An interruption leaves each group whole in one codec or the other: run it again.
-    While it runs, the largest group takes its space twice.
+    While it runs, each group that is being rewritten takes its space twice: one at a time, with an executor
+    up to 64.
 
     A dataset that was opened before goes on with the files that it has mapped or open; anything else raises
     `CorruptChunkError` with the advice to open the dataset anew.
@@ -136,6 +143,9 @@ def repack(
     codec
         One of `codec_names`. Layers of floats take the general codec that belongs to it.
         It also becomes the codec of later ingests, in an atlas that hbx_gpu made.
+    executor
+        Where groups are rewritten and compared, see :func:`hbx_gpu.ingest_many`; None: in this process. They
+        are put in their places by this process.
     allow_links
         Follow a link to the tables or to the zarr store that leads out of the atlas. Groups that are links,
         or have links in them, are left alone in any case.
@@ -180,7 +190,8 @@ def repack(
             if plan.rewrite:
                 _check_writable(store / plan.zarr_group, (store / plan.zarr_group).parent)
         tick = _Ticks(sum(2 * a.layout.shape[0] for plan in plans for a in plan.rewrite), progress)
-        groups = tuple(_repack_group(Journal(root), store, plan, tick) for plan in plans)
+        here = executor or Here()
+        groups = tuple(_repack_groups(Journal(root), store, plans, here, tick))
         set_default_codec(root, codec)
     return RepackReport(codec, groups)
 
@@ -267,36 +278,90 @@ class _Ticks:
 # Rewriting
 
 
-def _repack_group(journal: Journal, store: Path, plan: _Plan, tick: _Ticks) -> GroupReport:
-    begin = time.perf_counter()
-    path = group_path(store, plan.zarr_group, allow_links=True)  # links are left alone
-    before = _n_bytes(path, plan.arrays)
-    if plan.rewrite:
-        note = RepackNote(plan.zarr_group, make_uid())
-        journal.write(note)
-        try:
-            new = staging_path(store, note.staging) / swap.NEW
-            _build(path, new, plan.rewrite, tick)
-            swap.replace_group(store, note)
-        except BaseException:
+def _repack_groups(
+    journal: Journal, store: Path, plans: Sequence[_Plan], executor: Executor, tick: _Ticks
+) -> Iterator[GroupReport]:
+    """Rewrite groups wherever the executor runs, and put them in their places here, in order."""
+    open_notes: dict[str, RepackNote] = {}
+
+    def tasks() -> Iterator[tuple[_Plan, tuple[object, ...] | Future[_Built]]]:
+        for plan in plans:
+            if not plan.rewrite:
+                nothing: Future[_Built] = Future()
+                nothing.set_result(_Built("", 0.0))
+                yield plan, nothing
+                continue
+            note = open_notes[plan.zarr_group] = RepackNote(plan.zarr_group, make_uid())
+            journal.write(note)
+            folder = staging_path(store, note.staging)
+            folder.mkdir(parents=True)
+            path = group_path(store, plan.zarr_group, allow_links=True)  # links are left alone
+            yield plan, (path, folder, plan.rewrite)
+
+    def build(path: Path, folder: Path, rewrite: Sequence[StoredArray]) -> _Built:
+        return build_group(path, folder, rewrite, tick)
+
+    here = isinstance(executor, Here)
+    try:
+        for plan, future in in_turn(executor, build if here else build_group, tasks(), window=_WINDOW):
+            before = _n_bytes(group_path(store, plan.zarr_group, allow_links=True), plan.arrays)
+            built = result_of(future, plan.zarr_group)
+            if plan.rewrite:
+                note = open_notes[plan.zarr_group]
+                folder = staging_path(store, note.staging)
+                os.rename(folder / built.name, folder / swap.NEW)
+                swap.replace_group(store, note)
+                swap.settle(journal, store, note)
+                del open_notes[plan.zarr_group]
+                if not here:
+                    tick(sum(2 * array.layout.shape[0] for array in plan.rewrite))
+            yield _reported(store, plan, before, built.seconds)
+    finally:
+        for note in open_notes.values():
             try:
                 swap.settle(journal, store, note)
             except Exception:
                 # The note stays, so the next writer tries again; the first error is the one to report.
-                _log.warning("%s: cannot clean up yet", plan.zarr_group, exc_info=True)
-            raise
-        swap.settle(journal, store, note)
+                _log.warning("%s: cannot clean up yet", note.zarr_group, exc_info=True)
+
+
+def _reported(store: Path, plan: _Plan, before: int, seconds: float) -> GroupReport:
     outcome: Outcome = "left alone" if plan.left_alone else "repacked" if plan.rewrite else "unchanged"
+    after = _n_bytes(group_path(store, plan.zarr_group, allow_links=True), plan.arrays)
     return GroupReport(
-        plan.zarr_group,
-        plan.feature_space,
-        outcome,
-        plan.left_alone,
-        plan.n_values,
-        before,
-        _n_bytes(path, plan.arrays),
-        time.perf_counter() - begin,
+        plan.zarr_group, plan.feature_space, outcome, plan.left_alone, plan.n_values, before, after, seconds
     )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A new group: its name in the staging folder, and the wall time that it took."""
+
+    name: str
+    seconds: float
+
+
+def build_group(
+    path: Path, folder: Path, rewrite: Sequence[StoredArray], tick: Tick = lambda _: None
+) -> _Built:
+    """Build the new form of a group, in any process, under a name that no other run of the task uses.
+
+    Parameters
+    ----------
+    path
+        The group.
+    folder
+        Its staging folder, which exists as long as somebody waits for the result.
+    rewrite
+        Arrays to be rewritten.
+    tick
+        Called with the number of values that are done, where the caller is in this process.
+    """
+    begin = time.perf_counter()
+    new = folder / uuid.uuid4().hex
+    new.mkdir()  # without its parents, see write_file
+    _build(path, new, rewrite, tick)
+    return _Built(new.name, time.perf_counter() - begin)
 
 
 def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
@@ -304,7 +369,7 @@ def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: _Ticks) -> None:
+def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: Tick) -> None:
     """Build the complete new group on disk and compare it with the old one."""
     _take_over(path, new, {path / array.relative for array in rewrite})
     with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
@@ -320,7 +385,7 @@ def _take_over(path: Path, new: Path, rewritten: set[Path]) -> None:
     for name, folders, files in os.walk(path):
         folder = Path(name)
         target = new / folder.relative_to(path)
-        target.mkdir(parents=True)
+        target.mkdir(exist_ok=True)
         shutil.copymode(folder, target)
         links = [
             entry for entry in folders if (folder / entry).is_symlink() and folder / entry not in rewritten
@@ -341,7 +406,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
             sync(target)
 
 
-def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: Tick) -> None:
     """Decode and encode chunk by chunk. An absent chunk (fill value, or lost) stays absent."""
     layout, encoder = array.layout, array.encoder()
     chunk = layout.chunk_shape[0]
@@ -380,7 +445,7 @@ def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[Code
     sync(new)
 
 
-def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: _Ticks) -> None:
+def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: Tick) -> None:
     """Read both arrays back and compare them bit by bit.
 
     Raises
