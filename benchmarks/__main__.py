@@ -10,6 +10,7 @@ QUESTIONS = {
     "throughput": "How fast are its own paths (loader, map, workers) beside plain AnnData?",
     "stages": "Where does the time of a batch go, and what does planning cost as an atlas grows?",
     "startup": "What do an atlas and a worker cost until the first batch, in seconds and in memory?",
+    "ingest_many": "What does a file cost in an ingest of very many, and what do two workers gain?",
     "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
     "orders": "How well does each order of cells mix a batch?",
     "host_cost": "How much CPU time does the host spend on a batch, by stage?",
