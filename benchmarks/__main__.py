@@ -12,6 +12,7 @@ QUESTIONS = {
     "startup": "What do an atlas and a worker cost until the first batch, in seconds and in memory?",
     "ingest_many": "What does a file cost in an ingest of very many, and what do two workers gain?",
     "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
+    "scale": "What do very many cells cost: orders, and an atlas opened by several ranks?",
     "orders": "How well does each order of cells mix a batch?",
     "host_cost": "How much CPU time does the host spend on a batch, by stage?",
     "executors": "What does DALI cost per batch?",

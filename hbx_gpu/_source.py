@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict
 
 import numpy as np
+
+_AT_ONCE = 1 << 20  # rows that are looked at together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +159,108 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.source)
 
+    def at(self, rows: np.ndarray) -> RowIndex:
+        """Places of some rows, int64 (k,) or a mask of all rows."""
+        return RowIndex(self.source[rows], self.start[rows], self.length[rows])
+
+    def slice(self, begin: int, end: int) -> RowIndex:
+        """Places of the rows ``range(begin, end)``, without a copy."""
+        return RowIndex(self.source[begin:end], self.start[begin:end], self.length[begin:end])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, from which the same index can be made."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def groups(self) -> GroupRuns:
+        """The source of each row, as runs."""
+        return GroupRuns.of(self.source)
+
+
+class RowTable(Protocol):
+    """Where each row of a dataset lies, however that is kept.
+
+    `source`, `start` and `length` are the arrays of :class:`RowIndex`; making them may take time and memory,
+    so code that needs some rows only asks :meth:`at` or :meth:`slice` for them.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def source(self) -> np.ndarray:
+        """int32, (n,)."""
+
+    @property
+    def start(self) -> np.ndarray:
+        """int64, (n,)."""
+
+    @property
+    def length(self) -> np.ndarray:
+        """int32, (n,)."""
+
+    def at(self, rows: np.ndarray) -> RowIndex:
+        """Places of some rows, int64 (k,)."""
+
+    def slice(self, begin: int, end: int) -> RowIndex:
+        """Places of the rows ``range(begin, end)``."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, from which the same index can be made."""
+
+    def groups(self) -> GroupRuns:
+        """The source of each row, as runs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupRuns:
+    """The number of the stored matrix of every row, kept as runs of rows that have the same one.
+
+    It behaves as the array that it stands for: it has a length, ``runs[rows]`` looks rows up, and
+    ``numpy.asarray(runs)`` makes the array. Samplers take it in the place of the array.
+
+    Attributes
+    ----------
+    codes
+        Integer, (n_runs,). Number of the stored matrix of each run.
+    starts
+        int64, (n_runs + 1,), ascending from 0. First row of each run; the last entry is the number of rows.
+    """
+
+    codes: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def one(cls, n_rows: int) -> GroupRuns:
+        """So many rows of one group, for orders that do not depend on groups."""
+        return cls(np.zeros(1, np.int32), np.array([0, n_rows]))
+
+    @classmethod
+    def of(cls, codes: np.ndarray) -> GroupRuns:
+        """The runs of an integer array (n,)."""
+        starts, kept, before = [np.empty(0, np.int64)], [codes[:0]], None
+        for begin in range(0, len(codes), _AT_ONCE):
+            values = codes[begin : begin + _AT_ONCE]
+            changed = np.flatnonzero(values[1:] != values[:-1]) + 1
+            if before is None or values[0] != before:
+                changed = np.concatenate([[0], changed])
+            starts.append(changed + begin)
+            kept.append(values[changed])
+            before = values[-1]
+        return cls(np.concatenate(kept), np.append(np.concatenate(starts), len(codes)).astype(np.int64))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        found: np.ndarray = self.codes[np.searchsorted(self.starts, rows, "right") - 1]
+        return found
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the array of runs of groups is made, so it cannot be had without a copy")
+        return np.repeat(self.codes, np.diff(self.starts)).astype(dtype or self.codes.dtype, copy=False)
+
 
 @dataclass(frozen=True, slots=True)
 class BoxIndex:
@@ -181,8 +285,20 @@ class BoxIndex:
     def __len__(self) -> int:
         return len(self.source)
 
+    def at(self, rows: np.ndarray) -> BoxIndex:
+        """Boxes of some rows, int64 (k,) or a mask of all rows."""
+        return BoxIndex(self.source[rows], self.lower[rows], self.size[rows])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, from which the same index can be made."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def groups(self) -> GroupRuns:
+        """The source of each row, as runs."""
+        return GroupRuns.of(self.source)
+
     @classmethod
-    def of_rows(cls, rows: RowIndex) -> BoxIndex:
+    def of_rows(cls, rows: RowTable) -> BoxIndex:
         """Return the rows as boxes on the first axis."""
         return cls(rows.source, rows.start[:, None], rows.length.astype(np.int64)[:, None])
 
@@ -195,7 +311,8 @@ class ObsColumns:
     ----------
     columns
         Name -> array of n rows: numeric as stored (a missing integer is the smallest of its dtype, a missing
-        float NaN), or int64 codes (-1 = missing) where `categories` has the name.
+        float NaN), or codes (-1 = missing) where `categories` has the name, in any signed type that holds
+        them.
     categories
         Name -> vocabulary (object or bool array); code k means ``categories[name][k]``.
     """

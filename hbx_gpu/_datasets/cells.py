@@ -11,8 +11,9 @@ import numpy as np
 
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.stored import Kind, StoredDataset
+from hbx_gpu._plan.index import CompactIndex, compacted
 from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, source_table
-from hbx_gpu._source import RowIndex, Source
+from hbx_gpu._source import RowIndex, RowTable, Source
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
 from hbx_gpu.stats import stage
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Slab
 
 
-class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
+_AT_ONCE = 1 << 20  # rows that are looked at together
+
+
+class CellDataset(StoredDataset[RowTable, BatchPlan, SparseBatch]):
     """Map-style dataset over the cells of one sparse feature space.
 
     Made by :meth:`hbx_gpu.atlas.AtlasQuery.to_cell_dataset`. Rows are numbered in query order.
@@ -58,7 +62,6 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
     """
 
     kind: Kind = "sparse"
-    _index_type = RowIndex
     _engine: HostEngine
 
     def _open(self) -> None:
@@ -83,9 +86,19 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
         """Return the dtype of a layer in batches, which is float32 where batches become sparse tensors."""
         return np.dtype(np.float32) if self._view.wide else super()._dtype(layer)
 
-    def _check(self, sources: Sequence[Source], rows: RowIndex) -> None:
+    def _check(self, sources: Sequence[Source], rows: RowTable) -> None:
         for layer in self.layers:
             _check_rows(sources, rows, layer)
+
+    def _kept(self, rows: RowTable) -> RowTable:
+        return compacted(rows)
+
+    def _some_rows(self, chosen: np.ndarray) -> RowTable:
+        return compacted(self._rows.at(chosen))
+
+    @staticmethod
+    def _rows_of(arrays: dict[str, np.ndarray]) -> RowTable:
+        return RowIndex(**arrays) if "source" in arrays else CompactIndex(**arrays)
 
     @property
     def table(self) -> SourceTable:
@@ -139,7 +152,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
     def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
         """See :meth:`Dataset.rows_nbytes`; columns that are dropped count."""
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
-        elements = np.concatenate([[0], np.cumsum(self._rows.length[selection], dtype=np.int64)])
+        elements = np.concatenate([[0], np.cumsum(self._rows.at(selection).length, dtype=np.int64)])
         ends = list(accumulate(map(len, selections), initial=0))
         itemsize = (8 if self._view.wide else 4) + sum(dtype.itemsize for dtype in self.dtypes.values())
         found: list[int] = (np.diff(elements[ends]) * itemsize).tolist()
@@ -163,7 +176,7 @@ class CellDataset(StoredDataset[RowIndex, BatchPlan, SparseBatch]):
         return DeviceEngine(self._table, self._directory, dtypes, backend, decode=decode)
 
 
-def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
+def _check_rows(sources: Sequence[Source], rows: RowTable, layer: str) -> None:
     """Check that every segment lies inside the arrays of its Source, and that these agree in length."""
     lengths = np.empty(len(sources) + 1, dtype=np.int64)
     lengths[-1] = 0  # rows without the modality (source -1) hold nothing
@@ -179,16 +192,16 @@ def _check_rows(sources: Sequence[Source], rows: RowIndex, layer: str) -> None:
                 f"group {source.name!r}: layer {layer!r} holds {stored} elements but the column indices "
                 f"hold {lengths[i]}; the two must be parallel"
             )
-    if not len(rows):
-        return
-    if rows.source.min() < -1 or rows.source.max() >= len(sources):
-        raise ValueError(f"row sources must lie in [-1, {len(sources)})")
-    stop = rows.start + rows.length
-    bad = (rows.source >= 0) & ((rows.start < 0) | (rows.length < 0) | (stop > lengths[rows.source]))
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        source = sources[rows.source[i]]
-        raise CorruptDataError(
-            f"row {i} points at elements [{rows.start[i]}, {stop[i]}) of group {source.name!r}, "
-            f"whose arrays hold {lengths[rows.source[i]]}"
-        )
+    for begin in range(0, len(rows), _AT_ONCE):
+        part = rows.slice(begin, begin + _AT_ONCE)
+        if part.source.min() < -1 or part.source.max() >= len(sources):
+            raise ValueError(f"row sources must lie in [-1, {len(sources)})")
+        stop = part.start + part.length
+        bad = (part.source >= 0) & ((part.start < 0) | (part.length < 0) | (stop > lengths[part.source]))
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            source = sources[part.source[i]]
+            raise CorruptDataError(
+                f"row {begin + i} points at elements [{part.start[i]}, {stop[i]}) of group {source.name!r}, "
+                f"whose arrays hold {lengths[part.source[i]]}"
+            )

@@ -65,8 +65,6 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
         A dtype cannot hold the stored values without rounding them to integers.
     """
 
-    _index_type = BoxIndex
-
     def __init__(
         self,
         sources: Sequence[Source],
@@ -102,6 +100,13 @@ class DenseCellDataset(StoredDataset[BoxIndex, BoxPlan, DenseBatch | RaggedBatch
             feature_space=feature_space,
             reader=reader,
         )
+
+    def _some_rows(self, chosen: np.ndarray) -> BoxIndex:
+        return self._rows.at(chosen)
+
+    @staticmethod
+    def _rows_of(arrays: dict[str, np.ndarray]) -> BoxIndex:
+        return BoxIndex(**arrays)
 
     def _open(self) -> None:
         from hbx_gpu._engine.host.boxes import BoxEngine

@@ -41,6 +41,9 @@ class Modality(Loadable[Part], Chunked, Protocol):
     def groups_np(self) -> np.ndarray:
         """Number of the stored matrix of every row, int32, (n_cells,); -1 where it lacks the modality."""
 
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the stored matrix of some rows, int32; -1 where they lack the modality."""
+
     @property
     def present(self) -> np.ndarray:
         """Whether each row has the modality, bool, (n_cells,)."""

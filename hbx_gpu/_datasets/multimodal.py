@@ -169,7 +169,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
             part.metadata = None
         return MultimodalBatch(
             modalities=modalities,
-            present={name: part.groups_np[rows] >= 0 for name, part in self.datasets.items()},
+            present={name: part.groups_of(rows) >= 0 for name, part in self.datasets.items()},
             metadata=metadata,
             n_cells=len(rows),
             measured=self.measured(rows),
@@ -209,7 +209,7 @@ class MultimodalCellDataset(Dataset[MultimodalBatch]):
         """Which features the datasets of these cells have, per field with features."""
         return Measured(
             {
-                name: (part.groups_np[rows], part.measured_masks)
+                name: (part.groups_of(rows), part.measured_masks)
                 for name, part in self.datasets.items()
                 if part.kind != "arrays"
             }

@@ -69,12 +69,12 @@ def spill(owner: object, arrays: Mapping[str, np.ndarray], state: object) -> str
     """
     place = tempfile.gettempdir()
     sweep(place)
-    _check_room(place, sum(array.nbytes for array in arrays.values()))
+    check_room(place, sum(array.nbytes for array in arrays.values()))
     pid = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{_machine()}-{pid}-{_began(pid)}-", dir=place)
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{machine()}-{pid}-{_began(pid)}-", dir=place)
     try:
         for name, array in arrays.items():
-            np.save(os.path.join(folder, f"{name}.npy"), array, allow_pickle=False)
+            _save(os.path.join(folder, f"{name}.npy"), array)
         with open(os.path.join(folder, "state.pickle"), "wb") as file:
             pickle.dump(state, file, protocol=pickle.HIGHEST_PROTOCOL)
     except BaseException:
@@ -98,7 +98,7 @@ def sweep(place: str) -> list[str]:
         return []
     for entry in entries:
         owned = _OWNED.match(entry.name)
-        if owned is None or owned[1] != _machine():
+        if owned is None or owned[1] != machine():
             continue
         try:
             found = entry.stat(follow_symlinks=False)
@@ -112,7 +112,34 @@ def sweep(place: str) -> list[str]:
     return removed
 
 
-def _check_room(place: str, nbytes: int) -> None:
+def _save(path: str, array: np.ndarray) -> None:
+    """Write an array; one that is mapped from a file is linked instead, so that its pages are shared."""
+    base: object = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    if isinstance(base, np.memmap) and base.filename is not None and _is_all_of(array, base):
+        try:
+            os.link(base.filename, path)
+        except OSError:  # another file system, or the file is gone
+            pass
+        else:
+            return
+    np.save(path, array, allow_pickle=False)
+
+
+def _is_all_of(array: np.ndarray, base: np.ndarray) -> bool:
+    same = array.shape == base.shape and array.dtype == base.dtype and array.strides == base.strides
+    return same and array.__array_interface__["data"] == base.__array_interface__["data"]
+
+
+def check_room(place: str, nbytes: int) -> None:
+    """Refuse to write so many bytes where they do not fit.
+
+    Raises
+    ------
+    OSError
+        There is too little room.
+    """
     free = shutil.disk_usage(place).free
     if nbytes + _SPARE > free:
         raise OSError(
@@ -123,7 +150,7 @@ def _check_room(place: str, nbytes: int) -> None:
         )
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return a name of host, boot and process namespace: processes that share it see each other's ids."""
     parts = [socket.gethostname()]
     reads: tuple[Callable[[], str], ...] = (

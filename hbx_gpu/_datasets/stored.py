@@ -15,8 +15,8 @@ from hbx_gpu._datasets.base import BatchT, Dataset, digest_of_axes
 from hbx_gpu._datasets.state import Spill, unspill
 from hbx_gpu._datasets.subsets import SubsetRecipe, Versioned, digest_of_rows
 from hbx_gpu._protocols import Rows
-from hbx_gpu._source import ArrayLayout, BoxIndex, ObsColumns, RowIndex, Source
-from hbx_gpu._tensors import check_columns
+from hbx_gpu._source import ArrayLayout, BoxIndex, GroupRuns, ObsColumns, RowTable, Source
+from hbx_gpu._tensors import check_columns, gathered
 from hbx_gpu.errors import UnknownNameError
 from hbx_gpu.stats import stage
 
@@ -40,7 +40,7 @@ class Planned(Protocol):
         """Part of these chunks that decoding looks at, 0 to 1."""
 
 
-IndexT = TypeVar("IndexT", RowIndex, BoxIndex)
+IndexT = TypeVar("IndexT", bound=RowTable | BoxIndex)
 PlanT = TypeVar("PlanT", bound=Planned)
 
 
@@ -108,7 +108,6 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     kind: Kind
     per_cell_shape: tuple[int, ...] | None = None
-    _index_type: type[IndexT]
     _identity: dict[str, object] | None = None
     _axes: tuple[tuple[object, ...], str] | None = None
     _directory: ChunkDirectory
@@ -130,7 +129,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         self._view = View((layer,) if isinstance(layer, str) else tuple(layer))
         self._check(sources, rows)
         self._sources = list(sources)
-        self._rows: IndexT = rows
+        self._rows: IndexT = self._kept(rows)
         self._obs = obs or ObsColumns()
         self._recipe = recipe
         self._reader_kind = reader
@@ -147,6 +146,19 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     @abstractmethod
     def _check(self, sources: Sequence[Source], rows: IndexT) -> None:
         """Check that every row lies inside the arrays of its Source."""
+
+    def _kept(self, rows: IndexT) -> IndexT:
+        """The index in the form in which it is kept."""
+        return rows
+
+    @abstractmethod
+    def _some_rows(self, chosen: np.ndarray) -> IndexT:
+        """The index of some rows, int64."""
+
+    @staticmethod
+    @abstractmethod
+    def _rows_of(arrays: dict[str, np.ndarray]) -> IndexT:
+        """The index of which these are the arrays."""
 
     @abstractmethod
     def plan(self, selection: np.ndarray) -> PlanT:
@@ -203,8 +215,20 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
 
     @property
     def groups_np(self) -> np.ndarray:
-        """Number of the stored matrix of every row, int32, (n_cells,); samplers may keep these together."""
+        """Number of the stored matrix of every row, int32, (n_cells,); samplers may keep these together.
+
+        The array is made at each call. :attr:`group_runs` says the same in less memory.
+        """
         return self._rows.source
+
+    @property
+    def group_runs(self) -> GroupRuns:
+        """Number of the stored matrix of every row, as runs of equal numbers; samplers take it too."""
+        return self._rows.groups()
+
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the stored matrix of some rows, int32."""
+        return self._rows.at(rows).source
 
     @property
     def row_index(self) -> IndexT:
@@ -285,7 +309,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     def _metadata(self, selections: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
         """Metadata of each of several batches."""
         rows = joined(selections)
-        whole = {name: column[rows] for name, column in self.columns.items()}
+        whole = gathered(self.columns, self.categories, rows)
         if self._view.numbered:
             whole["index"] = rows
         ends = accumulate(map(len, selections), initial=0)
@@ -320,10 +344,9 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         chosen = self.row_numbers(rows)
         narrow = chosen.astype(np.int32) if len(self._rows) < 2**31 else chosen
-        index = {name: getattr(self._rows, name)[chosen] for name in self._rows.__slots__}
         more = {name: column[chosen] for name, column in self._view.more.items()}
         return self._derived(
-            _rows=self._index_type(**index),
+            _rows=self._some_rows(chosen),
             _obs=ObsColumns({k: v[chosen] for k, v in self._obs.columns.items()}, self._obs.categories),
             _recipe=None if self._recipe is None else SubsetRecipe(self._recipe, narrow),
             _view=replace(self._view, more=more),
@@ -429,7 +452,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         columns = self._obs.columns
         plain = {k: v for k, v in columns.items() if v.dtype != object}
         objects = {k: v for k, v in columns.items() if v.dtype == object}
-        arrays = {name: getattr(self._rows, name) for name in self._rows.__slots__}
+        arrays = self._rows.arrays()
         arrays |= {f"column-{i}": column for i, column in enumerate(plain.values())}
         # The folder is None where the disk has no room: the receiver then uses the recipe.
         folder = self._spill.write(arrays, lambda: (self._state(), list(columns), list(plain), objects))
@@ -461,7 +484,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
             self.__dict__.update(state["recipe"].rebuild().__dict__, _view=self._view)
             self._open()
             return
-        rows = self._index_type(**{name: arrays[name] for name in self._index_type.__slots__})
+        rows = self._rows_of({k: v for k, v in arrays.items() if not k.startswith("column-")})
         columns |= {name: arrays[f"column-{i}"] for i, name in enumerate(plain)}
         self._restore(fields, rows, {name: columns[name] for name in names}, Spill(state["spill"]))
 

@@ -9,7 +9,9 @@ from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
-from hbx_gpu._source import BoxIndex, RowIndex, Source
+from hbx_gpu._source import BoxIndex, RowIndex, RowTable, Source
+
+_AT_ONCE = 1 << 20  # rows that are looked at together
 
 
 class _Whole(Protocol):
@@ -57,17 +59,24 @@ class SubsetRecipe(Generic[WholeT]):
         return self.whole.rebuild().subset(self.rows)
 
 
-def digest_of_rows(sources: Sequence[Source], rows: RowIndex | BoxIndex) -> str:
+def digest_of_rows(sources: Sequence[Source], rows: RowTable | BoxIndex) -> str:
     """Return a digest that is equal for the same rows in the same order, however Sources are numbered."""
     used = np.zeros(len(sources) + 1, bool)
-    used[rows.source] = True  # -1, a row without the modality, is the last one
+    used[rows.groups().codes] = True  # -1, a row without the modality, is the last one
     number = np.cumsum(used, dtype=np.int32)
     state = hashlib.blake2b(digest_size=8)
     for source, is_used in zip(sources, used[:-1].tolist(), strict=True):
         if is_used:
             state.update(source.name.encode() + b"\0")
-    state.update(number[rows.source].tobytes())
-    for name in rows.__slots__:
-        if name not in ("source", "length"):
-            state.update(np.ascontiguousarray(getattr(rows, name)).tobytes())
+    # Array after array, and each part by part: no array of all rows is made.
+    for which in range(3):
+        for begin in range(0, len(rows), _AT_ONCE):
+            part = rows.at(np.arange(begin, min(begin + _AT_ONCE, len(rows))))
+            arrays = [number[part.source], *_places(part)]
+            if which < len(arrays):
+                state.update(np.ascontiguousarray(arrays[which]).tobytes())
     return state.hexdigest()
+
+
+def _places(part: RowIndex | BoxIndex) -> list[np.ndarray]:
+    return [part.start] if isinstance(part, RowIndex) else [part.lower, part.size]

@@ -23,6 +23,7 @@ from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 from hbx_gpu._datasets.plain import PlainDataset, loadable
 from hbx_gpu._devices import dali_missing, require_dali, resolve, say_once
+from hbx_gpu._loading.dense_size import check_dense_batch
 from hbx_gpu._loading.feeds.host import HostFeed
 from hbx_gpu._loading.measured import MeasuredCollate, MeasuredFeed, with_groups
 from hbx_gpu._loading.options import (
@@ -285,6 +286,8 @@ def build_loader(
         return device_loader(dataset, sampler, backend, options)
     if options.layout is not None:
         collate = dataset.collate_with(collate_for(dataset, options))
+        if options.layout == "dense":
+            check_dense_batch(collate, dataset.n_features, sampler)
         if options.measured and not isinstance(dataset, MultimodalCellDataset):
             dataset, masks = with_groups(dataset)
             collate = MeasuredCollate(collate, masks)

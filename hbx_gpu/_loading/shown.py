@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sa
 
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
 from hbx_gpu._loading.told import batch_size_of, drops_last
+from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler import CellSampler, EpochSampler, NeighborSampler
 
 
@@ -161,7 +162,7 @@ class Batches:
         """
         if rows is None or self._in_dataset_order is None or self.batch_size is None:
             return self
-        groups = np.zeros(self._in_dataset_order, np.int32)
+        groups = GroupRuns.one(self._in_dataset_order)
         some = CellSampler(groups, self.batch_size, False, None, self.drop_last, rows=np.sort(rows))
         return Batches(shown(some), self.batch_size, self.drop_last)
 
@@ -183,7 +184,7 @@ class Batches:
         if isinstance(sampler, SequentialSampler):
             self._in_dataset_order = len(sampler)
             return CellSampler(
-                np.zeros(len(sampler), np.int32), self.batch_size, shuffle=False, drop_last=self.drop_last
+                GroupRuns.one(len(sampler)), self.batch_size, shuffle=False, drop_last=self.drop_last
             )
         return GivenOrder(BatchSampler(sampler, self.batch_size, self.drop_last))
 

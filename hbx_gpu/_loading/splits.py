@@ -21,6 +21,7 @@ from hbx_gpu._datasets.joined import joined
 from hbx_gpu._datasets.plain import HasCells
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
 from hbx_gpu._loading.shown import Batches
+from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler import CellSampler
 
 _BATCH_SIZE = 1024  # default of CellSampler
@@ -31,14 +32,6 @@ _SAMPLERS_OF_ROWS = (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-
-
-@runtime_checkable
-class _Grouped(Protocol):
-    """A dataset that knows the stored matrix of each row."""
-
-    @property
-    def groups_np(self) -> np.ndarray: ...
 
 
 @runtime_checkable
@@ -118,9 +111,8 @@ def order_for(
     if sampler is None:
         if not isinstance(dataset, Sized):
             raise TypeError(f"a {type(dataset).__name__} does not tell how many rows it has; pass a sampler")
-        groups = dataset.groups_np if isinstance(dataset, _Grouped) else np.zeros(len(dataset), np.int32)
         return CellSampler(
-            groups,
+            GroupRuns.one(len(dataset)),
             _BATCH_SIZE if batch_size is None else batch_size,
             bool(shuffle),
             seed,

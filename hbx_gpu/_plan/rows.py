@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbx_gpu._source import ArrayLayout, RowIndex, Source
+from hbx_gpu._source import ArrayLayout, RowTable, Source
 
 _DECODED_IN_PARTS = {"bytes", "crc32c", "hbx_gpu.rowpack"}
 _ROWS = 1 << 20  # rows of a dataset that are looked at together
@@ -174,7 +174,7 @@ class BatchPlan:
         return int(self.offsets[-1])
 
 
-def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> BatchPlan:
+def plan_rows(table: SourceTable, rows: RowTable, selection: np.ndarray) -> BatchPlan:
     """Plan the rows `selection` of `rows`, in the order given; repeats are fine.
 
     Parameters
@@ -186,9 +186,9 @@ def plan_rows(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> Batc
     selection
         int64, (n,), each in ``[0, len(rows))``.
     """
-    source = rows.source[selection]
-    start = rows.start[selection]
-    length = np.where(source >= 0, rows.length[selection], 0).astype(np.int64)
+    places = rows.at(selection)
+    source, start = places.source, places.start
+    length = np.where(source >= 0, places.length, 0).astype(np.int64)
     offsets = np.zeros(len(selection) + 1, dtype=np.int64)
     np.cumsum(length, out=offsets[1:])
 
@@ -273,7 +273,7 @@ def _cut(
     return parts
 
 
-def needed_chunks(table: SourceTable, rows: RowIndex) -> np.ndarray:
+def needed_chunks(table: SourceTable, rows: RowTable) -> np.ndarray:
     """Chunks that any row needs.
 
     Returns
@@ -285,10 +285,10 @@ def needed_chunks(table: SourceTable, rows: RowIndex) -> np.ndarray:
     n_chunks = int(table.chunk_base[-1])
     change = np.zeros(n_chunks + 1, np.int64)
     for begin in range(0, len(rows), _ROWS):
-        part = slice(begin, begin + _ROWS)
-        filled = (rows.source[part] >= 0) & (rows.length[part] > 0)
-        source = rows.source[part][filled].astype(np.int64)
-        start, length = rows.start[part][filled], rows.length[part][filled]
+        part = rows.slice(begin, begin + _ROWS)
+        filled = (part.source >= 0) & (part.length > 0)
+        source = part.source[filled].astype(np.int64)
+        start, length = part.start[filled], part.length[filled]
         for role in range(table.n_roles):
             array = source * table.n_roles + role
             first = table.chunk_base[array] + start // table.chunk_elements[array]

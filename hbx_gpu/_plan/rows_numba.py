@@ -1,6 +1,6 @@
 """Plan rows in one pass of compiled code, without the GIL.
 
-:func:`hbx_gpu._plan.rows.plan_rows` says what is right. Here, each row is looked up once, rows are sorted by
+:func:`hbx_gpu._plan.rows.plan_rows` says what is right. Here, the rows that were looked up are sorted by
 their place in storage and cut at the borders of chunks, and nothing is made but the plan itself.
 """
 
@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from hbx_gpu._plan.rows import BatchPlan, SourceTable
-from hbx_gpu._source import RowIndex
+from hbx_gpu._source import RowTable
 
 _FEW = 48  # keys that are sorted by insertion, which needs no counters
 _DIGIT = 11  # bits that a pass of the sort looks at; their counters fit the nearest cache
@@ -18,7 +18,7 @@ _DIGIT = 11  # bits that a pass of the sort looks at; their counters fit the nea
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
-def plan_rows_numba(table: SourceTable, rows: RowIndex, selection: np.ndarray) -> BatchPlan:
+def plan_rows_numba(table: SourceTable, rows: RowTable, selection: np.ndarray) -> BatchPlan:
     """Return what :func:`~hbx_gpu._plan.rows.plan_rows` returns, made in one pass.
 
     Parameters
@@ -30,9 +30,10 @@ def plan_rows_numba(table: SourceTable, rows: RowIndex, selection: np.ndarray) -
     selection
         int64, (n,), each in ``[0, len(rows))``.
     """
+    places = rows.at(selection)
     return BatchPlan(
         *_plan(
-            selection, rows.source, rows.start, rows.length,
+            places.source, places.start, places.length,
             table.n_roles, table.element_base, table.chunk_elements, table.chunk_base, table.in_parts,
         )
     )  # fmt: skip
@@ -88,22 +89,21 @@ def _chunk_of(element, size):
 
 
 @_jit
-def _plan(selection, source, start, length, n_roles, element_base, chunk_elements, chunk_base, in_parts):
-    n = len(selection)
+def _plan(source, start, length, n_roles, element_base, chunk_elements, chunk_base, in_parts):
+    n = len(source)
     sources, offsets = np.empty(n, np.int32), np.empty(n + 1, np.int64)
     row, key, begin = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     first_chunk = np.empty(n, np.int64)  # of the first array of the row's Source
     n_filled = n_pieces = np.int64(0)
     offsets[0] = 0
     for k in range(n):
-        number = selection[k]
-        group = np.int64(source[number])
+        group = np.int64(source[k])
         sources[k] = group
-        count = np.int64(length[number]) if group >= 0 else np.int64(0)
+        count = np.int64(length[k]) if group >= 0 else np.int64(0)
         offsets[k + 1] = offsets[k] + count
         if count == 0:  # empty rows have no pieces
             continue
-        first = np.int64(start[number])
+        first = np.int64(start[k])
         row[n_filled], begin[n_filled] = k, first
         key[n_filled] = element_base[group * n_roles] + first
         n_filled += 1

@@ -113,6 +113,10 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
     def groups_np(self) -> np.ndarray:
         return self.fragments.groups_np
 
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the stored matrix of some rows, int32."""
+        return self.fragments.groups_of(rows)
+
     @property
     def n_groups(self) -> int:
         return self.fragments.n_groups

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hbx_gpu._source import GroupRuns
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.integrations._install import not_installed
 from hbx_gpu.sampler import CellSampler, split_rows
@@ -153,7 +154,7 @@ class CellDataModule(LightningDataModule):
             raise ValueError("no row is in the training split; see the attribute rows of this data module")
         if self._sampler is not None:
             return make_loader(self.dataset, self._sampler(rows), **self._options)
-        order = CellSampler(self.dataset.groups_np, self.batch_size, seed=self.seed, rows=rows)
+        order = CellSampler(GroupRuns.one(len(self.dataset)), self.batch_size, seed=self.seed, rows=rows)
         return make_loader(self.dataset, order, **self._options)
 
     def val_dataloader(self) -> CellLoader | list[object]:
@@ -173,7 +174,7 @@ class CellDataModule(LightningDataModule):
     def _in_order(self, rows: np.ndarray) -> CellLoader | list[object]:
         if not len(rows):
             return []
-        order = CellSampler(self.dataset.groups_np, self.batch_size, shuffle=False, rows=rows)
+        order = CellSampler(GroupRuns.one(len(self.dataset)), self.batch_size, shuffle=False, rows=rows)
         return make_loader(self.dataset, order, **self._options)
 
 

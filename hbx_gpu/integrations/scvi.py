@@ -13,6 +13,7 @@ import numpy as np
 
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._protocols import TensorBatch
+from hbx_gpu._source import GroupRuns
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.integrations._install import not_installed
 from hbx_gpu.integrations.lightning import CellDataModule, Cells, codes_of
@@ -366,7 +367,7 @@ class ScviDataModule(CellDataModule):
         **options
             Options of :func:`hbx_gpu.dataloader.make_loader` instead of those of this module.
         """
-        order = CellSampler(self.dataset.groups_np, batch_size or 4096, shuffle=False, rows=indices)
+        order = CellSampler(GroupRuns.one(len(self.dataset)), batch_size or 4096, shuffle=False, rows=indices)
         return _InOrder(make_loader(self.dataset, order, **(self._options | options)), self)
 
 

@@ -5,11 +5,13 @@ and when (:mod:`hbx_gpu.sampler._epoch`). What each order does to the compositio
 ``docs/orders.md``.
 """
 
+from hbx_gpu.sampler._balanced import BalancedCellSampler
 from hbx_gpu.sampler._cells import CellSampler
 from hbx_gpu.sampler._epoch import EpochSampler
-from hbx_gpu.sampler._labels import BalancedCellSampler, GroupedCellSampler, WeightedCellSampler
+from hbx_gpu.sampler._labels import GroupedCellSampler
 from hbx_gpu.sampler._neighbors import NeighborSampler, neighbor_table
 from hbx_gpu.sampler._splits import split_rows
+from hbx_gpu.sampler._weighted import WeightedCellSampler
 
 __all__ = [
     "BalancedCellSampler",

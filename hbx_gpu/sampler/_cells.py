@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler._epoch import EpochSampler
-from hbx_gpu.sampler._position import at_least, digest
-from hbx_gpu.sampler._rounds import batch_sizes
-from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
+from hbx_gpu.sampler._groups import GroupTable, group_runs
+from hbx_gpu.sampler._orders import (
+    BlockOrder,
+    EpochOrder,
+    GroupOrder,
+    LengthOrder,
+    SomeRows,
+    StoredOrder,
+    UniformOrder,
+)
+from hbx_gpu.sampler._permutation import Permutation
+from hbx_gpu.sampler._position import EpochKey, at_least, digest
+from hbx_gpu.sampler._rounds import Even, batch_sizes
+from hbx_gpu.sampler._runs import integers
 
 LOCALITIES = ("group", "block", "none")
 
@@ -21,13 +31,15 @@ class CellSampler(EpochSampler):
     Parameters
     ----------
     groups_np
-        Integer (n_cells,): the group (stored matrix) of each cell, ``dataset.groups_np``.
+        Integer (n_cells,): the group (stored matrix) of each cell, ``dataset.groups_np``. Also
+        ``dataset.group_runs``, which says the same in memory that does not grow with the cells. Only
+        localities ``"block"`` and ``"group"`` look at the values.
     batch_size
         Cells per batch.
     shuffle
         False: the order of the dataset (or of `rows`), whatever the locality.
     seed
-        Non-negative. The order of an epoch comes from ``numpy.random.SeedSequence([seed, epoch])``. None
+        Non-negative. The order of an epoch is a function of (seed, epoch). None
         draws a new seed for every iteration; several ranks, which must agree, take 0 instead.
     drop_last
         Leave out the partial batch and, on several ranks, the batches of an incomplete last round;
@@ -54,7 +66,8 @@ class CellSampler(EpochSampler):
     lengths
         Number of stored values of each cell, (n_cells,), for `length_group`: ``dataset.row_lengths``.
     rank, world_size
-        By default those of torch.distributed when an iteration begins, else 0 and 1. All ranks get the same
+        By default those of torch.distributed when an iteration begins, else those that torchrun or srun
+        put into the environment, else 0 and 1. All ranks get the same
         number of batches: the batches of the last round are cut smaller if need be, so that their sizes
         differ by at most one, and none holds a single cell unless batch_size is 1 (or they are dropped, see
         `drop_last`).
@@ -70,7 +83,7 @@ class CellSampler(EpochSampler):
 
     def __init__(
         self,
-        groups_np: ArrayLike,
+        groups_np: ArrayLike | GroupRuns,
         batch_size: int = 1024,
         shuffle: bool = True,
         seed: int | None = None,
@@ -94,7 +107,7 @@ class CellSampler(EpochSampler):
         self.locality = locality
         self.block_size = at_least("block_size", block_size, 1)
         self.blocks_per_window = at_least("blocks_per_window", blocks_per_window, 1)
-        groups = integers("groups_np", groups_np)
+        groups = groups_np if isinstance(groups_np, GroupRuns) else integers("groups_np", groups_np)
         # The array lives as long as the sampler, so it is kept in 32 bits where these suffice.
         width = np.int32 if len(groups) < 2**31 else np.int64
         self._rows = None if rows is None else _checked_rows(rows, len(groups)).astype(width)
@@ -104,9 +117,11 @@ class CellSampler(EpochSampler):
             self._lengths = self._checked_lengths(lengths, len(groups))
         elif lengths is not None:
             raise ValueError("lengths are for length_group=, the number of batches that are sorted at a time")
-        codes, self._group_sizes = number(groups if self._rows is None else groups[self._rows])
-        self._n_epoch = len(codes)
-        self._by_group = rows_by_code(codes).astype(width)
+        self._n_epoch = len(groups) if self._rows is None else len(self._rows)
+        # A uniform order and that of the dataset do not depend on groups, and never look at them.
+        self._groups: GroupTable | None = None
+        if self.shuffle and self.locality != "none":
+            self._groups = GroupTable.of(group_runs(groups, self._rows))
         super().__init__(
             batch_size=batch_size,
             seed=seed,
@@ -122,31 +137,37 @@ class CellSampler(EpochSampler):
         """Row numbers that batches are made of; None: all rows."""
         return self._rows
 
-    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
+    def _sizes(self, key: EpochKey) -> Even:  # noqa: ARG002 - the same in every epoch
         return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
 
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
+    def _order(self, key: EpochKey, lanes: int) -> EpochOrder:
         if not self.shuffle:
-            cells = np.arange(self._n_epoch)
-        elif self.locality == "group":
-            cells = self._grouped(rng, lanes)
-        elif self.locality == "block":
-            cells = self._blocked(rng)
+            return self._chosen(StoredOrder())
+        if self._groups is not None and self.locality == "group":
+            return self._chosen(GroupOrder(self._groups, self.batch_size, lanes, key))
+        found: UniformOrder | BlockOrder
+        if self._groups is not None:
+            found = BlockOrder(self._groups, self.block_size, self.blocks_per_window, key)
         else:
-            cells = rng.permutation(self._n_epoch)
-        cells = cells if self._rows is None else self._rows[cells].astype(np.int64)
-        return self._by_length(cells) if self._length_group else cells
+            found = UniformOrder(Permutation(self._n_epoch, key.stream()))
+        order = self._chosen(found)
+        if not self._length_group:
+            return order
+        batches = max(1, min(self._n_epoch // (4 * self.batch_size), self._length_group))
+        return LengthOrder(
+            order,
+            self._n_epoch,
+            batches * self.batch_size,
+            self._lengths,
+            lambda: found.find(self._longest()),
+        )
 
-    def _by_length(self, cells: np.ndarray) -> np.ndarray:
-        """Sort `length_group` batches of cells at a time by descending length, the longest cell in front."""
-        batches = max(1, min(len(cells) // (4 * self.batch_size), self._length_group))
-        megabatch = np.arange(len(cells)) // (batches * self.batch_size)
-        lengths = self._lengths[cells]
-        cells = cells[np.lexsort((-lengths, megabatch))]  # stable: equal lengths stay shuffled
-        if len(cells):
-            longest = int(np.argmax(self._lengths[cells]))
-            cells[[0, longest]] = cells[[longest, 0]]
-        return cells
+    def _chosen(self, order: EpochOrder) -> EpochOrder:
+        return order if self._rows is None else SomeRows(order, self._rows)
+
+    def _longest(self) -> int:
+        """Which of the cells of an epoch is the longest."""
+        return int(np.argmax(self._lengths if self._rows is None else self._lengths[self._rows]))
 
     def _checked_lengths(self, lengths: ArrayLike | None, n_cells: int) -> np.ndarray:
         if not self.shuffle or self.locality == "group":
@@ -159,42 +180,6 @@ class CellSampler(EpochSampler):
         if len(found) != n_cells:
             raise ValueError(f"lengths must have {n_cells} entries, one for each cell, got {len(found)}")
         return found.astype(np.int32)
-
-    def _grouped(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
-        size, ends = self.batch_size, np.cumsum(self._group_sizes)
-        rows = self._by_group.astype(np.int64)
-        shuffle_runs(rows, ends, rng)
-        tails = self._group_sizes % size
-        is_tail = np.zeros(len(rows), bool)
-        is_tail[ranges(ends - tails, tails)] = True
-        pool = rows[is_tail]
-        rng.shuffle(pool)
-        cells = np.empty_like(rows)
-        n_whole = len(rows) - len(pool)
-        np.compress(~is_tail, rows, out=cells[:n_whole])
-        cells[n_whole:] = pool
-
-        # The pool is packed like one more group; its partial batch comes after all the full ones.
-        n_batches = np.append(self._group_sizes, len(pool)) // size
-        order = pack_lanes(n_batches, lanes, queue_ranks=rng.permutation(len(n_batches)))
-        n_full = len(order) * size
-        rows[n_full:] = cells[n_full:]
-        full = cells[:n_full].reshape(-1, size)
-        np.take(full, order, axis=0, out=rows[:n_full].reshape(-1, size), mode="clip")
-        return rows
-
-    def _blocked(self, rng: np.random.Generator) -> np.ndarray:
-        ends = np.cumsum(self._group_sizes)
-        per_group = -(-self._group_sizes // self.block_size)
-        within = ranges(np.zeros_like(per_group), per_group) * self.block_size
-        starts = np.repeat(ends - self._group_sizes, per_group) + within
-        lengths = np.minimum(self.block_size, np.repeat(ends, per_group) - starts)
-        order = rng.permutation(len(starts))
-        starts, lengths = starts[order], lengths[order]
-        cells: np.ndarray = self._by_group[ranges(starts, lengths)].astype(np.int64)
-        window_ends = np.cumsum(lengths)[self.blocks_per_window - 1 :: self.blocks_per_window]
-        shuffle_runs(cells, np.append(window_ends, len(cells)), rng)
-        return cells
 
     def _identity(self) -> dict[str, object]:
         blocks = {"block_size": self.block_size, "blocks_per_window": self.blocks_per_window}
@@ -209,7 +194,7 @@ class CellSampler(EpochSampler):
                 else {}
             ),
             "n_cells": self._n_epoch,
-            "groups": digest(self._by_group, self._group_sizes),
+            **({} if self._groups is None else {"groups": self._groups.digest()}),
         }
 
 
@@ -225,58 +210,15 @@ def _checked_rows(rows: ArrayLike, n_cells: int) -> np.ndarray:
             f"row {low if low < -n_cells else high} is out of range for a dataset of {n_cells} cells"
         )
     chosen = np.where(chosen < 0, chosen + n_cells, chosen)
-    times = np.bincount(chosen, minlength=n_cells)
-    if times.max(initial=0) > 1:
+    if (np.diff(chosen) > 0).all():
+        return chosen
+    seen = np.zeros(n_cells, bool)
+    seen[chosen] = True
+    if np.count_nonzero(seen) < len(chosen):
+        again, times = np.unique(chosen, return_counts=True)
+        most = int(times.argmax())
         raise IndexError(
-            f"row {int(times.argmax())} is in rows {times.max()} times; each is drawn once per epoch. "
+            f"row {again[most]} is in rows {times[most]} times; each is drawn once per epoch. "
             "WeightedCellSampler draws with replacement"
         )
     return chosen
-
-
-def pack_lanes(n_batches: np.ndarray, lanes: int, *, queue_ranks: np.ndarray) -> np.ndarray:
-    """Order batches in time so that every lane (worker of a rank) stays with a group as long as it can.
-
-    Groups go to lanes greedily, the largest first, each to the lane with the fewest batches so far (the
-    lowest on ties); a lane's queue is group after group. Position p of the result is lane ``p % lanes``'s
-    turn. Lanes have equally many turns, so what a queue holds beyond its turns, taken from its end, goes to
-    lanes that would run dry, the longest queue first: a single huge group ends up on all lanes.
-
-    Parameters
-    ----------
-    n_batches
-        Integer (n_groups,), full batches of each group; a group's batches are numbered consecutively.
-    queue_ranks
-        Integer (n_groups,): groups of a lowest rank come first in their lane's queue.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64 (n_batches.sum(),), numbers of batches in the order of time.
-    """
-    total = int(n_batches.sum())
-    lane_of = np.zeros(len(n_batches), np.int64)
-    loads = [(0, lane) for lane in range(lanes)]
-    for group in np.argsort(-n_batches, kind="stable").tolist():
-        load, emptiest = loads[0]
-        lane_of[group] = emptiest
-        heapq.heapreplace(loads, (load + int(n_batches[group]), emptiest))
-
-    queue = np.lexsort((queue_ranks, lane_of))
-    batches = ranges((np.cumsum(n_batches) - n_batches)[queue], n_batches[queue])
-    queued = np.bincount(lane_of, weights=n_batches, minlength=lanes).astype(np.int64)
-    turns = total // lanes + (np.arange(lanes) < total % lanes)
-    lane = np.repeat(np.arange(lanes), queued)
-    turn = ranges(np.zeros_like(queued), queued)
-
-    over = np.maximum(queued - turns, 0)
-    longest_first = np.argsort(-over, kind="stable")
-    ends = np.cumsum(queued)
-    moved = ranges((ends - over)[longest_first], over[longest_first])
-    lacking = np.maximum(turns - queued, 0)
-    lane[moved] = np.repeat(np.arange(lanes), lacking)
-    turn[moved] = ranges(queued, lacking)
-
-    order = np.empty(total, np.int64)
-    order[turn * lanes + lane] = batches
-    return order

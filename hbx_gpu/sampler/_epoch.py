@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hbx_gpu.sampler._position import Progress, at_least, caller_depth, checked_rank, distributed_rank
-from hbx_gpu.sampler._rounds import cut_rounds, least_per_rank
+from hbx_gpu.sampler._orders import EpochOrder
+from hbx_gpu.sampler._position import (
+    EpochKey,
+    Progress,
+    at_least,
+    caller_depth,
+    checked_rank,
+    distributed_rank,
+)
+from hbx_gpu.sampler._rounds import Edges, Sizes, cut, least_per_rank, n_smaller, total
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
@@ -29,7 +37,7 @@ else:
 
 logger = logging.getLogger("hbx_gpu.sampler")
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _STATE_KEYS = ("version", "order", "seed", "epoch", "cells", "batches", "world_size", "num_workers")
 
 
@@ -42,12 +50,13 @@ class EpochSampler(_TorchSampler):
     A subclass sets ``_n_epoch`` (cells that one epoch is made of) before it calls this constructor
     and defines three methods:
 
-    - ``_sizes(rng)``: int64 (n_batches,), cells per batch in the order of time, each at least 1;
-    - ``_cells(rng, lanes)``: int64, the cells of those batches one after the other. It may be longer than
-      the sizes add up to; what lies beyond is never handed out;
+    - ``_sizes(key)``: cells per batch in the order of time, each at least 1: :class:`~._rounds.Even`, or
+      int64 (n_batches,);
+    - ``_order(key, lanes)``: an :class:`~hbx_gpu.sampler._orders.EpochOrder` of the cells of those batches.
+      It may be longer than the sizes add up to; what lies beyond is never handed out;
     - ``_identity()``: what must be equal for a state to make sense, by name.
 
-    Both methods get a generator in the same fresh state, a function of (seed, epoch) alone.
+    The key is the only source of randomness, a function of (seed, epoch) alone.
 
     Attributes
     ----------
@@ -148,7 +157,7 @@ class EpochSampler(_TorchSampler):
     @property
     def n_dropped(self) -> int:
         """Cells that no rank gets in the epoch at hand."""
-        return self._n_epoch - int(self._edges(self._at_hand())[-1])
+        return self._n_epoch - self._edges(self._at_hand())[-1]
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator on purpose: DataLoader with workers calls iter() twice and reads only the second,
@@ -196,7 +205,7 @@ class EpochSampler(_TorchSampler):
         position = {
             "seed": progress.seed,
             "epoch": progress.epoch,
-            "cells": int(self._edges(progress)[rounds * progress.dealt_to]),
+            "cells": self._edges(progress)[rounds * progress.dealt_to],
             "batches": self._before(progress) + rounds,
             "world_size": progress.world_size,
             "num_workers": progress.num_workers,
@@ -271,7 +280,7 @@ class EpochSampler(_TorchSampler):
             num_workers=at_least("num_workers of the state", state["num_workers"], 1),
             loaded=True,
         )
-        progress.total = int(self._sizes(progress.rng()).sum())
+        progress.total = total(self._sizes(progress.key()))
         if progress.start > progress.total:
             raise ValueError(
                 f"the state has consumed {progress.start} cells, {progress.start - progress.total} more "
@@ -279,10 +288,10 @@ class EpochSampler(_TorchSampler):
             )
         return progress
 
-    def _sizes(self, rng: np.random.Generator) -> np.ndarray:
+    def _sizes(self, key: EpochKey) -> Sizes:
         raise NotImplementedError
 
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:
+    def _order(self, key: EpochKey, lanes: int) -> EpochOrder:
         raise NotImplementedError
 
     def _identity(self) -> dict[str, object]:
@@ -322,13 +331,13 @@ class EpochSampler(_TorchSampler):
             self._pending = self._fresh()  # torch.distributed was initialized after this was made
         return self._pending
 
-    def _edges(self, progress: Progress) -> np.ndarray:
-        """Where each batch handed out begins and ends in the epoch's cells: (rounds * world_size + 1,)."""
+    def _edges(self, progress: Progress) -> Edges:
+        """Where each batch handed out begins and ends in the epoch's cells: rounds * world_size + 1 edges."""
         world_size = progress.dealt_to if progress.begun else self.world_size
         if progress.edges is None or progress.dealt_to != world_size:
-            sizes = self._sizes(progress.rng())
-            progress.total, progress.dealt_to = int(sizes.sum()), world_size
-            progress.edges = cut_rounds(
+            sizes = self._sizes(progress.key())
+            progress.total, progress.dealt_to = total(sizes), world_size
+            progress.edges = cut(
                 sizes,
                 start=progress.start,
                 world_size=world_size,
@@ -352,12 +361,11 @@ class EpochSampler(_TorchSampler):
     def _n_rounds(self, progress: Progress) -> int:
         return (len(self._edges(progress)) - 1) // progress.dealt_to
 
-    def _walk(self, progress: Progress, edges: np.ndarray, rank: int) -> Iterator[np.ndarray]:
-        cells = self._cells(progress.rng(), progress.world_size * progress.num_workers)
+    def _walk(self, progress: Progress, edges: Edges, rank: int) -> Iterator[np.ndarray]:
+        order = self._order(progress.key(), progress.world_size * progress.num_workers)
         for p in range(rank, len(edges) - 1, progress.dealt_to):
             progress.yielded += 1
-            # A copy, so that a batch kept by the consumer does not keep the whole epoch.
-            yield cells[edges[p] : edges[p + 1]].copy()
+            yield order.cells(edges[p], edges[p + 1])
         progress.done = True
 
     def _fingerprint(self) -> dict[str, object]:
@@ -376,15 +384,15 @@ class EpochSampler(_TorchSampler):
         world_size, progress = self.world_size, self._pending or self._fresh_at(self.seed)
         if progress.loaded:
             return
-        sizes = self._sizes(progress.rng())
-        n_cells = self._n_epoch if self.drop_last else int(sizes.sum())
+        sizes = self._sizes(progress.key())
+        n_cells = self._n_epoch if self.drop_last else total(sizes)
         least = least_per_rank(sizes, world_size)
         if 0 < n_cells < least * world_size:
             raise ValueError(
                 f"{n_cells} cells cannot be shared among {world_size} ranks: each rank needs at least {least}"
                 f"{' (with batch_size=1, one is enough)' if least > 1 else ''}; use fewer ranks"
             )
-        single = int(np.count_nonzero(sizes < least))
+        single = n_smaller(sizes, least)
         if self._cut_inside_batches and self.rank == 0 and single and not self._told_of_single_cells:
             self._told_of_single_cells = True
             logger.warning(

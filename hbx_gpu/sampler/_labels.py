@@ -1,182 +1,18 @@
-"""Orders made from label codes: weighted draws, balanced batches, label-pure batches with controls."""
+"""Batches of one label combination each, with matched controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hbx_gpu.sampler._codes import Codes, combined_codes
 from hbx_gpu.sampler._epoch import EpochSampler
-from hbx_gpu.sampler._position import at_least, digest
-from hbx_gpu.sampler._rounds import batch_sizes
-from hbx_gpu.sampler._runs import integers, number, ranges, rows_by_code, shuffle_runs
+from hbx_gpu.sampler._orders import HeldOrder
+from hbx_gpu.sampler._position import EpochKey, at_least, digest
+from hbx_gpu.sampler._runs import number, ranges, rows_by_code, shuffle_runs
 from hbx_gpu.sampler._sets import Pools, Sets
-
-Codes: TypeAlias = ArrayLike | Sequence[ArrayLike]
-
-
-class WeightedCellSampler(EpochSampler):
-    """Independent draws in proportion to weights.
-
-    Parameters
-    ----------
-    weights
-        Float (n_cells,), finite, not negative, in any scale. A cell of weight 0 is never drawn.
-    batch_size, seed, drop_last, num_workers, rank, world_size
-        As in :class:`CellSampler`.
-    n_samples
-        Draws per epoch; by default as many as there are cells of positive weight.
-    replacement
-        False: no cell twice in an epoch; the earlier of two draws still favors the heavier cell.
-    """
-
-    def __init__(
-        self,
-        weights: ArrayLike,
-        batch_size: int = 1024,
-        n_samples: int | None = None,
-        replacement: bool = True,
-        *,
-        seed: int | None = None,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        every = np.asarray(weights, np.float64)
-        if every.ndim != 1:
-            raise ValueError(f"weights must be one-dimensional, got shape {every.shape}")
-        bad = np.flatnonzero(~(np.isfinite(every) & (every >= 0)))
-        if len(bad):
-            raise ValueError(
-                f"weights must be finite and not negative; {len(bad)} of {len(every)} are not, "
-                f"the first is {every[bad[0]]} at position {bad[0]}"
-            )
-        self.replacement = bool(replacement)
-        self._drawable = np.flatnonzero(every)
-        self._weights = every[self._drawable]
-        if len(every) and not len(self._drawable):
-            raise ValueError(f"all {len(every)} weights are 0: there is nothing to draw")
-        most = len(self._drawable)
-        self._n_epoch = most if n_samples is None else at_least("n_samples", n_samples, 0)
-        if self._n_epoch > most and (not replacement or most == 0):
-            raise ValueError(
-                f"n_samples={self._n_epoch} without replacement, but {most} cells have a positive weight; "
-                "lower n_samples or pass replacement=True"
-            )
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    @classmethod
-    def balanced(cls, labels: ArrayLike, batch_size: int = 1024, **options: Any) -> WeightedCellSampler:
-        """Every label equally likely in every draw.
-
-        Parameters
-        ----------
-        labels
-            Integer (n_cells,), label codes as in ``dataset.columns``. Cells of code -1 (missing) are never
-            drawn.
-        batch_size, options
-            As in the constructor.
-        """
-        codes, counts, known = _known_codes("labels", labels)
-        weights = np.zeros(len(known))
-        weights[known] = (1.0 / counts)[codes] if len(codes) else 0.0
-        return cls(weights, batch_size, **options)
-
-    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
-        return batch_sizes(self._n_epoch, self.batch_size, drop_last=self.drop_last)
-
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - draws have no locality
-        n = self._n_epoch
-        if n == 0:
-            return np.empty(0, np.int64)
-        if not self.replacement:
-            # Exponential races: the n smallest arrival times, in their order, are n successive draws.
-            arrival = rng.standard_exponential(len(self._weights)) / self._weights
-            first = np.argpartition(arrival, n - 1)[:n] if n < len(arrival) else np.arange(n)
-            return self._drawable[first[np.argsort(arrival[first])]]
-        # Sorted uniforms (sums of exponentials) keep searchsorted in cache; the shuffle undoes the sorting.
-        cumulated = np.cumsum(self._weights)
-        spacings = np.cumsum(rng.standard_exponential(n + 1))
-        drawn = np.searchsorted(cumulated, spacings[:-1] * (cumulated[-1] / spacings[-1]), side="right")
-        np.minimum(drawn, len(cumulated) - 1, out=drawn)  # rounding may reach the total itself
-        rng.shuffle(drawn)
-        result: np.ndarray = self._drawable[drawn]
-        return result
-
-    def _identity(self) -> dict[str, object]:
-        return {
-            "n_samples": self._n_epoch,
-            "replacement": self.replacement,
-            "weights": digest(self._drawable, self._weights),
-        }
-
-
-class BalancedCellSampler(EpochSampler):
-    """Batches with equal numbers of cells of each category, none twice in an epoch.
-
-    A batch holds ``max(1, batch_size // n_categories)`` cells of each category, so it may be a little smaller
-    than asked for (larger with more categories than batch_size). An epoch ends with the smallest category;
-    larger ones leave out a surplus, another one in each epoch, which `n_dropped` counts.
-
-    Parameters
-    ----------
-    balance_values
-        Integer (n_cells,), category codes. Cells of code -1 (missing) are never drawn.
-    batch_size, shuffle, seed, drop_last, num_workers, rank, world_size
-        As in :class:`CellSampler`.
-    """
-
-    def __init__(
-        self,
-        balance_values: ArrayLike,
-        batch_size: int = 1024,
-        shuffle: bool = True,
-        seed: int | None = None,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        *,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        self.shuffle = bool(shuffle)
-        codes, self._counts, known = _known_codes("balance_values", balance_values)
-        self._by_code = np.flatnonzero(known)[rows_by_code(codes)]
-        self._n_epoch = len(codes)
-        self._n_each = int(self._counts.min(initial=len(codes)))
-        self._per = max(1, at_least("batch_size", batch_size, 1) // max(1, len(self._counts)))
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            rank=rank,
-            world_size=world_size,
-            random=self.shuffle,
-        )
-
-    def _sizes(self, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG002 - the same in every epoch
-        return len(self._counts) * batch_sizes(self._n_each, self._per, drop_last=self.drop_last)
-
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - batches are all alike
-        rows, ends = self._by_code.copy(), np.cumsum(self._counts)
-        if self.shuffle:
-            shuffle_runs(rows, ends, rng)
-        # One cell of each category in turn: any cut of the result is balanced to within one cell.
-        result: np.ndarray = rows[np.arange(self._n_each)[:, None] + (ends - self._counts)].ravel()
-        return result
-
-    def _identity(self) -> dict[str, object]:
-        return {"shuffle": self.shuffle, "balance_values": digest(self._by_code, self._counts)}
 
 
 class GroupedCellSampler(EpochSampler):
@@ -244,7 +80,7 @@ class GroupedCellSampler(EpochSampler):
         world_size: int | None = None,
     ) -> None:
         self.shuffle = bool(shuffle)
-        combination = _combine("labels", labels)
+        combination = combined_codes("labels", labels)
         n_cells = len(combination)
         is_control = np.zeros(n_cells, bool) if controls is None else np.asarray(controls)
         if is_control.dtype != bool or is_control.shape != (n_cells,):
@@ -254,7 +90,7 @@ class GroupedCellSampler(EpochSampler):
             )
         if match is not None and controls is None:
             raise ValueError("match says what controls must share, but there are no controls; pass controls=")
-        stratum = np.zeros(n_cells, np.int64) if match is None else _combine("match", match)
+        stratum = np.zeros(n_cells, np.int64) if match is None else combined_codes("match", match)
         if len(stratum) != n_cells:
             raise ValueError(f"match holds {len(stratum)} cells, labels {n_cells}")
 
@@ -327,14 +163,17 @@ class GroupedCellSampler(EpochSampler):
     def _time_order(self, rng: np.random.Generator, n_batches: int) -> np.ndarray:
         return rng.permutation(n_batches) if self.shuffle else np.arange(n_batches)
 
-    def _sizes(self, rng: np.random.Generator) -> np.ndarray:
+    def _sizes(self, key: EpochKey) -> np.ndarray:
         if self._sets is not None:
             return self._sets.batch_sizes()
         _, n_targets, n_controls = self._cut()
-        result: np.ndarray = (n_targets + n_controls)[self._time_order(rng, len(n_targets))]
+        result: np.ndarray = (n_targets + n_controls)[self._time_order(key.rng(), len(n_targets))]
         return result
 
-    def _cells(self, rng: np.random.Generator, lanes: int) -> np.ndarray:  # noqa: ARG002 - labels have no lanes
+    def _order(self, key: EpochKey, lanes: int) -> HeldOrder:  # noqa: ARG002 - labels have no lanes
+        return HeldOrder(self._cells(key.rng()))
+
+    def _cells(self, rng: np.random.Generator) -> np.ndarray:
         if self._sets is not None:
             return self._sets.rows(rng if self.shuffle else None)
         starts, n_targets, n_controls = self._cut()
@@ -406,39 +245,6 @@ def _check_sets(
         raise ValueError(
             "sets have one control for each cell or none: pass both controls= and paired=True, or neither"
         )
-
-
-def _known_codes(name: str, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes 0..k-1 of the cells that have one, cells per code, and the mask of those cells."""
-    every = _codes(name, labels)
-    known = every >= 0
-    codes, counts = number(every[known])
-    return codes, counts, known
-
-
-def _codes(name: str, labels: ArrayLike) -> np.ndarray:
-    codes = integers(name, labels)
-    if codes.min(initial=0) < -1:
-        raise ValueError(f"{name} must be codes, -1 (missing) or above; found {codes.min()}")
-    return codes
-
-
-def _combine(name: str, labels: Codes) -> np.ndarray:
-    """One code per combination, -1 where any part is missing."""
-    if isinstance(labels, list | tuple) and any(np.ndim(part) == 1 for part in labels):
-        columns = [_codes(f"{name}[{i}]", part) for i, part in enumerate(labels)]
-    else:
-        table = np.asarray(labels)
-        columns = [_codes(name, c) for c in table.T] if table.ndim == 2 else [_codes(name, table)]
-    if not columns or len({len(column) for column in columns}) != 1:
-        raise ValueError(f"{name} must hold one or more code arrays of equal length")
-    combined = columns[0].astype(np.int64)
-    for column in columns[1:]:
-        missing = (combined < 0) | (column < 0)
-        # Renumbered at each step, so that the product stays far from overflow.
-        _, combined = np.unique(combined * (int(column.max(initial=0)) + 1) + column, return_inverse=True)
-        combined[missing] = -1
-    return combined
 
 
 def _controls_per_batch(batch_size: int, fraction: float) -> int:

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 import sys
 from dataclasses import dataclass
 
 import numpy as np
+
+from hbx_gpu.sampler._rounds import Edges
+
+BLOCKS, WINDOWS, CELLS, POOL, QUEUES, DRAWS = range(1, 7)
+"""What the streams of random numbers of one epoch are for; two streams share nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochKey:
+    """Where the randomness of one epoch comes from."""
+
+    seed: int
+    epoch: int
+
+    def stream(self, *what: int) -> np.random.SeedSequence:
+        """The randomness for one purpose, such as ``stream(WINDOWS, 3)``; without a purpose the main one."""
+        return np.random.SeedSequence([self.seed, self.epoch], spawn_key=what)
+
+    def rng(self) -> np.random.Generator:
+        """A generator of the main stream in its first state."""
+        return np.random.default_rng(self.stream())
 
 
 @dataclass(slots=True)
@@ -31,12 +53,13 @@ class Progress:
     begun: bool = False
     yielded: int = 0
     done: bool = False
-    edges: np.ndarray | None = None
+    edges: Edges | None = None
     dealt_to: int = 0
     total: int = 0
 
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
+    def key(self) -> EpochKey:
+        """Where the randomness of the epoch comes from."""
+        return EpochKey(self.seed, self.epoch)
 
 
 def at_least(name: str, value: int, minimum: int) -> int:
@@ -73,13 +96,25 @@ def checked_rank(rank: int | None, world_size: int | None) -> tuple[int, int] | 
     return operator.index(rank), world_size
 
 
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+"""Where launchers name the rank and the number of ranks: torchrun and Ray Train, and Slurm's srun.
+
+Slurm also says SLURM_NTASKS in a batch script that runs alone; the number of tasks of a step is that of the
+processes which srun started.
+"""
+
+
 def distributed_rank() -> tuple[int, int]:
-    """Rank and number of ranks of torch.distributed, or those of a single process."""
+    """Rank and number of ranks of torch.distributed, else as the launcher says, else of a single process."""
     # Whoever initialized torch.distributed has imported it.
     dist = sys.modules.get("torch.distributed")
-    if dist is None or not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    for of_rank, of_world in _LAUNCHERS:
+        rank, world_size = os.environ.get(of_rank, ""), os.environ.get(of_world, "")
+        if rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size):
+            return int(rank), int(world_size)
+    return 0, 1
 
 
 def caller_depth() -> int:

@@ -3,28 +3,122 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 _MOST_ROUNDS_CUT_AGAIN = 3
 
 
-def batch_sizes(n_cells: int, batch_size: int, *, drop_last: bool) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class Even:
+    """Sizes of batches that are all alike, but for a smaller one at the end.
+
+    Attributes
+    ----------
+    n_full, size
+        Number of full batches, and cells of each.
+    rest
+        Cells of the last batch; 0 if there is no smaller one.
+    """
+
+    n_full: int
+    size: int
+    rest: int = 0
+
+    def __len__(self) -> int:
+        return self.n_full + bool(self.rest)
+
+    def listed(self, skip: int = 0) -> np.ndarray:
+        """int64, the size of each batch but the first `skip`."""
+        sizes = np.full(max(len(self) - skip, 0), self.size, np.int64)
+        if self.rest and len(sizes):
+            sizes[-1] = self.rest
+        return sizes
+
+    def times(self, factor: int) -> Even:
+        """The same batches with so many times the cells."""
+        return Even(self.n_full, factor * self.size, factor * self.rest)
+
+
+Sizes: TypeAlias = np.ndarray | Even
+"""Cells of each batch in the order of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """Where batches begin and end: at multiples of a size first, then as listed.
+
+    Attributes
+    ----------
+    n_head, first, step
+        The first `n_head` edges are ``first, first + step, ...``.
+    tail
+        int64, at least one. The edges after those.
+    """
+
+    n_head: int
+    first: int
+    step: int
+    tail: np.ndarray
+
+    def __len__(self) -> int:
+        return self.n_head + len(self.tail)
+
+    def __getitem__(self, i: int) -> int:
+        i += len(self) if i < 0 else 0
+        return self.first + i * self.step if i < self.n_head else int(self.tail[i - self.n_head])
+
+
+def batch_sizes(n_cells: int, batch_size: int, *, drop_last: bool) -> Even:
     """Sizes of the batches that n_cells are cut into, the last one partial or dropped."""
     full, rest = divmod(n_cells, batch_size)
-    sizes = np.full(full + bool(rest and not drop_last), batch_size, np.int64)
-    if rest and not drop_last:
-        sizes[-1] = rest
-    return sizes
+    return Even(full, batch_size, 0 if drop_last else rest)
 
 
-def least_per_rank(sizes: np.ndarray, world_size: int) -> int:
+def total(sizes: Sizes) -> int:
+    """Cells of all batches."""
+    return sizes.n_full * sizes.size + sizes.rest if isinstance(sizes, Even) else int(sizes.sum())
+
+
+def n_smaller(sizes: Sizes, least: int) -> int:
+    """Number of batches of less than `least` cells."""
+    if isinstance(sizes, Even):
+        return sizes.n_full * (sizes.size < least) + (0 < sizes.rest < least)
+    return int(np.count_nonzero(sizes < least))
+
+
+def least_per_rank(sizes: Sizes, world_size: int) -> int:
     """Smallest number of cells that a batch may have.
 
     Two if there are several ranks, so that no rank trains on one cell (where batch normalization fails)
     while the others do not; one if all batches hold one.
     """
-    return 1 if world_size == 1 or int(sizes.max(initial=1)) == 1 else 2
+    most = (sizes.size if sizes.n_full else sizes.rest) if isinstance(sizes, Even) else sizes.max(initial=0)
+    return 1 if world_size == 1 or most <= 1 else 2
+
+
+def cut(sizes: Sizes, *, start: int, world_size: int, drop_last: bool, inside: bool = False) -> Edges:
+    """What :func:`cut_rounds` does, in memory that does not grow with the number of batches of one size."""
+    if not isinstance(sizes, Even):
+        edges = cut_rounds(sizes, start=start, world_size=world_size, drop_last=drop_last, inside=inside)
+        return Edges(0, 0, 0, edges)
+    begun, amid = divmod(start, sizes.size)
+    # Only the last few rounds can be cut otherwise than the batches are.
+    left = max(len(sizes) - begun, 0)
+    n_head = 0 if amid else max(0, left // world_size - _MOST_ROUNDS_CUT_AGAIN - 2) * world_size
+    # A full batch is listed before them where there is one, because limits follow from the largest batch.
+    done = begun + n_head
+    listed = max(done - 1, 0)
+    tail = cut_rounds(
+        sizes.listed(listed),
+        start=(done - listed) * sizes.size + amid,
+        world_size=world_size,
+        drop_last=drop_last,
+        inside=inside,
+    )
+    return Edges(n_head, start, sizes.size, tail + listed * sizes.size)
 
 
 def cut_rounds(

@@ -12,7 +12,7 @@ import numpy as np
 
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
-from hbx_gpu._source import RowIndex
+from hbx_gpu._source import BoxIndex
 from hbx_gpu.batch import DenseBatch, RaggedBatch, SparseBatch
 from hbx_gpu.errors import UnknownNameError, UnsupportedError
 from hbx_gpu.statistics._partial import Partial
@@ -104,7 +104,7 @@ class Tasks:
     def __init__(self, dataset: Matrix) -> None:
         self._dataset = dataset
         self._rows = dataset.row_index
-        self._dense = not isinstance(self._rows, RowIndex)
+        self._dense = isinstance(self._rows, BoxIndex)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -112,19 +112,22 @@ class Tasks:
     @cached_property
     def _order(self) -> np.ndarray | None:
         """int64. Row numbers in storage order; None where rows are numbered in that order."""
-        start = self._start
         for begin in range(0, len(self) - 1, _BLOCK):
-            part = slice(begin, begin + _BLOCK + 1)
-            source = np.diff(self._rows.source[part])
-            if ((source < 0) | ((source == 0) & (np.diff(start[part]) < 0))).any():
-                order: np.ndarray = np.lexsort((start, self._rows.source))
+            source, start = self._places(np.arange(begin, min(begin + _BLOCK + 1, len(self))))
+            source = np.diff(source)
+            if ((source < 0) | ((source == 0) & (np.diff(start) < 0))).any():
+                source, start = self._places(np.arange(len(self)))
+                order: np.ndarray = np.lexsort((start, source))
                 return order
         return None
 
-    @property
-    def _start(self) -> np.ndarray:
-        start: np.ndarray = self._rows.start if isinstance(self._rows, RowIndex) else self._rows.lower[:, 0]
-        return start
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and first element or position of some rows."""
+        if isinstance(self._rows, BoxIndex):
+            boxes = self._rows.at(rows)
+            return boxes.source, boxes.lower[:, 0]
+        places = self._rows.at(rows)
+        return places.source, places.start
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """int64. Row numbers at these places of the storage order."""
@@ -132,8 +135,8 @@ class Tasks:
 
     def _values(self, rows: np.ndarray) -> np.ndarray:
         """int64. Stored values of each row, and one for the row itself."""
-        if isinstance(self._rows, RowIndex):
-            lengths: np.ndarray = self._rows.length[rows].astype(np.int64) + 1
+        if not isinstance(self._rows, BoxIndex):
+            lengths: np.ndarray = self._rows.at(rows).length.astype(np.int64) + 1
             return lengths
         return np.full(len(rows), self._dataset.n_features + 1, np.int64)
 
@@ -229,7 +232,7 @@ def measured(dataset: Matrix, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     cells = np.zeros((n_sources + 1) * groups.n, np.int64)
     for begin in range(0, n, _BLOCK):
         rows = np.arange(begin, min(begin + _BLOCK, n))
-        source = dataset.row_index.source[rows].astype(np.int64)
+        source = dataset.groups_of(rows).astype(np.int64)
         source[source < 0] = n_sources
         cells += np.bincount(source * groups.n + groups.of(rows), minlength=len(cells))
     cells = cells.reshape(n_sources + 1, groups.n)[:-1]

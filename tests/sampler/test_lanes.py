@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hbx_gpu.sampler import (
     CellSampler,
 )
-from hbx_gpu.sampler._cells import pack_lanes
+from hbx_gpu.sampler._lanes import LaneQueues, pack_lanes
 
 
 def lanes_of(batches: Any, lanes: int) -> list[Any]:
@@ -32,6 +32,9 @@ def test_packing_is_a_permutation_that_switches_groups_rarely(
     ranks = np.random.default_rng(seed).permutation(len(counts))
     order = pack_lanes(n_batches, lanes, queue_ranks=ranks)
     assert sorted(order.tolist()) == list(range(sum(counts)))
+    queues = LaneQueues.pack(n_batches, lanes, queue_ranks=ranks)
+    assert [queues.batch_at(position) for position in range(queues.n_batches)] == order.tolist()
+    assert len(queues.batch) <= len(counts) + 3 * lanes, "runs, not batches"
     group_of = np.repeat(np.arange(len(counts)), counts)
     runs = sum(
         1 + int(np.count_nonzero(np.diff(group_of[o[o >= 0]]))) for o in lanes_of(order, lanes) if len(o)

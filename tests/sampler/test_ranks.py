@@ -16,7 +16,7 @@ from hbx_gpu.sampler import (
     EpochSampler,
     GroupedCellSampler,
 )
-from hbx_gpu.sampler._rounds import batch_sizes, cut_rounds
+from hbx_gpu.sampler._rounds import batch_sizes, cut, cut_rounds
 from tests.sampler.orders import (
     MAKERS,
     flat,
@@ -61,11 +61,19 @@ def test_batches_of_one_cell(n: int, size: int) -> None:
 def test_the_last_round_is_even_and_no_rank_gets_a_single_cell(
     n_cells: int, batch_size: int, size: int, stopped: int, before: int
 ) -> None:
-    batches = batch_sizes(n_cells, batch_size, drop_last=False)
+    even = batch_sizes(n_cells, batch_size, drop_last=False)
+    batches = even.listed()
     cuts = cut_rounds(batches, start=0, world_size=before, drop_last=False)
     start = int(cuts[min(stopped * before, len(cuts) - 1)])  # where a run on other ranks may have stopped
     left = n_cells - start
-    got = np.diff(cut_rounds(batches, start=start, world_size=size, drop_last=False))
+    edges = cut_rounds(batches, start=start, world_size=size, drop_last=False)
+    for drop_last, expected in ((False, edges), (True, None)):
+        if expected is None:
+            expected = cut_rounds(batches, start=start, world_size=size, drop_last=True)
+        short = cut(even, start=start, world_size=size, drop_last=drop_last)
+        assert [short[i] for i in range(len(short))] == expected.tolist()
+        assert short[-1] == expected[-1]
+    got = np.diff(edges)
     least = 1 if batches.max() == 1 else 2
     if left < least * size:
         assert len(got) == 0, "too few for the ranks"

@@ -277,7 +277,7 @@ def test_a_broken_state() -> None:
     state = make_cell().state_dict()
     with pytest.raises(ValueError, match="it lacks seed, cells"):
         make_cell().load_state_dict({k: v for k, v in state.items() if k not in ("seed", "cells")})
-    with pytest.raises(ValueError, match="has version 99, and this release of hbx_gpu continues version 2"):
+    with pytest.raises(ValueError, match="has version 99, and this release of hbx_gpu continues version 3"):
         make_cell().load_state_dict(state | {"version": 99})
     with pytest.raises(ValueError, match="consumed 200 cells, 11 more than the epoch has"):
         make_cell().load_state_dict(state | {"cells": 200})

@@ -64,7 +64,7 @@ def test_a_killed_job_leaves_nothing_for_good(place: Path) -> None:
 
 
 def test_a_number_that_is_used_again(place: Path) -> None:
-    name = f"hbx_gpu-dataset-{state._machine()}-{os.getpid()}-1-x"
+    name = f"hbx_gpu-dataset-{state.machine()}-{os.getpid()}-1-x"
     (place / name).mkdir()
     assert state.sweep(str(place)) == [str(place / name)]
 
@@ -72,7 +72,7 @@ def test_a_number_that_is_used_again(place: Path) -> None:
 def test_what_stays(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     canary = tmp_path_factory.mktemp("elsewhere") / "canary"
     canary.write_text("alive")
-    dead = f"hbx_gpu-dataset-{state._machine()}-999999999-1-"
+    dead = f"hbx_gpu-dataset-{state.machine()}-999999999-1-"
     (place / f"{dead}link").symlink_to(canary.parent)
     (place / f"{dead}file").write_text("x")
     (place / "hbx_gpu-dataset-00000000-999999999-1-another-machine").mkdir()

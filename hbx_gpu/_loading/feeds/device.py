@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.stored import AnyStored
 from hbx_gpu._float16 import may_overflow, say_overflow, was_said
 from hbx_gpu._protocols import Rows, TensorBatch
-from hbx_gpu._tensors import check_columns
+from hbx_gpu._tensors import check_columns, gathered
 from hbx_gpu.stats import stage
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
     from hbx_gpu._loading.options import LoaderOptions
     from hbx_gpu._plan.rows import BatchPlan
-    from hbx_gpu._source import RowIndex
+    from hbx_gpu._source import RowTable
 
 Cut: TypeAlias = "Callable[[int, int], Tensor | list[Tensor]]"
 """Returns what the rows [first, last) of a window become: a tensor, or one for each row."""
@@ -105,7 +105,7 @@ class StagedFeed(SlotFeed[DatasetT]):
     def make(self, selections: Sequence[np.ndarray]) -> list[_Made]:
         """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
-        columns = Columns({**self._dataset.columns, "index": None}, selection)
+        columns = Columns(self._dataset, selection)
         slot = self._slot()
         try:
             staging = self._stage(selection, slot)
@@ -189,7 +189,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
         self.one_batch_per_window = self._layout == "csr" and self._engine.drops
 
     def _nbytes(self, rows: np.ndarray) -> int:
-        elements = int(self._dataset.row_index.length[rows].sum(dtype=np.int64))
+        elements = int(self._dataset.row_index.at(rows).length.sum(dtype=np.int64))
         if self._layout == "dense":
             out = DenseCollate(self._dtype).nbytes(len(rows), self._dataset.n_features)
         else:
@@ -249,11 +249,12 @@ class DecodedBytes:
         self._of_source = nbytes.reshape(-1, self._table.n_roles).sum(axis=1)
         self._any = bool(whole.any())
 
-    def of(self, rows: RowIndex, selection: np.ndarray) -> int:
+    def of(self, rows: RowTable, selection: np.ndarray) -> int:
         """Bytes for the rows `selection`: the chunks of their first and last elements."""
         if not self._any:
             return 0
-        source, start, length = rows.source[selection], rows.start[selection], rows.length[selection]
+        places = rows.at(selection)
+        source, start, length = places.source, places.start, places.length
         filled = (source >= 0) & (length > 0)
         source, start, length = source[filled].astype(np.int64), start[filled], length[filled]
         array = source * self._table.n_roles
@@ -311,12 +312,22 @@ class _Window:
     __del__ = give_back
 
 
+class _Described(Protocol):
+    """A dataset with metadata."""
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]: ...
+
+    @property
+    def categories(self) -> Mapping[str, np.ndarray]: ...
+
+
 class Columns:
     """Metadata of a window's rows: numbers go to the device in one piece, anything else stays NumPy."""
 
-    def __init__(self, columns: Mapping[str, np.ndarray | None], selection: np.ndarray) -> None:
-        self._names = list(columns)
-        found = {name: selection if column is None else column[selection] for name, column in columns.items()}
+    def __init__(self, dataset: _Described, selection: np.ndarray) -> None:
+        found = gathered(dataset.columns, dataset.categories, selection) | {"index": selection}
+        self._names = list(found)
         self._kept = {name: column for name, column in found.items() if column.dtype.kind not in "iuf"}
         self._sent = {name: np.ascontiguousarray(c) for name, c in found.items() if c.dtype.kind in "iuf"}
         sizes = [-(-column.nbytes // 8) * 8 for column in self._sent.values()]

@@ -14,7 +14,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._loading.feeds.device import STAGED_BYTES, Columns, DecodedBytes, SlotFeed
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._protocols import TensorBatch
-from hbx_gpu._tensors import check_columns
+from hbx_gpu._tensors import check_columns, gathered
 from hbx_gpu.stats import stage
 from hbx_gpu.tokens._compile import renamed
 from hbx_gpu.tokens._device.batch import DeviceTokens, FlatRows, Made, Wanted
@@ -96,7 +96,7 @@ class TokenFeed(SlotFeed[CellDataset]):
         self._collate.set_epoch(epoch)
 
     def _nbytes(self, rows: np.ndarray) -> int:
-        elements = int(self._dataset.row_index.length[rows].sum(dtype=np.int64))
+        elements = int(self._dataset.row_index.at(rows).length.sum(dtype=np.int64))
         tokens = self._collate.nbytes(len(rows), self._dataset.n_features)
         staged = elements * (STAGED_BYTES + _ELEMENT_BYTES)
         return tokens + staged + self._decoded.of(self._dataset.row_index, rows)
@@ -108,7 +108,7 @@ class TokenFeed(SlotFeed[CellDataset]):
         """See :class:`~hbx_gpu._protocols.Feed`."""
         selection = np.concatenate([*selections, np.empty(0, np.int64)])
         bounds = np.cumsum([0, *map(len, selections)]).tolist()
-        columns = Columns({**self._dataset.columns, "index": None}, selection)
+        columns = Columns(self._dataset, selection)
         wanted = [self._wanted(rows) for rows in selections]
         made: list[Made] = []
 
@@ -171,7 +171,8 @@ class TokenFeed(SlotFeed[CellDataset]):
         """What tokens of a batch depend on beside its counts."""
         collate = self._collate
         compiled = collate.compiled
-        metadata = {name: self._dataset.columns[name][rows] for name in compiled.recipe.obs_columns}
+        wanted = {name: self._dataset.columns[name] for name in compiled.recipe.obs_columns}
+        metadata = gathered(wanted, self._dataset.categories, rows)
         obs = {**metadata, **collate.obs_of(metadata)}
         return Wanted(
             rows, front_ids(compiled, obs, len(rows)), collate.seed, collate.epoch,

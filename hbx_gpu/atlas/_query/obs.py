@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex
+from hbx_gpu._plan.index import IndexMaker
+from hbx_gpu._source import BoxIndex, ObsColumns, RowTable
+from hbx_gpu.atlas._query.ids import IdMaker, IdRuns, id_runs
 from hbx_gpu.errors import CorruptDataError, TableError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -385,8 +387,8 @@ class ModalityRows:
 
     Attributes
     ----------
-    rowids
-        uint64, (n,). Row id of each row.
+    ids
+        Row id of each row.
     groups
         Sorted names of the zarr groups that occur; `rows.source` is an index into this list.
     rows
@@ -395,19 +397,26 @@ class ModalityRows:
         Requested obs columns.
     """
 
-    rowids: np.ndarray
+    ids: IdRuns
     groups: list[str]
-    rows: RowIndex | BoxIndex
+    rows: RowTable | BoxIndex
     obs: ObsColumns
+
+    @property
+    def rowids(self) -> np.ndarray:
+        """uint64, (n,). Row id of each row, made anew at each call."""
+        return self.ids.all()
 
 
 def some_rows(found: ModalityRows, keep: np.ndarray) -> ModalityRows:
     """The rows for which the mask `keep` is True."""
     if keep.all():
         return found
-    rows = type(found.rows)(*(getattr(found.rows, name)[keep] for name in type(found.rows).__slots__))
+    rows = found.rows.at(np.flatnonzero(keep))
     columns = {name: column[keep] for name, column in found.obs.columns.items()}
-    return ModalityRows(found.rowids[keep], found.groups, rows, ObsColumns(columns, found.obs.categories))
+    return ModalityRows(
+        id_runs(found.rowids[keep]), found.groups, rows, ObsColumns(columns, found.obs.categories)
+    )
 
 
 def is_present(pointer: PointerColumn) -> str:
@@ -464,25 +473,26 @@ def read_modality(
     }
     spatial = pointer.kind == "discrete_spatial"
     names: dict[str, int] = {}
-    pieces: dict[str, list[np.ndarray]] = {
-        ROWID: [np.empty(0, np.uint64)],
-        "group": [np.empty(0, np.int32)],
-        "start": [np.empty((0, 0) if spatial else 0, np.int64)],
-        "length": [np.empty((0, 0) if spatial else 0, np.int64 if spatial else np.int32)],
-        **{name: [] for name in alias.values()},
-    }
+    ids, places = IdMaker(), IndexMaker()
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in alias.values()}
+    if spatial:
+        pieces |= {"group": [np.empty(0, np.int32)]}
+        pieces |= {key: [np.empty((0, 0), np.int64)] for key in ("start", "length")}
     for batch in scan(snapshot.obs_table(table), wanted, where=where, rowids=rowids):
         there = present(batch.column("group"))
         if not absent and not there.all():
             batch = batch.filter(pa.array(there))
             there = there[there]
         start, length = (_boxes if spatial else _extents)(snapshot, table, pointer, batch, there)
-        # Copies, because views would keep the whole batch in memory.
-        pieces[ROWID].append(batch.column(ROWID).to_numpy().copy())
-        pieces["group"].append(_group_codes(batch.column("group"), there, names))
-        pieces["start"].append(start)
-        pieces["length"].append(length)
+        group = _group_codes(batch.column("group"), there, names)
+        ids.add(batch.column(ROWID).to_numpy())
+        if spatial:
+            for key, part in (("group", group), ("start", start), ("length", length)):
+                pieces[key].append(part)
+        else:
+            places.add(group, start, length)
         for name, shown in alias.items():
+            # Copies, because views would keep the whole batch in memory.
             pieces[shown].append(encoders[name](batch.column(shown)).copy())
     for name, shown in alias.items():
         pieces[shown] = pieces[shown] or [encoders[name](pa.array([], type=schema.field(name).type))]
@@ -491,8 +501,8 @@ def read_modality(
         for key, filling in (("start", 0), ("length", -1)):
             pieces[key] = [_wider(part, n_axes, filling) for part in pieces[key]]
 
-    ids = np.concatenate(pieces.pop(ROWID))
-    order = _ascending(ids)
+    found = ids.finish()
+    order = None if found.ascending else np.argsort(found.all(), kind="stable")
 
     def joined(key: str) -> np.ndarray:
         whole = np.concatenate(pieces.pop(key))
@@ -502,11 +512,16 @@ def read_modality(
     rank = np.empty(len(groups) + 1, dtype=np.int32)
     rank[[names[group] for group in groups]] = np.arange(len(groups), dtype=np.int32)
     rank[-1] = -1  # rows without the modality
-    index: RowIndex | BoxIndex = (BoxIndex if spatial else RowIndex)(
-        rank[joined("group")], joined("start"), joined("length")
-    )
+    index: RowTable | BoxIndex
+    if spatial:
+        index = BoxIndex(rank[joined("group")], joined("start"), joined("length"))
+    else:
+        compact = places.finish()
+        index = compact = replace(compact, run_source=rank[compact.run_source])
+        if order is not None:
+            index = compact.plain().at(order)
     return ModalityRows(
-        ids if order is None else ids[order],
+        found if order is None else id_runs(found.all()[order]),
         groups,
         index,
         ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies),
@@ -538,7 +553,15 @@ def _encoders(
             vocabularies[name] = coded
             words = None if _is_bool(kind) else _vocabulary(snapshot, table, name)
         encoders[name] = _encoder(kind, words)
+        if coded is not None:
+            encoders[name] = _narrow(encoders[name], len(coded))
     return encoders, vocabularies
+
+
+def _narrow(encoder: Encoder, n_codes: int) -> Encoder:
+    """An encoder whose codes have the smallest signed type that holds them, and -1."""
+    kind = np.min_scalar_type(-max(n_codes, 1))
+    return lambda array: encoder(array).astype(kind)
 
 
 def _extents(

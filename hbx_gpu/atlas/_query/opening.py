@@ -10,7 +10,7 @@ import numpy as np
 
 from hbx_gpu._advice import option, spelled, within_memory
 from hbx_gpu._plan.boxes import full_boxes
-from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, Source, rows_by_source
+from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, RowTable, Source, rows_by_source
 from hbx_gpu._storage.metadata import check_last_object, read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import ModalityRows, row_uid
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu._datasets.stored import Recipe
     from hbx_gpu.atlas._catalog.snapshot import Group, PointerColumn, Snapshot
+    from hbx_gpu.atlas._query.ids import IdRuns
+
+_AT_ONCE = 1 << 20  # rows that are checked together
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +155,8 @@ def check_pointers(
     snapshot: Snapshot,
     table: str,
     sources: Sequence[Source],
-    rows: RowIndex | BoxIndex,
-    rowids: np.ndarray,
+    rows: RowTable | BoxIndex,
+    ids: IdRuns,
 ) -> None:
     """Check that every row lies inside the arrays of its Source.
 
@@ -162,6 +165,38 @@ def check_pointers(
     CorruptDataError
         A row does not; the message names group, array and uid of the first such row.
     """
+    if isinstance(rows, BoxIndex):
+        _check_part(snapshot, table, sources, rows, ids[np.arange(len(rows))])
+        return
+    limits = _limits(sources)
+    for begin in range(0, len(rows), _AT_ONCE):
+        part = rows.slice(begin, begin + _AT_ONCE)
+        if limits is None or (part.start + part.length > limits[part.source]).any():
+            numbers = ids[np.arange(begin, begin + len(part))]
+            _check_part(snapshot, table, sources, part, numbers)
+
+
+def _limits(sources: Sequence[Source]) -> np.ndarray | None:
+    """Elements that the arrays of each Source hold along their first axis, the least of several.
+
+    Rows without a Source, -1, have none, which is the last entry. None where arrays have more axes.
+    """
+    limits = np.zeros(len(sources) + 1, np.int64)
+    for i, source in enumerate(sources):
+        arrays = [*source.layers.values(), *([] if source.index is None else [source.index])]
+        if any(len(array.shape) > 1 for array in arrays):
+            return None
+        limits[i] = min(array.shape[0] for array in arrays)
+    return limits
+
+
+def _check_part(
+    snapshot: Snapshot,
+    table: str,
+    sources: Sequence[Source],
+    rows: RowIndex | BoxIndex,
+    rowids: np.ndarray,
+) -> None:
     by_source = rows_by_source(rows.source, len(sources))
     for source, mine in zip(sources, by_source, strict=True):
         boxes = _boxes_of(rows, mine)
@@ -189,9 +224,7 @@ def check_pointers(
 
 
 def _boxes_of(rows: RowIndex | BoxIndex, mine: np.ndarray) -> BoxIndex:
-    if isinstance(rows, RowIndex):
-        return BoxIndex.of_rows(RowIndex(rows.source[mine], rows.start[mine], rows.length[mine]))
-    return BoxIndex(rows.source[mine], rows.lower[mine], rows.size[mine])
+    return BoxIndex.of_rows(rows.at(mine)) if isinstance(rows, RowIndex) else rows.at(mine)
 
 
 # Datasets
@@ -243,7 +276,7 @@ def open_dataset(
 
         groups = group_records(snapshot, found.groups, pointer.feature_space)
         sources = build_sources(snapshot, groups, layers, columns)
-        check_pointers(snapshot, table, sources, found.rows, found.rowids)
+        check_pointers(snapshot, table, sources, found.rows, found.ids)
         common: dict[str, Any] = {
             "layer": layers,
             "n_features": len(columns.uids),
@@ -259,9 +292,9 @@ def open_dataset(
                     f"{pointer.feature_space!r} is sparse and comes as it is stored; the collate or "
                     "make_loader says in which dtype it becomes dense"
                 )
-            assert isinstance(rows, RowIndex)
+            assert not isinstance(rows, BoxIndex)
             return CellDataset(sources, rows, **common)
-        boxes = BoxIndex.of_rows(rows) if isinstance(rows, RowIndex) else rows
+        boxes = rows if isinstance(rows, BoxIndex) else BoxIndex.of_rows(rows)
         return DenseCellDataset(
             sources, boxes, positions=pointer.kind == "dense", dtypes=dict(dtypes or {}), **common
         )

@@ -14,6 +14,7 @@ from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.results import Modality
 from hbx_gpu.atlas._query.selection import Selection
+from hbx_gpu.atlas._query.sharing import find_rows
 from hbx_gpu.atlas._query.state import FeatureJoin, QueryState, whole_number
 from hbx_gpu.atlas._query.statistics import Options, highly_variable, statistics_of
 from hbx_gpu.errors import UnknownNameError, UnsupportedError
@@ -454,7 +455,7 @@ class AtlasQuery:
     ) -> FeatureDataset | FragmentMatrixDataset:
         chosen = self._selection
         names = chosen.metadata(metadata_columns)
-        found = chosen.read_rows(pointer, names, absent=absent)
+        found = find_rows(chosen, pointer, names, absent=absent)
         layers = _layer_names(layer)
         if matrix is not None:
             layers = results.fragment_layers(pointer, layers)

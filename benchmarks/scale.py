@@ -1,0 +1,282 @@
+"""What very many cells cost: ``python -m benchmarks.scale PART``.
+
+Each measurement is made in a process of its own. ``--beside FOLDER`` measures the package of another checkout
+with the same code, for the figures of an earlier version beside those of this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench.machine import describe
+from hbx_gpu._bench.tables import table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+_PART_ROWS = 1_000_000
+_BYTES = 1e6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one part; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    one = parts.add_parser("sampler", help="what orders cost: made, first batch, resumed, each batch, memory")
+    one.add_argument("--cells", type=int, nargs="+", default=[10_000_000, 100_000_000, 1_000_000_000])
+    one.add_argument("--beside-cells", type=int, nargs="*", default=[10_000_000, 100_000_000])
+    one.add_argument("--groups", type=int, default=1_000)
+    one.add_argument("--batch-size", type=int, default=1_024)
+    one.add_argument("--orders", nargs="+", default=["none", "block", "group", "balanced", "weighted"])
+    two = parts.add_parser("opening", help="an atlas opened by several ranks at once: seconds and memory")
+    two.add_argument("--cells", type=int, default=100_000_000)
+    two.add_argument("--ranks", type=int, default=2)
+    two.add_argument("--data", type=Path, default=Path("demo/benchmark-data"))
+    for part in (one, two):
+        part.add_argument("--beside", type=Path, help="another checkout, whose package is measured too")
+        part.add_argument("--out", type=Path, default=Path("demo/benchmarks"))
+    job = parts.add_parser("job", help="one measurement, in this process")
+    job.add_argument("function", choices=["order_costs", "opened"])
+    job.add_argument("arguments", type=json.loads)
+    options = parser.parse_args(argv)
+    if options.part == "job":
+        measure: Any = {"order_costs": order_costs, "opened": opened}[options.function]
+        print(json.dumps(measure(**options.arguments)))
+        return 0
+    return sampler(options) if options.part == "sampler" else opening(options)
+
+
+def _measured(function: str, folder: Path, **arguments: object) -> dict[str, Any]:
+    """What a function of this module returns in a process whose package is that of `folder`."""
+    return _finished(_begun(function, folder, {}, **arguments))
+
+
+def _begun(
+    function: str, folder: Path, environment: dict[str, str], **arguments: object
+) -> subprocess.Popen[str]:
+    # This file by its path, because the other checkout need not have it.
+    return subprocess.Popen(
+        [sys.executable, __file__, "job", function, json.dumps(arguments)],
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finished(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"a measurement failed with status {process.returncode}")
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def _memory() -> dict[str, int]:
+    """Bytes that only this process holds, and those it shares with files or other processes."""
+    import psutil
+
+    found = psutil.Process().memory_full_info()
+    return {"own": int(found.uss), "shared": int(found.rss - found.uss)}
+
+
+# Orders
+
+
+def sampler(options: argparse.Namespace) -> int:
+    """Measure orders of many cells."""
+    rows, runs = [], []
+    for where, folder, sizes in (
+        ("here", ROOT, options.cells),
+        ("beside", options.beside, options.beside_cells),
+    ):
+        for cells in sizes if folder else []:
+            for order in options.orders:
+                arguments = {"order": order, "cells": cells, "groups": options.groups}
+                run = _measured("order_costs", folder, batch_size=options.batch_size, **arguments)
+                runs.append({"package": where, **arguments, **run})
+                rows.append(
+                    (
+                        where,
+                        order,
+                        f"{cells:,}",
+                        *(f"{run[key]:.3f}" for key in ("build_s", "first_s", "resume_s")),
+                        f"{run['batch_s'] * 1e6:,.0f}",
+                        f"{run['own'] / _BYTES:,.0f}",
+                    )
+                )
+    heading = ("package", "order", "cells", "made, s", "first batch, s", "resumed, s", "batch, us", "MB")
+    found = conditions()
+    print(table(heading, rows))
+    print(
+        f"{options.groups} groups side by side, 50 labels, batches of {options.batch_size}; processor time; "
+        f"MB: memory of its own beside the arrays it was given\n{describe(found)}"
+    )
+    write_json(options.out / "scale-sampler.json", {"conditions": found, "runs": runs})
+    return 0
+
+
+def order_costs(order: str, cells: int, groups: int, batch_size: int) -> dict[str, float]:
+    """Processor seconds and bytes of one order."""
+    from hbx_gpu.sampler import BalancedCellSampler, CellSampler, WeightedCellSampler
+
+    of_cell = np.repeat(np.arange(groups, dtype=np.int32), cells // groups)
+    labels = (np.arange(cells, dtype=np.uint32) * np.uint32(2654435761) >> np.uint32(16)).astype(np.uint8)
+    labels %= 50
+    weights = (labels + 1).astype(np.float32) if order == "weighted" else np.empty(0, np.float32)
+    if order != "weighted":
+        labels = labels.astype(np.int8)
+
+    def make() -> Any:
+        if order == "balanced":
+            return BalancedCellSampler(labels, batch_size, seed=1)
+        if order == "weighted":
+            return WeightedCellSampler(weights, batch_size, seed=1)
+        return CellSampler(of_cell, batch_size, seed=1, locality=order)
+
+    small = slice(0, 2_000)
+    whole = of_cell, labels, weights
+    of_cell, labels, weights = of_cell[small], labels[small], weights[small]
+    next(make().batches())  # imports and compiled code
+    of_cell, labels, weights = whole
+    before = _memory()["own"]
+    clock = time.process_time()
+    made = make()
+    built = time.process_time()
+    batches = made.batches()
+    next(batches)
+    first = time.process_time()
+    for _ in range(200):
+        next(batches)
+    later = time.process_time()
+    own = _memory()["own"] - before
+    state = made.state_dict()
+    del batches, made
+    other = make()
+    resumed = time.process_time()
+    other.load_state_dict(state)
+    next(other.batches())
+    return {
+        "build_s": built - clock,
+        "first_s": first - built,
+        "batch_s": (later - first) / 200,
+        "resume_s": time.process_time() - resumed,
+        "own": own,
+    }
+
+
+# Opening
+
+
+def opening(options: argparse.Namespace) -> int:
+    """Measure an atlas of many cells."""
+    atlas = str(linked_atlas(options.data, options.cells))
+    rows, runs = [], []
+    for where, folder in (("here", ROOT), ("beside", options.beside)):
+        if folder is None:
+            continue
+        environment = {"LOCAL_WORLD_SIZE": str(options.ranks)}
+        ranks = [_begun("opened", folder, environment, atlas=atlas) for _ in range(options.ranks)]
+        for number, run in enumerate([_finished(rank) for rank in ranks]):
+            runs.append({"package": where, "rank": number, **run})
+            rows.append(
+                (
+                    where,
+                    f"{number} of {options.ranks}",
+                    *(f"{run[key]:.1f}" for key in ("open_s", "first_s", "processor_s")),
+                    f"{run['bytes_per_row']:.2f}",
+                    *(f"{run[key] / _BYTES:,.0f}" for key in ("imported", "own", "shared", "peak")),
+                )
+            )
+    heading = (
+        "package", "rank", "open, s", "first batch, s", "processor, s", "bytes/row", "imports MB", "own MB",
+        "shared MB", "peak MB",
+    )  # fmt: skip
+    found = conditions()
+    print(table(heading, rows))
+    print(
+        f"{options.cells:,} rows with one label column, all of which point to one stored group of "
+        f"{_PART_ROWS:,} cells; {options.ranks} ranks at once, no other cache than that of pages\n"
+        f"{describe(found)}"
+    )
+    write_json(options.out / "scale-opening.json", {"conditions": found, "runs": runs})
+    return 0
+
+
+def opened(atlas: str) -> dict[str, float]:
+    """Open an atlas, read a batch and shuffle, as a rank does: seconds and bytes."""
+    import resource
+
+    from hbx_gpu.atlas import RaggedAtlas
+    from hbx_gpu.dataloader import make_loader
+
+    imported = _memory()["own"]
+    clock, processor = time.perf_counter(), time.process_time()
+    query = RaggedAtlas.checkout_latest(atlas).query()
+    dataset: Any = query.to_cell_dataset(metadata_columns=["cell_type"])
+    ready = time.perf_counter()
+    with make_loader(dataset, batch_size=1024, shuffle=True, seed=0) as loader:
+        batches = iter(loader)
+        next(batches)
+        first = time.perf_counter()
+        for _ in range(20):
+            next(batches)
+        memory = _memory()
+        del batches
+    index = dataset.row_index
+    nbytes = sum(getattr(index, name).nbytes for name in index.__slots__)
+    return {
+        "open_s": ready - clock,
+        "first_s": first - ready,
+        "processor_s": time.process_time() - processor,
+        "bytes_per_row": nbytes / len(dataset),
+        "imported": imported,
+        **memory,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def linked_atlas(folder: Path, cells: int) -> Path:
+    """An atlas whose rows point, again and again, to the cells of one stored group."""
+    home = folder / f"linked-{cells}"
+    atlas = home / "atlas"
+    if (home / "complete").exists():
+        return atlas
+    import shutil
+
+    import lancedb
+    import pyarrow as pa
+
+    from hbx_gpu.atlas import RaggedAtlas
+
+    one = prepare(folder, DataSpec(cells=_PART_ROWS, genes=2_000, density=0.01, groups=1))
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    shutil.copytree(one.atlas, atlas, symlinks=True)
+    opened_atlas = RaggedAtlas.open(str(atlas))
+    stored = lancedb.connect(opened_atlas.db_uri).open_table("cells")
+    part = stored.to_arrow()
+
+    def parts() -> Iterator[pa.RecordBatch]:
+        for copy in range(1, -(-cells // len(part))):
+            rows = part.slice(0, min(len(part), cells - copy * len(part)))
+            uids = pa.array([f"{copy:04x}{number:08x}" for number in range(len(rows))])
+            rows = rows.set_column(rows.schema.get_field_index("uid"), rows.schema.field("uid"), uids)
+            yield from rows.to_batches()
+
+    stored.add(pa.RecordBatchReader.from_batches(part.schema, parts()))
+    opened_atlas.snapshot()
+    (home / "complete").touch()
+    return atlas
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""Looking rows up in a compact index, in compiled code without the GIL."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_SHIFT = 6  # 64 rows per block
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+@_jit
+def look_up(rows, run_first, run_source, run_start, block_run, block_start, lengths, gaps):
+    """Source, first element and length of each of `rows`; see :class:`~hbx_gpu._plan.index.CompactIndex`."""
+    source = np.empty(len(rows), np.int32)
+    start = np.empty(len(rows), np.int64)
+    length = np.empty(len(rows), np.int32)
+    with_gaps = len(gaps) > 0
+    before, element, run = np.int64(-1), np.int64(0), np.int64(0)
+    for k in range(len(rows)):
+        row = np.int64(rows[k])
+        block = row >> _SHIFT
+        if row < before or block != before >> _SHIFT or before < 0:
+            before, run, element = block << _SHIFT, np.int64(block_run[block]), block_start[block]
+        if run_first[run + 1] <= row:
+            while run_first[run + 1] <= row:
+                run += 1
+            before, element = run_first[run], run_start[run]
+        while before < row:
+            element += np.int64(lengths[before])
+            before += 1
+            if with_gaps:
+                element += np.int64(gaps[before])
+        source[k], start[k], length[k] = run_source[run], element, lengths[row]
+    return source, start, length
+
+
+@_jit
+def walk(first, start, lengths, gaps, limit, block):
+    """Go through all rows once.
+
+    Returns the first element of every `block`-th row, and row and first element of each row whose gap is
+    wider than `limit`.
+    """
+    n = len(lengths)
+    n_wide = 0
+    for row in range(n):
+        n_wide += np.int64(gaps[row]) > limit
+    block_start = np.empty((n + block - 1) // block, np.int64)
+    split_at, split_start = np.empty(n_wide, np.int64), np.empty(n_wide, np.int64)
+    run, element, n_wide = 0, np.int64(0), 0
+    for row in range(n):
+        if run < len(start) and first[run] == row:
+            element = start[run]
+            run += 1
+        else:
+            element += np.int64(gaps[row])
+            if np.int64(gaps[row]) > limit:
+                split_at[n_wide], split_start[n_wide] = row, element
+                n_wide += 1
+        if row % block == 0:
+            block_start[row // block] = element
+        element += np.int64(lengths[row])
+    return block_start, split_at, split_start

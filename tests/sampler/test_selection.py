@@ -1,0 +1,141 @@
+"""Cells found by label and number, weights drawn from, and alias tables: each as its plain form says."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbx_gpu.sampler import BalancedCellSampler, WeightedCellSampler
+from hbx_gpu.sampler._draws import CellWeights, LabelDraws, alias_table
+from hbx_gpu.sampler._selection import LabelTable
+from tests.sampler.orders import flat, world
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 3000),
+    n_labels=st.integers(1, 40),
+    ordered=st.booleans(),
+    wide=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_the_kth_cell_of_a_label(n: int, n_labels: int, ordered: bool, wide: bool, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(-1, n_labels, n)
+    codes = np.sort(codes) if ordered else codes
+    codes = np.where(codes > 0, codes * 10**9, codes) if wide else codes
+    table = LabelTable.of(codes)
+    labels = np.unique(codes[codes >= 0])
+    assert np.array_equal(table.given, labels)
+    for number, label in enumerate(labels.tolist()):
+        cells = np.flatnonzero(codes == label)
+        assert table.counts[number] == len(cells)
+        which = np.arange(len(cells))
+        assert np.array_equal(table.cells(np.full(len(cells), number), which), cells)
+    assert len(table.counts) == len(labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 2000), zeros=st.floats(0, 1), seed=st.integers(0, 9))
+def test_weights_are_drawn_where_their_sum_passes_the_target(n: int, zeros: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(1, 9, n) * (rng.random(n) >= zeros) * 1.0  # sums of whole numbers are exact
+    if not weights.any():
+        return
+    draws = CellWeights.of(weights)
+    uniform = np.append(rng.random(200), [0.0, 1 - 2**-53])
+    expected = np.searchsorted(np.cumsum(weights), uniform * weights.sum(), side="right")
+    expected = np.minimum(expected, np.flatnonzero(weights)[-1])
+    assert np.array_equal(draws.cells(uniform, uniform), expected)
+    assert draws.n_drawable == np.count_nonzero(weights)
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any))
+def test_an_alias_table_holds_exactly_the_weights(weights: list[int]) -> None:
+    keep, other = alias_table(np.array(weights, float))
+    found = keep.copy()
+    np.add.at(found, other, 1 - keep)
+    np.testing.assert_allclose(found / len(weights), np.array(weights) / sum(weights), atol=1e-12)
+    assert not keep[np.array(weights) == 0].any()
+
+
+LABELS = np.random.default_rng(8).choice([-1, 0, 3, 4], 5000, p=[0.1, 0.6, 0.25, 0.05])
+
+
+def test_labels_are_drawn_in_proportion_to_their_weights() -> None:
+    sampler = WeightedCellSampler.by_label(LABELS, {0: 1.0, 4: 3.0}, 500, n_samples=40_000, seed=2)
+    drawn = np.array(flat([sampler]))
+    share = np.bincount(LABELS[drawn], minlength=5) / len(drawn)
+    np.testing.assert_allclose(share, [0.25, 0, 0, 0, 0.75], atol=0.012)
+    within = np.bincount(drawn[LABELS[drawn] == 4], minlength=5000)[LABELS == 4]
+    expected = within.sum() / len(within)
+    statistic = ((within - expected) ** 2 / expected).sum()
+    assert abs(statistic - len(within)) < 5 * (2 * len(within)) ** 0.5, "cells of a label are equally likely"
+    assert len(flat([WeightedCellSampler.by_label(LABELS, {3: 1}, seed=0)])) == np.count_nonzero(LABELS == 3)
+
+
+def test_draws_without_replacement_by_label() -> None:
+    sampler = WeightedCellSampler.by_label(LABELS, {3: 9.0, 4: 1.0}, 100, replacement=False, seed=0)
+    drawn = np.array(flat([sampler]))
+    assert np.array_equal(np.sort(drawn), np.flatnonzero(LABELS >= 3))
+    assert (LABELS[drawn[:100]] == 3).mean() > 0.75
+
+
+def test_label_weights_that_are_refused() -> None:
+    for weights, message in (
+        ({0: -1.0}, "that of label 0 is -1.0"),
+        ({0: float("nan")}, "that of label 0 is nan"),
+        ({0: 1.0, 2: 1.0}, "label 2 has a weight, but no cell has this code"),
+        ({0: 0.0}, "all 1 weights are 0"),
+        ({}, "all 0 weights are 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WeightedCellSampler.by_label(LABELS, weights)
+
+
+@pytest.mark.parametrize("make", ["cells", "balanced", "by_label", "balanced batches"])
+def test_draws_of_ranks_together_are_those_of_one(make: str) -> None:
+    def sampler(**options: Any) -> WeightedCellSampler | BalancedCellSampler:
+        if make == "cells":
+            return WeightedCellSampler((LABELS + 1.0).astype(np.float32), 60, seed=6, **options)
+        if make == "balanced":
+            return WeightedCellSampler.balanced(LABELS, 60, seed=6, **options)
+        if make == "by_label":
+            return WeightedCellSampler.by_label(LABELS, {0: 2.0, 3: 1.0}, 60, seed=6, **options)
+        return BalancedCellSampler(LABELS, 60, seed=6, **options)
+
+    alone = sampler()
+    whole = flat([alone])
+    assert flat(world(sampler, 4)) == whole
+    state = json.loads(json.dumps(alone.state_dict(delivered=3)))
+    resumed = sampler(rank=0, world_size=1)
+    resumed.load_state_dict(state)
+    assert flat([resumed]) == whole[180:]
+
+
+def test_labels_of_many_cells_take_little_memory() -> None:
+    codes = np.random.default_rng(0).integers(-1, 50, 2_000_000).astype(np.int8)
+    LabelTable.of(codes[:100])  # compiles
+    tracemalloc.start()
+    balanced = BalancedCellSampler(codes, 500, seed=1)
+    weighted = WeightedCellSampler.balanced(codes, 500, seed=1)
+    first = next(balanced.batches())
+    drawn = next(weighted.batches())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert set(np.bincount(codes[first])) == {10}
+    assert len(np.unique(codes[drawn])) == 50
+    assert peak < 13 * 2**20, f"{peak} bytes, and sorted row numbers alone would take 16 million"
+
+
+def test_label_draws_say_what_they_weigh() -> None:
+    table = LabelTable.of(LABELS)
+    cells, weights = LabelDraws.of(table, np.array([1.0, 0.0, 2.0])).weighted()
+    assert np.array_equal(cells, np.flatnonzero((LABELS == 0) | (LABELS == 4)))
+    np.testing.assert_allclose(weights[LABELS[cells] == 4].sum(), 2.0)
