@@ -100,7 +100,7 @@ class CellLoadKeys:
             ``pert_cell_emb`` and ``ctrl_cell_emb`` (n, g); ``pert_emb`` (n, d), ``cell_type_onehot`` (n, t)
             and ``batch`` (n, b), float32; ``pert_name``, ``cell_type`` and ``batch_name``, lists of strings;
             row numbers ``index`` and ``ctrl_index``; with barcodes also ``pert_cell_barcode`` and
-            ``ctrl_cell_barcode``.
+            ``ctrl_cell_barcode``, and the former once more as ``barcodes``.
         """
         import torch
 
@@ -125,6 +125,7 @@ class CellLoadKeys:
         if self._barcodes is not None:
             for name, rows in (("pert_cell_barcode", batch), ("ctrl_cell_barcode", control)):
                 found[name] = self._barcodes[rows["index"].cpu().numpy()].tolist()
+            found["barcodes"] = found["pert_cell_barcode"]
         return found
 
 

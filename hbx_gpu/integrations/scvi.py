@@ -390,7 +390,8 @@ def load_query_data(
     """Return a model for query data with the weights of a reference model, by architectural surgery.
 
     Where the reference was trained with a data module, ``model_class.load_query_data`` of scvi-tools makes a
-    module of the reference's number of batches, so it takes no new ones.
+    module of the reference's number of batches, so it takes no new ones. Columns of weights for new batches
+    are put beside those of the batches that the reference knows, before those of categorical covariates.
 
     Parameters
     ----------
@@ -407,12 +408,6 @@ def load_query_data(
     -------
     scvi.model.base.BaseModelClass
         A model to train with ``model.train(datamodule=data, plan_kwargs={"weight_decay": 0.0})``.
-
-    Raises
-    ------
-    ValueError
-        There are new batches beside categorical covariates: the weights of both lie in one matrix, and those
-        of new batches would not be at its end.
     """
     from scvi.model.base._archesmixin import _set_params_online_update
 
@@ -420,12 +415,6 @@ def load_query_data(
     if isinstance(reference, str | os.PathLike):
         loaded = model_class.load(os.fspath(reference), adata=False, accelerator="cpu")
     assert isinstance(loaded, scvi.model.base.BaseModelClass)
-    before = loaded.summary_stats.n_batch
-    if data.n_batch > before and data.n_cats_per_cov:
-        raise ValueError(
-            f"the query data have {data.n_batch - before} new batches, and the model has categorical "
-            "covariates: train a reference without categorical_covariate_keys"
-        )
     given = loaded.init_params_
     options = {name: value for part in given["kwargs"].values() for name, value in part.items()}
     options |= {name: v for name, v in given["non_kwargs"].items() if name not in _NOT_FOR_QUERY}
@@ -433,21 +422,39 @@ def load_query_data(
         options["datamodule"] = data
     model = model_class(registry=data.registry, **options)
     weights, wanted = loaded.module.state_dict(), model.module.state_dict()
+    # scvi-tools makes no columns for a covariate of one category.
+    covariates = sum(n for n in data.n_cats_per_cov or () if n > 1)
     for name, new in wanted.items():
-        old = weights[name].to(new.device)
-        for axis in range(new.ndim):
-            if (more := new.shape[axis] - old.shape[axis]) > 0:
-                # What is new keeps its initial weights.
-                part = new.narrow(axis, new.shape[axis] - more, more)
-                for other in range(axis + 1, new.ndim):
-                    part = part.narrow(other, 0, old.shape[other])
-                old = torch.cat([old, part], dim=axis)
-        wanted[name] = old
+        # Columns of a layer: its inputs, then the batches, then the categories of each covariate.
+        n_last = covariates if ".fc_layers." in name else 0
+        wanted[name] = _grown(weights[name].to(new.device), new, n_last)
     model.module.load_state_dict(wanted)
     model.module.eval()
     _set_params_online_update(model.module, **(_FREEZE | freeze))
     model.is_trained_ = False
     return model
+
+
+def _grown(old: torch.Tensor, new: torch.Tensor, n_last: int) -> torch.Tensor:
+    """Return `old` in the shape of `new`: what is new keeps its initial weights.
+
+    Parameters
+    ----------
+    old, new
+        Weights of the reference, and initial weights of the model that is to be made.
+    n_last
+        Columns of a matrix that stay the last ones; new ones come before them.
+    """
+    for axis in range(new.ndim):
+        if (more := new.shape[axis] - old.shape[axis]) <= 0:
+            continue
+        at = old.shape[axis] - (n_last if axis == 1 else 0)
+        part = new.narrow(axis, at, more)
+        for other in range(axis + 1, new.ndim):
+            part = part.narrow(other, 0, old.shape[other])
+        first, last = old.split([at, old.shape[axis] - at], dim=axis)
+        old = torch.cat([first, part, last], dim=axis)
+    return old
 
 
 _NOT_FOR_QUERY = ("adata", "registry", "datamodule")

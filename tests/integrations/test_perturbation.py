@@ -70,7 +70,7 @@ def test_batches_have_the_keys_of_cell_load(dataset: Any) -> None:
             assert batch[key].dtype == torch.float32
             assert [names[code] for code in batch[key].argmax(1).tolist()] == values
             assert (batch[key].sum(1) == 1).all()
-        assert batch["pert_cell_barcode"] == barcodes[rows].tolist()
+        assert batch["pert_cell_barcode"] == batch["barcodes"] == barcodes[rows].tolist()
         assert batch["ctrl_cell_barcode"] == barcodes[controls].tolist()
         seen += rows.tolist()
     assert set(seen) == set(np.flatnonzero(OBS["guide"] != "ctrl").tolist())

@@ -197,9 +197,24 @@ def test_query_data_with_a_new_batch(dataset: Any, tmp_path: Path) -> None:
     assert not torch.equal(trained[:, 6], new[:, 6])
     assert grown.get_latent_representation(dataloader=query.inference_dataloader()).shape == (N, 4)
 
-    covariates = module(dataset_of(cells(1, "bc"), tmp_path), reference=module(dataset))
-    with pytest.raises(ValueError, match="1 new batches, and the model has categorical covariates"):
-        load_query_data(SCVI, model, covariates)
+
+def test_query_data_with_a_new_batch_and_covariates(dataset: Any, tmp_path: Path) -> None:
+    """Cells of the reference have the latent values that they had: each weight is at its category."""
+    reference = module(dataset)
+    model = SCVI(registry=reference.registry, n_hidden=16, n_latent=4, encode_covariates=True)
+    model.train(datamodule=reference, max_epochs=1, **QUIET)
+    before = model.get_latent_representation(dataloader=reference.inference_dataloader())
+    query = module(dataset_of(cells(1, "bc"), tmp_path), reference=reference)
+    grown = load_query_data(SCVI, model, query)
+    name = "z_encoder.encoder.fc_layers.Layer 0.0.weight"
+    old, new = (m.module.state_dict()[name] for m in (model, grown))
+    assert (old.shape[1], new.shape[1]) == (GENES + 1 + 2 + 5, GENES + 1 + 3 + 5)
+    grown.is_trained_ = True
+    after = grown.get_latent_representation(dataloader=reference.inference_dataloader())
+    assert np.allclose(after, before, atol=1e-5)
+    grown.is_trained_ = False
+    grown.train(datamodule=query, max_epochs=1, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    assert grown.get_latent_representation(dataloader=query.inference_dataloader()).shape == (N, 4)
 
 
 def test_splits_of_train_unless_the_module_has_its_own(dataset: Any) -> None:
