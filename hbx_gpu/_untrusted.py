@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 
 from hbx_gpu._advice import option
+from hbx_gpu._remote import stores
+from hbx_gpu._remote.places import Place, is_remote
 from hbx_gpu.errors import CorruptDataError, UnsafePathError
 
 METADATA_BYTES = 16 << 20
@@ -122,7 +124,7 @@ def check_file(path: str | os.PathLike[str], what: str) -> None:
 
 
 def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> bytes:
-    """The content of a small regular file.
+    """The content of a small regular file, or of a small object in storage.
 
     Raises
     ------
@@ -133,16 +135,25 @@ def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> byt
     OSError
         It cannot be read.
     """
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        # Do not read to the end: kernel files report 0 bytes and may be endless.
-        content = file.read(size) if size <= limit else b""
+    if is_remote(path):
+        content = stores.read_bytes(Place(os.fspath(path)), limit)
+        size = len(content)
+    else:
+        content, size = _read_local(path, limit)
     if size > limit:
         raise CorruptDataError(
             f"{os.fspath(path)} has {size:,} bytes; such a file has {limit:,} at most. It is damaged: "
             "copy it again from its origin"
         )
     return content
+
+
+def _read_local(path: str | os.PathLike[str], limit: int) -> tuple[bytes, int]:
+    """Content and size of a regular file; no content of one that is too large."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # Do not read to the end: kernel files report 0 bytes and may be endless.
+        return (file.read(size) if size <= limit else b""), size
 
 
 def parse_json(content: bytes, where: str | os.PathLike[str]) -> object:
@@ -174,19 +185,19 @@ class Within:
     """
 
     def __init__(self, root: str, remedy: str | None = None) -> None:
-        self._root = os.path.realpath(root) if root else ""
+        self._root = os.path.realpath(root) if root and not is_remote(root) else ""
         self._remedy = remedy
         self._seen: dict[str, bool] = {}
 
     def check(self, path: str) -> None:
-        """Refuse a path that leads out.
+        """Refuse a path that leads out. Object storage has no links.
 
         Raises
         ------
         UnsafePathError
             Says where it leads.
         """
-        if not self._root:
+        if not self._root or is_remote(path):
             return
         folder = os.path.dirname(path)
         if folder not in self._seen:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hbx_gpu._commands import bench, convert, doctor, info, ingest, remove, repack, verify
+from hbx_gpu._commands import bench, convert, doctor, info, ingest, prefetch, remove, repack, verify
 from hbx_gpu._commands.places import use_storage_options
 from hbx_gpu._progress import NoteHandler
 from hbx_gpu._version import __version__
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_parser(commands, common)
     remove.add_parser(commands, common)
     convert.add_parser(commands, common)
+    prefetch.add_parser(commands, common)
     bench.add_parser(commands, common)
     doctor.add_parser(commands, common)
     verify.add_parser(commands, common)

@@ -77,7 +77,21 @@ class RemotePathError(AtlasError, ValueError):
 
 
 class RemoteError(HbxError, OSError):
-    """Object storage does not answer, or refuses; names the address, never credentials."""
+    """Object storage does not answer, or refuses; names the address, never credentials.
+
+    Attributes
+    ----------
+    transient
+        Whether another attempt may help.
+    """
+
+    transient: bool = True
+
+
+class ReplacedError(RemoteError):
+    """An object in storage is not the one that was opened: its version or its size differ."""
+
+    transient = False
 
 
 class UnknownNameError(AtlasError, ValueError, KeyError):

@@ -75,6 +75,45 @@ class stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """What an epoch took from object storage.
+
+    Attributes
+    ----------
+    requests
+        Requests for ranges of objects, those that had to be tried again included.
+    wanted, moved
+        Bytes of the chunks that batches needed, and bytes that came from the store: gaps between chunks that
+        were read over make `moved` larger, hits of the cache make it smaller.
+    cache_hits, cache_misses
+        Chunks that the cache on the local disk had, and those that it did not have.
+    """
+
+    requests: int = 0
+    wanted: int = 0
+    moved: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    def __add__(self, other: Remote) -> Remote:
+        return Remote(
+            self.requests + other.requests,
+            self.wanted + other.wanted,
+            self.moved + other.moved,
+            self.cache_hits + other.cache_hits,
+            self.cache_misses + other.cache_misses,
+        )
+
+
+def count_remote(
+    *, requests: int = 0, wanted: int = 0, moved: int = 0, cache_hits: int = 0, cache_misses: int = 0
+) -> None:
+    """Charge requests to the window that this thread makes; see `Remote`."""
+    if (window := _here.window) is not None:
+        window.remote += Remote(requests, wanted, moved, cache_hits, cache_misses)
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """What a loader's threads did in one stage of an epoch.
 
@@ -121,6 +160,8 @@ class LoaderStats:
         Seconds that the consumer spent in ``next()``.
     wait_for_consumer
         Seconds, summed over threads, that these had nothing to do because enough was made ahead.
+    remote
+        Requests to object storage and their bytes; all zero where data are on a local disk.
     """
 
     seconds: float
@@ -134,6 +175,27 @@ class LoaderStats:
     wait_for_data: float
     wait_for_consumer: float
     workers: int = 0
+    remote: Remote = field(default_factory=Remote)
+
+    @property
+    def requests(self) -> int:
+        """Requests to object storage."""
+        return self.remote.requests
+
+    @property
+    def bytes_wanted(self) -> int:
+        """Bytes of the chunks that batches needed, where these lie in object storage."""
+        return self.remote.wanted
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that came from object storage."""
+        return self.remote.moved
+
+    @property
+    def cache_hits(self) -> int:
+        """Chunks that the cache on the local disk had."""
+        return self.remote.cache_hits
 
     @property
     def cells_per_s(self) -> float:
@@ -181,6 +243,19 @@ def format_line(stats: LoaderStats) -> str:
     return (
         f"{stats.cells_per_s:,.0f} cells/s | {stats.threads} threads: {stages}  "
         f"idle {stats.wait_for_consumer_share:.0%} | waiting for data {stats.wait_for_data_share:.0%}"
+        f"{_format_remote(stats)}"
+    )
+
+
+def _format_remote(stats: LoaderStats) -> str:
+    remote = stats.remote
+    if not remote.wanted:
+        return ""
+    looked_up = remote.cache_hits + remote.cache_misses
+    cache = f", {remote.cache_hits / looked_up:.0%} of chunks from the cache" if looked_up else ""
+    return (
+        f" | {remote.requests:,} requests, {remote.moved / 1e6:,.0f} MB for {remote.wanted / 1e6:,.0f} MB "
+        f"wanted{cache}"
     )
 
 
@@ -221,12 +296,13 @@ def _per(amount: float, seconds: float) -> float:
 class Window:
     """The time of one window, on the thread that makes it."""
 
-    __slots__ = ("_begin", "_recorder", "cells", "seconds", "stages")
+    __slots__ = ("_begin", "_recorder", "cells", "remote", "seconds", "stages")
 
     def __init__(self, recorder: Recorder, cells: int) -> None:
         self._recorder, self.cells = recorder, cells
         self.seconds = 0.0
         self.stages: dict[str, tuple[float, int]] = {}
+        self.remote = Remote()
 
     def charge(self, name: str, seconds: float, nbytes: int) -> None:
         """Add to a stage."""
@@ -280,6 +356,7 @@ class Recorder:
     _made_cells: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
     _stages: dict[str, tuple[float, int]] = field(default_factory=dict, init=False)
+    _remote: Remote = field(default_factory=Remote, init=False)
     _last: dict[int, float] = field(default_factory=dict, init=False)
     _first: list[Window] = field(default_factory=list, init=False)
     _end: float | None = field(default=None, init=False)
@@ -309,6 +386,7 @@ class Recorder:
             self._windows += 1
             self._made_cells += window.cells
             self._busy += window.seconds
+            self._remote += window.remote
             # A thread that had nothing to do between two windows of an epoch was kept from the next one by
             # the bounds of read-ahead: there was more to make.
             thread = threading.get_ident()
@@ -344,6 +422,7 @@ class Recorder:
                 wait_for_data=self._waited,
                 wait_for_consumer=self.idle,
                 workers=self.workers,
+                remote=self._remote,
             )
 
     def _take_warm_up(self, found: dict[str, tuple[float, int]]) -> float:

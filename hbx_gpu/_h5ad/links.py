@@ -7,19 +7,19 @@ another file of the user as a column, or wait for a FIFO.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NoReturn
 
 import h5py
 
 from hbx_gpu._advice import option
+from hbx_gpu._remote.places import AnyPath, is_remote
 from hbx_gpu.errors import UnsafePathError
 
 # Groups of this name hold whatever a program stored beside the data, and are not read.
 _UNREAD = "uns"
 
 
-def check_inside(node: h5py.Group | h5py.Dataset, path: Path, *, deep: bool = True) -> None:
+def check_inside(node: h5py.Group | h5py.Dataset, path: AnyPath, *, deep: bool = True) -> None:
     """Refuse a group or a dataset with content in other files than its own.
 
     Parameters
@@ -54,8 +54,14 @@ def check_inside(node: h5py.Group | h5py.Dataset, path: Path, *, deep: bool = Tr
                 pending.append(child)
 
 
-def _check(node: h5py.Group | h5py.Dataset, path: Path) -> None:
-    if not os.path.samefile(node.file.filename, path):
+def is_same_file(opened: str, path: str | os.PathLike[str]) -> bool:
+    """Whether the name of a file that h5py has open is that of the store at a path."""
+    # An object in storage is opened through a file of ours, which has its address as its name.
+    return opened == os.fspath(path) if is_remote(path) else os.path.samefile(opened, path)
+
+
+def _check(node: h5py.Group | h5py.Dataset, path: AnyPath) -> None:
+    if not is_same_file(node.file.filename, path):
         _refuse(node.name, path, node.file.filename)
     if isinstance(node, h5py.Dataset):
         if node.external:
@@ -64,7 +70,7 @@ def _check(node: h5py.Group | h5py.Dataset, path: Path) -> None:
             _refuse(node.name, path, others[0].file_name)
 
 
-def _refuse(name: str, path: Path, other: str) -> NoReturn:
+def _refuse(name: str, path: AnyPath, other: str) -> NoReturn:
     raise UnsafePathError(
         f"{name!r} of {path} leads out of it, to {other}; if you made that link, pass "
         f"{option('allow_links', 'True')}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from hbx_gpu._inplace.copies import copy_of
+from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu._stores.matrix import StoredMatrix
@@ -22,26 +23,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_scdl(path: Path, *, allow_links: bool = False) -> Store:
+def open_scdl(path: AnyPath, *, allow_links: bool = False) -> Store:
     """An SCDL archive; `allow_links` follows links that lead out of it.
+
+    Of an archive in object storage, everything but the values and their columns is copied first.
 
     Raises
     ------
     CorruptDataError
         Files that contradict each other.
     """
-    archive = open_archive(path, allow_links=allow_links)
+    archive = open_archive(copy_of(path) if isinstance(path, Place) else path, allow_links=allow_links)
     archive.check_pointers()
     bounds = archive.bounds if len(archive.bounds) > 1 else np.array([0, archive.n_rows])
-    parts = [_part(archive, block, bounds) for block in range(len(bounds) - 1)]
+    parts = [_part(path, archive, block, bounds) for block in range(len(bounds) - 1)]
     return Store(path, "SCDL archive", parts, allow_links=allow_links)
 
 
-def _part(archive: Archive, block: int, bounds: np.ndarray) -> Part:
+def _part(path: AnyPath, archive: Archive, block: int, bounds: np.ndarray) -> Part:
     first, last = (int(row) for row in bounds[block : block + 2])
     begin, end = int(archive.indptr[first]), int(archive.indptr[last])
-    path, name = Path(archive.path), f"{archive.path}, block {block}"
-    where = archive.path.name
+    name, where = f"{path}, block {block}", path.name
 
     def layout(file: str, array: np.ndarray, at: int, n: int) -> ArrayLayout:
         size = array.dtype.itemsize

@@ -16,6 +16,7 @@ from hbx_gpu._inplace.join import Join
 from hbx_gpu._inplace.matrices import Places, Wanted, open_dataset
 from hbx_gpu._inplace.table import CellTable
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._remote.places import Place
 from hbx_gpu._stores.store import Store
 from hbx_gpu.atlas._query.state import whole_number
 from hbx_gpu.atlas._query.statistics import parsed_panel
@@ -431,6 +432,9 @@ class Cells:
         return dict(self._steps.panels).get(space)
 
     def _recipe(self, arguments: dict[str, Any]) -> StoresRecipe:
-        paths = tuple(str(store.path.absolute()) for store in self.stores)
+        paths = tuple(
+            str(store.path if isinstance(store.path, Place) else store.path.absolute())
+            for store in self.stores
+        )
         links = any(store.allow_links for store in self.stores)
         return StoresRecipe(paths, self._steps, arguments, self.n_cells, links)

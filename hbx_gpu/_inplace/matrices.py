@@ -6,7 +6,6 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from hbx_gpu._inplace.identity import identities
 from hbx_gpu._inplace.join import Axis, Join, joined
 from hbx_gpu._inplace.kinds_of_values import warn_of_mixture
 from hbx_gpu._inplace.table import CellTable
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._stores.store import Part, Store
 from hbx_gpu.errors import UnsupportedError
@@ -191,7 +191,7 @@ def open_dataset(
     return DenseCellDataset(sources, boxes, positions=True, dtypes=chosen, **common)
 
 
-def _path_of(part: Part, stores: Sequence[Store]) -> Path:
+def _path_of(part: Part, stores: Sequence[Store]) -> AnyPath:
     """The store that a part belongs to."""
     return next(store.path for store in stores if any(part is one for one in store.every_part))
 

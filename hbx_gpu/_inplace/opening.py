@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hbx_gpu._inplace.cells import Cells
 from hbx_gpu._inplace.stores import is_atlas, open_stores
 from hbx_gpu._inplace.table import CellTable
+from hbx_gpu._remote.places import Place, parse
 from hbx_gpu._stores.recognize import expand
 from hbx_gpu.errors import UnsupportedError
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noqa: A001 - as `open` of other libraries
+def open(  # noqa: A001 - as `open` of other libraries
+    *paths: Paths,
+    allow_links: bool = False,
+    storage_options: Mapping[str, str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> Cells | AtlasQuery:
     """Open stores where they lie and query their cells; nothing is written beside them.
 
     What a path holds is recognized by its content: AnnData (.h5ad of any release, zarr v2 and v3), MuData,
@@ -29,11 +36,15 @@ def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noq
     ----------
     *paths
         Files, directories, globs, folders of stores, or lists of them. Several stores become one query,
-        their cells one after the other.
+        their cells one after the other. Addresses of object storage (``s3://``, ``gs://``, ``az://``) name
+        one store each; ``https://`` leads to files and to zarr stores with consolidated metadata, not to
+        atlases.
     allow_links
         Follow links that lead out of a store, which are refused otherwise: symbolic links of an atlas, a zarr
         store or an archive; external links, external storage and virtual datasets of an HDF5 file. A path
         that you pass may be a link itself.
+    storage_options, cache, cache_bytes
+        For addresses, as in :meth:`hbx_gpu.atlas.RaggedAtlas.checkout`.
 
     Returns
     -------
@@ -48,11 +59,15 @@ def open(*paths: Paths, allow_links: bool = False) -> Cells | AtlasQuery:  # noq
     InvalidDataError
         A path that holds no store that is known.
     UnsupportedError
-        An atlas together with other stores; a URL; an archive that must be unpacked first.
+        An atlas together with other stores; an archive that must be unpacked first; an address that leads to
+        what its server would have to list and cannot.
     CorruptDataError
         A store whose arrays contradict each other.
     """
     found = expand(paths)
+    for path in found:
+        if isinstance(path, Place):
+            parse(path, storage_options, cache=cache, cache_bytes=cache_bytes)
     atlases = [path for path in found if is_atlas(path)]
     if atlases:
         if len(found) > 1:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbx_gpu._inplace.archives import open_scdl
+from hbx_gpu._remote.looking import is_dir, is_file
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu._stores.recognize import expand, open_store
 
 if TYPE_CHECKING:
     from hbx_gpu._stores.store import Store
 
 
-def is_atlas(path: Path) -> bool:
+def is_atlas(path: AnyPath) -> bool:
     """Whether a directory is an atlas, of hbx_gpu or of Homeobox."""
-    return (path / "lance_db").is_dir() or path.name == "lance_db"
+    return is_dir(path / "lance_db") or path.name == "lance_db"
 
 
-def is_archive(path: Path) -> bool:
+def is_archive(path: AnyPath) -> bool:
     """Whether a directory is an SCDL archive."""
-    return (path / "row_ptr.npy").exists() and (path / "col_ptr.npy").exists()
+    return is_file(path / "row_ptr.npy") and is_file(path / "col_ptr.npy")
 
 
 def open_stores(paths: Sequence[str | os.PathLike[str]], *, allow_links: bool = False) -> list[Store]:
@@ -29,6 +30,6 @@ def open_stores(paths: Sequence[str | os.PathLike[str]], *, allow_links: bool = 
     return [_open(path, allow_links) for path in expand(paths)]
 
 
-def _open(path: Path, allow_links: bool) -> Store:
+def _open(path: AnyPath, allow_links: bool) -> Store:
     opener = open_scdl if is_archive(path) else open_store
     return opener(path, allow_links=allow_links)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader
 
@@ -26,6 +26,7 @@ from hbx_gpu._loading.sizing import Sizing
 from hbx_gpu._loading.told import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
+from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu.sampler import NeighborSampler
 from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
@@ -52,6 +53,23 @@ class _Run:
     before: int
     delivered: int = 0
     ended: bool = False
+
+
+_WAITING = 4
+"""Threads beside the cores where chunks are far away: while these wait for a store, others decode."""
+
+
+@runtime_checkable
+class _HasDirectory(Protocol):
+    """A dataset whose chunks lie in files or objects."""
+
+    @property
+    def directory(self) -> ChunkDirectory:
+        """Directory of its chunks."""
+
+
+def _is_remote(dataset: object) -> bool:
+    return isinstance(dataset, _HasDirectory) and dataset.directory.is_remote
 
 
 class CellLoader(DataLoader[Any]):
@@ -129,7 +147,7 @@ class CellLoader(DataLoader[Any]):
         self._neighbors = self._order.neighbors_per_cell if isinstance(self._order, NeighborSampler) else 0
         self._memory_budget = options.memory_budget or HOST_BUDGET
         self._progress = options.progress
-        self._threads = options.threads or cores()
+        self._threads = options.threads or cores() + (_WAITING if _is_remote(dataset) else 0)
         single = self.feed.one_batch_per_window
         self._window = options.window or (1 if single else default_window(sampler))
         given = options.window is not None or options.threads is not None or single

@@ -18,6 +18,7 @@ from pathlib import Path
 
 _VARIABLE = "HBX_GPU_STORAGE_OPTIONS"
 _options: dict[str, dict[str, str]] = {}
+_caches: dict[str, tuple[str, int | None]] = {}
 _lock = threading.Lock()
 _folder: tuple[int, str] | None = None  # the process that made it, and the folder
 _inherited: str | None = None
@@ -40,6 +41,32 @@ def remember(url: str, options: Mapping[str, str]) -> None:
             return
         _options[url] = mine
         _hand_over()
+
+
+def remember_cache(url: str, folder: str, most: int | None) -> None:
+    """Keep chunks below an address in a folder of the local disk, in this process and those that it starts.
+
+    Parameters
+    ----------
+    url
+        The address.
+    folder, most
+        Absolute path of the folder, and the bytes that it may take; None: by the free room.
+    """
+    with _lock:
+        _inherit()
+        if _caches.get(url) == (folder, most):
+            return
+        _caches[url] = (folder, most)
+        _hand_over()
+
+
+def cache_of(url: str) -> tuple[str, int | None] | None:
+    """The folder and the bytes that were remembered for the nearest address above; None if there are none."""
+    with _lock:
+        _inherit()
+        best = max((known for known in _caches if _is_below(url, known)), key=len, default=None)
+        return None if best is None else _caches[best]
 
 
 def options_of(url: str) -> dict[str, str]:
@@ -65,8 +92,10 @@ def _inherit() -> None:
         found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError):  # the parent has ended and removed it: what is left is the environment
         return
-    for url, options in found.items():
+    for url, options in found["options"].items():
         _options.setdefault(url, options)
+    for url, (folder, most) in found["caches"].items():
+        _caches.setdefault(url, (folder, most))
 
 
 def _hand_over() -> None:
@@ -80,7 +109,7 @@ def _hand_over() -> None:
     unfinished = f"{path}.new"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w") as file:
-        json.dump(_options, file)
+        json.dump({"options": _options, "caches": _caches}, file)
     os.replace(unfinished, path)
     os.environ[_VARIABLE] = _inherited = path
 

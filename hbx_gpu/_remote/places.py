@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from hbx_gpu._paths import local_path
 from hbx_gpu._remote.keys import checked as checked_options
-from hbx_gpu._remote.options import remember
+from hbx_gpu._remote.options import remember, remember_cache
 from hbx_gpu.errors import RemotePathError
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
@@ -91,7 +91,13 @@ def is_remote(path: object) -> bool:
     return found is not None and found[1].lower() != "file"
 
 
-def parse(path: str | os.PathLike[str], storage_options: Mapping[str, object] | None = None) -> AnyPath:
+def parse(
+    path: str | os.PathLike[str],
+    storage_options: Mapping[str, object] | None = None,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> AnyPath:
     """A path or an address as the user wrote it.
 
     Parameters
@@ -101,6 +107,9 @@ def parse(path: str | os.PathLike[str], storage_options: Mapping[str, object] | 
     storage_options
         obstore's configuration keys for this address and all below it; by default those that this process
         was given before, then the usual ones of the environment.
+    cache, cache_bytes
+        Folder of a local disk where chunks are kept, and the bytes that it may take. They have no meaning for
+        a local path.
 
     Returns
     -------
@@ -119,9 +128,26 @@ def parse(path: str | os.PathLike[str], storage_options: Mapping[str, object] | 
         return local_path(path)
     else:
         place = Place(_checked(os.fspath(path)))
+    if cache is not None:
+        remember_cache(place.url, os.path.abspath(os.path.expanduser(cache)), cache_bytes)
     if storage_options:
         remember(place.url, checked_options(place.scheme, storage_options))
     return place
+
+
+def local_only(path: AnyPath) -> Path:
+    """A path for what cannot be done in object storage.
+
+    Raises
+    ------
+    RemotePathError
+        It is an address.
+    """
+    if isinstance(path, Place):
+        raise RemotePathError(
+            f"{path} is in object storage, and this needs a local path: do it with a local copy"
+        )
+    return path
 
 
 def _checked(text: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from hbx_gpu._remote.keys import CLIENT
+from hbx_gpu._remote.link import link_of
 from hbx_gpu._remote.options import options_of
 from hbx_gpu._remote.places import Place
-from hbx_gpu.errors import RemoteError, RemotePathError, UnsupportedError
+from hbx_gpu.errors import RemoteError, RemotePathError, ReplacedError, UnsupportedError
 
 if TYPE_CHECKING:
     from obstore import Bytes, GetOptions, ObjectMeta
@@ -52,11 +54,16 @@ def store_of(place: Place) -> ObjectStore:
     key = (os.getpid(), place.root, tuple(sorted(options.items())))
     with _lock:
         if key not in _stores:
-            _stores[key] = _make(place, options)
+            _stores[key] = _make(place, place.root, options)
         return _stores[key]
 
 
-def _make(place: Place, options: Mapping[str, str]) -> ObjectStore:
+def store_below(place: Place) -> ObjectStore:
+    """A store whose paths begin at a place, for libraries that know no bucket; raises as :func:`store_of`."""
+    return _make(place, place.url, options_of(place.url))
+
+
+def _make(place: Place, url: str, options: Mapping[str, str]) -> ObjectStore:
     try:
         from obstore.store import from_url
     except ImportError as error:
@@ -80,12 +87,12 @@ def _make(place: Place, options: Mapping[str, str]) -> ObjectStore:
     try:
         if place.lists:
             return from_url(
-                place.root,
+                url,
                 config=config or None,  # type: ignore[arg-type] # its keys are checked by obstore
                 client_options=client,
                 retry_config=retry,
             )
-        return from_url(place.root, client_options=client, retry_config=retry)
+        return from_url(url, client_options=client, retry_config=retry)
     except (BaseError, ValueError, TypeError) as error:
         # The text of the error may repeat a value, so only names are told.
         raise RemotePathError(
@@ -113,8 +120,25 @@ def head(place: Place) -> ObjectInfo | None:
         fail(place, error)
 
 
-def get(place: Place, options: GetOptions | None = None) -> tuple[Bytes, ObjectInfo]:
-    """An object, or the part of it that the options of obstore name, and what the store says about it.
+class Result(Protocol):
+    """The part of obstore's ``GetResult`` that is used here."""
+
+    @property
+    def meta(self) -> ObjectMeta: ...
+
+    def bytes(self) -> Bytes: ...
+
+
+def request(place: Place, options: GetOptions | None = None, version: str = "") -> Result:
+    """Ask for an object, or the part of it that the options of obstore name; its bytes may come later.
+
+    Parameters
+    ----------
+    place, options
+        The object, and obstore's options.
+    version
+        The version that it has to be of, as in `ObjectInfo`; the store is asked to refuse others where it
+        can, and the caller compares what came.
 
     Raises
     ------
@@ -125,18 +149,44 @@ def get(place: Place, options: GetOptions | None = None) -> tuple[Bytes, ObjectI
     """
     import obstore
 
+    # A store compares strong ETags only.
+    if version.startswith('"'):
+        options = {**(options or {}), "if_match": version}
     try:
-        found = obstore.get(store_of(place), place.key, options=options)
-        return found.bytes(), info_of(found.meta)
+        link = link_of(place.root)
+        begin, first = link.began(), None
+        try:
+            found = obstore.get(store_of(place), place.key, options=options)
+            first = time.perf_counter()
+            return found
+        finally:
+            link.ended(begin, first, 0)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no object {place}") from None
     except Exception as error:
         fail(place, error)
 
 
-def read_bytes(place: Place) -> bytes:
-    """An object as a whole; raises as :func:`get`."""
-    return bytes(get(place)[0])
+def get(place: Place, options: GetOptions | None = None) -> tuple[Bytes, ObjectInfo]:
+    """An object, or a part of it, and what the store says about it; raises as :func:`request`."""
+    found = request(place, options)
+    try:
+        return found.bytes(), info_of(found.meta)
+    except Exception as error:
+        fail(place, error)
+
+
+def read_bytes(place: Place, most: int | None = None) -> bytes:
+    """An object as a whole, or one byte more than `most` of it; raises as :func:`get`."""
+    if most is None:
+        return bytes(get(place)[0])
+    found = request(place)
+    try:
+        if found.meta["size"] > most:
+            found = request(place, {"range": (0, most + 1)})
+        return bytes(found.bytes())
+    except Exception as error:
+        fail(place, error)
 
 
 def names(place: Place) -> tuple[list[str], list[str]]:
@@ -185,33 +235,49 @@ def _check_lists(place: Place) -> None:
 
 
 def fail(place: Place, error: Exception) -> NoReturn:
-    """Raise an error of ours for one of obstore's, without what may hold credentials."""
-    raise RemoteError(f"{place}: {reason_of(error)}") from None
+    """Raise an error of ours for one of obstore's, without what may hold credentials.
 
-
-def reason_of(error: Exception) -> str:
-    """What an error of obstore means, in words. Its own text may hold headers or signed addresses."""
+    Raises
+    ------
+    ReplacedError
+        The object is not of the version that was asked for.
+    RemoteError
+        Anything else; `transient` says whether another attempt may help.
+    """
     from obstore import exceptions as known
 
     if isinstance(error, RemoteError):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "there is no such object"
-    if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError):
-        return (
-            "the store refuses access; check the storage options access_key_id and secret_access_key, or "
-            "those of the environment"
-        )
+        raise error
     if isinstance(error, known.PreconditionError):
-        return "the object was replaced after it was opened"
+        raise ReplacedError(f"{place} was replaced after it was opened") from None
+    refused = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError)
+    raised = RemoteError(f"{place}: {_REFUSED if refused else _reason_of(error)}")
+    raised.transient = not refused and not isinstance(error, known.NotSupportedError)
+    raise raised from None
+
+
+_REFUSED = (
+    "the store refuses access; check the storage options access_key_id and secret_access_key, or the "
+    "credentials of the environment"
+)
+
+
+def _reason_of(error: Exception) -> str:
+    """What an error of obstore means, in words. Its own text may hold headers or signed addresses."""
     text = str(error)
     for sign, meaning in (
+        # Where no credentials are given, those of the machine in a cloud are asked for.
+        (
+            "169.254.169.254",
+            "there are no credentials; pass storage options such as access_key_id and secret_access_key, or "
+            "skip_signature=true for public data",
+        ),
         ("timed out", "the store did not answer in time"),
         ("TimedOut", "the store did not answer in time"),
         ("Connect", "no connection to the store; check the address and the option endpoint"),
         ("429", "the store asks for fewer requests (429)"),
         ("503", "the store is overloaded (503)"),
-        ("status: 5", "the store failed (a 5xx status)"),
+        ("status: 5", "the store failed (a status of 500 or more)"),
     ):
         if sign in text:
             return meaning

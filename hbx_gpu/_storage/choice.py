@@ -15,6 +15,7 @@ import numpy as np
 from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import MmapReader, PreadReader, Reader
+from hbx_gpu._storage.remote import RemoteReader
 
 IO = ("auto", "mmap", "pinned", "kvikio")
 """Accepted values of the option `io`."""
@@ -108,8 +109,11 @@ def open_reader(kind: str, directory: ChunkDirectory) -> Reader:
     """Open a reader of the kind asked for.
 
     ``mmap`` maps files and copies nothing. ``preadv`` reads into one buffer with system calls. ``pinned``
-    maps files to look at chunks, and reads what a device needs straight into page-locked memory.
+    maps files to look at chunks, and reads what a device needs straight into page-locked memory. Chunks in
+    object storage have a reader of their own, whatever the kind.
     """
+    if directory.is_remote:
+        return RemoteReader(directory)
     from hbx_gpu._storage.pinned import PinnedReader
 
     readers: dict[str, type[Reader]] = {"mmap": MmapReader, "preadv": PreadReader, "pinned": PinnedReader}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._remote.fetch import map_at_once
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu._source import ArrayLayout
+from hbx_gpu._storage.found import Found, Identity, look, read_end
 from hbx_gpu._storage.metadata import is_current, object_path
-from hbx_gpu._untrusted import Within, check_regular, open_regular
+from hbx_gpu._untrusted import Within
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _ABSENT = np.uint64(2**64 - 1)
@@ -81,7 +83,9 @@ class ChunkDirectory:
     paths
         Files that chunks were found in so far. The list grows; its entries never change.
     identities
-        (device, inode) of each file when its chunks were looked up.
+        Identity of each file when its chunks were looked up.
+    is_remote
+        Whether arrays lie in object storage.
 
     Raises
     ------
@@ -97,7 +101,9 @@ class ChunkDirectory:
         self.base = np.zeros(len(self.layouts) + 1, np.int64)
         np.cumsum([math.prod(grid) for grid in self._grids], out=self.base[1:])
         self.paths: list[str] = []
-        self.identities: list[tuple[int, int]] = []
+        self.identities: list[Identity] = []
+        self._remote = [is_remote(layout.path) for layout in layouts]
+        self.is_remote = any(self._remote)
         self._objects: list[tuple[int, tuple[int, ...]]] = []  # (array, grid coordinates) per file
         try:
             self._file = np.zeros(self.base[-1], np.int32)
@@ -267,6 +273,7 @@ class ChunkDirectory:
     def _load(self, ids: np.ndarray) -> None:
         """Fill the table for the objects that hold these chunks. The caller holds the lock."""
         arrays = np.searchsorted(self.base, ids, "right") - 1
+        shards: list[tuple[int, tuple[int, ...]]] = []
         for array in np.unique(arrays).tolist():
             if self.layouts[array].table is not None:
                 self._load_table(array)
@@ -276,22 +283,41 @@ class ChunkDirectory:
             grid = self._grids[array]
             coordinates = np.stack(np.unravel_index(numbers, grid), axis=1) if grid else np.zeros((1, 0))
             if self.layouts[array].sharded:
-                for where in sorted(set(map(tuple, (coordinates // per_object).tolist()))):
-                    self._load_shard(array, where)
+                wanted = sorted(set(map(tuple, (coordinates // per_object).tolist())))
+                if self._remote[array]:
+                    shards += [(array, where) for where in wanted]
+                    continue
+                for where in wanted:
+                    found = self._try_index(array, where)
+                    self.check_current(array)
+                    self._enter_shard(array, where, found)
             else:
                 self._load_plain(array, numbers.tolist(), list(map(tuple, coordinates.tolist())))
+        # Requests take long, so those of all arrays are made at once; what they brought is entered once it is
+        # known that no array was replaced meanwhile.
+        brought = map_at_once(lambda shard: self._try_index(*shard), shards)
+        map_at_once(self.check_current, dict.fromkeys(array for array, _ in shards))
+        for (array, where), found in zip(shards, brought, strict=True):
+            self._enter_shard(array, where, found)
 
-    def _load_shard(self, array: int, where: tuple[int, ...]) -> None:
-        layout = self.layouts[array]
-        path = object_path(layout, where)
-        ids, entries = self._chunks_of_object(array, where)
+    def _try_index(
+        self, array: int, where: tuple[int, ...]
+    ) -> tuple[Identity, np.ndarray, np.ndarray] | None:
+        """Read the index of a shard, None if there is no such object."""
         try:
-            identity, offset, nbytes = self._read_index(array, path, where)
+            return self._read_index(array, object_path(self.layouts[array], where), where)
         except (FileNotFoundError, NotADirectoryError):
-            self.check_current(array)
+            return None
+
+    def _enter_shard(
+        self, array: int, where: tuple[int, ...], found: tuple[Identity, np.ndarray, np.ndarray] | None
+    ) -> None:
+        path = object_path(self.layouts[array], where)
+        ids, entries = self._chunks_of_object(array, where)
+        if found is None:
             self._absent(array, path, where, ids)
             return
-        self.check_current(array)
+        identity, offset, nbytes = found
         offset, nbytes = offset[entries].ravel(), nbytes[entries].ravel()
         self._file[ids] = np.where(nbytes >= 0, len(self.paths), -1)
         self._offset[ids] = offset
@@ -301,51 +327,52 @@ class ChunkDirectory:
         """Enter all chunks of an array whose file lists them."""
         layout, mine = self.layouts[array], slice(self.base[array], self.base[array + 1])
         assert layout.table is not None
-        stat = _stat(layout.path)
-        if stat is None:
-            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
-        self.check_current(array)
+        found = self._looked_at(array)
         offset, nbytes = layout.table.offset, layout.table.nbytes
-        outside = np.flatnonzero((nbytes >= 0) & ((offset < 0) | (offset > stat.st_size - nbytes)))
+        outside = np.flatnonzero((nbytes >= 0) & ((offset < 0) | (offset > found.nbytes - nbytes)))
         if len(outside):
             number = int(outside[0])
             reason = (
-                f"the file lists it at bytes {offset[number]} + {nbytes[number]} and holds {stat.st_size}; "
+                f"the file lists it at bytes {offset[number]} + {nbytes[number]} and holds {found.nbytes}; "
                 "the file was cut short"
             )
             raise CorruptChunkError(reason, file=layout.path, array=layout.name, chunk=number)
         self._file[mine] = np.where(nbytes >= 0, len(self.paths), -1)
         self._offset[mine] = offset
-        self._enter(array, layout.path, (), (stat.st_dev, stat.st_ino), mine, nbytes)
+        self._enter(array, layout.path, (), found.identity, mine, nbytes)
 
     def _load_plain(self, array: int, numbers: list[int], places: list[tuple[int, ...]]) -> None:
         paths = [object_path(self.layouts[array], where) for where in places]
-        found = [_stat(path) for path in paths]
+        found = map_at_once(look, paths) if self._remote[array] else [look(path) for path in paths]
         self.check_current(array)
-        for number, where, path, stat in zip(numbers, places, paths, found, strict=True):
+        for number, where, path, there in zip(numbers, places, paths, found, strict=True):
             chunk_id = self.base[array] + number
-            if stat is None:
+            if there is None:
                 self._absent(array, path, where, chunk_id)
                 continue
-            check_regular(path, stat)
             self._within[self.layouts[array].within].check(path)
             self._file[chunk_id] = len(self.paths)
-            self._enter(array, path, where, (stat.st_dev, stat.st_ino), chunk_id, stat.st_size)
+            self._enter(array, path, where, there.identity, chunk_id, there.nbytes)
 
     def _open_plain(self, array: int) -> None:
         """Enter the file of an array that is stored in a plain file. The caller holds the lock."""
         layout = self.layouts[array]
         if self._plain_file[array] >= 0:
             return
-        stat = _stat(layout.path)
-        if stat is None:
-            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
-        check_regular(layout.path, stat)
-        self.check_current(array)
+        found = self._looked_at(array)
         self.paths.append(layout.path)
-        self.identities.append((stat.st_dev, stat.st_ino))
+        self.identities.append(found.identity)
         self._objects.append((array, ()))
         self._plain_file[array] = len(self.paths) - 1
+
+    def _looked_at(self, array: int) -> Found:
+        """The single file of an array, which is the one that its layout was made from."""
+        layout = self.layouts[array]
+        found = look(layout.path)
+        if found is None:
+            raise CorruptChunkError("the file is missing", file=layout.path, array=layout.name)
+        self.check_current(array)
+        return found
 
     @property
     def has_plain_files(self) -> bool:
@@ -376,7 +403,7 @@ class ChunkDirectory:
         array: int,
         path: str,
         where: tuple[int, ...],
-        identity: tuple[int, int],
+        identity: Identity,
         ids: int | slice | np.ndarray,
         nbytes: int | np.ndarray,
     ) -> None:
@@ -394,7 +421,7 @@ class ChunkDirectory:
 
     def _read_index(
         self, array: int, path: str, where: tuple[int, ...]
-    ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    ) -> tuple[Identity, np.ndarray, np.ndarray]:
         """Return the identity of a shard, and offset and nbytes of its inner chunks in the shape of its grid.
 
         Offset and nbytes are int64; an absent chunk has 0 and -1.
@@ -404,16 +431,9 @@ class ChunkDirectory:
         dtype, checked = self._index_formats[array] or ("<u8", False)
         size = 16 * math.prod(per_object) + 4 * checked
         self._within[layout.within].check(path)
-        with open(open_regular(path), "rb", buffering=0) as shard:
-            stat = os.fstat(shard.fileno())
-            file_size = stat.st_size
-            # The size of the index comes from the metadata, so it is checked against the file's size first.
-            enough = size <= file_size
-            raw = (
-                os.pread(shard.fileno(), size, file_size - size if layout.index_at_end else 0)
-                if enough
-                else b""
-            )
+        # The size of the index comes from the metadata, so less may come.
+        raw, found = read_end(path, size, at_end=layout.index_at_end)
+        file_size = found.nbytes
         if len(raw) < size:
             reason = f"the file holds {file_size} bytes, its shard index alone takes {size}"
             raise self._object_error(array, path, where, reason)
@@ -435,7 +455,7 @@ class ChunkDirectory:
             )
             raise self._object_error(array, path, where, reason)
         return (
-            (stat.st_dev, stat.st_ino),
+            found.identity,
             np.where(absent, 0, offset).astype(np.int64),
             np.where(absent, -1, nbytes.astype(np.int64)),
         )
@@ -445,13 +465,6 @@ class ChunkDirectory:
         return CorruptChunkError(
             f"{what} {'.'.join(map(str, where)) or '0'}: {reason}", file=path, array=self.layouts[array].name
         )
-
-
-def _stat(path: str) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def chunk_grid(layout: ArrayLayout) -> tuple[int, ...]:

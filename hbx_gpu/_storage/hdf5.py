@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import numpy as np
 
 from hbx_gpu._codecs.chain import LZF, V2_CHAIN
+from hbx_gpu._h5ad.links import is_same_file
+from hbx_gpu._remote.files import opened
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu._source import ArrayLayout, ChunkTable, Configuration
 from hbx_gpu._storage.plain import file_fingerprint, plain_layout
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
@@ -61,8 +64,8 @@ def hdf5_layout(dataset: h5py.Dataset, path: str | os.PathLike[str], name: str) 
     CorruptDataError
         The file ends before the dataset does.
     """
-    path = os.path.abspath(path)
-    if not os.path.samefile(dataset.file.filename, path):
+    path = os.fspath(path) if is_remote(path) else os.path.abspath(path)
+    if not is_same_file(dataset.file.filename, path):
         _refuse(path, name, f"is a link to the file {dataset.file.filename}")
     stored = dataset.dtype
     if stored.kind not in "iufb" or stored.itemsize > 8 or dataset.ndim == 0:
@@ -189,7 +192,7 @@ def _block_before(dataset: h5py.Dataset, path: str, offset: np.ndarray, nbytes: 
     where = np.unravel_index(number, tuple(-(-np.array(dataset.shape) // np.array(dataset.chunks))))
     corner = tuple(int(w) * c for w, c in zip(where, dataset.chunks, strict=True))
     _, content = dataset.id.read_direct_chunk(corner)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         for begin in (0, block):
             file.seek(int(offset[number]) + begin)
             if file.read(len(content)) == bytes(content):

@@ -21,7 +21,7 @@ from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Reader, Slab, _Cache, coalesce
 from hbx_gpu._untrusted import check_regular
-from hbx_gpu.errors import DeviceUnavailableError
+from hbx_gpu.errors import DeviceUnavailableError, UnsupportedError
 
 PAGE = 4096
 """Alignment in bytes that direct reads need for file offsets, sizes and memory."""
@@ -127,6 +127,10 @@ class KvikioReader(Reader):
         open_file: Callable[[str], File] | None = None,
     ) -> None:
         super().__init__(directory)
+        if directory.is_remote:
+            raise UnsupportedError(
+                f"{option('io', 'kvikio')} reads local files; leave it out for data in object storage"
+            )
         if open_file is None and (reason := missing()) is not None:
             raise DeviceUnavailableError(f"the reader 'kvikio' was asked for, but {reason}")
         self._threads, self._task_bytes = threads, task_bytes

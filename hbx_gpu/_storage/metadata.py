@@ -13,6 +13,7 @@ from typing import NoReturn, NotRequired, TypedDict
 import numpy as np
 
 from hbx_gpu._codecs.chain import V2_CHAIN
+from hbx_gpu._remote.places import is_remote, parse
 from hbx_gpu._source import ArrayLayout, Codec, Configuration, Scalar
 from hbx_gpu._storage.plain import file_fingerprint
 from hbx_gpu._untrusted import Within, parse_json, read_small
@@ -70,7 +71,7 @@ def read_layout(
     UnsupportedCodecError
         A data type, chunk grid, storage transformer or place of the sharding codec is not supported.
     """
-    directory = os.path.abspath(path)
+    directory = str(parse(path)) if is_remote(path) else os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
     within = os.fspath(within)
     found = _load(directory, Within(within))
@@ -112,7 +113,8 @@ def check_last_object(layout: ArrayLayout) -> None:
     CorruptChunkError
         The object is missing.
     """
-    if layout.absent_is_fill or not all(layout.shape):
+    # In object storage this would take a request for every array; its first read finds a missing object.
+    if layout.absent_is_fill or not all(layout.shape) or is_remote(layout.path):
         return
     last = [(n - 1) // shard for n, shard in zip(layout.shape, layout.shard_shape, strict=True)]
     path = object_path(layout, last)
@@ -149,7 +151,9 @@ def _parse(path: str, text: bytes) -> dict[str, object]:
 
 
 def _nothing_there(directory: str, name: str) -> str:
-    if not os.path.isdir(directory):
+    if is_remote(directory):
+        there = "no object of these names is there"
+    elif not os.path.isdir(directory):
         there = "that path is a file" if os.path.exists(directory) else "that directory does not exist"
     else:
         entries = sorted(os.listdir(directory))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from hbx_gpu._remote import stores
+from hbx_gpu._remote.places import Place, is_remote
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._untrusted import check_regular, open_regular
 from hbx_gpu.errors import CorruptDataError
 
 CHUNK_ELEMENTS = 4096
 """Elements per chunk, which `preadv` reads as a whole; other readers read just the part that rows need."""
+_HEADER_BYTES = 4096  # more than NumPy writes for one dimension
 
 
 def plain_layout(
@@ -51,12 +56,10 @@ def plain_layout(
     CorruptDataError
         The file ends before the last element.
     """
-    path = os.path.abspath(path)
+    path = os.fspath(path) if is_remote(path) else os.path.abspath(path)
     name = os.path.basename(path) if name is None else name
     stored = np.dtype(dtype)
-    status = os.stat(path)
-    check_regular(path, status)
-    found, end = status.st_size, byte_offset + n * stored.itemsize
+    found, end = _size_of(path), byte_offset + n * stored.itemsize
     if found < end:
         raise CorruptDataError(
             f"{path} holds {found} bytes; array {name!r}, {n} elements of {stored} from byte {byte_offset} "
@@ -78,6 +81,17 @@ def plain_layout(
     )
 
 
+def _size_of(path: str) -> int:
+    if is_remote(path):
+        info = stores.head(Place(path))
+        if info is None:
+            raise FileNotFoundError(f"there is no object {path}")
+        return info.nbytes
+    status = os.stat(path)
+    check_regular(path, status)
+    return status.st_size
+
+
 def npy_layout(
     path: str | os.PathLike[str], *, name: str | None = None, chunk_elements: int = CHUNK_ELEMENTS
 ) -> ArrayLayout:
@@ -89,7 +103,7 @@ def npy_layout(
         It is not an .npy file, or its array holds objects or has several dimensions.
     """
     try:
-        with open(open_regular(path), "rb") as file:
+        with _opened(path) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0
             shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
@@ -106,6 +120,13 @@ def npy_layout(
     return plain_layout(path, dtype, shape[0], name=name, byte_offset=begin, chunk_elements=chunk_elements)
 
 
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, or the beginning of an object, which holds its header."""
+    if is_remote(path):
+        return io.BytesIO(stores.get(Place(os.fspath(path)), {"range": (0, _HEADER_BYTES)})[0])
+    return open(open_regular(path), "rb")
+
+
 def file_fingerprint(path: str, *, content: bool = False) -> str:
     """Return a text that tells a file from another one put in its place; empty if there is no file.
 
@@ -116,6 +137,9 @@ def file_fingerprint(path: str, *, content: bool = False) -> str:
     content
         Whether size and time of change are part of the text, so that a file rewritten in place differs too.
     """
+    if is_remote(path):
+        info = stores.head(Place(path))
+        return "" if info is None else f"{info.version}:{info.nbytes}"
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

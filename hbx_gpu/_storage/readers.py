@@ -16,6 +16,7 @@ import numpy as np
 
 from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
+from hbx_gpu._storage.found import Identity
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._untrusted import open_regular
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
@@ -140,10 +141,10 @@ class Slab:
             raise ValueError(f"extent {i} is absent: its chunk is all fill value, there are no bytes to view")
         if nbytes == 0:
             return np.frombuffer(b"", np.uint8)
-        return np.asarray(_Memory(int(self.address[i]), nbytes, self.owner))
+        return np.asarray(Memory(int(self.address[i]), nbytes, self.owner))
 
 
-class _Memory:
+class Memory:
     """Memory of another owner, in a form that NumPy makes arrays of; these keep `owner` alive."""
 
     def __init__(self, address: int, nbytes: int, owner: object) -> None:
@@ -267,7 +268,7 @@ class Reader(ABC):
         i = int(np.flatnonzero(extents.file == file)[0])
         return self.directory.error_at(file, int(extents.offset[i]), int(extents.nbytes[i]), reason)
 
-    def _check_opened(self, extents: Extents, file: int, identity: tuple[int, int]) -> None:
+    def _check_opened(self, extents: Extents, file: int, identity: Identity) -> None:
         """Raise an error if a file that was just opened is not the one whose chunks were looked up."""
         if identity != self.directory.identities[file]:
             raise self._error_in(extents, file, REPLACED)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbx_gpu._h5ad.foreign import A_FOLDER, describe_path
+from hbx_gpu._paths import checked
+from hbx_gpu._remote.places import AnyPath, Place, is_remote, parse
 from hbx_gpu._stores.anndata import open_anndata, open_collection, open_mudata
 from hbx_gpu._stores.loom import open_loom
 from hbx_gpu._stores.tenx import groups_of, open_tenx
-from hbx_gpu._stores.tree import Tree, open_tree
+from hbx_gpu._stores.tree import HdfTree, Tree, open_tree
 from hbx_gpu.errors import HbxError, InvalidDataError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _KNOWN = (
 _ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "compressed with gzip", b"ustar": "a tar archive"}
 
 
-def expand(paths: Sequence[str | os.PathLike[str] | Sequence[str | os.PathLike[str]]]) -> list[Path]:
+def expand(paths: Sequence[str | os.PathLike[str] | Sequence[str | os.PathLike[str]]]) -> list[AnyPath]:
     """The stores meant by paths, lists of paths, globs and folders of stores, in that order.
 
     Raises
@@ -36,15 +38,16 @@ def expand(paths: Sequence[str | os.PathLike[str] | Sequence[str | os.PathLike[s
     InvalidDataError
         No path at all; a folder without stores.
     """
-    found: list[Path] = []
+    found: list[AnyPath] = []
     for given in paths:
         if not isinstance(given, str | os.PathLike):
             found += expand(list(given))
             continue
         text = os.fspath(given)
-        if "://" in text:
-            raise UnsupportedError(f"{text} is a URL; stores are opened in place on local disks")
-        path = Path(text)
+        if is_remote(text):
+            found.append(parse(text))
+            continue
+        path = Path(checked(text))
         if path.exists():
             found += _inside(path) if _is_folder(path) else [path]
         elif glob.has_magic(text):
@@ -101,7 +104,7 @@ def format_of_file(path: Path) -> str | None:
     return "HDF5" if h5py.is_hdf5(path) else None
 
 
-def open_store(path: Path, *, allow_links: bool = False) -> Store:
+def open_store(path: AnyPath, *, allow_links: bool = False) -> Store:
     """Open one store.
 
     Parameters
@@ -116,7 +119,7 @@ def open_store(path: Path, *, allow_links: bool = False) -> Store:
     InvalidDataError
         Not a format that is known.
     """
-    if path.is_file():
+    if not isinstance(path, Place) and path.is_file():
         _refuse_packed(path)
     with open_tree(path, allow_links=allow_links) as tree:
         opener = _opener(tree)
@@ -130,7 +133,7 @@ def open_store(path: Path, *, allow_links: bool = False) -> Store:
 
 def _opener(tree: Tree) -> Callable[[Tree], Store] | None:
     names = set(tree.names())
-    kind = "zarr" if tree.path.is_dir() else "HDF5"
+    kind = "HDF5" if isinstance(tree, HdfTree) else "zarr"
     if {"mod", "obs"} <= names:
         return lambda tree: open_mudata(tree, kind)
     if {"obs", "var"} <= names:

@@ -15,6 +15,7 @@ import numpy as np
 from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, H5muFile
 from hbx_gpu._h5ad.matrix import CsrBlock, Matrix, Sliceable
 from hbx_gpu._paths import checked
+from hbx_gpu._remote.places import local_only
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu._stores.lazy import as_stream
 from hbx_gpu._stores.recognize import open_store
@@ -111,7 +112,7 @@ class _MuDataStore:
     """The modalities of a MuData in zarr."""
 
     def __init__(self, store: Store) -> None:
-        self.path, self._store = store.path, store
+        self.path, self._store = local_only(store.path), store
 
     def modalities(self) -> list[str]:
         return list(self._store.modalities)
@@ -161,7 +162,7 @@ class StoreGroup(AnnDataGroup):
     """
 
     def __init__(self, store: Store, modality: str = "") -> None:
-        self.path, self.modality = store.path, modality
+        self.path, self.modality = local_only(store.path), modality
         self.source = f"{store.path}:{modality}" if modality else str(store.path)
         self._parts = store.parts
         first = store.parts[0]

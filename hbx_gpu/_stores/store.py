@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu._stores.matrix import StoredMatrix
 from hbx_gpu.errors import CorruptDataError, HbxError, UnknownNameError
 
@@ -124,7 +124,7 @@ class Store:
         Whether links that lead out of the store are followed.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     parts: list[Part]
     modalities: dict[str, tuple[Part, np.ndarray]] = field(default_factory=dict)

@@ -21,30 +21,33 @@ import numpy as np
 
 from hbx_gpu._h5ad.foreign import describe_path
 from hbx_gpu._h5ad.links import check_inside
+from hbx_gpu._remote.files import RemoteFile
+from hbx_gpu._remote.places import AnyPath, Place, is_remote, parse
+from hbx_gpu._remote.stores import head, store_below
+from hbx_gpu._remote.stores import names as list_names
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.hdf5 import hdf5_layout
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._untrusted import Within, check_tree, found_at, parse_json, read_small
-from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError
+from hbx_gpu.errors import CorruptDataError, HbxError, InvalidDataError, UnsupportedError
 
 if TYPE_CHECKING:
     import pandas as pd
     import zarr
 
+_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+Document = Mapping[str, object]
 MAX_ROWS = 1 << 31
 """Largest number of elements of an array that is read whole: a column of a table, row pointers."""
 
 
 class Tree(Protocol):
-    """An open store. Keys are paths inside it, their parts joined by slashes; "" is the root.
+    """An open store. Keys are paths inside it, their parts joined by slashes; "" is the root."""
 
-    Attributes
-    ----------
-    path
-        File or directory of the store.
-    """
-
-    path: Path
+    @property
+    def path(self) -> AnyPath:
+        """File or directory of the store, or its address."""
+        ...
 
     def again(self) -> AbstractContextManager[Tree]:
         """Open the same store once more, in the same way."""
@@ -102,7 +105,15 @@ def open_tree(path: str | os.PathLike[str], *, allow_links: bool = False) -> Ite
     InvalidDataError
         Neither zarr nor HDF5, or cut short.
     """
-    path = Path(path)
+    path = parse(path) if is_remote(path) else Path(path)
+    if isinstance(path, Place):
+        # An object of that name is an HDF5 file; a zarr store has objects below it.
+        if head(path) is None:
+            yield open_remote_zarr(path)
+        else:
+            with _open_remote_hdf5(path) as file:
+                yield HdfTree(path, file, allow_links=allow_links)
+        return
     if path.is_dir():
         if not _is_node(path):
             raise InvalidDataError(f"{path} is not a zarr store: there is neither zarr.json nor .zgroup")
@@ -112,6 +123,17 @@ def open_tree(path: str | os.PathLike[str], *, allow_links: bool = False) -> Ite
         return
     with _open_hdf5(path) as file:
         yield HdfTree(path, file, allow_links=allow_links)
+
+
+def _open_remote_hdf5(path: Place) -> h5py.File:
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401 - registers the filters that h5py itself lacks
+    try:
+        return h5py.File(RemoteFile(path), "r")
+    except OSError as error:
+        if isinstance(error, HbxError):
+            raise
+        raise InvalidDataError(f"{path} cannot be opened: {error}; it is cut short or damaged") from error
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -148,10 +170,10 @@ class _Records(Protocol):
     def __getitem__(self, part: object, /) -> np.ndarray: ...
 
 
-class _Tables(ABC):
+class Tables(ABC):
     """Reading tables, which is the same for both kinds of store."""
 
-    path: Path
+    path: AnyPath
 
     @abstractmethod
     def _node(self, key: str) -> Node: ...
@@ -196,6 +218,18 @@ class _Tables(ABC):
         frame.index = frame.index.astype(str)
         return frame
 
+    def _array(self, key: str) -> np.ndarray:
+        """A small array of zarr, read whole; text as Python strings."""
+        try:
+            node = self._node(key)
+            if not isinstance(node, _Records):
+                raise CorruptDataError(f"{key!r} of {self.path} is a group; an array is expected")
+            return _texts(np.atleast_1d(node[()]))
+        except HbxError:
+            raise
+        except Exception as error:  # zarr raises whatever it meets in a damaged store
+            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {_said(error)}") from error
+
     def n_rows(self, key: str) -> int | None:
         """Number of rows of a table, from metadata alone; None where these do not tell."""
         if self.is_array(key):
@@ -228,10 +262,10 @@ class _Tables(ABC):
         return frame.set_index("index" if "index" in frame.columns else frame.columns[0])
 
 
-class HdfTree(_Tables):
+class HdfTree(Tables):
     """An open HDF5 file."""
 
-    def __init__(self, path: Path, file: h5py.File, *, allow_links: bool = False) -> None:
+    def __init__(self, path: AnyPath, file: h5py.File, *, allow_links: bool = False) -> None:
         self.path, self._file, self._allow_links = path, file, allow_links
 
     def again(self) -> AbstractContextManager[Tree]:
@@ -263,7 +297,7 @@ class HdfTree(_Tables):
             node = self._found(key)
             if not isinstance(node, h5py.Dataset):
                 raise CorruptDataError(f"{key!r} of {self.path} is a group, an array is expected")
-            _check_rows(node.shape, f"array {key!r} of {self.path}")
+            check_rows(node.shape, f"array {key!r} of {self.path}")
             return _texts(np.atleast_1d(node[()]))
 
     def _node(self, key: str) -> Node:
@@ -297,7 +331,7 @@ class HdfTree(_Tables):
             raise CorruptDataError(f"{what} of {self.path} cannot be read: {_said(error)}") from error
 
 
-class ZarrTree(_Tables):
+class ZarrTree(Tables):
     """A zarr group on disk, of format 2 or 3.
 
     Its metadata are read one node at a time: what is damaged elsewhere in a store, or uses an extension, does
@@ -305,7 +339,8 @@ class ZarrTree(_Tables):
     """
 
     def __init__(self, path: Path, *, allow_links: bool = False) -> None:
-        self.path, self._allow_links = path, allow_links
+        self.path: Path = path
+        self._allow_links = allow_links
         self._within = Within("" if allow_links else str(path))
 
     def again(self) -> AbstractContextManager[Tree]:
@@ -335,22 +370,14 @@ class ZarrTree(_Tables):
     def shape(self, key: str) -> tuple[int, ...]:
         folder = self.path / key
         document = folder / "zarr.json" if (folder / "zarr.json").exists() else folder / ".zarray"
-        return _shape_of(self._document(document), document)
+        return shape_of(self._document(document), document)
 
     def layout(self, key: str) -> ArrayLayout:
         within = "" if self._allow_links else self.path
         return read_layout(str(self.path / key), f"{self.path.name}/{key}", within=within)
 
     def array(self, key: str) -> np.ndarray:
-        try:
-            node = self._node(key)
-            if not isinstance(node, _Records):
-                raise CorruptDataError(f"{key!r} of {self.path} is a group; an array is expected")
-            return _texts(np.atleast_1d(node[()]))
-        except HbxError:
-            raise
-        except Exception as error:  # zarr raises whatever it meets in a damaged store
-            raise CorruptDataError(f"array {key!r} of {self.path} cannot be read: {_said(error)}") from error
+        return self._array(key)
 
     def _node(self, key: str) -> Node:
         import zarr
@@ -364,7 +391,7 @@ class ZarrTree(_Tables):
             found = self._document(document)
             is_array = document.name == ".zarray" or found.get("node_type") == "array"
             if is_array and found.get("shape") != []:  # a number alone has no axis
-                _check_rows(_shape_of(found, document), str(document))
+                check_rows(shape_of(found, document), str(document))
         return zarr.open(str(folder), mode="r")
 
     def _document(self, path: Path) -> dict[str, object]:
@@ -379,18 +406,148 @@ class ZarrTree(_Tables):
         return found
 
 
+class RemoteZarrTree(Tables):
+    """A zarr group in object storage, of format 2 or 3.
+
+    Consolidated metadata, where a store has them, name all nodes at once; otherwise every node takes requests
+    and names are listed, which plain HTTP servers cannot do.
+
+    Raises
+    ------
+    InvalidDataError
+        There is no zarr group.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self.path: Place = path
+        self._documents: dict[str, Document | None] = {}
+        self._whole = False
+        root = self._document("zarr.json")
+        if root is not None:
+            self._take(root.get("consolidated_metadata"), "{}/zarr.json")
+        elif (old := self._document(".zmetadata")) is not None:
+            self._take(old, "{}")
+        elif self._document(".zgroup") is None:
+            raise InvalidDataError(f"{path} is not a zarr store: there is neither zarr.json nor .zgroup")
+        if root is not None and root.get("zarr_format") != 3:
+            raise InvalidDataError(
+                f"{path} says zarr_format {root.get('zarr_format')!r}; zarr formats 2 and 3 can be opened"
+            )
+
+    def _take(self, consolidated: object, name: str) -> None:
+        found = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+        if not isinstance(found, dict):
+            return
+        for key, document in found.items():
+            if isinstance(document, dict):
+                self._documents[name.format(key).lstrip("/")] = document
+        self._whole = True
+
+    def _document(self, key: str) -> Document | None:
+        """A document by its path in the store, None if there is none."""
+        if key in self._documents or (self._whole and key.rpartition("/")[2] in _FILES):
+            return self._documents.get(key)
+        place = self.path / key
+        try:
+            found = parse_json(read_small(place), place)
+        except FileNotFoundError:
+            found = None
+        if found is not None and not isinstance(found, dict):
+            raise CorruptDataError(f"the zarr metadata {place} hold a {type(found).__name__}, not an object")
+        self._documents[key] = found
+        return found
+
+    def again(self) -> AbstractContextManager[Tree]:
+        return contextlib.nullcontext(self)
+
+    def names(self, key: str = "") -> list[str]:
+        if self.is_array(key):
+            return []
+        if not self._whole:
+            return list_names(self.path / key)[1]
+        prefix = f"{key}/" if key else ""
+        below = (name.removeprefix(prefix) for name in self._documents if name.startswith(prefix))
+        return sorted({name.split("/")[0] for name in below if "/" in name})
+
+    def is_array(self, key: str) -> bool:
+        prefix = f"{key}/" if key else ""
+        document = self._document(f"{prefix}zarr.json")
+        if document is not None:
+            return document.get("node_type") == "array"
+        return self._document(f"{prefix}.zarray") is not None
+
+    def attributes(self, key: str = "") -> Mapping[str, object]:
+        prefix = f"{key}/" if key else ""
+        document = self._document(f"{prefix}zarr.json")
+        found = (self._document(f"{prefix}.zattrs") or {}) if document is None else document.get("attributes")
+        return found if isinstance(found, Mapping) else {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        document = self._document(f"{key}/zarr.json") or self._document(f"{key}/.zarray") or {}
+        return shape_of(document, str(self.path / key))
+
+    def layout(self, key: str) -> ArrayLayout:
+        return read_layout(self.path / key, f"{self.path.name}/{key}")
+
+    def array(self, key: str) -> np.ndarray:
+        return self._array(key)
+
+    def _node(self, key: str) -> Node:
+        import zarr
+        from zarr.storage import ObjectStore
+
+        self._check_sizes(key)
+        # anndata goes up to the root of the store for the categories of old releases.
+        store = ObjectStore(store_below(self.path), read_only=True)
+        try:
+            return zarr.open(store, path=key, mode="r")
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def _check_sizes(self, key: str) -> None:
+        """Refuse what no table can hold, before room is made for it."""
+        pending = [key]
+        while pending:
+            node = pending.pop()
+            if self.is_array(node):
+                document = self._document(f"{node}/zarr.json") or self._document(f"{node}/.zarray") or {}
+                if document.get("shape") != []:
+                    check_rows(self.shape(node), str(self.path / node))
+            else:
+                pending += [f"{node}/{name}" for name in self.names(node)]
+
+
+def open_remote_zarr(path: Place) -> RemoteZarrTree:
+    """The zarr group at an address.
+
+    Raises
+    ------
+    InvalidDataError
+        There is none.
+    UnsupportedError
+        It has no consolidated metadata and lies on a server that cannot list.
+    """
+    tree = RemoteZarrTree(path)
+    if not tree._whole and not path.lists:
+        raise UnsupportedError(
+            f"{path} is a zarr store without consolidated metadata on a plain HTTP server, which cannot list "
+            "what it holds: run zarr.consolidate_metadata on it, or open it by s3://, gs:// or az://"
+        )
+    return tree
+
+
 def _is_node(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
-def _shape_of(metadata: Mapping[str, object], document: Path) -> tuple[int, ...]:
+def shape_of(metadata: Mapping[str, object], document: object) -> tuple[int, ...]:
     shape = metadata.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
         raise CorruptDataError(f"the zarr metadata {document} have the shape {str(shape)[:100]}")
     return tuple(shape)
 
 
-def _check_rows(shape: tuple[int, ...], what: str) -> None:
+def check_rows(shape: tuple[int, ...], what: str) -> None:
     """Refuse what no table can hold, before room is made for it."""
     if math.prod(shape) > MAX_ROWS:
         raise CorruptDataError(

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from hbx_gpu._advice import spelled
 from hbx_gpu._paths import local_path
+from hbx_gpu._remote.places import AnyPath, local_only
 from hbx_gpu.atlas._catalog import creation, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
@@ -67,7 +68,7 @@ class RaggedAtlas:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         session: WriteSession | None = None,
         snapshot: Snapshot | None = None,
@@ -264,13 +265,17 @@ class RaggedAtlas:
         store_kwargs: object = None,
         version_table_name: str = VERSION_TABLE,
         allow_links: bool = False,
+        storage_options: Mapping[str, str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> RaggedAtlas:
         """Open one snapshot, read-only.
 
         Parameters
         ----------
         path
-            Directory of the atlas, or its ``lance_db``; `db_uri` means the same.
+            Directory of the atlas, or its ``lance_db``; an address of ``s3://``, ``gs://`` or ``az://``, or
+            ``file://``. `db_uri` means the same.
         version
             Number of the snapshot; None for the latest.
         schema
@@ -285,11 +290,22 @@ class RaggedAtlas:
         allow_links
             Follow links that lead out of the atlas or its zarr store, which are refused otherwise: pass True
             only for an atlas whose links you made.
+        storage_options
+            Configuration of the object storage, by the keys of obstore: ``endpoint``, ``access_key_id``,
+            ``secret_access_key``, ``region``, ``allow_http``, ... By default those that this process was
+            given for the address before, then the credentials of the environment.
+        cache, cache_bytes
+            Folder of a local disk that keeps the chunks that come from object storage, for all processes of
+            the host: what was read once is local from then on. It takes up to `cache_bytes` bytes (default:
+            half of the free room), and what was used longest ago goes first. Loaders of this atlas use it by
+            themselves. It has no meaning for a local path.
 
         Raises
         ------
         FileNotFoundError
             No atlas, or no zarr store.
+        RemoteError
+            Object storage does not answer, or refuses.
         UnsafePathError
             A link leads out, or a FIFO or a device is in the place of a file.
         ValueError
@@ -302,7 +318,14 @@ class RaggedAtlas:
         if where is None:
             raise TypeError("pass the path of the atlas")
         snapshot = Snapshot.open(
-            where, version, store=store, version_table_name=version_table_name, allow_links=allow_links
+            where,
+            version,
+            store=store,
+            version_table_name=version_table_name,
+            allow_links=allow_links,
+            storage_options=storage_options,
+            cache=cache,
+            cache_bytes=cache_bytes,
         )
         given = schema or cell_schema or obs_schemas or {}
         schemas = dict(given) if isinstance(given, Mapping) else {snapshot.obs_table_name(): given}
@@ -324,17 +347,31 @@ class RaggedAtlas:
 
     @staticmethod
     def list_versions(
-        path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE
+        path: str | os.PathLike[str],
+        *,
+        version_table_name: str = VERSION_TABLE,
+        storage_options: Mapping[str, str] | None = None,
     ) -> pd.DataFrame:
         """The snapshots of an atlas, one row each: ``version``, ``created_at``, ``total_rows``, ..."""
-        return list_versions(path, version_table_name=version_table_name)
+        return list_versions(path, version_table_name=version_table_name, storage_options=storage_options)
 
     # What it is
 
     @property
     def path(self) -> Path:
-        """Directory of the atlas."""
-        return self._path
+        """Directory of the atlas.
+
+        Raises
+        ------
+        RemotePathError
+            The atlas is in object storage; :attr:`url` is its address.
+        """
+        return local_only(self._path)
+
+    @property
+    def url(self) -> str:
+        """Directory of the atlas, or its address in object storage, as text."""
+        return str(self._path)
 
     @property
     def db_uri(self) -> str:

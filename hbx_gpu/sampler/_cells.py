@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hbx_gpu._remote.link import longest_latency
 from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._groups import GroupTable, group_runs
@@ -18,11 +21,13 @@ from hbx_gpu.sampler._orders import (
     UniformOrder,
 )
 from hbx_gpu.sampler._permutation import Permutation
-from hbx_gpu.sampler._position import EpochKey, at_least, digest
+from hbx_gpu.sampler._position import EpochKey, at_least, digest, distributed_rank
 from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._runs import integers
 
-LOCALITIES = ("group", "block", "none")
+LOCALITIES = ("group", "block", "none", "auto")
+_FAR = 0.002  # seconds that a request takes before the order of reads is worth a thought
+_LOG = logging.getLogger(__name__)
 
 
 class CellSampler(EpochSampler):
@@ -50,7 +55,9 @@ class CellSampler(EpochSampler):
     locality
         ``"none"``: a uniform permutation. ``"group"``: each batch comes from one group, and the batches a
         worker gets in a row come from the same group as long as it lasts; what groups hold beyond their full
-        batches is pooled into mixed ones. ``"block"``: between the two, see `block_size`.
+        batches is pooled into mixed ones. ``"block"``: between the two, see `block_size`. ``"auto"``:
+        ``"block"`` if requests to object storage took this process long so far, else ``"none"``; the log says
+        which. Several ranks might measure differently, so there it is an error.
     block_size, blocks_per_window
         For ``locality="block"``: each group is cut into blocks of block_size cells that lie side by side, the
         blocks of all groups are shuffled, and the cells of blocks_per_window blocks at a time are shuffled
@@ -104,7 +111,7 @@ class CellSampler(EpochSampler):
                 f"unknown locality {locality!r}; choose one of {', '.join(map(repr, LOCALITIES))}"
             )
         self.shuffle = bool(shuffle)
-        self.locality = locality
+        self.locality = _measured(world_size) if locality == "auto" else locality
         self.block_size = at_least("block_size", block_size, 1)
         self.blocks_per_window = at_least("blocks_per_window", blocks_per_window, 1)
         groups = groups_np if isinstance(groups_np, GroupRuns) else integers("groups_np", groups_np)
@@ -196,6 +203,27 @@ class CellSampler(EpochSampler):
             "n_cells": self._n_epoch,
             **({} if self._groups is None else {"groups": self._groups.digest()}),
         }
+
+
+def _measured(world_size: int | None) -> str:
+    """The locality that suits the stores which this process has asked so far; the log says which, and why."""
+    if (distributed_rank()[1] if world_size is None else world_size) > 1:
+        raise ValueError(
+            'locality="auto": ranks measure by themselves and may choose differently; pass "none" or "block"'
+        )
+    latency = longest_latency()
+    if latency is None:
+        chosen, why = (
+            "none",
+            "this process has asked no object storage, and local reads are quick in any order",
+        )
+    elif latency < _FAR:
+        chosen, why = "none", f"a request to object storage takes {1000 * latency:.1f} ms, which is little"
+    else:
+        chosen = "block"
+        why = f"a request to object storage takes {1000 * latency:.1f} ms, and neighbors come in few of them"
+    _LOG.info('locality="auto": %r, because %s; pass it by name to have this order in every run', chosen, why)
+    return chosen
 
 
 def _checked_rows(rows: ArrayLike, n_cells: int) -> np.ndarray:

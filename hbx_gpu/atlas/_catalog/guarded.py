@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sized
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from hbx_gpu._remote.options import options_of
+from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu.errors import HbxError, TableError
 
 if TYPE_CHECKING:
+    import lancedb
     from lancedb.table import Table
 
 _OWN_STEPS = (KeyboardInterrupt, SystemExit, GeneratorExit, HbxError)
@@ -23,7 +25,7 @@ _SHOWN = 400
 
 
 @contextlib.contextmanager
-def lance_errors(root: Path, table: str) -> Iterator[None]:
+def lance_errors(root: AnyPath, table: str) -> Iterator[None]:
     """Turn any error of LanceDB into a TableError.
 
     Raises
@@ -37,6 +39,8 @@ def lance_errors(root: Path, table: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a Rust panic does not derive from Exception
         text = _PLACE_IN_RUST.sub("", str(error)).strip() or type(error).__name__
+        if isinstance(root, Place):  # its text may hold headers or signed addresses
+            text = type(error).__name__
         text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise TableError(
             f"table {table!r} of the atlas at {root} cannot be used: {text}. Its files below "
@@ -46,7 +50,16 @@ def lance_errors(root: Path, table: str) -> Iterator[None]:
         ) from error
 
 
-def open_guarded(root: Path, name: str) -> Table:
+def connect(root: AnyPath) -> lancedb.DBConnection:
+    """The database of the atlas at `root`, with the storage options of its address."""
+    import lancedb
+
+    # LanceDB knows the keys of obstore: both configure the same library.
+    options = options_of(root.url) if isinstance(root, Place) else None
+    return lancedb.connect(str(root / "lance_db"), storage_options=options)
+
+
+def open_guarded(root: AnyPath, name: str) -> Table:
     """The newest state of a table that exists.
 
     Raises
@@ -54,14 +67,12 @@ def open_guarded(root: Path, name: str) -> Table:
     TableError
         The table cannot be opened.
     """
-    import lancedb
-
     with lance_errors(root, name):
-        opened = lancedb.connect(str(root / "lance_db")).open_table(name)
+        opened = connect(root).open_table(name)
     return guarded(opened, root, name)
 
 
-def guarded(table: Table, root: Path, name: str) -> Table:
+def guarded(table: Table, root: AnyPath, name: str) -> Table:
     """Wrap a table so that its errors become ours."""
     return cast("Table", _Guarded(table, root, name))
 
@@ -69,7 +80,7 @@ def guarded(table: Table, root: Path, name: str) -> Table:
 class _Guarded:
     """A LanceDB table, or an intermediate object that its methods return."""
 
-    def __init__(self, inner: object, root: Path, table: str) -> None:
+    def __init__(self, inner: object, root: AnyPath, table: str) -> None:
         self._inner, self._root, self._table = inner, root, table
 
     def __getattr__(self, name: str) -> object:

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from hbx_gpu._files import write_durably
+from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._untrusted import Within, open_regular, own_folder, parse_json, read_small
 from hbx_gpu.atlas._catalog.journal import FOLDER
+from hbx_gpu.atlas._catalog.paths import PathT
 from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord
-from hbx_gpu.errors import AtlasError, TableError
+from hbx_gpu.errors import AtlasError, CorruptDataError, TableError
 
 MOST_BYTES = 1 << 30
 """Size limit of tables verified whenever a snapshot is opened; `verify_all` reads larger ones too."""
@@ -37,10 +39,13 @@ _NEWEST = (1 << 64) - 1  # Lance names its manifests by this number minus the ve
 _Tables: TypeAlias = dict[str, dict[str, dict[str, tuple[int, str]]]]
 # (path, size, mtime, inode) of files that this process has verified.
 _seen: set[tuple[str, int, int, int]] = set()
+# Manifests in object storage by address: all tables of a snapshot are verified by one.
+_documents: dict[str, bytes | None] = {}
+_MOST_DOCUMENTS = 4
 _lock = threading.Lock()
 
 
-def path_of(root: Path, version: int) -> Path:
+def path_of(root: PathT, version: int) -> PathT:
     """Path of the manifest of a snapshot."""
     return root / FOLDER / "snapshots" / f"{version}.json"
 
@@ -57,7 +62,17 @@ def write(root: Path, record: SnapshotRecord) -> None:
     write_durably(path_of(root, record.version), json.dumps(document))
 
 
-def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most: int = MOST_BYTES) -> None:
+def fetch(root: Place, record: SnapshotRecord) -> None:
+    """Fetch the manifest of a snapshot in object storage once more, before several threads need it."""
+    path = path_of(root, record.version)
+    with _lock:
+        _documents.pop(path.url, None)
+    _fetched(path)
+
+
+def verify(
+    root: AnyPath, record: SnapshotRecord, table: str, version: int, *, most: int = MOST_BYTES
+) -> None:
     """Compare the files of a table with their state when the snapshot was taken.
 
     Parameters
@@ -69,7 +84,8 @@ def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most
     table, version
         One of its tables.
     most
-        Bytes of the largest table that is read; of a larger one only the Lance manifest is verified.
+        Bytes of the largest table that is read; of a larger one, and of those in object storage, only the
+        Lance manifest is verified.
 
     Raises
     ------
@@ -88,7 +104,7 @@ def verify(root: Path, record: SnapshotRecord, table: str, version: int, *, most
             f"{record.version} needs; copy the atlas again from its origin"
         )
     folder = root / "lance_db" / f"{table}.lance"
-    large = sum(size for size, _ in files.values()) > most
+    large = isinstance(root, Place) or sum(size for size, _ in files.values()) > most
     for relative, (size, sha256) in files.items():
         if large and not relative.startswith("_versions/"):
             continue
@@ -107,12 +123,16 @@ def verify_all(root: Path, record: SnapshotRecord) -> None:
             verify(root, record, table, version, most=1 << 62)
 
 
-def _load(root: Path, record: SnapshotRecord) -> _Tables | None:
+def _load(root: AnyPath, record: SnapshotRecord) -> _Tables | None:
     path = path_of(root, record.version)
-    Within(str(root)).check(str(path))
-    if not os.path.lexists(path):
+    if isinstance(path, Place):
+        content = _fetched(path)
+    else:
+        Within(str(root)).check(str(path))
+        content = read_small(path, _LARGEST) if os.path.lexists(path) else None
+    if content is None:
         return None
-    document = parse_json(read_small(path, _LARGEST), path)
+    document = parse_json(content, path)
     try:
         if not isinstance(document, dict):
             raise TypeError(f"it holds a {type(document).__name__}")
@@ -137,6 +157,22 @@ def _load(root: Path, record: SnapshotRecord) -> _Tables | None:
             f"({path}); the table of snapshots was damaged or changed, copy the atlas again from its origin"
         )
     return tables
+
+
+def _fetched(path: Place) -> bytes | None:
+    """A manifest in object storage, which never changes; None if there is none. Kept."""
+    with _lock:
+        if path.url in _documents:
+            return _documents[path.url]
+    try:
+        content: bytes | None = read_small(path, _LARGEST)
+    except FileNotFoundError:
+        content = None
+    with _lock:
+        if len(_documents) >= _MOST_DOCUMENTS:
+            _documents.clear()
+        _documents[path.url] = content
+    return content
 
 
 def _plain(record: SnapshotRecord) -> object:
@@ -164,7 +200,15 @@ def _described(root: Path, table: str, version: int) -> Iterator[tuple[str, tupl
                 yield f"{kind}/{path.name}", (path.stat().st_size, _sha256(path))
 
 
-def _same(path: Path, size: int, sha256: str) -> bool:
+def _same(path: AnyPath, size: int, sha256: str) -> bool:
+    if isinstance(path, Place):
+        try:
+            content = read_small(path, size)
+        except FileNotFoundError:
+            return True
+        except CorruptDataError:  # it is larger
+            return False
+        return len(content) == size and hashlib.sha256(content).hexdigest() == sha256
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TypeVar
 
+from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._untrusted import NO_LINK, Within, check_tree, leads_out
 from hbx_gpu.errors import AtlasError, UnsafePathError
 
 STAGING = ".staging"
 LAYOUT_TABLE = "_feature_layouts"
+PathT = TypeVar("PathT", Path, Place, AnyPath)
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
 _MOST = 1024  # characters in the name of a group
 _MOST_BYTES = 255  # of one component, which is what file systems take
@@ -36,7 +39,7 @@ def plain_name(name: object, what: str) -> str:
     return name
 
 
-def group_path(store: Path, zarr_group: object, *, allow_links: bool = False) -> Path:
+def group_path(store: PathT, zarr_group: object, *, allow_links: bool = False) -> PathT:
     """Directory of a group, which lies in the store.
 
     Parameters
@@ -62,7 +65,7 @@ def group_path(store: Path, zarr_group: object, *, allow_links: bool = False) ->
             f"zarr_group {_short(zarr_group)} must be a relative path below {store}; the atlas was damaged, "
             "or made to reach files outside of it"
         )
-    path = store / name
+    path: PathT = store / name
     if not allow_links:
         Within(str(store)).check(str(path))
     return path
@@ -109,7 +112,7 @@ def staging_path(store: Path, name: object) -> Path:
     return path
 
 
-def check_database(root: Path, *, allow_links: bool = False) -> None:
+def check_database(root: AnyPath, *, allow_links: bool = False) -> None:
     """Refuse a database that holds anything but files and folders: LanceDB would wait forever for a FIFO.
 
     Raises
@@ -117,6 +120,8 @@ def check_database(root: Path, *, allow_links: bool = False) -> None:
     UnsafePathError
         The database holds something else; the message names it.
     """
+    if isinstance(root, Place):
+        return
     database = root / "lance_db"
     if not allow_links:
         Within(str(root)).check(str(database))
@@ -124,7 +129,7 @@ def check_database(root: Path, *, allow_links: bool = False) -> None:
         check_tree(database, links=allow_links)
 
 
-def check_store(root: Path, store: Path, *, allow_links: bool = False) -> Path:
+def check_store(root: AnyPath, store: PathT, *, allow_links: bool = False) -> PathT:
     """Check that the default store of an atlas, which the user did not name, lies inside the atlas.
 
     Raises

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbx_gpu._advice import option
+from hbx_gpu._remote.fetch import map_at_once
+from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu.atlas._catalog import manifest
 from hbx_gpu.atlas._catalog.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_database, group_path
@@ -94,11 +95,11 @@ class Snapshot:
     Attributes
     ----------
     path
-        Directory of the atlas.
+        Directory or address of the atlas.
     version
         Number of the snapshot.
     store_path
-        Directory of the zarr store.
+        Directory or address of the zarr store.
     record
         Record of the snapshot.
     version_table_name
@@ -109,9 +110,9 @@ class Snapshot:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         record: SnapshotRecord,
-        store_path: Path,
+        store_path: AnyPath,
         version_table_name: str,
         *,
         allow_links: bool = False,
@@ -138,6 +139,9 @@ class Snapshot:
         store: object = None,
         version_table_name: str = VERSION_TABLE,
         allow_links: bool = False,
+        storage_options: Mapping[str, str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> Snapshot:
         """Open a snapshot of an atlas of any generation.
 
@@ -153,6 +157,10 @@ class Snapshot:
             Table that records the snapshots.
         allow_links
             Follow links that lead out of the atlas and its zarr store.
+        storage_options
+            obstore's configuration keys where `path` is an address.
+        cache, cache_bytes
+            Folder of a local disk that keeps chunks of an address, and the bytes that it may take.
 
         Raises
         ------
@@ -163,9 +171,9 @@ class Snapshot:
         ValueError
             No snapshots, or none of that number.
         AtlasError
-            A remote address; a table whose recorded version no longer exists.
+            A table whose recorded version no longer exists.
         """
-        root = atlas_root(path)
+        root = atlas_root(parse(path, storage_options, cache=cache, cache_bytes=cache_bytes))
         check_database(root, allow_links=allow_links)
         records = {r.version: r for r in read_records(root, version_table_name=version_table_name)}
         if not records:
@@ -180,9 +188,12 @@ class Snapshot:
         record = records[wanted]
         where = resolve_store(root, record, store, allow_links=allow_links)
         snapshot = cls(root, record, where, version_table_name, allow_links=allow_links)
-        for table, versions in record.pinned.items():
-            for pinned in versions:
-                snapshot._open_table(table, pinned)
+        pinned = [(table, v) for table, versions in record.pinned.items() for v in versions]
+        if isinstance(root, Place):
+            manifest.fetch(root, record)
+            map_at_once(lambda key: snapshot._open_table(*key), pinned)
+        for table, number in pinned:
+            snapshot._open_table(table, number)
         return snapshot
 
     def __repr__(self) -> str:
@@ -328,8 +339,8 @@ class Snapshot:
             group.feature_space, self.group_path(group.name), has_features=bool(group.layout_uid)
         )
 
-    def group_path(self, zarr_group: str) -> Path:
-        """Directory of a group.
+    def group_path(self, zarr_group: str) -> AnyPath:
+        """Directory or address of a group.
 
         Raises
         ------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hbx_gpu._paths import local_path
+from hbx_gpu._remote.looking import is_dir
+from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu._untrusted import parse_json
 from hbx_gpu.atlas._catalog.guarded import open_guarded
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store, plain_name
-from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError
+from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError, UnsupportedError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,26 +68,37 @@ class SnapshotRecord:
         return out
 
 
-def atlas_root(path: str | os.PathLike[str]) -> Path:
-    """Directory of the atlas; `path` is that directory or its ``lance_db``.
+def atlas_root(path: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None) -> AnyPath:
+    """Directory or address of the atlas; `path` is that or its ``lance_db``.
 
     Raises
     ------
-    AtlasError
-        `path` is a remote address.
+    RemotePathError
+        `path` is an address of an unknown scheme.
+    UnsupportedError
+        `path` is on a plain HTTP server, where LanceDB cannot open tables.
     FileNotFoundError
         There is no atlas at `path`.
     """
-    root = local_path(path)
+    root = parse(path, storage_options)
     if root.name == "lance_db":
         root = root.parent
-    if not (root / "lance_db").is_dir():
+    if isinstance(root, Place) and not root.lists:
+        raise UnsupportedError(
+            f"{root} is on a plain HTTP server, which cannot list the files of an atlas's tables: open the "
+            "atlas by s3://, gs:// or az://, or copy it to a local disk; .h5ad files and SCDL archives can "
+            "be opened by https://"
+        )
+    if not is_dir(root / "lance_db"):
         raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
     return root
 
 
 def read_records(
-    path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE
+    path: str | os.PathLike[str],
+    *,
+    version_table_name: str = VERSION_TABLE,
+    storage_options: Mapping[str, str] | None = None,
 ) -> list[SnapshotRecord]:
     """All snapshots of an atlas, by ascending version.
 
@@ -98,9 +109,9 @@ def read_records(
     AtlasError
         The columns of the version table belong to no known generation.
     """
-    root = atlas_root(path)
+    root = atlas_root(path, storage_options)
     # Ask the file system first, because a missing table is not damage.
-    if not (root / "lance_db" / f"{version_table_name}.lance").is_dir():
+    if not is_dir(root / "lance_db" / f"{version_table_name}.lance"):
         return []
     rows = open_guarded(root, version_table_name).to_arrow().to_pylist()
     return sorted((_parse(row, version_table_name) for row in rows), key=lambda record: record.version)
@@ -152,7 +163,12 @@ def _number(value: object) -> int:
     return value
 
 
-def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VERSION_TABLE) -> pd.DataFrame:
+def list_versions(
+    path: str | os.PathLike[str],
+    *,
+    version_table_name: str = VERSION_TABLE,
+    storage_options: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
     """The snapshots of an atlas, one row each, sorted by version, with the same columns for all generations.
 
     Returns
@@ -168,7 +184,7 @@ def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VER
     """
     import pandas as pd
 
-    records = read_records(path, version_table_name=version_table_name)
+    records = read_records(path, version_table_name=version_table_name, storage_options=storage_options)
     return pd.DataFrame(
         {
             "version": pd.Series([r.version for r in records], dtype="int64"),
@@ -181,8 +197,8 @@ def list_versions(path: str | os.PathLike[str], *, version_table_name: str = VER
 
 
 def resolve_store(
-    root: Path, record: SnapshotRecord, store: object = None, *, allow_links: bool = False
-) -> Path:
+    root: AnyPath, record: SnapshotRecord, store: object = None, *, allow_links: bool = False
+) -> AnyPath:
     """Directory of the zarr store: the given one, else the sibling of ``lance_db``, else the recorded one.
 
     Parameters
@@ -206,15 +222,15 @@ def resolve_store(
         `store` is None, and the default store is a link that leads out of the atlas.
     """
     if store is not None:
-        given = local_path(store_path(store))
-        if not given.is_dir():
+        given = parse(store_path(store))
+        if not is_dir(given):
             raise FileNotFoundError(f"zarr store {given} is not a directory")
         return given
     sibling = root / "zarr_store"
-    if sibling.is_dir():
+    if is_dir(sibling):
         return check_store(root, sibling, allow_links=allow_links)
-    recorded = local_path(record.zarr_store_uri) if record.zarr_store_uri else None
-    if recorded is not None and recorded.is_dir():
+    recorded = parse(record.zarr_store_uri) if record.zarr_store_uri else None
+    if recorded is not None and isinstance(recorded, Place) == isinstance(root, Place) and is_dir(recorded):
         return recorded
     raise FileNotFoundError(
         f"no zarr store for the atlas at {root}: looked at {sibling}"

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
+from hbx_gpu._remote.looking import folders, is_dir
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu.atlas._catalog.guarded import guarded, lance_errors, open_guarded
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
@@ -36,12 +38,13 @@ def connect(root: Path) -> lancedb.DBConnection:
     return lancedb.connect(str(root / "lance_db"))
 
 
-def table_names(root: Path) -> list[str]:
+def table_names(root: AnyPath) -> list[str]:
     """Names of all tables of the atlas at `root`, sorted."""
-    return sorted(path.stem for path in (root / "lance_db").glob("*.lance"))
+    found = (path.name for path in folders(root / "lance_db"))
+    return sorted(name.removesuffix(".lance") for name in found if name.endswith(".lance"))
 
 
-def open_table(root: Path, name: str) -> Table:
+def open_table(root: AnyPath, name: str) -> Table:
     """The newest state of a table.
 
     Raises
@@ -49,7 +52,7 @@ def open_table(root: Path, name: str) -> Table:
     AtlasError
         The table does not exist.
     """
-    if not (root / "lance_db" / f"{name}.lance").is_dir():
+    if not is_dir(root / "lance_db" / f"{name}.lance"):
         raise AtlasError(f"the atlas at {root} has no table {name!r}; its tables: {table_names(root)}")
     return open_guarded(root, name)
 

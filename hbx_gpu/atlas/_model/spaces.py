@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from hbx_gpu._remote.looking import folders, is_dir, is_file
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu.errors import AtlasError, UnknownNameError
 
 PointerKind = Literal["sparse", "dense", "discrete_spatial"]
@@ -195,7 +196,7 @@ def get_space(name: str) -> FeatureSpace:
         ) from None
 
 
-def guess_space(name: str, group: Path, *, has_features: bool = True) -> FeatureSpace:
+def guess_space(name: str, group: AnyPath, *, has_features: bool = True) -> FeatureSpace:
     """A feature space that nobody registered, guessed from what one of its groups holds.
 
     Parameters
@@ -214,7 +215,7 @@ def guess_space(name: str, group: Path, *, has_features: bool = True) -> Feature
     """
     if _is_array(group / "csr" / "indices"):
         return FeatureSpace(name, "sparse", "csr/indices", "csr/layers", has_features=has_features)
-    if (group / "layers").is_dir():
+    if is_dir(group / "layers"):
         return FeatureSpace(name, "dense", None, "layers", has_features=has_features)
     raise AtlasError(
         f"feature space {name!r} is not registered and group {group} holds neither csr/indices nor layers/; "
@@ -222,17 +223,15 @@ def guess_space(name: str, group: Path, *, has_features: bool = True) -> Feature
     )
 
 
-def find_layers(group: Path, space: FeatureSpace) -> dict[str, str]:
+def find_layers(group: AnyPath, space: FeatureSpace) -> dict[str, str]:
     """Layers that a group holds: name -> path relative to the group."""
-    folder = group / space.layers_path
-    found = {}
-    if folder.is_dir():
-        found = {p.name: f"{space.layers_path}/{p.name}" for p in sorted(folder.iterdir()) if _is_array(p)}
+    below = folders(group / space.layers_path)
+    found = {path.name: f"{space.layers_path}/{path.name}" for path in below if _is_array(path)}
     for name, old in space.old_layers.items():
         if name not in found and _is_array(group / old):
             found[name] = old
     return found
 
 
-def _is_array(path: Path) -> bool:
-    return (path / "zarr.json").is_file() or (path / ".zarray").is_file()
+def _is_array(path: AnyPath) -> bool:
+    return is_file(path / "zarr.json") or is_file(path / ".zarray")

@@ -10,6 +10,8 @@ import numpy as np
 
 from hbx_gpu._advice import option, spelled, within_memory
 from hbx_gpu._plan.boxes import full_boxes
+from hbx_gpu._remote.fetch import map_at_once
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, RowTable, Source, rows_by_source
 from hbx_gpu._storage.metadata import check_last_object, read_layout
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
@@ -101,22 +103,31 @@ def build_sources(
     """
     composed: dict[str, np.ndarray] = {}
     lookup = None if columns.place is None else np.append(columns.place, np.int32(-1))
-    sources = []
     for group in groups:
-        space = snapshot.space(group)
         layout = group.layout_uid
         if layout not in composed:
             # Sources that share a layout must share the array object; index -1 picks the appended -1.
             remap = snapshot.remap(group.name, group.feature_space)
             composed[layout] = remap if lookup is None else lookup[remap]
-        sources.append(_source(snapshot, group, space, layers, composed[layout]))
-    return sources
+
+    def opened(group: Group) -> Source:
+        return _source(snapshot, group, snapshot.space(group), layers, composed[group.layout_uid])
+
+    # Every group takes requests one after the other, so many groups are opened at once.
+    return map_at_once(opened, groups) if is_remote(snapshot.store_path) else [opened(g) for g in groups]
 
 
 def _source(
     snapshot: Snapshot, group: Group, space: FeatureSpace, layers: Sequence[str], remap: np.ndarray
 ) -> Source:
     folder = snapshot.group_path(group.name)
+    if is_remote(folder) and not space.old_layers:
+        # Where layers have their usual places, looking for them would take more requests than opening them.
+        try:
+            found = {layer: f"{space.layers_path}/{layer}" for layer in layers}
+            return _opened(snapshot, group, space, found, remap)
+        except FileNotFoundError:
+            pass
     found = find_layers(folder, space)
     if unknown := [layer for layer in layers if layer not in found]:
         choose = option("layer")
@@ -127,6 +138,14 @@ def _source(
             f"group {group.name!r} has no layer {', '.join(map(repr, unknown))}; its layers: {sorted(found)} "
             f"(in {folder}). Choose one that all of them have with {choose}"
         )
+    return _opened(snapshot, group, space, {layer: found[layer] for layer in layers}, remap)
+
+
+def _opened(
+    snapshot: Snapshot, group: Group, space: FeatureSpace, places: Mapping[str, str], remap: np.ndarray
+) -> Source:
+    """Open layers of a group whose places in it are known."""
+    folder = snapshot.group_path(group.name)
     # Our writer stores every chunk, so a missing one is damage there; other writers skip empty chunks.
     absent_is_fill = not group.software.startswith("hbx_gpu")
 
@@ -135,13 +154,13 @@ def _source(
             str(folder / relative),
             f"{group.name}/{relative}",
             absent_is_fill=absent_is_fill,
-            within="" if snapshot.allow_links else snapshot.store_path,
+            within="" if snapshot.allow_links or is_remote(folder) else snapshot.store_path,
         )
         check_last_object(layout)
         return layout
 
     index = None if space.index_array is None else opened(space.index_array)
-    values = {layer: opened(found[layer]) for layer in layers}
+    values = {layer: opened(place) for layer, place in places.items()}
     for array in values.values():
         if index is None and space.has_features and array.shape[1:] != (len(remap),):
             raise CorruptDataError(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._remote.places import Place
 from hbx_gpu._untrusted import Within, own_folder
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
@@ -69,8 +70,11 @@ class _Question:
     medians: bool
 
     @property
-    def path(self) -> Path:
-        """Where the answer is kept."""
+    def path(self) -> Path | None:
+        """Where the answer is kept; nowhere for an atlas in object storage."""
+        root = self.selection.snapshot.path
+        if isinstance(root, Place):
+            return None
         state, space = self.selection.state, self.pointer.feature_space
         asked = {
             "record": repr(self.selection.snapshot.record),
@@ -84,8 +88,7 @@ class _Question:
             "medians": self.medians,
         }
         digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
-        snapshot = self.selection.snapshot
-        return snapshot.path / FOLDER / f"{snapshot.version}-{digest}.npz"
+        return root / FOLDER / f"{self.selection.snapshot.version}-{digest}.npz"
 
 
 def statistics_of(selection: Selection, by: str | None, options: Options) -> Statistics:
@@ -105,8 +108,8 @@ def statistics_of(selection: Selection, by: str | None, options: Options) -> Sta
     names = selection.metadata([by] if by is not None else [])
     target, medians = options.get("target_sum", 10_000.0), options.get("medians", True)
     question = _Question(selection, pointer, options.get("layer"), by, target, medians)
-    keep = options.get("keep", True)
-    if keep and (kept := _kept(selection.snapshot, question.path)) is not None:
+    place = question.path if options.get("keep", True) else None
+    if place is not None and (kept := _kept(selection.snapshot, place)) is not None:
         return kept
     found = selection.read_rows(pointer, names)
     layer = question.layer or default_layer(selection.snapshot, pointer.feature_space, found.groups)
@@ -119,8 +122,8 @@ def statistics_of(selection: Selection, by: str | None, options: Options) -> Sta
         executor=options.get("executor"),
         progress=options.get("progress", silent),
     )
-    if keep:
-        _keep(result, question.path)
+    if place is not None:
+        _keep(result, place)
     return result
 
 

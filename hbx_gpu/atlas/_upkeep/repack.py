@@ -21,6 +21,7 @@ from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress
+from hbx_gpu._remote.places import local_only
 from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
@@ -171,13 +172,13 @@ def repack(
         A chunk cannot be decoded; its group is as it was.
     """
     check_codec(codec)
-    root = atlas_root(atlas_path)
+    root = local_only(atlas_root(atlas_path))
     check_database(root, allow_links=allow_links)
     records = read_records(root)
     # The oldest generation records a path that may belong to another atlas; nothing outside this one is
     # rewritten.
     sibling = root / "zarr_store"
-    found = resolve_store(root, records[-1], allow_links=allow_links) if records else sibling
+    found = local_only(resolve_store(root, records[-1], allow_links=allow_links)) if records else sibling
     store = check_store(root, found, allow_links=allow_links and found == sibling)
     _check_writable(root, store)
     with WriteLock(root).hold():

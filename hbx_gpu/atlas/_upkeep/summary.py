@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from hbx_gpu._remote.looking import size_below
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._model.columns import NAME_IN_FILE
 from hbx_gpu.atlas._model.spaces import find_layers
@@ -90,7 +90,7 @@ def _summarize(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
         for relative in (*layers.values(), *([space.index_array] if space.index_array else [])):
             within = "" if snapshot.allow_links else snapshot.store_path
             layout = read_layout(path / relative, f"{name}/{relative}", within=within)
-            n_array_bytes += _size_of(path / relative)
+            n_array_bytes += size_below(path / relative)
             codecs.update(
                 dict.fromkeys(
                     str(codec["name"]) for codec in layout.codecs if codec["name"] not in ("bytes", "crc32c")
@@ -109,7 +109,7 @@ def _summarize(snapshot: Snapshot, row: dict[str, Any], cells: dict[str, int]) -
         cells.get(name),
         len(snapshot.remap(name, space_name)) if row.get("layout_uid") else None,
         n_values,
-        _size_of(path),
+        size_below(path),
         n_array_bytes,
         str(row["dataset_uid"]),
         _ids_of(row),
@@ -121,10 +121,6 @@ def _ids_of(row: dict[str, object]) -> str:
     if not isinstance(column, str) or not column or not row.get("layout_uid"):
         return "-"
     return f"{column}, no versions" if versions == "stripped" else column
-
-
-def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def describe(snapshot: Snapshot) -> str:

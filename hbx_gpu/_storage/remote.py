@@ -1,0 +1,193 @@
+"""Reader of chunks in object storage: ranges of objects, many at once, into one buffer per window."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hbx_gpu._remote.fetch import Fetcher, Moved, Range
+from hbx_gpu._remote.link import link_of
+from hbx_gpu._remote.options import cache_of
+from hbx_gpu._remote.places import Place
+from hbx_gpu._remote.stores import ObjectInfo
+from hbx_gpu._storage.cache import ChunkCache, cache_at
+from hbx_gpu._storage.chunks import CHANGED, ChunkDirectory, Extents
+from hbx_gpu._storage.readers import Reader, Slab, coalesce
+from hbx_gpu.errors import ReplacedError
+from hbx_gpu.stats import count_remote
+
+_ALIGNMENT = 8
+
+
+class RemoteReader(Reader):
+    """Reader that asks a store for the ranges that a plan needs.
+
+    Neighboring extents come in one request where the gap between them costs less than a request, as the
+    requests of this process are measured. Every request names the version of the object whose chunks were
+    looked up, so that a replaced object is an error and never mixes with the old one.
+
+    Parameters
+    ----------
+    directory
+        Where the chunks lie.
+    fetcher
+        Makes the requests.
+    cache
+        Keeps chunks on the local disk; None: the one that was chosen where the data were opened, if any.
+    """
+
+    def __init__(
+        self, directory: ChunkDirectory, *, fetcher: Fetcher | None = None, cache: ChunkCache | None = None
+    ) -> None:
+        super().__init__(directory)
+        self._fetcher = fetcher or Fetcher()
+        self._cache = cache or _cache_of(directory)
+        self._numbers = np.zeros(0, np.int64)  # of the objects in the cache, by file
+
+    @property
+    def cache(self) -> ChunkCache | None:
+        """The cache that keeps the chunks of this reader."""
+        return self._cache
+
+    def bring(self, extents: Extents) -> int:
+        """Read extents, and return the bytes that came for them from the store."""
+        return self._read(extents)[1].nbytes
+
+    def read(self, extents: Extents) -> Slab:
+        """See :class:`Reader`."""
+        return self._read(extents)[0]
+
+    def _read(self, extents: Extents) -> tuple[Slab, Moved]:
+        stored = extents.nbytes > 0
+        wanted = int(extents.nbytes[stored].sum())
+        if self._cache is None:
+            address, buffer, moved = self._fetched(extents)
+            count_remote(requests=moved.requests, wanted=wanted, moved=moved.nbytes)
+            return Slab(address, extents.nbytes, buffer), moved
+        objects = self._objects(extents)
+        address, owners = self._cache.find(objects, extents.offset, extents.nbytes)
+        missing = stored & (address == 0)
+        moved = Moved(0, 0)
+        if missing.any():
+            moved = self._into_cache(extents, objects, missing, address, owners)
+        count_remote(
+            requests=moved.requests,
+            wanted=wanted,
+            moved=moved.nbytes,
+            cache_hits=int((stored & ~missing).sum()),
+            cache_misses=int(missing.sum()),
+        )
+        return Slab(address, extents.nbytes, owners), moved
+
+    def _into_cache(
+        self,
+        extents: Extents,
+        objects: np.ndarray,
+        missing: np.ndarray,
+        address: np.ndarray,
+        owners: list[object],
+    ) -> Moved:
+        """Bring what the cache lacks, each chunk by one thread; fills in addresses and owners."""
+        assert self._cache is not None
+        mine, claim, others = self._cache.claim(objects[missing], extents.offset[missing])
+        try:
+            moved = self._add(extents, objects, np.flatnonzero(missing)[mine], address, owners)
+        finally:
+            self._cache.release(claim)
+        if mine.all():
+            return moved
+        for other in others:
+            other.done.wait()
+        rest = np.flatnonzero(missing)[~mine]
+        found, more = self._cache.find(objects[rest], extents.offset[rest], extents.nbytes[rest])
+        address[rest] = found
+        owners += more
+        # What the other thread could not bring, or what was pushed out of the cache at once.
+        again = self._add(extents, objects, rest[found == 0], address, owners)
+        return Moved(moved.requests + again.requests, moved.nbytes + again.nbytes)
+
+    def _add(
+        self,
+        extents: Extents,
+        objects: np.ndarray,
+        which: np.ndarray,
+        address: np.ndarray,
+        owners: list[object],
+    ) -> Moved:
+        """Fetch extents, keep them in the cache, and fill in where they lie."""
+        assert self._cache is not None
+        if not len(which):
+            return Moved(0, 0)
+        part = Extents(extents.file[which], extents.offset[which], extents.nbytes[which])
+        found, buffer, moved = self._fetched(part)
+        self._cache.add(objects[which], part.offset, part.nbytes, found, buffer)
+        address[which] = found
+        owners.append(buffer)
+        return moved
+
+    def _objects(self, extents: Extents) -> np.ndarray:
+        """Number of the object of each extent in the cache."""
+        assert self._cache is not None
+        known, there = len(self._numbers), len(self.directory.identities)
+        if known < there:
+            more = [
+                self._cache.object_number(path, str(version), size)
+                for path, (version, size) in zip(
+                    self.directory.paths[known:there], self.directory.identities[known:there], strict=True
+                )
+            ]
+            self._numbers = np.concatenate([self._numbers[:known], np.array(more, np.int64)])
+        result: np.ndarray = self._numbers[np.maximum(extents.file, 0)]
+        return result
+
+    def _fetched(self, extents: Extents) -> tuple[np.ndarray, np.ndarray, Moved]:
+        """Extents in a new buffer: their addresses, the buffer, and what it took."""
+        address = np.zeros(len(extents), np.uint64)
+        first = extents.file[extents.nbytes > 0][:1].tolist()
+        if not first:
+            return address, np.zeros(0, np.uint8), Moved(0, 0)
+        link = link_of(Place(self.directory.paths[first[0]]).root)
+        wanted = int(np.maximum(extents.nbytes, 0).sum())
+        runs = coalesce(
+            extents.file, extents.offset, extents.nbytes, max_gap=link.gap(), max_size=link.size(wanted)
+        )
+        shift = runs.offset % _ALIGNMENT
+        room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        place = np.cumsum(room) - room + shift
+        buffer = np.empty(int(room.sum()), np.uint8)
+        ranges, targets = [], []
+        for file, offset, nbytes, at in zip(
+            runs.file.tolist(), runs.offset.tolist(), runs.nbytes.tolist(), place.tolist(), strict=True
+        ):
+            version, size = self.directory.identities[file]
+            info = ObjectInfo(size, str(version))
+            ranges.append(Range(Place(self.directory.paths[file]), offset, offset + nbytes, info))
+            targets.append(buffer[at : at + nbytes])
+        moved = self._bring(extents, ranges, targets)
+        stored = runs.run >= 0
+        run = runs.run[stored]
+        inside = extents.offset[stored] - runs.offset[run] + place[run]
+        address[stored] = np.uint64(buffer.ctypes.data) + inside.astype(np.uint64)
+        return address, buffer, moved
+
+    def close(self) -> None:
+        """See :class:`Reader`; what waits to be written to the cache is written."""
+        if self._cache is not None:
+            self._cache.flush()
+
+    def _bring(self, extents: Extents, ranges: list[Range], targets: list[np.ndarray]) -> Moved:
+        try:
+            return self._fetcher.into(ranges, targets)
+        except (ReplacedError, FileNotFoundError) as error:
+            file = next(
+                (f for f in np.unique(extents.file).tolist() if self.directory.paths[f] in str(error)),
+                int(extents.file[extents.nbytes > 0][0]),
+            )
+            if isinstance(error, FileNotFoundError):
+                raise self._gone(extents, file) from None
+            raise self._error_in(extents, file, CHANGED) from None
+
+
+def _cache_of(directory: ChunkDirectory) -> ChunkCache | None:
+    """The cache that was chosen where the arrays of a directory were opened."""
+    chosen = next(filter(None, (cache_of(layout.path) for layout in directory.layouts)), None)
+    return None if chosen is None else cache_at(*chosen)
