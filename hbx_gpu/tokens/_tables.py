@@ -21,9 +21,13 @@ import numpy as np
 
 from hbx_gpu._untrusted import check_file
 from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.statistics import Statistics
 
-Table: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
-"""A dict keyed on feature uids, or the path of a JSON file or pickle that holds one."""
+Table: TypeAlias = "Mapping[str, Any] | Statistics | str | os.PathLike[str]"
+"""A dict keyed on feature uids, or the path of a JSON file or pickle that holds one.
+
+Statistics of an atlas stand for their medians.
+"""
 
 # Modules and names that a published dictionary needs: those of NumPy 1 and 2 for its scalars.
 _ALLOWED: dict[tuple[str, str], type] = {
@@ -93,7 +97,7 @@ def read_table(table: Table, what: str) -> dict[str, object]:
     Parameters
     ----------
     table
-        A mapping; or a path: ``.json`` is read as JSON, anything else as a pickle of a dict of strings,
+        A mapping; statistics, for their medians; or a path: ``.json`` is read as JSON, anything else as a pickle of a dict of strings,
         whole numbers, floats and NumPy scalars.
     what
         What the table holds, for messages.
@@ -103,6 +107,8 @@ def read_table(table: Table, what: str) -> dict[str, object]:
     InvalidDataError
         It is not a dict keyed on strings, or a pickle that holds anything but plain values.
     """
+    if isinstance(table, Statistics):
+        table = table.medians
     if isinstance(table, Mapping):
         found: object = dict(table)
     else:
