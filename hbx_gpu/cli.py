@@ -8,7 +8,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hbx_gpu._commands import bench, convert, doctor, info, ingest, prefetch, remove, repack, verify
+from hbx_gpu._commands import (
+    bench,
+    convert,
+    doctor,
+    info,
+    ingest,
+    prefetch,
+    remove,
+    repack,
+    stats,
+    verify,
+)
 from hbx_gpu._commands.places import use_storage_options
 from hbx_gpu._progress import NoteHandler
 from hbx_gpu._version import __version__
@@ -59,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_parser(commands, common)
     doctor.add_parser(commands, common)
     verify.add_parser(commands, common)
+    stats.add_parser(commands, common)
     return parser
 
 

@@ -97,8 +97,8 @@ def read_table(table: Table, what: str) -> dict[str, object]:
     Parameters
     ----------
     table
-        A mapping; statistics, for their medians; or a path: ``.json`` is read as JSON, anything else as a pickle of a dict of strings,
-        whole numbers, floats and NumPy scalars.
+        A mapping; statistics, for their medians; or a path: ``.json`` is read as JSON, anything else as a
+        pickle of a dict of strings, whole numbers, floats and NumPy scalars.
     what
         What the table holds, for messages.
 
