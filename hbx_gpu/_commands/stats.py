@@ -174,12 +174,12 @@ def _computation(
 
 
 def _summary(found: Statistics) -> str:
-    expressed = int((found.nonzero > 0).sum())
+    n, expressed = len(found.feature_uids), int((found.nonzero > 0).sum())
     parts = f" in {len(found.groups):,} groups by {found.by!r}" if found.by is not None else ""
     medians = "exact" if found.median_error == 0 else f"within {found.median_error:.1%}"
     return (
-        f"{found.n_cells:,} cells{parts}, {len(found.feature_uids):,} features, {expressed:,} of them nonzero in "
-        f"some cell; {int(found.nonzero.sum()):,} nonzero values, {len(found.medians):,} medians ({medians})"
+        f"{found.n_cells:,} cells{parts}, {n:,} features, {expressed:,} of them nonzero in some cell; "
+        f"{int(found.nonzero.sum()):,} nonzero values, {len(found.medians):,} medians ({medians})"
     )
 
 

@@ -60,7 +60,9 @@ def test_a_store_in_place(real_h5ad: tuple[Path, Path], capsys: pytest.CaptureFi
         (["--batch-key", "donor"], "--batch-key is for --hvg N"),
         (["--hvg", "3", "--out", "a.npz"], "leave --hvg out"),
         (["--filter", "organ ="], "organ ="),
-        (["--dask", "tcp://127.0.0.1:1"], "no Dask scheduler answers there"),
+        pytest.param(
+            ["--dask", "tcp://127.0.0.1:1"], "no Dask scheduler answers there", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_errors_name_the_options(
