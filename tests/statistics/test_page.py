@@ -1,4 +1,4 @@
-"""docs/statistics.md: medians of an atlas train tokens of Geneformer, end to end; and the command of the page."""
+"""docs/statistics.md: medians of an atlas make tokens of Geneformer, end to end."""
 
 from __future__ import annotations
 
