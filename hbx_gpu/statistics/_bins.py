@@ -109,12 +109,14 @@ class Bins:
             )
 
     def counted(self) -> Counted:
-        """The counts that are not 0."""
+        """The counts that are not 0, which are sorted because pages and codes are."""
         used = int(self.table.used[0])
-        page, low = np.nonzero(self.table.counts[:used])
-        key = self.table.keys[page]
+        order = np.argsort(self.table.keys[:used])
+        keys, counts = self.table.keys[order], self.table.counts[order]
+        page, low = np.nonzero(counts)
+        key = keys[page]
         code = ((key & ((1 << KEY_BITS) - 1)) << PAGE_BITS | low).astype(np.int32)
-        return counted(key >> KEY_BITS, code, self.table.counts[page, low].astype(np.int64))
+        return Counted(key >> KEY_BITS, code, counts[page, low].astype(np.int64))
 
     def __getstate__(self) -> dict[str, np.ndarray]:
         used = int(self.table.used[0])

@@ -21,6 +21,7 @@ TOO_LARGE = 2.0**31
 """Whole numbers from here on are summed as floats."""
 _CODE_SHIFT = 46  # of the bits of a float64, which leaves sign, exponent and 6 bits of the mantissa
 _LOW = (1 << 32) - 1
+_RECENT = 64
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -166,6 +167,18 @@ def add_table(table, keys, counts):
 
 
 @_jit
+def _add_sums(sums, cell, nonzero, total, high, low):
+    """Add sums over some values of a cell, none of them for cell -1; `low` may be up to 2**63."""
+    if cell < 0:
+        return
+    low += sums.square_low[cell]
+    sums.nonzero[cell] += nonzero
+    sums.total[cell] += total
+    sums.square_high[cell] += high + (low >> 32)
+    sums.square_low[cell] = low & _LOW
+
+
+@_jit
 def add_columns(first, begin, row, value, totals, group, n_groups, target, sums, whole, ratios, listed):
     """Add the elements of columns, as :func:`by_column` sorted them, to all sums.
 
@@ -193,12 +206,20 @@ def add_columns(first, begin, row, value, totals, group, n_groups, target, sums,
     as_float = np.empty(1, np.float64)
     as_bits = as_float.view(np.int64)
     exact = len(listed.cell) > 0
+    # Arrays are taken out of their tuples once: doing so counts references, which costs more than adding.
+    whole_counts, ratio_counts = whole.counts, ratios.counts
+    listed_cell, listed_value, n_listed = listed.cell, listed.value, listed.used[0]
+    # Pages that were looked up last, by the lower bits of their keys.
+    recent_key, recent_page = np.full(_RECENT, -1, np.int64), np.zeros(_RECENT, np.int64)
     for column in range(first, n_features):
         k, stop = begin[column], begin[column + 1]
         n = stop - k
         if n > len(whole.keys) - whole.used[0] or (not exact and n > len(ratios.keys) - ratios.used[0]):
+            listed.used[0] = n_listed
             return column
         last_key, last_page = np.int64(-1), np.int64(0)
+        # Sums of one cell of the result are kept in registers until another one comes.
+        cell, nonzero, total, high, low = np.int64(-1), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
         while k < stop:
             r, x = row[k], value[k]
             k += 1
@@ -207,15 +228,17 @@ def add_columns(first, begin, row, value, totals, group, n_groups, target, sums,
                 k += 1
             if x == 0.0:
                 continue
-            cell = np.int64(column) * n_groups + group[r]
-            sums.nonzero[cell] += 1
+            this = np.int64(column) * n_groups + group[r]
+            if this != cell:
+                _add_sums(sums, cell, nonzero, total, high, low)
+                cell, nonzero, total, high, low = this, np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+            nonzero += 1
             if 0.0 < x < TOO_LARGE and x == np.floor(x):
                 number = np.int64(x)
                 square = number * number
-                low = sums.square_low[cell] + (square & _LOW)
-                sums.total[cell] += number
-                sums.square_low[cell] = low & _LOW
-                sums.square_high[cell] += (square >> 32) + (low >> 32)
+                total += number
+                low += square & _LOW
+                high += square >> 32
                 code = number
                 if number >= EXACT_BELOW:
                     as_float[0] = x
@@ -223,7 +246,7 @@ def add_columns(first, begin, row, value, totals, group, n_groups, target, sums,
                 key = (cell << KEY_BITS) | (code >> PAGE_BITS)
                 if key != last_key:
                     last_key, last_page = key, _page(whole, key)
-                whole.counts[last_page, code & 31] += 1
+                whole_counts[last_page, code & 31] += 1
             else:
                 sums.n[cell] += 1
                 delta = x - sums.mean[cell]
@@ -235,14 +258,18 @@ def add_columns(first, begin, row, value, totals, group, n_groups, target, sums,
             if not 0.0 < y < np.inf:
                 sums.odd[cell] += 1
             elif exact:
-                at = listed.used[0]
-                listed.cell[at], listed.value[at] = cell, y
-                listed.used[0] = at + 1
+                listed_cell[n_listed], listed_value[n_listed] = cell, y
+                n_listed += 1
             else:
                 as_float[0] = y
                 code = as_bits[0] >> _CODE_SHIFT
-                page = _page(ratios, (cell << KEY_BITS) | (code >> PAGE_BITS))
-                ratios.counts[page, code & 31] += 1
+                key = (cell << KEY_BITS) | (code >> PAGE_BITS)
+                at = key & (_RECENT - 1)
+                if recent_key[at] != key:
+                    recent_key[at], recent_page[at] = key, _page(ratios, key)
+                ratio_counts[recent_page[at], code & 31] += 1
+        _add_sums(sums, cell, nonzero, total, high, low)
+    listed.used[0] = n_listed
     return n_features
 
 
