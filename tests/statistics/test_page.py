@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hbx_gpu import RaggedAtlas, tokens
+from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.testing import example_atlas
 from tests.pages import blocks
@@ -29,6 +30,7 @@ def test_medians_of_an_atlas_are_those_of_tokens(tmp_path: Path, monkeypatch: py
     found = atlas.statistics()
     dataset = atlas.query().to_cell_dataset()
     cell = dataset[int(batch["index"][0])]
+    assert isinstance(cell, SparseBatch)
     ranked = cell.values / cell.values.sum() * 10_000 / found.median[cell.indices]
     order = cell.indices[np.lexsort((cell.indices, -ranked))]
     genes = [vocabulary[found.feature_uids[column]] for column in order]
