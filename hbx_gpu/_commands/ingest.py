@@ -12,7 +12,7 @@ from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
-from hbx_gpu._commands.places import add_storage_options
+from hbx_gpu._commands.places import add_storage_options, argument, is_atlas, is_empty
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar, line
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -63,9 +63,9 @@ def add_parser(
     parser.add_argument(
         "--atlas",
         required=True,
-        type=local_argument,
+        type=argument,
         metavar="PATH",
-        help="the atlas; made if it is not there",
+        help="the atlas, or its address in object storage; made if it is not there",
     )
     parser.add_argument(
         "--layer",
@@ -213,7 +213,7 @@ def _ingest(args: argparse.Namespace) -> int:
 
 
 def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
-    is_new = not args.atlas.exists() or not any(args.atlas.iterdir())
+    is_new = is_empty(args.atlas)
     atlas = _open(args, [path for job in jobs for path in job.paths])
     several = [job for job in jobs if job.several]
     added, failure = _run_files(atlas, [job for job in jobs if not job.several], args)
@@ -235,7 +235,7 @@ def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
     if not args.no_snapshot and (added or _has_news(atlas)):
         atlas.optimize()
         version = atlas.snapshot()
-        rows = int(atlas.list_versions(atlas.path)["total_rows"].iloc[-1])
+        rows = int(atlas.list_versions(atlas.catalog.root)["total_rows"].iloc[-1])
         print(f"snapshot {version}: {rows:,} cells in {atlas.path}")
     if failure is not None:
         if not added:
@@ -370,7 +370,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
         if not is_mudata(file):
             named.append(("gene_expression", str(file)))
     # One whose making was interrupted is made anew, so it needs its columns.
-    exists = (args.atlas / "lance_db").is_dir() and not is_unfinished(args.atlas)
+    exists = is_atlas(args.atlas) and not (isinstance(args.atlas, Path) and is_unfinished(args.atlas))
     fields: dict[str, str] = {}
     for name, data in named if not exists else ():
         field_name, space = resolve_modality(name, fields, table, data)
@@ -566,6 +566,6 @@ def _id_columns(args: argparse.Namespace) -> str | dict[str, str] | None:
 
 def _has_news(atlas: RaggedAtlas) -> bool:
     """Whether an earlier run added cells that are in no snapshot."""
-    versions = atlas.list_versions(atlas.path)
+    versions = atlas.list_versions(atlas.catalog.root)
     stored = sum(atlas.catalog.obs(table).count_rows() for table in atlas.obs_tables)
     return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))

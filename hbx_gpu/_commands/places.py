@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from hbx_gpu._remote.places import AnyPath, Place, is_remote, parse
+from hbx_gpu._remote.stores import names
 from hbx_gpu.errors import RemotePathError
 
 
@@ -19,6 +20,20 @@ def argument(text: str) -> AnyPath:
         return parse(text)
     except RemotePathError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def is_atlas(path: AnyPath) -> bool:
+    """Whether there are tables of an atlas."""
+    if isinstance(path, Place):
+        return "lance_db" in names(path)[1]
+    return (path / "lance_db").is_dir()
+
+
+def is_empty(path: AnyPath) -> bool:
+    """Whether a folder does not exist or holds nothing."""
+    if isinstance(path, Place):
+        return not any(names(path))
+    return not path.exists() or not any(path.iterdir())
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:

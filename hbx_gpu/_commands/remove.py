@@ -6,8 +6,7 @@ import argparse
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
-from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._commands.places import add_storage_options, argument
 
 
 def add_parser(
@@ -21,7 +20,7 @@ def add_parser(
         description="Remove the cells of a dataset, and features that no other has, and take a snapshot. "
         "Snapshots that were taken before keep what they had, so its arrays stay on disk.",
     )
-    parser.add_argument("atlas", type=local_argument, metavar="ATLAS", help="the atlas")
+    parser.add_argument("atlas", type=argument, metavar="ATLAS", help="the atlas, or its address")
     parser.add_argument(
         "dataset",
         metavar="DATASET",

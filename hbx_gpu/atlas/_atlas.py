@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
-from hbx_gpu._advice import spelled
 from hbx_gpu._paths import local_path
 from hbx_gpu._remote.places import AnyPath, local_only
 from hbx_gpu.atlas._catalog import creation, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
-from hbx_gpu.atlas._catalog.lock import WriteLock
+from hbx_gpu.atlas._catalog.mirror import Mirror, also_in_object_storage
 from hbx_gpu.atlas._catalog.names import Names, only_table
-from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store
+from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store, root_of
 from hbx_gpu.atlas._catalog.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalog.session import ObsSchemas, WriteSession, declared_schemas
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
@@ -79,6 +78,12 @@ class RaggedAtlas:
         self._snapshot = snapshot
         self._schemas = dict(schemas or {})
 
+    def attached(self, mirror: Mirror) -> RaggedAtlas:
+        """The same atlas, whose writes go on to object storage."""
+        self.session.attach(mirror)
+        self._path = mirror.place
+        return self
+
     def __repr__(self) -> str:
         state = "writable" if self._snapshot is None else f"snapshot {self.version}"
         return f"RaggedAtlas({str(self._path)!r}, {state}, obs_tables={self.obs_tables})"
@@ -86,6 +91,7 @@ class RaggedAtlas:
     # Opening
 
     @classmethod
+    @also_in_object_storage
     def create(
         cls,
         path: str | os.PathLike[str],
@@ -101,6 +107,7 @@ class RaggedAtlas:
         version_table_name: str = VERSION_TABLE,
         pointer_fields: Mapping[str, str] | None = None,
         store_kwargs: object = None,
+        storage_options: Mapping[str, object] | None = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
         """Make a new atlas; other parameters as in :func:`create_or_open_atlas`.
@@ -117,6 +124,8 @@ class RaggedAtlas:
             of zarr or obstore. An atlas does not record it, so pass it whenever you open the atlas.
         store_kwargs
             Accepted and not used: local stores have no options.
+        storage_options
+            As of :meth:`checkout`.
 
         Raises
         ------
@@ -127,7 +136,7 @@ class RaggedAtlas:
         AtlasLockedError
             Somebody else is making it.
         """
-        del store_kwargs
+        del store_kwargs, storage_options
         root = root_of(path)
         named = {
             "obs_schemas": obs_schemas,
@@ -170,6 +179,7 @@ class RaggedAtlas:
         return cls(root, session=session, schemas=schemas)
 
     @classmethod
+    @also_in_object_storage
     def open(
         cls,
         path: str | os.PathLike[str],
@@ -183,6 +193,7 @@ class RaggedAtlas:
         codec: str | None = None,
         version_table_name: str = VERSION_TABLE,
         store_kwargs: object = None,
+        storage_options: Mapping[str, object] | None = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
         """Open an atlas for writing.
@@ -206,6 +217,8 @@ class RaggedAtlas:
             As in :func:`create_or_open_atlas`.
         store_kwargs
             Accepted and not used: local stores have no options.
+        storage_options
+            As of :meth:`checkout`.
 
         Raises
         ------
@@ -217,11 +230,11 @@ class RaggedAtlas:
         AtlasLockedError
             Somebody else is making it.
         """
-        del store_kwargs
+        del store_kwargs, storage_options
         root = root_of(path)
         if not (root / "lance_db").is_dir():
             raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
-        names = _names(root, version_table_name, allow_links=allow_links)
+        names = creation.finished_names(root, version_table_name, allow_links=allow_links)
         if names is None:
             raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
         schemas = declared_schemas(names, obs_table_names, obs_schemas, dataset_table_name, registry_tables)
@@ -615,21 +628,3 @@ class RaggedAtlas:
         from hbx_gpu.atlas._ingest.anndata import add_from_h5ad
 
         return add_from_h5ad(self, path, **kwargs)
-
-
-def _names(root: Path, version_table: str, *, allow_links: bool) -> Names | None:
-    if creation.is_unfinished(root):
-        with WriteLock(root).hold():
-            pass  # or raise an error that says who is making it
-        if creation.is_unfinished(root):
-            raise AtlasError(
-                f"the making of the atlas at {root} was interrupted, and nothing is in it; "
-                f"{spelled('create_or_open_atlas', 'hbx-gpu ingest')} makes it anew"
-            )
-    return Names.load(root, version_table=version_table, allow_links=allow_links)
-
-
-def root_of(path: str | os.PathLike[str]) -> Path:
-    """Directory of the atlas that is meant by it or by its ``lance_db``."""
-    root = local_path(path)
-    return root.parent if root.name == "lance_db" else root

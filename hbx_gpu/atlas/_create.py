@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from hbx_gpu.atlas._atlas import RaggedAtlas, root_of
+from hbx_gpu.atlas._atlas import RaggedAtlas
 from hbx_gpu.atlas._catalog import creation
 from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
+from hbx_gpu.atlas._catalog.mirror import also_in_object_storage
 from hbx_gpu.atlas._catalog.names import Names
+from hbx_gpu.atlas._catalog.paths import root_of
 from hbx_gpu.atlas._catalog.session import ObsSchemas
 from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE
 from hbx_gpu.atlas._model.schema import DatasetSchema, HoxBaseSchema
 from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC
 
 
+@also_in_object_storage
 def create_or_open_atlas(
     atlas_path: str | os.PathLike[str],
     *given: Given,
@@ -29,6 +32,7 @@ def create_or_open_atlas(
     version_table_name: str = VERSION_TABLE,
     pointer_fields: Mapping[str, str] | None = None,
     store_kwargs: object = None,
+    storage_options: Mapping[str, object] | None = None,
     allow_links: bool = False,
 ) -> RaggedAtlas:
     """Open the atlas at a path for writing; create it first if it does not exist.
@@ -36,7 +40,7 @@ def create_or_open_atlas(
     Parameters
     ----------
     atlas_path
-        Directory of the atlas.
+        Directory of the atlas, or an address in object storage.
     *given
         By position ``obs_schemas, dataset_table_name, dataset_schema, registry_schemas``, or as in Homeobox
         0.2.3 ``cell_table_name, cell_schema, dataset_table_name, dataset_schema``.
@@ -63,6 +67,9 @@ def create_or_open_atlas(
         ``gene_expression`` alone. Later ones come with :meth:`RaggedAtlas.add_pointer_field`.
     store_kwargs
         Accepted and not used: local stores have no options.
+    storage_options
+        Credentials and settings of an address in object storage, under the names of obstore; by default those
+        of the environment.
     allow_links
         Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
 
@@ -73,7 +80,7 @@ def create_or_open_atlas(
     AtlasError
         A class disagrees with the tables of the existing atlas.
     """
-    del store_kwargs
+    del store_kwargs, storage_options
     named = {
         "obs_schemas": obs_schemas,
         "cell_table_name": cell_table_name,

@@ -151,9 +151,11 @@ def test_the_next_run_goes_on(
 def test_few_versions(files: list[Path], tmp_path: Path) -> None:
     """All files that fit a table as it is share one version of it."""
     atlas = create_or_open_atlas(tmp_path / "a")
-    before = {name: tables.open_table(atlas.path, name).version for name in ("datasets", "_feature_layouts")}
+    before = {
+        name: tables.open_table(atlas.catalog.root, name).version for name in ("datasets", "_feature_layouts")
+    }
     hbx_gpu.ingest_many(atlas, [path for path in files if path.stem != "3"])
-    assert {name: tables.open_table(atlas.path, name).version - n for name, n in before.items()} == {
+    assert {name: tables.open_table(atlas.catalog.root, name).version - n for name, n in before.items()} == {
         "datasets": 2,  # its columns, its rows
         "_feature_layouts": 1,
     }

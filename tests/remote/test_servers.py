@@ -134,9 +134,9 @@ def test_a_server_ends_with_a_test_process_that_is_killed(tmp_path: Path) -> Non
     script = (
         "import os, pathlib, signal, sys, time, psutil\n"
         "from tests.remote.weed import kept\n"
-        "with kept(['sleep', '600'], pathlib.Path(sys.argv[1])) as pid:\n"
-        "    while not (found := psutil.Process(pid).children()): time.sleep(0.01)\n"
-        "    print(pid, found[0].pid, flush=True)\n"
+        "with kept(['sleep', '600'], pathlib.Path(sys.argv[1])) as keeper:\n"
+        "    while not (found := psutil.Process(keeper.pid).children()): time.sleep(0.01)\n"
+        "    print(keeper.pid, found[0].pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "log")]

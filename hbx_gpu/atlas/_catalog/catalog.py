@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ from hbx_gpu.errors import AtlasError, UnknownNameError
 _SQL_BATCH = 1000
 
 
+def _all_here(zarr_group: str) -> None:
+    """Of a local atlas, the arrays of every group are on the local disk."""
+
+
 class Catalog:
     """Tables and groups of one atlas, opened for writing. Callers hold the write lock.
 
@@ -41,11 +45,17 @@ class Catalog:
         Names of its tables.
     allow_links
         Follow links that lead out of the store.
+
+    Attributes
+    ----------
+    fetch
+        Brings the arrays of a group, by its name, to the local disk where the atlas is in object storage.
     """
 
     def __init__(self, root: Path, store: Path, names: Names, *, allow_links: bool = False) -> None:
         self.root, self.store, self.names, self.allow_links = root, store, names, allow_links
         self.journal = Journal(root)
+        self.fetch: Callable[[str], None] = _all_here
 
     # Tables, always in their newest state
 

@@ -7,13 +7,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hbx_gpu._advice import spelled
 from hbx_gpu._files import write_durably
 from hbx_gpu._untrusted import own_folder
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import FOLDER
+from hbx_gpu.atlas._catalog.lock import WriteLock
 from hbx_gpu.atlas._catalog.names import Names
 from hbx_gpu.atlas._catalog.paths import check_database
+from hbx_gpu.errors import AtlasError
 
 # This file exists from before the first table is made until the names of all tables are written.
 _MARK = "making"
@@ -58,3 +61,24 @@ def discard_empty(catalog: Catalog) -> None:
     shutil.rmtree(root / FOLDER, ignore_errors=True)
     with contextlib.suppress(OSError):  # the folder holds other files
         root.rmdir()
+
+
+def finished_names(root: Path, version_table: str, *, allow_links: bool) -> Names | None:
+    """Names of an atlas whose creation has ended; None where nothing says them.
+
+    Raises
+    ------
+    AtlasLockedError
+        Somebody is making the atlas.
+    AtlasError
+        Its creation was interrupted.
+    """
+    if is_unfinished(root):
+        with WriteLock(root).hold():
+            pass  # or raise an error that says who is making it
+        if is_unfinished(root):
+            raise AtlasError(
+                f"the making of the atlas at {root} was interrupted, and nothing is in it; "
+                f"{spelled('create_or_open_atlas', 'hbx-gpu ingest')} makes it anew"
+            )
+    return Names.load(root, version_table=version_table, allow_links=allow_links)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
+from hbx_gpu._paths import local_path
 from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._untrusted import NO_LINK, Within, check_tree, leads_out
 from hbx_gpu.errors import AtlasError, UnsafePathError
@@ -21,6 +22,12 @@ PathT = TypeVar("PathT", Path, Place, AnyPath)
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,254}")
 _MOST = 1024  # characters in the name of a group
 _MOST_BYTES = 255  # of one component, which is what file systems take
+
+
+def root_of(path: str | os.PathLike[str]) -> Path:
+    """Directory of the atlas that is meant by it or by its ``lance_db``."""
+    root = local_path(path)
+    return root.parent if root.name == "lance_db" else root
 
 
 def plain_name(name: object, what: str) -> str:

@@ -11,6 +11,7 @@ from hbx_gpu.atlas._catalog import removal, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import IngestNote
 from hbx_gpu.atlas._catalog.lock import WriteLock
+from hbx_gpu.atlas._catalog.mirror import Mirror
 from hbx_gpu.atlas._catalog.names import Names, only_table
 from hbx_gpu.atlas._catalog.removal import remove_dataset
 from hbx_gpu.atlas._model.schema import (
@@ -119,6 +120,7 @@ class WriteSession:
         self._registry_schemas = dict(registry_schemas or {})
         self._without_class = Cell if pointer_fields is None else cells_class(pointer_fields)
         self.lock = WriteLock(catalog.root)
+        self.mirror: Mirror | None = None
 
     @property
     def obs_tables(self) -> list[str]:
@@ -142,10 +144,31 @@ class WriteSession:
         AtlasLockedError
             Somebody else is writing.
         """
-        with self.lock.hold() as taken:
+        with contextlib.ExitStack() as stack:
+            taken = stack.enter_context(self.lock.hold())
+            if taken and self.mirror is not None:
+                stack.enter_context(self.mirror.exchange())
+                self._read_names()
             if taken:
                 recover(self.catalog)
             yield self.catalog
+
+    def attach(self, mirror: Mirror) -> None:
+        """Let every write go on to the atlas in object storage of which this one is the local copy."""
+        self.mirror = mirror
+        self.catalog.fetch = mirror.fetch
+
+    def checkpoint(self) -> None:
+        """Make what was written so far last, in object storage too; the caller holds the write lock."""
+        if self.mirror is not None:
+            self.mirror.push()
+
+    def _read_names(self) -> None:
+        """Names of tables that other writers have added in the meantime."""
+        names = self.catalog.names
+        found = Names.load(self.catalog.root, version_table=names.version_table)
+        if found is not None:
+            self.catalog.names = replace(found, codec=names.codec)
 
     @property
     def complete(self) -> bool:

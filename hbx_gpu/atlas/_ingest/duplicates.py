@@ -97,6 +97,8 @@ def find_same_cells(
         there = stored.column(field_name)
         pairs = [(there[i].as_py(), pointers[places[i]].as_py()) for i in chosen]
         pairs = [(a, b) for a, b in pairs if b is not None and b.get("zarr_group")]
+        for group in {str(stored["zarr_group"]) for stored, _ in pairs}:
+            catalog.fetch(group)
         read = _Values(catalog.store, space)
         same = [equal for a, b in pairs if (equal := read.same(a, b)) is not None]
         if same and sum(same) >= _MOST_COUNTS * len(same):

@@ -468,6 +468,7 @@ class _Run:
         def commit() -> None:
             nonlocal committed
             batch.commit()
+            self._session.checkpoint()
             committed = time.monotonic()
             for file in told:
                 self._report(file)

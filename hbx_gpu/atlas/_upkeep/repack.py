@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress
-from hbx_gpu._remote.places import local_only
+from hbx_gpu._remote.places import Place, local_only, parse
 from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
@@ -31,9 +31,16 @@ from hbx_gpu.atlas._catalog import swap, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import Journal, RepackNote
 from hbx_gpu.atlas._catalog.lock import WriteLock
+from hbx_gpu.atlas._catalog.mirror import Mirror
 from hbx_gpu.atlas._catalog.names import Names, OlderGenerationError, set_default_codec
 from hbx_gpu.atlas._catalog.paths import check_database, check_store, group_path, staging_path
-from hbx_gpu.atlas._catalog.snapshot_records import SnapshotRecord, atlas_root, read_records, resolve_store
+from hbx_gpu.atlas._catalog.snapshot_records import (
+    VERSION_TABLE,
+    SnapshotRecord,
+    atlas_root,
+    read_records,
+    resolve_store,
+)
 from hbx_gpu.atlas._ingest.anywhere import Here, in_turn, result_of
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
@@ -125,6 +132,7 @@ def repack(
     executor: Executor | None = None,
     allow_links: bool = False,
     progress: Progress | None = None,
+    storage_options: Mapping[str, object] | None = None,
 ) -> RepackReport:
     """Rewrite index and layers of every sparse group in another codec, in place.
 
@@ -152,6 +160,10 @@ def repack(
         or have links in them, are left alone in any case.
     progress
         Called with the number of values done and of all values; each counts twice, written and compared.
+    storage_options
+        Credentials and settings of an address in object storage, under the names of obstore. An atlas there
+        is copied to the temporary folder of this machine, rewritten and uploaded; readers of a group whose
+        objects are exchanged get an error meanwhile.
 
     Returns
     -------
@@ -171,6 +183,12 @@ def repack(
     CorruptChunkError
         A chunk cannot be decoded; its group is as it was.
     """
+    place = parse(atlas_path, storage_options)
+    if isinstance(place, Place):
+        mirror = Mirror(place, VERSION_TABLE)
+        with mirror.exchange():
+            mirror.fetch_all()
+            return repack(mirror.root, codec, executor=executor, progress=progress)
     check_codec(codec)
     root = local_only(atlas_root(atlas_path))
     check_database(root, allow_links=allow_links)
