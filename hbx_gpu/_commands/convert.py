@@ -10,7 +10,7 @@ from pathlib import Path
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
-from hbx_gpu._commands.places import add_storage_options
+from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, note
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -36,7 +36,9 @@ def add_parser(
         help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store; one modality of a "
         "MuData as FILE.h5mu:MODALITY",
     )
-    parser.add_argument("target", type=local_argument, metavar="TARGET", help="the atlas or archive to make")
+    parser.add_argument(
+        "target", type=argument, metavar="TARGET", help="the atlas or archive to make, or its address"
+    )
     parser.add_argument(
         "--layer",
         metavar="NAME",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
-from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._commands.places import add_storage_options, argument, is_empty
+from hbx_gpu._remote.looking import is_file
+from hbx_gpu._remote.places import AnyPath
 
 
 def add_parser(
@@ -19,9 +19,9 @@ def add_parser(
     parser.add_argument(
         "paths",
         nargs="+",
-        type=local_argument,
+        type=argument,
         metavar="PATH",
-        help="an atlas or any store of hbx_gpu.open; several are described one after the other",
+        help="an atlas or any store of hbx_gpu.open, or its address; several are described in turn",
     )
     parser.add_argument(
         "--version",
@@ -35,9 +35,9 @@ def add_parser(
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
 
 
-def _is_something(path: Path) -> bool:
+def _is_something(path: AnyPath) -> bool:
     """Whether there is anything; what is missing or empty may have been meant to be an atlas."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    return is_file(path) or not is_empty(path)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _described(path: Path, snapshot: int | None, allow_links: bool) -> str:
+def _described(path: AnyPath, snapshot: int | None, allow_links: bool) -> str:
     from hbx_gpu._inplace.stores import is_atlas, open_stores
 
     if snapshot is None and _is_something(path) and not is_atlas(path):

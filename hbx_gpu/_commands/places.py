@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from hbx_gpu._remote.looking import is_dir
 from hbx_gpu._remote.places import AnyPath, Place, is_remote, parse
-from hbx_gpu._remote.stores import names
 from hbx_gpu.errors import RemotePathError
 
 
@@ -24,16 +24,14 @@ def argument(text: str) -> AnyPath:
 
 def is_atlas(path: AnyPath) -> bool:
     """Whether there are tables of an atlas."""
-    if isinstance(path, Place):
-        return "lance_db" in names(path)[1]
-    return (path / "lance_db").is_dir()
+    return is_dir(path / "lance_db")
 
 
 def is_empty(path: AnyPath) -> bool:
     """Whether a folder does not exist or holds nothing."""
     if isinstance(path, Place):
-        return not any(names(path))
-    return not path.exists() or not any(path.iterdir())
+        return not is_dir(path)
+    return not path.is_dir() or not any(path.iterdir())
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:

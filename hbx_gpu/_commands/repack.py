@@ -7,8 +7,7 @@ import argparse
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
-from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._progress import bar
 
 
@@ -26,7 +25,7 @@ def add_parser(
         "Cells, genes and snapshots stay as they are. May be interrupted; run it again to go on.",
     )
     parser.add_argument(
-        "atlas", type=local_argument, metavar="ATLAS", help="the atlas; also one that Homeobox made"
+        "atlas", type=argument, metavar="ATLAS", help="the atlas, or its address; also one that Homeobox made"
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
     add_executor_options(parser)

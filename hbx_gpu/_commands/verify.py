@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
-from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._progress import bar, line
+from hbx_gpu._remote.places import AnyPath
 
 _SHOWN = 10
 
@@ -25,11 +24,11 @@ def add_parser(
         parents=[common],
         help="say whether an atlas or another store is whole",
         description="Check tables, metadata and pointers, where each chunk lies, and the checksum of each "
-        "chunk; chunks without a checksum are decoded. Nothing is written. The exit status is 1 if something "
+        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status is 1 if something "
         "is damaged.",
     )
     parser.add_argument(
-        "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
+        "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
     )
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument(
@@ -45,6 +44,12 @@ def add_parser(
         metavar="N",
         help="snapshot of an atlas; by default the newest",
     )
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="first finish or remove what interrupted writers left: uploads, unfinished files, notes. An error "
+        "where somebody is writing",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
     add_allow_links(parser)
     add_storage_options(parser)
@@ -54,13 +59,19 @@ def add_parser(
 def run(args: argparse.Namespace) -> int:
     """Print a line per dataset, and what is damaged; 1 if anything is."""
     from hbx_gpu._devices import cores
+    from hbx_gpu._remote.looking import size_below
     from hbx_gpu._verify.dataset import Level
+    from hbx_gpu._verify.leftovers import clean
     from hbx_gpu._verify.stores import verify
 
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.clean:
+        with from_command(FLAGS):
+            for sentence in clean(args.path, allow_links=args.allow_links) or ["nothing was left to clean"]:
+                line(sentence)
     level: Level = "fast" if args.fast else "full" if args.full else "checksums"
-    total = sum(file.stat().st_size for file in _files(args.path))
+    total = args.path.stat().st_size if _is_local_file(args.path) else size_below(args.path)
     begin, whole, damaged, done = time.perf_counter(), 0, 0, 0
     with from_command(FLAGS), bar("B", "verify") as progress:
 
@@ -93,6 +104,6 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(damaged))
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The files of a store, for the length of the progress bar."""
-    return (file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+def _is_local_file(path: AnyPath) -> bool:
+    """Whether a store is one file on a local disk."""
+    return isinstance(path, Path) and path.is_file()

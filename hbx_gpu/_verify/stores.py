@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbx_gpu._remote.places import AnyPath
 from hbx_gpu._verify.dataset import Level, Stored, problems
 from hbx_gpu.errors import HbxError
 
@@ -32,7 +32,7 @@ class Verdict:
 
 
 def verify(
-    path: Path,
+    path: AnyPath,
     level: Level,
     *,
     version: int | None = None,
@@ -74,7 +74,7 @@ def verify(
         yield verdict
 
 
-def _parts(path: Path, version: int | None, allow_links: bool) -> Iterator[Part]:
+def _parts(path: AnyPath, version: int | None, allow_links: bool) -> Iterator[Part]:
     from hbx_gpu._inplace.stores import is_atlas
 
     if is_atlas(path) or version is not None:
@@ -116,7 +116,7 @@ def _parts_of_atlas(snapshot: Snapshot) -> Iterator[Part]:
                 yield Part(name, opened)
 
 
-def _parts_of_stores(path: Path, allow_links: bool) -> Iterator[Part]:
+def _parts_of_stores(path: AnyPath, allow_links: bool) -> Iterator[Part]:
     """A part per matrix of a store that other programs wrote."""
     import hbx_gpu
     from hbx_gpu._inplace.cells import Cells

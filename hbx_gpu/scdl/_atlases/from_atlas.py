@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from hbx_gpu._advice import option
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu.errors import AtlasError, InvalidDataError, UnsupportedError
 from hbx_gpu.scdl._atlases import origin
 from hbx_gpu.scdl._format.values import Tolerance
 from hbx_gpu.scdl._writing.concat import append_frames, append_neighbors
+from hbx_gpu.scdl._writing.uploading import local_target
 from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
 
 if TYPE_CHECKING:
@@ -107,12 +109,16 @@ def atlas_to_archive(
     from hbx_gpu.atlas._catalog.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery
 
-    check_target(target, overwrite=overwrite)
+    if not is_remote(target):
+        check_target(target, overwrite=overwrite)
     snapshot = Snapshot.open(source, version, allow_links=allow_links)
     query = AtlasQuery(snapshot, table)
     if feature_space is not None:
         query.feature_spaces(feature_space)
-    made_of = origin.find(Path(source), snapshot.version, allow_links=allow_links)
+    # What an archive had beside its tables is kept in local atlases only.
+    made_of = (
+        None if is_remote(source) else origin.find(Path(source), snapshot.version, allow_links=allow_links)
+    )
     dataset = query.to_cell_dataset(feature_space, layer or _only_layer(snapshot))
     if not isinstance(dataset, CellDataset):
         raise UnsupportedError(
@@ -133,13 +139,16 @@ def atlas_to_archive(
     if not union:
         rows, genes = _with_own_columns(dataset)
     n_columns = max([len(own) for own in genes] + ([made_of.n_columns] if made_of else []))
-    with ArchiveWriter(
-        target,
-        n_columns=n_columns,
-        data_dtype=data_dtype or (made_of.data_dtype if made_of else "auto"),
-        tolerance=Tolerance(allow_loss=allow_loss),
-        overwrite=overwrite,
-    ) as writer:
+    with (
+        local_target(target, overwrite=overwrite) as made,
+        ArchiveWriter(
+            made,
+            n_columns=n_columns,
+            data_dtype=data_dtype or (made_of.data_dtype if made_of else "auto"),
+            tolerance=Tolerance(allow_loss=allow_loss),
+            overwrite=overwrite,
+        ) as writer,
+    ):
         if made_of is not None:
             append_neighbors(writer, made_of, _PIECE)
             append_frames(writer, made_of, any_obs=made_of.obs is not None and len(made_of.obs) > 0)

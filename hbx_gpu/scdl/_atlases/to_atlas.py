@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._remote.looking import is_dir
+from hbx_gpu._remote.places import parse
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._atlases import origin
 from hbx_gpu.scdl._format.archive import Archive, open_archive
@@ -96,8 +98,8 @@ def archive_to_atlas(
         raise InvalidDataError(f"{archive.path} holds no values: there is nothing to convert")
     archive.check_pointers()
     blocks = gene_blocks(archive)
-    path = Path(target)
-    there = (path / "lance_db").is_dir()
+    path = parse(target)
+    there = is_dir(path / "lance_db")
     atlas = RaggedAtlas.open(path, allow_links=allow_links) if there else None
     axis = gene_axis(
         blocks,
@@ -132,7 +134,8 @@ def archive_to_atlas(
         progress(done, archive.n_rows)
     atlas.optimize()
     snapshot = atlas.snapshot()
-    if int(atlas.list_versions(path)["total_rows"].iloc[-1]) == archive.n_rows:
+    n_rows = int(atlas.list_versions(atlas.catalog.root)["total_rows"].iloc[-1])
+    if isinstance(path, Path) and n_rows == archive.n_rows:
         origin.keep(archive, path, snapshot, layer)
     return added
 

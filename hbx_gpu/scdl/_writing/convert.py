@@ -22,11 +22,13 @@ from hbx_gpu._identity.choice import choose
 from hbx_gpu._identity.overlap import compare, require
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._progress import Progress, silent
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu._stores.kinds import split_modality
 from hbx_gpu._stores.source import open_source
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.index_writer import to_table
 from hbx_gpu.scdl._format.values import Tolerance, check_dtype
+from hbx_gpu.scdl._writing.uploading import local_target
 from hbx_gpu.scdl._writing.writer import ArchiveWriter, check_target
 
 if TYPE_CHECKING:
@@ -210,7 +212,8 @@ def convert_h5ad_files(
     for file in files:
         if not split_modality(file)[0].exists():
             raise FileNotFoundError(f"Error: could not find h5ad path {file}")
-    check_target(target, overwrite=overwrite)
+    if not is_remote(target):
+        check_target(target, overwrite=overwrite)
     chosen = look_at_files(files, options)
     if len(files) > 1:
         _compare_genes(files, chosen, options)
@@ -222,13 +225,16 @@ def convert_h5ad_files(
             f"{', '.join(map(str, files[:_SHOWN]))}: there are no {what} in it, so there is nothing to "
             "convert"
         )
-    with ArchiveWriter(
-        target,
-        n_columns=max(n for _, n in shapes),
-        data_dtype=data_dtype,
-        tolerance=tolerance,
-        overwrite=overwrite,
-    ) as writer:
+    with (
+        local_target(target, overwrite=overwrite) as made,
+        ArchiveWriter(
+            made,
+            n_columns=max(n for _, n in shapes),
+            data_dtype=data_dtype,
+            tolerance=tolerance,
+            overwrite=overwrite,
+        ) as writer,
+    ):
         added = []
         for file, choice in zip(files, chosen, strict=True):
             show = _shifted(progress, writer.n_rows, total)

@@ -97,10 +97,10 @@ def recover(target: str | os.PathLike[str]) -> bool:
     """
     target = Path(target).resolve()
     restored = False
-    if not _leftovers(target):
+    if not leftovers(target):
         return restored
     with _parent_locked(target) as exclusive:
-        for place in _leftovers(target):
+        for place in leftovers(target):
             with _held(place, or_without_lock=exclusive) as abandoned:
                 if not abandoned:
                     continue
@@ -112,7 +112,8 @@ def recover(target: str | os.PathLike[str]) -> bool:
     return restored
 
 
-def _leftovers(target: Path) -> list[Path]:
+def leftovers(target: Path) -> list[Path]:
+    """Staging places beside a target, of living writers and of those that died."""
     prefix = f".{target.name}{_MARK}"
     with contextlib.suppress(OSError):
         return sorted(path for path in target.parent.iterdir() if path.name.startswith(prefix))
