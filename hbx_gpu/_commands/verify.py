@@ -24,8 +24,8 @@ def add_parser(
         parents=[common],
         help="say whether an atlas or another store is whole",
         description="Check tables, metadata and pointers, where each chunk lies, and the checksum of each "
-        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status is 1 if something "
-        "is damaged.",
+        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status is "
+        "1 if something is damaged.",
     )
     parser.add_argument(
         "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
@@ -47,8 +47,8 @@ def add_parser(
     parser.add_argument(
         "--clean",
         action="store_true",
-        help="first finish or remove what interrupted writers left: uploads, unfinished files, notes. An error "
-        "where somebody is writing",
+        help="first finish or remove what interrupted writers left: uploads, unfinished files, notes; an "
+        "error where somebody is writing",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
     add_allow_links(parser)
