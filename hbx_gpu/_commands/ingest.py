@@ -236,7 +236,7 @@ def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
         atlas.optimize()
         version = atlas.snapshot()
         rows = int(atlas.list_versions(atlas.catalog.root)["total_rows"].iloc[-1])
-        print(f"snapshot {version}: {rows:,} cells in {atlas.path}")
+        print(f"snapshot {version}: {rows:,} cells in {atlas.url}")
     if failure is not None:
         if not added:
             _discard(atlas, is_new)

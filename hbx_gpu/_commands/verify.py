@@ -24,8 +24,8 @@ def add_parser(
         parents=[common],
         help="say whether an atlas or another store is whole",
         description="Check tables, metadata and pointers, where each chunk lies, and the checksum of each "
-        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status is "
-        "1 if something is damaged.",
+        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status "
+        "is 1 if something is damaged.",
     )
     parser.add_argument(
         "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"

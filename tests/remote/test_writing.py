@@ -91,7 +91,7 @@ def test_every_kind_of_write_reaches_the_store(url: str, tmp_path: Path) -> None
     with pytest.raises(AlreadyIngestedError):
         create_or_open_atlas(url).add_from_h5ad(file)
     atlas = RaggedAtlas.open(url)
-    assert str(atlas.path) == url
+    assert atlas.url == url
     assert url in repr(atlas)
     fill(url, other)
     assert len(matrix(url)) == 60
