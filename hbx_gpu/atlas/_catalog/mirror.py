@@ -120,7 +120,7 @@ class Mirror:
         there = {path: info for path, info in there.items() if _is_part(path)}
         for path in there:
             if any(part in ("", ".", "..") or "\\" in part for part in path.split("/")):
-                raise UnsafePathError(f"{self.place} holds an object {path!r}, which is no path below it")
+                raise UnsafePathError(f"{self.place} holds an object {path!r}, which is not a path below it")
         (self.root / _STORE).mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.root / _STORE / STAGING, ignore_errors=True)
         same = {}
