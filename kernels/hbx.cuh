@@ -146,6 +146,20 @@ struct HbxBlock {
     u32 unused;
 };  // 32 bytes
 
+// How an array is cut into chunks.
+struct HbxArray {
+    u64 first_chunk;  // number of its first chunk
+    u32 elements;     // per chunk, at least 1
+    u32 n_chunks;
+};  // 16 bytes
+
+// A metadata column of all rows.
+struct HbxColumn {
+    u64 data;  // address of its values; 0: row numbers
+    u32 at;    // bytes per row of the columns before it in the output
+    u32 size;  // bytes of a value: 1, 2, 4, 8
+};  // 16 bytes
+
 // Element types, by number (hbx_gpu/_engine/device/records.py).
 #define HBX_U8 0
 #define HBX_U16 1

@@ -91,7 +91,7 @@ def steps(out: Path, sanitize_only: str, pythons: Sequence[str]) -> list[Step]:
         Step("kernels", [*pytest, "tests/kernels"]),
         Step("engine", [*pytest, "tests/engine"], _ARRAYS),
         Step("loader", [*pytest, *tests], _ARRAYS),
-        Step("residency", [*pytest, "tests/test_residency.py"], _ARRAYS),
+        Step("residency", [*pytest, "tests/test_residency.py", "tests/test_planned.py"], _ARRAYS),
         Step("multimodal", [*pytest, "tests/test_multimodal.py"], _ATLAS),
         Step("dali", [*pytest, "tests/test_executors.py", "tests/test_pipeline.py"], _DALI),
         Step("images", [*pytest, "tests/images"], _DALI),

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.dali import need_dali, same_batch
 from tests.emulation.backend import EmulatedBackend
 from tests.emulation.streams import StreamBackend
 from tests.ids import stable
+from tests.threads import loader_threads
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +284,32 @@ def test_operators_of_dali_run_on_every_batch(dataset: CellDataset) -> None:
     begun.close()
     for found, want in zip(resumed, first[3:], strict=True):
         same_batch(found, want)
+
+
+def test_operators_run_ahead_of_the_consumer_on_another_thread(dataset: CellDataset) -> None:
+    begun: list[str] = []
+    second = threading.Event()
+
+    def note(fields: dict[str, Any], rng: Any) -> dict[str, Any]:  # noqa: ARG001
+        begun.append(threading.current_thread().name)
+        if len(begun) == 2:
+            second.set()
+        return fields
+
+    loader = make_loader(dataset, sampler_for(dataset, batch_size=16), layout="dense", operators=note)
+    batches = iter(loader)
+    next(batches)
+    assert second.wait(60)  # while nobody asks for it
+    assert len(list(batches)) == len(loader) - 1
+    assert set(begun) == {"hbx_gpu-loader-operators"}
+    del batches
+    assert not loader_threads("hbx_gpu-loader-operators")
+
+    dropped = iter(loader)
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert not loader_threads("hbx_gpu-loader-operators")
 
 
 def test_errors_of_operators_arrive_at_next(dataset: CellDataset) -> None:

@@ -262,9 +262,9 @@ def test_resident_rowpack_batches_read_and_copy_no_chunk(rowpack: CellDataset) -
     for made in feed.make([rowpack_rows]):
         before = backend.uploaded
         slot = feed.chunks.slot()
-        staging = feed.chunks.stage(rowpack_rows, slot)
+        staging = feed.chunks.stage_on_host(rowpack_rows, slot)
         assert (staging.staged_bytes, staging.area_bytes) == (0, 0)
-        assert sum(len(ranges) for ranges in staging.ranges) == 0
+        assert sum(map(len, [staging.rowpack_ranges, *staging.ranges])) == 0
         feed._engine.submit_dense(staging, slot).check()
         # Two pieces, a segment, pointers and status words per row that lies in one chunk.
         pieces, segments = len(staging.tables["pieces"]), len(staging.tables["segments0"])

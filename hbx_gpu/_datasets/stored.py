@@ -504,9 +504,9 @@ AnyStored: TypeAlias = StoredDataset[Any, Any, Any]
 
 
 def joined(selections: Sequence[np.ndarray]) -> np.ndarray:
-    """The row numbers of several batches end to end; of one batch, the same array."""
+    """The row numbers of several batches end to end, in an array of their own."""
     if len(selections) == 1:
-        return selections[0]
+        return selections[0].copy()
     return np.concatenate([*selections, np.empty(0, np.int64)])
 
 

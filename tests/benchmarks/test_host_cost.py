@@ -69,3 +69,21 @@ def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     results = json.loads((tmp_path / "host_cost.json").read_text())["results"]
     assert [r["path"] for r in results] == [*host_cost.PATHS, "hand-over"]
     assert "stream, csr, 16 rows" in printed
+
+
+@pytest.mark.parametrize(("layout", "most"), [("dense", 170), ("csr", 215)])
+def test_batches_that_the_device_plans_cost_the_host_the_same(
+    dataset: CellDataset, layout: str, most: int
+) -> None:
+    """Row numbers are all that crosses, in a bounded number of calls of Python and C functions."""
+    feed = host_cost.feed_of(dataset, "device", layout)
+    assert feed.chunks.index is not None
+    found = set()
+    for n in (16, 256, 4_000):
+        rows = np.random.default_rng(0).integers(0, len(dataset), n)
+        host_cost.delivered(feed, rows)  # slots grow, places are computed
+        before = feed._backend.copies
+        found.add(host_cost.calls(partial(host_cost.delivered, feed, rows)))
+        assert feed._backend.copies - before <= 3
+    assert len(found) == 1
+    assert max(found) <= most

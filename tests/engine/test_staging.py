@@ -19,7 +19,7 @@ from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._engine.device import records, status
 from hbx_gpu._engine.device.staged_plan import StagedPlan
 from hbx_gpu._engine.device.stager import Stager
-from hbx_gpu._engine.device.staging_kernels import MAX_GAP, RANGE
+from hbx_gpu._engine.device.staging_kernels import MAX_GAP
 from hbx_gpu._plan.rows import plan_rows, source_table
 from hbx_gpu._source import RowIndex
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError
@@ -184,14 +184,14 @@ def test_stored_order_copies_a_chunk_about_once(tmp_path: Path) -> None:
     staging = measured(rows, np.arange(40))
     assert len(staging.tables["runs"]) == len(staging.plan.chunks)
     nbytes = int(staging.slab.nbytes.sum())
-    assert 0.9 * nbytes < staging.ranges[0]["nbytes"].sum() < nbytes
+    assert 0.9 * nbytes < staging.rowpack_ranges["nbytes"].sum() < nbytes
 
 
 def test_one_row_copies_its_blocks_alone(tmp_path: Path) -> None:
     rows = opened(tmp_path, [long_rows(400, chunk=1 << 17)], 20_000)
     staging = measured(rows, [200])
     assert len(staging.plan.chunks) == 2
-    assert staging.ranges[0]["nbytes"].sum() < staging.slab.nbytes.sum() / 100
+    assert staging.rowpack_ranges["nbytes"].sum() < staging.slab.nbytes.sum() / 100
 
 
 @pytest.mark.parametrize(("apart", "n_runs"), [(MAX_GAP, 1), (MAX_GAP + 1, 2)])
@@ -202,11 +202,38 @@ def test_near_pieces_share_a_run(apart: int, n_runs: int, tmp_path: Path) -> Non
     staged_elements(rows, staging, host)
 
 
+@pytest.mark.parametrize("room", [0, 3000, 1 << 20])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_fits_is_copied_with_the_measuring(room: int, again: bool, tmp_path: Path) -> None:
+    """Packing does the rest, and all of it into another buffer; nothing is written outside the room."""
+    rows = opened(tmp_path, [long_rows()], 20_000)
+    selection = np.random.default_rng(0).permutation(40)
+    _, expected = packed(rows, selection)
+    buffer = np.full((1 << 21) + 8, 0xEE, np.uint8)[-(1 << 21) :]
+    buffer = buffer[-buffer.ctypes.data % 16 :]
+    staging = measured(rows, selection, host=buffer[:room])
+    assert (buffer[room:] == 0xEE).all()
+    n = len(staging.rowpack_ranges)
+    assert staging.n_copied == n if room > len(expected) else staging.n_copied < n
+    assert (staging.n_copied > 0) == (room > 0)
+    host = buffer if again else np.full(len(expected), 0xEE, np.uint8)
+    if again and 0 < room < len(expected):  # what is there already is not copied again
+        staging.slab.address[:] = 0
+        staging.rowpack_ranges[: staging.n_copied]["source"] = 0
+    rows.engine.pack(staging, host)
+    for ranges in staging.rowpack_ranges:
+        part = slice(int(ranges["target"]), int(ranges["target"] + ranges["nbytes"]))
+        assert np.array_equal(host[part], expected[part])
+    place = slice(staging.at["pieces"], staging.at["pieces"] + staging.tables["pieces"].nbytes)
+    assert np.array_equal(host[place], expected[place])
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_room_is_exact_and_ranges_do_not_overlap(codec: str, tmp_path: Path) -> None:
     rows = opened(tmp_path, [long_rows(codec=codec)], 20_000)
     staging = measured(rows, [30, 2, 2, 11])
-    ranges = np.concatenate([*staging.ranges, *(r for _, r in staging.decode), np.empty(0, RANGE)])
+    decoded = [ranges for _, ranges in staging.decode]
+    ranges = np.concatenate([staging.rowpack_ranges, *staging.ranges, *decoded])
     ranges = ranges[ranges["nbytes"] > 0]
     ranges = np.sort(ranges, order="target")
     end = ranges["target"] + ranges["nbytes"]
@@ -322,7 +349,7 @@ def test_no_directory_makes_copies_leave_the_chunk(tmp_path: Path) -> None:
             continue
         first = int(staging.slab.address[0])
         end = first + int(staging.slab.nbytes[0])
-        ranges = staging.ranges[0]
+        ranges = staging.rowpack_ranges
         inside = (ranges["source"] >= first) & (ranges["source"] + ranges["nbytes"] <= end)
         others = [int(a) for a in staging.slab.address[1:]]
         n_bytes = [int(n) for n in staging.slab.nbytes[1:]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +17,9 @@ from hbx_gpu._engine.device import status
 from hbx_gpu._engine.device.backend import Backend, Slot
 from hbx_gpu._engine.device.compressed import chosen
 from hbx_gpu._engine.device.launches import DENSE_KERNELS, CsrTensors, FlatCsr, Launches, Pending
+from hbx_gpu._engine.device.planned import PlannedLaunches, PlannedRows
 from hbx_gpu._engine.device.records import SOURCE, element_type
-from hbx_gpu._engine.device.staged_plan import ANY, PARTS, Layout, Resident, StagedPlan
+from hbx_gpu._engine.device.staged_plan import ANY, PARTS, Layout, Resident, Staged, StagedPlan
 from hbx_gpu._engine.device.stager import Stager
 from hbx_gpu._plan.rows import BatchPlan, SourceTable
 from hbx_gpu._storage.chunks import ChunkDirectory
@@ -75,6 +77,7 @@ class DeviceEngine:
         decode: str = "auto",
     ) -> None:
         self.table, self.directory, self.dtypes, self.backend = table, directory, list(dtypes), backend
+        self._names = [dtype.name for dtype in self.dtypes]
         self._types = [element_type(dtype, f"layer {k}") for k, dtype in enumerate(self.dtypes)]
         self.stager = Stager(table, directory, dtypes, chosen(directory.layouts, decode, backend))
         self._slots = _Slots()
@@ -95,9 +98,10 @@ class DeviceEngine:
         *,
         layout: Layout | None = None,
         resident: Resident | None = None,
+        host: np.ndarray | None = None,
     ) -> StagedPlan:
         """Decide what crosses for a plan and how much room it takes; see :meth:`Stager.measure`."""
-        return self.stager.measure(plan, slab, layout=layout, resident=resident)
+        return self.stager.measure(plan, slab, layout=layout, resident=resident, host=host)
 
     def pack(self, staging: StagedPlan, slot: Slot) -> None:
         """Copy what crosses to the slot's page-locked buffer; the slab is not needed afterwards.
@@ -117,7 +121,7 @@ class DeviceEngine:
 
     def submit_csr(
         self,
-        staging: StagedPlan,
+        staging: Staged,
         slot: Slot,
         *,
         value_dtypes: Sequence[str] | None = None,
@@ -142,13 +146,16 @@ class DeviceEngine:
         """
         import torch
 
-        plan, backend = staging.plan, self.backend
-        dtypes = list(value_dtypes or (dtype.name for dtype in self.dtypes))
-        types = [element_type(np.dtype(dtype), f"layer {k}") for k, dtype in enumerate(dtypes)]
-        n = plan.n_elements
+        self._remember(staging, partial(self.submit_csr, value_dtypes=value_dtypes, canonical=canonical))
+        backend = self.backend
+        dtypes, types = self._names, self._types
+        if value_dtypes is not None:
+            dtypes = list(value_dtypes)
+            types = [element_type_of(dtype) for dtype in dtypes]
+        n = staging.n_elements
         sorts = canonical and self._sorts
         indices = backend.empty(n, "int64" if sorts else "int32")
-        offsets = backend.empty(plan.n_rows + 1, "int64")
+        offsets = backend.empty(staging.n_rows + 1, "int64")
         values = [backend.empty(n, dtype) for dtype in dtypes]
         batch = self._launches(staging, slot, types, flat=sorts or self.table.drops)
         batch.decode([indices, *values])
@@ -188,11 +195,11 @@ class DeviceEngine:
         """
         batch = self._launches(staging, slot, self._types, flat=True)
         batch.decode([])
-        return batch.finish(list(then(batch.flat())))
+        return batch.finish(list(then(batch.flat(staging.plan))))
 
     def submit_dense(
         self,
-        staging: StagedPlan,
+        staging: Staged,
         slot: Slot,
         dtype: str = "float32",
         transform: Transform | None = None,
@@ -224,7 +231,8 @@ class DeviceEngine:
         if not staging.fused:
             raise ValueError("the plan was measured for CSR; measure it with layout=None or 'dense'")
         transform = transform or Transform()
-        out = self.backend.empty((staging.plan.n_rows, self.table.n_features), dtype)
+        self._remember(staging, partial(self.submit_dense, dtype=dtype, transform=transform, layer=layer))
+        out = self.backend.empty((staging.n_rows, self.table.n_features), dtype)
         fused = staging.fused[layer] and dtype != "float64"
         batch = self._launches(staging, slot, self._types, flat=not fused)
         if fused:
@@ -299,11 +307,18 @@ class DeviceEngine:
         self.backend.hand_over(pending.event, pending.tensors)
         return result
 
-    def _launches(self, staging: StagedPlan, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
-        return Launches(
+    def _launches(self, staging: Staged, slot: Slot, types: Sequence[int], *, flat: bool) -> Launches:
+        launches = PlannedLaunches if isinstance(staging, PlannedRows) else Launches
+        return launches(
             self.backend, self._columns, types, self._raise_for, staging, slot,
             flat=flat, first_role=self.table.first_role,
         )  # fmt: skip
+
+    @staticmethod
+    def _remember(staging: Staged, submit: Callable[[StagedPlan, Slot], Pending]) -> None:
+        """Note how a batch is submitted, for the case that it has to be planned anew on the host."""
+        if isinstance(staging, PlannedRows):
+            staging.submit = submit
 
     def _upload_constants(self) -> None:
         """Sources and remaps: the same for all batches, so they cross once."""
@@ -327,10 +342,22 @@ class DeviceEngine:
             np.uint64(len(table.remap)),
         )
 
-    def _raise_for(self, staging: StagedPlan, words: np.ndarray) -> None:
+    def _raise_for(self, staging: Staged, words: np.ndarray) -> None:
         """Raise what the status words of a batch say, if they say anything."""
         if not words[ANY]:
             return
+        if isinstance(staging, PlannedRows):
+            staging.raise_again()
+        else:
+            self._raise_for_plan(staging, words)
+        raise RuntimeError(
+            f"a kernel refused what the host told it to do (status {words[ANY]:#x}); this is a bug of "
+            "hbx_gpu, please report it"
+        )
+
+    def _raise_for_plan(self, staging: Staged, words: np.ndarray) -> None:
+        """Raise what the status words of a plan that the host made say about chunks and values."""
+        assert isinstance(staging, StagedPlan)
         for part in PARTS:
             begin = staging.first_word(part)
             found = np.flatnonzero(words[begin : begin + staging.counts[part]])
@@ -347,10 +374,12 @@ class DeviceEngine:
         begin = staging.first_word("rows")
         if (words[begin : begin + staging.counts["rows"]] & status.NOT_COUNTS).any():
             raise not_counts("the dataset's layer")
-        raise RuntimeError(
-            f"a kernel refused what the host told it to do (status {words[ANY]:#x}); this is a bug of "
-            "hbx_gpu, please report it"
-        )
+
+
+@cache
+def element_type_of(name: str) -> int:
+    """Number of the element type of a dtype's name."""
+    return element_type(np.dtype(name), "a batch")
 
 
 def _remaps_ascend(table: SourceTable) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hbx_gpu._engine.device.backend import Argument, Backend, DeviceBuffer, Event, Part, Slot, Streams
 from hbx_gpu._engine.device.records import ELEMENT_TYPES, OUTPUT, RUN
-from hbx_gpu._engine.device.staged_plan import ANY, UNSORTED, StagedPlan
+from hbx_gpu._engine.device.staged_plan import ANY, UNSORTED, Staged
 from hbx_gpu._plan.rows import BatchPlan
 from hbx_gpu.transforms import Transform
 
@@ -73,15 +73,15 @@ class Pending:
         self,
         tensors: list[Tensor],
         event: Event,
-        staging: StagedPlan,
+        staging: Staged,
         slot: Slot,
-        raise_for: Callable[[StagedPlan, np.ndarray], None],
+        raise_for: Callable[[Staged, np.ndarray], None],
         *,
         counted: bool,
         seen: Callable[[bool], None] | None = None,
     ) -> None:
         self.tensors, self.event = tensors, event
-        self.nnz, self.ascending = staging.plan.n_elements, False
+        self.nnz, self.ascending = staging.n_elements, False
         self._staging, self._slot, self._raise_for, self._counted = staging, slot, raise_for, counted
         self._seen = seen
 
@@ -112,7 +112,7 @@ class Pending:
         return indices[: self.nnz], [v[: self.nnz] for v in values], offsets
 
 
-def _total(staging: StagedPlan, slot: Slot) -> np.ndarray:
+def _total(staging: Staged, slot: Slot) -> np.ndarray:
     """Where the number of elements comes back."""
     return slot.host[staging.at["total"] :][:8]
 
@@ -143,8 +143,8 @@ class Launches:
         backend: Backend,
         columns: tuple[np.generic, ...],
         types: Sequence[int],
-        raise_for: Callable[[StagedPlan, np.ndarray], None],
-        staging: StagedPlan,
+        raise_for: Callable[[Staged, np.ndarray], None],
+        staging: Staged,
         slot: Slot,
         *,
         flat: bool,
@@ -169,7 +169,7 @@ class Launches:
             if self._flat
             else [tensor.data_ptr() for tensor in outputs]
         )
-        records["elements"][first:] = self._staging.plan.n_elements
+        records["elements"][first:] = self._staging.n_elements
         records["type"] = [ELEMENT_TYPES["int32"], *self._types]
         self._upload(records)
         for part, kernel, word in (
@@ -186,14 +186,14 @@ class Launches:
             plains = self._table("plains")
             self._launch("gather_pieces", -(-n_plains // _WARPS), plains, self._columns, outputs_at, "plains")
 
-    def flat(self) -> FlatCsr:
-        """Where `decode` brings the elements of the plan, if to no outputs."""
+    def flat(self, plan: BatchPlan) -> FlatCsr:
+        """Where `decode` brings the elements of `plan`, which was staged, if to no outputs."""
         values = [self._at(f"flat{layer + 1}") for layer in range(len(self._types))]
-        return FlatCsr(self._at("flat0"), self._at("offsets"), values, list(self._types), self._staging.plan)
+        return FlatCsr(self._at("flat0"), self._at("offsets"), values, list(self._types), plan)
 
     def count_kept(self, offsets: Tensor) -> None:
         """Offsets of the elements of the flat CSR that no remap drops; their number comes back."""
-        plan, backend, at = self._staging.plan, self._backend, self._at
+        plan, backend, at = self._staging, self._backend, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
         grid = min(max(1, -(-plan.n_rows // _WARPS)), _MAX_GRID)
         backend.launch("count_kept", grid, _BLOCK, (at("flat0"), n, at("offsets"), n_rows, at("kept")))
@@ -204,7 +204,7 @@ class Launches:
 
     def compact(self, indices: Tensor, values: Sequence[Tensor], offsets: Tensor) -> None:
         """Bring the elements of the flat CSR that no remap drops to outputs, in stored order."""
-        plan, at = self._staging.plan, self._at
+        plan, at = self._staging, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
         flat = (at("flat0"), at("offsets"), n_rows, n)
         grid = min(max(1, -(-plan.n_rows // _WARPS)), _MAX_GRID)
@@ -219,7 +219,7 @@ class Launches:
 
         `indices` is int64. `offsets` are sent where nothing is dropped, counted where something is.
         """
-        plan, at = self._staging.plan, self._at
+        plan, at = self._staging, self._at
         n_rows, n = np.uint32(plan.n_rows), np.uint64(plan.n_elements)
         flat = (at("flat0"), at("offsets"), n_rows, n)
         words = max(1, min(-(-n_features // 32), self._backend.max_shared // _SET_BYTES))
@@ -234,13 +234,13 @@ class Launches:
     def send_offsets(self, offsets: Tensor) -> None:
         """The plan's own offsets, where nothing is dropped."""
         at = self._staging.at["offsets"]
-        self._backend.send(self._slot.host[at : at + self._staging.plan.offsets.nbytes], offsets)
+        self._backend.send(self._slot.host[at : at + 8 * (self._staging.n_rows + 1)], offsets)
 
     def see_order(self, indices: Tensor, offsets: Tensor) -> None:
         """Note whether columns ascend in every row of the outputs."""
-        n_rows = self._staging.plan.n_rows
+        n_rows = self._staging.n_rows
         grid = min(max(1, -(-n_rows // _WARPS)), _MAX_GRID)
-        sizes = (np.uint32(n_rows), np.uint64(self._staging.plan.n_elements))
+        sizes = (np.uint32(n_rows), np.uint64(self._staging.n_elements))
         unsorted = self._at("status") + np.uint64(4 * UNSORTED)
         self._backend.launch("csr_ascending", grid, _BLOCK, (indices, offsets, *sizes, unsorted))
 
@@ -248,12 +248,12 @@ class Launches:
         """Upload, and go from rowpack chunks to dense rows in one kernel."""
         self._upload(np.zeros(0, OUTPUT))
         tables = (*self._runs(), *self._table("pieces"), *self._table(f"segments{layer}"))
-        rows = (self._at(f"row_ptr{layer}"), np.uint32(self._staging.plan.n_rows))
+        rows = (self._at(f"row_ptr{layer}"), np.uint32(self._staging.n_rows))
         self._dense("rowpack_dense_", out, dtype, transform, (*tables, *rows, *self._columns), "pieces")
 
     def densify(self, out: Tensor, dtype: str, transform: Transform, layer: int) -> None:
         """From the flat CSR to dense rows."""
-        plan = self._staging.plan
+        plan = self._staging
         values = (self._at(f"flat{layer + 1}"), np.uint32(self._types[layer]), np.uint64(plan.n_elements))
         rows = (self._at("offsets"), np.uint32(plan.n_rows))
         self._dense("densify_", out, dtype, transform, (self._at("flat0"), *values, *rows), "rows")
@@ -263,7 +263,7 @@ class Launches:
         n_rows, n_features = (int(n) for n in out.shape)
         if not n_rows or not n_features:
             return
-        n_elements = np.uint64(self._staging.plan.n_elements)
+        n_elements = np.uint64(self._staging.n_elements)
         rows = (self._at("flat1"), n_elements, self._at("offsets"), self._at("sources"), np.uint32(n_rows))
         target = (out, np.uint32(n_features), np.uint32(out.element_size()))
         grid = min(-(-n_rows // _WARPS), _MAX_GRID)
@@ -328,9 +328,9 @@ class Launches:
                 self._launch("unshuffle_blocks", n * slices, table, (), (), part)
 
     def _bitpacking(self, part: str, kernel: str, word: int) -> None:
-        jobs = self._staging.tables[part]
-        if not len(jobs):
+        if not self._count(part):
             return
+        jobs = self._staging.tables[part]
         # Two words per block of 128 in shared memory, and the chunk itself where it fits.
         max_blocks = -(-int(jobs["n_words"].max()) // 128) * (word // 4)
         room = max(0, self._backend.max_shared - 8 * max_blocks) // 16 * 16
@@ -389,7 +389,7 @@ class Launches:
         return self._table("runs")
 
     def _table(self, name: str) -> tuple[np.uint64, np.uint32]:
-        return self._at(name), np.uint32(len(self._staging.tables[name]))
+        return self._at(name), np.uint32(self._staging.records(name))
 
     def _count(self, part: str) -> int:
         return self._staging.counts[part]

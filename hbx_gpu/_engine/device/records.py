@@ -82,6 +82,8 @@ BLOCK = np.dtype(
         ("unused", "<u4"),
     ]
 )
+ARRAY = np.dtype([("first_chunk", "<u8"), ("elements", "<u4"), ("n_chunks", "<u4")])
+COLUMN = np.dtype([("data", "<u8"), ("at", "<u4"), ("size", "<u4")])
 RECORDS = {
     "HbxRun": RUN,
     "HbxPiece": PIECE,
@@ -91,10 +93,12 @@ RECORDS = {
     "HbxSource": SOURCE,
     "HbxSegment": SEGMENT,
     "HbxBlock": BLOCK,
+    "HbxArray": ARRAY,
+    "HbxColumn": COLUMN,
 }
 """Name in `kernels/hbx.cuh` -> dtype."""
 SIZES = {"HbxRun": 64, "HbxPiece": 32, "HbxPlain": 32, "HbxOutput": 24, "HbxPacked": 32, "HbxSource": 16,
-         "HbxSegment": 24, "HbxBlock": 32}  # fmt: skip
+         "HbxSegment": 24, "HbxBlock": 32, "HbxArray": 16, "HbxColumn": 16}  # fmt: skip
 assert {name: dtype.itemsize for name, dtype in RECORDS.items()} == SIZES
 
 ELEMENT_TYPES = {

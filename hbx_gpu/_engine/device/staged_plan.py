@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -47,6 +47,54 @@ class Resident:
     nbytes: np.ndarray
 
 
+class Staged(Protocol):
+    """A batch that is ready for its launches, whether the host made its plan or the device is to make it.
+
+    Attributes
+    ----------
+    n_rows, n_elements
+        Rows of the batch, and elements before columns are dropped.
+    others
+        As in :class:`StagedPlan`.
+    """
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def n_elements(self) -> int: ...
+    @property
+    def at(self) -> dict[str, int]: ...
+    @property
+    def counts(self) -> dict[str, int]: ...
+    @property
+    def tables(self) -> dict[str, np.ndarray]: ...
+    @property
+    def fused(self) -> list[bool]: ...
+    @property
+    def host_bytes(self) -> int: ...
+    @property
+    def staged_bytes(self) -> int: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    @property
+    def flat_bytes(self) -> int: ...
+    @property
+    def status_bytes(self) -> int: ...
+    @property
+    def resident(self) -> Resident | None: ...
+    @property
+    def opened(self) -> Opened | None: ...
+
+    def first_word(self, part: str) -> int:
+        """Number of the first status word of a part."""
+
+    def records(self, name: str) -> int:
+        """Number of records of a table."""
+
+    def bounds(self, first: int, last: int) -> tuple[int, int]:
+        """Where the elements of the rows [first, last) begin and end."""
+
+
 @dataclass(slots=True)
 class StagedPlan:
     """One plan, measured: how much room it takes, and all that `pack` puts there.
@@ -82,6 +130,10 @@ class StagedPlan:
         Room needed in that arena: the staged bytes and what is decoded there.
     opened
         Chunks whose compressed streams cross; None: there are none.
+    rowpack_ranges, ranges
+        Copies of the runs of rowpack chunks, and of what else crosses as it is stored.
+    copied_to, n_copied
+        Buffer that the first `n_copied` of the former have been made to already; None: none has.
     staged
         bool, (pieces,). Which of the pieces' runs are among the staged ones; None without resident chunks.
     """
@@ -106,6 +158,25 @@ class StagedPlan:
     area_bytes: int = 0
     opened: Opened | None = None
     staged: np.ndarray | None = None
+    rowpack_ranges: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    copied_to: np.ndarray | None = None
+    n_copied: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return self.plan.n_rows
+
+    @property
+    def n_elements(self) -> int:
+        return self.plan.n_elements
+
+    def records(self, name: str) -> int:
+        """See :class:`Staged`."""
+        return len(self.tables[name])
+
+    def bounds(self, first: int, last: int) -> tuple[int, int]:
+        """See :class:`Staged`."""
+        return int(self.plan.offsets[first]), int(self.plan.offsets[last])
 
     def there(self, jobs: np.ndarray) -> np.ndarray:
         """Return whether each of the chunks `jobs` of the plan is resident."""

@@ -48,7 +48,8 @@ MAX_WORDS = 1 << 16
 """Words of a homeobox.bitpacking chunk that the device decodes; it needs shared memory for every block."""
 FUSED_BYTES = 4
 """Widest elements that go from rowpack to dense rows without CSR in between."""
-_WIDEST = 8
+WIDEST = 8
+"""Bytes that are kept free for an element of a flat CSR."""
 _NONE = np.empty(0, np.int64)
 
 
@@ -116,6 +117,7 @@ class Stager:
         *,
         layout: Layout | None = None,
         resident: Resident | None = None,
+        host: np.ndarray | None = None,
     ) -> StagedPlan:
         """Decide what crosses for the rows of a plan, and how much room that takes; exact.
 
@@ -127,6 +129,9 @@ class Stager:
             Layout of the batch, which saves room if it is known; None for either one.
         resident
             Chunks that need not cross; of these the slab may say anything.
+        host
+            Buffer that the plan will probably be packed into: what of rowpack chunks fits there is copied at
+            once. Nobody may read it any more.
 
         Raises
         ------
@@ -145,7 +150,7 @@ class Stager:
             np.flatnonzero(kind == k) if n else _NONE
             for k, n in enumerate(np.bincount(kind, minlength=ELEMENTS + 1).tolist())
         ]
-        cursor = Cursor(self._rowpack(staging, jobs[ROWPACK]))
+        cursor = Cursor(self._rowpack(staging, jobs[ROWPACK], host))
         data = [self._packed(staging, jobs[k], k, cursor) for k in (PACKED_32, PACKED_64)]
         jobs[STREAMS], begin = self._streams(staging, jobs[STREAMS], contents, cursor)
         data += [begin, self._raw(staging, jobs[RAW], cursor), self._decoded(staging, jobs[DECODED], cursor)]
@@ -182,7 +187,12 @@ class Stager:
             raise ValueError(f"packing takes {staging.host_bytes} bytes, the buffer holds {len(host)}")
         self._settle(staging, area)
         target = np.uint64(_address(host))
-        for ranges in staging.ranges:
+        done = (
+            staging.n_copied if staging.copied_to is not None and _address(staging.copied_to) == target else 0
+        )
+        for ranges in (staging.rowpack_ranges[done:], *staging.ranges):
+            if not len(ranges):
+                continue
             if staging.slab.copy is not None:
                 staging.slab.copy(ranges, host)
             else:
@@ -225,7 +235,7 @@ class Stager:
         result: np.ndarray = packed | ~staging.there(jobs)
         return result
 
-    def _rowpack(self, staging: StagedPlan, jobs: np.ndarray) -> int:
+    def _rowpack(self, staging: StagedPlan, jobs: np.ndarray, host: np.ndarray | None) -> int:
         """Runs and pieces of rowpack chunks; returns the bytes they take, from byte 0 on."""
         plan, slab, resident = staging.plan, staging.slab, staging.resident
         there = staging.there(jobs)
@@ -237,17 +247,21 @@ class Stager:
         runs, ranges = self._pool.empty(n, RUN), self._pool.empty(3 * n, RANGE)
         pieces, piece_row = self._pool.empty(n, PIECE), self._pool.empty(n, np.int64)
         status = np.zeros(len(jobs), np.int64)
-        n_runs, nbytes = size_runs(
+        if slab.copy is not None:  # addresses may lie on storage that is slow to its first byte
+            host = None
+        target, capacity = (np.uint64(0), 0) if host is None else (np.uint64(_address(host)), len(host))
+        n_runs, nbytes, n_copied = size_runs(
             jobs, slab.address, slab.nbytes, self.elements[array], self.itemsize[array], source, role, held,
             plan.piece_ptr, plan.piece_skip, plan.piece_count, plan.piece_out, plan.piece_row,
-            runs, ranges, pieces, piece_row, status,
+            target, capacity, runs, ranges, pieces, piece_row, status,
         )  # fmt: skip
         if status.any():
             j = int(np.flatnonzero(status)[0])
             raise self._error(plan, int(jobs[j]), describe_status(int(status[j])))
         staging.tables["runs"], staging.tables["pieces"] = runs[:n_runs], pieces
         staging.piece_row = piece_row
-        staging.ranges.append(ranges[: 3 * n_runs])
+        staging.rowpack_ranges = ranges[: 3 * n_runs]
+        staging.copied_to, staging.n_copied = host, 3 * int(n_copied)
         n_pieces = plan.piece_ptr[jobs + 1] - plan.piece_ptr[jobs]
         staging.jobs["pieces"] = (jobs, n_pieces)
         if resident is not None and n_runs:
@@ -455,7 +469,7 @@ class Stager:
             staging.area_bytes, scratch = round_up(scratch.at, 16), Cursor(staging.host_bytes)
         staging.arena_bytes = round_up(scratch.at, 16)
         for role in range(self.table.first_role, 1 + len(self.dtypes)):
-            itemsize = 4 if role == INDEX_ROLE else _WIDEST
+            itemsize = 4 if role == INDEX_ROLE else WIDEST
             at[f"flat{role}"] = scratch.take(itemsize * plan.n_elements, 256)
         at["kept"] = scratch.take(8 * plan.n_rows)
         staging.flat_bytes = round_up(scratch.at, 16)

@@ -1,7 +1,7 @@
 """Numba kernels of staging: which bytes of rowpack chunks cross, the copy itself, rows cut into segments.
 
 They run without the GIL and raise nothing: sizes are checked once, in `size_runs`, and what it wrote is
-what `copy_ranges` believes.
+what the copies believe, its own and those of `copy_ranges`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ SLACK = 8
 """Bytes after the patches of a run, because decoders load eight bytes from any byte of the patches."""
 
 _AHEAD = 16  # chunks or copies whose first bytes are asked for before their turn comes
+_DELAY = 8  # runs between the one whose bytes are asked for and the one that is copied
+_MOST_LINES = 24  # asked for of one run; the CPU foresees the rest of a long stretch by itself
 _CACHE_LINE = 64  # bytes
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -107,11 +109,34 @@ def _end_run(src, address, geometry, first_block, end_block, n, at, run, ranges)
 
 
 @_jit
+def _copy_run(ranges, run, target):
+    """Carry out the three copies of a run."""
+    for k in range(3 * run, 3 * run + 3):
+        _copy(target + ranges[k].target, ranges[k].source, ranges[k].nbytes)
+
+
+@_jit
+def _copy_later(ranges, n_runs, n_copied, target):
+    """Ask for the bytes of the run before `n_runs`, copy one whose bytes have come; returns `n_copied`."""
+    for k in range(3 * n_runs - 2, 3 * n_runs):  # its payload and patches; records were just read
+        begin = ranges[k].source
+        lines = min(np.int64(ranges[k].nbytes + 2 * _CACHE_LINE - 1) // _CACHE_LINE, _MOST_LINES)
+        for line in range(lines):
+            _prefetch(begin + np.uint64(_CACHE_LINE * line))
+    if n_runs - n_copied > _DELAY:
+        _copy_run(ranges, n_copied, target)
+        n_copied += 1
+    return n_copied
+
+
+@_jit
 def size_runs(
     jobs, address, nbytes, elements, element_size, source, role, resident, piece_ptr, skip, count, out, row,
-    runs, ranges, pieces, piece_row, status,
+    target, capacity, runs, ranges, pieces, piece_row, status,
 ):  # fmt: skip
     """Cut what the pieces of rowpack chunks need into runs of blocks, one after the other from byte 0.
+
+    They are copied in the same pass, as far as there is room, because the bytes of a run are near then.
 
     Parameters
     ----------
@@ -125,6 +150,9 @@ def size_runs(
         int64, (k,). The run of a job whose chunk is in device memory, of which nothing is staged; else -1.
     piece_ptr, skip, count, out, row
         As in a BatchPlan.
+    target, capacity
+        uint64, int64. Address that the runs are copied to, and the bytes that fit there; 0 bytes: nothing is
+        copied.
     runs, ranges, pieces, piece_row
         Filled: HbxRun (as many as pieces at most), three copies per run, HbxPiece and output row of each
         piece of the jobs in order.
@@ -134,14 +162,12 @@ def size_runs(
     Returns
     -------
     tuple
-        (runs, bytes staged). They must not be used unless every status is OK.
+        (runs, bytes staged, runs copied). They must not be used unless every status is OK.
     """
-    n_runs, n_pieces, at = 0, 0, np.int64(0)
+    n_runs, n_pieces, at, n_copied, n_fit = 0, 0, np.int64(0), 0, 0
     record_bytes = np.int64(24)
+    soon_job, soon_piece, n_soon = 0, np.int64(0), 0  # the next piece whose directory is asked for
     for j in range(len(jobs)):
-        if j + _AHEAD < len(jobs) and resident[j + _AHEAD] < 0:
-            soon = jobs[j + _AHEAD]
-            _ask_for_directory(address[soon], skip[piece_ptr[soon]], record_bytes)
         c = jobs[j]
         staged = resident[j] < 0
         src = _bytes_at(address[c], nbytes[c] if staged else 0)
@@ -154,7 +180,15 @@ def size_runs(
             if count[p] < 1 or skip[p] < 0 or skip[p] + count[p] > elements[j]:
                 status[j] = BAD_REQUEST
             if status[j] != OK:
-                return n_runs, at
+                return n_runs, at, n_copied
+            while n_soon <= n_pieces + _AHEAD and soon_job < len(jobs):
+                soon = jobs[soon_job]
+                first = max(soon_piece, piece_ptr[soon])
+                if resident[soon_job] < 0:
+                    _ask_for_directory(address[soon], skip[first], record_bytes)
+                soon_piece, n_soon = first + 1, n_soon + 1
+                if soon_piece >= piece_ptr[soon + 1]:
+                    soon_job, soon_piece = soon_job + 1, np.int64(0)
             piece = pieces[n_pieces]
             piece.out, piece.run, piece.skip, piece.count = out[p], resident[j], skip[p], count[p]
             piece.source, piece.role, piece.unused = source[j], role[j], 0
@@ -168,6 +202,9 @@ def size_runs(
                     src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
                 )
                 n_runs, at, begin = n_runs + 1, at + nbytes_run, -1
+                if at <= capacity and status[j] == OK:
+                    n_fit = n_runs
+                    n_copied = _copy_later(ranges, n_runs, n_copied, target)
             if begin < 0:
                 begin = first
                 end = first
@@ -178,9 +215,15 @@ def size_runs(
                 src, address[c], geometry, begin, end, elements[j], at, runs[n_runs], ranges[3 * n_runs :]
             )
             n_runs, at = n_runs + 1, at + nbytes_run
+            if at <= capacity and status[j] == OK:
+                n_fit = n_runs
+                n_copied = _copy_later(ranges, n_runs, n_copied, target)
         if status[j] != OK:
-            return n_runs, at
-    return n_runs, at
+            return n_runs, at, n_copied
+    while n_copied < n_fit:
+        _copy_run(ranges, n_copied, target)
+        n_copied += 1
+    return n_runs, at, n_copied
 
 
 @_jit

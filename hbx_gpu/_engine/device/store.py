@@ -174,6 +174,19 @@ class ChunkStore:
         at = self._at[plan.chunks] - 1
         return Resident(self._arena, at, self._run[plan.chunks], self._held[plan.chunks])
 
+    def runs(self, chunks: np.ndarray) -> np.ndarray | None:
+        """Number of the run of every chunk, 0 for those not in `chunks`; None if one of these is not here."""
+        if not (self._at[chunks] > 0).all():
+            return None
+        runs = np.zeros(len(self._run), np.uint32)
+        runs[chunks] = self._run[chunks]
+        return runs
+
+    @property
+    def arena(self) -> Memory:
+        """Memory that holds the chunks."""
+        return self._arena
+
     @property
     def host_range(self) -> tuple[int, int]:
         """Addresses that chunks have in host memory: the first, and the one after the last."""

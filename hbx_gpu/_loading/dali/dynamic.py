@@ -1,7 +1,8 @@
 """Hand batches over through DALI's dynamic mode, in which tensors pass without a copy.
 
-The operators of the user run when their batch is asked for. There is no pipeline, thread or queue of DALI's
-in between: `hbx_gpu._loading.dali.loader` has those, for graphs that need them.
+The operators of the user run one batch ahead, on a thread of their own; on a GPU they are ordered when their
+batch is asked for, because they run there. There is no pipeline, thread or queue of DALI's in between:
+`hbx_gpu._loading.dali.loader` has those, for graphs that need them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import pack, rebuild
+from hbx_gpu._loading.dali.producer import Producer
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DynamicOptions, Operators
 from hbx_gpu._loading.told import rank_of, seed_of
@@ -59,26 +61,58 @@ class HandOver(Ahead):
     def __init__(
         self, ahead: Ahead, options: DynamicOptions, entropy: tuple[int, ...], first: int = 0
     ) -> None:
-        self._ahead, self._options = ahead, options
-        self._entropy, self._number = entropy, first
+        self._ahead = ahead
+        self._batches = _Batches(ahead, options, entropy, first)
         self.recorder = ahead.recorder
-        self._held = Held()
+        self._producer: Producer[tuple[object, int]] | None = None
+        # On a GPU operators are only ordered, on the stream of the consumer, whose thread knows it.
+        self._runs_ahead = options.operators is not None and options.device_id is None
         self._closed = False
 
     def __next__(self) -> object:
         try:
-            batch = next(self._ahead)
-            assert isinstance(batch, dict)  # a layout was asked for
-            self.cells = self._ahead.cells
-            packed = pack(batch, self.cells)
-            outputs = {name: passed(tensor) for name, tensor in packed.tensors.items()}
-            if self._options.operators is not None:
-                outputs = self._operate(self._options.operators, outputs)
-            self._number += 1
-            return rebuild(packed, outputs)
+            if not self._runs_ahead:
+                batch, self.cells = self._batches.make()
+                return batch
+            if self._producer is None:
+                self._producer = Producer(self._batches.make)
+            batch, self.cells = self._producer.take()
+            return batch
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        """See :class:`Ahead`."""
+        if not self._closed:
+            self._closed = True
+            self._ahead.close()
+            if self._producer is not None:
+                self._producer.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            close_dropped(self.close)
+
+
+class _Batches:
+    """Makes the batches of a `HandOver`, on whichever thread asks for them."""
+
+    def __init__(self, ahead: Ahead, options: DynamicOptions, entropy: tuple[int, ...], first: int) -> None:
+        self._ahead, self._options = ahead, options
+        self._entropy, self._number = entropy, first
+        self._held = Held()
+
+    def make(self) -> tuple[object, int]:
+        """The next batch, and its number of cells."""
+        batch, cells = next(self._ahead), self._ahead.cells
+        assert isinstance(batch, dict)  # a layout was asked for
+        packed = pack(batch, cells)
+        outputs = {name: passed(tensor) for name, tensor in packed.tensors.items()}
+        if self._options.operators is not None:
+            outputs = self._operate(self._options.operators, outputs)
+        self._number += 1
+        return rebuild(packed, outputs), cells
 
     def _operate(self, operators: Operators, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the operators of the user make of the fields of a batch."""
@@ -105,16 +139,6 @@ class HandOver(Ahead):
             stream = torch.cuda.current_stream(self._options.device_id)
             self._held.hand_over([*tensors.values(), *outputs.values()], stream)
         return outputs
-
-    def close(self) -> None:
-        """See :class:`Ahead`."""
-        if not self._closed:
-            self._closed = True
-            self._ahead.close()
-
-    def __del__(self) -> None:
-        if not self._closed:
-            close_dropped(self.close)
 
 
 def passed(tensor: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,7 +21,7 @@ from hbx_gpu._collates import (
     DenseCollate,
 )
 from hbx_gpu._datasets.cells import CellDataset
-from hbx_gpu._datasets.stored import AnyStored
+from hbx_gpu._datasets.stored import AnyStored, joined
 from hbx_gpu._float16 import may_overflow, say_overflow, was_said
 from hbx_gpu._protocols import Rows, TensorBatch
 from hbx_gpu._tensors import check_columns, gathered
@@ -28,15 +30,16 @@ from hbx_gpu.stats import stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hbx_gpu._engine.device import DeviceEngine, Pending, StagedPlan
+    from hbx_gpu._engine.device import DeviceEngine, Pending
     from hbx_gpu._engine.device.backend import Backend, Event, Slot
+    from hbx_gpu._engine.device.staged_plan import Staged
     from hbx_gpu._loading.options import LoaderOptions
-    from hbx_gpu._plan.rows import BatchPlan
     from hbx_gpu._source import RowTable
 
 Cut: TypeAlias = "Callable[[int, int], Tensor | list[Tensor]]"
 """Returns what the rows [first, last) of a window become: a tensor, or one for each row."""
 DatasetT = TypeVar("DatasetT", bound=AnyStored)
+StagedT = TypeVar("StagedT")
 # Estimates for the budget: of a nonzero in a sparse tensor (int32 and int64 column, float32), and of its
 # compressed bytes in page-locked and device memory.
 _CSR_BYTES = 16
@@ -96,7 +99,20 @@ class SlotFeed(Generic[DatasetT]):
         raise NotImplementedError
 
 
-class StagedFeed(SlotFeed[DatasetT]):
+class Metadata(Protocol):
+    """The metadata of a window's rows on their way to the device."""
+
+    def pack(self, slot: Slot) -> None:
+        """Put what crosses into page-locked memory."""
+
+    def send(self, slot: Slot, backend: Backend) -> list[Tensor]:
+        """Order what brings it to tensors; return these."""
+
+    def batch(self, first: int, last: int) -> TensorBatch:
+        """The columns of rows [first, last)."""
+
+
+class StagedFeed(SlotFeed[DatasetT], Generic[DatasetT, StagedT]):
     """Batches whose stored bytes are staged on the loader's threads and decoded on a device.
 
     Subclasses define `_stage` and `_submit`, which decide the form of the batches.
@@ -104,8 +120,8 @@ class StagedFeed(SlotFeed[DatasetT]):
 
     def make(self, selections: Sequence[np.ndarray]) -> list[_Made]:
         """Read and stage on this thread, order copy and decoding, wait for nothing on the device."""
-        selection = np.concatenate([*selections, np.empty(0, np.int64)])
-        columns = Columns(self._dataset, selection)
+        selection = joined(selections)
+        columns = self._columns(selection)
         slot = self._slot()
         try:
             staging = self._stage(selection, slot)
@@ -123,8 +139,8 @@ class StagedFeed(SlotFeed[DatasetT]):
             self._free.append(slot)
             raise
         window = _Window(pending, slot.busy, slot, self._free, tensors, cut, columns, overflow)
-        last = np.cumsum([len(part) for part in selections]).tolist()
-        return [_Made(window, stop - len(part), stop) for part, stop in zip(selections, last, strict=True)]
+        ends = accumulate(map(len, selections), initial=0)
+        return [_Made(window, first, last) for first, last in pairwise(ends)]
 
     def deliver(self, made: _Made) -> TensorBatch:
         """Tensors that the caller's current stream may use; raises what the kernels found."""
@@ -150,16 +166,20 @@ class StagedFeed(SlotFeed[DatasetT]):
         with self._backend.on_decode_stream():
             return half[-1].isinf().any()
 
-    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
+    def _columns(self, selection: np.ndarray) -> Metadata:
+        """The metadata of rows."""
+        return Columns(self._dataset, selection)
+
+    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedT:
         """Plan rows, bring what they need, and pack what of it crosses."""
         raise NotImplementedError
 
-    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
+    def _submit(self, staging: StagedT, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
         """Order what makes the rows: it, the tensors they lie in, and what cuts a batch out of these."""
         raise NotImplementedError
 
 
-class DeviceFeed(StagedFeed[CellDataset]):
+class DeviceFeed(StagedFeed[CellDataset, "Staged"]):
     """Batches of sparse rows, decoded on a device.
 
     Parameters
@@ -184,6 +204,7 @@ class DeviceFeed(StagedFeed[CellDataset]):
         self._dtype, self._transform = options.one_dtype, options.steps
         self._may_overflow = may_overflow(self._transform)
         self.chunks = DeviceChunks(dataset, self._engine, options)
+        self.chunks.plan_on_device()
         self._decoded = DecodedBytes(self._engine)
         # Whether batches of a window could not be told apart before the device has counted.
         self.one_batch_per_window = self._layout == "csr" and self._engine.drops
@@ -199,10 +220,17 @@ class DeviceFeed(StagedFeed[CellDataset]):
     def _new_slot(self) -> Slot:
         return self.chunks.slot()
 
-    def _stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
+    def _columns(self, selection: np.ndarray) -> Metadata:
+        from hbx_gpu._engine.device.planned import PlannedColumns
+
+        if self.chunks.index is not None and len(selection):
+            return PlannedColumns(self.chunks.index, selection)
+        return super()._columns(selection)
+
+    def _stage(self, selection: np.ndarray, slot: Slot) -> Staged:
         return self.chunks.stage(selection, slot)
 
-    def _submit(self, staging: StagedPlan, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
+    def _submit(self, staging: Staged, slot: Slot) -> tuple[Pending, list[Tensor], Cut]:
         if self._layout == "dense":
             pending = self._engine.submit_dense(staging, slot, self._dtype, self._transform)
             (x,) = pending.tensors
@@ -212,9 +240,9 @@ class DeviceFeed(StagedFeed[CellDataset]):
 
             return pending, [x], dense
         pending = self._engine.submit_csr(staging, slot, value_dtypes=["float32"], canonical=True)
-        return pending, *self._csr(pending, staging.plan, self._dataset.n_features)
+        return pending, *self._csr(pending, staging, self._dataset.n_features)
 
-    def _csr(self, pending: Pending, plan: BatchPlan, width: int) -> tuple[list[Tensor], Cut]:
+    def _csr(self, pending: Pending, staging: Staged, width: int) -> tuple[list[Tensor], Cut]:
         """Return the tensors of a window, and the function that cuts sparse tensors from them."""
         import torch
 
@@ -222,16 +250,16 @@ class DeviceFeed(StagedFeed[CellDataset]):
 
         def cut(first: int, last: int) -> Tensor:
             # Without drops the plan knows the bounds; with them a window is one batch, counted by now.
-            a, b = (0, pending.nnz) if self._engine.drops else map(int, plan.offsets[[first, last]])
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
-                x = torch.sparse_csr_tensor(
-                    offsets[first : last + 1] - a,
-                    indices[a:b],
-                    values[a:b],
-                    size=(last - first, width),
-                    check_invariants=False,  # checked by the kernels
-                )
+            a, b = (0, pending.nnz) if self._engine.drops else staging.bounds(first, last)
+            _hear_that_csr_is_in_beta()
+            rows = offsets[first : last + 1]
+            x = torch.sparse_csr_tensor(
+                rows - a if a else rows,
+                indices[a:b],
+                values[a:b],
+                size=(last - first, width),
+                check_invariants=False,  # checked by the kernels
+            )
             return x if pending.ascending else _canonical(x)
 
         return [indices, values, offsets], cut
@@ -300,7 +328,7 @@ class _Window:
     free: deque[Slot]
     tensors: list[Tensor]
     x: Cut
-    columns: Columns
+    columns: Metadata
     overflow: Tensor | None = None
 
     def give_back(self) -> None:
@@ -354,6 +382,16 @@ class Columns:
         """The columns of rows [first, last)."""
         found: dict[str, np.ndarray | Tensor] = {**self._kept, **self._tensors}
         return {name: found[name][first:last] for name in self._names}
+
+
+@cache
+def _hear_that_csr_is_in_beta() -> None:
+    """Make one sparse tensor with warnings off: torch says that they are in beta once in a process."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
 def _canonical(x: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _replaced(value: object, sent: Iterator[Tensor]) -> object:
     return value
 
 
-class DenseFeed(StagedFeed[DenseCellDataset]):
+class DenseFeed(StagedFeed[DenseCellDataset, "StagedPlan"]):
     """Rows of one layer of a dense dataset whose stored chunks cross to a device and are decoded there.
 
     Parameters

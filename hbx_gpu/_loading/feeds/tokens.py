@@ -123,7 +123,7 @@ class TokenFeed(SlotFeed[CellDataset]):
 
         slot = self._slot()
         try:
-            staging: StagedPlan = self.chunks.stage(selection, slot)
+            staging: StagedPlan = self.chunks.stage_on_host(selection, slot)
             with stage("copy"):
                 columns.pack(slot)
             with stage("decode") as ordering, self._submitting:

@@ -16,7 +16,8 @@ import numpy as np
 from hbx_gpu._advice import option
 from hbx_gpu._devices import cores, free_host_memory
 from hbx_gpu._engine.device.backend import NoRoom, Slot
-from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64, Layout, Resident, StagedPlan
+from hbx_gpu._engine.device.planned import DeviceIndex, can_plan, index_nbytes
+from hbx_gpu._engine.device.staged_plan import PACKED_32, PACKED_64, Layout, Resident, Staged, StagedPlan
 from hbx_gpu._engine.device.staging_kernels import copy_ranges
 from hbx_gpu._engine.device.store import MAX_ARENA, ChunkStore, resident_sizes, with_slack
 from hbx_gpu._loading.residency.host import (
@@ -63,6 +64,8 @@ class DeviceChunks:
         Store of resident chunks; None where none stay.
     in_place
         Whether kernels read page-locked memory over the bus, instead of getting blocks of it packed.
+    index
+        Row index in device memory, by which the device plans batches; None where the host plans them.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class DeviceChunks:
         self._reader: Reader = dataset.open_reader("mmap" if self.io == "kvikio" else self.io)
         self.in_place = False
         self.store: ChunkStore | None = None
+        self.index: DeviceIndex | None = None
         self._touch = False
         self.residency, reason = self._decide(options.residency, options.residency_budget)
         if self.residency != "none":
@@ -93,7 +97,46 @@ class DeviceChunks:
             return Slot(self._engine.backend)
         return Slot(self._engine.backend, areas=self.store.areas, reads=self.store)
 
-    def stage(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
+    def plan_on_device(self) -> None:
+        """Bring row index and metadata columns to the device, where all chunks lie that any row needs."""
+        if (
+            self.store is None
+            or self.residency == "none"
+            or not (self.in_place or self.residency == "device")
+        ):
+            return
+        rows, stager = self._dataset.row_index, self._engine.stager
+        runs = self.store.runs(self._chunks)
+        if runs is None or not can_plan(stager, rows):
+            return
+        none = np.empty(0, np.int64)
+        resident = Resident(self.store.arena, none, none, none)
+        columns: dict[str, np.ndarray | None] = {  # codes are int64 in batches, as `gathered` has them
+            name: column.astype(np.int64, copy=False) if name in self._dataset.categories else column
+            for name, column in self._dataset.columns.items()
+        }
+        columns["index"] = None
+        self.index = DeviceIndex(
+            self._engine.backend, stager, rows, runs, resident, columns, self.slot, self.stage_on_host
+        )
+
+    def stage(self, selection: np.ndarray, slot: Slot) -> Staged:
+        """Get rows ready for their launches; where the host plans them, read what they need and pack it.
+
+        Parameters
+        ----------
+        selection
+            int64, (n,). Row numbers.
+        slot
+            A free slot, from `slot`.
+        """
+        if self.index is not None and len(selection):
+            slot.release()
+            with stage("plan"):
+                return self.index.stage(selection, slot)
+        return self.stage_on_host(selection, slot)
+
+    def stage_on_host(self, selection: np.ndarray, slot: Slot) -> StagedPlan:
         """Plan rows, read what they need, and pack the part of it that is copied to the device.
 
         Parameters
@@ -118,7 +161,7 @@ class DeviceChunks:
 
     def _pack(self, plan: BatchPlan, slab: Slab, resident: Resident | None, slot: Slot) -> StagedPlan:
         with stage("plan"):
-            staging = self._engine.measure(plan, slab, layout=self._layout, resident=resident)
+            staging = self._engine.measure(plan, slab, layout=self._layout, resident=resident, host=slot.host)
         with stage("copy") as copying:
             self._engine.pack(staging, slot)
             copying.nbytes = staging.host_bytes
@@ -188,8 +231,9 @@ class DeviceChunks:
         on_device = self.residency == "device"
         sizes = self._sizes(self.residency)
         most = MAX_ARENA
-        if budget is None and on_device:  # room for the model: what is staged beside chunks is counted too
+        if budget is None and on_device:  # room for the model: what lies beside chunks is counted too
             budget = int(DEVICE_SHARE * self._engine.backend.free_memory())
+            budget = max(0, budget - index_nbytes(self._dataset.row_index, self._dataset.columns))
             most = min(most, budget)
         elif budget is None:
             budget = int(SHARE * free_host_memory())
@@ -237,7 +281,7 @@ class DeviceChunks:
         for in_place in (False, True, False, True):  # the first time compiles
             self.in_place = in_place
             slot, begin = self.slot(), time.perf_counter()
-            staging = self.stage(rows, slot)
+            staging = self.stage_on_host(rows, slot)
             if in_place and staging.resident is None:
                 here = option("residency", "host")
                 tell(f"{here}: blocks are packed, since not all chunks can be read in place")
