@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu.tokens._draws import Step
-from hbx_gpu.tokens._host.draws import HALF, jit
+from hbx_gpu.tokens._host.draws import HALF, jit, ranges
 from hbx_gpu.tokens._host.draws import keys as draw_keys
 from hbx_gpu.tokens._program import Side
 
@@ -16,17 +16,14 @@ _BOTH, _ONE = int(Side.BOTH), int(Side.ONE)
 
 
 @jit
-def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges):
+def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole):
     """Bin edges of the counts above 0; returns how :func:`assign` finds bins: 0 none, 1 table, 2 edges.
 
     `histogram`: int32 (4, SMALL) of zeros, left so; `table`: int32 (2, SMALL), filled with the edges below
     and not above each count that occurs; `edges`: float64 of as many entries as `quantiles`, which are
-    j / (bins - 2) in the arithmetic asked for.
+    j / (bins - 2) in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
     """
-    top, expressed = 0.0, 0
-    for i in range(n):
-        top = max(top, counts[i])
-        expressed += counts[i] > 0.0
+    top, expressed = _highest(counts, n), _positive(counts, n)
     if not expressed:
         return 0
     if top >= SMALL:
@@ -42,13 +39,15 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges):
             edges[j] = _edge(values[a], values[b], t, torch_edges)
         return 2
     # Four histograms in turn: equal counts that follow each other would wait for each other's increment.
+    for i in range(n):
+        whole[i] = np.uint32(np.int32(counts[i]))
     for i in range(0, n - 3, 4):
-        histogram[0, np.int32(counts[i])] += 1
-        histogram[1, np.int32(counts[i + 1])] += 1
-        histogram[2, np.int32(counts[i + 2])] += 1
-        histogram[3, np.int32(counts[i + 3])] += 1
+        histogram[0, whole[i]] += 1
+        histogram[1, whole[i + 1]] += 1
+        histogram[2, whole[i + 2]] += 1
+        histogram[3, whole[i + 3]] += 1
     for i in range(n - n % 4, n):
-        histogram[0, np.int32(counts[i])] += 1
+        histogram[0, whole[i]] += 1
     highest = np.int32(top)
     for value in range(highest + 1):
         histogram[0, value] += histogram[1, value] + histogram[2, value] + histogram[3, value]
@@ -75,6 +74,22 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges):
                 above += 1
             table[0, value], table[1, value] = below, above
     return 1
+
+
+@ranges
+def _highest(counts, n):
+    top = 0.0
+    for i in range(n):
+        top = counts[i] if counts[i] > top else top
+    return top
+
+
+@jit
+def _positive(counts, n):
+    found = 0
+    for i in range(n):
+        found += np.int64(counts[i] > 0.0)
+    return found
 
 
 @jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu.tokens._draws import Step
-from hbx_gpu.tokens._host.draws import HALF, jit, keys, unit_bits, words
+from hbx_gpu.tokens._host.draws import HALF, jit, keys, two_keys, unit_bits, words
 from hbx_gpu.tokens._host.sorting import mark_smallest
 from hbx_gpu.tokens._program import Mask
 
@@ -16,7 +16,7 @@ _BERNOULLI = int(Mask.BERNOULLI)
 @jit
 def hide_ids(
     mask_id, masked, replaced, first, span, ratio, protect,
-    seed, epoch, cell, index, length, key, item, ids, labels,
+    seed, epoch, cell, index, length, key, key_2, item, places, ids, labels,
 ):  # fmt: skip
     """Hide ids[:length] in place; see :func:`hbx_gpu.tokens._reference.hide_tokens`."""
     keys(seed, epoch, cell, _MASK, 0, index, length, key)
@@ -27,7 +27,11 @@ def hide_ids(
     for k in range(length):
         item[found] = k
         found += np.uint64(unit_bits(key[k]) < limit)
-    for j in range(np.int64(found)):
+    chosen = np.int64(found)
+    for j in range(chosen):
+        places[j] = index[item[j]]
+    two_keys(seed, epoch, cell, _KIND, places, chosen, key, key_2)
+    for j in range(chosen):
         k = item[j]
         one = ids[k]
         safe = False
@@ -36,12 +40,11 @@ def hide_ids(
         if safe:
             continue
         labels[k] = one
-        w0, w1, w2, _ = words(seed, epoch, cell, _KIND, index[k], 0)
-        kind = unit_bits((w0 << HALF) | w1)
+        kind = unit_bits(key[j])
         if kind < np.uint64(masked):
             ids[k] = mask_id
         elif kind < np.uint64(replaced):
-            ids[k] = first + np.int64((w2 * np.uint64(span)) >> HALF)
+            ids[k] = first + np.int64(((key_2[j] >> HALF) * np.uint64(span)) >> HALF)
 
 
 @jit
@@ -67,4 +70,5 @@ def hide_values(
     for k in range(first + n, len(mask)):
         mask[k] = False
     for k in range(len(mask)):
-        masked_values[k] = hidden if mask[k] else values[k]
+        value = values[k]  # read in any case, so that no branch has to be guessed
+        masked_values[k] = hidden if mask[k] else value

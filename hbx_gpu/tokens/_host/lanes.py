@@ -101,3 +101,16 @@ def eight_keys(typingctx, index, place, c_1, a_2, a_3, b_3, c_3, seed_0, seed_1,
 def eight_pairs(typingctx, index, place, c_1, a_2, a_3, b_3, c_3, seed_0, seed_1, out, out_2):  # noqa: ARG001
     """As `eight_keys`, and out_2[place : place + 8] = keys of the other two words."""
     return _made(index, place, (c_1, a_2, a_3, b_3, c_3, seed_0, seed_1), (out, out_2))
+
+
+@intrinsic
+def eight_up_to(typingctx, keys, place, limit):  # noqa: ARG001
+    """Bits of a uint64: which of keys[place : place + 8] are at most `limit`."""
+
+    def codegen(context, builder, signature, args):
+        found = builder.load(_at(context, builder, signature.args[0], args[0], args[1], _VECTOR))
+        found.align = 8
+        bits = builder.icmp_unsigned("<=", found, _spread(builder, args[2]))
+        return builder.zext(builder.bitcast(bits, ir.IntType(LANES)), _WORD)
+
+    return types.uint64(keys, place, limit), codegen

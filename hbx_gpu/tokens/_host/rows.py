@@ -57,19 +57,17 @@ def known_genes(
 def _compacted(columns, values, column_of, genes, counts):
     """Known genes and counts above 0 in the order they have; how many, and whether columns ascend."""
     found = np.uint64(0)
-    last = np.int32(-1)
-    rising = True
     for k in range(len(columns)):
         own = column_of[np.uint32(columns[k])]
         x = np.float64(values[k])
         genes[found] = own
         counts[found] = x
         # Without a branch, which every second gene would mispredict.
-        keep = (own >= 0) & (x > 0.0)
-        rising &= (own > last) | (not keep)
-        last = max(last, own) if keep else last
-        found += np.uint64(keep)
-    return np.int64(found), rising
+        found += np.uint64((own >= 0) & (x > 0.0))
+    falls = False
+    for k in range(1, np.int64(found)):
+        falls |= genes[k] <= genes[k - 1]
+    return np.int64(found), not falls
 
 
 @sums

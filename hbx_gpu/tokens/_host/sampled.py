@@ -6,7 +6,9 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step, special_index
 from hbx_gpu.tokens._host.arithmetic import log1p
+from hbx_gpu.tokens._host.bits import lowest
 from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, two_keys, unit_bits, words
+from hbx_gpu.tokens._host.lanes import LANES, eight_up_to
 from hbx_gpu.tokens._host.sorting import smallest
 
 FIXED = 2.0**32
@@ -149,18 +151,25 @@ def _unexpressed(
         for first in range(0, len(known), _FEW):
             m = min(_FEW, len(known) - first)
             two_keys(seed, epoch, cell, _ZEROS, known_index[first : first + m], m, few, few_2)
-            for i in range(m):
-                if few[i] <= limit and is_known[known[first + i]] == 0:
-                    keys_of[0, found] = few[i]
-                    columns_of[0, found] = known[first + i]
-                    found += 1
-            for i in range(m):
-                if few_2[i] <= limit_2:
-                    column = known[first + i]
-                    if is_known[column] == 0 or (low_too and level[column] < np.float32(1.0)):
-                        keys_of[1, found_2] = few_2[i]
-                        columns_of[1, found_2] = column
-                        found_2 += 1
+            for i in range(0, m, LANES):
+                bits = eight_up_to(few, i, limit)
+                while bits:
+                    k = np.int64(i + lowest(bits))
+                    bits &= bits - np.uint64(1)
+                    if k < m and is_known[known[first + k]] == 0:
+                        keys_of[0, found] = few[k]
+                        columns_of[0, found] = known[first + k]
+                        found += 1
+                bits = eight_up_to(few_2, i, limit_2)
+                while bits:
+                    k = np.int64(i + lowest(bits))
+                    bits &= bits - np.uint64(1)
+                    if k < m:
+                        column = known[first + k]
+                        if is_known[column] == 0 or (low_too and level[column] < np.float32(1.0)):
+                            keys_of[1, found_2] = few_2[k]
+                            columns_of[1, found_2] = column
+                            found_2 += 1
         if found >= min(wanted, n) and found_2 >= min(wanted_2, n_2):
             return found, found_2
         limit, limit_2 = _ALL, _ALL

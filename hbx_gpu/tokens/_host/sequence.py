@@ -76,7 +76,8 @@ def fill_rows(
     pointers, genes, counts, totals, totals_known,
     front, back, seed, epoch, cells, starts, widths, generated, gen_ratio,
     ids, values, raw, labels, masked_values, mask, gen_ids, gen_values, gen_lengths, real_lengths,
-    key, key_2, key_3, item, index, binned, histogram, digits, table, edges, chosen, amounts, is_known,
+    key, key_2, key_3, item, index, places, binned, histogram, digits, table, edges, chosen, amounts,
+    is_known,
 ):  # fmt: skip
     """Write all rows; `generated` is the width of the second part of a split. Outputs not made are empty."""
     n_front, n_back = whole[_N_FRONT], whole[_N_BACK]
@@ -91,7 +92,7 @@ def fill_rows(
         out, width = starts[row], widths[row]
         how = 0
         if whole[_VALUE] == _BINS:
-            how = find_edges(amount, n, whole[_TORCH], quantiles, digits, table, edges)
+            how = find_edges(amount, n, whole[_TORCH], quantiles, digits, table, edges, item)
 
         if whole[_MASK] == _SPLIT:
             _look_up(index_of, columns, n, index)
@@ -146,9 +147,9 @@ def fill_rows(
                 _look_up(index_of, columns, n, index)
                 keys(seed, epoch, cell, _PICK, 0, index, n, key)
             smallest(key, n, kept, key_2, key_3, histogram, item)
-            for k in range(kept):
-                chosen[k] = columns[item[k]]
-                amounts[k] = amount[item[k]]
+            _look_up(columns, item, kept, chosen)
+            if whole[_VALUE] != _NO_VALUE:
+                _look_up(amount, item, kept, amounts)
 
         # Their values.
         if whole[_VALUE] == _SCALED_VALUE:
@@ -156,7 +157,7 @@ def fill_rows(
             _values(whole, fraction, amounts, kept, total, total_known, kept_total, binned)
         elif whole[_VALUE] != _NO_VALUE:
             if whole[_VALUE] == _KEPT_BINS:
-                how = find_edges(amounts, kept, whole[_TORCH], quantiles, digits, table, edges)
+                how = find_edges(amounts, kept, whole[_TORCH], quantiles, digits, table, edges, item)
             _look_up(index_of, chosen, kept, index)
             assign(how, amounts, index, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
 
@@ -224,8 +225,8 @@ def fill_rows(
                 index[k] = MAX_INDEX - 1 - (k - n_genes)
             hide_ids(
                 whole[_MASK_ID], whole[_MASKED], whole[_REPLACED], whole[_FIRST], whole[_SPAN], ratios[0],
-                protect, seed, epoch, cell, index, length, key, item, ids[out : out + width],
-                labels[out : out + width],
+                protect, seed, epoch, cell, index, length, key, key_2, item, places,
+                ids[out : out + width], labels[out : out + width],
             )  # fmt: skip
         elif whole[_MASK] != 0:
             first = 0 if whole[_MASK_FRONT] else n_front
