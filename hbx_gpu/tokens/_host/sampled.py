@@ -17,7 +17,8 @@ SMALL = 4096
 _PICK, _ZEROS = int(Step.PICK), int(Step.ZEROS)
 _THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
 _PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
-_FEW = 512
+FEW, _WORD = 512, 64
+"""Genes whose keys are made at a time, and looked through at a time."""
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -143,16 +144,17 @@ def _unexpressed(
 
     keys_of[0, :found], columns_of[0, :found]: those of `n` genes that hold the `wanted` smallest keys, in
     ascending column; all of them where there are fewer than `wanted`. The same in [1] by the second keys, of
-    `n_2` genes, with those of a logarithm below 1 where `low_too`. Returns both numbers.
+    `n_2` genes, with those of a logarithm below 1 where `low_too`. Returns both numbers. `few` and `few_2`
+    have at least FEW entries.
     """
     limit, limit_2 = _limit(wanted, n), _limit(wanted_2, n_2)
     while True:
         found, found_2 = 0, 0
-        for first in range(0, len(known), _FEW):
-            m = min(_FEW, len(known) - first)
+        for first in range(0, len(known), FEW):
+            m = min(FEW, len(known) - first)
             two_keys(seed, epoch, cell, _ZEROS, known_index[first : first + m], m, few, few_2)
-            for i in range(0, m, LANES):
-                bits = eight_up_to(few, i, limit)
+            for i in range(0, m, _WORD):
+                bits = _up_to(few, i, limit)
                 while bits:
                     k = np.int64(i + lowest(bits))
                     bits &= bits - np.uint64(1)
@@ -160,7 +162,7 @@ def _unexpressed(
                         keys_of[0, found] = few[k]
                         columns_of[0, found] = known[first + k]
                         found += 1
-                bits = eight_up_to(few_2, i, limit_2)
+                bits = _up_to(few_2, i, limit_2)
                 while bits:
                     k = np.int64(i + lowest(bits))
                     bits &= bits - np.uint64(1)
@@ -173,6 +175,15 @@ def _unexpressed(
         if found >= min(wanted, n) and found_2 >= min(wanted_2, n_2):
             return found, found_2
         limit, limit_2 = _ALL, _ALL
+
+
+@jit
+def _up_to(some_keys, first, limit):
+    """Bits of a uint64: which of 64 keys are at most `limit`."""
+    bits = np.uint64(0)
+    for k in range(0, _WORD, LANES):
+        bits |= eight_up_to(some_keys, first + k, limit) << np.uint64(k)
+    return bits
 
 
 @jit

@@ -85,7 +85,7 @@ def _ranked(
     shared = shared_genes(program, cells.seed, cells.epoch, cells.batch)
     owner = np.full(max(program.n_ids, int(tables.token.max()) + 1), -1, np.int64)
     owner[tables.token[tables.known]] = tables.known
-    room = max(known.longest, len(tables.known), program.length, *program.tasks) + 1
+    room = max(known.longest, len(tables.known), program.length, *program.tasks, sampled.FEW) + 1
     key, key_2, key_3, histogram, item, index = _scratch(room)
     keys, columns = np.empty((2, room), np.uint64), np.empty((2, room), np.uint32)
     sampled.ranked_rows(
