@@ -25,7 +25,7 @@ from hbx_gpu.sampler._position import EpochKey, at_least, digest, distributed_ra
 from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._runs import integers
 
-LOCALITIES = ("group", "block", "none", "auto")
+LOCALITIES = ("group", "block", "none")
 _FAR = 0.002  # seconds that a request takes before the order of reads is worth a thought
 _LOG = logging.getLogger(__name__)
 
@@ -106,10 +106,8 @@ class CellSampler(EpochSampler):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if locality not in LOCALITIES:
-            raise ValueError(
-                f"unknown locality {locality!r}; choose one of {', '.join(map(repr, LOCALITIES))}"
-            )
+        if locality not in (choices := (*LOCALITIES, "auto")):
+            raise ValueError(f"unknown locality {locality!r}; choose one of {', '.join(map(repr, choices))}")
         self.shuffle = bool(shuffle)
         self.locality = _measured(world_size) if locality == "auto" else locality
         self.block_size = at_least("block_size", block_size, 1)

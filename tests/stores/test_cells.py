@@ -20,6 +20,7 @@ from hbx_gpu import CellSampler, make_loader, sparse_to_dense_collate
 from hbx_gpu._inplace.cells import Cells
 from hbx_gpu.errors import (
     InvalidDataError,
+    RemotePathError,
     UnknownNameError,
     UnsafePathError,
     UnsupportedCodecError,
@@ -202,8 +203,8 @@ def test_paths_globs_and_folders(pair: tuple[list[Path], list[anndata.AnnData]])
         hbx_gpu.open(folder / "none.h5ad")
     with pytest.raises(FileNotFoundError, match="no path matches"):
         hbx_gpu.open(str(folder / "*.nothing"))
-    with pytest.raises(UnsupportedError, match="URL"):
-        hbx_gpu.open("s3://bucket/a.zarr")
+    with pytest.raises(RemotePathError, match="scheme 'ftp'"):
+        hbx_gpu.open("ftp://server/a.zarr")
 
 
 def test_what_is_not_a_store_is_named(tmp_path: Path) -> None:
