@@ -12,6 +12,12 @@ from hbx_gpu._commands.executors import chosen_executor
 from hbx_gpu.atlas import RaggedAtlas
 from tests.atlas.test_ingest_crash import make
 
+# Dask leaves sockets to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:

@@ -23,6 +23,11 @@ from hbx_gpu.errors import AlreadyIngestedError, HbxError, InvalidDataError
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
 
+# Dask leaves sockets to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -28,6 +28,11 @@ from tests.atlas.dying import die_at, killed
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
 
+# Dask leaves sockets to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 N = 6
 CELLS = 12
 
