@@ -9,6 +9,8 @@ from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._progress import bar
+from hbx_gpu._remote.places import AnyPath, Place
+from hbx_gpu._remote.stores import walk
 
 
 def add_parser(
@@ -39,11 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from hbx_gpu.atlas import repack
     from hbx_gpu.atlas._upkeep.summary import describe_repack
 
-    groups = [path.parent for path in (args.atlas / "zarr_store").glob("*/*/zarr.json")]
-    n_bytes = sum(path.stat().st_size for group in groups for path in group.rglob("*"))
+    n_groups, n_bytes = _size(args.atlas / "zarr_store")
     with (
         from_command(FLAGS),
-        chosen_executor(args, len(groups), n_bytes) as executor,
+        chosen_executor(args, n_groups, n_bytes) as executor,
         bar(" values", "repack") as show,
     ):
         report = repack(
@@ -51,3 +52,13 @@ def run(args: argparse.Namespace) -> int:
         )
     print(describe_repack(report))
     return 0
+
+
+def _size(store: AnyPath) -> tuple[int, int]:
+    """Number of groups, and their bytes."""
+    if isinstance(store, Place):
+        sizes = {path: info.nbytes for path, info in walk(store)}
+        n_groups = sum(path.count("/") == 2 and path.endswith("/zarr.json") for path in sizes)
+        return n_groups, sum(sizes.values())
+    groups = [path.parent for path in store.glob("*/*/zarr.json")]
+    return len(groups), sum(path.stat().st_size for group in groups for path in group.rglob("*"))
