@@ -77,7 +77,8 @@ def _by_rows(shares: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) 
     """Number of the split of each row, -1 for none."""
     codes, counts = number(stratum)
     order = np.lexsort((rng.random(len(codes)), codes))
-    # Rounding cumulated counts keeps each stratum within one row of its share, and all rows together too.
+    # Rounding cumulated counts keeps each stratum within one row of its share for each split, and all rows
+    # together too. A later split that would then end before an earlier one, in a small stratum, gets none.
     ends = np.cumsum(counts)
     cuts = np.rint(np.outer(ends, np.cumsum(shares))).astype(np.int64)
     upper = np.diff(cuts, axis=0, prepend=0)
