@@ -37,7 +37,11 @@ def add_parser(
     parser.add_argument("--where", metavar="SQL", help="cells to bring, by their obs columns (default: all)")
     parser.add_argument("--table", metavar="NAME", help="obs table, where an atlas has several")
     parser.add_argument("--field", metavar="NAME", help="feature space, where there are several")
-    parser.add_argument("--layer", metavar="NAME", help="layer; the space's own by default")
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="layer; by default the own one of an atlas's feature space, X of a store",
+    )
     add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(command=_prefetch, if_interrupted="what was fetched stays in the cache")
@@ -65,7 +69,7 @@ def _prefetch(args: argparse.Namespace) -> int:
         dataset = (
             query.to_cell_dataset(field_name=args.field, layer=args.layer)
             if isinstance(query, AtlasQuery)
-            else query.to_cell_dataset(args.field, args.layer)
+            else query.to_cell_dataset(args.field, args.layer or "X")
         )
         if not isinstance(dataset, StoredDataset):
             raise UnsupportedError(f"{dataset!r} has no chunks of its own; choose another --field")

@@ -38,6 +38,18 @@ def test_what_was_prefetched_is_local(
     assert "; 0 bytes came from s3://prefetched" in capsys.readouterr().out
 
 
+def test_a_store_on_a_plain_http_server_is_prefetched(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RangeServer(shared) as server:
+        url = f"{server.url}/data/human_1k_cells_x_507_genes.h5ad"
+        command = ["prefetch", url, "--cache", str(tmp_path), "--storage-option", "allow_http=true"]
+        assert main(command) == 0
+        assert "; 0 bytes came" not in capsys.readouterr().out
+        assert main(command) == 0
+        assert f"; 0 bytes came from {url}" in capsys.readouterr().out
+
+
 def test_there_is_nothing_to_prefetch_on_a_disk(
     homeobox_fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
