@@ -16,21 +16,34 @@ from hbx_gpu.errors import UnsupportedError
 _BYTES_PER_WORKER, _TASKS_PER_WORKER = 64 << 20, 64
 
 
-def add_executor_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options to the parser of a command."""
+def add_executor_options(
+    parser: argparse.ArgumentParser,
+    work: str = "read and pack",
+    default: str = "by default as many as this process has cores, and fewer where there is little to do",
+) -> None:
+    """Add the options to the parser of a command.
+
+    Parameters
+    ----------
+    parser
+        That of the command.
+    work
+        What the workers do, for the help.
+    default
+        What happens without the options, for the help.
+    """
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--workers",
         type=_positive,
         metavar="N",
-        help="processes that read and pack; by default as many as this process has cores, and fewer where "
-        "there is little to do",
+        help=f"processes that {work}; {default}",
     )
     group.add_argument(
         "--dask",
         metavar="ADDRESS",
-        help="let the workers of a Dask cluster read and pack: tcp://HOST:8786. They need the same paths "
-        "to the atlas and to the files",
+        help=f"let the workers of a Dask cluster {work}: tcp://HOST:8786. They need the same paths as this "
+        "process",
     )
 
 

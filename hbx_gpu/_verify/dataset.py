@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Literal, Protocol
@@ -68,15 +70,11 @@ def problems(
         Called with the bytes of chunks that were read since the last call.
     """
     chunks = dataset.needed_chunks()
-    lost: set[str] = set()
-    for message in _places(dataset.directory, chunks):
-        lost.add(message)
-        yield message
+    lost = list(dict.fromkeys(_places(dataset.directory, chunks)))
+    yield from lost
     if lost or level == "fast":
         return  # where a chunk lies is not known, so no row of the dataset can be relied on
-    has_checksum = np.array([covers(layout) for layout in dataset.directory.layouts], bool)
-    covered = has_checksum[np.searchsorted(dataset.directory.base, chunks, "right") - 1]
-    by_checksum = chunks[covered] if level == "checksums" else chunks[:0]
+    by_checksum, decoded = _divided(dataset, chunks, level)
     with ThreadPoolExecutor(threads, "hbx_gpu-verify") as pool:
         reader = dataset.open_reader("mmap")
         blocks = _blocks(dataset.directory, by_checksum)
@@ -86,9 +84,9 @@ def problems(
             threads,
             progress,
         )
-        if len(by_checksum) < len(chunks):
+        if len(decoded):
             rows = np.arange(len(dataset), dtype=np.int64)
-            stored = _nbytes(dataset.directory, chunks) - _nbytes(dataset.directory, by_checksum)
+            stored = _nbytes(dataset.directory, decoded)
             yield from _run(
                 pool,
                 (
@@ -98,6 +96,69 @@ def problems(
                 threads,
                 progress,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a task found in its share of a dataset: lines of damage, and the bytes of chunks it read."""
+
+    places: list[str]
+    checksums: list[str]
+    content: list[str]
+    nbytes: int
+
+
+def submit(dataset: Stored, level: Level, executor: Executor) -> list[Future[Found]]:
+    """Hand a dataset to an executor, in shares of a few thousand chunks.
+
+    Workers need the paths of the data only. A task writes nothing, so it may run twice.
+    """
+    shares = max(1, -(-len(dataset.needed_chunks()) // _CHUNKS))
+    pickled = pickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)
+    return [executor.submit(check_share, pickled, level, share, shares) for share in range(shares)]
+
+
+def check_share(pickled: bytes, level: Level, share: int, shares: int) -> Found:
+    """Check one of the equal shares of the chunks and rows of a dataset, where its executor runs it."""
+    dataset: Stored = pickle.loads(pickled)
+    chunks = dataset.needed_chunks()
+    mine = chunks[len(chunks) * share // shares : len(chunks) * (share + 1) // shares]
+    found = Found(list(_places(dataset.directory, mine)), [], [], 0)
+    if found.places or level == "fast":
+        return found
+    nbytes = 0
+    by_checksum, decoded = _divided(dataset, mine, level)
+    reader = dataset.open_reader("mmap")
+    for block in _blocks(dataset.directory, by_checksum):
+        lines, n = _checksums(dataset.directory, reader, block)
+        found.checksums.extend(lines)
+        nbytes += n
+    nbytes += _nbytes(dataset.directory, decoded)
+    # Rows do not end where chunks do: they are shared by themselves, wherever any chunk is to be decoded.
+    if len(_divided(dataset, chunks, level)[1]):
+        windows = range(0, len(dataset), ROWS)
+        for first in windows[len(windows) * share // shares : len(windows) * (share + 1) // shares]:
+            rows = np.arange(first, min(first + ROWS, len(dataset)), dtype=np.int64)
+            found.content.extend(_content(dataset, rows, 0)[0])
+    return Found(found.places, found.checksums, found.content, nbytes)
+
+
+def merged(found: Iterable[Found]) -> list[str]:
+    """The lines that :func:`problems` yields, of all shares of a dataset."""
+    shares = list(found)
+    if lost := [line for share in shares for line in share.places]:
+        return list(dict.fromkeys(lost))
+    checksums = dict.fromkeys(line for share in shares for line in share.checksums)
+    content = dict.fromkeys(line for share in shares for line in share.content)
+    return [*checksums, *content]
+
+
+def _divided(dataset: Stored, chunks: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks whose checksums are verified, and those that are decoded."""
+    has_checksum = np.array([covers(layout) for layout in dataset.directory.layouts], bool)
+    covered = has_checksum[np.searchsorted(dataset.directory.base, chunks, "right") - 1]
+    covered &= level == "checksums"
+    return chunks[covered], chunks[~covered]
 
 
 def covers(layout: ArrayLayout) -> bool:

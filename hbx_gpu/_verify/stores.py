@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hbx_gpu._remote.places import AnyPath
-from hbx_gpu._verify.dataset import Level, Stored, problems
-from hbx_gpu.errors import HbxError
+from hbx_gpu._verify.dataset import Found, Level, Stored, merged, problems, submit
+from hbx_gpu.errors import HbxError, ResourceError
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas._catalog.snapshot import Snapshot
+
+_AHEAD = 512  # parts that an executor is given before the first of them is back
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ def verify(
     allow_links: bool = False,
     threads: int,
     progress: Callable[[int], None],
+    executor: Executor | None = None,
 ) -> Iterator[Verdict]:
     """Check each part of a store, and yield what was found.
 
@@ -53,15 +58,23 @@ def verify(
     allow_links
         Follow links that lead out of the store.
     threads
-        Threads that read and decode.
+        Threads that read and decode; without an executor.
     progress
         Called with the bytes of chunks that were read since the last call.
+    executor
+        Any ``concurrent.futures.Executor``: it reads and decodes, and its workers need the same paths. What
+        is found, and its order, do not depend on it. None: threads of this process.
 
     Raises
     ------
     HbxError
         The store cannot be opened at all.
+    ResourceError
+        A worker of the executor is gone.
     """
+    if executor is not None:
+        yield from _verify_on(executor, _parts(path, version, allow_links), level, progress)
+        return
     for part in _parts(path, version, allow_links):
         verdict = Verdict(part.name)
         try:
@@ -72,6 +85,49 @@ def verify(
         except (HbxError, OSError, ValueError) as error:
             verdict.damage.append(str(error))
         yield verdict
+
+
+def _verify_on(
+    executor: Executor, parts: Iterator[Part], level: Level, progress: Callable[[int], None]
+) -> Iterator[Verdict]:
+    """Open parts here and let them be checked anywhere, many at a time; verdicts in order."""
+    waiting: deque[tuple[Verdict, list[Future[Found]]]] = deque()
+    try:
+        for part in parts:
+            verdict, tasks = Verdict(part.name), list[Future[Found]]()
+            try:
+                dataset = part.open()
+                if dataset is not None:
+                    verdict.cells = len(dataset)
+                    tasks = submit(dataset, level, executor)
+            except (HbxError, OSError, ValueError) as error:
+                verdict.damage.append(str(error))
+            waiting.append((verdict, tasks))
+            if len(waiting) >= _AHEAD:
+                yield _settled(*waiting.popleft(), progress)
+        while waiting:
+            yield _settled(*waiting.popleft(), progress)
+    finally:
+        for _, tasks in waiting:
+            for task in tasks:
+                task.cancel()
+
+
+def _settled(verdict: Verdict, tasks: list[Future[Found]], progress: Callable[[int], None]) -> Verdict:
+    """Wait for the tasks of a part, and write down what they found."""
+    from hbx_gpu.atlas._ingest.anywhere import result_of
+
+    found: list[Found] = []
+    try:
+        for task in tasks:
+            found.append(result_of(task, verdict.name))
+            progress(found[-1].nbytes)
+        verdict.damage += merged(found)
+    except ResourceError:
+        raise  # a worker that is gone says nothing of the part
+    except (HbxError, OSError, ValueError) as error:
+        verdict.damage.append(str(error))
+    return verdict
 
 
 def _parts(path: AnyPath, version: int | None, allow_links: bool) -> Iterator[Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +22,7 @@ from hbx_gpu.atlas._ingest import many
 from hbx_gpu.errors import AlreadyIngestedError, HbxError, InvalidDataError
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
+from tests.twice import Twice
 
 # Dask leaves sockets to the garbage collector.
 pytestmark = [
@@ -90,19 +91,6 @@ def dask(*, processes: bool) -> Iterator[Executor]:
         yield client.get_executor()
 
 
-class _Twice(Executor):
-    """Runs each task twice, as engines do that take a slow worker for a dead one."""
-
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        future: Future[R] = Future()
-        try:
-            fn(*args, **kwargs)
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 @pytest.mark.parametrize(
     "executor",
     [
@@ -120,7 +108,7 @@ def test_the_atlas_is_the_same_whatever_the_executor(
         "none": nullcontext,
         "threads": lambda: ThreadPoolExecutor(3),
         "processes": lambda: ProcessPoolExecutor(2, mp_context=get_context("spawn")),
-        "twice": _Twice,
+        "twice": Twice,
         "dask": lambda: dask(processes=False),
         "dask processes": lambda: dask(processes=True),
     }

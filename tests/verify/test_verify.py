@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import pytest
 
 from hbx_gpu import cli
+from hbx_gpu._verify import dataset as dataset_check
+from hbx_gpu._verify.dataset import Level
+from hbx_gpu._verify.stores import Verdict
+from hbx_gpu._verify.stores import verify as check
+from hbx_gpu.errors import ResourceError
 from hbx_gpu.scdl import SingleCellMemMapDataset
 from tests.security.stores import anndata, arrays, make_atlas, rewrite
+from tests.twice import Twice
 
 
 def verify(path: Path, *options: str) -> int:
@@ -143,3 +150,75 @@ def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nothing" in capsys.readouterr().err
     assert verify(make_atlas(tmp_path / "a"), "--threads", "0") == 1
     assert "--threads must be at least 1" in capsys.readouterr().err
+
+
+def checked(
+    path: Path, level: Level, executor: Executor | None = None, said: list[int] | None = None
+) -> list[Verdict]:
+    said = [] if said is None else said
+    return list(check(path, level, threads=2, progress=said.append, executor=executor))
+
+
+def damage_nothing(_: Path) -> None:
+    pass
+
+
+def damage_chunks(atlas: Path) -> None:
+    file = chunk_file(atlas, "csr/indices")
+    for place in (40, file.stat().st_size // 2):
+        flip(file, place)
+
+
+def remove_chunks(atlas: Path) -> None:
+    chunk_file(atlas, "layers/counts").unlink()
+    damage_chunks(atlas)
+
+
+@pytest.mark.parametrize("level", ["fast", "checksums", "full"])
+@pytest.mark.parametrize("damage", [damage_nothing, damage_chunks, remove_chunks])
+def test_any_executor_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: Level, damage: Callable[[Path], None]
+) -> None:
+    """Also in small shares, and where a task runs twice."""
+    atlas = make_atlas(tmp_path / "a")
+    damage(atlas)
+    monkeypatch.setattr(dataset_check, "_CHUNKS", 1)
+    monkeypatch.setattr(dataset_check, "ROWS", 16)
+    here: list[int] = []
+    expected = checked(atlas, level, None, here)
+    assert any(verdict.damage for verdict in expected) == (
+        damage is remove_chunks or (damage is damage_chunks and level != "fast")
+    )
+    with ThreadPoolExecutor(2) as threads:
+        for executor in (threads, Twice()):
+            there: list[int] = []
+            assert checked(atlas, level, executor, there) == expected
+            if damage is damage_nothing and level != "full":
+                assert sum(there) == sum(here)
+
+
+class _Killed(Executor):
+    """Loses its workers."""
+
+    def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
+        future: Future[object] = Future()
+        future.set_exception(BrokenExecutor("killed"))
+        return future
+
+
+def test_a_worker_that_is_gone_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the process that worked on it is gone"):
+        checked(make_atlas(tmp_path / "a"), "checksums", _Killed())
+
+
+def test_workers_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    atlas = make_atlas(tmp_path / "a")
+    assert verify(atlas, "--threads", "2", "--workers", "2") == 1
+    assert "--threads is for this process; leave it out with --workers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    atlas = make_atlas(tmp_path / "a")
+    assert verify(atlas, "--workers", "2") == 0
+    assert "2 whole, 0 damaged" in capsys.readouterr().out
