@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,8 +180,9 @@ def measure(atlas: Path, latency: float, bandwidth: float | None, seconds: float
         (atlas.parent.parent / bucket).unlink()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cloud", description=__doc__)
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--density", type=float, default=0.05)
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--data", type=Path, required=True, help="folder where data are kept for later runs")
     parser.add_argument("--out", type=Path, help="write the runs as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     spec = DataSpec(args.cells, args.genes, args.density, args.groups)
     atlas = prepare(args.data, spec).atlas
     print(f"{spec.describe()}; latency {args.latency_ms:g} ms")
@@ -208,6 +209,7 @@ def main() -> None:
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     if args.out is not None:
         args.out.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    return 0
 
 
 def _line(run: Run) -> str:
@@ -221,4 +223,4 @@ def _line(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,19 +1,17 @@
 """CPU time of statistics beside reading the same rows as CSR, and the memory that a result takes.
 
-    python -m benchmarks.statistics [N_CELLS N_GENES]
-
 The matrix is made here: counts of a Poisson distribution with means that differ between genes and cells, in
 rowpack chunks of 40,960 values.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +85,16 @@ def grown(work: Callable[[], object]) -> float:
     return most[0] - before
 
 
-def main() -> None:
-    n_cells, n_genes = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (8_000, 20_000)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.statistics", description=__doc__)
+    parser.add_argument("--cells", type=int, default=8_000)
+    parser.add_argument("--genes", type=int, default=20_000)
+    options = parser.parse_args(argv)
+    n_cells, n_genes = options.cells, options.genes
     with tempfile.TemporaryDirectory() as folder:
         cells, n_values = dataset(Path(folder), n_cells, n_genes)
-        few = cells.subset(np.arange(100))
+        few = cells.subset(np.arange(min(100, n_cells)))
         compute(few)
         compute(few, exact_medians=0)
         print(f"{n_cells:,} cells x {n_genes:,} genes, {n_values:,} values; load {os.getloadavg()[0]:.1f}")
@@ -105,7 +108,8 @@ def main() -> None:
         for name, work in works.items():
             took, memory = cpu_seconds(work), grown(work)
             print(f"{name}: {took:.2f} CPU s, {took / n_values * 1e9:.1f} ns a value, {memory:,.0f} MB more")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
