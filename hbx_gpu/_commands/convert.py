@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 import warnings
 from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
+from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, note
 from hbx_gpu._stores.kinds import is_mudata, split_modality
-from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.errors import InvalidDataError, UnsupportedError
 
 
 def add_parser(
@@ -25,8 +27,8 @@ def add_parser(
         "convert",
         parents=[common],
         help="turn an SCDL archive into an atlas, an atlas or a file of cells into an archive",
-        description="Turn an SCDL archive into an atlas, or an atlas, an AnnData, a 10x or a loom store into "
-        "an SCDL archive. "
+        description="Turn an SCDL archive into an atlas, or an atlas, an AnnData, a 10x or a loom store, or "
+        "a folder of .h5ad files into an SCDL archive. "
         "Nothing is lost on the way: columns in their order, repeats, explicit zeros and dtypes come back.",
     )
     parser.add_argument(
@@ -34,7 +36,8 @@ def add_parser(
         type=local_argument,
         metavar="SOURCE",
         help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store; one modality of a "
-        "MuData as FILE.h5mu:MODALITY",
+        "MuData as FILE.h5mu:MODALITY; a folder of .h5ad files, which become one archive in the order of "
+        "their paths",
     )
     parser.add_argument(
         "target", type=argument, metavar="TARGET", help="the atlas or archive to make, or its address"
@@ -86,6 +89,7 @@ def add_parser(
         "--allow-normalized", action="store_true", help="from a file: accept values that are not counts"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an archive at TARGET")
+    add_executor_options(parser, "convert the files of a folder")
     links.add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(
@@ -95,7 +99,7 @@ def add_parser(
 
 
 def kind_of(path: Path) -> str:
-    """``atlas``, ``archive`` or ``file``.
+    """``atlas``, ``archive``, ``file`` or ``folder``, one of .h5ad files.
 
     Raises
     ------
@@ -113,11 +117,13 @@ def kind_of(path: Path) -> str:
 
     if is_other_store(path):
         return "file"
+    if path.is_dir() and next(path.rglob("*.h5ad"), None) is not None:
+        return "folder"
 
     there = (describe_path(path) or "it is none of these") if path.exists() else "nothing is there"
     raise InvalidDataError(
-        f"expected an SCDL archive (a folder with row_ptr.npy), an atlas (a folder with lance_db) or a .h5ad "
-        f"file at {path}; {there}"
+        f"expected an SCDL archive (a folder with row_ptr.npy), an atlas (a folder with lance_db), a .h5ad "
+        f"file or a folder of them at {path}; {there}"
     )
 
 
@@ -129,12 +135,12 @@ def _convert(args: argparse.Namespace) -> int:
     args.layer = matrix_named(matrix or args.layer)
     _refuse_unused(args, kind)
     begin = time.perf_counter()
-    convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file}[kind]
+    convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file, "folder": _from_folder}[kind]
     used = {name: flag for name, flag in _FLAGS.items() if _attribute(flag) in _USED[kind]}
     with from_command(used), warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
-        with bar(" cells", args.source.name) as progress:
+        with bar(" files" if kind == "folder" else " cells", args.source.name) as progress:
             n, said = convert(args, progress)
     if said:
         print(said)
@@ -170,6 +176,7 @@ _FLAGS = links.FLAGS | {
     "overwrite": "--overwrite",
     "union": "--union",
 }
+_FROM_FILES = {"layer", "data_dtype", "allow_loss", "allow_normalized", "allow_links", "overwrite"}
 _USED = {
     "archive": {
         "layer",
@@ -181,7 +188,8 @@ _USED = {
         "allow_links",
     },
     "atlas": {"layer", "data_dtype", "union", "keep_uids", "allow_loss", "allow_links", "overwrite"},
-    "file": {"layer", "data_dtype", "allow_loss", "allow_normalized", "allow_links", "overwrite"},
+    "file": _FROM_FILES,
+    "folder": _FROM_FILES | {"require_shared_genes", "workers", "dask"},
 }
 
 
@@ -190,7 +198,8 @@ def _refuse_unused(args: argparse.Namespace, kind: str) -> None:
     unused = [name for name in options if getattr(args, name) and name not in _USED[kind]]
     if unused:
         flags = ", ".join(sorted(_FLAGS.get(name, "--" + name.replace("_", "-")) for name in unused))
-        what = {"atlas": "an atlas", "archive": "an archive", "file": "a file of cells"}[kind]
+        named = {"atlas": "an atlas", "archive": "an archive", "file": "a file of cells"}
+        what = named.get(kind, "a folder of files")
         raise InvalidDataError(f"{args.source} is {what}: {flags} cannot be used for its conversion")
 
 
@@ -252,3 +261,52 @@ def _from_file(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
         progress=progress,
     )
     return done.n_rows, f"{args.source}: matrix {done.matrix}" + (f" ({done.reason})" if done.reason else "")
+
+
+def _from_folder(args: argparse.Namespace, progress: Progress) -> tuple[int, str]:
+    from hbx_gpu.scdl._api.collection import find_h5ad
+    from hbx_gpu.scdl._api.many import convert_folder
+    from hbx_gpu.scdl._format.values import Tolerance
+    from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad_files
+    from hbx_gpu.scdl._writing.writer import check_target
+
+    files = find_h5ad(args.source)
+    options = ConvertOptions(
+        matrix=args.layer,
+        choose=args.layer is None,
+        allow_normalized=args.allow_normalized,
+        require_shared_genes=args.require_shared_genes,
+        allow_links=args.allow_links,
+    )
+    data_dtype, tolerance = args.data_dtype or "auto", Tolerance(allow_loss=args.allow_loss)
+    n_bytes = sum(file.stat().st_size for file in files)
+    remote = not isinstance(args.target, Path)
+    if remote and (args.workers is not None or args.dask is not None):
+        raise UnsupportedError(
+            f"{args.target}: --workers and --dask make an archive on a disk; leave them out, or convert to a "
+            "folder and copy it"
+        )
+    if not remote:
+        check_target(args.target, overwrite=args.overwrite)
+    with contextlib.nullcontext() if remote else chosen_executor(args, len(files), n_bytes) as executor:
+        if executor is not None:
+            n = convert_folder(
+                args.source,
+                args.target,
+                executor,
+                options=options,
+                data_dtype=data_dtype,
+                tolerance=tolerance,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+            return n, ""
+    done = convert_h5ad_files(
+        files,
+        args.target,
+        options=options,
+        data_dtype=data_dtype,
+        tolerance=tolerance,
+        overwrite=args.overwrite,
+    )
+    return sum(conversion.n_rows for conversion in done), ""

@@ -8,10 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 from hbx_gpu._advice import from_command
+from hbx_gpu._commands.executors import chosen_executor
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import NoteHandler, bar, note
 from hbx_gpu._version import __version__
@@ -99,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="convert several files at once, in processes, and join the results",
     )
+    add(
+        "dask",
+        metavar="ADDRESS",
+        help="convert the files on the workers of a Dask cluster, which need the same paths: tcp://HOST:8786",
+    )
     add("data-dtype", metavar="DTYPE", help=f"dtype of the values: {_DTYPES} [float32]")
     add(
         "data-dtype-tolerance",
@@ -144,14 +151,19 @@ def _convert(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     check_target(args.save_path, overwrite=args.overwrite)
     files = find_h5ad(args.data_path)
-    parallel = args.use_mp and min(args.num_workers, len(files)) > 1
-    n_rows = (_convert_in_processes if parallel else _convert_in_turn)(files, args)
+    if args.dask is not None and args.use_mp:
+        raise ValueError("--dask and --use-mp both say where files are converted; give one of them")
+    args.workers = args.num_workers if args.use_mp else 1
+    n_bytes = sum(file.stat().st_size for file in files)
+    with chosen_executor(args, len(files), n_bytes) as executor:
+        n_rows = _convert_files(files, args, executor)
     seconds = time.perf_counter() - begin
     print(f"{args.save_path}: {n_rows:,} cells from {len(files)} file(s) in {seconds:.1f} s")
     return 0
 
 
-def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
+def _convert_files(files: Sequence[Path], args: argparse.Namespace, executor: Executor | None) -> int:
+    from hbx_gpu.scdl._api.many import convert_folder
     from hbx_gpu.scdl._format.values import Tolerance
     from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad_files
 
@@ -164,54 +176,30 @@ def _convert_in_turn(files: Sequence[Path], args: argparse.Namespace) -> int:
         require_shared_genes=args.require_shared_genes,
         neighbor_key=args.neighbor_key if args.load_neighbors else None,
     )
+    tolerance = Tolerance(args.data_dtype_tolerance, args.allow_loss)
+    if executor is not None:
+        with bar(" files") as show:
+            return convert_folder(
+                args.data_path,
+                args.save_path,
+                executor,
+                options=options,
+                data_dtype=args.data_dtype,
+                tolerance=tolerance,
+                overwrite=args.overwrite,
+                progress=show,
+            )
     with bar(" cells") as show:
         added = convert_h5ad_files(
             files,
             args.save_path,
             options=options,
             data_dtype=args.data_dtype,
-            tolerance=Tolerance(args.data_dtype_tolerance, args.allow_loss),
+            tolerance=tolerance,
             overwrite=args.overwrite,
             progress=show,
         )
     return sum(conversion.n_rows for conversion in added)
-
-
-def _convert_in_processes(_: Sequence[Path], args: argparse.Namespace) -> int:
-    from hbx_gpu.scdl._api.collection import SingleCellCollection
-    from hbx_gpu.scdl._writing.new_folder import NewFolder
-
-    # Beside the archive, where there is room for it, and swept away by the next run if this one is killed.
-    place = NewFolder(args.save_path)
-    try:
-        collection = SingleCellCollection(place.folder)
-        with bar(" files") as show:
-            collection.load_h5ad_multi(
-                args.data_path,
-                max_workers=args.num_workers,
-                use_processes=True,
-                data_dtype=args.data_dtype,
-                paginated_load_cutoff=args.paginated_load_cutoff,
-                load_block_row_size=args.load_block_row_size,
-                use_X_not_raw=args.use_X_not_raw,
-                data_dtype_tolerance=args.data_dtype_tolerance,
-                allow_loss=args.allow_loss,
-                matrix=args.matrix,
-                allow_normalized=args.allow_normalized,
-                load_neighbors=args.load_neighbors,
-                neighbor_key=args.neighbor_key,
-                progress=show,
-            )
-        dtype = "auto" if args.data_dtype == "auto" else None
-        collection.flatten(
-            args.save_path,
-            overwrite=args.overwrite,
-            data_dtype=dtype,
-            require_shared_genes=args.require_shared_genes,
-        )
-        return collection.number_of_rows()
-    finally:
-        place.discard()
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
 from hbx_gpu.scdl._format.archive import open_archive
 from tests.scdl.files import adata, content, counts, h5ad, leftovers
+from tests.twice import Twice
 
 ENSEMBL = [f"ENSG{i:011d}" for i in range(10)]
 
@@ -56,6 +58,30 @@ def test_many_files_in_the_order_of_their_paths(sources: Path, tmp_path: Path, p
     assert collection.sparsity() == (167 - stored) / 167
     again = SingleCellCollection.open(tmp_path / "all")
     assert again.shape() == collection.shape()
+
+
+def test_any_executor_converts_the_same(sources: Path, tmp_path: Path) -> None:
+    """Also one that runs each task twice, and one file of which cannot be read."""
+    expected = SingleCellCollection(tmp_path / "expected")
+    expected.load_h5ad_multi(sources)
+    with ThreadPoolExecutor(2) as threads:
+        for name, executor in {"threads": threads, "twice": Twice()}.items():
+            collection = SingleCellCollection(tmp_path / name)
+            calls: list[tuple[int, int]] = []
+            collection.load_h5ad_multi(
+                sources, executor=executor, progress=lambda *call, calls=calls: calls.append(call)
+            )
+            assert calls == [(1, 3), (2, 3), (3, 3)]
+            names = [path.name for path in collection.fname_to_mmap]
+            assert names == ["a", "b", "c"]
+            for name_of in names:
+                assert content(tmp_path / name / name_of) == content(tmp_path / "expected" / name_of)
+            assert sorted(path.name for path in (tmp_path / name).iterdir()) == [*names, "version.json"]
+        (sources / "b.h5ad").write_bytes(b"junk")
+        broken = SingleCellCollection(tmp_path / "broken")
+        with pytest.raises(RuntimeError, match=r"Error in processing file .*b\.h5ad: .*not an HDF5"):
+            broken.load_h5ad_multi(sources, executor=threads)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["version.json"]
 
 
 @pytest.mark.filterwarnings("ignore:.* none of its 70 features is among")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu import cli
 from hbx_gpu._commands.convert_h5ad_to_scdl import main
 from hbx_gpu.scdl._format.archive import open_archive
 from tests.scdl.files import adata, content, counts, h5ad, leftovers, matrix
@@ -58,6 +59,29 @@ def test_processes_give_the_same_archive(sources: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert content(tmp_path / "a")["dtypes"][0] == "uint8"
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Dask leaves sockets to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_dask_cluster_and_convert_give_the_same_archive(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    assert run("--data-path", sources, "--save-path", tmp_path / "a", "--matrix", "X") == 0
+    assert cli.main(["convert", str(sources), str(tmp_path / "c"), "--layer", "X"]) == 0
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(protocol="tcp", **options) as cluster:
+        dask = ["--dask", cluster.scheduler_address]
+        assert run("--data-path", sources, "--save-path", tmp_path / "b", "--matrix", "X", *dask) == 0
+        assert cli.main(["convert", str(sources), str(tmp_path / "d"), "--layer", "X", *dask]) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert content(tmp_path / "c") == content(tmp_path / "d")
+    assert content(tmp_path / "c")["dtypes"][0] == "uint8"
+    assert not leftovers(tmp_path)
+    capsys.readouterr()
+    one = ["convert", str(sources / "a.h5ad"), str(tmp_path / "e"), "--workers", "2"]
+    assert cli.main(one) == 1
+    assert "is a file of cells: --workers cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("style", ["-", "_"])

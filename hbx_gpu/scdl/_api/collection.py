@@ -7,9 +7,10 @@ import logging
 import multiprocessing
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,7 @@ class SingleCellCollection:
         load_neighbors: bool = False,
         neighbor_key: str = "next_cell_ids",
         progress: Progress = silent,
+        executor: Executor | None = None,
     ) -> None:
         """Convert all .h5ad files below a folder and add them in the order of their paths.
 
@@ -149,6 +151,9 @@ class SingleCellCollection:
             Convert in processes of their own instead of threads.
         progress
             Called with the files done and their total.
+        executor
+            Any ``concurrent.futures.Executor``, instead of the two before: files are converted where it runs
+            them. Its workers need the same paths to the files and to the collection. A task may run twice.
 
         Raises
         ------
@@ -166,29 +171,68 @@ class SingleCellCollection:
             load_block_row_size=load_block_row_size,
             neighbor_key=neighbor_key if load_neighbors else None,
         )
-        files = find_h5ad(directory_path)
-        paths = [Path(self.data_path) / name for name in _archive_names(files, Path(directory_path))]
+        tolerance = Tolerance(data_dtype_tolerance, allow_loss)
+        if executor is not None:
+            self.add_folder(directory_path, executor, options, data_dtype, tolerance, progress)
+            return
+        n = max(1, min(max_workers, len(find_h5ad(directory_path))))
+        # Spawned: HDF5 and Arrow have threads and locks that do not survive a fork.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(n, mp_context=spawn) if use_processes else ThreadPoolExecutor(n) as own:
+            self.add_folder(directory_path, own, options, data_dtype, tolerance, progress)
+
+    def add_folder(
+        self,
+        folder: str | os.PathLike[str],
+        executor: Executor,
+        options: ConvertOptions,
+        data_dtype: str | None,
+        tolerance: Tolerance,
+        progress: Progress = silent,
+    ) -> None:
+        """Convert all .h5ad files below a folder on an executor; see :meth:`load_h5ad_multi`."""
+        from hbx_gpu.atlas._ingest.anywhere import in_turn, result_of
+
+        files = find_h5ad(folder)
+        paths = [Path(self.data_path) / name for name in _archive_names(files, Path(folder))]
         for path in paths:
             check_target(path, overwrite=False)
-        tolerance = Tolerance(data_dtype_tolerance, allow_loss)
+        each = [options] * len(files)
         try:
-            look_at_files(files, options)
+            chosen = look_at_files(files, options)
         except MixedValuesError:
             raise
         except Exception:  # a file that cannot be read: its own conversion says which and why
             _log.debug("the values of the files could not be compared", exc_info=True)
         else:
             options = replace(options, allow_normalized=True)  # the warnings have been given
-        jobs = [(file, path, options, data_dtype, tolerance) for file, path in zip(files, paths, strict=True)]
-        results = _run(jobs, max_workers, use_processes, progress)
-        failed = [(file, error) for file, error in zip(files, results, strict=True) if error is not None]
-        if failed:
-            for path, error in zip(paths, results, strict=True):
-                if error is None:
-                    shutil.rmtree(path)
-            file, error = failed[0]
-            more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-            raise RuntimeError(f"Error in processing file {file}: {error}{more}") from error
+            each = [options] * len(files)
+            if options.choose:
+                each = [replace(options, matrix=choice.name, choose=False) for choice in chosen]
+        # Each run of a task makes a folder of its own here, and the one that was waited for is taken.
+        staging = Path(self.data_path).resolve() / f".converting-{uuid.uuid4().hex}"
+        staging.mkdir()
+        made: dict[Path, Path] = {}
+        failed: list[tuple[Path, Exception]] = []
+        try:
+            tasks = (
+                ((file, path), (file, staging, chosen_options, data_dtype, tolerance))
+                for file, path, chosen_options in zip(files, paths, each, strict=True)
+            )
+            for (file, path), future in in_turn(executor, _convert_apart, tasks):
+                try:
+                    made[path] = staging / result_of(future, str(file))
+                except Exception as error:
+                    failed.append((file, error))
+                progress(len(made) + len(failed), len(files))
+            if failed:
+                file, first = failed[0]
+                more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+                raise RuntimeError(f"Error in processing file {file}: {first}{more}") from first
+            for path, folder_made in made.items():
+                os.rename(folder_made, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         self.fname_to_mmap.update({path: _open(path, options) for path in paths})
 
     def flatten(
@@ -348,37 +392,19 @@ def _archive_names(files: Sequence[Path], root: Path) -> list[str]:
     return named
 
 
-_Job = tuple[Path, Path, ConvertOptions, str | None, Tolerance]
-
-
-def _convert(job: _Job) -> None:
-    file, path, options, data_dtype, tolerance = job
-    convert_h5ad(file, path, options=options, data_dtype=data_dtype, tolerance=tolerance)
-
-
-def _run(
-    jobs: Sequence[_Job], max_workers: int, use_processes: bool, progress: Progress
-) -> list[BaseException | None]:
-    """Convert all; one error or None each."""
-    n = max(1, min(max_workers, len(jobs)))
-    done = 0
-
-    def count(_: Future[None]) -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(jobs))
-
-    executor: ProcessPoolExecutor | ThreadPoolExecutor
-    if use_processes:
-        # Spawned: HDF5 and Arrow have threads and locks that do not survive a fork.
-        executor = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))
-    else:
-        executor = ThreadPoolExecutor(n)
-    with executor:
-        futures = [executor.submit(_convert, job) for job in jobs]
-        for future in futures:
-            future.add_done_callback(count)
-        return [future.exception() for future in futures]
+def _convert_apart(
+    file: Path,
+    staging: Path,
+    options: ConvertOptions,
+    data_dtype: str | None,
+    tolerance: Tolerance,
+) -> str:
+    """Convert a file into a new folder below `staging`, whose name is returned: may run twice at once."""
+    name = uuid.uuid4().hex
+    if not staging.is_dir():
+        raise FileNotFoundError(f"{staging} is gone: whoever asked for {file} has ended")
+    convert_h5ad(file, staging / name, options=options, data_dtype=data_dtype, tolerance=tolerance)
+    return name
 
 
 def _open(path: Path, options: ConvertOptions) -> SingleCellMemMapDataset:
