@@ -261,6 +261,12 @@ class Cells:
             As in :func:`hbx_gpu.statistics.compute`.
         feature_space, layer
             As in :meth:`to_cell_dataset`.
+
+        Returns
+        -------
+        Statistics
+            One entry per feature: cells measured, nonzero cells, sum, mean, variance and median. The errors
+            are those of both functions.
         """
         from hbx_gpu.statistics import compute
 

@@ -305,24 +305,24 @@ class RaggedAtlas:
             only for an atlas whose links you made.
         storage_options
             Configuration of the object storage, by the keys of obstore: ``endpoint``, ``access_key_id``,
-            ``secret_access_key``, ``region``, ``allow_http``, ... By default those that this process was
-            given for the address before, then the credentials of the environment.
+            ``secret_access_key``, ``region``, ``allow_http``, ... By default the options that this process
+            was given for the address before, else the credentials of the environment.
         cache, cache_bytes
             Folder of a local disk that keeps the chunks that come from object storage, for all processes of
             the host: what was read once is local from then on. It takes up to `cache_bytes` bytes (default:
-            half of the free room), and what was used longest ago goes first. Loaders of this atlas use it by
-            themselves. It has no meaning for a local path.
+            half of the free room); what was not used for the longest time is removed first. Loaders of this
+            atlas use it by themselves. For a local path it is not used.
 
         Raises
         ------
         FileNotFoundError
-            No atlas, or no zarr store.
+            There is no atlas, or no zarr store.
         RemoteError
             Object storage does not answer, or refuses.
         UnsafePathError
             A link leads out, or a FIFO or a device is in the place of a file.
         ValueError
-            No snapshots, or none of that number.
+            The atlas has no snapshots, or none of that number.
         AtlasError
             A schema class declares columns that the snapshot lacks, or as another type.
         """
@@ -355,7 +355,23 @@ class RaggedAtlas:
         store: object = None,
         **kwargs: Any,
     ) -> RaggedAtlas:
-        """Open the newest snapshot, read-only; see :meth:`checkout`."""
+        """Open the newest snapshot, read-only.
+
+        Parameters
+        ----------
+        path
+            Directory of the atlas, or its address in object storage.
+        schema, store
+            As in :meth:`checkout`.
+        **kwargs
+            The other arguments of :meth:`checkout`: among them `allow_links` and, for an atlas in object
+            storage, `storage_options`, `cache` and `cache_bytes`.
+
+        Returns
+        -------
+        RaggedAtlas
+            The atlas as of its newest snapshot. The errors are those of :meth:`checkout`.
+        """
         return cls.checkout(path, None, schema, store, **kwargs)
 
     @staticmethod
@@ -459,7 +475,23 @@ class RaggedAtlas:
     def statistics(
         self, by: str | None = None, *, obs_table_name: str | None = None, **options: Unpack[Options]
     ) -> Statistics:
-        """Statistics of the features over all cells; see :meth:`AtlasQuery.statistics`.
+        """Statistics of the features over all cells, in one pass (docs/statistics.md).
+
+        The result is kept in a local atlas, and read from there the next time.
+
+        Parameters
+        ----------
+        by
+            obs column; the result then also has ``groups``, the statistics of each of its values.
+        obs_table_name
+            Obs table of the cells; required where there are several.
+        **options
+            As in :meth:`AtlasQuery.statistics`.
+
+        Returns
+        -------
+        Statistics
+            One entry per feature: cells measured, nonzero cells, sum, mean, variance and median.
 
         Raises
         ------
@@ -612,7 +644,25 @@ class RaggedAtlas:
     def add_embedding(
         self, name: str, values: np.ndarray, cells: Sequence[str] | np.ndarray, **kwargs: Any
     ) -> int:
-        """See :func:`hbx_gpu.atlas.add_embedding`."""
+        """Store a row of numbers for each of some cells, as a dense modality of the atlas.
+
+        Parameters
+        ----------
+        name
+            Name of the modality, and of its pointer column in the obs table.
+        values
+            float16 or float32, (n, d).
+        cells
+            The ``uid`` of the cell of each row, (n,), each once.
+        **kwargs
+            `obs_table` and `overwrite`, as in :func:`hbx_gpu.atlas.add_embedding`, which also lists the
+            errors.
+
+        Returns
+        -------
+        int
+            Number of cells. Call :meth:`snapshot` to read them.
+        """
         from hbx_gpu.atlas._ingest.embeddings import add_embedding
 
         return add_embedding(self, name, values, cells, **kwargs)

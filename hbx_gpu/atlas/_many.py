@@ -1,4 +1,4 @@
-"""Adding many files to an atlas, which is named by its path or open already."""
+"""Adding many files to an atlas, which is given by its path or is already open."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def ingest_many(
     replace: bool = False,
     accept_duplicates: bool = False,
 ) -> ManyReport:
-    """Add many files to an atlas, one dataset each; read anywhere, committed here many at a time.
+    """Add many files to an atlas, one dataset each: read on any executor, committed here many at a time.
 
     A file is in the atlas whole or not at all, whatever is killed and when. Files are recognized by the
     SHA-256 of their bytes: those that were ingested before in the same way are skipped, so after an
-    interruption the same call goes on where it stopped. Cleaning up after a killed run is the first thing
-    that the next writer does. A task that runs twice, because its executor tries again, adds nothing twice.
+    interruption the same call goes on where it stopped. The next writer first cleans up after a run that was
+    killed. If an executor runs a task twice, nothing is added twice.
 
     Files are added in the order given, so the atlas is the same whatever the executor. At the first file that
     cannot be added, its error is raised; all files before it are in the atlas, and none after it.
@@ -52,21 +52,22 @@ def ingest_many(
     Parameters
     ----------
     atlas
-        Open for writing, or the path of an atlas, which is made if it does not exist.
+        An atlas that is open for writing, or the path or address of one, which is made if it does not exist.
     sources
         Paths of .h5ad files and of all other stores that hold one AnnData. Files of several modalities
         (.h5mu) are added last and by this process.
     executor
         Where files are read and packed: any ``concurrent.futures.Executor``, for example a
         ``ThreadPoolExecutor``, a ``ProcessPoolExecutor``, or ``dask.distributed.Client(...).get_executor()``.
-        Its processes need the same path to the atlas and to the files, and no access to the tables. None:
-        this process, one file after the other.
+        Its processes need the same paths to the atlas and to the files, and no access to the tables. None:
+        this process reads and packs one file after the other.
     progress
-        Called with the number of cells whose files are done and of all cells.
+        Called with two numbers: the cells of the files that are done, and all cells.
     added
         Called with the report of each file, in order, once it is in the atlas.
     layer
-        Matrix to read, of all files or by source; see :func:`hbx_gpu.add_from_anndata`.
+        Matrix to read: of all files, or a mapping from source to matrix; see
+        :func:`hbx_gpu.add_from_anndata`.
     zarr_layer, field_name, feature_space, feature_id_column, strip_versions, require_shared_genes
         As of :func:`hbx_gpu.add_from_anndata`, for all files. How features are identified is chosen for all
         files together.
@@ -87,9 +88,9 @@ def ingest_many(
     InvalidDataError, AlreadyIngestedError, UnknownNameError
         See :func:`hbx_gpu.add_from_anndata`.
     ResourceError
-        A process, or the cluster, that worked on a file is gone; run the same again.
+        A process, or the cluster, that worked on a file is gone; run the same call again.
     AtlasLockedError
-        Somebody else is writing.
+        Another process is writing to the atlas.
     """
     opened = atlas if isinstance(atlas, RaggedAtlas) else create_or_open_atlas(atlas)
     return add_many(

@@ -91,16 +91,23 @@ class WeightedCellSampler(EpochSampler):
         Parameters
         ----------
         labels
-            As in :meth:`balanced`.
+            Integer (n_cells,), label codes as in ``dataset.columns``. Cells of code -1 (missing) are never
+            drawn.
         weights
-            Weight of each label code that is drawn, finite, not negative, in any scale.
+            Label code -> weight, finite, not negative, in any scale. Labels that are not named are never
+            drawn.
         batch_size, options
             As in the constructor.
+
+        Returns
+        -------
+        WeightedCellSampler
+            By default an epoch has as many draws as there are cells that can be drawn.
 
         Raises
         ------
         ValueError
-            A weight is negative or not finite, all weights are 0, or no cell has one of the labels.
+            A weight is negative or not finite, all weights are 0, or no cell has a label that has a weight.
         """
         table = LabelTable.of(checked_codes("labels", labels))
         for code, weight in weights.items():

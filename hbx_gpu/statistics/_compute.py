@@ -65,10 +65,15 @@ def compute(
         Number of stored values up to which medians are exact; beyond it, they have a relative error of at
         most 1/128.
 
+    Returns
+    -------
+    Statistics
+        One entry per feature: cells measured, nonzero cells, sum, mean, variance and median.
+
     Raises
     ------
     UnsupportedError
-        The dataset has no features, such as one of images, or several modalities; a column with more than
+        The dataset has no features (one of images, for example) or several modalities, or `by` has more than
         10,000 values.
     UnknownNameError
         The dataset does not carry `by`.

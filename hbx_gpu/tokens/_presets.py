@@ -32,7 +32,12 @@ def geneformer_v2(
     mlm
         Probability of hiding a token (published: 0.15), or a :class:`MaskTokens`; None: nothing is hidden.
     **options
-        Fields of :class:`RankValue`.
+        Other fields of :class:`RankValue`.
+
+    Returns
+    -------
+    RankValue
+        The recipe.
     """
     return RankValue.geneformer_v2(vocabulary, medians, mlm=mlm, **options)
 

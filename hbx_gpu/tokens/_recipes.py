@@ -321,14 +321,44 @@ class RankValue(Recipe):
     def geneformer_v2(
         cls, vocabulary: Table, medians: Table, *, mlm: MaskTokens | float | None = None, **options: Any
     ) -> RankValue:
-        """The recipe of Geneformer V2; the same as :func:`hbx_gpu.tokens.geneformer_v2`."""
+        """The recipe of Geneformer V2 (104M, 4,096 tokens): ``<cls>``, genes by rank value, ``<eos>``.
+
+        Parameters
+        ----------
+        vocabulary, medians
+            The published ``token_dictionary_gc104M.pkl`` and ``gene_median_dictionary_gc104M.pkl``, or dicts
+            from feature uid to id and to median; `medians` may be the result of ``atlas.statistics()``.
+        mlm
+            Probability of hiding a token (published: 0.15), or a :class:`MaskTokens`; None: nothing is
+            hidden.
+        **options
+            Other fields of this class.
+
+        Returns
+        -------
+        RankValue
+            The same as :func:`hbx_gpu.tokens.geneformer_v2` makes.
+        """
         return cls(vocabulary, medians=medians, mlm=mlm, **options)
 
     @classmethod
     def geneformer_v1(
         cls, vocabulary: Table, medians: Table, *, mlm: MaskTokens | float | None = None, **options: Any
     ) -> RankValue:
-        """The recipe of Geneformer V1; the same as :func:`hbx_gpu.tokens.geneformer_v1`."""
+        """The recipe of Geneformer V1 (30M, 2,048 tokens): genes by rank value, without special tokens.
+
+        Parameters
+        ----------
+        vocabulary, medians, mlm
+            As in :meth:`geneformer_v2`.
+        **options
+            Other fields of this class.
+
+        Returns
+        -------
+        RankValue
+            The same as :func:`hbx_gpu.tokens.geneformer_v1` makes.
+        """
         chosen = {"length": 2048, "cls": None, "eos": None}
         return cls(vocabulary, medians=medians, mlm=mlm, **{**chosen, **options})
 

@@ -303,16 +303,30 @@ class AtlasQuery:
     def statistics(self, by: str | None = None, **options: Unpack[Options]) -> Statistics:
         """Statistics of the features over the rows that the query selects, in one pass (docs/statistics.md).
 
-        The result is kept in the atlas, and read from there the next time.
+        The result is kept in a local atlas, and read from there the next time.
 
         Parameters
         ----------
         by
-            obs column; the result then has ``groups`` beside the whole.
+            obs column; the result then also has ``groups``, the statistics of each of its values.
         **options
             `feature_space`, `layer` and `field_name` as in :meth:`to_cell_dataset`; `target_sum`, `medians`,
             `executor` and `progress` as in :func:`hbx_gpu.statistics.compute`; ``keep=False`` neither reads
             nor writes the file in the atlas.
+
+        Returns
+        -------
+        Statistics
+            One entry per feature: cells measured, nonzero cells, sum, mean, variance and median.
+
+        Raises
+        ------
+        UnknownNameError
+            A column, layer, feature space or field does not exist.
+        UnsupportedError
+            The modality has no features, or `by` has more than 10,000 values.
+        ResourceError
+            Groups times features take more memory than there is.
         """
         return statistics_of(self._selection, by, options)
 
