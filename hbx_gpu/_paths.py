@@ -37,7 +37,7 @@ def checked(path: str | os.PathLike[str]) -> str:
     if scheme == "file":
         return unquote(urlparse(f"file:/{rest}").path)
     raise RemotePathError(
-        f"cannot open {text!r}: only local paths are supported so far; copy the data to a local disk"
+        f"cannot open {text!r}: only local paths are supported here; copy the data to a local disk first"
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
 from hbx_gpu._paths import argument as local_argument
 
 
@@ -91,7 +90,6 @@ def add_parser(
         "--out", type=local_argument, metavar="FOLDER", help="write bench.txt, .json and .png there"
     )
     add_allow_links(parser)
-    add_storage_options(parser)
     parser.set_defaults(command=_bench, if_interrupted="nothing was written")
 
 

@@ -6,15 +6,17 @@ import argparse
 import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
-from hbx_gpu._commands.places import add_storage_options, argument
-from hbx_gpu._paths import argument as local_argument
+from hbx_gpu._commands.places import add_storage_options, argument, is_atlas
 from hbx_gpu._progress import Progress, bar, note
+from hbx_gpu._remote.downloads import local_copy
+from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 
@@ -33,11 +35,11 @@ def add_parser(
     )
     parser.add_argument(
         "source",
-        type=local_argument,
+        type=argument,
         metavar="SOURCE",
         help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store; one modality of a "
         "MuData as FILE.h5mu:MODALITY; a folder of .h5ad files, which become one archive in the order of "
-        "their paths",
+        "their paths; or an address, of which all but an atlas is copied to the temporary folder first",
     )
     parser.add_argument(
         "target", type=argument, metavar="TARGET", help="the atlas or archive to make, or its address"
@@ -128,26 +130,51 @@ def kind_of(path: Path) -> str:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    args.source, matrix = file_and_matrix(args.source)
+    named = args.source
+    if isinstance(named, Place) and args.dask is not None:
+        raise UnsupportedError(
+            f"{named}: --dask converts files that its workers share; leave it out, or copy "
+            "them to a shared disk"
+        )
+    begin = time.perf_counter()
+    with _source(named) as args.source:
+        n, said = _converted(args)
+        if said:
+            print(said.replace(str(args.source), str(named)))
+    took = time.perf_counter() - begin
+    done = f"{n:,} cells of {named} in {took:.1f} s"
+    print(f"{args.target}: {done if n else f'all cells of {named} are in it already'}")
+    return 0
+
+
+@contextlib.contextmanager
+def _source(path: AnyPath) -> Iterator[AnyPath]:
+    """The source as conversions take it: atlases where they lie, everything else on a local disk."""
+    if not isinstance(path, Place) or is_atlas(path):
+        yield path
+        return
+    name, colon, part = path.name.partition(":")
+    with local_copy(path.parent / name if colon else path) as copy:
+        yield copy.with_name(f"{copy.name}:{part}") if colon else copy
+
+
+def _converted(args: argparse.Namespace) -> tuple[int, str]:
+    """The number of cells, and a line about the choices that were made."""
+    matrix, kind = None, "atlas"
+    if not isinstance(args.source, Place):
+        args.source, matrix = file_and_matrix(args.source)
+        kind = kind_of(args.source)
     if matrix and args.layer:
         raise InvalidDataError(f"SOURCE names the matrix {matrix} and --layer {args.layer}; give one of them")
-    kind = kind_of(args.source)
     args.layer = matrix_named(matrix or args.layer)
     _refuse_unused(args, kind)
-    begin = time.perf_counter()
     convert = {"archive": _to_atlas, "atlas": _from_atlas, "file": _from_file, "folder": _from_folder}[kind]
     used = {name: flag for name, flag in _FLAGS.items() if _attribute(flag) in _USED[kind]}
     with from_command(used), warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
         with bar(" files" if kind == "folder" else " cells", args.source.name) as progress:
-            n, said = convert(args, progress)
-    if said:
-        print(said)
-    took = time.perf_counter() - begin
-    done = f"{n:,} cells of {args.source} in {took:.1f} s"
-    print(f"{args.target}: {done if n else f'all cells of {args.source} are in it already'}")
-    return 0
+            return convert(args, progress)
 
 
 def _attribute(flag: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
@@ -14,9 +15,12 @@ from typing import Any
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.executors import chosen_executor
+from hbx_gpu._commands.places import add_storage_options, argument, use_storage_options
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import NoteHandler, bar, note
+from hbx_gpu._remote.places import Place
 from hbx_gpu._version import __version__
+from hbx_gpu.errors import UnsupportedError
 
 # Heavy imports happen in the functions, so that --help and --version answer at once.
 _PROGRAM = "convert_h5ad_to_scdl"
@@ -50,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handlers=[NoteHandler()],
     )
     try:
+        use_storage_options(args)
         with from_command(_FLAGS), warnings.catch_warnings():
             if not args.debug:
                 warnings.showwarning = _show_warning
@@ -88,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder that is searched for .h5ad files, subfolders included; or one file",
     )
-    add("save-path", required=True, type=local_argument, metavar="DIR", help="the archive to make")
+    add(
+        "save-path",
+        required=True,
+        type=argument,
+        metavar="DIR",
+        help="the archive to make, or its address in object storage",
+    )
     add(
         "num-workers",
         type=int,
@@ -140,29 +151,42 @@ def _parser() -> argparse.ArgumentParser:
     add("load-neighbors", action="store_true", help="take the neighbors of the cells too")
     add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")
     add("overwrite", action="store_true", help="replace an archive at the save path; by default refused")
+    add_storage_options(parser)
     add("debug", action="store_true", help="show tracebacks and details")
     return parser
 
 
 def _convert(args: argparse.Namespace) -> int:
     from hbx_gpu.scdl._api.collection import find_h5ad
+    from hbx_gpu.scdl._writing.uploading import local_target
     from hbx_gpu.scdl._writing.writer import check_target
 
     begin = time.perf_counter()
-    check_target(args.save_path, overwrite=args.overwrite)
+    if not isinstance(args.save_path, Place):
+        check_target(args.save_path, overwrite=args.overwrite)
     files = find_h5ad(args.data_path)
     if args.dask is not None and args.use_mp:
         raise ValueError("--dask and --use-mp both say where files are converted; give one of them")
+    if args.dask is not None and isinstance(args.save_path, Place):
+        raise UnsupportedError(
+            f"{args.save_path}: --dask makes an archive on a disk that its workers share; leave it out, or "
+            "convert to a folder and copy that"
+        )
     args.workers = args.num_workers if args.use_mp else 1
     n_bytes = sum(file.stat().st_size for file in files)
-    with chosen_executor(args, len(files), n_bytes) as executor:
-        n_rows = _convert_files(files, args, executor)
+    with (
+        local_target(args.save_path, overwrite=args.overwrite) as target,
+        chosen_executor(args, len(files), n_bytes) as executor,
+    ):
+        n_rows = _convert_files(files, target, args, executor)
     seconds = time.perf_counter() - begin
     print(f"{args.save_path}: {n_rows:,} cells from {len(files)} file(s) in {seconds:.1f} s")
     return 0
 
 
-def _convert_files(files: Sequence[Path], args: argparse.Namespace, executor: Executor | None) -> int:
+def _convert_files(
+    files: Sequence[Path], target: str | os.PathLike[str], args: argparse.Namespace, executor: Executor | None
+) -> int:
     from hbx_gpu.scdl._api.many import convert_folder
     from hbx_gpu.scdl._format.values import Tolerance
     from hbx_gpu.scdl._writing.convert import ConvertOptions, convert_h5ad_files
@@ -181,7 +205,7 @@ def _convert_files(files: Sequence[Path], args: argparse.Namespace, executor: Ex
         with bar(" files") as show:
             return convert_folder(
                 args.data_path,
-                args.save_path,
+                target,
                 executor,
                 options=options,
                 data_dtype=args.data_dtype,
@@ -192,7 +216,7 @@ def _convert_files(files: Sequence[Path], args: argparse.Namespace, executor: Ex
     with bar(" cells") as show:
         added = convert_h5ad_files(
             files,
-            args.save_path,
+            target,
             options=options,
             data_dtype=args.data_dtype,
             tolerance=tolerance,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.executors import chosen_executor
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options
+from hbx_gpu._commands.places import add_storage_options, argument
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, line
 
@@ -45,7 +45,7 @@ def add_parser(
         "call reads it.",
     )
     parser.add_argument(
-        "path", type=local_argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open"
+        "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
     )
     parser.add_argument("--by", metavar="COLUMN", help="statistics of each value of an obs column")
     parser.add_argument("--filter", metavar="SQL", help="condition on obs columns: \"organ = 'lung'\"")

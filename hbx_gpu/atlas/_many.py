@@ -36,6 +36,7 @@ def ingest_many(
     rename_obs: Mapping[str, str] | None = None,
     replace: bool = False,
     accept_duplicates: bool = False,
+    storage_options: Mapping[str, object] | None = None,
 ) -> ManyReport:
     """Add many files to an atlas, one dataset each: read on any executor, committed here many at a time.
 
@@ -75,6 +76,9 @@ def ingest_many(
         As of :func:`hbx_gpu.add_from_anndata`, for all files.
     replace, accept_duplicates
         As of :func:`hbx_gpu.add_from_anndata`, for all files.
+    storage_options
+        Credentials and settings of an address in object storage, under the names of obstore; by default those
+        of the environment. An atlas that is open already has its own.
 
     Returns
     -------
@@ -91,8 +95,15 @@ def ingest_many(
         A process, or the cluster, that worked on a file is gone; run the same call again.
     AtlasLockedError
         Another process is writing to the atlas.
+    TypeError
+        Storage options are given together with an open atlas.
     """
-    opened = atlas if isinstance(atlas, RaggedAtlas) else create_or_open_atlas(atlas)
+    if not isinstance(atlas, RaggedAtlas):
+        opened = create_or_open_atlas(atlas, storage_options=storage_options)
+    elif storage_options is None:
+        opened = atlas
+    else:
+        raise TypeError("pass storage_options with the address of an atlas; an open atlas has its own")
     return add_many(
         opened,
         sources,

@@ -114,8 +114,6 @@ def test_create_refuses_an_existing_atlas_and_open_a_missing_one(tmp_path: Path)
     RaggedAtlas.create(tmp_path / "a")
     with pytest.raises(FileExistsError, match="open it with"):
         RaggedAtlas.create(tmp_path / "a")
-    with pytest.raises(AtlasError, match="only local paths"):
-        create_or_open_atlas("s3://bucket/atlas")
 
 
 def test_an_interrupted_creation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from hbx_gpu._commands import convert_h5ad_to_scdl
 from hbx_gpu._remote import lease, writing
 from hbx_gpu._remote.places import parse
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.atlas._catalog.journal import IngestNote
 from hbx_gpu.cli import main
-from hbx_gpu.errors import RemoteError
+from hbx_gpu.errors import RemoteError, RemotePathError
 from hbx_gpu.scdl import SingleCellMemMapDataset
 from hbx_gpu.scdl._writing.convert import convert_h5ad
 from tests.remote.objects import content, listing
@@ -143,3 +144,63 @@ def test_leftovers_of_a_local_archive_are_removed(tmp_path: Path) -> None:
     assert len(clean(target)) == 1
     assert not leftovers(target)
     assert len(SingleCellMemMapDataset(str(target))) == 30
+
+
+# Sources and results at addresses
+
+
+def test_sources_at_addresses_are_converted(
+    range_server: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = range_server()
+    (server.root / "b").mkdir()
+    file = h5ad(server.root / "b" / "a.h5ad", 1)
+    convert_h5ad(file, tmp_path / "local", data_dtype="auto")
+    shutil.copytree(tmp_path / "local", server.root / "b" / "archive")
+    fill(server.root / "b" / "atlas", file)
+    options = flags(server.s3_options)
+    plain = ["--storage-option", "allow_http=true"]
+    for number, (source, given) in enumerate(
+        [("s3://b/a.h5ad", options), ("s3://b/a.h5ad:X", options), (f"{server.url}/b/a.h5ad", plain)]
+    ):
+        target = tmp_path / f"of_file{number}"
+        assert main(["convert", source, str(target), *given]) == 0
+        shown = capsys.readouterr().out
+        assert f"30 cells of {source}" in shown
+        assert "hbx_gpu-copy-" not in shown
+        assert (target / "data.npy").read_bytes() == (tmp_path / "local" / "data.npy").read_bytes()
+    assert main(["convert", "s3://b/archive", str(tmp_path / "atlas"), *options]) == 0
+    assert len(matrix(str(tmp_path / "atlas"), {})) == 30
+    assert main(["convert", "s3://b/atlas", str(tmp_path / "of_atlas"), *options]) == 0
+    assert len(SingleCellMemMapDataset(f"file://{tmp_path / 'of_atlas'}")) == 30
+    capsys.readouterr()
+    assert main(["convert", "s3://b/none", str(tmp_path / "x"), *options]) == 1
+    assert "nothing at s3://b/none" in capsys.readouterr().err
+    with pytest.raises(RemotePathError, match=r"hbx_gpu\.open\(url\)"):
+        SingleCellMemMapDataset("s3://b/archive")
+
+
+def test_statistics_of_addresses_are_those_of_the_paths(range_server: Make, tmp_path: Path) -> None:
+    server = range_server()
+    (server.root / "b").mkdir()
+    file = h5ad(server.root / "b" / "a.h5ad", 1)
+    fill(server.root / "b" / "atlas", file)
+    options = flags(server.s3_options)
+    for name in ("a.h5ad", "atlas"):
+        here, there = tmp_path / f"here_{name}.csv", tmp_path / f"there_{name}.csv"
+        assert main(["stats", f"s3://b/{name}", "--out", str(there), *options]) == 0
+        assert main(["stats", str(server.root / "b" / name), "--out", str(here)]) == 0
+        assert here.read_text() == there.read_text()
+
+
+def test_the_program_of_scdl_makes_an_archive_at_an_address(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = h5ad(tmp_path / "a.h5ad", 1)
+    command = ["--data-path", str(file), "--save-path", bucket.url + "/archive", *flags(bucket.options)]
+    assert convert_h5ad_to_scdl.main(command) == 0
+    assert convert_h5ad_to_scdl.main(["--data-path", str(file), "--save-path", str(tmp_path / "local")]) == 0
+    _same_archive(bucket.url + "/archive", bucket.options, tmp_path / "local")
+    capsys.readouterr()
+    assert convert_h5ad_to_scdl.main(command) == 1
+    assert "--overwrite" in capsys.readouterr().err

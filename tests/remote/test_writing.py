@@ -16,7 +16,7 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._remote import commits, lease, writing
 from hbx_gpu._remote.commits import clean
 from hbx_gpu._remote.places import Place, parse
-from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, repack
+from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, ingest_many, repack
 from hbx_gpu.errors import AlreadyIngestedError, AtlasLockedError, HbxError, RemoteError, UnsupportedError
 from tests.emulation.build import outer_environment
 from tests.remote.objects import content, listing
@@ -82,6 +82,20 @@ def test_an_atlas_on_a_real_server_equals_a_local_one(bucket: Bucket, tmp_path: 
     assert np.array_equal(matrix(tmp_path / "local"), matrix(f"{bucket.url}/some/atlas", bucket.options))
     left = [path for path in listing(bucket.url, bucket.options) if "/.hbx_gpu/" in path]
     assert left == ["some/atlas/.hbx_gpu/lease.json"]
+
+
+def test_many_files_go_to_an_address_with_options(bucket: Bucket, tmp_path: Path) -> None:
+    files = h5ad(tmp_path / "a.h5ad", 1), h5ad(tmp_path / "b.h5ad", 2)
+    url, options = f"{bucket.url}/many", bucket.options
+    report = ingest_many(url, files, storage_options=options)
+    assert report.n_added == 2
+    atlas = RaggedAtlas.open(url, storage_options=options)
+    atlas.optimize()
+    atlas.snapshot()
+    assert len(RaggedAtlas.list_versions(url, storage_options=options)) == 1
+    assert len(RaggedAtlas.checkout(url, storage_options=options).query().to_pandas()) == 60
+    with pytest.raises(TypeError, match="an open atlas has its own"):
+        ingest_many(atlas, files, storage_options=options)
 
 
 def test_every_kind_of_write_reaches_the_store(url: str, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._paths import checked
 from hbx_gpu._progress import Progress, silent
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
+from hbx_gpu.scdl._format.archive import local_archive
 from hbx_gpu.scdl._format.features import VariableFeatureIndex
 from hbx_gpu.scdl._format.layout import LAYOUT_VERSION, METADATA, VERSION
 from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, Tolerance, check_dtype
@@ -53,7 +53,7 @@ class SingleCellCollection:
     """
 
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
-        self.data_path: str | os.PathLike[str] = checked(data_path)
+        self.data_path: str | os.PathLike[str] = local_archive(data_path)
         self.fname_to_mmap: dict[Path, SingleCellMemMapDataset] = {}
         folder = Path(self.data_path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class SingleCellCollection:
         FileNotFoundError
             No such folder, or no archive in it.
         """
-        folder = Path(data_path)
+        folder = Path(local_archive(data_path))
         archives = sorted(path.parent for path in folder.glob(f"*/{METADATA}"))
         if not archives:
             raise FileNotFoundError(f"expected a folder with SCDL archives at {folder}, found none")

@@ -13,7 +13,7 @@ import numpy as np
 
 from hbx_gpu.scdl._api.neighbors import NeighborDraws
 from hbx_gpu.scdl._api.rows import RowReader
-from hbx_gpu.scdl._format.archive import open_archive
+from hbx_gpu.scdl._format.archive import local_archive, open_archive
 from hbx_gpu.scdl._format.neighbors import NeighborSamplingStrategy
 from hbx_gpu.scdl._format.values import DEFAULT_TOLERANCE, check_dtype
 
@@ -131,7 +131,7 @@ class SingleCellMemMapDataset(RowReader):
     ) -> None:
         check_dtype(data_dtype)
         self.allow_links = allow_links
-        self.data_path = data_path
+        self.data_path = local_archive(data_path)
         self.mode = Mode(mode)
         self.paginated_load_cutoff = paginated_load_cutoff
         self.load_block_row_size = load_block_row_size

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hbx_gpu._paths import checked
+from hbx_gpu._remote.places import is_remote
 from hbx_gpu._untrusted import NO_LINK, check_tree, parse_json, read_small
-from hbx_gpu.errors import CorruptDataError
+from hbx_gpu.errors import CorruptDataError, RemotePathError
 from hbx_gpu.scdl._format.dtype_evidence import contradiction, sample, value_dtype
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex, var_folder
 from hbx_gpu.scdl._format.header import Header, read_header
@@ -361,6 +362,23 @@ class Archive:
         return np.memmap(file, dtype, mode=self._mode, shape=(size // dtype.itemsize,))
 
 
+def local_archive(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path of an archive whose files are mapped into memory, without ``file://``.
+
+    Raises
+    ------
+    RemotePathError
+        It is an address.
+    """
+    if is_remote(path):
+        raise RemotePathError(
+            f"{os.fspath(path)} is in object storage, and archives are opened here by mapping local files: "
+            "read the cells where they lie with hbx_gpu.open(url), make an archive there with hbx-gpu "
+            "convert, or copy this one to a local disk"
+        )
+    return checked(path) if os.fspath(path).startswith("file:") else path
+
+
 def open_archive(
     path: str | os.PathLike[str],
     *,
@@ -391,13 +409,15 @@ def open_archive(
         A header of a later major version.
     UnsafePathError
         A link that leads out of the folder; a FIFO, a socket or a device in it.
+    RemotePathError
+        The path is an address; :func:`hbx_gpu.open` reads archives in object storage.
 
     Warns
     -----
     UserWarning
         The header is missing or wrong, and what was established instead.
     """
-    folder = Path(os.path.abspath(checked(path)))
+    folder = Path(os.path.abspath(local_archive(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"expected the folder of an SCDL archive, found nothing at {folder}")
     return Archive(folder, data_dtype=data_dtype, writable=writable, allow_links=allow_links)
