@@ -169,13 +169,14 @@ def damage_chunks(atlas: Path) -> None:
         flip(file, place)
 
 
-def remove_chunks(atlas: Path) -> None:
-    chunk_file(atlas, "layers/counts").unlink()
-    damage_chunks(atlas)
+def damage_places(atlas: Path) -> None:
+    """Where the chunks of one array lie is not known, so that damage of the other does not count."""
+    flip(chunk_file(atlas, "csr/indices"), -1)
+    flip(chunk_file(atlas, "layers/counts"), 40)
 
 
 @pytest.mark.parametrize("level", ["fast", "checksums", "full"])
-@pytest.mark.parametrize("damage", [damage_nothing, damage_chunks, remove_chunks])
+@pytest.mark.parametrize("damage", [damage_nothing, damage_chunks, damage_places])
 def test_any_executor_finds_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: Level, damage: Callable[[Path], None]
 ) -> None:
@@ -187,7 +188,7 @@ def test_any_executor_finds_the_same(
     here: list[int] = []
     expected = checked(atlas, level, None, here)
     assert any(verdict.damage for verdict in expected) == (
-        damage is remove_chunks or (damage is damage_chunks and level != "fast")
+        damage is damage_places or (damage is damage_chunks and level != "fast")
     )
     with ThreadPoolExecutor(2) as threads:
         for executor in (threads, Twice()):
