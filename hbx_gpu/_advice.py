@@ -28,7 +28,7 @@ def from_command(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def current() -> Mapping[str, str] | None:
-    """Flags of the command through which the user came, for a process that works for it; None in Python."""
+    """Flags of the command that the user runs, to pass to its worker processes; None in Python."""
     return _flags[-1] if _flags else None
 
 

@@ -47,10 +47,10 @@ def add_parser(
     parser.add_argument(
         "--layer",
         metavar="NAME",
-        help="to an atlas: where values go (by default counts, if they are whole numbers, else "
-        "log_normalized); from one: which layer is written; from a file: X, raw, a layer or auto (default), "
-        "as hbx-gpu ingest does, the one that holds counts: X, else raw, else a layer called counts. "
-        "SOURCE may name it too: FILE:raw, FILE:layers/counts",
+        help="to an atlas: the layer to write (by default counts, if values are whole numbers, else "
+        "log_normalized); from an atlas: the layer to read; from a file: the matrix to read: X, raw, a "
+        "layer, or auto (default), which takes the one that holds counts, as hbx-gpu ingest does: X, else "
+        "raw, else a layer called counts. SOURCE may name it too: FILE:raw, FILE:layers/counts",
     )
     parser.add_argument(
         "--feature-id-column",
@@ -70,8 +70,8 @@ def add_parser(
         "--require-shared-genes",
         type=float,
         metavar="FRACTION",
-        help="to an atlas: refuse genes of which less than this fraction of the smaller set is shared with "
-        "the atlas and the blocks before; by default a fraction under one half is said",
+        help="to an atlas: refuse a block that shares less than this fraction of the smaller set of genes "
+        "with the atlas and the blocks before it; by default a fraction below one half is only reported",
     )
     parser.add_argument(
         "--codec", metavar="NAME", help="compression of a new atlas; hbx_gpu.rowpack by default"

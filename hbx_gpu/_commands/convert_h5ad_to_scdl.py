@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="FRACTION",
         help="refuse files that share less than this fraction of the smaller set of genes with those before "
-        "them; by default a fraction under one half is said",
+        "them; by default a fraction below one half is only reported",
     )
     add("load-neighbors", action="store_true", help="take the neighbors of the cells too")
     add("neighbor-key", default="next_cell_ids", metavar="KEY", help="their key in obsp [next_cell_ids]")

@@ -12,10 +12,10 @@ def add_parser(
     parser = commands.add_parser(
         "doctor",
         parents=[common],
-        help="say what this machine has for a loader, and what to install",
+        help="show what hardware and packages this machine has, and what to install",
         description="Show processor, memory, GPUs, driver and packages, what device=, executor=, io= and "
         "decode= choose by themselves, and what is missing or does not fit together. The exit status is 1 "
-        "if something does not.",
+        "if something does not fit together.",
     )
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
 

@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 
 from hbx_gpu.errors import UnsupportedError
 
-# Work for which a process more is worth its start, which takes about two seconds.
+# How much work makes another process worth its start, which takes about two seconds.
 _BYTES_PER_WORKER, _TASKS_PER_WORKER = 64 << 20, 64
 
 

@@ -15,7 +15,7 @@ def add_parser(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
 ) -> None:
     """Add the subcommand to a parser's."""
-    parser = commands.add_parser("info", parents=[common], help="say what atlases or other stores hold")
+    parser = commands.add_parser("info", parents=[common], help="show what atlases or other stores hold")
     parser.add_argument(
         "paths",
         nargs="+",

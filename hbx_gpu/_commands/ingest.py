@@ -70,8 +70,8 @@ def add_parser(
     parser.add_argument(
         "--layer",
         metavar="NAME",
-        help="matrix to read of files that name none: X, raw, a layer, or auto (default), the one that holds "
-        "counts: X, else raw, else a layer called counts",
+        help="matrix to read, for FILEs without :MATRIX: X, raw, a layer, or auto (default), which takes "
+        "the one that holds counts: X, else raw, else a layer called counts",
     )
     parser.add_argument(
         "--target-layer",
@@ -95,7 +95,7 @@ def add_parser(
         type=float,
         metavar="FRACTION",
         help="refuse a file that shares less than this fraction of the smaller set of features with the "
-        "atlas and the files before it; by default a fraction under one half is said and the file added",
+        "atlas and the files before it; by default a fraction below one half is only reported",
     )
     parser.add_argument(
         "--obs-type",
@@ -156,7 +156,8 @@ def add_parser(
     several.add_argument(
         "--join",
         choices=("inner", "outer", "exact"),
-        help="cells to keep: of any matrix (outer, default), of all modalities, or of all, which must agree",
+        help="cells to keep: those of any matrix (outer, default), those that all modalities have (inner), "
+        "or all, which must be the same in each modality (exact)",
     )
     several.add_argument(
         "--obs-from", metavar="NAME", help="modality whose obs columns count where others differ"
@@ -402,7 +403,7 @@ def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -
 def _run_files(
     atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace
 ) -> tuple[int, Exception | None]:
-    """Add files of one matrix each; the number of cells added, and why the first one that failed did."""
+    """Add files of one matrix each; return the number of added cells, and why the first failed file did."""
     if not jobs:
         return 0, None
     files = {str(job.file): job for job in jobs}

@@ -25,14 +25,17 @@ def add_parser(
         "What the cache has already is not fetched again.",
     )
     parser.add_argument(
-        "path", type=argument, metavar="QUERY", help="address of an atlas or a store; --where narrows it down"
+        "path",
+        type=argument,
+        metavar="ADDRESS",
+        help="an atlas or a store in object storage; --where selects cells",
     )
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="folder of the cache")
     parser.add_argument(
         "--cache-bytes",
         type=int,
         metavar="N",
-        help="bytes that the cache may take (default: half of the room)",
+        help="bytes that the cache may take (default: half of the free room)",
     )
     parser.add_argument("--where", metavar="SQL", help="cells to bring, by their obs columns (default: all)")
     parser.add_argument("--table", metavar="NAME", help="obs table, where an atlas has several")

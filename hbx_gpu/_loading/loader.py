@@ -56,7 +56,7 @@ class _Run:
 
 
 _WAITING = 4
-"""Threads beside the cores where chunks are far away: while these wait for a store, others decode."""
+"""Threads besides one per core if chunks are in object storage: while some wait for it, others decode."""
 
 
 @runtime_checkable

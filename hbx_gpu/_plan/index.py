@@ -140,7 +140,7 @@ class IndexMaker:
     _last: tuple[int, int] = (-2, 0)
 
     def add(self, source: np.ndarray, start: np.ndarray, length: np.ndarray) -> None:
-        """Add rows behind those there are; the arrays are not kept.
+        """Add rows after those that were added before; the arrays are not kept.
 
         Parameters
         ----------

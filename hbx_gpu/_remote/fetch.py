@@ -44,7 +44,7 @@ class Body(Protocol):
 
 
 class Fetch(Protocol):
-    """One request for a range of an object, tried once; tests put others in the place of obstore's."""
+    """One request for a range of an object, tried once; tests pass their own instead of obstore's."""
 
     def __call__(self, place: Place, begin: int, end: int, version: str) -> Body:
         """Ask for bytes ``[begin, end)`` of the object, which has to be of this version."""
@@ -62,7 +62,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What some ranges took: requests, tried ones included, and bytes that came."""
+    """What some ranges took: requests, repeated ones included, and bytes that came."""
 
     requests: int
     nbytes: int

@@ -21,7 +21,7 @@ from hbx_gpu._remote.writing import ConflictError, put, put_new, put_over, read_
 from hbx_gpu.errors import AtlasLockedError, HbxError
 
 SECONDS = 60.0
-"""How long a lease lasts that is not renewed."""
+"""How long a lease lasts if it is not renewed."""
 FOLDER = ".hbx_gpu"
 """Folder of a place with its lease and the notes of its writers."""
 # Stores give times in whole seconds.
@@ -92,7 +92,7 @@ class Lease:
             )
 
     def renew(self) -> None:
-        """Make the lease last anew.
+        """Renew the lease.
 
         Raises
         ------

@@ -32,7 +32,7 @@ class Cost:
     bandwidth
         Bytes per second of all requests together.
     request
-        Seconds that one request more costs while `IN_FLIGHT` of them are under way.
+        Seconds that one more request costs while `IN_FLIGHT` of them are under way.
     """
 
     latency: float
@@ -99,7 +99,7 @@ class Link:
         return Cost(latency, rate)
 
     def latency(self) -> float | None:
-        """Seconds until an answer begins, as far as it is known by now; None before the first answer."""
+        """Seconds until an answer begins, as measured so far; None before the first answer."""
         with self._lock:
             return sorted(self._first)[len(self._first) // 10] if self._first else None
 

@@ -316,7 +316,7 @@ class DeviceEngine:
 
     @staticmethod
     def _remember(staging: Staged, submit: Callable[[StagedPlan, Slot], Pending]) -> None:
-        """Note how a batch is submitted, for the case that it has to be planned anew on the host."""
+        """Note how a batch is submitted, in case it has to be planned again on the host."""
         if isinstance(staging, PlannedRows):
             staging.submit = submit
 

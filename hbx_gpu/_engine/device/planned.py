@@ -65,7 +65,7 @@ class DeviceIndex:
     resident
         Arena that holds the chunks.
     columns
-        Metadata columns, or None for row numbers. Those that are no numbers stay on the host.
+        Metadata columns, or None for row numbers. Columns that are not numbers stay on the host.
     new_slot, stage_on_host
         Make a slot, and plan and stage row numbers as if there were no such index; called where kernels have
         refused a batch.

@@ -55,7 +55,7 @@ class IdMaker:
     _next: int = -1
 
     def add(self, ids: np.ndarray) -> None:
-        """Add the ids uint64 (k,) behind those there are; the array is not kept."""
+        """Add ids, uint64 (k,), after those that were added before; the array is not kept."""
         if not len(ids):
             return
         begins = np.concatenate([[int(ids[0]) != self._next], ids[1:] - ids[:-1] != 1])
