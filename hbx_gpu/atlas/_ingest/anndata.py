@@ -84,7 +84,7 @@ def add_from_anndata(
         Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
     require_shared_genes
         Refuse data that share less than this fraction of the smaller set of features with the atlas, if that
-        has any. By default a fraction under one half is said in a warning.
+        has any. By default a fraction below one half causes a warning.
     layer
         Matrix to read: ``X``, ``raw``, or a layer of the AnnData. By default, where counts are wanted, the
         one that holds them: ``X``, else ``raw``, else a layer called ``counts``; otherwise ``X``.

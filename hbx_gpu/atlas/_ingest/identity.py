@@ -94,7 +94,7 @@ def choose_together(
     column, strip_versions
         As the user names them; see :func:`hbx_gpu._identity.choice.choose`.
     require_shared
-        Least share of the smaller set; None: whatever it is, it is said.
+        Least share of the smaller set; None: any share is accepted, and reported.
     lenient
         Give None for files whose features the choice does not identify, instead of raising.
 

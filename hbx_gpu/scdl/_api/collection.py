@@ -263,7 +263,7 @@ class SingleCellCollection:
             :func:`hbx_gpu.scdl._writing.concat.concat_archives`.
         require_shared_genes
             Refuse archives that share less than this fraction of the smaller set of genes with those before
-            them. By default a fraction under one half is said in a warning.
+            them. By default a fraction below one half causes a warning.
 
         Raises
         ------

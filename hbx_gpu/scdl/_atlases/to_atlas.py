@@ -67,7 +67,7 @@ def archive_to_atlas(
         Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
     require_shared_genes
         Refuse genes of which less than this fraction of the smaller set is shared, among the blocks of the
-        archive and with the atlas. By default a fraction under one half is said in a warning.
+        archive and with the atlas. By default a fraction below one half causes a warning.
     codec
         Compression of the arrays; by default the atlas's own.
     allow_loss

@@ -95,7 +95,7 @@ def gene_axis(
         Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
     require_shared
         Refuse a block that shares less than this fraction of the smaller set of genes with the blocks before
-        it. None: a fraction under one half is said in a warning.
+        it. None: a fraction below one half causes a warning.
     known
         Genes of the collection that the blocks are to join; the column that shares most with them is chosen.
 

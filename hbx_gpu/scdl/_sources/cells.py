@@ -98,7 +98,7 @@ def to_cell_dataset(
         Drop the versions of Ensembl ids: ENSG00000000003.15 becomes ENSG00000000003.
     require_shared_genes
         Refuse blocks that share less than this fraction of the smaller set of genes with those before them.
-        By default a fraction under one half is said in a warning.
+        By default a fraction below one half causes a warning.
     reader
         ``"mmap"`` or ``"preadv"``.
 

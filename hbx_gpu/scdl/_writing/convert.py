@@ -67,7 +67,7 @@ class ConvertOptions:
         Columns for the names of genes and cells where var or obs has no column.
     require_shared_genes
         Refuse files that share less than this fraction of the smaller set of genes with those before them.
-        None: a fraction under one half is said in a warning.
+        None: a fraction below one half causes a warning.
     neighbor_key
         Matrix of ``obsp`` that holds the neighbors; None for none.
     allow_links
