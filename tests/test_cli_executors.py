@@ -69,3 +69,21 @@ def test_options_that_are_wrong(
 def test_little_work_starts_no_process(workers: int | None, n_tasks: int, n_bytes: int) -> None:
     with chosen_executor(argparse.Namespace(workers=workers, dask=None), n_tasks, n_bytes) as executor:
         assert executor is None
+
+
+def test_a_folder_stands_for_its_files(
+    tmp_path: Path, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "more"
+    (folder / "deep").mkdir(parents=True)
+    for i, path in enumerate(files):
+        path.rename(folder / ("deep" if i == 1 else ".") / path.name)
+    (folder / "notes.txt").touch()
+    assert ingest(tmp_path, [folder]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" s")]
+    assert [line.partition(":")[0] for line in lines] == [
+        str(folder / name) for name in ("0.h5ad", "2.h5ad", "deep/1.h5ad")
+    ]
+    (tmp_path / "empty").mkdir()
+    assert ingest(tmp_path, [tmp_path / "empty"]) == 1
+    assert "expected an .h5ad file" in capsys.readouterr().err

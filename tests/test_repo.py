@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from hbx_gpu import cli
+from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.synthetic import write_h5ad
 from tests import mutants
 from tests.pages import FENCE, blocks
@@ -108,6 +111,70 @@ def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
         if any(f"import {package}\n" in source or f"from {package} " in source for package in ABSENT):
             continue
         exec(compile(source, f"{page}, block {number}", "exec", dont_inherit=True), namespace)
+
+
+def test_the_commands_of_the_page_on_ingest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the first block, in this process, without those that need a cluster."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        write_h5ad(f"data/{name}.h5ad", 20, 10)
+    commands = next(text for language, text in blocks(ROOT / "docs" / "ingest.md") if language == "sh")
+    lines = [
+        line.partition("#")[0] for line in commands.splitlines() if "--dask tcp" not in line.partition("#")[0]
+    ]
+    assert len(lines) >= 5
+    for line in lines:
+        program, *words = line.replace("data/*.h5ad", "data/a.h5ad data/b.h5ad").split()
+        assert program == "hbx-gpu"
+        assert (
+            cli.main(["1" if before == "--workers" else word for before, word in pairwise(["", *words])]) == 0
+        )
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Dask leaves sockets to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_python_of_the_page_on_ingest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small cluster; Slurm is for those who have it."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    sources = [text for language, text in blocks(ROOT / "docs" / "ingest.md") if language == "python"]
+    sources = [text for text in sources if "SLURMCluster" not in text]
+    assert len(sources) == 2
+    assert "tcp://host:8786" in sources[1]
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(protocol="tcp", **options) as cluster:
+        for source in sources:
+            here = source.replace("tcp://host:8786", cluster.scheduler_address)
+            exec(here.replace("/shared/atlas", str(tmp_path / "shared")), namespace)
+    for name in ("many_atlas", "shared"):
+        assert RaggedAtlas.open(tmp_path / name).catalog.obs("cells").count_rows() == 500
+
+
+def test_the_python_of_the_page_on_scale_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the only rank; Ray Train is for those who have it."""
+    write_h5ad(tmp_path / "a.h5ad", 40, 10)
+    assert cli.main(["ingest", str(tmp_path / "a.h5ad"), "--atlas", str(tmp_path / "atlas")]) == 0
+    sources = [text for language, text in blocks(ROOT / "docs" / "scale.md") if language == "python"]
+    script = next(text for text in sources if "init_process_group" in text)
+    one_line = next(text for text in sources if "dataset.group_runs" in text and "import" not in text)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    assert "/data/atlas" in script
+    try:
+        exec(script.replace("/data/atlas", str(tmp_path / "atlas")), namespace)
+        exec(one_line, namespace)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert len(namespace["batch"]["index"]) == 40  # type: ignore[index]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

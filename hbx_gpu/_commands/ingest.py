@@ -30,6 +30,7 @@ examples:
   hbx-gpu ingest a.h5ad b.h5ad --atlas A
   hbx-gpu ingest a.h5ad:raw b.h5ad:layers/counts c.h5ad --atlas A
   hbx-gpu ingest *.h5ad --atlas A --workers 8
+  hbx-gpu ingest FOLDER --atlas A
   hbx-gpu ingest cite.h5mu --atlas A
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
@@ -58,7 +59,8 @@ def add_parser(
         type=local_argument,
         metavar="FILE[:MATRIX]",
         help=".h5ad, .h5mu, AnnData or MuData zarr, annbatch, 10x Genomics or loom stores, one dataset each; "
-        "FILE:raw and FILE:layers/counts name the matrix of one file, where files differ",
+        "FILE:raw and FILE:layers/counts name the matrix of one file, where files differ; a folder stands "
+        "for the .h5ad and .h5mu files in it and its subfolders",
     )
     parser.add_argument(
         "--atlas",
@@ -311,6 +313,7 @@ class _Job:
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
     given = dict(_pairs(args, "--modality", args.modality))
+    args.files = [file for path in args.files for file in _files_of(path)]
     for file in args.files:
         if modality := split_modality(file)[1]:
             args.parser.error(f"{file} is a modality; name it with --modality {modality}={file}")
@@ -339,6 +342,16 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
             args.parser.error(f"{file} is given twice; one matrix of a file makes one dataset")
         jobs.append(_Job(str(file), [file], file, {}, matrix_named(matrix or args.layer)))
     return jobs
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The .h5ad and .h5mu files below a folder, in the order of their paths; anything else as it is."""
+    from hbx_gpu._stores.source import is_other_store
+
+    if not path.is_dir() or is_mudata(path) or is_other_store(path) or is_atlas(path):
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix in (".h5ad", ".h5mu") and file.is_file())
+    return found or [path]
 
 
 def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list[tuple[str, str]]:
