@@ -18,7 +18,7 @@ import numpy as np
 
 from hbx_gpu import cli
 from hbx_gpu.atlas import RaggedAtlas
-from hbx_gpu.atlas._query.obs import is_categorical
+from hbx_gpu.atlas._query.encoders import is_categorical
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.synthetic import write_demo_pair

@@ -6,7 +6,7 @@ Rows are sorted here by ascending ``_rowid``; nothing relies on the order in whi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from hbx_gpu._plan.index import IndexMaker
 from hbx_gpu._source import BoxIndex, ObsColumns, RowTable
+from hbx_gpu.atlas._query.encoders import Encoder, encoder_of, is_bool, is_categorical, narrow, plain
 from hbx_gpu.atlas._query.ids import IdMaker, IdRuns, id_runs
 from hbx_gpu.errors import CorruptDataError, TableError, UnknownNameError
 
@@ -245,20 +246,6 @@ def _ascending(ids: np.ndarray) -> np.ndarray | None:
 # Vocabularies and columns
 
 
-def is_categorical(kind: pa.DataType) -> bool:
-    """Whether a column of this type becomes integer codes over a vocabulary."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    result: bool = (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-    )
-    return result
-
-
 def categories(snapshot: Snapshot, table: str, column: str) -> np.ndarray | None:
     """Vocabulary of a column over all rows of the table at this snapshot, whatever a query selects.
 
@@ -277,16 +264,11 @@ def categories(snapshot: Snapshot, table: str, column: str) -> np.ndarray | None
     kind = schema.field(column).type
     if not is_categorical(kind):
         return None
-    if _is_bool(kind):
+    if is_bool(kind):
         return np.array([False, True])
     result: np.ndarray | None = (
         _vocabulary(snapshot, table, column).to_numpy(zero_copy_only=False).astype(object)
     )
-    return result
-
-
-def _is_bool(kind: pa.DataType) -> bool:
-    result: bool = pa.types.is_boolean(kind.value_type if pa.types.is_dictionary(kind) else kind)
     return result
 
 
@@ -300,82 +282,6 @@ def _vocabulary(snapshot: Snapshot, table: str, column: str) -> pa.Array:
         distinct = pa.chunked_array(pieces, type=pa.string()).unique()
         snapshot.vocabularies[key] = distinct.take(pc.sort_indices(distinct))
     return snapshot.vocabularies[key]
-
-
-def plain(array: pa.Array) -> pa.Array:
-    """The decoded values of a dictionary-encoded array; any other array unchanged."""
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-
-Encoder = Callable[[pa.Array], np.ndarray]
-
-
-def _encoder(kind: pa.DataType, vocabulary: pa.Array | None) -> Encoder:
-    """Function that converts a column of this type to NumPy."""
-    if pa.types.is_dictionary(kind) and not is_categorical(kind):
-        inner = _encoder(kind.value_type, None)
-        return lambda array: inner(plain(array))
-    if _is_bool(kind):
-        return lambda array: pc.fill_null(plain(array).cast(pa.int64()), -1).to_numpy()
-    if vocabulary is not None:
-        return lambda array: _codes(array, vocabulary)
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return _numbers
-    if pa.types.is_decimal(kind):
-        return lambda array: _numbers(array.cast(pa.float64()))
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return lambda array: array.cast(pa.timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
-    if pa.types.is_duration(kind):
-        return lambda array: array.cast(pa.duration("us"), safe=False).to_numpy(zero_copy_only=False)
-    if pa.types.is_fixed_size_list(kind) and (
-        pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
-    ):
-        return _vectors
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        plain_numbers = pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
-        dtype = np.dtype(kind.value_type.to_pandas_dtype() if plain_numbers else object)
-        return lambda array: _objects(array, dtype)
-    return _objects
-
-
-def _codes(array: pa.Array, vocabulary: pa.Array) -> np.ndarray:
-    encoded = array if pa.types.is_dictionary(array.type) else array.cast(pa.string()).dictionary_encode()
-    place = pc.fill_null(pc.index_in(encoded.dictionary.cast(pa.string()), value_set=vocabulary), -1)
-    codes = pc.fill_null(place.cast(pa.int64()).take(encoded.indices), -1)
-    return cast(np.ndarray, codes.to_numpy())
-
-
-def _numbers(array: pa.Array) -> np.ndarray:
-    if pa.types.is_integer(array.type):
-        # A double would not hold every integer, and the dtype must not depend on the requested rows.
-        array = pc.fill_null(array, missing_integer(array.type))
-    return cast(np.ndarray, array.to_numpy(zero_copy_only=False))
-
-
-def missing_integer(kind: pa.DataType) -> int:
-    """Value of a missing integer: the smallest of a signed type, the largest of an unsigned type."""
-    limits = np.iinfo(kind.to_pandas_dtype())
-    return int(limits.max if limits.kind == "u" else limits.min)
-
-
-def _vectors(array: pa.Array) -> np.ndarray:
-    width = array.type.list_size
-    values = cast(np.ndarray, pc.drop_null(array).flatten().to_numpy(zero_copy_only=False)).reshape(-1, width)
-    if not array.null_count:
-        return values
-    out = np.full((len(array), width), np.nan, dtype=np.result_type(values.dtype, np.float32))
-    out[array.is_valid().to_numpy(zero_copy_only=False)] = values
-    return out
-
-
-def _objects(array: pa.Array, dtype: np.dtype | None = None) -> np.ndarray:
-    """Python values; lists become arrays of `dtype`, or of objects where elements are missing."""
-    out = np.empty(len(array), dtype=object)
-    for i, value in enumerate(array.to_pylist()):
-        if isinstance(value, list):
-            value = np.array(value, dtype=object if None in value else dtype)
-        out[i] = value
-    return out
 
 
 # Rows of a modality
@@ -551,17 +457,11 @@ def _encoders(
         words = None
         if (coded := categories(snapshot, table, name)) is not None:
             vocabularies[name] = coded
-            words = None if _is_bool(kind) else _vocabulary(snapshot, table, name)
-        encoders[name] = _encoder(kind, words)
+            words = None if is_bool(kind) else _vocabulary(snapshot, table, name)
+        encoders[name] = encoder_of(kind, words)
         if coded is not None:
-            encoders[name] = _narrow(encoders[name], len(coded))
+            encoders[name] = narrow(encoders[name], len(coded))
     return encoders, vocabularies
-
-
-def _narrow(encoder: Encoder, n_codes: int) -> Encoder:
-    """An encoder whose codes have the smallest signed type that holds them, and -1."""
-    kind = np.min_scalar_type(-max(n_codes, 1))
-    return lambda array: encoder(array).astype(kind)
 
 
 def _extents(

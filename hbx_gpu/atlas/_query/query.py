@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias, Unpack, overload
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu.atlas._query import obs, results
+from hbx_gpu.atlas._query import encoders, obs, results
 from hbx_gpu.atlas._query.matrices import to_pandas
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
@@ -262,7 +262,7 @@ class AtlasQuery:
         obs.check_columns(self._selection.schema, columns)
         partial = []
         for batch in self._selection.scan(columns, rowids):
-            plain = {name: obs.plain(batch.column(name)) for name in columns}
+            plain = {name: encoders.plain(batch.column(name)) for name in columns}
             grouped = pa.table(plain).group_by(columns).aggregate([([], "count_all")])
             partial.append(grouped.select([*columns, "count_all"]))
         if not partial:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu.atlas._query import obs, opening
+from hbx_gpu.atlas._query import encoders, obs, opening
 from hbx_gpu.atlas._query.balance import balanced_rows, value_codes
 from hbx_gpu.atlas._query.fields import Fields
 from hbx_gpu.atlas._query.matrices import Matrices, measured
@@ -176,7 +176,7 @@ class Selection:
         for batch in obs.scan(self.table, wanted, where=where, also=present):
             ids.append(batch.column(obs.ROWID).to_numpy())
             if state.balanced is not None:
-                values.append(obs.plain(batch.column("value")))
+                values.append(encoders.plain(batch.column("value")))
         rowids = np.concatenate(ids)
         order = np.argsort(rowids, kind="stable")[state.offset :]
         if state.balanced is not None:
