@@ -15,7 +15,8 @@ from hbx_gpu._commands.executors import add_executor_options, chosen_executor
 from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
 from hbx_gpu._commands.places import add_storage_options, argument, is_atlas
 from hbx_gpu._progress import Progress, bar, note
-from hbx_gpu._remote.places import AnyPath, Place
+from hbx_gpu._remote.options import options_of
+from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu._stores.kinds import is_mudata, split_modality
 from hbx_gpu.errors import InvalidDataError, UnsupportedError
 
@@ -155,7 +156,9 @@ def _source(path: AnyPath) -> Iterator[AnyPath]:
     name, colon, part = path.name.partition(":")
     from hbx_gpu._remote.downloads import local_copy  # which imports numpy, and help is to be quick
 
-    with local_copy(path.parent / name if colon else path) as copy:
+    # The options of the command line were remembered for the address with the name of the matrix.
+    where = parse(path.parent / name, options_of(path.url)) if colon else path
+    with local_copy(where) as copy:
         yield copy.with_name(f"{copy.name}:{part}") if colon else copy
 
 

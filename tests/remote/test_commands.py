@@ -161,7 +161,7 @@ def test_sources_at_addresses_are_converted(
     options = flags(server.s3_options)
     plain = ["--storage-option", "allow_http=true"]
     for number, (source, given) in enumerate(
-        [("s3://b/a.h5ad", options), ("s3://b/a.h5ad:X", options), (f"{server.url}/b/a.h5ad", plain)]
+        [("s3://b/a.h5ad:X", options), ("s3://b/a.h5ad", options), (f"{server.url}/b/a.h5ad", plain)]
     ):
         target = tmp_path / f"of_file{number}"
         assert main(["convert", source, str(target), *given]) == 0
