@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
-from hbx_gpu._paths import local_path
 from hbx_gpu._remote.places import AnyPath, local_only
-from hbx_gpu.atlas._catalog import creation, tables
+from hbx_gpu.atlas._catalog import making
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
 from hbx_gpu.atlas._catalog.mirror import Mirror, also_in_object_storage
-from hbx_gpu.atlas._catalog.names import Names, only_table
-from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store, root_of
+from hbx_gpu.atlas._catalog.paths import root_of
 from hbx_gpu.atlas._catalog.removal import Removal, find_dataset, remove_dataset
 from hbx_gpu.atlas._catalog.session import ObsSchemas, WriteSession, declared_schemas
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
-from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE, list_versions, store_path
-from hbx_gpu.atlas._model import columns
-from hbx_gpu.atlas._model.schema import (
-    AtlasVersion,
-    DatasetSchema,
-    FeatureBaseSchema,
-    FeatureLayout,
-    HoxBaseSchema,
-    PointerField,
-    check_schema,
-)
-from hbx_gpu.atlas._model.spaces import get_space
+from hbx_gpu.atlas._catalog.snapshot_records import VERSION_TABLE, list_versions
+from hbx_gpu.atlas._model.schema import DatasetSchema, FeatureBaseSchema, HoxBaseSchema, PointerField
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.atlas._query.statistics import Options
 from hbx_gpu.atlas._upkeep import snapshots as maintenance
-from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, check_codec, make_group
-from hbx_gpu.errors import AtlasError, AtlasLockedError
+from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC
+from hbx_gpu.errors import AtlasError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,10 +38,6 @@ if TYPE_CHECKING:
     from hbx_gpu.statistics import Statistics
 
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
-_UNKNOWN = (
-    "the atlas at {} has no snapshot and was not made by hbx_gpu, so nothing says which of its tables {} "
-    "is which; take a snapshot with the program that made it"
-)
 
 
 class RaggedAtlas:
@@ -147,35 +129,15 @@ class RaggedAtlas:
             "registry_schemas": registry_schemas,
         }
         asked = read_declared(given, named)
-        schemas = asked.obs_schemas or {asked.cell_table_name: None}
-        where = root / "zarr_store" if store is None else local_path(store_path(store))
-        names = Names((), asked.dataset_table_name, {}, version_table_name, check_codec(codec))
-        session = WriteSession(
-            Catalog(root, where, names, allow_links=allow_links),
-            obs_schemas=schemas,
-            registry_schemas=asked.registry_schemas,
+        session, schemas = making.make_atlas(
+            root,
+            asked,
+            store=store,
+            version_table_name=version_table_name,
+            codec=codec,
             pointer_fields=pointer_fields,
+            allow_links=allow_links,
         )
-        root.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(session.lock.hold())
-            if not creation.is_unfinished(root):
-                if Names.load(root, version_table=version_table_name) is not None:
-                    raise FileExistsError(
-                        f"there is an atlas at {root} already; open it with RaggedAtlas.open"
-                    )
-                if any(tables.open_table(root, name).count_rows() for name in tables.table_names(root)):
-                    raise FileExistsError(_UNKNOWN.format(root, tables.table_names(root)))
-            stack.enter_context(creation.making(root))
-            if store is None:
-                check_store(root, where, allow_links=allow_links)
-            where.mkdir(parents=store is not None, exist_ok=True)
-            make_group(where)
-            tables.ensure_table(root, asked.dataset_table_name, asked.dataset_schema.to_arrow_schema())  # type: ignore[no-untyped-call]
-            tables.ensure_table(root, LAYOUT_TABLE, FeatureLayout.to_arrow_schema())  # type: ignore[no-untyped-call]
-            tables.ensure_table(root, version_table_name, AtlasVersion.to_arrow_schema())  # type: ignore[no-untyped-call]
-            # Last, because saving the names marks the atlas as complete.
-            session.ensure_tables()
         return cls(root, session=session, schemas=schemas)
 
     @classmethod
@@ -232,36 +194,17 @@ class RaggedAtlas:
         """
         del store_kwargs, storage_options
         root = root_of(path)
-        if not (root / "lance_db").is_dir():
-            raise FileNotFoundError(f"No atlas found at {root}: there is no directory {root / 'lance_db'}")
-        names = creation.finished_names(root, version_table_name, allow_links=allow_links)
-        if names is None:
-            raise AtlasError(_UNKNOWN.format(root, tables.table_names(root)))
+        names = making.finished_names(root, version_table_name, allow_links=allow_links)
         schemas = declared_schemas(names, obs_table_names, obs_schemas, dataset_table_name, registry_tables)
-        if codec is not None:
-            names = replace(names, codec=check_codec(codec))
-        sibling = root / "zarr_store"
-        where = (
-            local_path(store_path(store))
-            if store is not None
-            else check_store(root, sibling, allow_links=allow_links)
-        )
-        if not where.is_dir():
-            raise FileNotFoundError(f"no zarr store at {where}; pass its path as store=")
-        session = WriteSession(
-            Catalog(root, where, names, allow_links=allow_links),
-            obs_schemas=schemas,
+        session = making.open_atlas(
+            root,
+            names,
+            schemas,
+            store=store,
             registry_schemas=registry_schemas,
+            codec=codec,
+            allow_links=allow_links,
         )
-        session.check_schemas()
-        try:
-            with session.writing():
-                session.ensure_tables()
-        except AtlasLockedError:
-            # Another process is writing. That matters only if tables have to be made before the atlas can be
-            # used.
-            if not session.complete:
-                raise
         return cls(root, session=session, schemas=schemas)
 
     @classmethod
@@ -340,11 +283,7 @@ class RaggedAtlas:
             cache=cache,
             cache_bytes=cache_bytes,
         )
-        given = schema or cell_schema or obs_schemas or {}
-        schemas = dict(given) if isinstance(given, Mapping) else {snapshot.obs_table_name(): given}
-        for table, declared in schemas.items():
-            if declared is not None:
-                check_schema(declared, snapshot.obs_schema(table), table)
+        schemas = making.checked_schemas(snapshot, schema or cell_schema or obs_schemas or {})
         return cls(snapshot.path, schemas=schemas, snapshot=snapshot)
 
     @classmethod
@@ -544,23 +483,7 @@ class RaggedAtlas:
         InvalidDataError
             A column is missing, has missing values or another type.
         """
-        source = f"features for {feature_space!r}"
-        data = columns.features_table(features, source)
-        with self.session.writing() as catalog:
-            new = set(catalog.unregistered(feature_space, data.column("uid").to_pylist()))
-            keep = []
-            for i, uid in enumerate(data.column("uid").to_pylist()):
-                if uid in new:
-                    new.remove(uid)
-                    keep.append(i)
-            if keep:
-                tables.prepare(
-                    catalog.registry(feature_space),
-                    data.take(pa.array(keep)),
-                    allow_new=self.session.registry_schema(feature_space) is None,
-                    source=source,
-                ).commit()
-            return len(keep)
+        return making.register_features(self.session, feature_space, features)
 
     def optimize(self) -> None:
         """Give new features their global index and merge small files. No snapshot loses anything."""
@@ -621,11 +544,7 @@ class RaggedAtlas:
         UnknownNameError
             No such table or feature space.
         """
-        get_space(feature_space)
-        if columns.stored_names([name], ()) != {name: name}:
-            raise AtlasError(f"pointer column {name!r}: the name must be free of dots and backticks")
-        with self.session.writing() as catalog:
-            catalog.extend(obs_table or only_table(self.obs_tables), {name: feature_space})
+        making.add_pointer_field(self.session, name, feature_space, obs_table)
 
     def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
         """See :func:`hbx_gpu.atlas.add_multimodal`."""
