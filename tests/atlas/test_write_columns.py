@@ -130,7 +130,11 @@ def merging(data: pa.Table, *, allow_new: bool = True, **there: Any) -> Merge:
 def test_merge_adds_and_promotes() -> None:
     data = pa.table({"uid": ["a"], "age": [1.5], "score": [1], "new": [True], "void": pa.nulls(1)})
     merge = merging(data)
-    assert merge == Merge((pa.field("new", pa.bool_()),), {"age": (pa.float64(), "CAST(`age` AS DOUBLE)")})
+    assert merge == Merge(
+        (pa.field("new", pa.bool_()),),
+        {"age": (pa.float64(), "CAST(`age` AS DOUBLE)")},
+        notes=("f, column 'age': the atlas holds int64, the file double; stored as double",),
+    )
     schema = merged_schema(SCHEMA, merge)
     rows = fit(data, schema, source="f", table="cells")
     assert rows.schema == schema

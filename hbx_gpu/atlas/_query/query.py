@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias, Unpack, overload
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu.atlas._query import encoders, obs, results
+from hbx_gpu.atlas._query import obs, results
 from hbx_gpu.atlas._query.matrices import to_pandas
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
@@ -252,25 +252,13 @@ class AtlasQuery:
         """
         rowids = self._selection.rowids()
         if group_by is not None:
-            return self._grouped_count([group_by] if isinstance(group_by, str) else list(group_by), rowids)
+            return results.grouped_count(
+                self._selection, [group_by] if isinstance(group_by, str) else list(group_by), rowids
+            )
         if rowids is not None:
             return len(rowids)
         with obs.explain_filter(self._selection.state.where):
             return int(self._selection.table.count_rows(self._selection.state.where))
-
-    def _grouped_count(self, columns: list[str], rowids: np.ndarray | None) -> pd.DataFrame:
-        obs.check_columns(self._selection.schema, columns)
-        partial = []
-        for batch in self._selection.scan(columns, rowids):
-            plain = {name: encoders.plain(batch.column(name)) for name in columns}
-            grouped = pa.table(plain).group_by(columns).aggregate([([], "count_all")])
-            partial.append(grouped.select([*columns, "count_all"]))
-        if not partial:
-            empty = obs.read_table(self._selection.table, columns, rowids=np.empty(0, np.uint64))
-            return empty.append_column("count", pa.array([], pa.int64())).to_pandas()
-        total = pa.concat_tables(partial).group_by(columns).aggregate([("count_all", "sum")])
-        total = total.select([*columns, "count_all_sum"]).rename_columns([*columns, "count"])
-        return to_pandas(total.sort_by([(name, "ascending") for name in columns]))
 
     def to_arrow(self) -> pa.Table:
         """Obs rows as an Arrow table: the selected columns, or all of them, pointers included."""

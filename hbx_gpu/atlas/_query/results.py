@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from hbx_gpu.atlas._model.spaces import get_space, known_spaces
+from hbx_gpu.atlas._query.encoders import plain
 from hbx_gpu.atlas._query.fields import is_matrix
-from hbx_gpu.atlas._query.matrices import obs_frame
-from hbx_gpu.atlas._query.obs import ModalityRows, read_table, some_rows
+from hbx_gpu.atlas._query.matrices import obs_frame, to_pandas
+from hbx_gpu.atlas._query.obs import ModalityRows, check_columns, read_table, some_rows
 from hbx_gpu.batch import DenseBatch, RaggedBatch
 
 if TYPE_CHECKING:
@@ -206,3 +208,19 @@ def fragment_layers(pointer: PointerColumn, asked: Sequence[str] | None = None) 
 def _is_fragments(pointer: PointerColumn) -> bool:
     space = pointer.feature_space
     return space in known_spaces() and set(FRAGMENT_LAYERS) <= set(get_space(space).required_layers)
+
+
+def grouped_count(selection: Selection, columns: list[str], rowids: np.ndarray | None) -> pd.DataFrame:
+    """Number of cells of a selection for each combination of values of some obs columns, sorted by them."""
+    check_columns(selection.schema, columns)
+    partial = []
+    for batch in selection.scan(columns, rowids):
+        values = {name: plain(batch.column(name)) for name in columns}
+        grouped = pa.table(values).group_by(columns).aggregate([([], "count_all")])
+        partial.append(grouped.select([*columns, "count_all"]))
+    if not partial:
+        empty = read_table(selection.table, columns, rowids=np.empty(0, np.uint64))
+        return empty.append_column("count", pa.array([], pa.int64())).to_pandas()
+    total = pa.concat_tables(partial).group_by(columns).aggregate([("count_all", "sum")])
+    total = total.select([*columns, "count_all_sum"]).rename_columns([*columns, "count"])
+    return to_pandas(total.sort_by([(name, "ascending") for name in columns]))
