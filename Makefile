@@ -48,7 +48,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test fast lint typecheck changelog docs bench fuzz races mutants gpu clean
+.PHONY: help demo test long fast lint typecheck changelog docs bench fuzz races mutants gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -58,6 +58,9 @@ demo: $(STAMP)  ## ingest, train an epoch, draw throughput; H5AD="a.h5ad b.h5ad"
 
 test: $(STAMP)  ## the whole test suite
 	@$(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+long: $(STAMP)  ## the tests of many random moments and faults, which `make test` leaves out
+	@$(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m long $(ARGS)
 
 # Without torch and NVIDIA's packages, of which not every Python has a build of less than some gigabytes.
 fast: $(FAST_VENV)/.ready  ## the fast tests, with PYTHON=python3.13 in its own environment; DEPENDENCIES=oldest

@@ -107,6 +107,9 @@ _STEPS = [
     ("journal:Journal.remove", "after", 3),
 ]
 _QUICK = {2, 7, 9, 11}
+LONG = [pytest.mark.slow, pytest.mark.long]
+# Which random moment a process is killed at.
+MOMENTS = [pytest.param(seed, marks=() if seed < 2 else LONG) for seed in range(20)]
 
 
 def _ingest_and_die(root: Path, files: list[Path], where: str, when: str, n: int) -> None:
@@ -118,7 +121,7 @@ def _ingest_and_die(root: Path, files: list[Path], where: str, when: str, n: int
 
 @pytest.mark.parametrize(
     ("where", "when", "n"),
-    [pytest.param(*step, marks=() if i in _QUICK else pytest.mark.slow) for i, step in enumerate(_STEPS)],
+    [pytest.param(*step, marks=() if i in _QUICK else LONG) for i, step in enumerate(_STEPS)],
 )
 def test_a_coordinator_that_dies_at_any_step(
     root: Path, files: list[Path], where: str, when: str, n: int
@@ -134,14 +137,21 @@ class _Victims(ProcessPoolExecutor):
     def __init__(self, after: float) -> None:
         super().__init__(2, mp_context=get_context("forkserver"))
         self._after = after
+        self._timer: threading.Timer | None = None
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         future = super().submit(fn, *args, **kwargs)
-        if self._after >= 0:
-            pid = next(iter(self._processes))
-            threading.Timer(self._after, os.kill, (pid, signal.SIGKILL)).start()
-            self._after = -1
+        if self._timer is None:
+            # A method of the process, which signals nobody else once it has ended.
+            self._timer = threading.Timer(self._after, next(iter(self._processes.values())).kill)
+            self._timer.start()
         return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        super().shutdown(wait, cancel_futures=cancel_futures)
 
 
 def kill_a_worker(root: Path, files: list[Path], after: float) -> None:
@@ -152,7 +162,7 @@ def kill_a_worker(root: Path, files: list[Path], after: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", MOMENTS)
 def test_a_worker_that_is_killed(root: Path, files: list[Path], seed: int) -> None:
     kill_a_worker(root, files, float(np.random.default_rng(seed).uniform(0, 5)))
 
@@ -173,7 +183,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", MOMENTS)
 def test_a_coordinator_that_is_killed(root: Path, files: list[Path], tmp_path: Path, seed: int) -> None:
     """Killed at a random moment after its first commit, or before; its workers end by themselves."""
     script = tmp_path / "run.py"
@@ -212,8 +222,10 @@ def test_a_dask_cluster_that_loses_a_part(root: Path, files: list[Path], what: s
                 with contextlib.suppress(Exception):  # the cluster may be closing by then
                     client.restart(wait_for_workers=False)
 
-        threading.Timer(0.3, strike).start()
+        timer = threading.Timer(0.3, strike)
+        timer.start()
         tolerated = contextlib.suppress(ResourceError) if what == "scheduler" else contextlib.nullcontext()
         with tolerated:
             hbx_gpu.ingest_many(root, files, executor)
+        timer.join()
     check_next_run(root, files)

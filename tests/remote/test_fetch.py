@@ -129,6 +129,7 @@ def test_a_thousand_faults() -> None:
     faults(1000)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ten_thousand_faults() -> None:
     faults(10_000)

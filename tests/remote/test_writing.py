@@ -354,6 +354,7 @@ def _assert_whole(url: str) -> None:
     assert left == [".hbx_gpu/lease.json"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_writers_killed_at_random_moments_leave_no_visible_half(
     server: RangeServer, url: str, tmp_path: Path

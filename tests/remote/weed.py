@@ -129,7 +129,7 @@ def _command(folder: Path, data: Path) -> tuple[list[str], Weed]:
         program, "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-filer", "-s3", f"-s3.config={config}", "-s3.iam=false", f"-s3.port.iceberg={ports['iceberg']}",
         f"-s3.port.lance={ports['lance']}", "-master.telemetry=false", "-master.volumeSizeLimitMB=64",
-        "-volume.max=40", "-volume.preStopSeconds=0",
+        "-volume.max=1000", "-volume.preStopSeconds=0",
     ]  # fmt: skip
     for name in names:
         command += [f"-{name}.port={ports[name]}", f"-{name}.port.grpc={ports[name + '.grpc']}"]
