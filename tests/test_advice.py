@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 import hbx_gpu
 from hbx_gpu import cli
 from hbx_gpu._advice import from_command, option, spelled
-from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, ingest, links
+from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, ingest, links, prefetch, stats
 
 ROOT = Path(hbx_gpu.__file__).parent
 TABLES: dict[str, list[Mapping[str, str]]] = {
@@ -31,6 +32,8 @@ TABLES: dict[str, list[Mapping[str, str]]] = {
     "bench": [bench._FLAGS],
     "doctor": [],
     "verify": [links.FLAGS],
+    "stats": [stats._FLAGS],
+    "prefetch": [prefetch._FLAGS],
     "convert_h5ad_to_scdl": [convert_h5ad_to_scdl._FLAGS],
 }
 # As a message writes an argument of Python, where it does not send the user there.
@@ -108,7 +111,9 @@ def test_texts_under_commands_name_no_keyword_on_their_own() -> None:
         f"{path.relative_to(ROOT)}:{line}: {text}"
         for path in UNDER_COMMANDS
         for line, text in literals(path)
-        if written.search(text) and text not in chosen
+        if written.search(text)
+        and text not in chosen
+        and "PointerField.declare(" not in text  # a line of a schema class, which is Python in any place
     ]
     assert not found
 
@@ -229,10 +234,12 @@ def said(command: str, args: list[object], capsys: pytest.CaptureFixture[str]) -
     """Exit status and what was printed; what it advises is checked."""
     given = [str(arg) for arg in args]
     capsys.readouterr()
-    if command == "convert_h5ad_to_scdl":
-        status = convert_h5ad_to_scdl.main(given)
-    else:
-        status = cli.main([command, *given])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process of its own
+        if command == "convert_h5ad_to_scdl":
+            status = convert_h5ad_to_scdl.main(given)
+        else:
+            status = cli.main([command, *given])
     out, err = capsys.readouterr()
     text = out + err
     assert set(FLAG.findall(text)) <= options_of(command), text

@@ -70,8 +70,8 @@ def test_dense_batches_that_do_not_fit_are_refused_with_the_arithmetic(
         make_loader(dataset, batch_size=16_384, layout="dense")
     assert str(refused.value) == (
         "a dense batch of 16,384 rows x 400,000 features x 4 bytes takes 26.2 GB, and 8.0 GB of memory are "
-        "free: ask for fewer rows with batch_size=, for fewer features with a panel "
-        "(query.features(...)), or for layout='csr', which holds stored values only"
+        "free: make the batches smaller, select fewer features with query.features(...), or load CSR "
+        "batches, which hold stored values only"
     )
     make_loader(dataset, batch_size=16_384, layout="csr").close()
     with make_loader(dataset, batch_size=4, layout="dense") as loader:

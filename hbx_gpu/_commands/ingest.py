@@ -218,16 +218,17 @@ def _ingest(args: argparse.Namespace) -> int:
 def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
     is_new = is_empty(args.atlas)
     atlas = _open(args, [path for job in jobs for path in job.paths])
-    several = [job for job in jobs if job.several]
-    added, failure = _run_files(atlas, [job for job in jobs if not job.several], args)
-    if failure is None and several:
+    added, failure = 0, None
+    if not any(job.several for job in jobs):
+        added, failure = _run_files(atlas, jobs, args)
+    else:
+        # What files have in common is chosen over both kinds, so those of one matrix are added here too.
         try:
-            plans = _plan(atlas, several, args)
+            plans = _plan(atlas, jobs, args)
         except Exception:
-            if not added:
-                _discard(atlas, is_new)
+            _discard(atlas, is_new)
             raise
-        for job in several:
+        for job in jobs:
             try:
                 added += _run(atlas, job, args, plans)
             except Exception as error:
@@ -460,15 +461,19 @@ def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping
     begin = time.perf_counter()
     title = job.file.name if job.file else "modalities"
     with bar(" cells", title) as show:
-        report = _add_several(atlas, job, args, show, _plans_of(job, plans))
-    if not report.n_cells:
+        report = _add_several(atlas, job, args, show, _plans_of(job, plans)) if job.several else None
+        n_cells = report.n_cells if report else _add_one(atlas, job, args, show, plans.get(str(job.file)))
+    if not n_cells:
         print(f"{job.label}: already ingested, skipped")
         return 0
-    print(f"{job.label}: {report.n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
-    _print_modalities(report)
-    for name, plan in _plans_of(job, plans).items():
-        print(f"  {name}: matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
-    return report.n_cells
+    print(f"{job.label}: {n_cells:,} cells added in {time.perf_counter() - begin:.1f} s")
+    if report:
+        _print_modalities(report)
+        for name, plan in _plans_of(job, plans).items():
+            print(f"  {name}: matrix {plan.matrix}, features by {plan.choice} ({plan.choice.reason})")
+    elif chosen := plans.get(str(job.file)):
+        print(f"  matrix {chosen.matrix}, features by {chosen.choice} ({chosen.choice.reason})")
+    return n_cells
 
 
 def _print_modalities(report: IngestReport) -> None:
@@ -497,6 +502,37 @@ def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dic
         "accept_duplicates": args.accept_duplicates,
         "progress": show,
     }
+
+
+def _add_one(
+    atlas: RaggedAtlas,
+    job: _Job,
+    args: argparse.Namespace,
+    show: Callable[[int, int], object],
+    plan: FilePlan | None,
+) -> int:
+    """Add a file of one matrix that is given beside files of several; return the number of added cells."""
+    assert job.file is not None
+    column = args.feature_id_column
+    chosen: dict[str, object] = {
+        "layer": job.layer,
+        "feature_id_column": column[-1] if column else None,
+    }
+    if plan is not None:
+        chosen = {
+            "layer": plan.layer,
+            "feature_id_column": plan.choice,
+            "obs_types": plan.edits.types,
+            "drop_obs": plan.edits.drop,
+            "rename_obs": plan.edits.rename,
+        }
+    return atlas.add_from_h5ad(
+        job.file,
+        zarr_layer=args.target_layer,
+        field_name=args.field,
+        exist_ok=True,
+        **_common(args, show) | chosen,
+    )
 
 
 def _add_several(

@@ -8,7 +8,6 @@ one that was killed leaves it to the next process that shares something.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
 import shutil
@@ -16,6 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def several_ranks_here() -> bool:
-    """Whether other ranks of this job may run on this host, as the environment says."""
+    """Whether other ranks of this job may run on this host and share files, as the environment says."""
+    if find_spec("fcntl") is None:  # a system without file locks, where each process has its own arrays
+        return False
     if any(os.environ.get(name, "1") not in ("", "0", "1") for name in _COUNTS):
         return True
     # Slurm says how many tasks there are on each node, such as "4(x2)"; one task alone is "1".
@@ -77,6 +79,8 @@ def shared(key: str, make: Callable[[], tuple[Arrays, object]]) -> tuple[Arrays,
 
 def _locked_with_content(folder: Path, make: Callable[[], tuple[Arrays, object]]) -> int:
     """A shared lock on a folder that is there, made by this process if by no other."""
+    import fcntl
+
     while True:
         lock = _open(folder)
         fcntl.flock(lock, fcntl.LOCK_SH)  # waits for the process that makes the folder
@@ -140,6 +144,8 @@ def _leave(folder: Path, lock: int, pid: int) -> None:
 
 def _remove_if_unused(folder: Path, lock: int) -> bool:
     """Close the lock; True if the folder was removed."""
+    import fcntl
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_current(folder, lock):

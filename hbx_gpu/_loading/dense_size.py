@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hbx_gpu._advice import option
 from hbx_gpu._devices import free_host_memory
 from hbx_gpu._loading.told import batch_size_of
 from hbx_gpu._protocols import AnyCollate
@@ -37,6 +36,6 @@ def check_dense_batch(collate: AnyCollate, n_features: object, order: object) ->
         product += f" x {n_features:,} features x {needed // (n_rows * n_features)} bytes"
     raise ResourceError(
         f"a dense batch of {product} takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are "
-        f"free: ask for fewer rows with {option('batch_size')}, for fewer features with a panel "
-        f"(query.features(...)), or for {option('layout', 'csr')}, which holds stored values only"
+        "free: make the batches smaller, select fewer features with query.features(...), or load CSR "
+        "batches, which hold stored values only"
     )

@@ -38,7 +38,19 @@ TESTS = {
 # Their cases are those of the plain tests, drawn at random: slow under a sanitizer, and no new barriers.
 LEFT_OUT = ["--ignore-glob=*_properties.py", "--ignore-glob=*test_compile.py", "--ignore-glob=*_real.py"]
 
-_PYTEST = ["-q", "-x", "-m", "not gpu and not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+# The forks find modules imported that pytest would rewrite.
+_PYTEST = [
+    "-W",
+    "default::pytest.PytestAssertRewriteWarning",
+    "-q",
+    "-x",
+    "-m",
+    "not gpu and not slow",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+]
 _INSIDE = "--inside"
 _RACE = 66  # exit status of a process that ThreadSanitizer ends
 
@@ -118,8 +130,10 @@ def _inside(names: Sequence[str]) -> None:
             os.environ["HBX_EMULATED_WITHOUT"] = name
             os._exit(int(pytest.main([*_PYTEST, *asked])))
         _, status = os.waitpid(child, 0)
-        race = os.waitstatus_to_exitcode(status) == _RACE
-        print(f"\nbarrier {name} {'reported' if race else 'missed'}", flush=True)
+        code = os.waitstatus_to_exitcode(status)
+        # Anything else is a run that did not come to an end, which says nothing about the barrier.
+        answer = {_RACE: "reported", int(pytest.ExitCode.OK): "missed"}.get(code, f"ended with status {code}")
+        print(f"\nbarrier {name} {answer}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
