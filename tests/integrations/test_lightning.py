@@ -131,12 +131,14 @@ def test_limited_epochs_resume_with_the_next_epoch(dataset: CellDataset, tmp_pat
     assert len({tuple(rows) for _, rows in whole.seen}) == 9
 
 
+@pytest.mark.filterwarnings("default")  # `pytest.warns` forgets whose warnings the others are
 def test_overfit_batches_are_the_same_in_each_epoch(dataset: CellDataset) -> None:
     with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
         model = fitted(new_loader(dataset), overfit_batches=2, max_epochs=3)
     assert [rows for _, rows in model.seen] == [ALL[:16], ALL[16:32]] * 3
 
 
+@pytest.mark.filterwarnings("default")  # `pytest.warns` forgets whose warnings the others are
 def test_overfit_batches_stay_within_the_rows_of_the_sampler(dataset: CellDataset) -> None:
     loader = new_loader(dataset, rows=np.arange(1, N_ROWS, 2))
     with pytest.warns(UserWarning, match="turning off"):
