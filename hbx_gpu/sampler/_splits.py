@@ -77,12 +77,14 @@ def _by_rows(shares: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) 
     """Number of the split of each row, -1 for none."""
     codes, counts = number(stratum)
     order = np.lexsort((rng.random(len(codes)), codes))
-    # Rounding cumulated counts keeps each stratum within one row of its share for each split, and all rows
-    # together too. A later split that would then end before an earlier one, in a small stratum, gets none.
+    # Rounding cumulated counts keeps each stratum within one row of its share, and all rows together too.
     ends = np.cumsum(counts)
     cuts = np.rint(np.outer(ends, np.cumsum(shares))).astype(np.int64)
     upper = np.diff(cuts, axis=0, prepend=0)
-    upper = np.minimum(np.maximum.accumulate(upper, axis=1), counts[:, None])
+    # Where rounding ends a split after the next one, which happens in small strata, it ends with that one.
+    # The last end stays, so the number of rows in all splits together does too.
+    upper = np.minimum.accumulate(upper[:, ::-1], axis=1)[:, ::-1]
+    upper = np.minimum(upper, counts[:, None])
     place = np.arange(len(codes)) - np.repeat(ends - counts, counts)
     chosen = (place[:, None] >= upper[codes[order]]).sum(axis=1)
     split = np.empty(len(codes), np.int64)
