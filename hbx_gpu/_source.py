@@ -230,7 +230,7 @@ class GroupRuns:
 
     @classmethod
     def one(cls, n_rows: int) -> GroupRuns:
-        """So many rows of one group, for orders that do not depend on groups."""
+        """`n_rows` rows of a single group, for orders that do not depend on groups."""
         return cls(np.zeros(1, np.int32), np.array([0, n_rows]))
 
     @classmethod

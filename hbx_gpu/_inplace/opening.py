@@ -63,6 +63,8 @@ def open(  # noqa: A001 - as `open` of other libraries
         what its server would have to list and cannot.
     CorruptDataError
         A store whose arrays contradict each other.
+    RemoteError
+        Object storage does not answer, or refuses.
     """
     found = expand(paths)
     for path in found:

@@ -92,12 +92,12 @@ class RaggedAtlas:
         storage_options: Mapping[str, object] | None = None,
         allow_links: bool = False,
     ) -> RaggedAtlas:
-        """Make a new atlas; other parameters as in :func:`create_or_open_atlas`.
+        """Make a new atlas, open for writing; other parameters as in :func:`create_or_open_atlas`.
 
         Parameters
         ----------
         path
-            Directory of the atlas.
+            Directory of the atlas, or an address in object storage.
         *given
             By position ``obs_schemas, dataset_table_name, dataset_schema, registry_schemas``, or as in
             Homeobox 0.2.3 ``cell_table_name, cell_schema, dataset_table_name, dataset_schema``.
@@ -107,7 +107,7 @@ class RaggedAtlas:
         store_kwargs
             Accepted and not used: local stores have no options.
         storage_options
-            As of :meth:`checkout`.
+            As in :meth:`checkout`.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class RaggedAtlas:
         Parameters
         ----------
         path
-            Directory of the atlas, or its ``lance_db``.
+            Directory of the atlas, or its ``lance_db``; or an address in object storage.
         obs_table_names
             Obs tables that must exist: a name or names, or ``{table: class or None}`` as `obs_schemas`.
         obs_schemas
@@ -180,12 +180,12 @@ class RaggedAtlas:
         store_kwargs
             Accepted and not used: local stores have no options.
         storage_options
-            As of :meth:`checkout`.
+            As in :meth:`checkout`.
 
         Raises
         ------
         FileNotFoundError
-            There is none.
+            There is no atlas.
         AtlasError
             The tables cannot be told apart or are named otherwise, a schema class disagrees with them, or the
             creation of the atlas was interrupted.
@@ -230,8 +230,8 @@ class RaggedAtlas:
         Parameters
         ----------
         path
-            Directory of the atlas, or its ``lance_db``; an address of ``s3://``, ``gs://`` or ``az://``, or
-            ``file://``. `db_uri` means the same.
+            Directory of the atlas, or its ``lance_db``; or an address that begins with ``s3://``, ``gs://``,
+            ``az://`` or ``file://``. `db_uri` means the same.
         version
             Number of the snapshot; None for the latest.
         schema
@@ -247,14 +247,14 @@ class RaggedAtlas:
             Follow links that lead out of the atlas or its zarr store, which are refused otherwise: pass True
             only for an atlas whose links you made.
         storage_options
-            Configuration of the object storage, by the keys of obstore: ``endpoint``, ``access_key_id``,
-            ``secret_access_key``, ``region``, ``allow_http``, ... By default the options that this process
-            was given for the address before, else the credentials of the environment.
+            Options of the object storage, by the names of obstore: ``endpoint``, ``access_key_id``,
+            ``secret_access_key``, ``region``, ``allow_http``, ... By default those that this process was
+            given for the address before, else the credentials of the environment.
         cache, cache_bytes
-            Folder of a local disk that keeps the chunks that come from object storage, for all processes of
-            the host: what was read once is local from then on. It takes up to `cache_bytes` bytes (default:
-            half of the free room); what was not used for the longest time is removed first. Loaders of this
-            atlas use it by themselves. For a local path it is not used.
+            Folder of a local disk that keeps the chunks that were fetched from object storage, for all
+            processes of the host. It takes up to `cache_bytes` bytes (default: half of the free space of
+            that disk); what was not used for the longest time is removed first. Loaders of this atlas use it
+            without further options. For a local path it is not used.
 
         Raises
         ------
@@ -320,7 +320,7 @@ class RaggedAtlas:
         version_table_name: str = VERSION_TABLE,
         storage_options: Mapping[str, str] | None = None,
     ) -> pd.DataFrame:
-        """The snapshots of an atlas, one row each: ``version``, ``created_at``, ``total_rows``, ..."""
+        """The snapshots of an atlas, one row each; see :func:`hbx_gpu.atlas.list_versions`."""
         return list_versions(path, version_table_name=version_table_name, storage_options=storage_options)
 
     # What it is
@@ -555,7 +555,11 @@ class RaggedAtlas:
     def ingest_many(
         self, sources: Iterable[str | os.PathLike[str]], executor: Executor | None = None, **kwargs: Any
     ) -> ManyReport:
-        """See :func:`hbx_gpu.ingest_many`."""
+        """Add many files, one dataset each.
+
+        Parameters, result and errors are those of :func:`hbx_gpu.ingest_many`, without `storage_options`,
+        which an open atlas has already.
+        """
         from hbx_gpu.atlas._ingest.many import add_many
 
         return add_many(self, sources, executor, **kwargs)

@@ -73,6 +73,11 @@ def create_or_open_atlas(
     allow_links
         Follow links that lead out of the atlas or its zarr store, which are refused otherwise.
 
+    Returns
+    -------
+    RaggedAtlas
+        The atlas, open for writing.
+
     Raises
     ------
     TypeError

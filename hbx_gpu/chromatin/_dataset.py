@@ -114,7 +114,7 @@ class FragmentMatrixDataset(Dataset[SparseBatch]):
         return self.fragments.groups_np
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
-        """Number of the stored matrix of some rows, int32."""
+        """Number of the stored matrix of some rows, int32, in the order of `rows`."""
         return self.fragments.groups_of(rows)
 
     @property

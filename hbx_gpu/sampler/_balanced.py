@@ -29,6 +29,11 @@ class BalancedCellSampler(EpochSampler):
         it is; nothing else is kept for each cell.
     batch_size, shuffle, seed, drop_last, num_workers, rank, world_size
         As in :class:`CellSampler`.
+
+    Raises
+    ------
+    ValueError
+        The codes are not integers in one dimension, or the batch size is below 1.
     """
 
     def __init__(

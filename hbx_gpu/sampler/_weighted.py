@@ -34,6 +34,12 @@ class WeightedCellSampler(EpochSampler):
     replacement
         False: no cell twice in an epoch; the earlier of two draws still favors the heavier cell. Each epoch
         then takes memory and time that grow with the number of cells.
+
+    Raises
+    ------
+    ValueError
+        A weight is negative or not finite, all weights are 0, or `n_samples` without replacement is larger
+        than the number of cells of positive weight.
     """
 
     def __init__(
@@ -78,6 +84,11 @@ class WeightedCellSampler(EpochSampler):
             drawn.
         batch_size, options
             As in the constructor.
+
+        Returns
+        -------
+        WeightedCellSampler
+            By default an epoch has as many draws as there are cells that can be drawn.
         """
         table = LabelTable.of(checked_codes("labels", labels))
         return cls(LabelDraws.of(table, np.ones(len(table.labels))), batch_size, **options)

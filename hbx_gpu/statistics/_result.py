@@ -44,7 +44,7 @@ class Statistics:
         float64. Sum of the values; computed in integers where values are whole numbers.
     mean, variance
         float64. Over the cells that measure the feature; the variance has the divisor ``measured - 1``, and
-        is NaN below two cells.
+        is NaN for fewer than two cells.
     median
         float64. Median, over the cells where it is not 0, of the value divided by the cell's total and
         multiplied by `target_sum`; NaN where there is none.
@@ -52,6 +52,8 @@ class Statistics:
         What totals of cells were scaled to for `median`; None: medians are those of the values as they are.
     median_error
         Largest relative error of `median`: 0 where it is exact.
+    whole
+        bool. Whether all values of the feature are counts, so that `histogram` holds each of them.
     by
         obs column of `groups`, or None.
     groups
@@ -88,7 +90,14 @@ class Statistics:
         return dict(zip(self.feature_uids[known].tolist(), self.median[known].tolist(), strict=True))
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per feature; with groups, one row per group and feature, and the column `by`."""
+        """One row per feature; with groups, one row per group and feature.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by feature uid: ``measured`` and ``nonzero`` (int64), ``sum``, ``mean``, ``variance`` and
+            ``median`` (float64); with groups also the value of the group, in a column named after `by`.
+        """
         import pandas as pd
 
         def frame(found: Statistics) -> pd.DataFrame:
@@ -170,7 +179,13 @@ class Statistics:
             self.write(file)
 
     def write(self, file: BinaryIO) -> None:
-        """Write everything to an open file."""
+        """Write everything to an open file, as :meth:`save` does.
+
+        Parameters
+        ----------
+        file
+            A file that is open for writing bytes.
+        """
         sets = [self, *self.groups.values()]
         head = {
             "format": _FORMAT,
@@ -194,6 +209,16 @@ class Statistics:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read a file that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path
+            The file.
+
+        Returns
+        -------
+        Statistics
+            What was saved, groups included.
 
         Raises
         ------

@@ -47,7 +47,15 @@ def geneformer_v1(
 ) -> RankValue:
     """Geneformer V1 (30M, 2,048 tokens): genes by rank value, without special tokens.
 
-    Parameters as for :func:`geneformer_v2`.
+    Parameters
+    ----------
+    vocabulary, medians, mlm, **options
+        As in :func:`geneformer_v2`.
+
+    Returns
+    -------
+    RankValue
+        The recipe.
     """
     return RankValue.geneformer_v1(vocabulary, medians, mlm=mlm, **options)
 

@@ -148,7 +148,7 @@ class Snapshot:
         Parameters
         ----------
         path
-            Directory of the atlas, or its ``lance_db``.
+            Directory of the atlas, or its ``lance_db``; or an address in object storage.
         version
             Number of the snapshot; the latest by default.
         store
@@ -157,10 +157,13 @@ class Snapshot:
             Table that records the snapshots.
         allow_links
             Follow links that lead out of the atlas and its zarr store.
-        storage_options
-            obstore's configuration keys where `path` is an address.
-        cache, cache_bytes
-            Folder of a local disk that keeps chunks of an address, and the bytes that it may take.
+        storage_options, cache, cache_bytes
+            For an address, as in :meth:`RaggedAtlas.checkout`.
+
+        Returns
+        -------
+        Snapshot
+            The snapshot, read-only.
 
         Raises
         ------

@@ -171,6 +171,15 @@ def list_versions(
 ) -> pd.DataFrame:
     """The snapshots of an atlas, one row each, sorted by version, with the same columns for all generations.
 
+    Parameters
+    ----------
+    path
+        Directory of the atlas, or its address in object storage.
+    version_table_name
+        Table that records the snapshots.
+    storage_options
+        Options of the object storage, as in :meth:`RaggedAtlas.checkout`.
+
     Returns
     -------
     pandas.DataFrame
@@ -180,7 +189,9 @@ def list_versions(
     Raises
     ------
     FileNotFoundError
-        No atlas at `path`.
+        There is no atlas at `path`.
+    RemoteError
+        Object storage does not answer, or refuses.
     """
     import pandas as pd
 

@@ -85,7 +85,13 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ManyReport:
-    """What became of all files, in the order given; files of several modalities come last."""
+    """What became of all files.
+
+    Attributes
+    ----------
+    files
+        One report per file, in the order given; files of several modalities come last.
+    """
 
     files: tuple[FileReport, ...]
 

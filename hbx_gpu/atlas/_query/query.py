@@ -119,10 +119,17 @@ class AtlasQuery:
         feature_space
             Name of the space, or of a pointer field.
 
+        Returns
+        -------
+        AtlasQuery
+            A new query.
+
         Raises
         ------
         ValueError
-            An unknown space, or a uid given twice.
+            An unknown space, a uid that is given twice, or a text that is not ``"hvg:"`` and a number.
+        InvalidDataError
+            The values are not counts, for ``"hvg:2000"``.
         """
         space = self._selection.fields.space_named(feature_space)
         if isinstance(uids, str):
@@ -244,6 +251,16 @@ class AtlasQuery:
 
     def count(self, group_by: str | list[str] | None = None) -> int | pd.DataFrame:
         """Number of rows, or a frame of the distinct values of columns and their ``count``, sorted by value.
+
+        Parameters
+        ----------
+        group_by
+            An obs column or several; None for all rows together.
+
+        Returns
+        -------
+        int or pandas.DataFrame
+            The number of rows; with `group_by` one row for each combination of values, and ``count`` (int64).
 
         Raises
         ------

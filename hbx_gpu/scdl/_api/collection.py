@@ -71,6 +71,11 @@ class SingleCellCollection:
         **options
             For every :class:`SingleCellMemMapDataset` (``load_neighbors=True``, for example).
 
+        Returns
+        -------
+        SingleCellCollection
+            The collection, of archives that are open for reading.
+
         Raises
         ------
         FileNotFoundError
@@ -190,7 +195,25 @@ class SingleCellCollection:
         tolerance: Tolerance,
         progress: Progress = silent,
     ) -> None:
-        """Convert all .h5ad files below a folder on an executor; see :meth:`load_h5ad_multi`."""
+        """Convert all .h5ad files below a folder on an executor and add them in the order of their paths.
+
+        Parameters
+        ----------
+        folder
+            The folder, searched with all its subfolders; or one file.
+        executor
+            Where files are converted. Its workers need the same paths to the files and to the collection. A
+            task may run twice.
+        options, data_dtype, tolerance
+            How they are converted.
+        progress
+            Called with the files done and their total.
+
+        Raises
+        ------
+        FileNotFoundError, RuntimeError
+            As in :meth:`load_h5ad_multi`.
+        """
         from hbx_gpu.atlas._ingest.anywhere import in_turn, result_of
 
         files = find_h5ad(folder)
