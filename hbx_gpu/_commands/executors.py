@@ -35,7 +35,7 @@ def add_executor_options(
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"processes that {work}; {default}",
     )
@@ -47,7 +47,8 @@ def add_executor_options(
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for ``type=`` of argparse."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
@@ -91,6 +92,50 @@ def chosen_executor(args: argparse.Namespace, n_tasks: int, n_bytes: int) -> Ite
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def add_threads_or_workers(parser: argparse.ArgumentParser, work: str) -> None:
+    """Add the options of a command whose work threads of its own process do by default.
+
+    Parameters
+    ----------
+    parser
+        That of the command.
+    work
+        What they do, for the help.
+    """
+    parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
+    add_executor_options(parser, work, "by default threads of this process do, see --threads")
+
+
+def check_threads(args: argparse.Namespace) -> None:
+    """Refuse what `add_threads_or_workers` cannot refuse by itself.
+
+    Raises
+    ------
+    ValueError
+        The number of threads is not positive, or workers are asked for too.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.threads is not None and (args.workers is not None or args.dask is not None):
+        raise ValueError("--threads is for this process; leave it out with --workers or --dask")
+
+
+@contextlib.contextmanager
+def workers(args: argparse.Namespace) -> Iterator[Executor | None]:
+    """The workers that are asked for; None where threads of this process do the work.
+
+    Raises
+    ------
+    UnsupportedError
+        Dask is not installed, or nothing answers at the address.
+    """
+    if args.workers is None and args.dask is None:
+        yield None
+        return
+    with chosen_executor(args, args.workers or 1, 0) as executor:
+        yield executor
 
 
 def _follow_parent() -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options, argument, is_empty
+from hbx_gpu._commands.places import add_snapshot, add_storage_options, argument, is_empty
 from hbx_gpu._remote.looking import is_file
 from hbx_gpu._remote.places import AnyPath
 
@@ -23,13 +23,7 @@ def add_parser(
         metavar="PATH",
         help="an atlas or any store of hbx_gpu.open, or its address; several are described in turn",
     )
-    parser.add_argument(
-        "--version",
-        dest="snapshot",
-        type=int,
-        metavar="N",
-        help="snapshot of an atlas; by default the newest",
-    )
+    add_snapshot(parser)
     add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was changed")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
 from hbx_gpu._commands.executors import add_executor_options, chosen_executor
-from hbx_gpu._commands.matrices import file_and_matrix, matrix_named
+from hbx_gpu._commands.ingest_jobs import Job, jobs_of, pairs
 from hbx_gpu._commands.places import add_storage_options, argument, is_atlas, is_empty
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import bar, line
-from hbx_gpu._stores.kinds import is_mudata, split_modality
+from hbx_gpu._stores.kinds import is_mudata
 
 if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
@@ -35,9 +35,6 @@ examples:
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality protein=b.h5ad
   hbx-gpu ingest --atlas A --modality rna=a.h5ad --modality tiles=tiles.zarr --tiles-table cells.csv
 """
-# Options for one matrix, and the option that does the same for several.
-_SINGLE = {"layer": "--layer-of", "target_layer": "--layer-of", "field": "the names of the modalities"}
-_SEVERAL = ("join", "obs_from", "layer_of", "tiles_table", "barcodes")
 
 
 def add_parser(
@@ -210,12 +207,12 @@ _FLAGS_OF_SEVERAL = _FLAGS | {"layers": "--layer-of {}"}
 
 
 def _ingest(args: argparse.Namespace) -> int:
-    jobs = _jobs(args)
+    jobs = jobs_of(args)
     with from_command(_FLAGS_OF_SEVERAL if any(job.several for job in jobs) else _FLAGS):
         return _ingest_jobs(args, jobs)
 
 
-def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[_Job]) -> int:
+def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
     is_new = is_empty(args.atlas)
     atlas = _open(args, [path for job in jobs for path in job.paths])
     added, failure = 0, None
@@ -257,7 +254,7 @@ def _discard(atlas: RaggedAtlas, is_new: bool) -> None:
             discard_empty(catalog)
 
 
-def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) -> dict[str, FilePlan]:
+def _plan(atlas: RaggedAtlas, jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, FilePlan]:
     """Make the choices that concern all files together, before anything is added."""
     from hbx_gpu.atlas._ingest.plan import plan_files
 
@@ -269,14 +266,14 @@ def _plan(atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace) ->
         feature_id_column=_id_columns(args),
         strip_versions=args.strip_versions,
         require_shared_genes=args.require_shared_genes,
-        obs_types=dict(_pairs(args, "--obs-type", args.obs_type)),
+        obs_types=dict(pairs(args, "--obs-type", args.obs_type)),
         drop_obs=args.drop_obs,
-        rename_obs=dict(_pairs(args, "--rename-obs", args.rename_obs)),
+        rename_obs=dict(pairs(args, "--rename-obs", args.rename_obs)),
         layers=_layers(args),
     )
 
 
-def _plans_of(job: _Job, plans: Mapping[str, FilePlan]) -> dict[str, FilePlan]:
+def _plans_of(job: Job, plans: Mapping[str, FilePlan]) -> dict[str, FilePlan]:
     """Modality of a job -> what was chosen for it."""
     before = f"{job.file}:"
     return {key.removeprefix(before): plan for key, plan in plans.items() if key.startswith(before)}
@@ -294,79 +291,6 @@ def error_text(error: Exception) -> str:
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
-# What there is to do
-
-
-class _Job:
-    """One dataset: a file, or modalities by name."""
-
-    def __init__(
-        self,
-        label: str,
-        paths: Sequence[Path],
-        file: Path | None,
-        given: dict[str, str],
-        layer: str | None = None,
-    ) -> None:
-        self.label, self.paths, self.file, self.given, self.layer = label, paths, file, given, layer
-        self.several = bool(given) or (file is not None and is_mudata(file))
-
-
-def _jobs(args: argparse.Namespace) -> list[_Job]:
-    given = dict(_pairs(args, "--modality", args.modality))
-    args.files = [file for path in args.files for file in _files_of(path)]
-    for file in args.files:
-        if modality := split_modality(file)[1]:
-            args.parser.error(f"{file} is a modality; name it with --modality {modality}={file}")
-    mu = [file for file in args.files if is_mudata(file)]
-    if not args.files and not given:
-        args.parser.error("name files, or modalities with --modality NAME=PATH")
-    if given and args.files and (len(args.files) > 1 or not mu):
-        args.parser.error("--modality goes with at most one FILE, a MuData; name others as modalities")
-    unfit = [f"--{name.replace('_', '-')}" for name in _SEVERAL if getattr(args, name)]
-    if unfit and not (given or mu):
-        args.parser.error(f"{', '.join(unfit)}: for modalities only (--modality, or a MuData: .h5mu or zarr)")
-    if given or mu:
-        for name, instead in _SINGLE.items():
-            if getattr(args, name):
-                option = f"--{name.replace('_', '-')}"
-                args.parser.error(f"{option} is for one matrix; with modalities use {instead}")
-    if given:
-        file = args.files[0] if args.files else None
-        label = str(file) if file else ", ".join(f"{name}={path}" for name, path in given.items())
-        paths = [split_modality(path)[0] for path in given.values()]
-        return [_Job(label, paths + ([file] if file else []), file, given)]
-    jobs: list[_Job] = []
-    for path in args.files:
-        file, matrix = file_and_matrix(path)
-        if any(job.file == file for job in jobs):
-            args.parser.error(f"{file} is given twice; one matrix of a file makes one dataset")
-        jobs.append(_Job(str(file), [file], file, {}, matrix_named(matrix or args.layer)))
-    return jobs
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The .h5ad and .h5mu files below a folder, in the order of their paths; anything else as it is."""
-    from hbx_gpu._stores.source import is_other_store
-
-    if not path.is_dir() or is_mudata(path) or is_other_store(path) or is_atlas(path):
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in (".h5ad", ".h5mu") and file.is_file())
-    return found or [path]
-
-
-def _pairs(args: argparse.Namespace, option: str, values: Sequence[str]) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for value in values:
-        name, equals, rest = value.partition("=")
-        if not (name and equals and rest):
-            args.parser.error(f"{option} {value}: expected NAME=VALUE")
-        if name in dict(pairs):
-            args.parser.error(f"{option}: {name} is given twice")
-        pairs.append((name, rest))
-    return pairs
-
-
 def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
     from hbx_gpu.atlas import create_or_open_atlas
     from hbx_gpu.atlas._catalog.creation import is_unfinished
@@ -378,7 +302,7 @@ def _open(args: argparse.Namespace, paths: Sequence[Path]) -> RaggedAtlas:
         # Checked before anything is created, so that a misspelled name does not leave an empty atlas.
         raise InvalidDataError(f"no such file: {', '.join(missing)}")
     table = args.table or "cells"
-    named: list[tuple[str, str]] = _pairs(args, "--modality", args.modality)
+    named: list[tuple[str, str]] = pairs(args, "--modality", args.modality)
     for file in args.files:
         others = _modalities_of(file, args, [name for name, _ in named]) if is_mudata(file) else []
         named += [(name, f"{file}:{name}") for name in others]
@@ -415,7 +339,7 @@ def _modalities_of(file: Path, args: argparse.Namespace, given: Sequence[str]) -
 
 
 def _run_files(
-    atlas: RaggedAtlas, jobs: Sequence[_Job], args: argparse.Namespace
+    atlas: RaggedAtlas, jobs: Sequence[Job], args: argparse.Namespace
 ) -> tuple[int, Exception | None]:
     """Add files of one matrix each; return the number of added cells, and why the first failed file did."""
     if not jobs:
@@ -457,7 +381,7 @@ def _run_files(
     return added, None
 
 
-def _run(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace, plans: Mapping[str, FilePlan]) -> int:
+def _run(atlas: RaggedAtlas, job: Job, args: argparse.Namespace, plans: Mapping[str, FilePlan]) -> int:
     begin = time.perf_counter()
     title = job.file.name if job.file else "modalities"
     with bar(" cells", title) as show:
@@ -495,9 +419,9 @@ def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dic
         "allow_rounding": args.allow_rounding,
         "strip_versions": args.strip_versions,
         "require_shared_genes": args.require_shared_genes,
-        "obs_types": dict(_pairs(args, "--obs-type", args.obs_type)),
+        "obs_types": dict(pairs(args, "--obs-type", args.obs_type)),
         "drop_obs": args.drop_obs,
-        "rename_obs": dict(_pairs(args, "--rename-obs", args.rename_obs)),
+        "rename_obs": dict(pairs(args, "--rename-obs", args.rename_obs)),
         "replace": args.replace,
         "accept_duplicates": args.accept_duplicates,
         "progress": show,
@@ -506,7 +430,7 @@ def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dic
 
 def _add_one(
     atlas: RaggedAtlas,
-    job: _Job,
+    job: Job,
     args: argparse.Namespace,
     show: Callable[[int, int], object],
     plan: FilePlan | None,
@@ -537,7 +461,7 @@ def _add_one(
 
 def _add_several(
     atlas: RaggedAtlas,
-    job: _Job,
+    job: Job,
     args: argparse.Namespace,
     show: Callable[[int, int], object],
     plans: Mapping[str, FilePlan],
@@ -558,7 +482,7 @@ def _add_several(
     )
 
 
-def _modalities(atlas: RaggedAtlas, job: _Job, args: argparse.Namespace) -> object:
+def _modalities(atlas: RaggedAtlas, job: Job, args: argparse.Namespace) -> object:
     from hbx_gpu.atlas import FragmentsInput, ImageInput
     from hbx_gpu.atlas._ingest.multimodal import resolve_modality
 
@@ -598,7 +522,7 @@ def _tables(args: argparse.Namespace, images: Sequence[str]) -> dict[str, str]:
 
 def _layers(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     layers: dict[str, dict[str, str]] = {}
-    for target, matrix in _pairs(args, "--layer-of", args.layer_of):
+    for target, matrix in pairs(args, "--layer-of", args.layer_of):
         name, colon, layer = target.partition(":")
         if not (name and colon and layer):
             args.parser.error(f"--layer-of {target}={matrix}: expected NAME:LAYER=MATRIX")

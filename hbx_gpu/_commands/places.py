@@ -34,6 +34,17 @@ def is_empty(path: AnyPath) -> bool:
     return not path.is_dir() or not any(path.iterdir())
 
 
+def add_snapshot(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses a snapshot of an atlas."""
+    parser.add_argument(
+        "--version",
+        dest="snapshot",
+        type=int,
+        metavar="N",
+        help="snapshot of an atlas; by default the newest",
+    )
+
+
 def add_storage_options(parser: argparse.ArgumentParser) -> None:
     """Add the option to the parser of a command."""
     parser.add_argument(

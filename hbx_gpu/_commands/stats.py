@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbx_gpu._advice import from_command
-from hbx_gpu._commands.executors import chosen_executor
+from hbx_gpu._commands.executors import add_threads_or_workers, check_threads, positive, workers
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options, argument
+from hbx_gpu._commands.places import add_snapshot, add_storage_options, argument
 from hbx_gpu._paths import argument as local_argument
 from hbx_gpu._progress import Progress, bar, line
 
@@ -50,7 +50,7 @@ def add_parser(
     parser.add_argument("--by", metavar="COLUMN", help="statistics of each value of an obs column")
     parser.add_argument("--filter", metavar="SQL", help="condition on obs columns: \"organ = 'lung'\"")
     parser.add_argument(
-        "--hvg", type=_positive, metavar="N", help="find the N most variable features (flavor seurat_v3)"
+        "--hvg", type=positive, metavar="N", help="find the N most variable features (flavor seurat_v3)"
     )
     parser.add_argument(
         "--batch-key", metavar="COLUMN", help="with --hvg: rank features within each value of an obs column"
@@ -64,31 +64,11 @@ def add_parser(
     parser.add_argument("--field", metavar="NAME", help="feature space, where there are several")
     parser.add_argument("--layer", metavar="NAME", help="layer; the space's own by default")
     parser.add_argument("--table", metavar="NAME", help="obs table of an atlas, where there are several")
-    parser.add_argument(
-        "--version",
-        dest="snapshot",
-        type=int,
-        metavar="N",
-        help="snapshot of an atlas; by default the newest",
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads; by default the cores of this process"
-    )
-    where.add_argument(
-        "--dask",
-        metavar="ADDRESS",
-        help="compute on the workers of a Dask cluster, which see the same paths: tcp://HOST:8786",
-    )
+    add_snapshot(parser)
+    add_threads_or_workers(parser, "read and count")
     add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was written")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _output(text: str) -> Path:
@@ -104,6 +84,7 @@ def _output(text: str) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, and print a summary or write a table."""
+    check_threads(args)
     if args.batch_key is not None and args.hvg is None:
         raise ValueError("--batch-key is for --hvg N; pass both")
     if args.hvg is not None and args.out is not None and args.out.suffix == ".npz":
@@ -127,16 +108,12 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
     """The executor that the options ask for; None for a thread per core."""
-    if args.dask is None:
-        with (
-            ThreadPoolExecutor(args.workers)
-            if args.workers is not None
-            else contextlib.nullcontext() as threads
-        ):
+    with workers(args) as executor:
+        if executor is not None or args.threads is None:
+            yield executor
+            return
+        with ThreadPoolExecutor(args.threads) as threads:
             yield threads
-        return
-    with chosen_executor(args, 1, 0) as executor:
-        yield executor
 
 
 def _computation(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor
 from pathlib import Path
 
 from hbx_gpu._advice import from_command
-from hbx_gpu._commands.executors import add_executor_options, chosen_executor
+from hbx_gpu._commands.executors import add_threads_or_workers, check_threads, workers
 from hbx_gpu._commands.links import FLAGS, add_allow_links
-from hbx_gpu._commands.places import add_storage_options, argument
+from hbx_gpu._commands.places import add_snapshot, add_storage_options, argument
 from hbx_gpu._progress import bar, line
 from hbx_gpu._remote.places import AnyPath
 
@@ -41,21 +38,14 @@ def add_parser(
     levels.add_argument(
         "--full", action="store_true", help="decode every chunk, and look at every column number"
     )
-    parser.add_argument(
-        "--version",
-        dest="snapshot",
-        type=int,
-        metavar="N",
-        help="snapshot of an atlas; by default the newest",
-    )
+    add_snapshot(parser)
     parser.add_argument(
         "--clean",
         action="store_true",
         help="first finish or remove what interrupted writers left: uploads, unfinished files, notes; an "
         "error where somebody is writing",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="by default the cores of this process")
-    add_executor_options(parser, "read and decode", "by default threads of this process do, see --threads")
+    add_threads_or_workers(parser, "read and decode")
     add_allow_links(parser)
     add_storage_options(parser)
     parser.set_defaults(command=run, if_interrupted="nothing was changed")
@@ -69,10 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from hbx_gpu._verify.leftovers import clean
     from hbx_gpu._verify.stores import verify
 
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
-    if args.threads is not None and (args.workers is not None or args.dask is not None):
-        raise ValueError("--threads is for this process; leave it out with --workers or --dask")
+    check_threads(args)
     if args.clean:
         with from_command(FLAGS):
             for sentence in clean(args.path, allow_links=args.allow_links) or ["nothing was left to clean"]:
@@ -80,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     level: Level = "fast" if args.fast else "full" if args.full else "checksums"
     total = args.path.stat().st_size if _is_local_file(args.path) else size_below(args.path)
     begin, whole, damaged, done = time.perf_counter(), 0, 0, 0
-    with from_command(FLAGS), _executor(args, total) as executor, bar("B", "verify") as progress:
+    with from_command(FLAGS), workers(args) as executor, bar("B", "verify") as progress:
 
         def moved(n: int) -> None:
             nonlocal done
@@ -110,16 +97,6 @@ def run(args: argparse.Namespace) -> int:
     took = time.perf_counter() - begin
     line(f"{whole} whole, {damaged} damaged; {done / 1e6:,.1f} MB of chunks read in {took:.1f} s")
     return int(bool(damaged))
-
-
-@contextlib.contextmanager
-def _executor(args: argparse.Namespace, n_bytes: int) -> Iterator[Executor | None]:
-    """The workers that are asked for; None where threads of this process do the work."""
-    if args.workers is None and args.dask is None:
-        yield None
-        return
-    with chosen_executor(args, args.workers or 1, n_bytes) as executor:
-        yield executor
 
 
 def _is_local_file(path: AnyPath) -> bool:

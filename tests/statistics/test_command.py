@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def test_an_atlas_by_a_column_to_files(tmp_path: Path, capsys: pytest.CaptureFix
     found = atlas.statistics("donor", keep=False)
     root = str(tmp_path / "atlas")
     for name in ("a.parquet", "a.csv", "a.npz"):
-        assert main(["stats", root, "--by", "donor", "--out", str(tmp_path / name), "--workers", "2"]) == 0
+        assert main(["stats", root, "--by", "donor", "--out", str(tmp_path / name), "--threads", "2"]) == 0
     expected = found.to_pandas().reset_index()
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "a.parquet"), expected)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), expected)
@@ -28,6 +29,15 @@ def test_an_atlas_by_a_column_to_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert "120 cells in 2 groups by 'donor', 45 features" in out
     assert "medians (exact)" in out
     assert len(list((tmp_path / "atlas" / "statistics").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_processes_compute_the_same(tmp_path: Path) -> None:
+    example_atlas(tmp_path / "atlas")
+    for name, where in (("a.csv", []), ("b.csv", ["--workers", "2"])):
+        shutil.rmtree(tmp_path / "atlas" / "statistics", ignore_errors=True)  # what an atlas keeps
+        assert main(["stats", str(tmp_path / "atlas"), "--out", str(tmp_path / name), *where]) == 0
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
 def test_a_filter_and_variable_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +70,8 @@ def test_a_store_in_place(real_h5ad: tuple[Path, Path], capsys: pytest.CaptureFi
         (["--batch-key", "donor"], "--batch-key is for --hvg N"),
         (["--hvg", "3", "--out", "a.npz"], "leave --hvg out"),
         (["--filter", "organ ="], "organ ="),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "2", "--workers", "2"], "--threads is for this process"),
         pytest.param(
             ["--dask", "tcp://127.0.0.1:1"], "no Dask scheduler answers there", marks=pytest.mark.slow
         ),

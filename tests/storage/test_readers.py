@@ -319,13 +319,12 @@ def test_unknown_kind() -> None:
         open_reader("fast", ChunkDirectory([]))
 
 
-def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
-    """What a long run has looked at does not stay in this process's memory."""
-    size = 32 << 20
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/0").write_bytes(bytes(size))
-    layout = ArrayLayout(
-        path=str(tmp_path),
+def one_chunk_of_zeros(folder: Path, size: int) -> ArrayLayout:
+    """An array of bytes that is one chunk in one file."""
+    (folder / "c").mkdir()
+    (folder / "c/0").write_bytes(bytes(size))
+    return ArrayLayout(
+        path=str(folder),
         name="a",
         shape=(size,),
         dtype=np.dtype(np.uint8),
@@ -333,6 +332,12 @@ def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
         shard_shape=(size,),
         codecs=({"name": "bytes"},),
     )
+
+
+def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
+    """What a long run has looked at does not stay in this process's memory."""
+    size = 32 << 20
+    layout = one_chunk_of_zeros(tmp_path, size)
 
     def resident_file_pages() -> int:
         status = Path("/proc/self/status").read_text()
@@ -357,17 +362,7 @@ def test_bytes_that_are_not_looked_at_do_not_count_as_read(
 ) -> None:
     """Random rows look at a small part of their chunks: the pages they touched stay mapped for longer."""
     size = 1 << 20
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/0").write_bytes(bytes(size))
-    layout = ArrayLayout(
-        path=str(tmp_path),
-        name="a",
-        shape=(size,),
-        dtype=np.dtype(np.uint8),
-        chunk_shape=(size,),
-        shard_shape=(size,),
-        codecs=({"name": "bytes"},),
-    )
+    layout = one_chunk_of_zeros(tmp_path, size)
     handed_back: list[FileMap] = []
     monkeypatch.setattr(FileMap, "hand_back", lambda entry: handed_back.append(entry))
     directory = ChunkDirectory([layout])
