@@ -16,7 +16,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     RemotePathError
-        `path` is a remote address.
+        `path` is a remote address, or a ``file://`` address of another machine.
     """
     return Path(checked(path)).expanduser().absolute()
 
@@ -27,7 +27,7 @@ def checked(path: str | os.PathLike[str]) -> str:
     Raises
     ------
     RemotePathError
-        `path` is a remote address.
+        `path` is a remote address, or a ``file://`` address of another machine.
     """
     text = os.fspath(path)
     # pathlib makes one slash of two, so an address that went through a Path has lost one.
@@ -35,7 +35,14 @@ def checked(path: str | os.PathLike[str]) -> str:
     if not colon or len(scheme) < 2 or not scheme.replace("+", "").replace("-", "").isalnum():
         return text
     if scheme == "file":
-        return unquote(urlparse(f"file:/{rest}").path)
+        address = urlparse(f"file:/{rest}")
+        # With two slashes only, the first part of a path is taken for the name of a machine.
+        if address.netloc not in ("", "localhost") or not address.path:
+            raise RemotePathError(
+                f"cannot open {text!r}: a file:// address has three slashes and an absolute path, such as "
+                "file:///data/atlas; write a relative path without file://"
+            )
+        return unquote(address.path)
     raise RemotePathError(
         f"cannot open {text!r}: only local paths are supported here; copy the data to a local disk first"
     )

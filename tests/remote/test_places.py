@@ -38,6 +38,13 @@ def test_local_paths_stay_local(tmp_path: Path) -> None:
     assert not is_remote(f"file://{tmp_path}")
 
 
+@pytest.mark.parametrize("text", ["file://atlas", "file://host/data/atlas", "file://"])
+def test_a_file_address_without_an_absolute_path_is_not_the_current_folder(text: str) -> None:
+    with pytest.raises(RemotePathError, match="three slashes"):
+        parse(text)
+    assert parse("file://localhost/data/a%20b") == Path("/data/a b")
+
+
 @pytest.mark.parametrize("text", ["ftp://host/x", "s3:///x", "s3://b/../c"])
 def test_other_addresses_are_refused(text: str) -> None:
     with pytest.raises(RemotePathError):
