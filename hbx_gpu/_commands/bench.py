@@ -85,7 +85,7 @@ def add_parser(
     parser.add_argument("--threads", type=int, help="of the loader (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--field", metavar="NAME", help="feature space, where the atlas has several")
-    parser.add_argument("--layer", metavar="NAME", help="layer; the space's own by default")
+    parser.add_argument("--layer", metavar="NAME", help="layer (default: that of the feature space)")
     parser.add_argument(
         "--out", type=local_argument, metavar="FOLDER", help="write bench.txt, .json and .png there"
     )

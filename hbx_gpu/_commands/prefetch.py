@@ -35,7 +35,7 @@ def add_parser(
         "--cache-bytes",
         type=int,
         metavar="N",
-        help="bytes that the cache may take (default: half of the free room)",
+        help="bytes that the cache may take (default: half of the free space)",
     )
     parser.add_argument("--where", metavar="SQL", help="cells to bring, by their obs columns (default: all)")
     parser.add_argument("--table", metavar="NAME", help="obs table, where an atlas has several")
@@ -43,7 +43,7 @@ def add_parser(
     parser.add_argument(
         "--layer",
         metavar="NAME",
-        help="layer; by default the own one of an atlas's feature space, X of a store",
+        help="layer (default: that of the feature space of an atlas, X of a store)",
     )
     add_allow_links(parser)
     add_storage_options(parser)

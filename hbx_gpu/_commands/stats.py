@@ -40,9 +40,9 @@ def add_parser(
         "stats",
         parents=[common],
         help="compute means, variances, medians and highly variable features",
-        description="Read all cells once and say of each feature: cells that measure it, nonzero cells, sum, "
-        "mean, variance, and the nonzero median of counts per 10,000. An atlas keeps the result: the next "
-        "call reads it.",
+        description="Read all cells once and report for each feature: cells that measure it, nonzero cells, "
+        "sum, mean, variance, and the nonzero median of counts per 10,000. An atlas keeps the result, and "
+        "the next call reads it.",
     )
     parser.add_argument(
         "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
@@ -62,7 +62,7 @@ def add_parser(
         help="write the table to a file: .parquet, .csv or .json; .npz is read by Statistics.load",
     )
     parser.add_argument("--field", metavar="NAME", help="feature space, where there are several")
-    parser.add_argument("--layer", metavar="NAME", help="layer; the space's own by default")
+    parser.add_argument("--layer", metavar="NAME", help="layer (default: that of the feature space)")
     parser.add_argument("--table", metavar="NAME", help="obs table of an atlas, where there are several")
     add_snapshot(parser)
     add_threads_or_workers(parser, "read and count")

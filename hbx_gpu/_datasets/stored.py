@@ -158,7 +158,7 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     @staticmethod
     @abstractmethod
     def _rows_of(arrays: dict[str, np.ndarray]) -> IndexT:
-        """The index of which these are the arrays."""
+        """The index that consists of these arrays."""
 
     @abstractmethod
     def plan(self, selection: np.ndarray) -> PlanT:

@@ -125,8 +125,9 @@ def make_loader(
         Function of yours that calls operators of ``nvidia.dali.experimental.dynamic`` on every batch. It gets
         the fields as DALI tensors by name (see :func:`hbx_gpu.pipeline.cell_pipeline`) and a random number
         generator of DALI's to pass to random operators, whose seed follows from `seed`, epoch, rank and
-        number of the batch. It returns a dict of the fields that come out. It runs when the batch is asked
-        for. Needs DALI, and cannot be combined with ``dtype="bfloat16"``.
+        number of the batch. It returns a dict of the fields that the batch then has. It runs one batch ahead,
+        on a thread of its own; on a GPU when the batch is asked for, on the thread that asks. It needs DALI,
+        and cannot be combined with ``dtype="bfloat16"``.
     io
         How stored bytes are read: ``"mmap"``; ``"pinned"`` (``preadv``; on a GPU into page-locked memory);
         ``"kvikio"`` (GPU only: whole chunks to its memory); ``"auto"``, which measures these on the dataset's

@@ -168,7 +168,7 @@ def _publish(source: Place, target: Place) -> None:
     except ConflictError:
         raise RemoteError(
             f"{target} was written by another program in the meantime, so what was uploaded cannot become "
-            "part of it; let one program write at a time, and restore that object from before"
+            "part of it; let one program write at a time, and restore the earlier version of that object"
         ) from None
 
 

@@ -158,7 +158,7 @@ class Fetcher:
                     moved += len(body)
                     if len(body) != wanted.end - wanted.begin:
                         raise RemoteError(
-                            f"{wanted.place}: {len(body)} bytes came of {wanted.end - wanted.begin}"
+                            f"{wanted.place}: received {len(body)} of {wanted.end - wanted.begin} bytes"
                         )
                     target[:] = body
                     return Moved(attempt, moved)

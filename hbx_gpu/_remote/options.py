@@ -51,7 +51,7 @@ def remember_cache(url: str, folder: str, most: int | None) -> None:
     url
         The address.
     folder, most
-        Absolute path of the folder, and the bytes that it may take; None: by the free room.
+        Absolute path of the folder, and the bytes that it may take; None: the default of the cache.
     """
     with _lock:
         _inherit()

@@ -157,7 +157,7 @@ def _checked(text: str) -> str:
     scheme = _OTHER_NAMES.get(scheme, scheme)
     if scheme not in SCHEMES:
         raise RemotePathError(
-            f"cannot open an address of scheme {scheme!r}: there are {', '.join(SCHEMES)} and file"
+            f"cannot open an address of scheme {scheme!r}: known schemes are {', '.join(SCHEMES)} and file"
         )
     server, _, key = found[2].partition("/")
     # What follows may be a password or a signature, so none of it is repeated.

@@ -294,7 +294,7 @@ class RaggedAtlas:
         store: object = None,
         **kwargs: Any,
     ) -> RaggedAtlas:
-        """Open the newest snapshot, read-only.
+        """Open the newest snapshot, read-only; errors are those of :meth:`checkout`.
 
         Parameters
         ----------
@@ -305,11 +305,6 @@ class RaggedAtlas:
         **kwargs
             The other arguments of :meth:`checkout`: among them `allow_links` and, for an atlas in object
             storage, `storage_options`, `cache` and `cache_bytes`.
-
-        Returns
-        -------
-        RaggedAtlas
-            The atlas as of its newest snapshot. The errors are those of :meth:`checkout`.
         """
         return cls.checkout(path, None, schema, store, **kwargs)
 

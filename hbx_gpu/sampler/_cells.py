@@ -26,7 +26,7 @@ from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._runs import integers
 
 LOCALITIES = ("group", "block", "none")
-_FAR = 0.002  # seconds that a request takes before the order of reads is worth a thought
+_FAR = 0.002  # seconds; if requests take this long, the order of reads matters
 _LOG = logging.getLogger(__name__)
 
 
@@ -219,8 +219,8 @@ def _measured(world_size: int | None) -> str:
         chosen, why = "none", f"a request to object storage takes {1000 * latency:.1f} ms, which is little"
     else:
         chosen = "block"
-        why = f"a request to object storage takes {1000 * latency:.1f} ms, and neighbors come in few of them"
-    _LOG.info('locality="auto": %r, because %s; pass it by name to have this order in every run', chosen, why)
+        why = f"a request to object storage takes {1000 * latency:.1f} ms, and neighboring cells need few"
+    _LOG.info('locality="auto": %r, because %s; name it to get this order in every run', chosen, why)
     return chosen
 
 

@@ -102,12 +102,12 @@ class EpochSampler(_TorchSampler):
 
     @property
     def rank(self) -> int:
-        """The rank given, or else that of torch.distributed: 0 until that is initialized."""
+        """The rank given, else that of torch.distributed, else that of the launcher, else 0."""
         return self._rank_and_world()[0]
 
     @property
     def world_size(self) -> int:
-        """The number of ranks given, or else that of torch.distributed: 1 until that is initialized."""
+        """The number of ranks given, else that of torch.distributed, else that of the launcher, else 1."""
         return self._rank_and_world()[1]
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,18 @@ from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._selection import LabelTable
 
 _AT_ONCE = 1 << 22  # weights that are looked at together
+
+
+class Options(TypedDict, total=False):
+    """Arguments of :class:`WeightedCellSampler` besides weights and batch size."""
+
+    n_samples: int | None
+    replacement: bool
+    seed: int | None
+    drop_last: bool
+    num_workers: int
+    rank: int | None
+    world_size: int | None
 
 
 class WeightedCellSampler(EpochSampler):
@@ -74,7 +86,7 @@ class WeightedCellSampler(EpochSampler):
         )
 
     @classmethod
-    def balanced(cls, labels: ArrayLike, batch_size: int = 1024, **options: Any) -> Self:
+    def balanced(cls, labels: ArrayLike, batch_size: int = 1024, **options: Unpack[Options]) -> Self:
         """Every label equally likely in every draw.
 
         Parameters
@@ -95,7 +107,11 @@ class WeightedCellSampler(EpochSampler):
 
     @classmethod
     def by_label(
-        cls, labels: ArrayLike, weights: Mapping[int, float], batch_size: int = 1024, **options: Any
+        cls,
+        labels: ArrayLike,
+        weights: Mapping[int, float],
+        batch_size: int = 1024,
+        **options: Unpack[Options],
     ) -> Self:
         """Draw a label in proportion to its weight, and then one of its cells, each equally likely.
 

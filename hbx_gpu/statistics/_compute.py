@@ -128,7 +128,7 @@ def _check_memory(dataset: Matrix, groups: Groups, workers: int) -> None:
 
 
 def _in_order(executor: Executor, tasks: Sequence[Callable[[], Partial]], ahead: int) -> Iterator[Partial]:
-    """Results in the order of the tasks, of which at most `ahead` are under way."""
+    """Results in the order of the tasks; at most `ahead` of these are under way."""
     waiting: deque[Future[Partial]] = deque()
     pending = iter(tasks)
     try:

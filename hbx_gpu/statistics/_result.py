@@ -262,7 +262,7 @@ def _loaded(arrays: Mapping[str, np.ndarray]) -> Statistics:
         len(ends) != shape[0] + 1
         or not len(arrays["cell"]) == len(arrays["code"]) == len(arrays["count"]) == ends[-1]
     ):
-        raise ValueError("the histogram has another length than it says")
+        raise ValueError("the histogram is not as long as the file says")
     if ends[-1] and not 0 <= int(arrays["cell"].min()) <= int(arrays["cell"].max()) < len(uids):
         raise ValueError("the histogram names features that do not exist")
 

@@ -270,7 +270,7 @@ class Attachable(Protocol):
     """An open atlas whose writes can go on to object storage."""
 
     def attached(self, mirror: Mirror) -> Self:
-        """The same atlas, of which a mirror is the local copy."""
+        """The same atlas, whose writes a mirror uploads to object storage."""
         ...
 
 

@@ -75,7 +75,7 @@ def add_embedding(
     obs_table
         Obs table of the cells; required where there are several.
     overwrite
-        Whether results of that name that are there already are replaced, those of all cells.
+        Whether to replace all results of that name, if there are any.
 
     Returns
     -------

@@ -119,11 +119,6 @@ class AtlasQuery:
         feature_space
             Name of the space, or of a pointer field.
 
-        Returns
-        -------
-        AtlasQuery
-            A new query.
-
         Raises
         ------
         ValueError
@@ -250,17 +245,12 @@ class AtlasQuery:
     def count(self, group_by: str | list[str]) -> pd.DataFrame: ...
 
     def count(self, group_by: str | list[str] | None = None) -> int | pd.DataFrame:
-        """Number of rows, or a frame of the distinct values of columns and their ``count``, sorted by value.
+        """Number of rows; or the distinct values of columns and their ``count`` (int64), sorted by value.
 
         Parameters
         ----------
         group_by
             An obs column or several; None for all rows together.
-
-        Returns
-        -------
-        int or pandas.DataFrame
-            The number of rows; with `group_by` one row for each combination of values, and ``count`` (int64).
 
         Raises
         ------
