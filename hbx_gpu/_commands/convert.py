@@ -39,7 +39,7 @@ def add_parser(
         metavar="SOURCE",
         help="an SCDL archive, an atlas, or an .h5ad, zarr, 10x Genomics or loom store; one modality of a "
         "MuData as FILE.h5mu:MODALITY; a folder of .h5ad files, which become one archive in the order of "
-        "their paths; or an address, of which all but an atlas is copied to the temporary folder first",
+        "their paths; or an address: an atlas is read where it lies, all else is copied to a disk first",
     )
     parser.add_argument(
         "target", type=argument, metavar="TARGET", help="the atlas or archive to make, or its address"

@@ -183,7 +183,7 @@ class Fetcher:
         try:
             body = self._fetch(wanted.place, wanted.begin, wanted.end, wanted.info.version)
             if body.info != wanted.info:
-                raise ReplacedError(f"{wanted.place} was replaced after it was opened")
+                raise ReplacedError(f"{wanted.place} was replaced after it was opened; open it again")
             found = np.frombuffer(body.take(), np.uint8)
             nbytes = len(found)
             return found

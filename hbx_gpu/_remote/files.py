@@ -94,7 +94,7 @@ class RemoteFile(io.RawIOBase):
         end = min(begin + _BLOCK, self._info.nbytes)
         content, info = stores.get(self._place, {"range": (begin, end)})
         if info != self._info or len(content) != end - begin:
-            raise ReplacedError(f"{self._place} was replaced while it was read")
+            raise ReplacedError(f"{self._place} was replaced while it was read; open it again")
         with self._lock:
             self._blocks[number] = bytes(content)
             while len(self._blocks) > _KEPT:

@@ -144,9 +144,7 @@ def local_only(path: AnyPath) -> Path:
         It is an address.
     """
     if isinstance(path, Place):
-        raise RemotePathError(
-            f"{path} is in object storage, and this needs a local path: do it with a local copy"
-        )
+        raise RemotePathError(f"{path} is in object storage, and this needs a local path: use a local copy")
     return path
 
 
@@ -169,7 +167,7 @@ def _checked(text: str) -> str:
     parts = [part for part in key.split("/") if part]
     if not server or ".." in parts or "." in parts:
         raise RemotePathError(
-            f"cannot open {scheme}://{found[2]}: expected is {scheme}://"
+            f"cannot open {scheme}://{found[2]}: expected {scheme}://"
             f"{'server' if scheme.startswith('http') else 'bucket'}/path without '.' and '..'"
         )
     return "/".join([f"{scheme}://{server}", *parts])

@@ -249,7 +249,7 @@ def fail(place: Place, error: Exception) -> NoReturn:
     if isinstance(error, RemoteError):
         raise error
     if isinstance(error, known.PreconditionError):
-        raise ReplacedError(f"{place} was replaced after it was opened") from None
+        raise ReplacedError(f"{place} was replaced after it was opened; open it again") from None
     refused = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError)
     raised = RemoteError(f"{place}: {_REFUSED if refused else _reason_of(error)}")
     raised.transient = not refused and not isinstance(error, known.NotSupportedError)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from hbx_gpu.atlas._ingest.commit import IngestReport
+    from hbx_gpu.atlas._ingest.embeddings import EmbedOptions
     from hbx_gpu.atlas._ingest.inputs import Input
-    from hbx_gpu.atlas._ingest.many import ManyReport
+    from hbx_gpu.atlas._ingest.many import ManyOptions, ManyReport, Source
     from hbx_gpu.statistics import Statistics
 
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"
@@ -548,7 +549,7 @@ class RaggedAtlas:
         return add_multimodal(self, modalities, **kwargs)
 
     def ingest_many(
-        self, sources: Iterable[str | os.PathLike[str]], executor: Executor | None = None, **kwargs: Any
+        self, sources: Iterable[Source], executor: Executor | None = None, **kwargs: Unpack[ManyOptions]
     ) -> ManyReport:
         """Add many files, one dataset each.
 
@@ -560,7 +561,7 @@ class RaggedAtlas:
         return add_many(self, sources, executor, **kwargs)
 
     def add_embedding(
-        self, name: str, values: np.ndarray, cells: Sequence[str] | np.ndarray, **kwargs: Any
+        self, name: str, values: np.ndarray, cells: Sequence[str] | np.ndarray, **kwargs: Unpack[EmbedOptions]
     ) -> int:
         """Store a row of numbers for each of some cells, as a dense modality of the atlas.
 
@@ -573,8 +574,7 @@ class RaggedAtlas:
         cells
             The ``uid`` of the cell of each row, (n,), each once.
         **kwargs
-            `obs_table` and `overwrite`, as in :func:`hbx_gpu.atlas.add_embedding`, which also lists the
-            errors.
+            `obs_table`, `overwrite`: as in :func:`hbx_gpu.atlas.add_embedding`, which lists the errors.
 
         Returns
         -------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
 _BLOCK = 64 << 20  # bytes of results in memory at a time
 _ROWS = 100_000  # rows of the obs table in memory at a time
+
+
+class EmbedOptions(TypedDict, total=False):
+    """Options of :func:`add_embedding`."""
+
+    obs_table: str | None
+    overwrite: bool
 
 
 @dataclass(frozen=True)

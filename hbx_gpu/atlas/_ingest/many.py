@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -104,6 +105,30 @@ class ManyReport:
     def n_added(self) -> int:
         """Number of files added."""
         return sum(file.n_cells > 0 for file in self.files)
+
+
+class ManyOptions(TypedDict, total=False):
+    """Options of :func:`add_many`, which are those of :func:`hbx_gpu.ingest_many`."""
+
+    progress: Progress | None
+    added: Callable[[FileReport], object] | None
+    layer: str | Mapping[str, str | None] | None
+    zarr_layer: str | None
+    field_name: str | None
+    feature_space: str | None
+    feature_id_column: str | None
+    strip_versions: bool
+    require_shared_genes: float | None
+    obs_table: str | None
+    chunk_shape: int | tuple[int, ...] | None
+    shard_shape: int | tuple[int, ...] | None
+    codec: str | None
+    allow_rounding: bool
+    obs_types: Mapping[str, str] | None
+    drop_obs: Sequence[str]
+    rename_obs: Mapping[str, str] | None
+    replace: bool
+    accept_duplicates: bool
 
 
 def add_many(
