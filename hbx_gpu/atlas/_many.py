@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 
 from hbx_gpu._progress import Progress
 from hbx_gpu.atlas._atlas import RaggedAtlas
 from hbx_gpu.atlas._create import create_or_open_atlas
-from hbx_gpu.atlas._ingest.many import FileReport, ManyReport, Source, add_many
+from hbx_gpu.atlas._ingest.many import FileReport, ManyReport, Source, add_many, found
 
 
 def ingest_many(
@@ -19,7 +20,7 @@ def ingest_many(
     *,
     progress: Progress | None = None,
     added: Callable[[FileReport], object] | None = None,
-    layer: str | Mapping[str, str | None] | None = None,
+    layer: str | Mapping[str, str | None] | Mapping[Path, str | None] | None = None,
     zarr_layer: str | None = None,
     field_name: str | None = None,
     feature_space: str | None = None,
@@ -90,14 +91,16 @@ def ingest_many(
     FileNotFoundError
         A source does not exist; nothing was added.
     InvalidDataError, AlreadyIngestedError, UnknownNameError
-        See :func:`hbx_gpu.add_from_anndata`.
+        See :func:`hbx_gpu.add_from_anndata`. Also UnknownNameError if `layer` names a file that is not among
+        the sources.
     ResourceError
         A process, or the cluster, that worked on a file is gone; run the same call again.
     AtlasLockedError
         Another process is writing to the atlas.
     TypeError
-        Storage options are given together with an open atlas.
+        Storage options are given together with an open atlas, or sources is a single path.
     """
+    paths = found(sources)  # before an atlas is made
     if not isinstance(atlas, RaggedAtlas):
         opened = create_or_open_atlas(atlas, storage_options=storage_options)
     elif storage_options is None:
@@ -106,7 +109,7 @@ def ingest_many(
         raise TypeError("pass storage_options with the address of an atlas; an open atlas has its own")
     return add_many(
         opened,
-        sources,
+        list(paths),
         executor,
         progress=progress,
         added=added,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +19,7 @@ from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.additions import Rows
 from hbx_gpu.atlas._ingest import many
-from hbx_gpu.errors import AlreadyIngestedError, HbxError, InvalidDataError
+from hbx_gpu.errors import AlreadyIngestedError, HbxError, InvalidDataError, ResourceError, UnknownNameError
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
 from tests.twice import Twice
@@ -231,6 +231,30 @@ def test_replacing(files: list[Path], tmp_path: Path) -> None:
     found = RaggedAtlas.checkout(atlas.path, atlas.snapshot()).query().to_anndata()
     assert sorted(found.var_names) == list("abcdex")
     assert {name[:3] for name in found.obs["obs_name"]} == {"s20", "s22"}
+
+
+def test_an_executor_that_is_dead_before_the_first_task(files: list[Path], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1, initializer=lambda: 1 / 0) as dead:
+        with pytest.raises(BrokenExecutor):
+            dead.submit(int).result()
+        with pytest.raises(ResourceError, match="run the same again"):
+            hbx_gpu.ingest_many(tmp_path / "atlas", files[:1], dead)
+
+
+def test_sources_that_are_wrong_make_no_atlas(files: list[Path], tmp_path: Path) -> None:
+    atlas = tmp_path / "atlas"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        hbx_gpu.ingest_many(atlas, [files[0], tmp_path / "missing.h5ad"])
+    with pytest.raises(TypeError, match="list of paths"):
+        hbx_gpu.ingest_many(atlas, str(files[0]))
+    assert not atlas.exists()
+
+
+def test_matrices_are_named_by_the_sources(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"names \['other.h5ad'\]"):
+        hbx_gpu.ingest_many(tmp_path / "atlas", files[:1], layer={"other.h5ad": "raw"})
+    with pytest.raises(InvalidDataError, match="no matrix 'nope'"):
+        hbx_gpu.ingest_many(tmp_path / "atlas", files[:1], layer={files[0]: "nope"})
 
 
 def test_workers_do_without_the_database() -> None:

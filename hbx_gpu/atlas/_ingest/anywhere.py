@@ -54,7 +54,7 @@ def in_turn(
     waiting: deque[tuple[T, Future[R]]] = deque()
     try:
         for key, task in tasks:
-            waiting.append((key, task if isinstance(task, Future) else executor.submit(function, *task)))
+            waiting.append((key, task if isinstance(task, Future) else _handed_out(executor, function, task)))
             if len(waiting) >= window:
                 yield waiting.popleft()
         while waiting:
@@ -62,6 +62,16 @@ def in_turn(
     finally:
         for _, future in waiting:
             future.cancel()
+
+
+def _handed_out(executor: Executor, function: Callable[..., R], arguments: tuple[object, ...]) -> Future[R]:
+    """The future of a task; an executor that is broken gives one that says so."""
+    try:
+        return executor.submit(function, *arguments)
+    except BrokenExecutor as error:
+        future: Future[R] = Future()
+        future.set_exception(error)
+        return future
 
 
 def result_of(future: Future[R], source: str) -> R:

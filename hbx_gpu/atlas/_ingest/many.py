@@ -53,7 +53,7 @@ from hbx_gpu.atlas._ingest.tasks import Look, Where, WriteTask, Written, look_at
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.schema import DatasetSchema, layout_uid, make_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space
-from hbx_gpu.errors import HbxError, ResourceError
+from hbx_gpu.errors import HbxError, ResourceError, UnknownNameError
 
 Source = str | os.PathLike[str]
 
@@ -138,7 +138,7 @@ def add_many(
     *,
     progress: Progress | None = None,
     added: Callable[[FileReport], object] | None = None,
-    layer: str | Mapping[str, str | None] | None = None,
+    layer: str | Mapping[str, str | None] | Mapping[Path, str | None] | None = None,
     zarr_layer: str | None = None,
     field_name: str | None = None,
     feature_space: str | None = None,
@@ -159,9 +159,8 @@ def add_many(
     """Add many files to an open atlas; see :func:`hbx_gpu.ingest_many`."""
     session = atlas.session
     table = obs_table or only_table(session.obs_tables)
-    paths = {os.fspath(source): local_path(source) for source in sources}
-    if missing := [str(path) for path in paths.values() if not path.exists()]:
-        raise FileNotFoundError(f"no such file: {', '.join(missing)}; nothing was added")
+    paths = found(sources)
+    matrices = _matrices(layer, paths)
     several = [source for source, path in paths.items() if is_mudata(path)]
     single = {source: path for source, path in paths.items() if source not in several}
     files: list[FileReport] = []
@@ -195,7 +194,7 @@ def add_many(
                 name,
                 space,
                 target,
-                dict(layer) if isinstance(layer, Mapping) else dict.fromkeys(single, layer),
+                matrices,
                 feature_id_column,
                 strip_versions,
                 require_shared_genes,
@@ -225,6 +224,38 @@ def add_many(
             )
             report(FileReport(source, made.dataset_uid, made.n_cells))
     return ManyReport(tuple(files))
+
+
+def found(sources: Iterable[Source]) -> dict[str, Path]:
+    """Sources as they were given -> local paths.
+
+    Raises
+    ------
+    FileNotFoundError
+        A source does not exist.
+    TypeError
+        One path was given, where several are expected.
+    """
+    if isinstance(sources, str | os.PathLike):
+        raise TypeError(
+            f"sources must be a list of paths, got the single path {sources!r}; write [{sources!r}]"
+        )
+    paths = {os.fspath(source): local_path(source) for source in sources}
+    if missing := [str(path) for path in paths.values() if not path.exists()]:
+        raise FileNotFoundError(f"no such file: {', '.join(missing)}; nothing was added")
+    return paths
+
+
+def _matrices(
+    layer: str | Mapping[str, str | None] | Mapping[Path, str | None] | None, paths: Mapping[str, Path]
+) -> dict[str, str | None]:
+    """Source -> matrix to read of it."""
+    if not isinstance(layer, Mapping):
+        return dict.fromkeys(paths, layer)
+    matrices = {os.fspath(source): matrix for source, matrix in layer.items()}
+    if unknown := [source for source in matrices if source not in paths]:
+        raise UnknownNameError(f"{_advice.option('layer')} names {unknown}; the sources are {list(paths)}")
+    return matrices
 
 
 @dataclass(frozen=True)
