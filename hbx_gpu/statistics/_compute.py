@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,11 @@ def compute(
         The dataset does not carry `by`.
     ResourceError
         Groups times features take more memory than there is.
+    ValueError
+        `target_sum` is not above 0.
     """
+    if target_sum is not None and not 0 < target_sum < math.inf:
+        raise ValueError(f"target_sum must be above 0, or None for values as they are; got {target_sum}")
     matrix = _checked(dataset)
     groups = Groups.by(matrix, by)
     tasks = Tasks(matrix)

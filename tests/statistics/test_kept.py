@@ -131,3 +131,15 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
         atlas.statistics("cell_type")
     with pytest.raises(UnknownNameError, match="spliced"):
         atlas.statistics(layer="spliced")
+
+
+def test_a_misspelled_option_answers_no_other_question(tmp_path: Path) -> None:
+    atlas = example_atlas(tmp_path)
+    with pytest.raises(TypeError, match="no argument 'layers'; it has by, feature_space, layer"):
+        atlas.statistics(layers="log_normalized")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("target_sum", [0, -1.0, float("nan"), float("inf")])
+def test_totals_are_scaled_to_more_than_nothing(tmp_path: Path, target_sum: float) -> None:
+    with pytest.raises(ValueError, match="target_sum must be above 0"):
+        example_atlas(tmp_path).statistics(target_sum=target_sum)

@@ -100,9 +100,15 @@ def statistics_of(selection: Selection, by: str | None, options: Options) -> Sta
         No such column, layer, space or field.
     UnsupportedError
         A modality without features.
+    TypeError
+        No such option; a misspelled one would answer another question.
     """
     from hbx_gpu.statistics import compute
 
+    if unknown := sorted(set(options) - Options.__optional_keys__):
+        raise TypeError(
+            f"statistics() has no argument {unknown[0]!r}; it has by, {', '.join(Options.__annotations__)}"
+        )
     pointer = selection.fields.one(options.get("feature_space"), options.get("field_name"))
     selection.check_panels([pointer])
     names = selection.metadata([by] if by is not None else [])
