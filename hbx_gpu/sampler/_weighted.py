@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Self, TypedDict, Unpack
 
@@ -145,6 +146,7 @@ class WeightedCellSampler(EpochSampler):
         of_label = np.array([weights.get(int(label), 0.0) for label in table.given], np.float64)
         if not of_label.any():
             raise ValueError(f"all {len(weights)} weights are 0: there is nothing to draw")
+        _check_sum(sum(of_label.tolist()))
         return cls(LabelDraws.of(table, of_label), batch_size, **options)
 
     def _sizes(self, key: EpochKey) -> Even:  # noqa: ARG002 - the same in every epoch
@@ -181,7 +183,15 @@ def _checked_weights(weights: ArrayLike) -> CellWeights:
                 f"weights must be finite and not negative; {len(bad)} of {len(every)} are not, "
                 f"the first is {every[bad[0]]} at position {bad[0]}"
             )
-    draws = CellWeights.of(every)
+    with np.errstate(over="ignore"):
+        draws = CellWeights.of(every)
+    _check_sum(float(draws.before[-1]))
     if len(every) and not draws.n_drawable:
         raise ValueError(f"all {len(every)} weights are 0: there is nothing to draw")
     return draws
+
+
+def _check_sum(total: float) -> None:
+    """Refuse weights whose sum is infinite: all draws would be of the last cell."""
+    if not math.isfinite(total):
+        raise ValueError("the sum of the weights is too large for float64; divide them by the largest one")

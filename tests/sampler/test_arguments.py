@@ -64,3 +64,10 @@ def test_errors_say_what_was_found(call: Callable[[], Any], message: str) -> Non
 def test_sizes_must_be_integers() -> None:
     with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
         CellSampler(GROUPS, 2.5)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_too_large_to_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="sum of the weights"):
+        WeightedCellSampler(np.full(3, 1e308))
+    with pytest.raises(ValueError, match="sum of the weights"):
+        WeightedCellSampler.by_label(np.arange(3), {0: 1e308, 1: 1e308, 2: 1.0})
