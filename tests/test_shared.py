@@ -129,6 +129,13 @@ def test_the_folder_that_another_process_removes_is_made_again(monkeypatch: pyte
     assert np.array_equal(kept["x"], again["x"])
 
 
+def test_a_system_without_file_locks_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert several_ranks_here()
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert not several_ranks_here()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "several"),
     [

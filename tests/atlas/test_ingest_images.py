@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,7 @@ def save(kind: str, path: Path, array: np.ndarray) -> Path:
         zarr.create_array(
             path, data=array, zarr_format=2 if kind == "zarr2" else 3, chunks=(2, *array.shape[1:])
         )
-    elif kind.startswith("ome"):
+    elif kind in ("ome4", "ome5"):
         group = zarr.open_group(path, mode="w", zarr_format=2 if kind == "ome4" else 3)
         axes = [{"name": name} for name in "tczyx"[-array.ndim :]]
         scales = [{"axes": axes, "datasets": [{"path": "s0"}, {"path": "s1"}]}]
@@ -307,6 +310,27 @@ def test_refused_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidDataError, match=r"0\.png: expected a zarr array or OME-Zarr folder"):
         add("tiles", tiles_of(tmp_path / "0.png", tile=[0]))
     assert not atlas.catalog.dataset_rows()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="looks at the open files of this process in /proc"
+)
+def test_a_tiff_file_is_closed_with_its_image(tmp_path: Path) -> None:
+    """Its store opens it again for every region that is read."""
+
+    def is_open() -> bool:
+        return any(os.path.realpath(link) == str(path) for link in Path("/proc/self/fd").iterdir())
+
+    path = save("ometiff", tmp_path / "t", image((4, 2, 8, 8), "uint8")).resolve()
+    opened = open_image(path)
+    assert opened.read((slice(0, 1),)).any()
+    assert is_open()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ResourceWarning)  # what Python says of a file that it has to close
+        del opened
+        gc.collect()
+    assert not said
+    assert not is_open()
 
 
 def test_the_same_images_are_added_once(tmp_path: Path) -> None:
