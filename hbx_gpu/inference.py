@@ -187,6 +187,8 @@ class RowWriter:
         The arguments do not fit together, or when the context ends, a row is missing or was written twice.
     FileExistsError
         The result is there already, and `overwrite` is false.
+    AtlasLockedError
+        When the context ends, another process is writing to the atlas.
     RuntimeError
         On other ranks than the first, when that one could not write the results.
     """

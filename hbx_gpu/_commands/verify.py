@@ -43,7 +43,7 @@ def add_parser(
         "--clean",
         action="store_true",
         help="first finish or remove what interrupted writers left: uploads, unfinished files, notes; an "
-        "error where somebody is writing",
+        "error if another process is writing",
     )
     add_threads_or_workers(parser, "read and decode")
     add_allow_links(parser)

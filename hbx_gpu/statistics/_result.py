@@ -60,8 +60,7 @@ class Statistics:
         Statistics of the cells of each value of `by`, sorted by value. Cells without a value are only part
         of the whole.
     histogram
-        How often each whole number occurs: the cell of the histogram is the feature. What highly variable
-        genes are found from.
+        How often each whole number occurs in each feature. Highly variable features are found from it.
     """
 
     feature_uids: np.ndarray

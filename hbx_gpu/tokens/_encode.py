@@ -83,6 +83,8 @@ def encode(
     InvalidDataError
         Values that are not counts; another feature space than the recipe was compiled for; a vocabulary that
         matches nothing.
+    ValueError
+        The recipe is not compiled and `feature_uids` is missing, or an option has an unknown value.
     """
     options = Options(padding, pad_to_multiple_of or 1, ids_dtype)
     if isinstance(recipe, Compiled):
