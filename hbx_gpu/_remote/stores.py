@@ -246,7 +246,7 @@ def fail(place: Place, error: Exception) -> NoReturn:
     """
     from obstore import exceptions as known
 
-    if isinstance(error, RemoteError):
+    if isinstance(error, RemoteError | RemotePathError):
         raise error
     if isinstance(error, known.PreconditionError):
         raise ReplacedError(f"{place} was replaced after it was opened; open it again") from None

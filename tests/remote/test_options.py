@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hbx_gpu._remote import stores
 from hbx_gpu._remote.keys import _OF_SCHEME, checked
-from hbx_gpu._remote.places import SCHEMES, parse
+from hbx_gpu._remote.places import SCHEMES, Place, parse
 from hbx_gpu.cli import main
 from hbx_gpu.errors import RemotePathError
 
@@ -80,3 +81,9 @@ def test_the_command_line_says_what_is_wrong_with_an_option(
     shown = capsys.readouterr()
     assert said in shown.err
     assert SECRET not in shown.out + shown.err
+
+
+def test_an_address_that_lacks_an_option_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(RemotePathError, match="az://container cannot be opened with the storage options"):
+        stores.head(Place("az://container/atlas"))
