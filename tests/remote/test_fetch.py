@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from hbx_gpu._remote import stores
 from hbx_gpu._remote.fetch import Body, Fetcher, Range
+from hbx_gpu._remote.files import RemoteFile
 from hbx_gpu._remote.link import Link
 from hbx_gpu._remote.places import Place
 from hbx_gpu._remote.stores import ObjectInfo
@@ -213,3 +215,11 @@ def test_nothing_is_known_before_there_are_requests() -> None:
     for _ in range(50):
         failed.ended(failed.began(), None, 0)
     assert failed.cost() is None
+
+
+def test_a_file_of_the_same_size_that_was_replaced_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place("s3://bucket/a.h5ad")
+    monkeypatch.setattr(stores, "head", lambda _: ObjectInfo(4, "one"))
+    monkeypatch.setattr(stores, "get", lambda *_: (b"abcd", ObjectInfo(4, "two")))
+    with pytest.raises(ReplacedError, match="while it was read"):
+        RemoteFile(place).read(4)
