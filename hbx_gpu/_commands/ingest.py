@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands import links
@@ -410,7 +410,25 @@ def _print_modalities(report: IngestReport) -> None:
         print(f"  {name}: {n:,} cells{', ' if more else ''}{', '.join(more)}")
 
 
-def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> dict[str, object]:
+class _Common(TypedDict):
+    """Options that every way of adding files has."""
+
+    codec: str | None
+    obs_table: str | None
+    chunk_shape: int | None
+    shard_shape: int | None
+    allow_rounding: bool
+    strip_versions: bool
+    require_shared_genes: float | None
+    obs_types: Mapping[str, str]
+    drop_obs: Sequence[str]
+    rename_obs: Mapping[str, str]
+    replace: bool
+    accept_duplicates: bool
+    progress: Callable[[int, int], object]
+
+
+def _common(args: argparse.Namespace, show: Callable[[int, int], object]) -> _Common:
     return {
         "codec": args.codec,
         "obs_table": args.table,
@@ -455,7 +473,7 @@ def _add_one(
         zarr_layer=args.target_layer,
         field_name=args.field,
         exist_ok=True,
-        **_common(args, show) | chosen,
+        **{**_common(args, show), **chosen},
     )
 
 
