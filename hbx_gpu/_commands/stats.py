@@ -48,7 +48,7 @@ def add_parser(
         "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
     )
     parser.add_argument("--by", metavar="COLUMN", help="statistics of each value of an obs column")
-    parser.add_argument("--filter", metavar="SQL", help="condition on obs columns: \"organ = 'lung'\"")
+    parser.add_argument("--where", metavar="SQL", help="condition on obs columns: \"organ = 'lung'\"")
     parser.add_argument(
         "--hvg", type=positive, metavar="N", help="find the N most variable features (flavor seurat_v3)"
     )
@@ -126,7 +126,7 @@ def _computation(
         from hbx_gpu.atlas import RaggedAtlas
 
         atlas = RaggedAtlas.checkout(args.path, args.snapshot, allow_links=args.allow_links)
-        query = atlas.query(args.table).where(args.filter)
+        query = atlas.query(args.table).where(args.where)
 
         def of_atlas(by: str | None) -> Statistics:
             return query.statistics(
@@ -139,8 +139,8 @@ def _computation(
 
     cells = hbx_gpu.open(args.path, allow_links=args.allow_links)
     assert isinstance(cells, Cells)  # it is not an atlas
-    if args.filter is not None:
-        cells = cells.where(args.filter)
+    if args.where is not None:
+        cells = cells.where(args.where)
 
     def of_stores(by: str | None) -> Statistics:
         return cells.statistics(

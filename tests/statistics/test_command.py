@@ -42,7 +42,7 @@ def test_processes_compute_the_same(tmp_path: Path) -> None:
 
 def test_a_filter_and_variable_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     atlas = example_atlas(tmp_path / "atlas")
-    command = ["stats", str(tmp_path / "atlas"), "--filter", "donor = 'd0'", "--hvg", "5"]
+    command = ["stats", str(tmp_path / "atlas"), "--where", "donor = 'd0'", "--hvg", "5"]
     assert main([*command, "--out", str(tmp_path / "a.json")]) == 0
     rows = json.loads((tmp_path / "a.json").read_text())
     chosen = {row["feature_uid"] for row in rows if row["highly_variable"]}
@@ -69,7 +69,7 @@ def test_a_store_in_place(real_h5ad: tuple[Path, Path], capsys: pytest.CaptureFi
         (["--layer", "spliced"], "--layer"),
         (["--batch-key", "donor"], "--batch-key is for --hvg N"),
         (["--hvg", "3", "--out", "a.npz"], "leave --hvg out"),
-        (["--filter", "organ ="], "organ ="),
+        (["--where", "organ ="], "organ ="),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--threads", "2", "--workers", "2"], "--threads is for this process"),
         pytest.param(
