@@ -213,6 +213,8 @@ def _ingest(args: argparse.Namespace) -> int:
 
 
 def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    from hbx_gpu.atlas._upkeep.snapshots import has_news
+
     is_new = is_empty(args.atlas)
     atlas = _open(args, [path for job in jobs for path in job.paths])
     added, failure = 0, None
@@ -233,7 +235,7 @@ def _ingest_jobs(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
                     raise
                 failure = error
                 break
-    if not args.no_snapshot and (added or _has_news(atlas)):
+    if not args.no_snapshot and (added or has_news(atlas.catalog)):
         atlas.optimize()
         version = atlas.snapshot()
         rows = int(atlas.list_versions(atlas.catalog.root)["total_rows"].iloc[-1])
@@ -554,10 +556,3 @@ def _id_columns(args: argparse.Namespace) -> str | dict[str, str] | None:
     if named and len(named) < len(values):
         args.parser.error("--feature-id-column: either one COLUMN for all modalities or NAME=COLUMN for each")
     return named or (values[-1] if values else None)
-
-
-def _has_news(atlas: RaggedAtlas) -> bool:
-    """Whether an earlier run added cells that are in no snapshot."""
-    versions = atlas.list_versions(atlas.catalog.root)
-    stored = sum(atlas.catalog.obs(table).count_rows() for table in atlas.obs_tables)
-    return stored > (0 if versions.empty else int(versions["total_rows"].iloc[-1]))

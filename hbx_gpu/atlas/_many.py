@@ -11,6 +11,7 @@ from hbx_gpu._progress import Progress
 from hbx_gpu.atlas._atlas import RaggedAtlas
 from hbx_gpu.atlas._create import create_or_open_atlas
 from hbx_gpu.atlas._ingest.many import FileReport, ManyReport, Source, add_many, found
+from hbx_gpu.atlas._upkeep.snapshots import has_news
 
 
 def ingest_many(
@@ -49,7 +50,9 @@ def ingest_many(
     Files are added in the order given, so the atlas is the same whatever the executor. At the first file that
     cannot be added, its error is raised; all files before it are in the atlas, and none after it.
 
-    Take a snapshot afterward: ``atlas.optimize()``, ``atlas.snapshot()``.
+    If `atlas` is a path or an address, a snapshot is taken at the end, which
+    :meth:`RaggedAtlas.checkout_latest` opens. Take it yourself of an atlas that you opened:
+    ``atlas.optimize()``, ``atlas.snapshot()``.
 
     Parameters
     ----------
@@ -107,7 +110,7 @@ def ingest_many(
         opened = atlas
     else:
         raise TypeError("pass storage_options with the address of an atlas; an open atlas has its own")
-    return add_many(
+    report = add_many(
         opened,
         list(paths),
         executor,
@@ -131,3 +134,7 @@ def ingest_many(
         replace=replace,
         accept_duplicates=accept_duplicates,
     )
+    if opened is not atlas and has_news(opened.catalog):
+        opened.optimize()
+        opened.snapshot()
+    return report

@@ -132,11 +132,25 @@ def test_the_next_run_goes_on(
     files: list[Path], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many, "_MOST_DATASETS", 2)
-    hbx_gpu.ingest_many(tmp_path / "a", files[:3])
-    report = hbx_gpu.ingest_many(tmp_path / "a", files)
+    atlas = create_or_open_atlas(tmp_path / "a")
+    hbx_gpu.ingest_many(atlas, files[:3])
+    report = hbx_gpu.ingest_many(atlas, files)
     assert [file.n_cells for file in report.files] == [0, 0, 0, 8, 8, 8]
-    assert hbx_gpu.ingest_many(tmp_path / "a", files).n_added == 0
+    assert hbx_gpu.ingest_many(atlas, files).n_added == 0
     assert content(tmp_path / "a") == expected
+
+
+def test_a_path_gets_a_snapshot_of_what_is_new(files: list[Path], tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    hbx_gpu.ingest_many(root, files[:2])
+    assert RaggedAtlas.checkout_latest(root).query().count() == 16
+    hbx_gpu.ingest_many(root, files[:2])
+    assert list(RaggedAtlas.list_versions(root)["total_rows"]) == [16]
+    # What an earlier run left without a snapshot is in the next one.
+    hbx_gpu.ingest_many(RaggedAtlas.open(root), files[2:3])
+    assert list(RaggedAtlas.list_versions(root)["total_rows"]) == [16]
+    assert hbx_gpu.ingest_many(root, files[:3]).n_added == 0
+    assert list(RaggedAtlas.list_versions(root)["total_rows"]) == [16, 24]
 
 
 def test_few_versions(files: list[Path], tmp_path: Path) -> None:

@@ -90,8 +90,6 @@ def test_many_files_go_to_an_address_with_options(bucket: Bucket, tmp_path: Path
     report = ingest_many(url, files, storage_options=options)
     assert report.n_added == 2
     atlas = RaggedAtlas.open(url, storage_options=options)
-    atlas.optimize()
-    atlas.snapshot()
     assert len(RaggedAtlas.list_versions(url, storage_options=options)) == 1
     assert len(RaggedAtlas.checkout(url, storage_options=options).query().to_pandas()) == 60
     with pytest.raises(TypeError, match="an open atlas has its own"):

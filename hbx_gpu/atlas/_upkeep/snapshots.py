@@ -127,6 +127,13 @@ def snapshot(catalog: Catalog) -> int:
     return record.version
 
 
+def has_news(catalog: Catalog) -> bool:
+    """Whether there are cells that were added after the last snapshot."""
+    records = read_records(catalog.root, version_table_name=catalog.names.version_table)
+    stored = sum(catalog.obs(name).count_rows() for name in catalog.names.obs_tables)
+    return stored > (records[-1].total_rows if records else 0)
+
+
 def validate(catalog: Catalog) -> list[str]:
     """Reasons why the atlas cannot be read, as sentences; empty if there are none."""
     problems = []
