@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.statistics import Statistics
 from hbx_gpu.tokens._tables import Table, read_ids, read_scales, read_table
 
 Token: TypeAlias = "str | int"
@@ -82,8 +83,7 @@ class ObsTokens:
         if self.unknown is None:
             raise InvalidDataError(
                 f"obs column {self.column!r} holds {value!r}, which ObsTokens has no id for; add it to "
-                "`ids`, or "
-                "give `unknown`, the id of all others"
+                "`ids`, or give `unknown`, the id of all others"
             )
         return int(self.unknown)
 
@@ -199,9 +199,10 @@ class Recipe:
         makes (n_rows, k).
     """
 
-    vocabulary: Table
+    # Tables of thousands of genes are no help in a repr.
+    vocabulary: Table = field(repr=False)
     _: KW_ONLY
-    mapping: Table | None = None
+    mapping: Table | None = field(default=None, repr=False)
     strip_versions: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     aux: Mapping[str, ObsTokens | tuple[ObsTokens, ...]] = field(default_factory=dict)
@@ -286,10 +287,11 @@ class RankValue(Recipe):
     keep_counts
         Add ``values``: the scaled counts, 0 at special tokens.
     missing_medians
-        A gene with a token and without a median is an ``"error"``, or dropped (``"drop"``).
+        A gene with a token and without a median is an ``"error"`` (default), or dropped (``"drop"``, which
+        is the default if `medians` are statistics, because these lack the genes that no cell expresses).
     """
 
-    medians: Table = field(kw_only=True)
+    medians: Table = field(kw_only=True, repr=False)
     length: int = field(default=4096, kw_only=True)
     cls: Token | None = field(default="<cls>", kw_only=True)
     eos: Token | None = field(default="<eos>", kw_only=True)
@@ -300,11 +302,13 @@ class RankValue(Recipe):
     target_sum: float = field(default=1e4, kw_only=True)
     arithmetic: str = field(default="f64_div", kw_only=True)
     keep_counts: bool = field(default=False, kw_only=True)
-    missing_medians: Literal["error", "drop"] = field(default="error", kw_only=True)
+    missing_medians: Literal["error", "drop"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._read_common()
         _one_of("arithmetic", self.arithmetic, ARITHMETICS)
+        if self.missing_medians is None:
+            _set(self, missing_medians="drop" if isinstance(self.medians, Statistics) else "error")
         _one_of("missing_medians", self.missing_medians, ("error", "drop"))
         _positive("target_sum", self.target_sum)
         mlm = MaskTokens(self.mlm) if isinstance(self.mlm, int | float) else self.mlm

@@ -36,8 +36,8 @@ class WeightedSentence(Recipe):
         Opening tokens are codes plus this.
     """
 
-    chromosomes: Table = field(kw_only=True)
-    starts: Table = field(kw_only=True)
+    chromosomes: Table = field(kw_only=True, repr=False)
+    starts: Table = field(kw_only=True, repr=False)
     samples: int = field(default=1024, kw_only=True)
     length: int = field(default=1536, kw_only=True)
     cls: Token = field(default=3, kw_only=True)

@@ -111,6 +111,8 @@ def read_table(table: Table, what: str) -> dict[str, object]:
         table = table.medians
     if isinstance(table, Mapping):
         found: object = dict(table)
+    elif not isinstance(table, str | os.PathLike):
+        raise TypeError(f"{what} must be a dict or the path of a file, got {_kind(table)}")
     else:
         path = Path(table)
         check_file(path, f"a file with {what}")

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hbx_gpu
+from hbx_gpu import tokens
 from hbx_gpu._source import RowIndex
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.errors import CorruptDataError, UnknownNameError
+from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnknownNameError
 from hbx_gpu.statistics import Statistics, compute
 from hbx_gpu.statistics import _compute as computing
 from hbx_gpu.statistics._bins import RELATIVE_ERROR
@@ -279,6 +280,23 @@ def test_real_counts_opened_in_place(real_h5ad: tuple[Path, Path]) -> None:
     found = cells.statistics()
     dense = np.asarray(cells.to_anndata().X.todense(), np.float64)
     check(found, dense, np.ones(dense.shape, bool))
+
+
+def test_genes_without_a_median_make_no_tokens(tmp_path: Path) -> None:
+    dataset = matrix_dataset(tmp_path, sp.csr_matrix(np.array([[1, 0, 2], [3, 0, 4]], np.float32)))
+    uids = [str(uid) for uid in dataset.feature_uids]
+    words = ["<pad>", "<mask>", "<cls>", "<eos>", *uids]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    found = compute(dataset)
+    recipe = tokens.geneformer_v2(vocabulary, found)
+    assert tokens.compile(recipe, uids).report.matched == 2
+    assert uids[0] not in repr(recipe)
+    for strict in (
+        tokens.geneformer_v2(vocabulary, found, missing_medians="error"),
+        tokens.geneformer_v2(vocabulary, found.medians),
+    ):
+        with pytest.raises(InvalidDataError, match=f"a token but no median, such as {uids[1]}"):
+            tokens.compile(strict, uids)
 
 
 def test_dense_matrices(tmp_path: Path) -> None:
