@@ -162,10 +162,9 @@ def compile_recipe(
     if not (ids >= 0).any():
         shown = ", ".join(map(repr, uids[:3])), ", ".join(map(repr, list(vocabulary)[-3:]))
         raise InvalidDataError(
-            f"none of the {n} features is in the vocabulary: features are such as {shown[0]}, the "
-            "vocabulary holds "
-            f"such as {shown[1]}. Do both hold the same kind of id? For Ensembl ids with a version, pass "
-            "strip_versions=True; for renamed genes, mapping="
+            f"none of the {n} features is in the vocabulary, which has names such as {shown[1]}, while "
+            f"features are called {shown[0]}. Do both hold the same kind of id? For Ensembl ids with a "
+            "version, pass strip_versions=True; for renamed genes, mapping="
         )
     scale = _scales(recipe, names, ids)
     column = np.full(n, -1, np.int32)

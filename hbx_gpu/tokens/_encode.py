@@ -187,4 +187,7 @@ def _csr(
         return rows.offsets, rows.indices, rows.values, rows.n_features, rows.metadata or {}
     if getattr(rows, "format", None) == "csr":  # of scipy, whose classes would have to be imported
         return rows.indptr.astype(np.int64), rows.indices, rows.data, rows.shape[1], {}
-    raise TypeError(f"rows must be a SparseBatch or a scipy CSR matrix, got a {type(rows).__name__}")
+    raise TypeError(
+        f"rows must be a SparseBatch or a scipy CSR matrix, got a {type(rows).__name__}; "
+        "scipy.sparse.csr_matrix(rows) makes one of a NumPy array or of another scipy matrix"
+    )
