@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from hbx_gpu import cli
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.synthetic import write_h5ad
 from tests import mutants
+from tests.emulation.build import outer_environment
 from tests.pages import FENCE, blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,6 +239,28 @@ def test_the_oldest_constraints_are_the_lower_bounds() -> None:
     assert pins.keys() == bounds.keys()
     for name, version in bounds.items():
         assert pins[name].removesuffix(".0").removesuffix(".0") == version.removesuffix(".0"), name
+
+
+def test_mutants_are_told_apart_by_tests_that_fail(tmp_path: Path) -> None:
+    """With the options of this project, and a package with a plugin of pytest imported before pytest."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name, result in (("right", 2), ("wrong", 3)):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_sum():\n    assert 1 + 1 == {result}\n")
+    code = (
+        "import sys, zarr; from pathlib import Path; from tests import mutants; "
+        "print(*(mutants.run(Path(sys.argv[1]), [f'test_{name}.py'], seconds=60, cache=Path(sys.argv[1]))[0] "
+        "for name in ('right', 'wrong')))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, env=outer_environment(), capture_output=True, text=True)
+    assert found.stdout.split() == ["passed", "failed"], found.stderr
+
+
+def test_every_module_of_the_mutated_rooms_has_tests_that_exist() -> None:
+    rooms = ("_plan", "_engine", "_storage", "sampler", "_loading", "_codecs", "_remote", "statistics")
+    for file in (file for room in rooms for file in (ROOT / "hbx_gpu" / room).rglob("*.py")):
+        for test in mutants.tests_of(file.relative_to(ROOT).as_posix()):
+            assert not test.startswith("tests/") or (ROOT / test).exists(), test
 
 
 def test_mutants_by_name_still_fit_the_code() -> None:

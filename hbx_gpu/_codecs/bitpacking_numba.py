@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_into", "describe_status", "encode_into", "max_encoded_size"]
 
-_NONE, _DELTA, _ZIGZAG = 0, 1, 2
+_NONE, _ZIGZAG = 0, 2
 _jit = njit(nogil=True, cache=True, boundscheck=False)
 
 

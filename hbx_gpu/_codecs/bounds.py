@@ -25,7 +25,6 @@ _CHECKSUMS = {"adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"}
 _ZSTD_MAGIC, _ZSTD_SKIPPABLE = 0xFD2FB528, 0x184D2A50
 _GZIP, _ZLIB = 31, 15  # window bits of zlib
 _LZMA_MEMORY = 1 << 30
-_BLOSC_HEADER = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,8 +117,7 @@ class Lease:
         self._done.set()
         if self._thread is not None:
             self._thread.join()
-        if self._lost:
-            return
+        # A lease that has passed to somebody else is an object of another version, which stays as it is.
         with contextlib.suppress(HbxError):
             put_over(self._object, json.dumps({"free": True, "token": self._token}).encode(), self._version)
 

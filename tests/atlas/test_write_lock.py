@@ -96,8 +96,10 @@ def test_the_lease_of_a_dead_writer_runs_out(leased: Path, monkeypatch: pytest.M
     dead = lease.Lease(leased, leased / ".hbx_gpu")
     with pytest.raises(AtlasLockedError, match=r"its lease ends in \d+ s"), lock.WriteLock(leased).hold():
         pass
-    monkeypatch.setattr(lease, "_SKEW", 0.0)
     time.sleep(0.6)
+    with pytest.raises(AtlasLockedError, match="another writer holds"), lock.WriteLock(leased).hold():
+        pass  # the clocks of machines differ
+    monkeypatch.setattr(lease, "_SKEW", 0.0)
     with lock.WriteLock(leased).hold(), pytest.raises(AtlasLockedError, match="lost the write lock"):
         dead.check()
 
@@ -110,6 +112,15 @@ def test_a_lease_is_prolonged(leased: Path, monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.05)
     held.check()
     held.release()
+
+
+def test_a_lease_that_somebody_else_took_is_lost(leased: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SECONDS", 0.5)
+    held = lease.Lease(leased, leased / ".hbx_gpu")
+    held._put("true", token="somebody else", until=time.time() + 60)
+    held._keeper.join(60)
+    with pytest.raises(AtlasLockedError, match="has it"):
+        held.check()
 
 
 def test_nothing_is_added_after_the_lease_is_lost(

@@ -261,6 +261,18 @@ def test_callable_from_other_kernels_without_the_gil() -> None:
     np.testing.assert_array_equal(out, chunks)
 
 
+def test_every_byte_of_the_number_of_words_counts() -> None:
+    values = np.arange(70_000, dtype=np.uint32)
+    stored = np.frombuffer(bytes(encode_bitpacking(values)), np.uint8)
+    assert np.array_equal(decode_bitpacking(stored), values)
+    out = np.empty(len(values), np.uint32)
+    for byte in range(4):
+        wrong = stored.copy()
+        wrong[1 + byte] ^= 1
+        status = int(decode_into(wrong, 4, len(values), 0, len(values), out))
+        assert (status & 0xFF, status >> 8) == (fmt.WRONG_COUNT, len(values) ^ 1 << 8 * byte)
+
+
 def test_encoder_fits_the_size_it_announces() -> None:
     for size in (4, 8):
         values = np.full(257, 2 ** (8 * size) - 1, f"u{size}")

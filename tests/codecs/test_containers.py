@@ -217,6 +217,20 @@ def test_damaged_chunks_never_point_outside(
         inside(contents, len(raw), data.nbytes)
 
 
+def test_blocks_of_zstd_have_at_most_128_kib() -> None:
+    for nbytes in (128 << 10, (128 << 10) + 1):
+        frame = struct.pack("<IBI", 0xFD2FB528, 0xA0, nbytes) + (nbytes << 3 | 1).to_bytes(3, "little")
+        raw = np.frombuffer(frame + bytes(nbytes), np.uint8)
+        compression = Compression("zstd", False, nbytes)
+        if nbytes == 128 << 10:
+            contents = compression.open(raw)
+            assert contents is not None
+            assert not put_together(contents, raw, nbytes).any()
+        else:
+            with pytest.raises(CorruptChunkError, match="has type 0 and 131073 bytes"):
+                compression.open(raw)
+
+
 def test_blosc_lengths_that_lie() -> None:
     data = np.tile(DATA, 13)
     raw = np.frombuffer(codec("blosc-lz4-1", 4096).encode(data), np.uint8)

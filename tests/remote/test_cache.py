@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hbx_gpu._storage import cache as cache_module
 from hbx_gpu._storage.cache import ChunkCache
 from tests.emulation.build import outer_environment
 
@@ -116,6 +117,61 @@ def test_the_bound_is_kept_and_the_oldest_goes_first(tmp_path: Path) -> None:
     fresh = ChunkCache(tmp_path, 1 << 20)
     assert all_chunks[-1].found(fresh).all()
     assert not all_chunks[0].found(fresh).any()
+
+
+def test_what_is_used_goes_last(tmp_path: Path) -> None:
+    cache = ChunkCache(tmp_path, 1 << 20)
+    all_chunks = [Chunks(n=100, seed=seed, url=f"s3://b/{seed}") for seed in range(12)]
+    for i, chunks in enumerate(all_chunks):
+        chunks.put(cache)
+        cache.flush()
+        for path in tmp_path.iterdir():
+            os.utime(path, (i, i))
+        cache._touched.clear()  # as after a minute
+        assert all_chunks[0].found(cache).all()
+    fresh = ChunkCache(tmp_path, 1 << 20)
+    assert all_chunks[0].found(fresh).all()
+    assert not all_chunks[1].found(fresh).any()
+
+
+def test_chunks_of_another_size_are_others(tmp_path: Path) -> None:
+    cache, chunks = ChunkCache(tmp_path, 1 << 24), Chunks()
+    chunks.put(cache)
+    objects = chunks.objects(cache)
+    for _ in range(2):
+        assert not cache.find(objects, chunks.offset, chunks.nbytes + 1)[0].any()
+        assert cache.find(objects, chunks.offset, chunks.nbytes)[0].all()
+        cache.flush()
+    assert cache.object_number(chunks.url, '"1"', 10**6 + 1) != objects[0]
+
+
+def test_few_segments_are_mapped_and_few_of_their_pages_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_MOST_MAPS", 2)
+    monkeypatch.setattr(cache_module, "_MAPPED", 0)
+    cache = ChunkCache(tmp_path, 1 << 24)
+    all_chunks = [Chunks(seed=seed, url=f"s3://b/{seed}") for seed in range(4)]
+    for chunks in all_chunks:
+        chunks.put(cache)
+        cache.flush()
+    for chunks in all_chunks:
+        address, owners = cache.find(chunks.objects(cache), chunks.offset, chunks.nbytes)
+        assert resident(tmp_path) == 0
+        assert chunks.found(cache).all()
+        del address, owners
+    assert len(cache._maps) == 2
+
+
+def resident(folder: Path) -> int:
+    """Kilobytes of the maps of files in a folder that are in the memory of this process."""
+    total, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.partition(" ")[0]:
+            mine = str(folder) in line
+        elif mine and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
 
 
 def test_unfinished_files_do_not_count_and_are_removed_in_the_end(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import random
 import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from hbx_gpu._remote import stores
+from hbx_gpu._remote import fetch, stores
 from hbx_gpu._remote.fetch import Body, Fetcher, Range
 from hbx_gpu._remote.files import RemoteFile
 from hbx_gpu._remote.link import Link
@@ -162,12 +163,45 @@ def test_waits_grow_and_have_a_bound() -> None:
     assert max(waited) <= 5
 
 
+def test_nothing_is_tried_again_after_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def wait(_: float) -> None:
+        nonlocal now
+        now += 50.0
+
+    monkeypatch.setattr(fetch, "time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(RemoteError, match="tried 4 times"):
+        Fetcher(FaultyStore(1.0, kinds=["error"]), sleep=wait).into(ranges(0, 1), targets_for(ranges(0, 1)))
+
+
+def test_one_range_that_fails_for_good_ends_the_attempts_of_the_others() -> None:
+    waits, tried = threading.Event(), 0
+
+    def ask(place: Place, begin: int, end: int, version: str) -> Body:
+        nonlocal tried
+        if begin == 0:
+            waits.wait()
+            raise FileNotFoundError("no such object")
+        tried += 1
+        raise RemoteError("the store is overloaded (503)")
+
+    def wait(_: float) -> None:
+        waits.set()
+        time.sleep(0.1)
+
+    wanted = [Range(PLACE, begin, begin + 10, INFO) for begin in (0, 10)]
+    with pytest.raises(FileNotFoundError):
+        Fetcher(ask, sleep=wait).into(wanted, targets_for(wanted))
+    assert tried < 6
+
+
 def test_bytes_under_way_have_a_bound() -> None:
     held: list[int] = []
     lock = threading.Lock()
     now = 0
 
-    def fetch(place: Place, begin: int, end: int, version: str) -> Body:
+    def ask(place: Place, begin: int, end: int, version: str) -> Body:
         nonlocal now
         del place, version
         with lock:
@@ -179,10 +213,10 @@ def test_bytes_under_way_have_a_bound() -> None:
         return Answer(INFO, CONTENT[begin:end].tobytes())
 
     wanted = [Range(PLACE, k, k + 1000, INFO) for k in range(0, 40_000, 1000)]
-    Fetcher(fetch, held=4000).into(wanted, targets_for(wanted))
+    Fetcher(ask, held=4000).into(wanted, targets_for(wanted))
     assert max(held) <= 4000
     big = [Range(PLACE, 0, 20_000, INFO)]  # more than the bound: alone
-    Fetcher(fetch, held=4000).into(big, targets_for(big))
+    Fetcher(ask, held=4000).into(big, targets_for(big))
 
 
 def _times(latency: float, bandwidth: float, n: int = 200, nbytes: int = 100_000) -> Link:
@@ -206,7 +240,11 @@ def test_gaps_follow_from_what_requests_cost() -> None:
     assert cost is not None
     assert cost.latency == pytest.approx(0.03)
     assert slow.gap() <= fast.gap() < 1 << 20
-    assert 1 << 20 <= slow.size(64 << 20) <= 16 << 20
+    # 64 requests share a latency of 30 ms, and 10 MB take 130 ms.
+    assert _times(0.03, 100e6, nbytes=10**7).gap() == pytest.approx(0.03 / 64 * 10**7 / 0.13, rel=1e-3)
+    # Half of the requests that may be under way at a time, within bounds.
+    assert slow.size(64 << 20) == 2 << 20
+    assert (slow.size(1), slow.size(1 << 40)) == (1 << 20, 16 << 20)
 
 
 def test_nothing_is_known_before_there_are_requests() -> None:
@@ -215,6 +253,8 @@ def test_nothing_is_known_before_there_are_requests() -> None:
     for _ in range(50):
         failed.ended(failed.began(), None, 0)
     assert failed.cost() is None
+    assert _times(0.03, 1e9, n=15).cost() is None
+    assert _times(0.03, 1e9, n=16).cost() is not None
 
 
 def test_a_file_of_the_same_size_that_was_replaced_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

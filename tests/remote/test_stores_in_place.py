@@ -13,6 +13,7 @@ import pytest
 import hbx_gpu
 from hbx_gpu._inplace.cells import Cells
 from hbx_gpu.errors import CorruptChunkError, HbxError, UnsupportedError
+from hbx_gpu.synthetic import write_h5ad
 from tests.remote.range_server import RangeServer
 from tests.remote.test_atlases import content
 
@@ -108,3 +109,14 @@ def test_a_file_that_is_replaced_is_an_error(shared: Path, tmp_path: Path) -> No
         path.write_bytes(path.read_bytes()[:-1] + b"x")
         with pytest.raises(CorruptChunkError, match="changed by another program"):
             dataset.__getitems__(np.arange(len(dataset)))
+
+
+def test_ranges_with_small_gaps_come_in_one_request(tmp_path: Path) -> None:
+    path = tmp_path / "served" / "b" / "cells.h5ad"
+    path.parent.mkdir(parents=True)
+    write_h5ad(path, 4000, 300, compression=None)
+    with RangeServer(tmp_path / "served") as server:
+        dataset = hbx_gpu.open("s3://b/cells.h5ad", storage_options=server.s3_options).to_cell_dataset()
+        asked = len(server.requests(part="cells.h5ad"))
+        dataset.__getitems__(np.array([0, 3999]))  # the first and the last chunk of both arrays
+        assert len(server.requests(part="cells.h5ad")) - asked == 2

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,6 +207,34 @@ def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(
     monkeypatch.setattr(lease, "_SLACK", 2.0)
     with pytest.raises(AtlasLockedError):
         dead.renew()
+    living.release()
+
+
+def test_a_lease_that_is_not_renewed_in_time_is_lost(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease.Lease, "_renew_often", lambda _: None)
+    held = lease.Lease(parse_place(url))
+    held.acquire()
+    held.check()
+    held._until = time.monotonic() + 1  # less than times in whole seconds can tell
+    with pytest.raises(AtlasLockedError, match="could not be renewed in time"):
+        held.check()
+    held.renew()
+    held.release()
+
+
+def test_a_lease_ends_with_its_process_though_another_has_its_number(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_started", lambda _: "1000")
+    dead = lease.Lease(parse_place(url))
+    dead.acquire()
+    with pytest.raises(AtlasLockedError, match="another writer holds"):
+        lease.Lease(parse_place(url)).acquire()
+    monkeypatch.setattr(lease, "_started", lambda _: "2000")
+    living = lease.Lease(parse_place(url))
+    living.acquire()
+    dead.release()  # changes nothing
+    living.renew()
     living.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from typing import Any
@@ -38,6 +39,17 @@ def test_the_kth_cell_of_a_label(n: int, n_labels: int, ordered: bool, wide: boo
         which = np.arange(len(cells))
         assert np.array_equal(table.cells(np.full(len(cells), number), which), cells)
     assert len(table.counts) == len(labels)
+
+
+def test_a_cell_is_looked_for_in_its_block_only() -> None:
+    codes = np.random.default_rng(0).integers(0, 3, 4000)
+    table = LabelTable.of(codes)
+    begin = 5 * table.block
+    seen = dataclasses.replace(table, codes=np.where(np.arange(len(codes)) < begin, -1, codes))
+    for label in range(3):
+        which = np.arange(table.before[label, 5], table.counts[label])
+        expected = begin + np.flatnonzero(codes[begin:] == label)
+        assert np.array_equal(seen.cells(np.full(len(which), label), which), expected)
 
 
 @settings(max_examples=40, deadline=None)

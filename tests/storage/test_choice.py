@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._storage.choice import check_io, fastest
+from hbx_gpu._storage.choice import check_io, fastest, open_reader
+from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu._storage.pinned import PinnedReader
+from hbx_gpu._storage.readers import MmapReader, PreadReader, Reader
 
 
 def test_the_fastest_reader_is_found_on_rows_that_nobody_read_before() -> None:
@@ -49,3 +52,15 @@ def test_names() -> None:
     assert check_io("kvikio") == "kvikio"
     with pytest.raises(ValueError, match="'auto', 'mmap', 'pinned', 'kvikio', got 'gds'"):
         check_io("gds")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader"), [("mmap", MmapReader), ("preadv", PreadReader), ("pinned", PinnedReader)]
+)
+def test_readers_by_name(kind: str, reader: type[Reader]) -> None:
+    assert type(open_reader(kind, ChunkDirectory([]))) is reader
+
+
+def test_a_reader_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="unknown reader 'gds'; there are mmap, preadv, pinned"):
+        open_reader("gds", ChunkDirectory([]))

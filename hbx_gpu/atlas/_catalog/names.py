@@ -19,7 +19,6 @@ from hbx_gpu.atlas._writing.arrays import DEFAULT_CODEC, HOMEOBOX_CODEC, codec_n
 from hbx_gpu.errors import AtlasError
 
 _CONFIG = "hbx_gpu.json"
-_KINDS = {"obs_tables": list, "dataset_table": str, "registries": dict, "version_table": str, "codec": str}
 
 
 class OlderGenerationError(AtlasError):

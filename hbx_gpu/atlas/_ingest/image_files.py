@@ -31,8 +31,6 @@ _TIFF = (".tif", ".tiff")
 _SHOWN = 3
 # What zarr-python raises for metadata that are damaged, and what lies elsewhere than OME-Zarr has it.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
-# Of pictures by Pillow's mode; all others hold bytes.
-_PICTURE_DTYPES = {"1": "bool", "I": "int32", "F": "float32", "I;16": "uint16"}
 
 
 @runtime_checkable

@@ -6,7 +6,6 @@ no file can call code, and the cost does not depend on the number of cells.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import warnings
@@ -36,8 +35,6 @@ from hbx_gpu.scdl._format.layout import (
     VERSION,
 )
 from hbx_gpu.scdl._format.neighbors import NeighborTable, open_neighbors
-
-_log = logging.getLogger(__name__)
 
 # Without a header.
 _ASSUMED: dict[str, np.dtype] = {ROW_PTR: np.dtype("u8"), COL_PTR: np.dtype("u4"), DATA: np.dtype("f4")}
