@@ -180,6 +180,7 @@ def test_one_range_that_fails_for_good_ends_the_attempts_of_the_others() -> None
 
     def ask(place: Place, begin: int, end: int, version: str) -> Body:
         nonlocal tried
+        del place, end, version
         if begin == 0:
             waits.wait()
             raise FileNotFoundError("no such object")
