@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -244,32 +245,57 @@ def opened(atlas: str) -> dict[str, float]:
     }
 
 
-def linked_atlas(folder: Path, cells: int) -> Path:
-    """An atlas whose rows point, again and again, to the cells of one stored group."""
-    home = folder / f"linked-{cells}"
+def linked_atlas(folder: Path, cells: int, groups: int = 1) -> Path:
+    """An atlas whose rows point to one stored group, under many names and again and again.
+
+    The groups are hard links to the files of the first one, so the disk holds its cells once.
+    """
+    home = folder / f"linked-{cells}-{groups}"
     atlas = home / "atlas"
     if (home / "complete").exists():
         return atlas
-    import shutil
-
     import lancedb
     import pyarrow as pa
 
     from hbx_gpu.atlas import RaggedAtlas
 
-    one = prepare(folder, DataSpec(cells=_PART_ROWS, genes=2_000, density=0.01, groups=1))
+    stored_cells = min(_PART_ROWS, cells // groups)
+    one = prepare(folder, DataSpec(cells=stored_cells, genes=2_000, density=0.01, groups=1))
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     shutil.copytree(one.atlas, atlas, symlinks=True)
     opened_atlas = RaggedAtlas.open(str(atlas))
-    stored = lancedb.connect(opened_atlas.db_uri).open_table("cells")
-    part = stored.to_arrow()
+    database = lancedb.connect(opened_atlas.db_uri)
+    datasets, stored = database.open_table("datasets"), database.open_table("cells")
+    dataset, part = datasets.to_arrow(), stored.to_arrow()
+    place = next(name for name in part.schema.names if name.startswith("gene_expression"))
+    first = dataset["zarr_group"][0].as_py()
+    names = [first, *(f"{number:016x}/gene_expression" for number in range(1, groups))]
+    store = atlas / "zarr_store"
+    for name in names[1:]:
+        shutil.copytree(store / first, store / name, copy_function=os.link)
+    if groups > 1:
+        rows = [
+            {**dataset.to_pylist()[0], "zarr_group": name, "dataset_uid": name.partition("/")[0]}
+            for name in names[1:]
+        ]
+        datasets.add(pa.Table.from_pylist(rows, dataset.schema))
 
     def parts() -> Iterator[pa.RecordBatch]:
         for copy in range(1, -(-cells // len(part))):
             rows = part.slice(0, min(len(part), cells - copy * len(part)))
-            uids = pa.array([f"{copy:04x}{number:08x}" for number in range(len(rows))])
-            rows = rows.set_column(rows.schema.get_field_index("uid"), rows.schema.field("uid"), uids)
+            changed = {"uid": pa.array([f"{copy:04x}{number:08x}" for number in range(len(rows))])}
+            name = names[copy % groups]
+            if name != first:
+                pointer = rows[place].combine_chunks()
+                members = [pointer.field(i) for i in range(pointer.type.num_fields)]
+                at = pointer.type.get_field_index("zarr_group")
+                members[at] = pa.array([name] * len(rows), members[at].type)
+                changed[place] = pa.StructArray.from_arrays(members, fields=list(pointer.type))
+                changed["dataset_uid"] = pa.array([name.partition("/")[0]] * len(rows))
+            for column, values in changed.items():
+                field = rows.schema.field(column)
+                rows = rows.set_column(rows.schema.get_field_index(column), field, values.cast(field.type))
             yield from rows.to_batches()
 
     stored.add(pa.RecordBatchReader.from_batches(part.schema, parts()))

@@ -175,6 +175,10 @@ class RowIndex:
         """The source of each row, as runs."""
         return GroupRuns.of(self.source)
 
+    def outermost(self) -> RowIndex:
+        """All rows: nothing is known of one from the others."""
+        return self
+
 
 class RowTable(Protocol):
     """Where each row of a dataset lies, however that is kept.
@@ -208,6 +212,9 @@ class RowTable(Protocol):
 
     def groups(self) -> GroupRuns:
         """The source of each row, as runs."""
+
+    def outermost(self) -> RowIndex:
+        """Places of some rows, of which it is known that all others lie between them in the same Source."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -150,10 +150,18 @@ def read_small(path: str | os.PathLike[str], limit: int = METADATA_BYTES) -> byt
 
 def _read_local(path: str | os.PathLike[str], limit: int) -> tuple[bytes, int]:
     """Content and size of a regular file; no content of one that is too large."""
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        # Do not read to the end: kernel files report 0 bytes and may be endless.
-        return (file.read(size) if size <= limit else b""), size
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        # Do not read to the end: kernel files report 0 bytes and may be endless. No file object is made,
+        # because an atlas has thousands of these files.
+        parts, left = [], size if size <= limit else 0
+        while left and (part := os.read(descriptor, left)):
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts), size
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(content: bytes, where: str | os.PathLike[str]) -> object:
@@ -182,9 +190,15 @@ class Within:
         The folder; it may be reached through links itself. An empty text allows everything.
     remedy
         What to do about a link that leads out; by default to allow links.
+
+    Attributes
+    ----------
+    root
+        The folder as it was given.
     """
 
     def __init__(self, root: str, remedy: str | None = None) -> None:
+        self.root = root
         self._root = os.path.realpath(root) if root and not is_remote(root) else ""
         self._remedy = remedy
         self._seen: dict[str, bool] = {}
@@ -199,11 +213,19 @@ class Within:
         """
         if not self._root or is_remote(path):
             return
-        folder = os.path.dirname(path)
-        if folder not in self._seen:
-            self._seen[folder] = self._holds(os.path.realpath(folder))
-        if not self._seen[folder] or (os.path.islink(path) and not self._holds(os.path.realpath(path))):
+        if not self._leads_inside(os.path.dirname(path)) or (
+            os.path.islink(path) and not self._holds(os.path.realpath(path))
+        ):
             raise leads_out(path, self._root, self._remedy)
+
+    def _leads_inside(self, folder: str) -> bool:
+        if folder not in self._seen:
+            above, name = os.path.split(folder)
+            # What is no link lies in the folder above it: one look instead of one for each part of the path.
+            self._seen[folder] = (
+                name not in ("", ".", "..") and self._leads_inside(above) and not os.path.islink(folder)
+            ) or self._holds(os.path.realpath(folder))
+        return self._seen[folder]
 
     def _holds(self, real: str) -> bool:
         return real == self._root or real.startswith(self._root.rstrip("/") + "/")

@@ -58,6 +58,12 @@ def test_a_compact_index_says_what_the_plain_one_says(rows: RowIndex, parts: int
     assert np.array_equal(np.asarray(index.groups()), rows.source)
     assert equal(CompactIndex(**index.arrays()), rows)
     assert equal(compacted(index), rows)
+    for table in (index, rows):  # what holds the outermost rows of each source holds all of them
+        outermost, ends = table.outermost(), rows.start + rows.length
+        for source in np.unique(rows.source).tolist():
+            of_all, of_some = rows.source == source, outermost.source == source
+            assert outermost.start[of_some].min() == rows.start[of_all].min()
+            assert (outermost.start + outermost.length)[of_some].max() == ends[of_all].max()
     assert equal(compacted(rows), rows)
 
 

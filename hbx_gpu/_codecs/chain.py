@@ -12,8 +12,10 @@ pipeline)::
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from copy import copy
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -89,6 +91,23 @@ class ChunkCodec:
             self._steps = self._v2_steps(layout.codecs[0]["configuration"])
         else:
             self._steps = self._v3_steps(layout.codecs)
+
+    @classmethod
+    def several(cls, layouts: Sequence[ArrayLayout]) -> list[Self]:
+        """The codec of each array; arrays whose chunks are alike share what is made for them."""
+        made: dict[tuple[object, ...], Self] = {}
+        found = []
+        for layout in layouts:
+            # Layouts that were read from like documents share their codecs, which are never changed.
+            key = id(layout.codecs), layout.chunk_shape, layout.dtype, layout.byte_offset is None
+            codec = made[key]._of(layout) if key in made else made.setdefault(key, cls(layout))
+            found.append(codec)
+        return found
+
+    def _of(self, layout: ArrayLayout) -> Self:
+        other = copy(self)
+        other._layout = layout
+        return other
 
     def decode(self, data: BytesLike, skipped: int = 0) -> np.ndarray:
         """Decode one stored chunk.

@@ -192,12 +192,15 @@ def _check_rows(sources: Sequence[Source], rows: RowTable, layer: str) -> None:
                 f"group {source.name!r}: layer {layer!r} holds {stored} elements but the column indices "
                 f"hold {lengths[i]}; the two must be parallel"
             )
+    outermost = rows.outermost()
+    if outermost.source.min(initial=-1) < -1 or outermost.source.max(initial=-1) >= len(sources):
+        raise ValueError(f"row sources must lie in [-1, {len(sources)})")
+    if not _outside(outermost, lengths).any():
+        return
     for begin in range(0, len(rows), _AT_ONCE):
         part = rows.slice(begin, begin + _AT_ONCE)
-        if part.source.min() < -1 or part.source.max() >= len(sources):
-            raise ValueError(f"row sources must lie in [-1, {len(sources)})")
         stop = part.start + part.length
-        bad = (part.source >= 0) & ((part.start < 0) | (part.length < 0) | (stop > lengths[part.source]))
+        bad = _outside(part, lengths)
         if bad.any():
             i = int(np.flatnonzero(bad)[0])
             source = sources[part.source[i]]
@@ -205,3 +208,12 @@ def _check_rows(sources: Sequence[Source], rows: RowTable, layer: str) -> None:
                 f"row {begin + i} points at elements [{part.start[i]}, {stop[i]}) of group {source.name!r}, "
                 f"whose arrays hold {lengths[part.source[i]]}"
             )
+
+
+def _outside(rows: RowIndex, lengths: np.ndarray) -> np.ndarray:
+    """bool, (n,). Which rows reach beyond the arrays of their Source, of these lengths; the last is of -1."""
+    stop = rows.start + rows.length
+    found: np.ndarray = (rows.source >= 0) & (
+        (rows.start < 0) | (rows.length < 0) | (stop > lengths[rows.source])
+    )
+    return found

@@ -109,6 +109,10 @@ class CompactIndex:
         """int32, (n,). Number of elements of each row, made anew at each call."""
         return self.lengths.astype(np.int32)
 
+    def outermost(self) -> RowIndex:
+        """Places of the first and the last row of each run; those of the others ascend between them."""
+        return self.at(np.concatenate([self.run_first[:-1], self.run_first[1:] - 1]))
+
     def groups(self) -> GroupRuns:
         """The source of each row, as runs."""
         changed = np.flatnonzero(np.diff(self.run_source, prepend=np.int32(-2)))

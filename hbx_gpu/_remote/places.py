@@ -87,7 +87,9 @@ def is_remote(path: object) -> bool:
     if not isinstance(path, str | os.PathLike):
         return False
     text = os.fspath(path)
-    found = _ADDRESS.match(text) if isinstance(text, str) else None
+    if not isinstance(text, str) or ":" not in text:
+        return False
+    found = _ADDRESS.match(text)
     return found is not None and found[1].lower() != "file"
 
 

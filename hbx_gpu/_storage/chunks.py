@@ -97,7 +97,7 @@ class ChunkDirectory:
         self.layouts = tuple(layouts)
         self._index_formats = [_index_format(layout) if layout.sharded else None for layout in layouts]
         self._grids = [chunk_grid(layout) for layout in layouts]
-        self._within = {layout.within: Within(layout.within) for layout in layouts}
+        self._within = {within: Within(within) for within in {layout.within for layout in layouts}}
         self.base = np.zeros(len(self.layouts) + 1, np.int64)
         np.cumsum([math.prod(grid) for grid in self._grids], out=self.base[1:])
         self.paths: list[str] = []
@@ -391,7 +391,7 @@ class ChunkDirectory:
             The array was replaced.
         """
         layout = self.layouts[array]
-        if not is_current(layout):
+        if not is_current(layout, self._within[layout.within]):
             raise CorruptChunkError(REPLACED, file=layout.path, array=layout.name)
 
     def array_of(self, file: int) -> int:

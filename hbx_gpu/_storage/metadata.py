@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +42,7 @@ def read_layout(
     name: str | None = None,
     *,
     absent_is_fill: bool = True,
-    within: str | os.PathLike[str] = "",
+    within: str | os.PathLike[str] | Within = "",
 ) -> ArrayLayout:
     """Read where and how a zarr array (v3 or v2) is stored.
 
@@ -54,7 +56,8 @@ def read_layout(
         Whether a missing object means that its elements are the fill value (zarr's rule); otherwise it is an
         error.
     within
-        Folder that links must not lead out of, as in `ArrayLayout`; empty where they may lead anywhere.
+        Folder that links must not lead out of, as in `ArrayLayout`; empty where they may lead anywhere. A
+        `Within` remembers the folders it has looked at, for many arrays.
 
     Returns
     -------
@@ -73,25 +76,67 @@ def read_layout(
     """
     directory = str(parse(path)) if is_remote(path) else os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
-    within = os.fspath(within)
-    found = _load(directory, Within(within))
+    guard = within if isinstance(within, Within) else Within(os.fspath(within))
+    found = _load(directory, guard)
     if found is None:
         raise FileNotFoundError(_nothing_there(directory, name))
     path, text = found
-    metadata = _Metadata(_parse(path, text), path, name, _fingerprint(text))
-    read = metadata.v2 if os.path.basename(path) == ".zarray" else metadata.v3
-    layout = replace(read(directory, absent_is_fill), within=within)
+    fingerprint = _fingerprint(text)
+    known = None if path.endswith(".zarray") else _like_another(text)
+    like = None if known is None else _like.get(known[0])
+    # No larger than one that was checked: it is not checked again.
+    if known is not None and like is not None and all(map(operator.le, known[1], like.shape)):
+        return replace(
+            like,
+            path=directory,
+            name=name,
+            shape=known[1],
+            absent_is_fill=absent_is_fill,
+            fingerprint=fingerprint,
+            within=guard.root,
+        )
+    metadata = _Metadata(_parse(path, text), path, name, fingerprint)
+    read = metadata.v2 if path.endswith(".zarray") else metadata.v3
+    layout = replace(read(directory, absent_is_fill), within=guard.root)
     metadata.check_extent(layout)
+    if known is not None:
+        if len(_like) >= _MOST_LIKE:
+            _like.clear()
+        _like[known[0]] = layout
     return layout
 
 
-def is_current(layout: ArrayLayout) -> bool:
-    """Return whether the metadata of an array, or its plain file, are still what `layout` was made from."""
+# Documents of an atlas mostly differ in the shape alone. What comes before and after it -> the layout of the
+# largest array that was read from such a document.
+_like: dict[tuple[bytes, bytes, int], ArrayLayout] = {}
+_MOST_LIKE = 64
+_SHAPE = re.compile(rb'"shape"[ \t\r\n]*:[ \t\r\n]*\[([ \t\r\n,0-9]+)\]')
+_SIZE = re.compile(rb"[1-9][0-9]{0,17}")
+
+
+def _like_another(text: bytes) -> tuple[tuple[bytes, bytes, int], tuple[int, ...]] | None:
+    """The document of a v3 array without its shape, and the shape; None where that is not certain."""
+    found = _SHAPE.search(text)
+    # With an escape, a key may be spelled in several ways. An axis without elements has chunks of its own.
+    if found is None or text.count(b'"shape"') != 1 or b"\\" in text:
+        return None
+    sizes = [size.strip() for size in found[1].split(b",")]
+    if len(sizes) > _MAX_AXES or not all(map(_SIZE.fullmatch, sizes)):
+        return None
+    key = text[: found.start(1)], text[found.end(1) :], len(sizes)
+    return key, tuple(map(int, sizes))
+
+
+def is_current(layout: ArrayLayout, within: Within | None = None) -> bool:
+    """Return whether the metadata of an array, or its plain file, are still what `layout` was made from.
+
+    `within` refuses links that lead out, where many arrays of one folder are looked at.
+    """
     if not layout.fingerprint:
         return True
     if layout.byte_offset is not None or layout.table is not None:
         return file_fingerprint(layout.path, content=layout.watched) == layout.fingerprint
-    found = _load(layout.path, Within(layout.within))
+    found = _load(layout.path, within or Within(layout.within))
     return found is not None and _fingerprint(found[1]) == layout.fingerprint
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from hbx_gpu.sampler._codes import checked_codes
 from hbx_gpu.sampler._epoch import EpochSampler
-from hbx_gpu.sampler._permutation import Permutation
+from hbx_gpu.sampler._permutation import Permutations
 from hbx_gpu.sampler._position import CELLS, EpochKey, at_least, digest
 from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._selection import LabelTable
@@ -89,18 +89,16 @@ class _BalancedOrder:
 
     table: LabelTable
     key: EpochKey | None
-    _within: list[Permutation] = field(init=False, default_factory=list)
+    _within: Permutations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.key is not None:
-            for label, count in zip(self.table.labels.tolist(), self.table.counts.tolist(), strict=True):
-                self._within.append(Permutation(count, self.key.stream(CELLS, label)))
+            keys = [self.key.stream(CELLS, label) for label in self.table.labels.tolist()]
+            self._within = Permutations(self.table.counts, keys)
 
     def cells(self, begin: int, end: int) -> np.ndarray:
         """See :class:`~hbx_gpu.sampler._orders.EpochOrder`."""
         which, label = np.divmod(np.arange(begin, end), max(1, len(self.table.labels)))
-        if self._within:
-            for number in np.unique(label).tolist():
-                mine = label == number
-                which[mine] = self._within[number].at(which[mine])
+        if self._within is not None:
+            which = self._within.at(label, which)
         return self.table.cells(label, which)

@@ -156,6 +156,14 @@ def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return keep, other
 
 
+def uniform_pairs(begin: int, end: int, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Two uniform numbers, float64 in [0, 1), for each of the positions ``[begin, end)``, in plain NumPy."""
+    positions = np.arange(begin, end).astype(np.uint64)
+    zeros = np.zeros_like(positions)
+    words = philox(np.stack([positions & _LOW, positions >> _HALF, zeros, zeros]), key)
+    return unit(words[0], words[1]), unit(words[2], words[3])
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnOrder:
     """Draws at each position of an epoch."""
@@ -167,8 +175,7 @@ class DrawnOrder:
         """See :class:`~hbx_gpu.sampler._orders.EpochOrder`."""
         if begin >= end:
             return np.empty(0, np.int64)
-        positions = np.arange(begin, end).astype(np.uint64)
-        zeros = np.zeros_like(positions)
+        from hbx_gpu.sampler._draws_numba import pairs
+
         low, high = self.key.stream(DRAWS).generate_state(2).tolist()
-        words = philox(np.stack([positions & _LOW, positions >> _HALF, zeros, zeros]), (low, high))
-        return self.draws.cells(unit(words[0], words[1]), unit(words[2], words[3]))
+        return self.draws.cells(*pairs(begin, end, low, high))

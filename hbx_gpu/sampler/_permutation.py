@@ -13,6 +13,7 @@ few values is further from uniform.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -90,6 +91,44 @@ class Permutation:
         from hbx_gpu.sampler._permutation_numba import backward
 
         result: np.ndarray = backward(np.asarray(values, np.int64), self._keys, *self._sides, self.n)
+        return result
+
+
+class Permutations:
+    """Several uniform shuffles, each a function of its key alone, looked up together.
+
+    Parameters
+    ----------
+    sizes
+        int64 (k,). Positions of each.
+    keys
+        As of :class:`Permutation`, one for each.
+    """
+
+    __slots__ = ("_exact", "_keys", "_sizes")
+
+    def __init__(self, sizes: np.ndarray, keys: Iterable[np.random.SeedSequence]) -> None:
+        self._exact: dict[int, Permutation] = {}
+        self._keys = np.zeros((len(sizes), ROUNDS), np.uint64)
+        self._sizes = np.ones((len(sizes), 3), np.int64)
+        for number, (n, key) in enumerate(zip(sizes.tolist(), keys, strict=True)):
+            one = Permutation(n, key)
+            if one._exact is not None:
+                self._exact[number] = one
+                self._sizes[number, 2] = 0
+            else:
+                self._keys[number], self._sizes[number] = one._keys, (*one._sides, n)
+
+    def at(self, which: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """What comes at positions, int64 (n,), of the shuffles `which`, int64 (n,): int64 (n,)."""
+        from hbx_gpu.sampler._permutation_numba import forward_each
+
+        result: np.ndarray = forward_each(positions, which, self._keys, self._sizes)
+        if self._exact:
+            for number in np.unique(which).tolist():
+                if number in self._exact:
+                    mine = which == number
+                    result[mine] = self._exact[number].at(positions[mine])
         return result
 
 

@@ -30,26 +30,49 @@ def _bits(size):
 
 
 @_jit
+def _through(value, keys, a, b, n, bits_a, bits_b):
+    size_a, size_b = np.uint64(a), np.uint64(b)
+    while True:
+        right = value // a
+        left = value - right * a
+        for j in range(0, len(keys), 2):
+            left += _hashed(right, keys[j], size_a, bits_a)
+            if left >= a:
+                left -= a
+            right += _hashed(left, keys[j + 1], size_b, bits_b)
+            if right >= b:
+                right -= b
+        value = left + a * right
+        if value < n:
+            return value
+
+
+@_jit
 def forward(positions, keys, a, b, n):
     """What comes at `positions`: :func:`~hbx_gpu.sampler._permutation.network`."""
     result = np.empty(len(positions), np.int64)
-    bits_a, bits_b, size_a, size_b = _bits(a), _bits(b), np.uint64(a), np.uint64(b)
+    bits_a, bits_b = _bits(a), _bits(b)
     for i in range(len(positions)):
-        value = positions[i]
-        while True:
-            right = value // a
-            left = value - right * a
-            for j in range(0, len(keys), 2):
-                left += _hashed(right, keys[j], size_a, bits_a)
-                if left >= a:
-                    left -= a
-                right += _hashed(left, keys[j + 1], size_b, bits_b)
-                if right >= b:
-                    right -= b
-            value = left + a * right
-            if value < n:
-                break
-        result[i] = value
+        result[i] = _through(positions[i], keys, a, b, n, bits_a, bits_b)
+    return result
+
+
+@_jit
+def forward_each(positions, which, keys, sizes):
+    """What comes at `positions` of several permutations.
+
+    `which` is the permutation of each position, `keys` uint64 (n, rounds), and `sizes` int64 (n, 3): a, b and
+    n of each permutation. Those with n = 0 leave their positions as they are.
+    """
+    result = positions.copy()
+    bits = np.empty((len(sizes), 2), np.uint64)
+    for k in range(len(sizes)):
+        bits[k, 0], bits[k, 1] = _bits(sizes[k, 0]), _bits(sizes[k, 1])
+    for i in range(len(positions)):
+        k = which[i]
+        a, b, n = sizes[k]
+        if n:
+            result[i] = _through(positions[i], keys[k], a, b, n, bits[k, 0], bits[k, 1])
     return result
 
 

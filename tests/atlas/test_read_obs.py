@@ -18,7 +18,7 @@ import pytest
 
 from hbx_gpu._source import BoxIndex
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
-from hbx_gpu.atlas._query import obs
+from hbx_gpu.atlas._query import encoders, obs
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
 
@@ -326,3 +326,19 @@ def test_categories_cover_the_whole_table(homeobox_fixtures: Path) -> None:
         assert obs.categories(snapshot, "cells", "age") is None
         flags: Any = obs.categories(snapshot, "cells", "is_doublet")
         assert flags.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("words", [[], ["b", None, "a"], [None] * 3, [f"w{i % 300:03}" for i in range(900)]])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_vocabulary_that_grows_gives_the_codes_of_a_known_one(
+    words: list[str | None], encoded: bool
+) -> None:
+    column = pa.array(words, pa.string())
+    parts = [column.slice(0, 2), column.slice(2)]
+    grow = encoders.GrowingVocabulary()
+    pieces = [grow(part.dictionary_encode() if encoded else part) for part in parts]
+    vocabulary, codes = grow.finish(pieces)
+    assert vocabulary.to_pylist() == sorted({word for word in words if word is not None})
+    known = encoders.narrow(encoders.encoder_of(pa.string(), vocabulary), len(vocabulary))(column)
+    assert codes.dtype == known.dtype
+    assert np.array_equal(codes, known)

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.sampler import BalancedCellSampler, WeightedCellSampler
-from hbx_gpu.sampler._draws import CellWeights, LabelDraws, alias_table
+from hbx_gpu.sampler._draws import CellWeights, LabelDraws, alias_table, uniform_pairs
+from hbx_gpu.sampler._draws_numba import pairs
+from hbx_gpu.sampler._permutation import EXACT, Permutation, Permutations
+from hbx_gpu.sampler._position import EpochKey
 from hbx_gpu.sampler._selection import LabelTable
 from tests.sampler.orders import flat, world
 
@@ -151,3 +154,24 @@ def test_label_draws_say_what_they_weigh() -> None:
     cells, weights = LabelDraws.of(table, np.array([1.0, 0.0, 2.0])).weighted()
     assert np.array_equal(cells, np.flatnonzero((LABELS == 0) | (LABELS == 4)))
     np.testing.assert_allclose(weights[LABELS[cells] == 4].sum(), 2.0)
+
+
+@pytest.mark.parametrize("begin", [0, 2**32 - 2, 2**40])
+def test_uniform_numbers_in_compiled_code(begin: int) -> None:
+    for low, high in ((0, 0), (2**32 - 1, 12345)):
+        plain = uniform_pairs(begin, begin + 5, (low, high))
+        for fast, expected in zip(pairs(begin, begin + 5, low, high), plain, strict=True):
+            assert np.array_equal(fast, expected)
+
+
+def test_permutations_that_are_looked_up_together() -> None:
+    key, rng = EpochKey(4, 2), np.random.default_rng(0)
+    sizes = np.array([5, EXACT, EXACT + 1, 40_000, 0, 1])
+    together = Permutations(sizes, [key.stream(i) for i in range(len(sizes))])
+    which = rng.choice([0, 1, 2, 3, 5], 500)
+    positions = (rng.random(500) * sizes[which]).astype(np.int64)
+    expected = [
+        Permutation(int(sizes[k]), key.stream(k)).at(np.array([p]))[0]
+        for k, p in zip(which.tolist(), positions.tolist(), strict=True)
+    ]
+    assert np.array_equal(together.at(which, positions), expected)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from hbx_gpu._storage import read_layout
+from hbx_gpu._storage import metadata, read_layout
 from hbx_gpu.errors import CorruptDataError, UnsupportedCodecError
 
 SHARDING: dict[str, Any] = {
@@ -214,3 +214,36 @@ def test_names_and_bare_codec_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert layout.dtype == np.uint8
     monkeypatch.chdir(tmp_path.parent)
     assert read_layout(tmp_path.name).path == str(tmp_path)
+
+
+def test_documents_that_differ_in_the_shape_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    plain = metadata._parse
+    monkeypatch.setattr(metadata, "_parse", lambda path, text: parsed.append(path) or plain(path, text))
+    monkeypatch.setattr(metadata, "_like", {})
+    documents = [v3(shape=[n]) for n in (100, 7, 100, 101, 3)]
+    documents += [v3(shape=[5], attributes={"shape": [6]}), v3(shape=[4, 4]), v3(shape=[0]), v3(shape=[5])]
+    documents += [
+        json.dumps(v3(shape=[5])).replace("[5]", found) for found in ("[05]", "[5,]", "[5.0]", "[ 5 ]")
+    ]
+    documents += [json.dumps(v3(shape=[5])).replace("shape", "sh\\u0061pe", 1), v3(shape=[5], more={})]
+
+    def outcome(folder: Path) -> object:
+        try:
+            return read_layout(folder, "a", within=tmp_path)
+        except (CorruptDataError, UnsupportedCodecError) as error:
+            return type(error), str(error)
+
+    for number, document in enumerate(documents):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = outcome(put(folder, document))
+        with monkeypatch.context() as fresh:
+            fresh.setattr(metadata, "_like", {})
+            before = parsed[:]
+            assert outcome(folder) == found
+            parsed[:] = before
+    assert [Path(path).parent.name for path in parsed[:2]] == ["0", "3"]
+    assert len(parsed) == len(documents) - 5

@@ -179,6 +179,26 @@ def test_links_that_stay(tmp_path: Path) -> None:
         within.check(str(tmp_path / "store" / ".." / "x"))
 
 
+@pytest.mark.parametrize("at", ["", "a", "a/b", "a/b/c"])
+def test_a_link_above_what_was_looked_at(tmp_path: Path, at: str) -> None:
+    store = tmp_path / "store"
+    (store / "a" / "b" / "c").mkdir(parents=True)
+    (store / "a" / "b" / "d").mkdir()
+    link = store / at / "link"
+    within = Within(str(store))
+    for path in ("a/b/c/x", "a/b/d/x", "a/x", "x"):
+        within.check(str(store / path))
+    outside = tmp_path / "outside" / "y"
+    outside.mkdir(parents=True)
+    link.symlink_to(tmp_path / "outside")
+    for path in (link, link / "x", link / "y" / "x"):
+        with pytest.raises(UnsafePathError):
+            within.check(str(path))
+    inner = store / "inner"
+    inner.symlink_to(store / "a")
+    within.check(str(inner / "b" / "x"))
+
+
 def test_a_tree_is_looked_through(tmp_path: Path) -> None:
     (tmp_path / "t" / "deep").mkdir(parents=True)
     (tmp_path / "t" / "deep" / "file").write_text("x")

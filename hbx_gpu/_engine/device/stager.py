@@ -93,7 +93,7 @@ class Stager:
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         layouts = directory.layouts
-        self.codecs = [ChunkCodec(layout) for layout in layouts]
+        self.codecs = ChunkCodec.several(layouts)
         self.kinds = np.array([_kind(la, co) for la, co in zip(layouts, self.codecs, strict=True)], np.int64)
         taken = np.isin(self.kinds, (RAW, PACKED_32, PACKED_64))
         self.tails = np.where(taken, [codec.tail for codec in self.codecs], 0).astype(np.int64)

@@ -105,7 +105,7 @@ class HostEngine:
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         self._empty = pool.empty if pool else np.empty
-        self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
+        self._codecs = ChunkCodec.several(directory.layouts)
         compressions = [compression_of(layout) for layout in directory.layouts]
         self._in_blocks = [found is not None and found.container == "blosc" for found in compressions]
         # Arrays of one kind share a kernel call.

@@ -50,7 +50,7 @@ class BoxEngine:
     ) -> None:
         self.table, self.directory, self.dtypes = table, directory, list(dtypes)
         self._empty = pool.empty if pool else np.empty
-        self._codecs = [ChunkCodec(layout) for layout in directory.layouts]
+        self._codecs = ChunkCodec.several(directory.layouts)
         pairs = zip(directory.layouts, self._codecs, strict=True)
         decoded = [decoded_nbytes(layout) for layout, codec in pairs if codec.tail or not codec.is_raw]
         self._kept = DecodedChunks(default_budget(sum(decoded)) if keep is None else keep)

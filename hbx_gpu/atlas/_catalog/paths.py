@@ -46,7 +46,9 @@ def plain_name(name: object, what: str) -> str:
     return name
 
 
-def group_path(store: PathT, zarr_group: object, *, allow_links: bool = False) -> PathT:
+def group_path(
+    store: PathT, zarr_group: object, *, allow_links: bool = False, within: Within | None = None
+) -> PathT:
     """Directory of a group, which lies in the store.
 
     Parameters
@@ -57,6 +59,8 @@ def group_path(store: PathT, zarr_group: object, *, allow_links: bool = False) -
         Name of the group as stored in tables and notes.
     allow_links
         Follow links that lead out of the store.
+    within
+        What refuses such links, where many groups are opened: it remembers the folders it has looked at.
 
     Raises
     ------
@@ -74,14 +78,14 @@ def group_path(store: PathT, zarr_group: object, *, allow_links: bool = False) -
         )
     path: PathT = store / name
     if not allow_links:
-        Within(str(store)).check(str(path))
+        (within or Within(str(store))).check(str(path))
     return path
 
 
 def _is_strange(part: str) -> bool:
     if part in ("", ".", "..") or not part.isprintable() or "\\" in part:
         return True
-    return len(part.encode()) > _MOST_BYTES
+    return len(part) > _MOST_BYTES or len(part.encode()) > _MOST_BYTES
 
 
 def plain_column(name: str) -> str:

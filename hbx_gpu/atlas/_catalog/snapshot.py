@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from hbx_gpu._advice import option
 from hbx_gpu._remote.fetch import map_at_once
 from hbx_gpu._remote.places import AnyPath, Place, parse
+from hbx_gpu._untrusted import Within
 from hbx_gpu.atlas._catalog import manifest
 from hbx_gpu.atlas._catalog.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_database, group_path
@@ -342,8 +343,15 @@ class Snapshot:
             group.feature_space, self.group_path(group.name), has_features=bool(group.layout_uid)
         )
 
-    def group_path(self, zarr_group: str) -> AnyPath:
+    def group_path(self, zarr_group: str, within: Within | None = None) -> AnyPath:
         """Directory or address of a group.
+
+        Parameters
+        ----------
+        zarr_group
+            Name of the group.
+        within
+            What refuses links, where many groups are opened.
 
         Raises
         ------
@@ -352,7 +360,7 @@ class Snapshot:
         UnsafePathError
             A link leads out of the store.
         """
-        return group_path(self.store_path, zarr_group, allow_links=self.allow_links)
+        return group_path(self.store_path, zarr_group, allow_links=self.allow_links, within=within)
 
     def registry(self, feature_space: str) -> Registry:
         """The features of a space at the pinned version of its registry.

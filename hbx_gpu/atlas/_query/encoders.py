@@ -32,6 +32,11 @@ def is_bool(kind: pa.DataType) -> bool:
     return result
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column becomes codes over words that the column itself holds."""
+    return is_categorical(kind) and not is_bool(kind)
+
+
 def plain(array: pa.Array) -> pa.Array:
     """The decoded values of a dictionary-encoded array; any other array unchanged."""
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
@@ -109,3 +114,28 @@ def narrow(encoder: Encoder, n_codes: int) -> Encoder:
     """An encoder whose codes have the smallest signed type that holds them, and -1."""
     kind = np.min_scalar_type(-max(n_codes, 1))
     return lambda array: encoder(array).astype(kind)
+
+
+class GrowingVocabulary:
+    """Codes of a text column whose vocabulary is not known before all of it was read."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+
+    def __call__(self, array: pa.Array) -> np.ndarray:
+        """Codes in the order in which values came first; -1 for missing ones."""
+        # Rows of a file mostly come in stretches of one value, or have few values.
+        text = array if pa.types.is_dictionary(array.type) else array.cast(pa.string()).dictionary_encode()
+        names = text.dictionary.cast(pa.string()).to_pylist()
+        of_name = [-1 if name is None else self._codes.setdefault(name, len(self._codes)) for name in names]
+        of_name.append(-1)
+        place = pc.fill_null(text.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        return np.array(of_name, np.min_scalar_type(-max(len(self._codes), 1)))[place]
+
+    def finish(self, parts: list[np.ndarray]) -> tuple[pa.Array, np.ndarray]:
+        """The vocabulary, sorted, and the codes of all parts over it, as :func:`narrow` has them."""
+        found = pa.array(list(self._codes), pa.string())
+        order = pc.sort_indices(found)
+        rank = np.full(len(found) + 1, -1, np.min_scalar_type(-max(len(found), 1)))
+        rank[order.to_numpy()] = np.arange(len(found))
+        return found.take(order), np.concatenate([rank[:0], *(rank[part] for part in parts)])

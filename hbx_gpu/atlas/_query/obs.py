@@ -17,7 +17,16 @@ import pyarrow.compute as pc
 
 from hbx_gpu._plan.index import IndexMaker
 from hbx_gpu._source import BoxIndex, ObsColumns, RowTable
-from hbx_gpu.atlas._query.encoders import Encoder, encoder_of, is_bool, is_categorical, narrow, plain
+from hbx_gpu.atlas._query.encoders import (
+    Encoder,
+    GrowingVocabulary,
+    encoder_of,
+    is_bool,
+    is_categorical,
+    is_text,
+    narrow,
+    plain,
+)
 from hbx_gpu.atlas._query.ids import IdMaker, IdRuns, id_runs
 from hbx_gpu.errors import CorruptDataError, TableError, UnknownNameError
 
@@ -367,7 +376,13 @@ def read_modality(
     """
     schema = snapshot.obs_schema(table)
     check_columns(schema, columns)
-    encoders, vocabularies = _encoders(snapshot, table, columns)
+    growing: dict[str, GrowingVocabulary] = {}
+    if where is None and rowids is None:
+        # All rows are read, so the words of a column are found with its codes.
+        unknown = [name for name in columns if (table, name) not in snapshot.vocabularies]
+        kinds = {name: schema.field(name).type for name in unknown}
+        growing = {n: GrowingVocabulary() for n, kind in kinds.items() if is_text(kind)}
+    encoders, vocabularies = _encoders(snapshot, table, [name for name in columns if name not in growing])
     # Aliases, because a column of the user may be called "start".
     alias = {name: f"column {name}" for name in columns}
     lower, upper = _BOUNDS[pointer.kind]
@@ -386,6 +401,9 @@ def read_modality(
         pieces |= {key: [np.empty((0, 0), np.int64)] for key in ("start", "length")}
     for batch in scan(snapshot.obs_table(table), wanted, where=where, rowids=rowids):
         there = present(batch.column("group"))
+        codes = {alias[name]: grow(batch.column(alias[name])) for name, grow in growing.items()}
+        if not absent and not there.all():
+            codes = {shown: part[there] for shown, part in codes.items()}
         if not absent and not there.all():
             batch = batch.filter(pa.array(there))
             there = there[there]
@@ -397,11 +415,19 @@ def read_modality(
                 pieces[key].append(part)
         else:
             places.add(group, start, length)
-        for name, shown in alias.items():
+        for shown, part in codes.items():
+            pieces[shown].append(part)
+        for name, encode in encoders.items():
             # Copies, because views would keep the whole batch in memory.
-            pieces[shown].append(encoders[name](batch.column(shown)).copy())
-    for name, shown in alias.items():
-        pieces[shown] = pieces[shown] or [encoders[name](pa.array([], type=schema.field(name).type))]
+            pieces[alias[name]].append(encode(batch.column(alias[name])).copy())
+    for name, grow in growing.items():
+        words, whole = grow.finish(pieces[alias[name]])
+        pieces[alias[name]] = [whole]
+        snapshot.vocabularies[table, name] = words
+        vocabularies[name] = words.to_numpy(zero_copy_only=False).astype(object)
+    for name, encode in encoders.items():
+        shown = alias[name]
+        pieces[shown] = pieces[shown] or [encode(pa.array([], type=schema.field(name).type))]
     if spatial:
         n_axes = max(part.shape[1] for part in pieces["start"])
         for key, filling in (("start", 0), ("length", -1)):
@@ -520,10 +546,13 @@ def _bad_pointer(
 
 def _group_codes(groups: pa.Array, there: np.ndarray, names: dict[str, int]) -> np.ndarray:
     """Group number of each row, -1 where it has none; groups not seen before are added to `names`."""
-    encoded = groups.filter(pa.array(there)).dictionary_encode()
+    # Rows of a group mostly follow each other, and comparing neighbors is faster than hashing each name.
+    runs = pc.run_end_encode(groups if there.all() else groups.filter(pa.array(there)))
+    encoded = runs.values.dictionary_encode()
     codes = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
+    of_run = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
     numbers = np.full(len(groups), -1, np.int32)
-    numbers[there] = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+    numbers[there] = np.repeat(of_run, np.diff(runs.run_ends.to_numpy(), prepend=0))
     return numbers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ import numpy as np
 from hbx_gpu._advice import option, spelled, within_memory
 from hbx_gpu._plan.boxes import full_boxes
 from hbx_gpu._remote.fetch import map_at_once
-from hbx_gpu._remote.places import is_remote
+from hbx_gpu._remote.places import AnyPath, is_remote
 from hbx_gpu._source import ArrayLayout, BoxIndex, RowIndex, RowTable, Source, rows_by_source
 from hbx_gpu._storage.metadata import check_last_object, read_layout
+from hbx_gpu._untrusted import Within
 from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers, get_space, known_spaces
 from hbx_gpu.atlas._query.obs import ModalityRows, row_uid
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._query.ids import IdRuns
 
 _AT_ONCE = 1 << 20  # rows that are checked together
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +113,31 @@ def build_sources(
             remap = snapshot.remap(group.name, group.feature_space)
             composed[layout] = remap if lookup is None else lookup[remap]
 
+    free = snapshot.allow_links or is_remote(snapshot.store_path)
+    within = Within("" if free else str(snapshot.store_path))
+
     def opened(group: Group) -> Source:
-        return _source(snapshot, group, snapshot.space(group), layers, composed[group.layout_uid])
+        space, remap = snapshot.space(group), composed[group.layout_uid]
+        return _source(snapshot, group, space, layers, remap, within)
 
     # Every group takes requests one after the other, so many groups are opened at once.
     return map_at_once(opened, groups) if is_remote(snapshot.store_path) else [opened(g) for g in groups]
 
 
 def _source(
-    snapshot: Snapshot, group: Group, space: FeatureSpace, layers: Sequence[str], remap: np.ndarray
+    snapshot: Snapshot,
+    group: Group,
+    space: FeatureSpace,
+    layers: Sequence[str],
+    remap: np.ndarray,
+    within: Within,
 ) -> Source:
-    folder = snapshot.group_path(group.name)
-    if is_remote(folder) and not space.old_layers:
-        # Where layers have their usual places, looking for them would take more requests than opening them.
+    folder = snapshot.group_path(group.name, within)
+    if not space.old_layers and all(map(_PLAIN_NAME.fullmatch, layers)):
+        # Where layers have their usual places, looking for them would take longer than opening them.
         try:
             found = {layer: f"{space.layers_path}/{layer}" for layer in layers}
-            return _opened(snapshot, group, space, found, remap)
+            return _opened(group, space, found, remap, folder, within)
         except FileNotFoundError:
             pass
     found = find_layers(folder, space)
@@ -138,23 +150,28 @@ def _source(
             f"group {group.name!r} has no layer {', '.join(map(repr, unknown))}; its layers: {sorted(found)} "
             f"(in {folder}). Choose one that all of them have with {choose}"
         )
-    return _opened(snapshot, group, space, {layer: found[layer] for layer in layers}, remap)
+    places = {layer: found[layer] for layer in layers}
+    return _opened(group, space, places, remap, folder, within)
 
 
 def _opened(
-    snapshot: Snapshot, group: Group, space: FeatureSpace, places: Mapping[str, str], remap: np.ndarray
+    group: Group,
+    space: FeatureSpace,
+    places: Mapping[str, str],
+    remap: np.ndarray,
+    folder: AnyPath,
+    within: Within,
 ) -> Source:
     """Open layers of a group whose places in it are known."""
-    folder = snapshot.group_path(group.name)
     # Our writer stores every chunk, so a missing one is damage there; other writers skip empty chunks.
     absent_is_fill = not group.software.startswith("hbx_gpu")
 
     def opened(relative: str) -> ArrayLayout:
         layout = read_layout(
-            str(folder / relative),
+            f"{folder}/{relative}",
             f"{group.name}/{relative}",
             absent_is_fill=absent_is_fill,
-            within="" if snapshot.allow_links or is_remote(folder) else snapshot.store_path,
+            within=within,
         )
         check_last_object(layout)
         return layout
@@ -188,6 +205,10 @@ def check_pointers(
         _check_part(snapshot, table, sources, rows, ids[np.arange(len(rows))])
         return
     limits = _limits(sources)
+    if limits is not None:
+        outermost = rows.outermost()
+        if (outermost.start + outermost.length <= limits[outermost.source]).all():
+            return
     for begin in range(0, len(rows), _AT_ONCE):
         part = rows.slice(begin, begin + _AT_ONCE)
         if limits is None or (part.start + part.length > limits[part.source]).any():
