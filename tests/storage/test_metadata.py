@@ -221,9 +221,14 @@ def test_documents_that_differ_in_the_shape_are_parsed_once(
 ) -> None:
     parsed: list[str] = []
     plain = metadata._parse
-    monkeypatch.setattr(metadata, "_parse", lambda path, text: parsed.append(path) or plain(path, text))
+
+    def parse(path: str, text: bytes) -> dict[str, object]:
+        parsed.append(path)
+        return plain(path, text)
+
+    monkeypatch.setattr(metadata, "_parse", parse)
     monkeypatch.setattr(metadata, "_like", {})
-    documents = [v3(shape=[n]) for n in (100, 7, 100, 101, 3)]
+    documents: list[dict[str, Any] | str] = [v3(shape=[n]) for n in (100, 7, 100, 101, 3)]
     documents += [v3(shape=[5], attributes={"shape": [6]}), v3(shape=[4, 4]), v3(shape=[0]), v3(shape=[5])]
     documents += [
         json.dumps(v3(shape=[5])).replace("[5]", found) for found in ("[05]", "[5,]", "[5.0]", "[ 5 ]")

@@ -191,9 +191,9 @@ def test_a_link_above_what_was_looked_at(tmp_path: Path, at: str) -> None:
     outside = tmp_path / "outside" / "y"
     outside.mkdir(parents=True)
     link.symlink_to(tmp_path / "outside")
-    for path in (link, link / "x", link / "y" / "x"):
+    for beyond in (link, link / "x", link / "y" / "x"):
         with pytest.raises(UnsafePathError):
-            within.check(str(path))
+            within.check(str(beyond))
     inner = store / "inner"
     inner.symlink_to(store / "a")
     within.check(str(inner / "b" / "x"))

@@ -130,7 +130,8 @@ class GrowingVocabulary:
         of_name = [-1 if name is None else self._codes.setdefault(name, len(self._codes)) for name in names]
         of_name.append(-1)
         place = pc.fill_null(text.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-        return np.array(of_name, np.min_scalar_type(-max(len(self._codes), 1)))[place]
+        codes: np.ndarray = np.array(of_name, np.min_scalar_type(-max(len(self._codes), 1)))[place]
+        return codes
 
     def finish(self, parts: list[np.ndarray]) -> tuple[pa.Array, np.ndarray]:
         """The vocabulary, sorted, and the codes of all parts over it, as :func:`narrow` has them."""
