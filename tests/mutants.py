@@ -26,6 +26,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = Path(__file__).with_suffix(".toml")
@@ -55,7 +56,11 @@ TESTS = {
     "hbx_gpu/_storage/hdf5.py": ["tests/storage/test_hdf5.py"],
     "hbx_gpu/_storage/kvikio.py": ["tests/storage/test_kvikio.py"],
     "hbx_gpu/_storage/maps.py": ["tests/storage/test_readers.py"],
-    "hbx_gpu/_storage/metadata.py": ["tests/storage/test_metadata.py", "tests/storage/test_zarr_arrays.py"],
+    "hbx_gpu/_storage/metadata.py": [
+        "tests/storage/test_metadata.py",
+        "tests/storage/test_zarr_arrays.py",
+        "tests/storage/test_untrusted.py",
+    ],
     "hbx_gpu/_storage/pinned.py": ["tests/storage/test_pinned.py"],
     "hbx_gpu/_storage/plain.py": ["tests/storage/test_plain.py"],
     "hbx_gpu/_storage/prefetch.py": ["tests/remote/test_prefetch.py"],
@@ -253,7 +258,7 @@ def mutants_of(path: str) -> list[Mutant]:
 def named() -> list[Mutant]:
     """The mutants that were written by hand."""
     found = []
-    for entry in tomllib.loads(LISTED.read_text())["named"]:
+    for entry in listed("named"):
         source = (ROOT / entry["path"]).read_text()
         if source.count(entry["old"]) != 1:
             raise SystemExit(f"{entry['path']} does not hold {entry['old']!r} once: mend {LISTED.name}")
@@ -264,10 +269,17 @@ def named() -> list[Mutant]:
     return found
 
 
-def equivalents() -> set[tuple[str, str, str]]:
-    """(path, old, new) of drawn mutants that no test can tell from the code."""
-    listed = tomllib.loads(LISTED.read_text()).get("equivalent", [])
-    return {(entry["path"], entry["old"], entry["new"]) for entry in listed}
+def listed(kind: str) -> list[dict[str, Any]]:
+    """The entries of one kind in mutants.toml: ``named`` or ``equivalent``."""
+    found: list[dict[str, Any]] = tomllib.loads(LISTED.read_text())[kind]
+    return found
+
+
+def fits(entry: dict[str, Any], mutant: Mutant) -> bool:
+    """Whether an entry of mutants.toml means this mutant."""
+    same = (entry["path"], entry["old"], entry["new"]) == (mutant.path, mutant.old, mutant.new)
+    line = (ROOT / mutant.path).read_text().splitlines()[mutant.line - 1]
+    return same and entry.get("line", "") in line
 
 
 def copy_tree(target: Path) -> None:
@@ -343,9 +355,10 @@ def drawn(paths: Sequence[str], count: int, seed: int) -> Iterator[Mutant]:
         for path in paths
         for file in ([ROOT / path] if (ROOT / path).is_file() else (ROOT / path).glob("**/*.py"))
     )
-    known = equivalents()
-    possible = [m for module in modules for m in mutants_of(module) if (m.path, m.old, m.new) not in known]
-    yield from random.Random(seed).sample(possible, min(count, len(possible)))
+    possible = [mutant for module in modules for mutant in mutants_of(module)]
+    chosen = random.Random(seed).sample(possible, min(count, len(possible)))
+    known = listed("equivalent")
+    yield from (mutant for mutant in chosen if not any(fits(entry, mutant) for entry in known))
 
 
 def compiled(path: str) -> bool:

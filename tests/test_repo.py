@@ -270,3 +270,5 @@ def test_mutants_by_name_still_fit_the_code() -> None:
         files = [test.partition("::")[0] for test in mutant.tests if test.startswith("tests/")]
         assert files
         assert all((ROOT / file).exists() for file in files)
+    for entry in mutants.listed("equivalent"):
+        assert any(mutants.fits(entry, mutant) for mutant in mutants.mutants_of(entry["path"])), entry

@@ -408,11 +408,11 @@ class _DamagedError(Exception):
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in the folder; nothing where somebody has removed it meanwhile."""
+    """What is in the folder; nothing where it cannot be listed, or somebody has removed it meanwhile."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

@@ -53,7 +53,6 @@ class PinnedReader(PreadReader):
         apart = (np.diff(file, prepend=-1) != 0) | (gap < 0) | (gap > MAX_GAP)
         apart[::_MAX_RANGES] = True
         first = np.flatnonzero(apart)
-        reach = {int(f): int(end[file == f].max()) for f in np.unique(file)}
         passed, memory = memoryview(bytearray(MAX_GAP)), target.data
         for a, b in zip(first.tolist(), [*first[1:].tolist(), len(order)], strict=True):
             vectors: list[memoryview] = []
@@ -61,6 +60,6 @@ class PinnedReader(PreadReader):
                 if k > a and gap[k]:
                     vectors.append(passed[: int(gap[k])])
                 vectors.append(memory[int(place[k]) : int(place[k] + end[k] - begin[k])])
-            descriptor = self._open(extents, int(file[a]), reach[int(file[a])])
+            descriptor = self._open(extents, int(file[a]))
             if not descriptor.read(vectors, int(begin[a])):
                 raise self._too_short(extents, int(file[a]), descriptor.size())

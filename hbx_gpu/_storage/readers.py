@@ -312,14 +312,12 @@ class PreadReader(Reader):
         room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
         place = np.cumsum(room) - room + shift
         buffer = np.empty(int(room.sum()), np.uint8)
-        # Runs ascend and do not overlap, so the last run of a file, which this dict keeps, reaches furthest.
-        reach = dict(zip(runs.file.tolist(), (runs.offset + runs.nbytes).tolist(), strict=True))
         current, descriptor = -1, None
         for file, offset, nbytes, at in zip(
             runs.file.tolist(), runs.offset.tolist(), runs.nbytes.tolist(), place.tolist(), strict=True
         ):
             if file != current or descriptor is None:
-                current, descriptor = file, self._open(extents, file, reach[file])
+                current, descriptor = file, self._open(extents, file)
             if not descriptor.read([buffer[at : at + nbytes].data], offset):
                 raise self._too_short(extents, file, descriptor.size())
         base = np.uint64(buffer.ctypes.data)
@@ -333,19 +331,15 @@ class PreadReader(Reader):
     def close(self) -> None:
         self._files.clear()
 
-    def _open(self, extents: Extents, file: int, reach: int) -> _Descriptor:
+    def _open(self, extents: Extents, file: int) -> _Descriptor:
         path, identity = self.directory.paths[file], self.directory.identities[file]
         descriptor = self._files.peek(path, lambda entry: entry.identity == identity)
+        if descriptor is not None:
+            return descriptor
         try:
-            if descriptor is None:
-                descriptor = self._files.open(
-                    path, lambda entry: self._check_opened(extents, file, entry.identity)
-                )
+            return self._files.open(path, lambda entry: self._check_opened(extents, file, entry.identity))
         except FileNotFoundError:
             raise self._gone(extents, file) from None
-        if reach > (size := descriptor.size()):
-            raise self._too_short(extents, file, size)
-        return descriptor
 
 
 def _pread_reader(directory: ChunkDirectory, max_gap: int, max_size: int) -> PreadReader:

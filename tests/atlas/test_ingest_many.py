@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -164,6 +164,37 @@ def test_few_versions(files: list[Path], tmp_path: Path) -> None:
         "datasets": 2,  # its columns, its rows
         "_feature_layouts": 1,
     }
+
+
+class Late(Executor):
+    """Runs a task when somebody waits for it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        class Awaited(Future[Any]):
+            def result(self, timeout: float | None = None) -> Any:
+                if not self.done():
+                    self.set_result(fn(*args, **kwargs))
+                return super().result(timeout)
+
+        return Awaited()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "commits"),
+    [("_MOST_DATASETS", 2, 3), ("_MOST_CELLS", 16, 3), ("_MOST_SECONDS", -1.0, 5)],
+)
+def test_datasets_are_committed_after_so_many_of_them_or_cells_or_seconds(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float, commits: int
+) -> None:
+    monkeypatch.setattr(many, limit, value)
+    atlas = create_or_open_atlas(tmp_path / "a")
+    before = tables.open_table(atlas.catalog.root, "datasets").version
+    told: list[str] = []
+    some = [path for path in files if path.stem != "3"]
+    hbx_gpu.ingest_many(atlas, some, Late(), added=lambda file: told.append(file.source))
+    # One version has the columns of the table, each other one the rows of a commit.
+    assert tables.open_table(atlas.catalog.root, "datasets").version - before == 1 + commits
+    assert told == [str(path) for path in some]
 
 
 def test_files_before_a_bad_one_are_in(files: list[Path], tmp_path: Path) -> None:

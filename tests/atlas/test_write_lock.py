@@ -111,6 +111,7 @@ def test_a_lease_is_prolonged(leased: Path, monkeypatch: pytest.MonkeyPatch) -> 
     while held._until == first:
         time.sleep(0.05)
     held.check()
+    assert held._row().until >= held._until > first
     held.release()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hbx_gpu._storage import cache as cache_module
 from hbx_gpu._storage.cache import ChunkCache
+from hbx_gpu.errors import ResourceError
 from tests.emulation.build import outer_environment
 
 
@@ -117,6 +120,28 @@ def test_the_bound_is_kept_and_the_oldest_goes_first(tmp_path: Path) -> None:
     fresh = ChunkCache(tmp_path, 1 << 20)
     assert all_chunks[-1].found(fresh).all()
     assert not all_chunks[0].found(fresh).any()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    cache, chunks = ChunkCache(tmp_path / "cache", 1 << 24), Chunks()
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_bytes(b"in the way")
+    chunks.put(cache)
+    assert chunks.found(cache).all()  # not written yet
+    cache.flush()
+    assert not chunks.found(cache).any()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_cache_takes_half_of_the_disk_and_needs_some_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.chunks").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    assert ChunkCache(tmp_path).most == ((5 << 20) + 1000) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
+    with pytest.raises(ResourceError, match="3,145,728 bytes are free"):
+        ChunkCache(tmp_path)
 
 
 def test_what_is_used_goes_last(tmp_path: Path) -> None:

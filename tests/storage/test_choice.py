@@ -42,6 +42,12 @@ def test_the_fastest_reader_is_found_on_rows_that_nobody_read_before() -> None:
     assert fastest(makers, 10_000, threads=1, seconds=0.02, clock=lambda: now)[0] == "mmap"
 
 
+def test_a_round_reads_about_a_quarter_of_the_rows() -> None:
+    seen: list[int] = []
+    fastest({"mmap": seen.extend, "pinned": seen.extend}, 6400, threads=8, seconds=0.0)
+    assert 0.25 * 6400 <= len(seen) <= 0.3 * 6400
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, 5])
 def test_few_rows_to_measure_on(n_rows: int) -> None:
     name, _ = fastest({"mmap": len, "pinned": len}, n_rows, threads=2, seconds=0.0)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zarr
 
-from hbx_gpu._source import ArrayLayout, Codec
+from hbx_gpu._source import ArrayLayout, ChunkTable, Codec
 from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
@@ -133,6 +133,20 @@ def test_index_entries_beyond_the_file(sharded: ArrayLayout, entry: tuple[int, i
     rewrite_index(Path(sharded.path, "c/0"), [(0, 40), (40, 40), entry, (120, 40)])
     with pytest.raises(CorruptChunkError, match=r"entry 2 of the shard index points to bytes .* holds 228"):
         ChunkDirectory([sharded]).extents(np.array([0]))
+
+
+@pytest.mark.parametrize("entry", [(-1, 5), (96, 5), (101, 0)])
+def test_chunks_that_a_file_lists_beyond_its_end(tmp_path: Path, entry: tuple[int, int]) -> None:
+    path = tmp_path / "all.h5"
+    path.write_bytes(bytes(100))
+    for third in ((95, 5), (1 << 40, -1), entry):  # up to the end; never written; too far
+        offset, nbytes = np.array([(0, 40), (40, 40), third], np.int64).T
+        directory = ChunkDirectory([layout_of(path, shape=(30,), table=ChunkTable(offset, nbytes))])
+        if third != entry:
+            assert directory.extents(np.arange(3)).nbytes.tolist() == nbytes.tolist()
+        else:
+            with pytest.raises(CorruptChunkError, match=r"chunk 2, .*holds 100; the file was cut short"):
+                directory.extents(np.arange(3))
 
 
 def test_absent_inner_chunks(sharded: ArrayLayout) -> None:

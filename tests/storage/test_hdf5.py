@@ -127,7 +127,21 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"scaleoffset": 0}, "scaleoffset"), ({"dtype": h5py.string_dtype()}, "arrays of numbers")],
+    [
+        ({"scaleoffset": 0}, "scaleoffset"),
+        ({"dtype": h5py.string_dtype()}, "arrays of numbers"),
+        *(
+            ({"compression": code, "allow_unknown_filter": True}, rf"the filter {name} \({code}\)")
+            for code, name in {
+                307: "bzip2",
+                32004: "lz4",
+                32008: "bitshuffle",
+                32013: "zfp",
+                32026: "blosc2",
+                40000: "of number",
+            }.items()
+        ),
+    ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, options: dict[str, Any], match: str) -> None:
     path = tmp_path / "x.h5"

@@ -119,6 +119,7 @@ def test_fill_values_are_those_of_zarr(tmp_path: Path, dtype: str, fill: Any) ->
             "separator is '-'",
         ),
         ({"storage_transformers": [{"name": "x"}]}, UnsupportedCodecError, "storage_transformers"),
+        ({"shape": [1 << 63]}, CorruptDataError, "integers >= 0 are expected"),
         ({"codecs": []}, CorruptDataError, r"codecs is \[\], a list of codecs is expected"),
         ({"codecs": [{"configuration": {}}]}, CorruptDataError, "an object with name"),
         ({"codecs": [SHARDING, {"name": "crc32c"}]}, UnsupportedCodecError, "sharding_indexed among other"),
