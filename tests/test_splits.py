@@ -306,3 +306,15 @@ def test_what_else_people_pass_to_a_loader(dataset: CellDataset) -> None:
         make_loader(dataset, batch_size=0)
     with pytest.raises(IndexError, match="given to a torch DataLoader as batch_sampler="):
         next(iter(DataLoader(for_torch(dataset), sampler=for_torch(order), batch_size=4)))
+
+
+def test_what_has_cells_needs_no_sampler(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    anndata.AnnData(sp.csr_matrix(np.eye(20, 10, dtype=np.float32))).write_h5ad(path)
+    for source in (hbx_gpu.open(path), hbx_gpu.open(path).where("obs_name <> ''")):
+        loader = make_loader(source, batch_size=8, shuffle=True, seed=0, layout="dense", executor="direct")
+        assert sorted(np.concatenate([batch["index"] for batch in loader])) == list(range(20))
+    with pytest.raises(TypeError, match=r"not a path: pass hbx_gpu.open\('.*a.h5ad'\)"):
+        make_loader(path, batch_size=8)
+    with pytest.raises(TypeError, match=r"a object does not tell .*atlas.query\(\)"):
+        make_loader(object(), batch_size=8)

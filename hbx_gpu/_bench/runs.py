@@ -17,7 +17,7 @@ from hbx_gpu._bench.settings import Setting, combinations, executors, open_datas
 from hbx_gpu._bench.training import Trained, train
 from hbx_gpu._devices import cores, resolve
 from hbx_gpu.errors import UnsupportedError
-from hbx_gpu.stats import LoaderStats
+from hbx_gpu.loader_stats import LoaderStats
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.cells import CellDataset

@@ -16,7 +16,7 @@ from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, source_tab
 from hbx_gpu._source import RowIndex, RowTable, Source
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._engine.device import DeviceEngine

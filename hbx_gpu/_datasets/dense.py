@@ -18,7 +18,7 @@ from hbx_gpu._plan.boxes import BoxPlan, box_table, full_boxes, needed_chunks, p
 from hbx_gpu._source import BoxIndex, ObsColumns, Source, rows_by_source
 from hbx_gpu.batch import DenseBatch, RaggedBatch
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._storage.readers import Slab

@@ -18,7 +18,7 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.batch import MultimodalBatch, Part
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.modality import Modality

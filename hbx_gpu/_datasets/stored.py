@@ -18,7 +18,7 @@ from hbx_gpu._protocols import Rows
 from hbx_gpu._source import ArrayLayout, BoxIndex, GroupRuns, ObsColumns, RowTable, Source
 from hbx_gpu._tensors import check_columns, gathered
 from hbx_gpu.errors import UnknownNameError
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._storage.chunks import ChunkDirectory

@@ -144,7 +144,8 @@ class Cells:
 
     def __repr__(self) -> str:
         formats = ", ".join(dict.fromkeys(store.format for store in self.stores))
-        return f"Cells({self.n_cells:,} cells in {len(self.stores)} stores: {formats})"
+        stores = "1 store" if len(self.stores) == 1 else f"{len(self.stores)} stores"
+        return f"Cells({self.n_cells:,} cells in {stores}: {formats})"
 
     # Steps
 

@@ -201,8 +201,8 @@ def _axis(parts: Sequence[Part], wanted: Wanted) -> Axis:
     names = identities(variables, wheres, wanted.feature_id_column, strip_versions=wanted.strip_versions)
     if len(parts) == 1 and wanted.panel is None and len(set(names[0])) < len(names[0]):
         _warn(
-            f"{parts[0].name}: {len(names[0]) - len(set(names[0]))} features share their name with "
-            "another; each keeps a column of its own"
+            f"{parts[0].name}: features that share their name with another: "
+            f"{len(names[0]) - len(set(names[0]))}; each keeps a column of its own"
         )
     return joined(names, wheres, wanted.join, wanted.panel)
 

@@ -56,7 +56,7 @@ class CellTable:
             table = to_arrow(frame, str(store.path))
             if repeated := len(frame) - frame.index.nunique():
                 warnings.warn(
-                    f"{store.path}: {repeated} cells share their name with another cell of the store",
+                    f"{store.path}: {repeated} of the cells share their name with another cell of the store",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -14,7 +14,7 @@ import numpy as np
 from hbx_gpu._loading.closing import THREADS, close_dropped
 from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu._protocols import AnyFeed, Rows
-from hbx_gpu.stats import Recorder
+from hbx_gpu.loader_stats import Recorder
 
 # Bytes per window of wide (dense) batches. More would save no planning and touch more fresh memory, unless
 # measurements of the running loader say otherwise.

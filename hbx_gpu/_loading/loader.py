@@ -27,8 +27,8 @@ from hbx_gpu._loading.told import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu._storage.chunks import ChunkDirectory
+from hbx_gpu.loader_stats import LiveLine, LoaderStats, Recorder
 from hbx_gpu.sampler import NeighborSampler
-from hbx_gpu.stats import LiveLine, LoaderStats, Recorder
 
 ROWS_PER_WINDOW = 4096
 

@@ -85,8 +85,9 @@ def make_loader(
     Parameters
     ----------
     dataset
-        What to load: a dataset, an object with ``to_cell_dataset`` such as an SCDL archive, or a torch
-        ``Subset``, ``random_split`` or ``ConcatDataset`` of these, whose rows are numbered as torch does.
+        What to load: a dataset; an object with ``to_cell_dataset``, such as a query, the result of
+        :func:`hbx_gpu.open` or an SCDL archive; or a torch ``Subset``, ``random_split`` or ``ConcatDataset``
+        of these, whose rows are numbered as torch does.
     sampler
         Yields the row numbers of each batch: a :class:`~hbx_gpu.sampler.CellSampler`, any torch batch
         sampler, or a torch sampler of rows, such as ``RandomSampler``. None: a CellSampler of the dataset.
@@ -506,7 +507,7 @@ def _sparse_collate(layout: str, dtype: str, transform: Transform) -> AnyCollate
             raise ValueError(f"dense batches come as {', '.join(FORMATS)}; got {dtype!r}")
         return DenseCollate(dtype, transform)
     if layout != "csr":
-        raise ValueError(f'layout must be "dense" or "csr", got {layout!r}')
+        raise ValueError(f'layout must be "dense", "csr" or "tokens", got {layout!r}')
     if transform != Transform() or dtype != "float32":
         raise ValueError('layout="csr" gives float32 values as stored; transform and dtype need "dense"')
     return CsrCollate()

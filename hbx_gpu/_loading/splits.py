@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sized
 from typing import Protocol, runtime_checkable
 
@@ -42,10 +43,22 @@ class Selectable(Protocol):
 
 
 def unwrapped(dataset: object) -> object:
-    """Turn a torch `Subset` (as from `random_split`) or `ConcatDataset` of our datasets into one of ours.
+    """Turn what has cells, or a torch `Subset` or `ConcatDataset` of our datasets, into a dataset of ours.
 
     Rows are numbered as torch numbers them. Any other dataset is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        It is a path, which has to be opened first.
     """
+    if isinstance(dataset, str | os.PathLike):
+        raise TypeError(
+            f"a loader needs a dataset, not a path: pass hbx_gpu.open({os.fspath(dataset)!r}), or a query of "
+            "RaggedAtlas.checkout_latest(path)"
+        )
+    if isinstance(dataset, HasCells):
+        return dataset.to_cell_dataset()
     if isinstance(dataset, Subset):
         whole = _of_ours(dataset.dataset)
         return dataset if whole is None else whole.subset(np.asarray(dataset.indices, np.int64))
@@ -80,8 +93,6 @@ def _rows_of_one(dataset: object) -> tuple[object, np.ndarray] | None:
 def _of_ours(dataset: object) -> Selectable | None:
     """The dataset that is wrapped, or converts to one of ours; None for others."""
     dataset = unwrapped(dataset)
-    if isinstance(dataset, HasCells):
-        dataset = dataset.to_cell_dataset()
     return dataset if isinstance(dataset, Selectable) else None
 
 
@@ -110,7 +121,10 @@ def order_for(
         )
     if sampler is None:
         if not isinstance(dataset, Sized):
-            raise TypeError(f"a {type(dataset).__name__} does not tell how many rows it has; pass a sampler")
+            raise TypeError(
+                f"a {type(dataset).__name__} does not tell how many rows it has; pass a dataset, such as "
+                "atlas.query().to_cell_dataset(), or a sampler"
+            )
         return CellSampler(
             GroupRuns.one(len(dataset)),
             _BATCH_SIZE if batch_size is None else batch_size,

@@ -13,7 +13,7 @@ from hbx_gpu._storage.cache import ChunkCache, cache_at
 from hbx_gpu._storage.chunks import CHANGED, ChunkDirectory, Extents
 from hbx_gpu._storage.readers import Reader, Slab, coalesce
 from hbx_gpu.errors import ReplacedError
-from hbx_gpu.stats import count_remote
+from hbx_gpu.loader_stats import count_remote
 
 _ALIGNMENT = 8
 

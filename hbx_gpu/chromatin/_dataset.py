@@ -20,7 +20,7 @@ from hbx_gpu.chromatin._counting import count_fragments
 from hbx_gpu.chromatin._intervals import observed_sizes
 from hbx_gpu.chromatin._regions import Bins, Peaks, Regions
 from hbx_gpu.errors import InvalidDataError
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -61,13 +61,20 @@ def chain(steps: Transform | Sequence[Transform] | None) -> Transform:
     ------
     ValueError
         The steps are in another order than normalize_total, then log1p.
+    TypeError
+        A step is not a Transform, for example a function.
     """
     if steps is None:
         return Transform()
     if isinstance(steps, Transform):
         return steps
     target_sum, log = None, False
-    for step in steps:
+    for step in steps if isinstance(steps, Sequence) else [steps]:
+        if not isinstance(step, Transform):
+            raise TypeError(
+                "transform takes normalize_total(1e4), log1p or a list of both, because they are carried out "
+                f"while rows are decoded; got {step!r}. For a function of yours, pass convert=function"
+            )
         if log:
             raise ValueError("log1p must come last: what it returns is no longer counts")
         if step.target_sum is not None:

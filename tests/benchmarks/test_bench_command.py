@@ -25,9 +25,9 @@ from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.atlas import create_or_open_atlas
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import DeviceUnavailableError, UnsafePathError, UnsupportedError
+from hbx_gpu.loader_stats import Recorder
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.scdl import SingleCellMemMapDataset
-from hbx_gpu.stats import Recorder
 from hbx_gpu.synthetic import write_demo_pair
 from hbx_gpu.testing import example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend

@@ -60,6 +60,9 @@ def test_transforms(steps: object) -> None:
 
 def test_order_of_transforms() -> None:
     assert chain([normalize_total(2.0), normalize_total(3.0)]) == Transform(3.0)
+    for wrong in (np.log1p, [normalize_total]):
+        with pytest.raises(TypeError, match=r"normalize_total\(1e4\), log1p or a list of both.*convert="):
+            chain(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="log1p must come last"):
         chain([log1p, normalize_total()])
     with pytest.raises(ValueError, match="positive"):

@@ -36,7 +36,7 @@ def assert_same_rows(here: object, there: object) -> None:
     assert there.directory.paths
 
 
-@pytest.mark.filterwarnings("ignore:.*features share their name:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*features that share their name:UserWarning")
 @pytest.mark.parametrize("name", FILES)
 def test_a_real_file_is_the_same(shared: Path, name: str) -> None:
     with RangeServer(shared) as server:

@@ -25,7 +25,7 @@ from hbx_gpu._datasets.stored import AnyStored, joined
 from hbx_gpu._float16 import may_overflow, say_overflow, was_said
 from hbx_gpu._protocols import Rows, TensorBatch
 from hbx_gpu._tensors import check_columns, gathered
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from torch import Tensor

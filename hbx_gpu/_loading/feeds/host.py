@@ -9,7 +9,7 @@ import numpy as np
 
 from hbx_gpu._loading.residency.host import hold_on_host
 from hbx_gpu._protocols import Collate, Loadable, Rows
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._loading.options import LoaderOptions

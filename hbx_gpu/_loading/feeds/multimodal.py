@@ -27,7 +27,7 @@ from hbx_gpu._loading.feeds.tokens import TokenFeed
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._protocols import AnyCollate, AnyFeed, AnyLoadable, Collate, Rows, TensorBatch
 from hbx_gpu.errors import UnsupportedError
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from torch import Tensor

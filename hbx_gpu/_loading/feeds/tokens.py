@@ -15,7 +15,7 @@ from hbx_gpu._loading.feeds.device import STAGED_BYTES, Columns, DecodedBytes, S
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._protocols import TensorBatch
 from hbx_gpu._tensors import check_columns, gathered
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 from hbx_gpu.tokens._compile import renamed
 from hbx_gpu.tokens._device.batch import DeviceTokens, FlatRows, Made, Wanted
 from hbx_gpu.tokens._encode import aux_ids, front_ids

@@ -32,7 +32,7 @@ from hbx_gpu._plan.rows import BatchPlan, needed_chunks
 from hbx_gpu._storage import kvikio
 from hbx_gpu._storage.choice import choose
 from hbx_gpu._storage.readers import Reader, Slab
-from hbx_gpu.stats import stage
+from hbx_gpu.loader_stats import stage
 
 if TYPE_CHECKING:
     from hbx_gpu._datasets.cells import CellDataset

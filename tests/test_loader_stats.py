@@ -17,8 +17,8 @@ from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.make import device_loader
 from hbx_gpu._loading.options import LoaderOptions
 from hbx_gpu.dataloader import CellDataset, make_loader
+from hbx_gpu.loader_stats import OTHER, STAGES, WARM_UP, Recorder, format_line, stage
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.stats import OTHER, STAGES, WARM_UP, Recorder, format_line, stage
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from tests.emulation.backend import EmulatedBackend
 
