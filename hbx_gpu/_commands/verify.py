@@ -25,8 +25,8 @@ def add_parser(
         parents=[common],
         help="say whether an atlas or another store is whole",
         description="Check tables, metadata and pointers, where each chunk lies, and the checksum of each "
-        "chunk; chunks without a checksum are decoded. Nothing is written without --clean. The exit status "
-        "is 1 if something is damaged.",
+        "chunk; the content of chunks without a checksum is checked instead. Nothing is written without "
+        "--clean. The exit status is 1 if something is damaged.",
     )
     parser.add_argument(
         "path", type=argument, metavar="PATH", help="an atlas or any store of hbx_gpu.open, or its address"
@@ -36,7 +36,7 @@ def add_parser(
         "--fast", action="store_true", help="read no chunk: tables, metadata, pointers, sizes, shard indexes"
     )
     levels.add_argument(
-        "--full", action="store_true", help="decode every chunk, and look at every column number"
+        "--full", action="store_true", help="check the content of every chunk, and every column number"
     )
     add_snapshot(parser)
     parser.add_argument(

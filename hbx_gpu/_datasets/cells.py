@@ -12,7 +12,7 @@ import numpy as np
 from hbx_gpu._buffers import POOL
 from hbx_gpu._datasets.stored import Kind, StoredDataset
 from hbx_gpu._plan.index import CompactIndex, compacted
-from hbx_gpu._plan.rows import BatchPlan, SourceTable, needed_chunks, source_table
+from hbx_gpu._plan.rows import INDEX_ROLE, BatchPlan, SourceTable, needed_chunks, source_table
 from hbx_gpu._source import RowIndex, RowTable, Source
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptDataError, UnsupportedError
@@ -114,6 +114,11 @@ class CellDataset(StoredDataset[RowTable, BatchPlan, SparseBatch]):
     def needed_chunks(self) -> np.ndarray:
         """See :meth:`StoredDataset.needed_chunks`."""
         return needed_chunks(self._table, self._rows)
+
+    def column_limits(self) -> np.ndarray:
+        """See :meth:`StoredDataset.column_limits`."""
+        source, role = self._table.roles(np.arange(len(self._directory.layouts)))
+        return np.where(role == INDEX_ROLE, self._table.remap_length[source], -1)
 
     def decode(self, plan: BatchPlan, slab: Slab, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
         """See :meth:`StoredDataset.decode`."""

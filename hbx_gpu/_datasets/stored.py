@@ -168,6 +168,16 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
     def needed_chunks(self) -> np.ndarray:
         """Return the chunks that any row needs, int64, in an order whose beginning serves whole rows."""
 
+    def column_limits(self) -> np.ndarray:
+        """What every column number of an array of the directory is less than.
+
+        Returns
+        -------
+        ndarray
+            int64, (n_arrays,); -1 for arrays whose elements are not column numbers.
+        """
+        return np.full(len(self._directory.layouts), -1, np.int64)
+
     @abstractmethod
     def decode(self, plan: PlanT, slab: Slab, selections: Sequence[np.ndarray]) -> list[BatchT]:
         """Decode the batches of a plan.

@@ -6,10 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hbx_gpu._inplace.archives import open_scdl
 from hbx_gpu._remote.looking import is_dir, is_file
 from hbx_gpu._remote.places import AnyPath
-from hbx_gpu._stores.recognize import expand, open_store
 
 if TYPE_CHECKING:
     from hbx_gpu._stores.store import Store
@@ -27,9 +25,17 @@ def is_archive(path: AnyPath) -> bool:
 
 def open_stores(paths: Sequence[str | os.PathLike[str]], *, allow_links: bool = False) -> list[Store]:
     """Open stores that are not atlases; see :func:`hbx_gpu.open` for parameters and errors."""
+    from hbx_gpu._stores.recognize import expand
+
     return [_open(path, allow_links) for path in expand(paths)]
 
 
 def _open(path: AnyPath, allow_links: bool) -> Store:
-    opener = open_scdl if is_archive(path) else open_store
-    return opener(path, allow_links=allow_links)
+    # What reads archives and other stores takes long to import, and an atlas needs none of it.
+    if is_archive(path):
+        from hbx_gpu._inplace.archives import open_scdl
+
+        return open_scdl(path, allow_links=allow_links)
+    from hbx_gpu._stores.recognize import open_store
+
+    return open_store(path, allow_links=allow_links)

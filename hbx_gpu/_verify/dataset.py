@@ -13,10 +13,13 @@ from typing import Literal, Protocol
 import numpy as np
 
 from hbx_gpu._codecs.chain import check_crc32c
+from hbx_gpu._codecs.checksum import WITH_ITSELF
+from hbx_gpu._codecs.crc32c_numba import crc32c_each
 from hbx_gpu._codecs.rowpack_format import read_header
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.chunks import ChunkDirectory
-from hbx_gpu._storage.readers import Reader
+from hbx_gpu._storage.readers import Reader, Slab
+from hbx_gpu._verify import raw
 from hbx_gpu.errors import CorruptChunkError, HbxError
 
 Level = Literal["fast", "checksums", "full"]
@@ -42,6 +45,10 @@ class Stored(Protocol):
 
     def needed_chunks(self) -> np.ndarray:
         """int64, ascending: the chunks that any row needs."""
+        ...
+
+    def column_limits(self) -> np.ndarray:
+        """What every column number of an array is less than, int64; -1 for arrays of anything else."""
         ...
 
     def open_reader(self, kind: str) -> Reader:
@@ -84,7 +91,7 @@ def problems(
             threads,
             progress,
         )
-        if len(decoded):
+        if len(decoded) and not _whole_where_it_lies(pool, dataset, reader, decoded, threads, progress):
             rows = np.arange(len(dataset), dtype=np.int64)
             stored = _nbytes(dataset.directory, decoded)
             yield from _run(
@@ -96,6 +103,32 @@ def problems(
                 threads,
                 progress,
             )
+
+
+def _whole_where_it_lies(
+    pool: ThreadPoolExecutor,
+    dataset: Stored,
+    reader: Reader,
+    chunks: np.ndarray,
+    threads: int,
+    progress: Callable[[int], None],
+) -> bool:
+    """Whether chunks are raw and whole, so that no row has to be decoded."""
+    if not raw.are_raw(dataset.directory, chunks):
+        return False
+    tasks = (
+        partial(_doubts, dataset.directory, reader, block, dataset.column_limits())
+        for block in _blocks(dataset.directory, np.sort(chunks))
+    )
+    return not any(_run(pool, tasks, threads, progress))
+
+
+def _doubts(
+    directory: ChunkDirectory, reader: Reader, chunks: np.ndarray, limits: np.ndarray
+) -> tuple[list[str], int]:
+    """A line if something may be wrong with raw chunks; and the bytes that were read."""
+    whole, nbytes = raw.is_whole(directory, reader, chunks, limits)
+    return [] if whole else ["decode the rows"], nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +167,19 @@ def check_share(pickled: bytes, level: Level, share: int, shares: int) -> Found:
         found.checksums.extend(lines)
         nbytes += n
     nbytes += _nbytes(dataset.directory, decoded)
-    # Rows do not end where chunks do: they are shared by themselves, wherever any chunk is to be decoded.
-    if len(_divided(dataset, chunks, level)[1]):
-        windows = range(0, len(dataset), ROWS)
-        for first in windows[len(windows) * share // shares : len(windows) * (share + 1) // shares]:
-            rows = np.arange(first, min(first + ROWS, len(dataset)), dtype=np.int64)
-            found.content.extend(_content(dataset, rows, 0)[0])
+    windows = range(0, len(dataset), ROWS)
+    every = _divided(dataset, chunks, level)[1]
+    if raw.are_raw(dataset.directory, every):
+        limits, blocks = dataset.column_limits(), _blocks(dataset.directory, np.sort(decoded))
+        # Any row may need a chunk that is damaged, so a share that has one looks at all of them.
+        if not any(_doubts(dataset.directory, reader, block, limits)[0] for block in blocks):
+            windows = windows[:0]
+    else:
+        # Rows do not end where chunks do: they are shared by themselves, wherever a chunk is to be decoded.
+        windows = windows[len(windows) * share // shares : len(windows) * (share + 1) // shares]
+    for first in windows:
+        rows = np.arange(first, min(first + ROWS, len(dataset)), dtype=np.int64)
+        found.content.extend(_content(dataset, rows, 0)[0])
     return Found(found.places, found.checksums, found.content, nbytes)
 
 
@@ -212,17 +252,28 @@ def _checksums(directory: ChunkDirectory, reader: Reader, chunks: np.ndarray) ->
     except (HbxError, OSError) as error:
         return [str(error)], 0
     arrays = np.searchsorted(directory.base, chunks, "right") - 1
-    for place, (chunk, array) in enumerate(zip(chunks.tolist(), arrays.tolist(), strict=True)):
-        if slab.nbytes[place] < 0:
-            continue  # absent: its elements are the fill value
+    for place in np.flatnonzero(_suspect(slab)).tolist():
         try:
-            if directory.layouts[array].codecs[-1]["name"] == "crc32c":
+            if directory.layouts[arrays[place]].codecs[-1]["name"] == "crc32c":
                 check_crc32c(slab.view(place))
             else:
                 read_header(slab.view(place), check=True)
         except CorruptChunkError as error:
-            found.append(str(directory.error(chunk, error.reason)))
+            found.append(str(directory.error(int(chunks[place]), error.reason)))
     return found, int(slab.nbytes[slab.nbytes > 0].sum())
+
+
+def _suspect(slab: Slab) -> np.ndarray:
+    """bool, (k,). Stored chunks that do not end with the CRC32C of the bytes before it.
+
+    One call without the GIL computes all checksums, so that threads do not wait for each other. What exactly
+    is wrong with a chunk is found out by the code that decodes it. Absent chunks hold the fill value and are
+    never suspect.
+    """
+    suspect: np.ndarray = slab.nbytes >= 0
+    stored = np.flatnonzero(slab.nbytes > 0)
+    suspect[stored] = crc32c_each(slab.address[stored], slab.nbytes[stored]) != WITH_ITSELF
+    return suspect
 
 
 def _content(dataset: Stored, rows: np.ndarray, nbytes: int) -> tuple[list[str], int]:

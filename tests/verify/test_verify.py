@@ -7,11 +7,13 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 from hbx_gpu import cli
 from hbx_gpu._verify import dataset as dataset_check
-from hbx_gpu._verify.dataset import Level
+from hbx_gpu._verify import raw
+from hbx_gpu._verify.dataset import Level, Stored
 from hbx_gpu._verify.stores import Verdict
 from hbx_gpu._verify.stores import verify as check
 from hbx_gpu.errors import ResourceError
@@ -41,7 +43,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--fast",), ("--full",), ("--threads", "1")])
-@pytest.mark.parametrize("codec", ["hbx_gpu.rowpack", "homeobox.bitpacking", "zstd"])
+@pytest.mark.parametrize("codec", ["hbx_gpu.rowpack", "homeobox.bitpacking", "zstd", "none"])
 def test_a_whole_atlas(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], codec: str, options: tuple[str, ...]
 ) -> None:
@@ -135,6 +137,49 @@ def test_stores_without_checksums_are_decoded(
     assert verify(path) == 1
     said = capsys.readouterr()
     assert ("data.npy" if form == "archive" else "a column number is outside [0, 30)") in said.out + said.err
+
+
+def test_raw_chunks_are_looked_at_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are decoded only where something may be wrong with uncompressed chunks; then they say what."""
+    decoded: list[int] = []
+    content = dataset_check._content
+
+    def counted(dataset: Stored, rows: np.ndarray, nbytes: int) -> tuple[list[str], int]:
+        decoded.append(len(rows))
+        return content(dataset, rows, nbytes)
+
+    monkeypatch.setattr(dataset_check, "_content", counted)
+    monkeypatch.setattr(dataset_check, "ROWS", 16)
+    file, archive = tmp_path / "store.h5ad", tmp_path / "archive"
+    anndata(1).write_h5ad(file)
+    SingleCellMemMapDataset(str(archive), file)
+    atlas = make_atlas(tmp_path / "a", "none")
+    with ThreadPoolExecutor(2) as threads:
+        for executor in (None, threads):
+            for store in (archive, atlas, file):
+                assert not any(verdict.damage for verdict in checked(store, "full", executor))
+        assert not decoded
+        flip(chunk_file(atlas, "layers/counts"), 40)
+        with h5py.File(file, "r+") as opened:
+            opened["X/indices"][3] = 30
+        for store in (atlas, file):
+            expected = checked(store, "full")
+            assert any(verdict.damage for verdict in expected)
+            assert checked(store, "full", threads) == expected
+    assert decoded
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "largest"), [("<u2", [3, 65_535, 0], 65_535), ("<i4", [3, -1, 0], 2**32 - 1)]
+)
+def test_the_largest_column_of_raw_chunks(dtype: str, values: list[int], largest: int) -> None:
+    """Negative ones count as larger than any other; memory that follows itself is one stretch."""
+    memory = np.array(values, dtype)
+    address = memory.ctypes.data + np.arange(3, dtype=np.uint64) * np.uint64(memory.itemsize)
+    nbytes = np.full(3, memory.itemsize)
+    for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
+        assert raw.largest(address[order], nbytes[order], memory, memory.dtype) == largest
+    assert raw.largest(address[:0], nbytes[:0], memory, memory.dtype) == -1
 
 
 def test_several_modalities(homeobox_fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:

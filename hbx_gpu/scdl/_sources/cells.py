@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._source import ObsColumns, RowIndex, Source
 from hbx_gpu._storage.plain import plain_layout
-from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import InvalidDataError, UnknownNameError
 from hbx_gpu.scdl._format.archive import Archive, open_archive
 from hbx_gpu.scdl._format.frames import MemoryFrame, cast, common_type
