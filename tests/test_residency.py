@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -155,6 +156,14 @@ def test_batches_of_chunks_in_page_locked_memory(
     feed = feed_for(dataset, backend(), layout, residency="host", residency_budget=budget, io=io)
     feed.chunks.in_place = in_place
     check(dataset, feed, layout)
+
+
+def test_reading_host_memory_in_place_and_packing_it_are_both_measured(
+    rowpack: CellDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        feed_for(rowpack, residency="host")
+    assert re.search(r"\d ms in place, .* ms packed", caplog.text)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hbx_gpu
-from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
+from hbx_gpu.atlas import HoxBaseSchema, PointerField, RaggedAtlas, SparseZarrPointer, create_or_open_atlas
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.additions import Rows
 from hbx_gpu.atlas._ingest import many
@@ -195,6 +195,9 @@ def test_datasets_are_committed_after_so_many_of_them_or_cells_or_seconds(
     # One version has the columns of the table, each other one the rows of a commit.
     assert tables.open_table(atlas.catalog.root, "datasets").version - before == 1 + commits
     assert told == [str(path) for path in some]
+    # Three files have the same four features, whose list is stored once, as are those of four and of two.
+    lists = atlas.catalog.layouts().to_arrow().select(["layout_uid", "local_index"]).to_pylist()
+    assert len(lists) == len({tuple(row.values()) for row in lists}) == 10
 
 
 def test_files_before_a_bad_one_are_in(files: list[Path], tmp_path: Path) -> None:
@@ -244,6 +247,21 @@ def test_a_commit_that_fails_adds_nothing(
     assert content(tmp_path / "a") == expected
 
 
+class Uids(HoxBaseSchema):
+    """Cells whose files give their uids."""
+
+    gene_expression: SparseZarrPointer | None = PointerField.declare(feature_space="gene_expression")
+
+
+def test_cells_of_two_files_with_one_uid(tmp_path: Path) -> None:
+    for i, uids in enumerate((["u0", "u1"], ["u1", "u2"])):
+        make(2, list("ab"), i, uid=uids).write_h5ad(tmp_path / f"{i}.h5ad")
+    atlas = create_or_open_atlas(tmp_path / "a", {"cells": Uids})
+    with pytest.raises(InvalidDataError, match=r"1\.h5ad, obs: 1 cell uid\(s\) are in table 'cells' already"):
+        hbx_gpu.ingest_many(atlas, [tmp_path / "0.h5ad", tmp_path / "1.h5ad"])
+    assert atlas.catalog.obs("cells").count_rows() == 2
+
+
 def test_the_same_cells_again(files: list[Path], tmp_path: Path) -> None:
     """Copies are recognized by their bytes, the same cells in other files by names and values."""
     again = make(8, list("dcba"), 0, age=np.arange(8))
@@ -276,6 +294,22 @@ def test_replacing(files: list[Path], tmp_path: Path) -> None:
     found = RaggedAtlas.checkout(atlas.path, atlas.snapshot()).query().to_anndata()
     assert sorted(found.var_names) == list("abcdex")
     assert {name[:3] for name in found.obs["obs_name"]} == {"s20", "s22"}
+
+
+def test_features_that_went_with_a_replaced_file_come_back_with_the_next(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "_MOST_DATASETS", 1)
+    folder = tmp_path / "new"
+    folder.mkdir()
+    make(8, list("ab"), 24).write_h5ad(folder / "4.h5ad")  # its old form has the only q
+    make(8, list("qb"), 25).write_h5ad(folder / "6.h5ad")
+    atlas = create_or_open_atlas(tmp_path / "a")
+    hbx_gpu.ingest_many(atlas, [files[4]])
+    hbx_gpu.ingest_many(atlas, sorted(folder.iterdir()), replace=True)
+    atlas.optimize()
+    found = RaggedAtlas.checkout(atlas.path, atlas.snapshot()).query().to_anndata()
+    assert sorted(found.var_names) == list("abq")
 
 
 def test_an_executor_that_is_dead_before_the_first_task(files: list[Path], tmp_path: Path) -> None:
