@@ -17,10 +17,10 @@ import hbx_gpu
 from hbx_gpu import tokens
 from hbx_gpu._source import RowIndex
 from hbx_gpu.dataloader import CellDataset
-from hbx_gpu.errors import CorruptDataError, InvalidDataError, UnknownNameError
+from hbx_gpu.errors import CorruptDataError, InvalidDataError, ResourceError, UnknownNameError
 from hbx_gpu.statistics import Statistics, compute
 from hbx_gpu.statistics import _compute as computing
-from hbx_gpu.statistics._bins import RELATIVE_ERROR
+from hbx_gpu.statistics._bins import RELATIVE_ERROR, Bins, binned_medians, counted, edges
 from hbx_gpu.statistics._finish import Asked, finished
 from hbx_gpu.statistics._partial import Partial
 from hbx_gpu.statistics._tasks import Tasks
@@ -193,6 +193,32 @@ def test_binned_medians_are_as_close_as_they_say(tmp_path: Path) -> None:
     assert 0 < np.nanmax(error) <= RELATIVE_ERROR
     for name in ("measured", "nonzero", "sum", "mean", "variance"):
         np.testing.assert_array_equal(getattr(exact, name), getattr(binned, name))
+
+
+def test_binned_medians_are_those_of_the_middles_of_bins() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cell = np.sort(rng.choice([0, 2, 3, 4], 12))  # cell 1 has no values
+        bins = counted(cell, rng.integers(60_000, 66_000, 12), rng.integers(1, 3, 12))
+        low, high = edges(bins.code, whole=False)
+        values, cells = np.repeat((low + high) / 2, bins.count), np.repeat(bins.cell, bins.count)
+        expected = [np.median(values[cells == k]) if k in cells else np.nan for k in range(5)]
+        np.testing.assert_array_equal(binned_medians(bins, 5), expected)
+    nothing = np.zeros(0, np.int64)
+    assert np.isnan(binned_medians(counted(nothing, nothing, nothing), 2)).tolist() == [True, True]
+
+
+def test_counters_that_would_pass_their_bound_are_an_error() -> None:
+    def of(count: int) -> Bins:
+        bins = Bins()
+        bins.__setstate__({"keys": np.array([7]), "counts": np.full((1, 32), count, np.uint32)})
+        return bins
+
+    most = of(2**32 - 2)
+    most.add(of(1))
+    assert most.counted().count.tolist() == [2**32 - 1] * 32
+    with pytest.raises(ResourceError, match="more than 4,294,967,295 cells have the same value"):
+        most.add(of(1))
 
 
 def test_rows_in_any_order_are_read_in_the_order_of_storage(tmp_path: Path) -> None:
