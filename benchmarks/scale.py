@@ -1,4 +1,4 @@
-"""What very many cells cost: ``python -m benchmarks.scale PART``.
+"""What very many files and cells cost: ``python -m benchmarks.scale PART``.
 
 Each measurement is made in a process of its own. ``--beside FOLDER`` measures the package of another checkout
 with the same code, for the figures of an earlier version beside those of this one.
@@ -25,6 +25,7 @@ from hbx_gpu._bench.tables import table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 _PART_ROWS = 1_000_000
+_BATCH = 64  # files that an ingest commits together, and reports then
 _BYTES = 1e6
 
 
@@ -42,6 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     two.add_argument("--cells", type=int, default=100_000_000)
     two.add_argument("--ranks", type=int, default=2)
     two.add_argument("--data", type=Path, default=Path("demo/benchmark-data"))
+    two.add_argument("--groups", type=int, default=1)
+    three = parts.add_parser("ingest", help="very many small files: what each costs, early and late")
+    four = parts.add_parser("workers", help="files per second with one and two processes")
+    for part, files, cells in ((three, 5_000, 200), (four, 8, 50_000)):
+        part.add_argument("--files", type=int, default=files)
+        part.add_argument("--cells", type=int, default=cells)
+        part.add_argument("--genes", type=int, default=2_000)
+        part.add_argument("--data", type=Path, default=Path("demo/benchmark-data"))
+    four.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     for part in (one, two):
         part.add_argument("--beside", type=Path, help="another checkout, whose package is measured too")
         part.add_argument("--out", type=Path, default=Path("demo/benchmarks"))
@@ -53,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure: Any = {"order_costs": order_costs, "opened": opened}[options.function]
         print(json.dumps(measure(**options.arguments)))
         return 0
-    return sampler(options) if options.part == "sampler" else opening(options)
+    return {"sampler": sampler, "opening": opening, "ingest": ingest, "workers": workers}[options.part](
+        options
+    )
 
 
 def _measured(function: str, folder: Path, **arguments: object) -> dict[str, Any]:
@@ -179,7 +191,7 @@ def order_costs(order: str, cells: int, groups: int, batch_size: int) -> dict[st
 
 def opening(options: argparse.Namespace) -> int:
     """Measure an atlas of many cells."""
-    atlas = str(linked_atlas(options.data, options.cells))
+    atlas = str(linked_atlas(options.data, options.cells, options.groups))
     rows, runs = [], []
     for where, folder in (("here", ROOT), ("beside", options.beside)):
         if folder is None:
@@ -192,20 +204,20 @@ def opening(options: argparse.Namespace) -> int:
                 (
                     where,
                     f"{number} of {options.ranks}",
-                    *(f"{run[key]:.1f}" for key in ("open_s", "first_s", "processor_s")),
+                    *(f"{run[key]:.1f}" for key in ("open_s", "first_s", "open_cpu", "first_cpu")),
                     f"{run['bytes_per_row']:.2f}",
                     *(f"{run[key] / _BYTES:,.0f}" for key in ("imported", "own", "shared", "peak")),
                 )
             )
     heading = (
-        "package", "rank", "open, s", "first batch, s", "processor, s", "bytes/row", "imports MB", "own MB",
-        "shared MB", "peak MB",
+        "package", "rank", "open, s", "first batch, s", "open, CPU s", "first batch, CPU s", "bytes/row",
+        "imports MB", "own MB", "shared MB", "peak MB",
     )  # fmt: skip
     found = conditions()
     print(table(heading, rows))
     print(
-        f"{options.cells:,} rows with one label column, all of which point to one stored group of "
-        f"{_PART_ROWS:,} cells; {options.ranks} ranks at once, no other cache than that of pages\n"
+        f"{options.cells:,} rows with one label column in {options.groups:,} group(s), whose files are links "
+        f"to those of one group; {options.ranks} rank(s) at once, page cache as it was\n"
         f"{describe(found)}"
     )
     write_json(options.out / "scale-opening.json", {"conditions": found, "runs": runs})
@@ -223,11 +235,11 @@ def opened(atlas: str) -> dict[str, float]:
     clock, processor = time.perf_counter(), time.process_time()
     query = RaggedAtlas.checkout_latest(atlas).query()
     dataset: Any = query.to_cell_dataset(metadata_columns=["cell_type"])
-    ready = time.perf_counter()
+    ready, ready_cpu = time.perf_counter(), time.process_time()
     with make_loader(dataset, batch_size=1024, shuffle=True, seed=0) as loader:
         batches = iter(loader)
         next(batches)
-        first = time.perf_counter()
+        first, first_cpu = time.perf_counter(), time.process_time()
         for _ in range(20):
             next(batches)
         memory = _memory()
@@ -237,7 +249,8 @@ def opened(atlas: str) -> dict[str, float]:
     return {
         "open_s": ready - clock,
         "first_s": first - ready,
-        "processor_s": time.process_time() - processor,
+        "open_cpu": ready_cpu - processor,
+        "first_cpu": first_cpu - ready_cpu,
         "bytes_per_row": nbytes / len(dataset),
         "imported": imported,
         **memory,
@@ -302,6 +315,126 @@ def linked_atlas(folder: Path, cells: int, groups: int = 1) -> Path:
     opened_atlas.snapshot()
     (home / "complete").touch()
     return atlas
+
+
+# Ingest
+
+
+def make_files(folder: Path, n_files: int, n_cells: int, n_genes: int, *, seed: int = 0) -> list[Path]:
+    """Files with the same genes and cells of their own; those that are there already are kept."""
+    import anndata
+    import h5py
+    import pandas as pd
+    import scipy.sparse as sp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    x = sp.random(n_cells, n_genes, 0.05, "csr", dtype=np.float32, random_state=rng)
+    x.data = np.ceil(x.data * 9)
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(rng.choice(list("abcde"), n_cells)),
+            "age": rng.integers(0, 90, n_cells),
+        },
+        index=[f"c{i}" for i in range(n_cells)],
+    )
+    var = pd.DataFrame(
+        {"symbol": [f"g{i}" for i in range(n_genes)]}, index=[f"ENSG{i:011d}" for i in range(n_genes)]
+    )
+    pattern = folder / "pattern.h5ad"
+    anndata.AnnData(x, obs=obs, var=var).write_h5ad(pattern)
+    paths = []
+    for i in range(n_files):
+        path = folder / f"{i:05d}.h5ad"
+        paths.append(path)
+        if path.exists():
+            continue
+        shutil.copy(pattern, path)
+        with h5py.File(path, "r+") as file:
+            names = np.array([f"f{i}c{j}" for j in range(n_cells)], object)
+            del file["obs/_index"]
+            made = file["obs"].create_dataset("_index", data=names, dtype=h5py.string_dtype())
+            made.attrs["encoding-type"], made.attrs["encoding-version"] = "string-array", "0.2.0"
+            file["X/data"][:] = rng.integers(1, 9, len(x.data)).astype(np.float32)
+    return paths
+
+
+def ingest(options: argparse.Namespace) -> int:
+    """Measure an ingest of very many small files in one process."""
+    import hbx_gpu
+
+    home = options.data / "ingest"
+    paths = make_files(home / f"{options.cells}x{options.genes}", options.files, options.cells, options.genes)
+    root = home / "atlas"
+    shutil.rmtree(root, ignore_errors=True)
+    moments: list[float] = []
+    begin, wall = time.process_time(), time.perf_counter()
+    hbx_gpu.ingest_many(root, paths, added=lambda _: moments.append(time.process_time()))
+    cpu, wall = time.process_time() - begin, time.perf_counter() - wall
+    spans = np.diff(moments[_BATCH - 1 :: _BATCH]) / _BATCH * 1e3
+    print(
+        f"{len(paths):,} files of {options.cells} cells x {options.genes:,} genes, one process: "
+        f"{cpu / len(paths) * 1e3:.1f} ms CPU per file, {len(paths) / wall:.1f} files/s\n"
+        f"written and committed: {spans[0]:.1f} ms CPU per file in files {_BATCH} to {2 * _BATCH}, "
+        f"{spans[-1]:.1f} in the last {_BATCH} (ratio {spans[-1] / spans[0]:.2f})"
+    )
+    for name in ("_feature_layouts", "atlas_versions", "cells", "datasets", "gene_registry"):
+        folder = root / "lance_db" / f"{name}.lance"
+        size = {part.name: _size(part) / len(paths) for part in sorted(folder.iterdir())}
+        told = ", ".join(f"{part.lstrip('_')} {n:,.0f}" for part, n in size.items())
+        print(f"table {name}: {sum(size.values()):,.0f} bytes per dataset ({told})")
+    atlas = hbx_gpu.RaggedAtlas.open(root)
+    atlas.optimize()
+    atlas.snapshot()
+    begin = time.process_time()
+    dataset = hbx_gpu.RaggedAtlas.checkout_latest(root).query().to_cell_dataset("gene_expression")
+    print(f"opened as a dataset of {len(dataset):,} cells: {time.process_time() - begin:.2f} s CPU")
+    print(describe(conditions()))
+    return 0
+
+
+def workers(options: argparse.Namespace) -> int:
+    """Measure how an ingest becomes faster with processes."""
+    import resource
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    import hbx_gpu
+
+    home = options.data / "ingest"
+    paths = make_files(home / f"{options.cells}x{options.genes}", options.files, options.cells, options.genes)
+    n_bytes, first, done = sum(path.stat().st_size for path in paths), 0.0, 0.0
+    for n in options.workers:
+        root = home / "atlas"
+        shutil.rmtree(root, ignore_errors=True)
+        with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as executor:
+            before = sum(executor.map(_ready, range(n)))
+            here, begin = time.process_time(), time.perf_counter()
+            hbx_gpu.ingest_many(root, paths, executor)
+            took, here = time.perf_counter() - begin, time.process_time() - here
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        there = used.ru_utime + used.ru_stime - done - before
+        done = used.ru_utime + used.ru_stime
+        first = first or took
+        print(
+            f"{len(paths):,} files of {options.cells:,} cells, {n} worker(s): {took:.1f} s, "
+            f"{len(paths) / took:.1f} files/s, {n_bytes / took / 1e6:.1f} MB/s read, {first / took:.2f}x; "
+            f"CPU {here:.1f} s in the coordinator, {there:.1f} s in workers"
+        )
+    print(describe(conditions()))
+    return 0
+
+
+def _ready(_: int) -> float:
+    """Processor seconds of a worker once it is ready; its start is not measured."""
+    import hbx_gpu.atlas._ingest.tasks  # noqa: F401
+
+    time.sleep(1)
+    return time.process_time()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

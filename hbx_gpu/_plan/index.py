@@ -173,7 +173,7 @@ class IndexMaker:
         first = np.append(np.concatenate(self._breaks), self._n)
         source, start = np.concatenate(self._sources), np.concatenate(self._starts)
         gaps = _joined(self._gaps)
-        wide = [int(np.count_nonzero(gaps > np.iinfo(kind).max)) for kind in _GAPS]
+        wide = [_n_above(gaps, int(np.iinfo(kind).max)) for kind in _GAPS]
         costs = [
             _RUN_BYTES * n + np.dtype(kind).itemsize * self._n for n, kind in zip(wide, _GAPS, strict=True)
         ]
@@ -200,14 +200,19 @@ def _smallest(values: np.ndarray) -> np.ndarray:
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
+def _n_above(values: np.ndarray, limit: int) -> int:
+    return 0 if limit >= np.iinfo(values.dtype).max else int(np.count_nonzero(values > limit))
+
+
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """The parts end to end; the list is emptied while they are copied."""
-    whole = np.empty(sum(map(len, parts)), np.result_type(*parts))
+    whole = np.zeros(sum(map(len, parts)), np.result_type(*parts))
     at = 0
     parts.reverse()
     while parts:
         part = parts.pop()
-        whole[at : at + len(part)] = part
+        if part.any():  # pages of zeros that nobody writes take no memory, and there are mostly no gaps
+            whole[at : at + len(part)] = part
         at += len(part)
     return whole
 

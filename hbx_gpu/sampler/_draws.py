@@ -8,7 +8,9 @@ from typing import Protocol, Self
 import numpy as np
 
 from hbx_gpu._draws import philox, unit
+from hbx_gpu.sampler._orders import EpochOrder, HeldOrder
 from hbx_gpu.sampler._position import DRAWS, EpochKey, digest
+from hbx_gpu.sampler._race import RaceOrder
 from hbx_gpu.sampler._selection import LabelTable
 
 _BLOCK = 512  # cells whose weights are summed up before drawing
@@ -26,8 +28,8 @@ class Draws(Protocol):
     def cells(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Cells that follow from two uniform numbers each, float64 (n,) in [0, 1): int64 (n,)."""
 
-    def weighted(self) -> tuple[np.ndarray, np.ndarray]:
-        """The cells that can be drawn, int64, and their weights, float64; memory grows with the cells."""
+    def once(self, n: int, key: EpochKey) -> EpochOrder:
+        """The first `n` of successive draws in which no cell comes twice."""
 
     def digest(self) -> str:
         """A short name for the distribution, for comparing states."""
@@ -68,10 +70,13 @@ class CellWeights:
         result: np.ndarray = weigh(self.weights, self.before, _BLOCK, first * self.before[-1])
         return result
 
-    def weighted(self) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Draws`."""
+    def once(self, n: int, key: EpochKey) -> HeldOrder:
+        """See :class:`Draws`; memory and time grow with the number of cells."""
+        # Exponential races: the n smallest arrival times, in their order, are n successive draws.
         cells = np.flatnonzero(self.weights)
-        return cells, self.weights[cells].astype(np.float64)
+        arrival = key.rng().standard_exponential(len(cells)) / self.weights[cells].astype(np.float64)
+        first = np.argpartition(arrival, n - 1)[:n] if n < len(arrival) else np.arange(n)
+        return HeldOrder(cells[first[np.argsort(arrival[first])]])
 
     def digest(self) -> str:
         """See :class:`Draws`."""
@@ -114,13 +119,9 @@ class LabelDraws:
         label = np.where(scaled - label < self.keep[label], label, self.other[label])
         return self.table.cells(label, (second * self.table.counts[label]).astype(np.int64))
 
-    def weighted(self) -> tuple[np.ndarray, np.ndarray]:
+    def once(self, n: int, key: EpochKey) -> RaceOrder:  # noqa: ARG002 - any stretch is computed alone
         """See :class:`Draws`."""
-        of_code = np.zeros(int(self.table.labels.max(initial=-1)) + 2)  # the last entry is that of -1
-        of_code[self.table.labels] = self.weights / self.table.counts
-        weights = of_code[self.table.codes]
-        cells = np.flatnonzero(weights)
-        return cells, weights[cells]
+        return RaceOrder(self.table, self.weights, key)
 
     def digest(self) -> str:
         """See :class:`Draws`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from hbx_gpu.sampler._rounds import Edges
 
-BLOCKS, WINDOWS, CELLS, POOL, QUEUES, DRAWS = range(1, 7)
+BLOCKS, WINDOWS, CELLS, POOL, QUEUES, DRAWS, SPLITS, ARRIVALS = range(1, 9)
 """What the streams of random numbers of one epoch are for; two streams share nothing."""
 
 

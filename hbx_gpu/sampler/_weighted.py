@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from hbx_gpu.sampler._codes import checked_codes
 from hbx_gpu.sampler._draws import CellWeights, DrawnOrder, Draws, LabelDraws
 from hbx_gpu.sampler._epoch import EpochSampler
-from hbx_gpu.sampler._orders import EpochOrder, HeldOrder
+from hbx_gpu.sampler._orders import EpochOrder
 from hbx_gpu.sampler._position import EpochKey, at_least
 from hbx_gpu.sampler._rounds import Even, batch_sizes
 from hbx_gpu.sampler._selection import LabelTable
@@ -45,8 +45,9 @@ class WeightedCellSampler(EpochSampler):
     n_samples
         Draws per epoch; by default as many as there are cells of positive weight.
     replacement
-        False: no cell twice in an epoch; the earlier of two draws still favors the heavier cell. Each epoch
-        then takes memory and time that grow with the number of cells.
+        False: no cell twice in an epoch; the earlier of two draws still favors the heavier cell. With weights
+        of cells, each epoch then takes memory and time that grow with the number of cells; with weights of
+        labels (:meth:`balanced`, :meth:`by_label`) it does not.
 
     Raises
     ------
@@ -155,11 +156,7 @@ class WeightedCellSampler(EpochSampler):
     def _order(self, key: EpochKey, lanes: int) -> EpochOrder:  # noqa: ARG002 - draws have no locality
         if self.replacement or self._n_epoch == 0:
             return DrawnOrder(self._draws, key)
-        # Exponential races: the n smallest arrival times, in their order, are n successive draws.
-        n, (cells, weights) = self._n_epoch, self._draws.weighted()
-        arrival = key.rng().standard_exponential(len(weights)) / weights
-        first = np.argpartition(arrival, n - 1)[:n] if n < len(arrival) else np.arange(n)
-        return HeldOrder(cells[first[np.argsort(arrival[first])]])
+        return self._draws.once(self._n_epoch, key)
 
     def _identity(self) -> dict[str, object]:
         return {

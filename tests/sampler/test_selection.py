@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tracemalloc
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.sampler import BalancedCellSampler, WeightedCellSampler
-from hbx_gpu.sampler._draws import CellWeights, LabelDraws, alias_table, uniform_pairs
+from hbx_gpu.sampler._draws import CellWeights, alias_table, uniform_pairs
 from hbx_gpu.sampler._draws_numba import pairs
 from hbx_gpu.sampler._permutation import EXACT, Permutation, Permutations
 from hbx_gpu.sampler._position import EpochKey
+from hbx_gpu.sampler._race import RaceOrder
 from hbx_gpu.sampler._selection import LabelTable
 from tests.sampler.orders import flat, world
 
@@ -149,13 +151,6 @@ def test_labels_of_many_cells_take_little_memory() -> None:
     assert peak < 13 * 2**20, f"{peak} bytes, and sorted row numbers alone would take 16 million"
 
 
-def test_label_draws_say_what_they_weigh() -> None:
-    table = LabelTable.of(LABELS)
-    cells, weights = LabelDraws.of(table, np.array([1.0, 0.0, 2.0])).weighted()
-    assert np.array_equal(cells, np.flatnonzero((LABELS == 0) | (LABELS == 4)))
-    np.testing.assert_allclose(weights[LABELS[cells] == 4].sum(), 2.0)
-
-
 @pytest.mark.parametrize("begin", [0, 2**32 - 2, 2**40])
 def test_uniform_numbers_in_compiled_code(begin: int) -> None:
     for low, high in ((0, 0), (2**32 - 1, 12345)):
@@ -175,3 +170,55 @@ def test_permutations_that_are_looked_up_together() -> None:
         for k, p in zip(which.tolist(), positions.tolist(), strict=True)
     ]
     assert np.array_equal(together.at(which, positions), expected)
+
+
+def once(counts: list[int], weights: list[float], epoch: int) -> RaceOrder:
+    codes = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    return RaceOrder(LabelTable.of(codes), np.array(weights), EpochKey(3, epoch))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 0.0], [1e-250, 1e200, 1.0], [5.0, 1.0, 2.0]])
+@pytest.mark.parametrize("counts", [[3, 2, 4], [9_000, 40, 20_000]])
+def test_a_race_has_each_cell_once_and_any_stretch_alone(counts: list[int], weights: list[float]) -> None:
+    n = sum(count for count, weight in zip(counts, weights, strict=True) if weight)
+    order = once(counts, weights, 0)
+    whole = order.cells(0, n)
+    codes = order.table.codes
+    assert np.array_equal(np.sort(whole), np.flatnonzero(np.array(weights)[codes] > 0))
+    for begin in (n - 1, 0, n // 2, n // 3, n // 3 + 5):
+        end = min(n, begin + 5_000)
+        assert np.array_equal(once(counts, weights, 0).cells(begin, end), whole[begin:end])
+        assert np.array_equal(order.cells(begin, end), whole[begin:end])
+    assert not np.array_equal(once(counts, weights, 1).cells(0, n), whole)
+
+
+def test_a_race_draws_as_exponential_arrivals_do() -> None:
+    """Where each label's cells come, beside the times of all cells in memory."""
+    counts, weights = [6_000, 3_000, 1_000], [1.0, 2.0, 2.0]
+    rates = np.repeat(np.array(weights) / counts, counts)
+    labels = np.repeat(np.arange(3), counts)
+    rng = np.random.default_rng(0)
+    shares: dict[str, list[np.ndarray]] = {"plain": [], "race": []}
+    places = [0, 500, 2_000, 5_000, 8_000, 9_500, 10_000]
+    for epoch in range(60):
+        plain = labels[np.argsort(rng.standard_exponential(len(rates)) / rates)]
+        order = once(counts, weights, epoch)
+        for name, drawn in (("plain", plain), ("race", order.table.codes[order.cells(0, len(rates))])):
+            parts = [drawn[a:b] for a, b in itertools.pairwise(places)]
+            shares[name].append(np.array([np.bincount(part, minlength=3) for part in parts]))
+    expected, found = (np.array(shares[name]) for name in ("plain", "race"))
+    error = (expected.std(axis=0) + 1e-9) * (2 / len(found)) ** 0.5
+    assert (np.abs(found.mean(axis=0) - expected.mean(axis=0)) < 4.5 * error).all()
+    np.testing.assert_allclose(found.std(axis=0), expected.std(axis=0), rtol=0.5)
+
+
+def test_a_race_takes_little_memory() -> None:
+    codes = np.random.default_rng(0).integers(0, 50, 2_000_000).astype(np.int8)
+    weights = {label: float(label) for label in range(50)}
+    tracemalloc.start()
+    sampler = WeightedCellSampler.by_label(codes, weights, 500, replacement=False, seed=1)
+    first = next(sampler.batches())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(first)) == 500
+    assert peak < 8 * 2**20, f"{peak} bytes, and the times of arrival alone would take 16 million"

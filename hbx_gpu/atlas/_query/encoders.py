@@ -129,7 +129,8 @@ class GrowingVocabulary:
         names = text.dictionary.cast(pa.string()).to_pylist()
         of_name = [-1 if name is None else self._codes.setdefault(name, len(self._codes)) for name in names]
         of_name.append(-1)
-        place = pc.fill_null(text.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        indices = pc.fill_null(text.indices.cast(pa.int64()), -1) if text.null_count else text.indices
+        place = indices.to_numpy(zero_copy_only=False)
         codes: np.ndarray = np.array(of_name, np.min_scalar_type(-max(len(self._codes), 1)))[place]
         return codes
 
