@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.common import DataSpec, conditions, prepare
 from benchmarks.executors import EXECUTORS, by_executor
 from benchmarks.null_backend import NullBackend
-from hbx_gpu import stats
+from hbx_gpu import loader_stats as stats
 from hbx_gpu._bench.machine import describe
 from hbx_gpu._bench.settings import open_dataset
 from hbx_gpu._bench.tables import table, write_json

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import host_cost
 from benchmarks.null_backend import NullBackend
-from hbx_gpu import stats
+from hbx_gpu import loader_stats as stats
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.testing import example_dataset, example_groups
 
