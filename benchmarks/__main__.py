@@ -13,6 +13,7 @@ QUESTIONS = {
     "codecs": "How many bits does a nonzero take in each codec, and how fast is it encoded and decoded?",
     "scale": "What do very many files cost to ingest, and very many cells to order and to open?",
     "statistics": "What do means, variances and medians cost, beside reading the same rows?",
+    "verify": "How long does hbx-gpu verify take, beside reading the same files and computing their CRC32C?",
     "cloud": "How fast do cells load from object storage, beside a local disk and zarr-python?",
     "orders": "How well does each order of cells mix a batch?",
     "host_cost": "How much CPU time does the host spend on a batch, by stage?",
