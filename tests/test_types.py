@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hbx_gpu"
 
-MOST = 3.0
+MOST = 2.4
 """`Any` per 1,000 lines of the package. It may only fall."""
 
 

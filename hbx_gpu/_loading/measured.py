@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._protocols import AnyCollate, AnyFeed, Collating, Loadable, Rows, TensorBatch, Widths
 from hbx_gpu._tensors import check_columns
 
@@ -50,7 +51,8 @@ def with_groups(dataset: Loadable[object]) -> tuple[HasFeatures, Masks]:
     ValueError
         The dataset has no features, or a metadata column that is called ``measured``.
     """
-    if not isinstance(dataset, HasFeatures) or getattr(dataset, "kind", "sparse") == "arrays":
+    arrays = isinstance(dataset, DenseCellDataset) and dataset.kind == "arrays"
+    if not isinstance(dataset, HasFeatures) or arrays:
         raise ValueError(
             f"measured=True is for datasets whose columns are features, which {dataset!r} does not have: "
             "leave it out"

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -268,11 +269,8 @@ class _File:
         found = os.stat(path)
         check_regular(path, found)
         self.handle = open_file(path)
+        weakref.finalize(self, self.handle.close).atexit = False
         self.identity, self.size = (found.st_dev, found.st_ino), found.st_size
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):  # the constructor may not have come so far
-            self.handle.close()
 
 
 def _outcome(read: Future) -> int | BaseException:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from hbx_gpu.tokens._compile import Compiled
-from hbx_gpu.tokens._program import Mask
+from hbx_gpu.tokens._program import Mask, Sequence
 
 PADDINGS = ("longest", "max_length", "packed")
 IDS = ("int64", "int32")
@@ -99,5 +99,6 @@ def check_options(compiled: Compiled, options: Options) -> None:
     ValueError
         Rows of two sequences, packed.
     """
-    if options.padding == "packed" and getattr(compiled.program, "mask", None) == Mask.SPLIT:
+    program = compiled.program
+    if options.padding == "packed" and isinstance(program, Sequence) and program.mask == Mask.SPLIT:
         raise ValueError("rows that a Split cuts in two cannot be packed: choose another padding")

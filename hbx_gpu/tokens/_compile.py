@@ -15,6 +15,7 @@ from hbx_gpu.tokens import _program as p
 from hbx_gpu.tokens._draws import MAX_INDEX
 from hbx_gpu.tokens._lower_sampled import lower
 from hbx_gpu.tokens._recipes import ObsTokens, RankValue, Recipe
+from hbx_gpu.tokens._sampled import WeightedSentence
 
 _VERSION = re.compile(r"^(.+)\.\d+$")
 T = TypeVar("T")
@@ -192,8 +193,11 @@ def _usable(recipe: Recipe) -> Mapping[str, object] | None:
     """Genes that a recipe has everything for; None: all of its vocabulary."""
     if isinstance(recipe, RankValue) and recipe.missing_medians == "drop":
         return recipe.medians  # type: ignore[return-value]
-    tables = [getattr(recipe, name) for name in ("chromosomes", "starts") if hasattr(recipe, name)]
-    return {name: 1 for name in tables[0] if name in tables[1]} if tables else None
+    if isinstance(recipe, WeightedSentence):
+        chromosomes: Mapping[str, object] = recipe.chromosomes  # type: ignore[assignment]
+        starts: Mapping[str, object] = recipe.starts  # type: ignore[assignment]
+        return {name: 1 for name in chromosomes if name in starts}
+    return None
 
 
 def _scales(recipe: Recipe, names: list[str], ids: np.ndarray) -> np.ndarray:

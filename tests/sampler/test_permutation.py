@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbx_gpu.sampler import CellSampler
-from hbx_gpu.sampler._permutation import EXACT, Permutation, network, sides
+from hbx_gpu.sampler._permutation import EXACT, Permutation, Permutations, network, sides
 
 BILLION = 10**9
 N = 40_009  # a prime, so that neither half divides it
@@ -63,6 +63,17 @@ def test_values_that_leave_the_range_walk_on(n: int) -> None:
 def test_orders_stay_what_they_are(n: int, expected: list[int]) -> None:
     """A run that another release saved goes on with the cells that it has not seen."""
     assert keyed(n, 1, 2).span(0, 4).tolist() == expected
+
+
+def test_several_orders_at_once_are_each_that_of_its_key() -> None:
+    sizes = np.array([5, 64 * 63, EXACT + 1, 10**6, 0, BILLION])  # 64 and 63 differ in their number of bits
+    seeds = [np.random.SeedSequence((3, k)) for k in range(len(sizes))]
+    rng = np.random.default_rng(0)
+    which = rng.choice([0, 1, 2, 3, 5], 500)
+    positions = rng.integers(0, sizes[which])
+    found = Permutations(sizes, seeds).at(which, positions)
+    for k in np.unique(which).tolist():
+        assert np.array_equal(found[which == k], keyed(int(sizes[k]), 3, k).at(positions[which == k]))
 
 
 def test_orders_that_are_too_long_are_refused() -> None:

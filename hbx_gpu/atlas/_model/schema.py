@@ -118,9 +118,8 @@ class PointerField:
         """
         extra = {**(kwargs.pop("json_schema_extra", None) or {}), "feature_space": feature_space}
         if feature_registry_schema is not None:
-            extra["feature_registry_schema"] = getattr(
-                feature_registry_schema, "__name__", feature_registry_schema
-            )
+            given = feature_registry_schema
+            extra["feature_registry_schema"] = given if isinstance(given, str) else given.__name__
         return Field(default=default, json_schema_extra=extra, **kwargs)
 
 

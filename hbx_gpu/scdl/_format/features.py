@@ -310,9 +310,10 @@ class ObservedFeatureIndex(FeatureIndex):
         frame = self.frames[block]
         expected = self._ends[block] - (self._ends[block - 1] if block else 0)
         if len(frame) and frame.n_rows != expected:
+            where = frame.file if isinstance(frame, StoredFrame) else "obs"
             raise CorruptDataError(
-                f"{getattr(frame, 'file', 'obs')}: expected {expected} rows (block {block}), found "
-                f"{frame.n_rows}. Restore the obs_features folder, or convert the source again"
+                f"{where}: expected {expected} rows (block {block}), found {frame.n_rows}. Restore "
+                "the obs_features folder, or convert the source again"
             )
         return frame
 
