@@ -34,7 +34,7 @@ class BufferPool:
     def __init__(self, max_bytes: int = 512 << 20) -> None:
         self.max_bytes = max_bytes
         self.n_allocated = 0
-        self._free: dict[int, list[np.ndarray]] = {}
+        self._free: dict[int, list[_Block]] = {}
         self._free_bytes = 0
         self._lock = (
             threading.RLock()
@@ -55,17 +55,15 @@ class BufferPool:
                 self._free_bytes -= size
             else:
                 self.n_allocated += 1
-        if block is None:
-            block = np.empty(size + _ALIGNMENT, np.uint8)
-        lease = np.asarray(_Lease(self, block, size))
-        result: np.ndarray = lease[:nbytes].view(dtype).reshape(shape)
-        return result
+        lease = np.asarray(_Lease(self, block or _Block(size)))
+        result: np.ndarray = lease[:nbytes].view(dtype)
+        return result if isinstance(shape, int) else result.reshape(shape)
 
-    def _give_back(self, block: np.ndarray, size: int) -> None:
+    def _give_back(self, block: _Block) -> None:
         with self._lock:
-            if self._free_bytes + size <= self.max_bytes:
-                self._free.setdefault(size, []).append(block)
-                self._free_bytes += size
+            if self._free_bytes + block.size <= self.max_bytes:
+                self._free.setdefault(block.size, []).append(block)
+                self._free_bytes += block.size
 
     @property
     def free_bytes(self) -> int:
@@ -85,22 +83,29 @@ def _size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+class _Block:
+    """Memory from the system, and what NumPy asks for to make arrays of it."""
+
+    __slots__ = ("interface", "memory", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size, self.memory = size, np.empty(size + _ALIGNMENT, np.uint8)
+        address = int(self.memory.__array_interface__["data"][0])
+        aligned = -(-address // _ALIGNMENT) * _ALIGNMENT
+        self.interface = {"shape": (size,), "typestr": "|u1", "data": (aligned, False), "version": 3}
+
+
 class _Lease:
     """Owner of one block; NumPy keeps it alive as the base of the array, and of all its views."""
 
-    def __init__(self, pool: BufferPool, block: np.ndarray, size: int) -> None:
-        self._pool, self._block, self._size = pool, block, size
-        address = int(block.__array_interface__["data"][0])
-        aligned = -(-address // _ALIGNMENT) * _ALIGNMENT
-        self.__array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (aligned, False),
-            "version": 3,
-        }
+    __slots__ = ("__array_interface__", "_block", "_pool")
+
+    def __init__(self, pool: BufferPool, block: _Block) -> None:
+        self._pool, self._block = pool, block
+        self.__array_interface__ = block.interface
 
     def __del__(self) -> None:
-        self._pool._give_back(self._block, self._size)
+        self._pool._give_back(self._block)
 
 
 POOL = BufferPool()

@@ -124,11 +124,11 @@ class Dataset(ABC, Generic[BatchT]):
     def row_numbers(self, rows: Rows) -> np.ndarray:
         """Row numbers as int64 in ``[0, n_cells)``."""
         try:
-            rows = np.asarray(rows)
-            shape = f"shape {rows.shape}"
+            rows, shape = np.asarray(rows), ""
         except ValueError:  # rows of rows, of different lengths
             rows, shape = np.empty((0, 0)), "lists of different lengths"
         if rows.ndim != 1:
+            shape = shape or f"shape {rows.shape}"
             raise IndexError(
                 f"row numbers must be one-dimensional, got {shape}; a sampler that yields whole batches is "
                 "given to a torch DataLoader as batch_sampler="
@@ -143,11 +143,13 @@ class Dataset(ABC, Generic[BatchT]):
         if rows.dtype.kind not in "iu":
             raise IndexError(f"row numbers must be integers, got {rows.dtype}")
         rows = rows.astype(np.int64, copy=False)
+        if rows.view(np.uint64).max() < n:  # negative numbers are huge ones then
+            return rows
         low, high = rows.min(), rows.max()
         if low < -n or high >= n:
             bad = low if low < -n else high
             raise IndexError(f"row {bad} is out of range for a dataset of {n} cells")
-        return np.where(rows < 0, rows + n, rows) if low < 0 else rows
+        return np.where(rows < 0, rows + n, rows)
 
     def with_wide_columns(self) -> Self:
         """Return this dataset with sparse batches that become CSR tensors without a copy."""

@@ -310,10 +310,10 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         """
         with stage("plan"):
             plan = self.plan(selection)
-            extents = replace(self._directory.extents(plan.chunks), share=plan.share)
+            extents = self._directory.extents(plan.chunks, plan.share)
         with stage("read") as reading:
             slab = (reader or self._reader).read(extents)
-            reading.nbytes = int(np.maximum(slab.nbytes, 0).sum())
+            reading.nbytes = int(slab.nbytes.sum(where=slab.nbytes > 0))
         return plan, slab
 
     def _metadata(self, selections: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
@@ -322,6 +322,8 @@ class StoredDataset(Dataset[BatchT], Generic[IndexT, PlanT, BatchT]):
         whole = gathered(self.columns, self.categories, rows)
         if self._view.numbered:
             whole["index"] = rows
+        if len(selections) == 1:
+            return [whole or None]
         ends = accumulate(map(len, selections), initial=0)
         return [{name: x[a:b] for name, x in whole.items()} or None for a, b in pairwise(ends)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from hbx_gpu._plan.rows import BatchPlan, SourceTable
 from hbx_gpu._source import RowTable
 
-_FEW = 48  # keys that are sorted by insertion, which needs no counters
+_FEW = 96  # keys that are sorted by insertion, which needs no counters
 _DIGIT = 11  # bits that a pass of the sort looks at; their counters fit the nearest cache
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)

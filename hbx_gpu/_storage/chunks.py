@@ -136,13 +136,15 @@ class ChunkDirectory:
             f"{layout.path}): its metadata are damaged, or it has to be stored in larger chunks"
         )
 
-    def extents(self, chunk_ids: np.ndarray) -> Extents:
+    def extents(self, chunk_ids: np.ndarray, share: float = 1.0) -> Extents:
         """Look up where chunks lie.
 
         Parameters
         ----------
         chunk_ids
             int64, (k,). Any order, repeats allowed.
+        share
+            As in `Extents`.
 
         Raises
         ------
@@ -159,13 +161,13 @@ class ChunkDirectory:
                 f"chunk numbers must be in 0..{self.base[-1] - 1}, found {ids.min()}..{ids.max()}"
             )
         if not self._any_plain and not self._any_watched:
-            return self._looked_up(ids)
+            return self._looked_up(ids, share)
         array = np.searchsorted(self.base, ids, "right") - 1
         if self._any_watched:
             self._check_unchanged(array)
         plain = self._is_plain[array]
         if plain.all():
-            return self._computed(ids, array)
+            return self._computed(ids, array, share)
         file, offset = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
         nbytes = np.empty(len(ids), np.int64)
         for part, found in (
@@ -173,7 +175,7 @@ class ChunkDirectory:
             (~plain, self._looked_up(ids[~plain])),
         ):
             file[part], offset[part], nbytes[part] = found.file, found.offset, found.nbytes
-        return Extents(file, offset, nbytes)
+        return Extents(file, offset, nbytes, share)
 
     def skipped_filters(self, chunk_id: int) -> int:
         """Return the filters that a chunk did not go through, as bits; 0 for nearly all chunks."""
@@ -192,16 +194,16 @@ class ChunkDirectory:
                 raise CorruptChunkError(CHANGED, file=layout.path, array=layout.name)
             seen.add(layout.path)
 
-    def _looked_up(self, ids: np.ndarray) -> Extents:
+    def _looked_up(self, ids: np.ndarray, share: float = 1.0) -> Extents:
         """Return extents of chunks that are stored as objects, from the table."""
         nbytes = self._nbytes[ids]
         if not nbytes.all():
             with self._lock:
                 self._load(ids[self._nbytes[ids] == 0])
             nbytes = self._nbytes[ids]
-        return Extents(self._file[ids], self._offset[ids], nbytes - _BIAS)
+        return Extents(self._file[ids], self._offset[ids], nbytes - _BIAS, share)
 
-    def _computed(self, ids: np.ndarray, array: np.ndarray) -> Extents:
+    def _computed(self, ids: np.ndarray, array: np.ndarray, share: float = 1.0) -> Extents:
         """Compute extents of chunks of plain files; `array` is the array number of each chunk."""
         file = self._plain_file[array]
         if len(file) and file.min() < 0:
@@ -211,7 +213,7 @@ class ChunkDirectory:
             file = self._plain_file[array]
         stored = self._stored[array]
         offset = self._begin[array] + (ids - self.base[array]) * stored
-        return Extents(file, offset, np.minimum(stored, self._end[array] - offset))
+        return Extents(file, offset, np.minimum(stored, self._end[array] - offset), share)
 
     def locate(self, chunk_id: int) -> tuple[str, str, int]:
         """Return (path of the object, name of the array, chunk number inside the array) for a chunk."""

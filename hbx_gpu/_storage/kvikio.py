@@ -233,7 +233,9 @@ class KvikioReader(Reader):
     def _file(self, placed: Placed, file: int) -> _File:
         path, identity = self.directory.paths[file], self.directory.identities[file]
         extents = placed.extents
-        entry = self._files.peek(path, lambda entry: entry.identity == identity)
+        entry = self._files.peek(path)
+        if entry is not None and entry.identity != identity:
+            entry = None
         try:
             if entry is None:
                 entry = self._files.open(path, lambda new: self._check_opened(extents, file, new.identity))

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -172,13 +173,12 @@ class _Cache(Generic[_T]):
         self._entries: OrderedDict[str, _T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def peek(self, path: str, usable: Callable[[_T], bool]) -> _T | None:
-        """Return the opened file if it is in the cache and usable, or None."""
+    def peek(self, path: str) -> _T | None:
+        """Return the opened file if it is in the cache, or None."""
         with self._lock:
             entry = self._entries.get(path)
-            if entry is None or not usable(entry):
-                return None
-            self._entries.move_to_end(path)
+            if entry is not None:
+                self._entries.move_to_end(path)
             return entry
 
     def open(self, path: str, check: Callable[[_T], None]) -> _T:
@@ -333,8 +333,8 @@ class PreadReader(Reader):
 
     def _open(self, extents: Extents, file: int) -> _Descriptor:
         path, identity = self.directory.paths[file], self.directory.identities[file]
-        descriptor = self._files.peek(path, lambda entry: entry.identity == identity)
-        if descriptor is not None:
+        descriptor = self._files.peek(path)
+        if descriptor is not None and descriptor.identity == identity:
             return descriptor
         try:
             return self._files.open(path, lambda entry: self._check_opened(extents, file, entry.identity))
@@ -403,23 +403,26 @@ class MmapReader(Reader):
         self._read_bytes = 0
 
     def read(self, extents: Extents) -> Slab:
-        address = np.zeros(len(extents), np.uint64)
-        stored = np.flatnonzero(extents.nbytes > 0)
-        if not len(stored):
-            return Slab(address, extents.nbytes, [])
-        file, offset, nbytes = extents.file[stored], extents.offset[stored], extents.nbytes[stored]
+        file, offset, nbytes = extents.file, extents.offset, extents.nbytes
+        stored = nbytes > 0
+        some_absent = not stored.all()
+        if some_absent:
+            file, offset, nbytes = file[stored], offset[stored], nbytes[stored]
+        if not len(file):
+            return Slab(np.zeros(len(stored), np.uint64), extents.nbytes, [])
         # Extents in a row mostly lie in one file, which is looked up once for all of them.
-        edges = np.flatnonzero(np.concatenate(([True], file[1:] != file[:-1], [True])))
-        reach = np.maximum.reduceat(offset + nbytes, edges[:-1])
-        files = file[edges[:-1]].tolist()
-        needed = dict.fromkeys(files, 0)
-        for number, end in zip(files, reach.tolist(), strict=True):
-            needed[number] = max(end, needed[number])
+        first = [0, *((file[1:] != file[:-1]).nonzero()[0] + 1).tolist()]
+        files = file[first].tolist()
+        needed: dict[int, int] = {}
+        for number, end in zip(files, np.maximum.reduceat(offset + nbytes, first).tolist(), strict=True):
+            needed[number] = max(end, needed.get(number, 0))
         maps = {number: self._map(extents, number, end) for number, end in needed.items()}
-        base = np.repeat(
-            np.array([maps[number].address for number in files], np.uint64), edges[1:] - edges[:-1]
-        )
-        address[stored] = base + offset.astype(np.uint64)
+        counts = [b - a for a, b in pairwise([*first, len(file)])]
+        address = np.repeat(np.array([maps[number].address for number in files], np.uint64), counts)
+        address += offset.view(np.uint64)
+        if some_absent:
+            held, address = address, np.zeros(len(stored), np.uint64)
+            address[stored] = held
         # Without the lock, threads may race and hand back a little early or late, which does no harm.
         self._read_bytes += int(extents.share * int(nbytes.sum()))
         if self._read_bytes > self._resident_bytes:
@@ -435,7 +438,9 @@ class MmapReader(Reader):
 
     def _map(self, extents: Extents, file: int, needed: int) -> FileMap:
         path, identity = self.directory.paths[file], self.directory.identities[file]
-        entry = self._maps.peek(path, lambda entry: entry.identity == identity and entry.nbytes >= needed)
+        entry = self._maps.peek(path)
+        if entry is not None and (entry.nbytes < needed or entry.identity != identity):
+            entry = None
         try:
             found = os.stat(path)
             if (found.st_dev, found.st_ino) != identity:

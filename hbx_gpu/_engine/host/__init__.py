@@ -209,11 +209,10 @@ class HostEngine:
             absent = slab.address == 0
             self._fill_absent(plan, np.flatnonzero(absent), outputs, unsorted)
             kind[absent] = -1
-        for k in sorted(set(kind.tolist())):
-            if k < 0:
-                continue
+        for k, one in enumerate(self._kinds):
             jobs = (kind == k).nonzero()[0]
-            one = self._kinds[k]
+            if not len(jobs):
+                continue
             if one.codec == RAW:
                 self._raw(plan, slab, jobs, one, outputs[one.role], unsorted)
             elif one.codec:
