@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 
 from benchmarks.common import DataSpec, prepare
 from hbx_gpu._datasets.cells import CellDataset
+from hbx_gpu._remote.link import IN_FLIGHT
 from hbx_gpu._storage.readers import coalesce
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.dataloader import make_loader
@@ -113,6 +115,30 @@ def load(
     return Run(
         what, cells, spent, cells / spent, stats.requests, stats.bytes_moved, stats.bytes_wanted, share
     )
+
+
+def plain(options: dict[str, str], bucket: str, folder: Path, most: int = 400 << 20) -> Run:
+    """The files of the arrays in ranges of 1 MiB through obstore alone: what server and link give here."""
+    import obstore
+
+    store = store_of(f"s3://{bucket}", options)
+    ranges: list[tuple[str, int, int]] = []
+    for path in sorted(folder.rglob("zarr_store/**/c/*")):
+        for at in range(0, path.stat().st_size, 1 << 20):
+            key = f"{folder.name}/{path.relative_to(folder)}"
+            ranges.append((key, at, min(at + (1 << 20), path.stat().st_size)))
+    ranges = ranges[: most >> 20]
+
+    def one(wanted: tuple[str, int, int]) -> int:
+        key, begin, end = wanted
+        return len(obstore.get(store, key, options={"range": (begin, end)}).bytes())
+
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        list(pool.map(one, ranges[:IN_FLIGHT]))  # connects
+        begin = time.perf_counter()
+        moved = sum(pool.map(one, ranges))
+        spent = time.perf_counter() - begin
+    return Run("obstore alone, ranges of 1 MiB", 0, spent, 0.0, len(ranges), moved, moved, None)
 
 
 def by_zarr(options: dict[str, str], bucket: str, groups: list[str], rows: int, seconds: float) -> Run:

@@ -18,6 +18,7 @@ _GAPS = (16 << 10, 4 << 20)
 _SIZES = (1 << 20, 16 << 20)
 _ENOUGH = 16  # requests before measurements count
 _KEPT = 256
+_WORK = 0.3e-3  # seconds of CPU that a request takes, whatever its size
 _PIECE = 0.5  # seconds of transfer that make one measurement of the bandwidth
 
 
@@ -32,7 +33,8 @@ class Cost:
     bandwidth
         Bytes per second of all requests together.
     request
-        Seconds that one more request costs while `IN_FLIGHT` of them are under way.
+        Seconds that one more request costs while `IN_FLIGHT` of them are under way: its share of the
+        latency, and the work of client and server.
     """
 
     latency: float
@@ -40,7 +42,7 @@ class Cost:
 
     @property
     def request(self) -> float:
-        return self.latency / IN_FLIGHT
+        return self.latency / IN_FLIGHT + _WORK
 
 
 class Link:

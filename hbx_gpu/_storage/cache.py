@@ -35,6 +35,7 @@ _ALIGNMENT = 8
 _MAGIC = b"hbxgpuC1"
 _TRAILER = struct.Struct("<QII8s")  # bytes of the footer, CRC32C of body and of footer, magic
 _ENTRY = np.dtype([("object", "<i8"), ("offset", "<i8"), ("nbytes", "<i8"), ("place", "<i8")])
+_MOST_WAITING = 8  # segments that wait in memory while others are written
 _OFFSETS = 44  # bits of a key that are the offset in an object; the others number the object
 _MOST_OBJECTS = 1 << (63 - _OFFSETS)
 _MOST_MAPS = 4096
@@ -108,6 +109,7 @@ class ChunkCache:
         self._pending: list[_Pending] = []
         self._coming: list[Claim] = []
         self._waiting = 0
+        self._writes = False  # whether a thread was told to write what waits and has not begun
         self._looked_at = 0.0
         self._used = 0
         self.most = self._default_most() if most is None else most
@@ -167,6 +169,15 @@ class ChunkCache:
                 for mapped in self._maps.values():
                     mapped.hand_back()
         return address, owners
+
+    def has(self, objects: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """bool, (k,): whether chunks are in the cache, as far as this process knows; as for :meth:`find`."""
+        keys = _keys(objects, offset)
+        with self._lock:
+            found = np.isin(keys, self._keys)
+            for pending in self._pending:
+                found |= np.isin(keys, _keys(pending.number, pending.offset))
+        return found
 
     def _find_pending(
         self, keys: np.ndarray, nbytes: np.ndarray, address: np.ndarray, owners: list[object]
@@ -293,13 +304,21 @@ class ChunkCache:
                 _Pending(objects[first], offset[first], nbytes[first], address[first], owner)
             )
             self._waiting += int(nbytes[first].sum())
-            if self._waiting < self._segment:
+            waiting, writes = self._waiting, self._writes
+            if waiting < self._segment:
                 return
-        self.flush()
+            self._writes = True
+        if waiting > _MOST_WAITING * self._segment:
+            self.flush()  # the disk is slower than the store: go on as fast as it does
+        elif not writes:
+            # What waits is found all the same, so a batch is made while its chunks are written.
+            threading.Thread(target=self.flush, name="hbx_gpu-cache").start()
 
     def flush(self) -> None:
         """Write what waits to be written. A disk that is full is no error: the cache stays as it is."""
         with self._writing:
+            with self._lock:
+                self._writes = False  # what is added from now on needs another look
             self._flush()
 
     def _flush(self) -> None:

@@ -215,6 +215,37 @@ class ChunkDirectory:
         offset = self._begin[array] + (ids - self.base[array]) * stored
         return Extents(file, offset, np.minimum(stored, self._end[array] - offset), share)
 
+    def within(self, file: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Chunks that lie inside byte ranges of files that were looked up.
+
+        Parameters
+        ----------
+        file, begin, end
+            Integers, (k,). Ranges that do not overlap, in ascending order of (file, begin).
+
+        Returns
+        -------
+        ndarray
+            int64, ascending. Global numbers of the chunks all of whose bytes are in one range.
+        """
+        found = [np.zeros(0, np.int64)]
+        for number in np.unique(file).tolist():
+            mine = file == number
+            first, last = begin[mine], end[mine]
+            array, where = self._objects[number]
+            if self._is_plain[array]:
+                stored, at = int(self._stored[array]), int(self._begin[array])
+                bounds = zip(-((at - first) // stored), (last - at) // stored + 1, strict=True)
+                ids = self.base[array] + np.concatenate([np.arange(*pair) for pair in bounds])
+                ids = ids[ids < self.base[array + 1]]
+            else:
+                ids, _ = self._chunks_of_object(array, where)
+            extents = self.extents(ids)
+            span = np.maximum(np.searchsorted(first, extents.offset, "right") - 1, 0)
+            inside = (extents.file == number) & (extents.nbytes > 0) & (extents.offset >= first[span])
+            found.append(ids[inside & (extents.offset + extents.nbytes <= last[span])])
+        return np.unique(np.concatenate(found))
+
     def locate(self, chunk_id: int) -> tuple[str, str, int]:
         """Return (path of the object, name of the array, chunk number inside the array) for a chunk."""
         array, number = self._split(chunk_id)

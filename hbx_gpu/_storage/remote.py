@@ -11,11 +11,12 @@ from hbx_gpu._remote.places import Place
 from hbx_gpu._remote.stores import ObjectInfo
 from hbx_gpu._storage.cache import ChunkCache, cache_at
 from hbx_gpu._storage.chunks import CHANGED, ChunkDirectory, Extents
-from hbx_gpu._storage.readers import Reader, Slab, coalesce
+from hbx_gpu._storage.readers import Reader, Runs, Slab, coalesce
 from hbx_gpu.errors import ReplacedError
 from hbx_gpu.loader_stats import count_remote
 
 _ALIGNMENT = 8
+_OFFSET_BITS = 40  # of the number that stands for a place in a file
 
 
 class RemoteReader(Reader):
@@ -68,7 +69,7 @@ class RemoteReader(Reader):
         missing = stored & (address == 0)
         moved = Moved(0, 0)
         if missing.any():
-            moved = self._into_cache(extents, objects, missing, address, owners)
+            moved = self._into_cache(extents, missing, address, owners)
         count_remote(
             requests=moved.requests,
             wanted=wanted,
@@ -79,31 +80,47 @@ class RemoteReader(Reader):
         return Slab(address, extents.nbytes, owners), moved
 
     def _into_cache(
-        self,
-        extents: Extents,
-        objects: np.ndarray,
-        missing: np.ndarray,
-        address: np.ndarray,
-        owners: list[object],
+        self, extents: Extents, missing: np.ndarray, address: np.ndarray, owners: list[object]
     ) -> Moved:
-        """Bring what the cache lacks, each chunk by one thread; fills in addresses and owners."""
+        """Bring what the cache lacks, each chunk by one thread; fills in addresses and owners.
+
+        Chunks in the gaps that are read over are kept too: their bytes come anyway, and a later batch
+        probably needs them.
+        """
         assert self._cache is not None
-        mine, claim, others = self._cache.claim(objects[missing], extents.offset[missing])
+        n = int(missing.sum())
+        part = _joined(_some(extents, missing), self._in_gaps(_some(extents, missing)))
+        numbers, places = self._objects(part), np.zeros(len(part), np.uint64)
+        mine, claim, others = self._cache.claim(numbers, part.offset)
         try:
-            moved = self._add(extents, objects, np.flatnonzero(missing)[mine], address, owners)
+            moved = self._add(part, numbers, np.flatnonzero(mine), places, owners)
         finally:
             self._cache.release(claim)
-        if mine.all():
-            return moved
-        for other in others:
-            other.done.wait()
-        rest = np.flatnonzero(missing)[~mine]
-        found, more = self._cache.find(objects[rest], extents.offset[rest], extents.nbytes[rest])
-        address[rest] = found
-        owners += more
-        # What the other thread could not bring, or what was pushed out of the cache at once.
-        again = self._add(extents, objects, rest[found == 0], address, owners)
-        return Moved(moved.requests + again.requests, moved.nbytes + again.nbytes)
+        rest = np.flatnonzero(~mine[:n])
+        if len(rest):
+            for other in others:
+                other.done.wait()
+            found, more = self._cache.find(numbers[rest], part.offset[rest], part.nbytes[rest])
+            places[rest] = found
+            owners += more
+            # What the other thread could not bring, or what was pushed out of the cache at once.
+            again = self._add(part, numbers, rest[found == 0], places, owners)
+            moved = Moved(moved.requests + again.requests, moved.nbytes + again.nbytes)
+        address[missing] = places[:n]
+        return moved
+
+    def _in_gaps(self, wanted: Extents) -> Extents:
+        """The chunks between wanted ones that their requests read over, and that the cache lacks."""
+        assert self._cache is not None
+        runs = self._runs(wanted)
+        between = self.directory.extents(
+            self.directory.within(runs.file, runs.offset, runs.offset + runs.nbytes)
+        )
+        # Chunks of one object that begin at the same byte are the same bytes.
+        lacking = ~np.isin(_starts(between), _starts(wanted))
+        asked = _some(between, lacking)
+        lacking[lacking] = ~self._cache.has(self._objects(asked), asked.offset)
+        return _some(between, lacking)
 
     def _add(
         self,
@@ -117,7 +134,7 @@ class RemoteReader(Reader):
         assert self._cache is not None
         if not len(which):
             return Moved(0, 0)
-        part = Extents(extents.file[which], extents.offset[which], extents.nbytes[which])
+        part = _some(extents, which)
         found, buffer, moved = self._fetched(part)
         self._cache.add(objects[which], part.offset, part.nbytes, found, buffer)
         address[which] = found
@@ -142,14 +159,9 @@ class RemoteReader(Reader):
     def _fetched(self, extents: Extents) -> tuple[np.ndarray, np.ndarray, Moved]:
         """Extents in a new buffer: their addresses, the buffer, and what it took."""
         address = np.zeros(len(extents), np.uint64)
-        first = extents.file[extents.nbytes > 0][:1].tolist()
-        if not first:
+        if not (extents.nbytes > 0).any():
             return address, np.zeros(0, np.uint8), Moved(0, 0)
-        link = link_of(Place(self.directory.paths[first[0]]).root)
-        wanted = int(np.maximum(extents.nbytes, 0).sum())
-        runs = coalesce(
-            extents.file, extents.offset, extents.nbytes, max_gap=link.gap(), max_size=link.size(wanted)
-        )
+        runs = self._runs(extents)
         shift = runs.offset % _ALIGNMENT
         room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
         place = np.cumsum(room) - room + shift
@@ -169,6 +181,15 @@ class RemoteReader(Reader):
         address[stored] = np.uint64(buffer.ctypes.data) + inside.astype(np.uint64)
         return address, buffer, moved
 
+    def _runs(self, extents: Extents) -> Runs:
+        """The requests that bring extents, of which some have bytes."""
+        first = int(extents.file[extents.nbytes > 0][0])
+        link = link_of(Place(self.directory.paths[first]).root)
+        wanted = int(np.maximum(extents.nbytes, 0).sum())
+        return coalesce(
+            extents.file, extents.offset, extents.nbytes, max_gap=link.gap(), max_size=link.size(wanted)
+        )
+
     def close(self) -> None:
         """See :class:`Reader`; what waits to be written to the cache is written."""
         if self._cache is not None:
@@ -185,6 +206,26 @@ class RemoteReader(Reader):
             if isinstance(error, FileNotFoundError):
                 raise self._gone(extents, file) from None
             raise self._error_in(extents, file, CHANGED) from None
+
+
+def _some(extents: Extents, which: np.ndarray) -> Extents:
+    """Some of the extents, by number or by mask."""
+    return Extents(extents.file[which], extents.offset[which], extents.nbytes[which])
+
+
+def _joined(one: Extents, other: Extents) -> Extents:
+    """All extents of both."""
+    return Extents(
+        np.concatenate([one.file, other.file]),
+        np.concatenate([one.offset, other.offset]),
+        np.concatenate([one.nbytes, other.nbytes]),
+    )
+
+
+def _starts(extents: Extents) -> np.ndarray:
+    """A number for the file and the first byte of each extent."""
+    found: np.ndarray = extents.file.astype(np.int64) << _OFFSET_BITS | extents.offset
+    return found
 
 
 def _cache_of(directory: ChunkDirectory) -> ChunkCache | None:

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,33 @@ def test_chunks_are_found_before_and_after_they_are_written(tmp_path: Path) -> N
     assert chunks.found(cache).all()
     assert len(list(tmp_path.glob("*.chunks"))) == 1
     assert not chunks.found(cache, version='"2"').any()
+
+
+def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are found while a thread writes them; with too many of them, adding waits for the disk."""
+    cache, begun, go_on = ChunkCache(tmp_path, 1 << 20), threading.Event(), threading.Event()
+    write = cache._write
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(cache, "_write", slow)
+    chunks = Chunks(200)
+    assert int(chunks.nbytes.sum()) > cache._segment
+    chunks.put(cache)
+    assert begun.wait(60)
+    assert chunks.found(cache).all()
+    assert not list(tmp_path.glob("*.chunks"))
+    go_on.set()
+    cache.flush()
+    assert len(list(tmp_path.glob("*.chunks"))) >= 1
+    monkeypatch.setattr(cache_module, "_MOST_WAITING", 0)
+    more = Chunks(200, url="s3://b/other")
+    more.put(cache)
+    assert not cache._pending
+    assert more.found(cache).all()
 
 
 def test_another_process_finds_what_was_written(tmp_path: Path) -> None:

@@ -241,8 +241,9 @@ def test_gaps_follow_from_what_requests_cost() -> None:
     assert cost is not None
     assert cost.latency == pytest.approx(0.03)
     assert slow.gap() <= fast.gap() < 1 << 20
-    # 64 requests share a latency of 30 ms, and 10 MB take 130 ms.
-    assert _times(0.03, 100e6, nbytes=10**7).gap() == pytest.approx(0.03 / 64 * 10**7 / 0.13, rel=1e-3)
+    # 64 requests share a latency of 30 ms, each has 0.3 ms of work, and 10 MB take 130 ms.
+    request = 0.03 / 64 + 0.3e-3
+    assert _times(0.03, 100e6, nbytes=10**7).gap() == pytest.approx(request * 10**7 / 0.13, rel=1e-3)
     # Half of the requests that may be under way at a time, within bounds.
     assert slow.size(64 << 20) == 2 << 20
     assert (slow.size(1), slow.size(1 << 40)) == (1 << 20, 16 << 20)

@@ -18,6 +18,7 @@ import zarr
 
 from hbx_gpu._source import ArrayLayout, ChunkTable, Codec
 from hbx_gpu._storage import ChunkDirectory, open_reader, read_layout
+from hbx_gpu._storage.plain import plain_layout
 from hbx_gpu.errors import CorruptChunkError, UnsupportedCodecError
 
 
@@ -255,3 +256,26 @@ def test_both_readers_name_a_chunk_cut_off_later(sharded: ArrayLayout) -> None:
             ),
         ):
             reader.read(extents)
+
+
+def test_chunks_within_byte_ranges(sharded: ArrayLayout, tmp_path: Path) -> None:
+    """As looking at the place of every chunk says, in shards and in plain files."""
+    values = np.arange(1_000, dtype="<u4")
+    (tmp_path / "plain").write_bytes(bytes(12) + values.tobytes())
+    plain = plain_layout(
+        tmp_path / "plain", values.dtype, len(values), name="plain", byte_offset=12, chunk_elements=64
+    )
+    directory = ChunkDirectory([sharded, plain])
+    ids = np.arange(directory.base[-1])
+    extents = directory.extents(ids)
+    for seed in range(20):
+        draws = np.random.default_rng(seed)
+        file = np.repeat(np.arange(len(directory.paths)), 2)
+        ends = np.concatenate([np.sort(draws.integers(0, 5_000, 4)) for _ in directory.paths])
+        begin, end = ends[::2], ends[1::2]
+        inside = np.zeros(len(ids), bool)
+        for number, first, last in zip(file.tolist(), begin.tolist(), end.tolist(), strict=True):
+            here = (extents.file == number) & (extents.nbytes > 0) & (extents.offset >= first)
+            inside |= here & (extents.offset + extents.nbytes <= last)
+        assert directory.within(file, begin, end).tolist() == ids[inside].tolist()
+    assert directory.within(file[:0], begin[:0], end[:0]).tolist() == []
