@@ -225,7 +225,9 @@ class Cut:
     """
 
     def __init__(self, program: Sequence, seed: int, epoch: int, batch: int, width: int) -> None:
-        number = Draws(seed, epoch, batch_cell(batch)).below(Step.RATIO, len(program.ratios))
+        number = 0
+        if len(program.ratios) > 1:  # of one there is nothing to draw
+            number = Draws(seed, epoch, batch_cell(batch)).below(Step.RATIO, len(program.ratios))
         self.ratio = float(program.ratios[number])
         # What is seen has room for the tokens in front, however many there are.
         self.generated = min(int((width - 1) * self.ratio), max(width - program.n_front, 0))

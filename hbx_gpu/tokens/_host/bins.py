@@ -19,9 +19,9 @@ _BOTH, _ONE = int(Side.BOTH), int(Side.ONE)
 def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole):
     """Bin edges of the counts above 0; returns how :func:`assign` finds bins: 0 none, 1 table, 2 edges.
 
-    `histogram`: int32 (4, SMALL) of zeros, left so; `table`: int32 (2, SMALL), filled with the edges below
-    and not above each count that occurs; `edges`: float64 of as many entries as `quantiles`, which are
-    j / (bins - 2) in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
+    `histogram`: int32 (4, SMALL) of zeros, left so; `table`: int32 (2, SMALL + 1), filled with the edges
+    below and not above each count; `edges`: float64 of as many entries as `quantiles`, which are j / (bins - 2)
+    in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
     """
     top, expressed = _highest(counts, n), _positive(counts, n)
     if not expressed:
@@ -48,31 +48,33 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole
         histogram[3, whole[i + 3]] += 1
     for i in range(n - n % 4, n):
         histogram[0, whole[i]] += 1
-    highest = np.int32(top)
-    for value in range(highest + 1):
-        histogram[0, value] += histogram[1, value] + histogram[2, value] + histogram[3, value]
-        histogram[1, value], histogram[2, value], histogram[3, value] = 0, 0, 0
-    histogram[0, 0] = 0
-    value, seen = 0, 0  # `seen` values are at most `value`
+    highest = np.int64(top)
+    # Below: how many values are at most each; above: edges that begin to count at each value. Sums and
+    # searches instead of walks, whose every step a branch would have to guess.
+    upto, below, above = histogram[0], table[0], table[1]
+    upto[0], seen = 0, 0
+    for value in range(1, highest + 1):
+        seen += upto[value] + histogram[1, value] + histogram[2, value] + histogram[3, value]
+        upto[value] = seen
+    for k in range(4):
+        histogram[k, 0] = 0
+    for k in range(1, 4):
+        histogram[k, 1 : highest + 1] = 0
+    below[: highest + 2], above[: highest + 2] = 0, 0
     for j in range(len(quantiles)):
         t, first, second = _place(quantiles[j], expressed, torch_edges)
-        while seen <= first:
-            value += 1
-            seen += histogram[0, value]
-        after, seen_after = value, seen
-        while seen_after <= second:
-            after += 1
-            seen_after += histogram[0, after]
-        edges[j] = _edge(np.float32(value), np.float32(after), t, torch_edges)
-    below, above = 0, 0
+        value, after = _ranked(upto, highest, first), _ranked(upto, highest, second)
+        edge = _edge(np.float32(value), np.float32(after), t, torch_edges)
+        edges[j] = edge
+        whole_part = np.int64(edge)  # an edge lies between counts, so it is at least 1
+        below[whole_part + 1] += 1
+        above[whole_part + np.int64(edge > whole_part)] += 1
+    lt, le = 0, 0
     for value in range(1, highest + 1):
-        if histogram[0, value]:
-            histogram[0, value] = 0
-            while below < len(edges) and edges[below] < value:
-                below += 1
-            while above < len(edges) and edges[above] <= value:
-                above += 1
-            table[0, value], table[1, value] = below, above
+        lt += below[value]
+        le += above[value]
+        below[value], above[value] = lt, le
+    upto[1 : highest + 1] = 0
     return 1
 
 
@@ -126,6 +128,17 @@ def assign(how, counts, index, n, side, seed, epoch, cell, table, edges, keys, o
                 out[i] = le - np.int64(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF)
             else:
                 out[i] = le if side == _ONE else lt + 1
+
+
+@jit
+def _ranked(upto, highest, rank):
+    """The value at a place among the sorted values, of which upto[v] are at most v."""
+    first, n = 0, highest + 1
+    while n > 1:
+        half = n >> 1
+        first += half * np.int64(upto[first + half - 1] <= rank)
+        n -= half
+    return first
 
 
 @jit

@@ -12,7 +12,7 @@ from hbx_gpu.tokens._host import bins, sequence, sorting
 from hbx_gpu.tokens._host.known import Known
 from hbx_gpu.tokens._host.sentences import sentences
 from hbx_gpu.tokens._numbers import numbers_of, quantiles_of
-from hbx_gpu.tokens._program import Fill, Mask, Sequence, Value
+from hbx_gpu.tokens._program import Fill, Mask, Sequence, Tables, Value
 from hbx_gpu.tokens._reference import Cut
 
 
@@ -74,7 +74,7 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
     quantiles = quantiles_of(program)
     sequence.fill_rows(
         whole, fractions, quantiles, program.ratios, program.protect, program.front_values,
-        program.back_values, tables.token, tables.scale, tables.index, tables.known,
+        program.back_values, tables.token, tables.scale, _index(tables), tables.known,
         known.pointers, known.genes, known.counts, known.totals, known.totals_known,
         np.ascontiguousarray(cells.front), np.array(compiled.back, np.int64), np.uint64(cells.seed),
         np.uint64(cells.epoch), cells.numbers, starts, widths, cut.generated, cut.ratio,
@@ -84,7 +84,7 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
         np.empty(room, np.uint32), np.empty(room, np.uint32), np.empty(room, np.uint32),
         np.empty(room, np.float32),
         np.empty(sorting.HISTOGRAM, np.int32), np.zeros((4, bins.SMALL), np.int32),
-        np.empty((2, bins.SMALL), np.int32), np.empty(len(quantiles), np.float64),
+        np.empty((2, bins.SMALL + 1), np.int32), np.empty(len(quantiles), np.float64),
         np.empty(room, np.uint32), np.empty(room, np.float64),
         np.zeros(compiled.n_features if program.fill != Fill.NONE else 0, np.uint8),
     )  # fmt: skip
@@ -95,3 +95,9 @@ def _sequences(compiled: Compiled, cells: Cells, options: Options) -> dict[str, 
         result["gen_lengths"] = gen_lengths
         result |= {name: array.reshape(n, cut.generated) for name, array in generated.items()}
     return result
+
+
+def _index(tables: Tables) -> np.ndarray:
+    """Numbers of columns in draws; empty where those are the columns, which need no look-up."""
+    plain = np.array_equal(tables.index, np.arange(len(tables.index), dtype=tables.index.dtype))
+    return tables.index[:0] if plain else tables.index

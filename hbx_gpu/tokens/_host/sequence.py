@@ -12,7 +12,7 @@ from hbx_gpu.tokens._host.draws import jit, keys, sums
 from hbx_gpu.tokens._host.hiding import hide_ids, hide_values
 from hbx_gpu.tokens._host.sorting import smallest
 from hbx_gpu.tokens._numbers import F, I
-from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Value
+from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Side, Value
 
 # numba takes plain integers of a module for constants.
 _ORDER, _KEEP, _CUT_RANDOM, _RANK = int(I.ORDER), int(I.KEEP), int(I.CUT_RANDOM), int(I.RANK)
@@ -51,7 +51,7 @@ _TOKENS, _SPLIT = int(Mask.TOKENS), int(Mask.SPLIT)
 _NO_FILL, _FILL_RANDOM = int(Fill.NONE), int(Fill.RANDOM)
 _NO_DEPTH, _ADDED, _TIMES = int(Depth.NONE), int(Depth.ADDED), int(Depth.TIMES)
 _COUNT_NORM, _KEPT_NORM, _F64_DIV = int(Norm.COUNT), int(Norm.F32_KEPT), int(Norm.F64_DIV)
-_NO_CURVE = int(Curve.NONE)
+_NO_CURVE, _BOTH = int(Curve.NONE), int(Side.BOTH)
 _PICK, _ZEROS = int(Step.PICK), int(Step.ZEROS)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -79,7 +79,10 @@ def fill_rows(
     key, key_2, key_3, item, index, places, binned, histogram, digits, table, edges, chosen, amounts,
     is_known,
 ):  # fmt: skip
-    """Write all rows; `generated` is the width of the second part of a split. Outputs not made are empty."""
+    """Write all rows; `generated` is the width of the second part of a split. Outputs not made are empty.
+
+    `index_of` is empty where draws number genes by their columns.
+    """
     n_front, n_back = whole[_N_FRONT], whole[_N_BACK]
     pad_id, pad_value = whole[_PAD_ID], np.float32(fraction[_PAD_VALUE])
     for row in range(len(starts)):
@@ -95,12 +98,12 @@ def fill_rows(
             how = find_edges(amount, n, whole[_TORCH], quantiles, digits, table, edges, item)
 
         if whole[_MASK] == _SPLIT:
-            _look_up(index_of, columns, n, index)
+            drawn = _numbers(index_of, columns, n, index)
             if whole[_VALUE] == _BINS:
-                assign(how, amount, index, n, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
+                assign(how, amount, drawn, n, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
             else:
                 _values(whole, fraction, amount, n, total, total_known, 0.0, binned)
-            keys(seed, epoch, cell, _PICK, 0, index, n, key)
+            keys(seed, epoch, cell, _PICK, 0, drawn, n, key)
             smallest(key, n, n, key_2, key_3, histogram, item)
             n_generated = np.int64(n * gen_ratio)
             made = min(n_generated, generated)
@@ -144,8 +147,7 @@ def fill_rows(
                 for i in range(n):
                     key[i] = np.uint64(token[columns[i]])
             else:
-                _look_up(index_of, columns, n, index)
-                keys(seed, epoch, cell, _PICK, 0, index, n, key)
+                keys(seed, epoch, cell, _PICK, 0, _numbers(index_of, columns, n, index), n, key)
             smallest(key, n, kept, key_2, key_3, histogram, item)
             _look_up(columns, item, kept, chosen)
             if whole[_VALUE] != _NO_VALUE:
@@ -158,8 +160,10 @@ def fill_rows(
         elif whole[_VALUE] != _NO_VALUE:
             if whole[_VALUE] == _KEPT_BINS:
                 how = find_edges(amounts, kept, whole[_TORCH], quantiles, digits, table, edges, item)
-            _look_up(index_of, chosen, kept, index)
-            assign(how, amounts, index, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
+            drawn = chosen
+            if whole[_SIDE] == _BOTH:
+                drawn = _numbers(index_of, chosen, kept, index)
+            assign(how, amounts, drawn, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
 
         # Unexpressed genes.
         n_genes = kept
@@ -172,8 +176,7 @@ def fill_rows(
                 is_known[columns[i]] = 0
             wanted = min(wanted, absent)
             if whole[_FILL] == _FILL_RANDOM:
-                _look_up(index_of, item, absent, index)
-                keys(seed, epoch, cell, _ZEROS, 0, index, absent, key)
+                keys(seed, epoch, cell, _ZEROS, 0, _numbers(index_of, item, absent, index), absent, key)
                 smallest(key, absent, wanted, key_2, key_3, histogram, index)
                 for k in range(wanted):
                     chosen[kept + k] = item[index[k]]
@@ -220,7 +223,7 @@ def fill_rows(
         if whole[_MASK] == _TOKENS:
             for k in range(n_front):
                 index[k] = MAX_INDEX - 1 - k
-            _look_up(index_of, chosen, n_genes, index[n_front:])
+            index[n_front : n_front + n_genes] = _numbers(index_of, chosen, n_genes, places)
             for k in range(n_front + n_genes, length):
                 index[k] = MAX_INDEX - 1 - (k - n_genes)
             hide_ids(
@@ -233,14 +236,26 @@ def fill_rows(
             last = n_front + n_genes
             if whole[_MASK_SHORT]:
                 last = max(first, last - n_front)
-            for k in range(first, min(last, n_front)):
-                index[k - first] = MAX_INDEX - 1 - k
-            _look_up(index_of, chosen, max(last - n_front, 0), index[n_front - first :])
+            drawn = _numbers(index_of, chosen, max(last - n_front, 0), places)
+            if first < n_front:
+                for k in range(first, min(last, n_front)):
+                    index[k - first] = MAX_INDEX - 1 - k
+                index[n_front - first : n_front - first + len(drawn)] = drawn
+                drawn = index[: last - first]
             hide_values(
-                whole[_MASK], ratios, np.float32(fraction[_MASK_VALUE]), seed, epoch, cell, index, first,
+                whole[_MASK], ratios, np.float32(fraction[_MASK_VALUE]), seed, epoch, cell, drawn, first,
                 last - first, key, key_2, key_3, histogram, values[out : out + width],
                 mask[out : out + width], masked_values[out : out + width],
             )  # fmt: skip
+
+
+@jit
+def _numbers(index_of, columns, n, room):
+    """The numbers of columns in draws, in `room` unless they are the columns themselves."""
+    if not len(index_of):
+        return columns[:n]
+    _look_up(index_of, columns, n, room)
+    return room[:n]
 
 
 @jit

@@ -1,7 +1,8 @@
 """The smallest 64-bit keys in order, in numba: selected before they are sorted.
 
-A key and its position share one 64-bit number, 48 leading bits of the key above 16 of the position: half of
-the memory that keys and payloads beside them would move, and equal keys come in ascending position.
+A key and its position share one number, so that equal keys come in ascending position. Numbers of 32 bits do
+for nearly all rows: 16 leading bits of the key above 16 of the position, and neighbors whose bits agree are
+compared by their whole keys. Rows with many such neighbors take 64 bits, 48 of them from the key.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ _DIGIT = 8
 _BUCKETS = 1 << _DIGIT
 _MASK, _UPPER = np.uint64(_BUCKETS - 1), np.uint64(_BUCKETS)
 _POSITION = np.uint64(0xFFFF)
+_SIXTEEN, _TOP, _LEADING = np.uint64(16), np.uint64(24), np.uint64(48)
 _POSITIONS = 1 << 16
 _SMALL = 48
 HISTOGRAM = 2 * _BUCKETS
@@ -29,6 +31,8 @@ def smallest(key, n, keep, packed, packed_2, histogram, item):
     if n > _POSITIONS:
         _by_comparison(key, n, keep, item)
         return
+    if _by_half_words(key, n, keep, packed.view(np.uint32), packed_2.view(np.uint32), histogram, item):
+        return
     shift = _pack(key, n, packed)
     found = _select(packed, n, keep, histogram)
     _sort(packed, found, packed_2, histogram)
@@ -36,6 +40,80 @@ def smallest(key, n, keep, packed, packed_2, histogram, item):
         item[k] = packed[k] & _POSITION
     if shift < 16:
         _by_low_bits(key, packed, keep, found, item)
+
+
+@jit
+def _by_half_words(key, n, keep, packed, packed_2, histogram, item):
+    """As `smallest`, by 16 bits of each key; False, with nothing done, where too many keys agree in those."""
+    low, shift = _range(key, n)
+    for b in range(2 * _BUCKETS):
+        histogram[b] = 0
+    for i in range(n):
+        packed[i] = (((key[i] - low) << shift) >> _LEADING << _SIXTEEN) | np.uint64(i)
+    found = n
+    if 2 * keep < n:  # else nearly all are sorted anyway
+        for i in range(n):
+            histogram[packed[i] >> _TOP] += 1
+        last, seen = 0, histogram[0]
+        while seen < keep:
+            last += 1
+            seen += histogram[last]
+        limit = np.uint64(last)
+        place = np.uint64(0)
+        for i in range(n):
+            one = packed[i]
+            packed[place] = one
+            place += np.uint64((one >> _TOP) <= limit)
+        found = np.int64(place)
+        for b in range(_BUCKETS):
+            histogram[b] = 0
+    for i in range(found):
+        one = packed[i]
+        histogram[(one >> _SIXTEEN) & _MASK] += 1
+        histogram[_UPPER + (one >> _TOP)] += 1
+    a, b = 0, 0
+    for d in range(_BUCKETS):
+        count = histogram[d]
+        histogram[d] = a
+        a += count
+        count = histogram[_BUCKETS + d]
+        histogram[_BUCKETS + d] = b
+        b += count
+    for i in range(found):
+        one = packed[i]
+        d = (one >> _SIXTEEN) & _MASK
+        packed_2[histogram[d]] = one
+        histogram[d] += 1
+    for i in range(found):
+        one = packed_2[i]
+        d = _UPPER + (one >> _TOP)
+        packed[histogram[d]] = one
+        histogram[d] += 1
+    if shift < _LEADING and not _told_apart(key, packed, found):
+        return False
+    for k in range(keep):
+        item[k] = packed[k] & _POSITION
+    return True
+
+
+@jit
+def _told_apart(key, packed, n):
+    """Sort neighbors whose 16 bits agree by their whole keys; False when that took too many moves."""
+    budget = 8 * n
+    for k in range(1, n):
+        one = np.uint64(packed[k])
+        if (one ^ packed[k - 1]) > _POSITION:
+            continue
+        own = key[one & _POSITION]
+        j = k - 1
+        while j >= 0 and (one ^ packed[j]) <= _POSITION and key[packed[j] & _POSITION] > own:
+            packed[j + 1] = packed[j]
+            j -= 1
+        packed[j + 1] = one
+        budget -= k - 1 - j
+        if budget < 0:
+            return False
+    return True
 
 
 @jit
@@ -91,21 +169,24 @@ def _later(key, left, right):
 
 
 @jit
-def _pack(key, n, packed):
-    """packed[i] = the leading 48 bits of key[i] above the smallest key, and i; returns how far bits moved."""
+def _range(key, n):
+    """The smallest key, and how far the distance of the highest one from it can move up in 64 bits."""
     low, high = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
     for i in range(n):
         low = min(low, key[i])
         high = max(high, key[i])
     span = high - low if n else np.uint64(0)
-    if not span:
-        for i in range(n):
-            packed[i] = np.uint64(i)
-        return 64
     shift = np.uint64(0)
-    while not (span >> np.uint64(63)):
+    while shift < np.uint64(63) and not (span >> np.uint64(63)):
         span <<= np.uint64(1)
         shift += np.uint64(1)
+    return low, shift
+
+
+@jit
+def _pack(key, n, packed):
+    """packed[i] = the leading 48 bits of key[i] above the smallest key, and i; returns how far bits moved."""
+    low, shift = _range(key, n)
     for i in range(n):
         packed[i] = (((key[i] - low) << shift) & ~_POSITION) | np.uint64(i)
     return np.int64(shift)
