@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu.tokens._draws import Step
-from hbx_gpu.tokens._host.draws import HALF, jit, ranges
+from hbx_gpu.tokens._host.draws import HALF, jit
 from hbx_gpu.tokens._host.draws import keys as draw_keys
 from hbx_gpu.tokens._program import Side
 
@@ -20,8 +20,8 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole
     """Bin edges of the counts above 0; returns how :func:`assign` finds bins: 0 none, 1 table, 2 edges.
 
     `histogram`: int32 (4, SMALL) of zeros, left so; `table`: int32 (2, SMALL + 1), filled with the edges
-    below and not above each count; `edges`: float64 of as many entries as `quantiles`, which are j / (bins - 2)
-    in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
+    below and not above each count; `edges`: float64 of as many entries as `quantiles`, which are
+    j / (bins - 2) in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
     """
     top, expressed = _highest(counts, n), _positive(counts, n)
     if not expressed:
@@ -78,12 +78,13 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole
     return 1
 
 
-@ranges
+@jit
 def _highest(counts, n):
-    top = 0.0
+    """The highest of numbers of at least 0, whose bits as integers have the same order."""
+    bits, top = counts[:n].view(np.uint64), np.zeros(1, np.uint64)
     for i in range(n):
-        top = counts[i] if counts[i] > top else top
-    return top
+        top[0] = max(top[0], bits[i])
+    return top.view(np.float64)[0]
 
 
 @jit

@@ -10,7 +10,7 @@ from hbx_gpu.tokens import _rows
 from hbx_gpu.tokens._cells import Cells
 from hbx_gpu.tokens._compile import Compiled
 from hbx_gpu.tokens._host import rows
-from hbx_gpu.tokens._lower_sampled import Ranked
+from hbx_gpu.tokens._lower_sampled import Prompt, Ranked
 
 
 class Known:
@@ -32,7 +32,8 @@ class Known:
         tables, program = compiled.tables, compiled.program
         n = len(cells)
         room = len(cells.columns)
-        if program.zeros:
+        zeros = program.zeros and not isinstance(program, Prompt)  # its kernel knows all genes
+        if zeros:
             room = int(np.maximum(np.diff(cells.offsets), len(tables.known)).sum())
         self.pointers = np.empty(n + 1, np.int64)
         self.genes, self.counts = POOL.empty(room + 1, np.uint32), POOL.empty(room + 1, np.float64)
@@ -42,7 +43,7 @@ class Known:
             values = values.astype(np.float32)
         logged = isinstance(program, Ranked) and program.logged
         status = rows.known_genes(
-            cells.offsets, cells.columns, values, tables.column, tables.known, program.zeros, logged,
+            cells.offsets, cells.columns, values, tables.column, tables.known, zeros, logged,
             self.pointers, self.genes, self.counts, self.totals, self.totals_known,
         )  # fmt: skip
         if status == rows.NOT_COUNTS:

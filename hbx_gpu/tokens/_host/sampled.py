@@ -222,11 +222,15 @@ def _tasks(
 def prompt_rows(
     pointers, genes, counts, totals, cells, seed, epoch, masks, thinned, min_umis, max_umis, prefix,
     prefix_sums, fixed_shown, vocabulary, predict, query_of, token, index_of, front,
+    known, known_index, level, logs, logs_of_depths, some_keys, some, picked,
     key, key_2, key_3, histogram, item, index,
     ids, values, query_mask, total_counts, prompt_mask, labels,
     metadata_ids, metadata_labels, metadata_mask,
 ):  # fmt: skip
-    """All outputs, a row after the other, but for the weights of labels."""
+    """All outputs, a row after the other, but for the weights of labels.
+
+    `level`: zeros by column, left so; `logs`, `logs_of_depths`: logarithms of whole numbers from 0.
+    """
     m = len(masks)
     n = ids.shape[1] - m
     for row in range(len(cells)):
@@ -235,15 +239,21 @@ def prompt_rows(
         columns, amount = genes[a : a + n_known], counts[a : a + n_known]
         cell, total = np.uint64(cells[row]), totals[row]
         depth = min(total, max_umis)
+        log_of_depth = np.float32(log1p(np.rint(depth)))
         shows = prefix
+        for i in range(n_known):
+            level[columns[i]] = amount[i]
         if predict:
             for k in range(n):
-                item[k] = k
+                picked[k] = known[k]
         else:
-            for i in range(n_known):
-                index[i] = index_of[columns[i]]
-            keys(seed, epoch, cell, _PICK, 0, index, n_known, key)
-            smallest(key, n_known, n, key_2, key_3, histogram, item)
+            found = _drawn(known, known_index, n, seed, epoch, cell, key, some_keys, some)
+            smallest(some_keys, found, n, key_2, key_3, histogram, item)
+            for k in range(n):
+                picked[k] = some[item[k]]
+                index[k] = index_of[picked[k]]
+            if thinned > 0.0:
+                keys(seed, epoch, cell, _RATIO, 0, index, n, key)
             if len(prefix_sums):
                 w0, w1, _, _ = words(seed, epoch, cell, _RATIO, _PREFIX, 0)
                 one = (w0 << HALF) | w1
@@ -252,28 +262,35 @@ def prompt_rows(
                     shows += 1
                 shows = min(shows, n - 1)
         for k in range(n):
-            column = columns[item[k]]
-            x = amount[item[k]]
-            wanted = depth
+            column = picked[k]
+            x = level[column]
+            wanted, log = depth, log_of_depth
             if predict:
                 count = np.rint(x * (depth / total if total > 0.0 else 0.0))
                 query = query_of[column]
             else:
-                gene = index_of[column]
                 if thinned > 0.0:
-                    w0, w1, _, _ = words(seed, epoch, cell, _RATIO, gene, 0)
-                    unit = np.float64(unit_bits((w0 << HALF) | w1)) * 2.0**-53
-                    part = min(unit / thinned, 1.0)
+                    part = min(np.float64(unit_bits(key[k])) * 2.0**-53 / thinned, 1.0)
                     wanted = min_umis + part * (depth - min_umis)
-                share = min(max(wanted / max(total, 1.0), 0.0), 1.0)
-                count = x if share >= 1.0 else _thin(seed, epoch, cell, gene, x, share)
+                    whole = np.rint(wanted)
+                    if whole < len(logs_of_depths):
+                        log = logs_of_depths[np.int64(whole)]
+                    else:
+                        log = np.float32(log1p(whole))
+                count = x
+                if x > 0.0:
+                    share = min(max(wanted / max(total, 1.0), 0.0), 1.0)
+                    if share < 1.0:
+                        count = _thin(seed, epoch, cell, index[k], x, share)
                 query = k >= shows
             ids[row, k] = token[column]
-            values[row, k] = np.float32(0.0) if query else np.float32(log1p(count))
+            values[row, k] = np.float32(0.0) if query or count == 0.0 else np.float32(_log(logs, count))
             query_mask[row, k] = np.float32(query)
-            total_counts[row, k] = np.float32(log1p(np.rint(wanted)))
+            total_counts[row, k] = log
             prompt_mask[row, k] = not query
             labels[row, k] = np.int64(min(count, vocabulary - 1.0))
+        for i in range(n_known):
+            level[columns[i]] = 0.0
         for k in range(n, n + m):
             ids[row, k], values[row, k], query_mask[row, k], total_counts[row, k] = 0, 0.0, 0.0, 0.0
             labels[row, k] = 0
@@ -282,6 +299,34 @@ def prompt_rows(
             head, masks, fixed_shown, seed, epoch, cell, key, item, prompt_mask[row, n:],
             metadata_ids[row], metadata_labels[row], metadata_mask[row],
         )  # fmt: skip
+
+
+@jit
+def _drawn(known, known_index, wanted, seed, epoch, cell, few, keys_of, columns_of):
+    """Known genes whose keys may be among the `wanted` smallest, in ascending column; returns how many."""
+    limit = _limit(wanted, len(known))
+    while True:
+        found = 0
+        for first in range(0, len(known), FEW):
+            m = min(FEW, len(known) - first)
+            keys(seed, epoch, cell, _PICK, 0, known_index[first : first + m], m, few)
+            for i in range(0, m, _WORD):
+                bits = _up_to(few, i, limit)
+                while bits:
+                    k = np.int64(i + lowest(bits))
+                    bits &= bits - np.uint64(1)
+                    if k < m:
+                        keys_of[found] = few[k]
+                        columns_of[found] = known[first + k]
+                        found += 1
+        if found >= wanted or limit == _ALL:
+            return found
+        limit = _ALL
+
+
+@jit
+def _log(logs, count):
+    return logs[np.int64(count)] if count < len(logs) else log1p(count)
 
 
 @jit

@@ -45,11 +45,17 @@ def _weights() -> np.ndarray:
     return np.rint(_logs() * sampled.FIXED).astype(np.uint64)
 
 
+@cache
+def _logs_of_depths() -> np.ndarray:
+    """float32. Logarithms of whole numbers up to which most cells are sequenced."""
+    return a.log1p(np.arange(2**15, dtype=np.float64)).astype(np.float32)
+
+
 def _scratch(room: int) -> tuple[np.ndarray, ...]:
     """Keys three times, a histogram, and two lists of positions, for rows of up to `room` genes."""
     return (
         *(np.empty(room, np.uint64) for _ in range(3)),
-        np.empty(sorting.HISTOGRAM, np.int32),
+        np.empty(sorting.HISTOGRAM, np.uint32),
         *(np.empty(room, np.uint32) for _ in range(2)),
     )
 
@@ -116,14 +122,17 @@ def _prompt(
         "metadata_labels": np.empty((n, m), np.int64),
         "metadata_mask": np.empty((n, m), np.bool_),
     }
-    room = max(known.longest, program.length) + 1
+    room = max(len(tables.known), program.length, sampled.FEW) + 1
     key, key_2, key_3, histogram, item, index = _scratch(room)
     sampled.prompt_rows(
         known.pointers, known.genes, known.counts, known.totals, cells.numbers, np.uint64(cells.seed),
         np.uint64(cells.epoch), np.array(program.metadata_masks, np.int64), program.thinned,
         program.min_umis, program.max_umis, program.prefix, program.prefix_sums, program.shown,
         program.value_vocabulary, program.predict, program.query, tables.token, tables.index,
-        np.ascontiguousarray(cells.front), key, key_2, key_3, histogram, item, index, *made.values(),
+        np.ascontiguousarray(cells.front), tables.known, tables.index[tables.known],
+        np.zeros(compiled.n_features, np.float64), _logs(), _logs_of_depths(), np.empty(room, np.uint64),
+        np.empty(room, np.uint32), np.empty(room, np.uint32), key, key_2, key_3, histogram, item, index,
+        *made.values(),
     )  # fmt: skip
     # As the reference divides: in float64, one number for all queries of a row.
     queries = np.maximum(made["query_mask"].sum(1, dtype=np.float64), 1.0)[:, None]

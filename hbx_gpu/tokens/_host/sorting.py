@@ -26,7 +26,7 @@ HISTOGRAM = 2 * _BUCKETS
 def smallest(key, n, keep, packed, packed_2, histogram, item):
     """item[:keep] = positions of the `keep` smallest of key[:n], in ascending (key, position).
 
-    `packed`, `packed_2`: uint64 of at least n entries; `histogram`: int32 (HISTOGRAM,). keep <= n.
+    `packed`, `packed_2`: uint64 of at least n entries; `histogram`: uint32 (HISTOGRAM,). keep <= n.
     """
     if n > _POSITIONS:
         _by_comparison(key, n, keep, item)
@@ -54,7 +54,7 @@ def _by_half_words(key, n, keep, packed, packed_2, histogram, item):
     if 2 * keep < n:  # else nearly all are sorted anyway
         for i in range(n):
             histogram[packed[i] >> _TOP] += 1
-        last, seen = 0, histogram[0]
+        last, seen = 0, np.int64(histogram[0])
         while seen < keep:
             last += 1
             seen += histogram[last]
@@ -201,7 +201,7 @@ def _select(packed, n, keep, histogram):
         histogram[b] = 0
     for i in range(n):
         histogram[packed[i] >> np.uint64(56)] += 1
-    last, seen = 0, histogram[0]
+    last, seen = 0, np.int64(histogram[0])
     while seen < keep:
         last += 1
         seen += histogram[last]
