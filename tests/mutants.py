@@ -91,7 +91,7 @@ TESTS = {
     "hbx_gpu/_loading/sizing.py": ["tests/test_sizing.py", "-k", "not the_loader"],
     "hbx_gpu/_loading/feeds/device.py": ["tests/test_device_loader.py"],
     "hbx_gpu/_loading/feeds/host.py": ["tests/test_loader.py"],
-    "hbx_gpu/_loading/feeds/multimodal.py": ["tests/test_multimodal.py"],
+    "hbx_gpu/_loading/feeds/multimodal.py": ["tests/test_multimodal.py", "tests/test_dense_device.py"],
     "hbx_gpu/_loading/feeds/tokens.py": ["tests/tokens/test_loader.py"],
     "hbx_gpu/_codecs/": ["tests/codecs"],
     "hbx_gpu/_codecs/bitpacking": ["tests/codecs/test_bitpacking.py"],

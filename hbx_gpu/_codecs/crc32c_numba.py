@@ -37,9 +37,11 @@ def _has_instruction() -> bool:
     """Whether the CPU that numba compiles for has the instruction."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    if config.CPU_FEATURES is not None:
-        return "+sse4.2" in str(config.CPU_FEATURES).split(",")
-    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("sse4.2"))
+    # numba sets its options where a type checker does not see them.
+    features, name = getattr(config, "CPU_FEATURES", None), getattr(config, "CPU_NAME", None)
+    if features is not None:
+        return "+sse4.2" in str(features).split(",")
+    return name is None and bool(llvm.get_host_cpu_features().get("sse4.2"))
 
 
 HAS_INSTRUCTION = _has_instruction()

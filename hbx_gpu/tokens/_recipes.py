@@ -20,7 +20,7 @@ def _set(recipe: object, **values: object) -> None:
         object.__setattr__(recipe, name, value)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
