@@ -26,6 +26,9 @@ FAST := tests/atlas/test_ingest.py tests/atlas/test_ingest_multimodal.py tests/a
 NEWEST := tests/atlas/test_read_obs.py tests/atlas/test_schema.py tests/atlas/test_write_h5ad.py \
   tests/atlas/test_ingest_multimodal.py::test_mudata tests/benchmarks/test_compare.py::test_genes_whose_index_is_a_group \
   tests/scdl/test_features.py tests/storage/test_readers.py
+# make rehearse: a CUDA build of torch, and the headers of its CUDA. The versions are those that were rehearsed.
+REHEARSE_VENV ?= .venv-rehearse
+REHEARSE := torch==2.14.1 nvidia-cuda-crt==13.0.88
 # What make gpu runs with: numpy, cupy, torch and pytest are enough, the rest is skipped and said.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 # Passed on: make demo ARGS="--epochs 3", make test ARGS="-k atlas", make bench ARGS="--cells 50000"
@@ -48,7 +51,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test long fast lint typecheck changelog docs bench fuzz races mutants gpu clean
+.PHONY: help demo test long fast lint typecheck changelog docs bench fuzz races mutants rehearse gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -97,6 +100,9 @@ races: $(STAMP)  ## kernels under ThreadSanitizer; is each barrier missed where 
 mutants: $(STAMP)  ## does a test notice when the code is wrong? ARGS="--named" or ARGS="hbx_gpu/sampler --count 40 --seed 1"
 	@$(PY) -m tests.mutants $(ARGS)
 
+rehearse: $(REHEARSE_VENV)/.ready  ## the tests marked gpu over a stand-in CUDA runtime (7 GB); ARGS="engine"
+	@$(REHEARSE_VENV)/bin/python -m tests.rehearsal $(ARGS)
+
 gpu:  ## all that needs an NVIDIA GPU: tests, compute-sanitizer, benchmarks; GPU_PYTHON names the interpreter
 	@$(GPU_PYTHON) -m tests.on_gpu $(ARGS)
 
@@ -119,6 +125,12 @@ $(FAST_VENV)/.ready: pyproject.toml constraints-oldest.txt
 	@# Of what is installed, the tests import a part; that part is compiled when it is.
 	@$(FAST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[test-base]" \
 	  $(if $(filter oldest,$(DEPENDENCIES)),-c constraints-oldest.txt)
+	@touch $@
+
+$(REHEARSE_VENV)/.ready: pyproject.toml Makefile
+	$(call environment,$(PYTHON),$(REHEARSE_VENV))
+	@echo "Installing torch with its CUDA libraries into $(REHEARSE_VENV): about 7 GB, some minutes"
+	@$(REHEARSE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(REHEARSE) -e ".[test-base]"
 	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
