@@ -11,6 +11,7 @@ from hbx_gpu._tensors import check_columns, metadata_tensors
 from hbx_gpu.batch import SparseBatch
 from hbx_gpu.tokens import Compiled, encode
 from hbx_gpu.tokens._cells import Options, check_options
+from hbx_gpu.tokens._measured import Measured
 
 
 class TokenCollate(Collating):
@@ -28,6 +29,8 @@ class TokenCollate(Collating):
         Name of the matrix that holds the counts, for messages.
     padding, pad_to_multiple_of, ids_dtype
         As for :func:`hbx_gpu.tokens.encode`.
+    measured
+        Which features were measured in each row of the dataset, for recipes that depend on it.
     """
 
     def __init__(
@@ -40,12 +43,13 @@ class TokenCollate(Collating):
         padding: str = "longest",
         pad_to_multiple_of: int | None = None,
         ids_dtype: str = "int64",
+        measured: Measured | None = None,
     ) -> None:
         import torch
 
         self.options = Options(padding, pad_to_multiple_of or 1, ids_dtype)
         check_options(compiled, self.options)
-        self.compiled, self.seed, self.where = compiled, seed, where
+        self.compiled, self.seed, self.where, self._measured = compiled, seed, where, measured
         self._categories = {
             name: values for name, values in categories.items() if name in compiled.recipe.obs_columns
         }
@@ -77,6 +81,7 @@ class TokenCollate(Collating):
             seed=self.seed,
             epoch=self.epoch,
             obs=self.obs_of(metadata),
+            measured=self._measured_in(metadata),
             where=self.where,
             padding=self._padding,
             pad_to_multiple_of=self._multiple,
@@ -88,6 +93,17 @@ class TokenCollate(Collating):
             for name, array in made.items()
         }
         return {**tensors, **metadata_tensors(metadata)}
+
+    @property
+    def host_only(self) -> bool:
+        """Whether kernels of devices lack a part of the recipe, so that the host makes its tokens."""
+        return self._measured is not None
+
+    def _measured_in(self, metadata: Mapping[str, np.ndarray]) -> Measured | None:
+        """Of the rows of a batch."""
+        if self._measured is None:
+            return None
+        return Measured(self._measured.masks, self._measured.of_row[metadata["index"]])
 
     def nbytes(self, n_rows: int, n_features: Widths, /) -> int:  # noqa: ARG002
         """Bytes of a batch at its widest."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
 from hbx_gpu._loading.token_collate import TokenCollate
@@ -14,10 +16,9 @@ from hbx_gpu._loading.told import seed_of
 from hbx_gpu._protocols import Loadable
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens import Compiled, Recipe, compile  # noqa: A004
+from hbx_gpu.tokens._measured import Measured, needs_measured
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hbx_gpu._loading.options import LoaderOptions
 
 _LOG = logging.getLogger(__name__)
@@ -113,4 +114,11 @@ def _collate(
         padding=options.padding,
         pad_to_multiple_of=options.pad_to_multiple_of,
         ids_dtype=options.ids_dtype,
+        measured=_measured(dataset) if needs_measured(compiled) else None,
     )
+
+
+def _measured(dataset: CellDataset) -> Measured:
+    """Which features were measured in each row; the last mask is that of rows without a stored matrix."""
+    masks = dataset.measured_masks(np.array([*range(dataset.n_groups), -1]))
+    return Measured(masks, dataset.groups_np)

@@ -14,6 +14,7 @@ from hbx_gpu.tokens._by_row import reference
 from hbx_gpu.tokens._cells import Cells, Engine, Options, check_options
 from hbx_gpu.tokens._compile import Compiled, compile_recipe, renamed
 from hbx_gpu.tokens._host.engine import host
+from hbx_gpu.tokens._measured import Measured, measured_in, only_measured
 from hbx_gpu.tokens._recipes import ObsTokens, Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def encode(
     pad_to_multiple_of: int | None = None,
     ids_dtype: str = "int64",
     engine: str = "host",
+    measured: np.ndarray | Measured | None = None,
     where: str = "the values of these rows",
 ) -> dict[str, np.ndarray]:
     """Tokens of rows, as a loader with ``layout="tokens"`` hands them out.
@@ -67,6 +69,9 @@ def encode(
         ``"int64"`` or ``"int32"``, of ids and labels.
     engine
         ``"host"`` (numba), or ``"reference"`` (NumPy, slow); both make the same bits.
+    measured
+        bool (n, n_features), which features were measured in each cell, for recipes with
+        ``measured_only=True``.
     where
         What holds the rows, for messages.
 
@@ -84,7 +89,8 @@ def encode(
         Values that are not counts; another feature space than the recipe was compiled for; a vocabulary that
         matches nothing.
     ValueError
-        The recipe is not compiled and `feature_uids` is missing, or an option has an unknown value.
+        The recipe is not compiled and `feature_uids` is missing, an option has an unknown value, or
+        `measured` is missing where the recipe needs it.
     """
     options = Options(padding, pad_to_multiple_of or 1, ids_dtype)
     if isinstance(recipe, Compiled):
@@ -119,7 +125,11 @@ def encode(
         offsets, columns, values, front_ids(compiled, columns_of_obs, n), numbers, seed, epoch, batch, where,
         aux_ids(compiled, columns_of_obs, n),
     )  # fmt: skip
-    return finish(compiled, ENGINES[engine](compiled, one, options), one, options)
+    known = measured_in(compiled, measured, n)
+    made = ENGINES[engine](compiled, one, options)
+    if known is not None:
+        only_measured(compiled, made, known)
+    return finish(compiled, made, one, options)
 
 
 def finish(

@@ -128,6 +128,9 @@ class PromptQuery(Recipe):
         guessed.
     queries
         Feature uids to guess, for `predict`.
+    measured_only
+        Genes that were not measured where a cell is from are neither shown nor to be guessed. False takes
+        their zeros for counts.
     """
 
     length: int = field(kw_only=True)
@@ -141,6 +144,7 @@ class PromptQuery(Recipe):
     value_vocabulary: int = field(default=2000, kw_only=True)
     predict: bool = field(default=False, kw_only=True)
     queries: frozenset[str] = field(default=frozenset(), kw_only=True)
+    measured_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self._read_common()

@@ -342,6 +342,8 @@ def cells_feed(
     feeds: dict[str, AnyFeed] = {}
     if isinstance(collate, TokenCollate):
         assert isinstance(dataset, CellDataset)  # others have no tokens
+        if collate.host_only:
+            return CopiedFeed(dataset, collate, backend)
         return TokenFeed(dataset, backend, collate, options)
     if isinstance(dataset, CellDataset):
         for name, cells in _layers_of(dataset):

@@ -11,8 +11,6 @@ from hbx_gpu.tokens._host.lanes import LANES, eight_keys, eight_pairs
 jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 sums = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc"})
 """For sums of whole numbers below 2**53, which are the same in any order: adding may become vectors."""
-ranges = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"nnan", "nsz"})
-"""For the highest of numbers that are none of NaN: comparing may become vectors."""
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _W0, _W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
