@@ -14,6 +14,8 @@ from hbx_gpu.errors import UnsupportedError
 
 # How much work makes another process worth its start, which takes about two seconds.
 _BYTES_PER_WORKER, _TASKS_PER_WORKER = 64 << 20, 64
+# How long a Dask scheduler may take to answer.
+_DASK_SECONDS = 10.0
 
 
 def add_executor_options(
@@ -160,7 +162,7 @@ def _dask(address: str) -> Iterator[Executor]:
     except ImportError as error:
         raise UnsupportedError("--dask needs Dask: pip install 'hbx_gpu[dask]'") from error
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=_DASK_SECONDS)
     except (OSError, ValueError) as error:
         raise UnsupportedError(
             f"--dask {address}: no Dask scheduler answers there ({error}); start one with dask scheduler, "

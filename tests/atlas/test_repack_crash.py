@@ -216,7 +216,7 @@ def test_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))])
 def test_killed_at_any_time(atlas: Path, before: list[tuple[Any, ...]], seed: int) -> None:
     with subprocess.Popen([sys.executable, "-c", _SLOW_REPACK, str(atlas)], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None

@@ -12,9 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+
+import pytest
 
 from hbx_gpu._engine.device import sources
 from tests.emulation.build import compiler_library, outer_environment
@@ -82,20 +86,29 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
 
 def reported(chosen: Sequence[Barrier]) -> list[bool]:
     """Whether tests report a race where each of these barriers is missing."""
-    status, output = _watched(["-m", __spec__.name, _INSIDE, *map(str, chosen)])
+    # Where a race lies is not asked, and the names of functions take longer than most races.
+    status, output = _watched(["-m", __spec__.name, _INSIDE, *map(str, chosen)], symbolize=False)
     found = re.findall(r"^barrier (\S+) (reported|missed)$", output, re.MULTILINE)
     if [name for name, _ in found] != [str(barrier) for barrier in chosen]:
         raise RuntimeError(f"not every barrier has an answer (status {status}):\n{output[-8000:]}")
     return [answer == "reported" for _, answer in found]
 
 
-def _watched(arguments: Sequence[str]) -> tuple[int, str]:
-    """Status and output of a Python with ThreadSanitizer, and its reports."""
+def _watched(arguments: Sequence[str], *, symbolize: bool = True) -> tuple[int, str]:
+    """Status and output of a Python with ThreadSanitizer, and its reports.
+
+    Functions have names in the reports if `symbolize` is set.
+    """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **outer_environment(),
             "LD_PRELOAD": compiler_library("libtsan.so"),
-            "TSAN_OPTIONS": f"halt_on_error=1:exitcode={_RACE}:log_path={folder}/report",
+            "TSAN_OPTIONS": ":".join(
+                [
+                    f"halt_on_error=1:exitcode={_RACE}:log_path={folder}/report",
+                    f"symbolize={int(symbolize)}",
+                ]
+            ),
             "HBX_EMULATED_WATCH": "races",
             "HBX_EMULATED_ORDERS": "forward",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
@@ -113,27 +126,66 @@ def _watched(arguments: Sequence[str]) -> tuple[int, str]:
     return done.returncode or int(bool(reports)), "\n".join([done.stdout, *reports])
 
 
+class _OncePerBarrier:
+    """Plugin of pytest: runs the collected tests without one barrier after another.
+
+    Each time in a fork, since a race ends the process that has it.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Put the first case of every test before all second cases: other tests meet other barriers."""
+        seen: Counter[str] = Counter()
+        places = {}
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            places[item] = seen[test]
+            seen[test] += 1
+        items.sort(key=places.__getitem__)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Print for each barrier whether a race was reported without it."""
+        for name in self._names:
+            child = os.fork()
+            if child == 0:
+                os.environ["HBX_EMULATED_WITHOUT"] = name
+                os._exit(_until_a_test_fails(session))
+            _, status = os.waitpid(child, 0)
+            code = os.waitstatus_to_exitcode(status)
+            # Anything else is a run that did not come to an end, which says nothing about the barrier.
+            answer = {_RACE: "reported", 0: "missed"}.get(code, f"ended with status {code}")
+            print(f"\nbarrier {name} {answer}", flush=True)
+        return True
+
+
+def _until_a_test_fails(session: pytest.Session) -> int:
+    for item, after in zip(session.items, [*session.items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        if session.testsfailed:
+            return 1
+    return 0 if session.items else 2
+
+
 def _inside(names: Sequence[str]) -> None:
-    """In the watched process: one fork per barrier, since a race ends the process that has it."""
+    """In the watched process: one fork per file, which all share what is imported before."""
     import hypothesis  # noqa: F401 - imported once for all forks, as the next two
-    import pytest
     import torch  # noqa: F401
 
     import tests.tokens.recipes  # noqa: F401
 
-    files = {str(barrier): TESTS[barrier.file] for barrier in barriers()}
-    for name in names:
-        folder = ROOT / "tests" / "kernels"
-        asked = [str(folder / part) if part.startswith("test_") else part for part in files[name]]
+    # Tests may look at this while they are collected; no barrier is called so.
+    os.environ["HBX_EMULATED_WITHOUT"] = "none yet"
+    folder = ROOT / "tests" / "kernels"
+    for file, of_file in groupby(names, lambda name: name.partition(":")[0]):
+        asked = [str(folder / part) if part.startswith("test_") else part for part in TESTS[file]]
         child = os.fork()
         if child == 0:
-            os.environ["HBX_EMULATED_WITHOUT"] = name
-            os._exit(int(pytest.main([*_PYTEST, *asked])))
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        # Anything else is a run that did not come to an end, which says nothing about the barrier.
-        answer = {_RACE: "reported", int(pytest.ExitCode.OK): "missed"}.get(code, f"ended with status {code}")
-        print(f"\nbarrier {name} {answer}", flush=True)
+            os._exit(
+                int(pytest.main([*_PYTEST, "--capture=no", *asked], plugins=[_OncePerBarrier([*of_file])]))
+            )
+        os.waitpid(child, 0)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -28,9 +28,8 @@ def test_every_kernel_with_barriers_has_tests_that_meet_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted({*FILES} - SLOW))
-def test_a_missing_barrier_is_reported(file: str) -> None:
-    chosen = [barrier for barrier in races.barriers() if barrier.file == file]
+def test_a_missing_barrier_is_reported() -> None:
+    chosen = [barrier for barrier in races.barriers() if barrier.file not in SLOW]
+    assert {barrier.file for barrier in chosen} == {*FILES} - SLOW
     missed = [str(b) for b, found in zip(chosen, races.reported(chosen), strict=True) if not found]
-    assert chosen
     assert missed == [], "no race is reported without these barriers: needless, or not met by any test"

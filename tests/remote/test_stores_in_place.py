@@ -67,6 +67,7 @@ def test_stores_are_the_same(shared: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* share their name with another cell")
 def test_all_stores_are_the_same(shared: Path) -> None:
     fixtures = shared / "fixtures" / "inplace"

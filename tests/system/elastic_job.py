@@ -1,4 +1,7 @@
-"""One rank of an elastic run: ``elastic_job.py ATLAS OUT [STEP TO SLOW DOWN AT]``.
+"""One rank of an elastic run: ``elastic_job.py ATLAS OUT [STEP TO SLOW DOWN AT]``, or several of them.
+
+Several, where `RANKS` says how many: this process imports everything once, forks them, prints their process
+ids, and ends with the worst of their exit statuses. Otherwise a launcher's environment tells the rank.
 
 Continues from OUT/state.json if it is there, and writes it after every third step. The rows of each step go
 to OUT/RUN-RANK.txt, where RUN counts the cells that were done before.
@@ -48,5 +51,22 @@ def main(atlas: str, out: str, slow: str = "") -> None:
     dist.destroy_process_group()
 
 
+def forked(ranks: int, arguments: list[str]) -> int:
+    """Start so many ranks, each a process of its own, and wait for them."""
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), RANK=str(rank))
+            os.environ["LOCAL_RANK"] = str(rank)
+            main(*arguments)
+            os._exit(0)
+        children.append(child)
+    print(*children, flush=True)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 if __name__ == "__main__":
+    if number := os.environ.get("RANKS"):
+        sys.exit(forked(int(number), sys.argv[1:]))
     main(*sys.argv[1:])

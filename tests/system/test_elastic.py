@@ -28,19 +28,20 @@ def port() -> int:
         return number
 
 
-def started(world_size: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Ranks as a launcher starts them: its part is the environment."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world_size)}
-    own = {"LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, JOB, *arguments],
-            cwd=ROOT,
-            env={**outer_environment(), **shared, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(world_size)
-    ]
+def started(world_size: int, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launcher of so many ranks, and the process ids of them."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "RANKS": str(world_size)}
+    launcher = subprocess.Popen(
+        [sys.executable, JOB, *arguments],
+        cwd=ROOT,
+        env={**outer_environment(), **shared, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        return launcher, [int(child) for child in launcher.stdout.readline().split()]
 
 
 def delivered(out: Path, done: int, ranks: int) -> list[list[int]]:
@@ -55,23 +56,25 @@ def delivered(out: Path, done: int, ranks: int) -> list[list[int]]:
 def test_four_ranks_of_which_two_are_killed_then_three(
     atlas: Path, dataset: CellDataset, tmp_path: Path
 ) -> None:
-    ranks = started(4, str(atlas), str(tmp_path), "5")
+    launcher, ranks = started(4, str(atlas), str(tmp_path), "5")
+    assert len(ranks) == 4
     deadline = time.monotonic() + 200
     while not (tmp_path / "0-3.txt").exists() or len(delivered(tmp_path, 0, 4)) < 5:
         assert time.monotonic() < deadline
-        assert all(rank.poll() is None for rank in ranks)
+        assert launcher.poll() is None
         time.sleep(0.1)
     for rank in ranks[1:3]:
-        rank.send_signal(signal.SIGKILL)
-    for rank in ranks:  # as a launcher does with those that are left
-        rank.kill()
-        rank.wait()
+        os.kill(rank, signal.SIGKILL)
+    for rank in (ranks[0], ranks[3]):  # as a launcher does with those that are left
+        os.kill(rank, signal.SIGKILL)
+    assert launcher.wait(timeout=200) == signal.SIGKILL
     done = json.loads((tmp_path / "state.json").read_text())["sampler"]["cells"]
     before = [row for step in delivered(tmp_path, 0, 4)[:3] for row in step]
     assert done == len(before) == 3 * 4 * 16
 
-    ranks = started(3, str(atlas), str(tmp_path))
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0, 0]
+    launcher, ranks = started(3, str(atlas), str(tmp_path))
+    assert len(ranks) == 3
+    assert launcher.wait(timeout=200) == 0
     after = [row for step in delivered(tmp_path, done, 3) for row in step]
     assert sorted(before + after) == list(range(len(dataset))), "every cell once over both runs"
 

@@ -250,8 +250,18 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["training", "waiting"])
-def test_ctrl_c_ends_a_training_run(atlas: Path, way: str, state: str) -> None:
+def test_ctrl_c_ends_a_training_run(atlas: Path, way: str) -> None:
+    """While it waits for a batch."""
+    _ends_by_ctrl_c(atlas, way, "waiting")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_consumer_computes(atlas: Path) -> None:
+    """No call into the loader is under way then, whatever hands its batches over."""
+    _ends_by_ctrl_c(atlas, "direct", "training")
+
+
+def _ends_by_ctrl_c(atlas: Path, way: str, state: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(atlas), way, state]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(

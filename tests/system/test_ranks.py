@@ -12,26 +12,30 @@ import pytest
 
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.sampler import CellSampler
-from tests.system.conftest import needs_dali
+from tests.system.conftest import HAS_DALI, needs_dali
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def ran(atlas: Path, out: Path, executor: str) -> list[list[dict[str, Any]]]:
-    """What each of two ranks saw."""
-    out.mkdir()
+@pytest.fixture(scope="module")
+def out(atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two ranks saw, with every executor of this machine."""
+    out = tmp_path_factory.mktemp("ranks")
+    executors = ["direct", "dali"] if HAS_DALI else ["direct"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "tests/system/rank_job.py"), str(atlas), str(out), executor]  # fmt: skip
+               str(ROOT / "tests/system/rank_job.py"), str(atlas), str(out), *executors]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("executor", ["direct", pytest.param("dali", marks=needs_dali)])
-def test_two_ranks_share_one_order(atlas: Path, dataset: CellDataset, tmp_path: Path, executor: str) -> None:
-    ranks = ran(atlas, tmp_path / "out", executor)
+def test_two_ranks_share_one_order(dataset: CellDataset, out: Path, executor: str) -> None:
+    ranks: list[list[dict[str, Any]]] = [
+        json.loads((out / f"{executor}{rank}.json").read_text()) for rank in range(2)
+    ]
     assert len(ranks[0]) == len(ranks[1])  # equal steps
     assert [step["total"] for step in ranks[0]] == [step["total"] for step in ranks[1]]
     x = dataset[:]

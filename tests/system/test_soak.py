@@ -11,15 +11,29 @@ import psutil
 import pytest
 
 from hbx_gpu.dataloader import CellDataset
-from tests.system.conftest import WAYS, descriptors, sampler_for, ways
+from tests.system.conftest import descriptors, needs_dali, sampler_for, ways
 
 EPOCHS, SETTLED = 200, 50
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", ["dense", "csr"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "layout"),
+    [
+        ("direct", "dense"),
+        ("direct", "csr"),
+        ("emulated device", "csr"),
+        pytest.param("emulated device", "dense", marks=pytest.mark.long),
+        pytest.param("dali", "dense", marks=needs_dali),
+        pytest.param("dali", "csr", marks=[needs_dali, pytest.mark.long]),
+        *(
+            pytest.param(way, layout, marks=[pytest.mark.gpu, *[needs_dali][: way == "cuda dali"]])
+            for way in ("cuda direct", "cuda dali")
+            for layout in ("dense", "csr")
+        ),
+    ],
+)
 def test_nothing_grows(dataset: CellDataset, way: str, layout: str) -> None:
     process = psutil.Process()
     sampler = sampler_for(dataset, batch_size=125)
