@@ -79,7 +79,10 @@ TESTS = {
     "hbx_gpu/sampler/_sets.py": ["tests/sampler/test_sets.py"],
     "hbx_gpu/sampler/_neighbors.py": ["tests/sampler/test_neighbors.py"],
     "hbx_gpu/sampler/_lanes.py": ["tests/sampler/test_lanes.py"],
-    "hbx_gpu/_loading/": ["tests/test_loader.py", "tests/system/test_faults.py", "tests/test_sizing.py"],
+    "hbx_gpu/_loading/": [
+        *("tests/test_loader.py", "tests/test_loader_resume.py"),
+        *("tests/system/test_faults.py", "tests/test_sizing.py"),
+    ],
     "hbx_gpu/_loading/dali/": ["tests/test_executors.py"],
     "hbx_gpu/_loading/dense_size.py": ["tests/test_wide_vocabulary.py"],
     "hbx_gpu/_loading/measured.py": ["tests/test_measured.py"],
@@ -91,7 +94,10 @@ TESTS = {
     "hbx_gpu/_loading/sizing.py": ["tests/test_sizing.py", "-k", "not the_loader"],
     "hbx_gpu/_loading/feeds/device.py": ["tests/test_device_loader.py"],
     "hbx_gpu/_loading/feeds/host.py": ["tests/test_loader.py"],
-    "hbx_gpu/_loading/feeds/multimodal.py": ["tests/test_multimodal.py", "tests/test_dense_device.py"],
+    "hbx_gpu/_loading/feeds/multimodal.py": [
+        *("tests/test_multimodal.py", "tests/test_multimodal_images.py"),
+        "tests/test_dense_device.py",
+    ],
     "hbx_gpu/_loading/feeds/tokens.py": ["tests/tokens/test_loader.py"],
     "hbx_gpu/_codecs/": ["tests/codecs"],
     "hbx_gpu/_codecs/bitpacking": ["tests/codecs/test_bitpacking.py"],

@@ -92,7 +92,7 @@ def steps(out: Path, sanitize_only: str, pythons: Sequence[str]) -> list[Step]:
         Step("engine", [*pytest, "tests/engine"], _ARRAYS),
         Step("loader", [*pytest, *tests], _ARRAYS),
         Step("residency", [*pytest, "tests/test_residency.py", "tests/test_planned.py"], _ARRAYS),
-        Step("multimodal", [*pytest, "tests/test_multimodal.py"], _ATLAS),
+        Step("multimodal", [*pytest, "tests/test_multimodal.py", "tests/test_multimodal_images.py"], _ATLAS),
         Step("dali", [*pytest, "tests/test_executors.py", "tests/test_pipeline.py"], _DALI),
         Step("images", [*pytest, "tests/images"], _DALI),
         Step("system", [*pytest, "tests/system"], _ATLAS),

@@ -1,16 +1,14 @@
-"""The loader: order, read-ahead, errors, shutdown, workers, resume; through DALI and without it."""
+"""The loader: order, read-ahead, errors, shutdown, workers; through DALI and without it."""
 
 from __future__ import annotations
 
 import gc
 import inspect
 import itertools
-import pickle
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu._datasets.base import Dataset
 from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.workers import Handover
-from hbx_gpu.batch import SparseBatch
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError, ResourceError
 from hbx_gpu.sampler import CellSampler
@@ -33,6 +29,7 @@ from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expecte
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali
 from tests.limits import no_shared_memory
+from tests.loading import Executor, Slow, sampler_for
 from tests.threads import loader_threads
 
 
@@ -46,31 +43,11 @@ def expected() -> np.ndarray:
     return expected_dense(example_groups(), N_FEATURES)
 
 
-class Executor:
-    """`make_loader` of dense batches by one executor."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, dataset: Any, sampler: Any, **kwargs: Any) -> CellLoader:
-        return make_loader(dataset, sampler, **{"layout": "dense", "executor": self.name, **kwargs})
-
-    @property
-    def inside(self) -> int:
-        """Batches it holds beside those of the loader's own threads."""
-        return 0 if self.name == "direct" else 2
-
-
 @pytest.fixture(params=["direct", "dali"])
 def load(request: pytest.FixtureRequest) -> Executor:
     if request.param == "dali":
         need_dali()
     return Executor(request.param)
-
-
-def sampler_for(dataset: CellDataset, **kwargs: object) -> CellSampler:
-    options: dict[str, object] = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none"} | kwargs
-    return CellSampler(dataset.groups_np, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("threads", "window"), [(1, 1), (2, 1), (2, 3), (3, 50), (None, None)])
@@ -159,35 +136,6 @@ def test_errors_of_workers_reach_the_consumer(tmp_path: Path) -> None:
         pytest.raises(CorruptChunkError),
     ):
         list(loader)
-
-
-class Slow(Dataset[SparseBatch]):
-    """A dataset whose batches take their time; counts how many were made."""
-
-    n_features = 3
-    columns: Mapping[str, np.ndarray] = {}
-
-    def __init__(self, seconds: float = 0.02) -> None:
-        self.seconds, self.made = seconds, 0
-
-    def __len__(self) -> int:
-        return 1000
-
-    def read_rows(self, selections: Sequence[np.ndarray]) -> list[SparseBatch]:
-        return [self.read_slowly(rows) for rows in selections]
-
-    def read_slowly(self, rows: np.ndarray) -> SparseBatch:
-        time.sleep(self.seconds)
-        self.made += 1
-        n = len(rows)
-        columns, values, offsets = np.zeros(n, np.int32), rows.astype(np.float32), np.arange(n + 1)
-        return SparseBatch(columns, values, offsets, self.n_features, metadata={"index": rows})
-
-    def rows_nbytes(self, selections: Sequence[np.ndarray]) -> list[int]:
-        return [0] * len(selections)
-
-    def with_row_numbers(self) -> Slow:
-        return self
 
 
 def slow_loader(load: Executor, dataset: Slow, **kwargs: Any) -> CellLoader:
@@ -322,183 +270,6 @@ def test_bad_numbers(dataset: CellDataset) -> None:
         make_loader(dataset, sampler_for(dataset), threads=0)
     with pytest.raises(ValueError, match="window"):
         make_loader(dataset, sampler_for(dataset), window=0)
-
-
-# -- resume ----------------------------------------------------------------------------------------
-
-
-def ids(loader: object) -> list[list[float]]:
-    return [batch["score"].tolist() for batch in loader]  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(("step", "workers"), [(0, 0), (1, 0), (5, 0), (8, 0), (3, 2)])
-def test_resume_in_mid_epoch(load: Executor, dataset: CellDataset, step: int, workers: int) -> None:
-    """Saved after `step` batches (read ahead or not), a new loader gives the rest and then whole epochs.
-
-    The state of worker processes goes on in a loader of either executor.
-    """
-    full = load(dataset, sampler_for(dataset))
-    full.set_epoch(4)
-    whole = ids(full)
-    full.set_epoch(5)
-    following = ids(full)
-
-    saved = {"num_workers": workers, "executor": "direct"} if workers else {}
-    with load(dataset, sampler_for(dataset), **saved) as first:
-        first.set_epoch(4)
-        batches = iter(first)
-        head = [next(batches)["score"].tolist() for _ in range(step)]
-        state = pickle.loads(pickle.dumps(first.state_dict()))
-        del batches
-    assert head == whole[:step]
-
-    second = load(dataset, sampler_for(dataset))
-    second.load_state_dict(state)
-    if step < len(whole):
-        second.set_epoch(4)  # as training loops do; the position stays
-        assert ids(second) == whole[step:]
-    second.set_epoch(5)
-    assert ids(second) == following
-
-
-def test_resume_of_a_resume(load: Executor, dataset: CellDataset) -> None:
-    loader = load(dataset, sampler_for(dataset))
-    whole = ids(loader)
-    got: list[list[float]] = []
-    state = None
-    while len(got) < len(whole):
-        again = load(dataset, sampler_for(dataset))
-        if state is not None:
-            again.load_state_dict(state)
-        batches = iter(again)
-        got += [b["score"].tolist() for b in itertools.islice(batches, 3)]
-        state = again.state_dict()
-    assert got == whole
-
-
-def test_resume_with_a_plain_torch_sampler(load: Executor, dataset: CellDataset) -> None:
-    def make() -> CellLoader:
-        return load(dataset, BatchSampler(SequentialSampler(range(120)), 16, False))
-
-    whole = ids(make())
-    first = make()
-    batches = iter(first)
-    next(batches), next(batches)
-    second = make()
-    second.load_state_dict(first.state_dict())
-    assert ids(second) == whole[2:]
-    assert ids(second) == whole
-    # A resumed run is stopped and resumed again: the position counts from the beginning of the epoch.
-    third, fourth = make(), make()
-    third.load_state_dict(first.state_dict())
-    batches = iter(third)
-    next(batches)
-    fourth.load_state_dict(third.state_dict())
-    assert ids(fourth) == whole[3:]
-    with pytest.raises(ValueError, match="same kind of sampler"):
-        second.load_state_dict(load(dataset, sampler_for(dataset)).state_dict())
-    with pytest.raises(ValueError, match="same kind of sampler"):
-        load(dataset, sampler_for(dataset)).load_state_dict(first.state_dict())
-
-
-def test_an_order_that_is_another_one_every_time_is_not_continued(dataset: CellDataset) -> None:
-    def make(seed: int) -> CellLoader:
-        generator = torch.Generator().manual_seed(seed)
-        return make_loader(dataset, BatchSampler(RandomSampler(range(120), generator=generator), 16, False))
-
-    first = make(1)
-    batches = iter(first)
-    done = [next(batches).metadata["score"].tolist() for _ in range(3)]
-    state = first.state_dict()
-    assert (state["epoch"], state["sampler"]["batches"]) == (0, 3)
-    second = make(1)
-    second.load_state_dict(state)
-    assert sorted(itertools.chain(*done, *(b.metadata["score"].tolist() for b in second))) == sorted(
-        dataset.columns["score"].tolist()
-    )
-    third = make(2)
-    third.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"after 3 batches, but .* hold other rows now\. Use .*CellSampler"):
-        next(iter(third))
-    list(batches)
-    assert first.state_dict()["epoch"] == 1
-
-
-@pytest.mark.parametrize("place", ["after the last batch", "after the loop"])
-def test_a_state_from_the_end_of_an_epoch_continues_with_the_next(
-    load: Executor, dataset: CellDataset, place: str
-) -> None:
-    loader = load(dataset, sampler_for(dataset))
-    loader.set_epoch(1)
-    batches = iter(loader)
-    for _ in range(len(loader)):
-        next(batches)
-    if place == "after the loop":
-        assert list(batches) == []
-    state = loader.state_dict()
-    assert (state["version"], state["epoch"]) == (2, 2)
-    del batches
-    again = load(dataset, sampler_for(dataset))
-    again.load_state_dict(state)
-    assert again.epoch == 2
-    loader.set_epoch(2)
-    assert ids(again) == ids(loader)
-
-
-def test_a_loop_over_epochs_goes_on_where_it_was(load: Executor, dataset: CellDataset) -> None:
-    def train(loader: CellLoader, stop_after: int | None = None) -> list[list[float]]:
-        seen: list[list[float]] = []
-        for epoch in range(loader.epoch, 3):
-            loader.set_epoch(epoch)
-            for batch in loader:
-                seen.append(batch["score"].tolist())
-                if len(seen) == stop_after:
-                    return seen
-        return seen
-
-    whole = train(load(dataset, sampler_for(dataset)))
-    first = load(dataset, sampler_for(dataset))
-    head = train(first, stop_after=11)  # of 8 batches an epoch
-    second = load(dataset, sampler_for(dataset))
-    second.load_state_dict(first.state_dict())
-    assert (second.epoch, len(second)) == (1, 8)
-    assert head + train(second) == whole
-    third = load(dataset, sampler_for(dataset))
-    third.load_state_dict(first.state_dict())
-    with pytest.warns(UserWarning, match=r"set_epoch\(0\) drops .* range\(loader.epoch") as told:
-        third.set_epoch(0)
-    assert told[0].filename == __file__
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_state_is_not_loaded_while_an_iteration_runs(dataset: CellDataset, workers: int) -> None:
-    options: dict[str, Any] = {"layout": "dense", "executor": "direct", "num_workers": workers}
-    with make_loader(dataset, sampler_for(dataset), **options) as loader:
-        whole = ids(loader)
-        batches = iter(loader)
-        next(batches), next(batches)
-        state = loader.state_dict()
-        with pytest.raises(RuntimeError, match=r"while an iteration .* loader.close\(\) first"):
-            loader.load_state_dict(state)
-        assert next(batches)["score"].tolist() == whole[2], "and it goes on"
-        assert loader.state_dict()["sampler"]["batches"] == 3
-        loader.close()
-        loader.load_state_dict(state)
-        assert list(batches) == []
-        fresh = iter(loader)  # nothing begins before the first batch is asked for
-        loader.load_state_dict(state | {"sampler": state["sampler"] | {"cells": 16, "batches": 1}})
-        assert [batch["score"].tolist() for batch in fresh] == whole[1:]
-
-
-def test_states_that_cannot_be_continued(load: Executor, dataset: CellDataset) -> None:
-    loader = load(dataset, sampler_for(dataset))
-    for state, found in (
-        ({"sampler": {}}, "none, only ..sampler.."),
-        ({"delivered": 3}, "none, only ..delivered.."),
-        (loader.state_dict() | {"version": 9}, "version 9"),
-    ):
-        with pytest.raises(ValueError, match=f"continues loader states of version 2, .* has {found}"):
-            loader.load_state_dict(state)
 
 
 def test_frameworks_find_the_epoch_and_the_ranks(dataset: CellDataset) -> None:
