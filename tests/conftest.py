@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import optional, side_by_side, threads
+from tests import optional, side_by_side, spawning, threads
 from tests.gpu import allocate_plainly, gpu_missing
 
 SHARED = Path(os.environ.get("HBX_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")).resolve()
@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """What concerns all tests and has a file of its own."""
     config.pluginmanager.register(optional)
     config.pluginmanager.register(side_by_side)
+    config.pluginmanager.register(spawning)
     config.pluginmanager.register(threads)
     _no_deadlines()
     if os.environ.get("HBX_PLAIN_MEMORY") == "1":  # under compute-sanitizer

@@ -86,6 +86,7 @@ def test_any_torch_batch_sampler_works(load: Executor, dataset: CellDataset, exp
     assert torch.equal(torch.cat([b["X"] for b in loader]), torch.from_numpy(expected).float())
 
 
+@pytest.mark.usefixtures("spawn")
 def test_spawned_workers_give_the_same_batches(dataset: CellDataset) -> None:
     sampler = sampler_for(dataset, num_workers=2)
     plain = [b["X"] for b in make_loader(dataset, sampler, sparse_to_dense_collate, num_workers=0)]

@@ -10,12 +10,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 P = ParamSpec("P")
-# Imported once, by the process from which those that die are forked; none of it has threads at work yet.
-_PRELOADED = [
-    "hbx_gpu.atlas._ingest.many",
-    "hbx_gpu.atlas._ingest.multimodal",
-    "hbx_gpu.atlas._upkeep.repack",
-]
 
 
 def die_at(where: str, when: str, n: int) -> None:
@@ -49,6 +43,8 @@ def die_at(where: str, when: str, n: int) -> None:
 def killed(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
     """Run something that kills its process in a fork of one that has everything imported.
 
+    What that is stands in ``tests/spawning.py``.
+
     Parameters
     ----------
     run
@@ -57,7 +53,6 @@ def killed(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         What it is called with.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     process = context.Process(target=run, args=args, kwargs=kwargs)
     process.start()
     process.join(240)
