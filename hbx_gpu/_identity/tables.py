@@ -86,8 +86,9 @@ class FeatureTable:
                 self._texts[column] = None if names is None else numbered(names)
                 return self._texts[column]
             found = list(self._readers[column]()) if column in self._readers else [None]
-            good = all(isinstance(value, str) and value for value in found)
-            self._texts[column] = [str(value) for value in found] if good else None
+            # Without a step of Python for each: a file of a few cells has thousands of features.
+            good = all(issubclass(kind, str) for kind in set(map(type, found))) and "" not in found
+            self._texts[column] = list(map(str, found)) if good else None
         return self._texts[column]
 
     def has(self, column: str) -> bool:
