@@ -250,12 +250,14 @@ SCRIPT = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_ctrl_c_ends_a_training_run(atlas: Path, way: str) -> None:
     """While it waits for a batch."""
     _ends_by_ctrl_c(atlas, way, "waiting")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_ctrl_c_while_the_consumer_computes(atlas: Path) -> None:
     """No call into the loader is under way then, whatever hands its batches over."""
     _ends_by_ctrl_c(atlas, "direct", "training")
