@@ -27,11 +27,12 @@ def look_up(rows, run_first, run_source, run_start, block_run, block_start, leng
             while run_first[run + 1] <= row:
                 run += 1
             before, element = run_first[run], run_start[run]
-        while before < row:
-            element += np.int64(lengths[before])
-            before += 1
-            if with_gaps:
-                element += np.int64(gaps[before])
+        for i in range(np.uint64(before), np.uint64(row)):  # two plain sums, which are vectorized
+            element += np.int64(lengths[i])
+        if with_gaps:
+            for i in range(np.uint64(before + 1), np.uint64(row + 1)):
+                element += np.int64(gaps[i])
+        before = row
         source[k], start[k], length[k] = run_source[run], element, lengths[row]
     return source, start, length
 

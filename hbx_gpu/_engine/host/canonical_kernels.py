@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 _WORDS_PER_ELEMENT = 8
 """Counting bits is faster than sorting by radix up to so many words of 64 columns per element of a row."""
 
+_COMPARED = 64  # columns looked at before a row may be found not to ascend: rows in no order end at once
+
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
@@ -31,10 +33,14 @@ def _bits_of(typingctx, word):  # noqa: ARG001 - numba's signature
 @_jit
 def _ascends(line):
     """Return whether columns ascend and none repeats."""
-    is_unsorted = False
-    for k in range(1, len(line)):
-        is_unsorted |= line[k] <= line[k - 1]  # no early exit, so that the loop is vectorized
-    return not is_unsorted
+    for first in range(0, len(line) - 1, _COMPARED):
+        part = line[first : first + _COMPARED + 1]
+        is_unsorted = False
+        for k in range(1, len(part)):
+            is_unsorted |= part[k] <= part[k - 1]  # no early exit in here, so that the loop is vectorized
+        if is_unsorted:
+            return False
+    return True
 
 
 @_jit
