@@ -197,6 +197,18 @@ def test_chains_that_cannot_be_set_up(chain: Any, error: type[Exception], messag
         ChunkCodec(layout(*chain))
 
 
+@pytest.mark.parametrize("skipped", range(4))
+def test_filters_that_an_hdf5_writer_left_out(skipped: int) -> None:
+    filters = [{"id": "shuffle", "elementsize": 4}, {"id": "zlib", "level": 1}]
+    codec = ChunkCodec(layout(v2(filters=filters[:1], compressor=filters[1])))
+    values = np.arange(10, dtype=np.uint32) * 1_000_003
+    data: Any = values
+    for i, one in enumerate(filters):
+        if not skipped >> i & 1:
+            data = numcodecs.get_codec(one).encode(data)
+    assert np.array_equal(codec.decode(np.frombuffer(bytes(data), np.uint8), skipped), values)
+
+
 def test_imports_stay_light() -> None:
     """Planning and storage must not pull in zarr, numba or a compressor that no array uses."""
     code = (
