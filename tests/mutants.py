@@ -218,9 +218,10 @@ class _Places(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        """Never."""
-        self.found.append((node.test, "False"))
-        self.generic_visit(node)
+        """Never; not the imports that only a type checker sees."""
+        if self._text(node.test) != "TYPE_CHECKING":
+            self.found.append((node.test, "False"))
+            self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
         """A call that is left out."""

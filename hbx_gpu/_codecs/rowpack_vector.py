@@ -67,7 +67,7 @@ def _loader(bits: int) -> ir.Value:
             place = _pointer(context, builder, sig.args[0], src_value, at_value, ir.IntType(bits))
             value = builder.load(place)
             value.align = 1
-            return builder.zext(value, ir.IntType(64)) if bits < 64 else value
+            return builder.zext(value, ir.IntType(64))
 
         return types.uint64(src, types.int64), codegen
 
