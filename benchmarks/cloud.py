@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,12 +18,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import DataSpec, prepare
+from benchmarks.common import DataSpec, conditions, prepare
+from hbx_gpu._bench.machine import describe
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._remote.link import IN_FLIGHT
 from hbx_gpu._storage.readers import coalesce
@@ -52,6 +52,8 @@ class Run:
         Of `LoaderStats`; 0 where nothing is counted.
     link_share
         Share of the capped link that `moved` fills; None without a limit.
+    obstore_share
+        The same, of what obstore alone moves per second in the same run; None where that is not compared.
     """
 
     what: str
@@ -62,6 +64,7 @@ class Run:
     moved: int = 0
     wanted: int = 0
     link_share: float | None = None
+    obstore_share: float | None = None
 
 
 @contextmanager
@@ -194,11 +197,17 @@ def measure(atlas: Path, latency: float, bandwidth: float | None, seconds: float
         dataset = opened(options, url)
         spent = time.perf_counter() - begin
         yield Run(f"open, {len(dataset.sources)} groups ({limit})", len(dataset), spent, len(dataset) / spent)
+        alone = plain(options, bucket, atlas)
+        yield alone
+
+        def beside(run: Run) -> Run:
+            return replace(run, obstore_share=(run.moved / run.seconds) / (alone.moved / alone.seconds))
+
         for locality in ("none", "block", "group"):
-            yield load(f"{locality}, no cache ({limit})", dataset, seconds, bandwidth, locality)
+            yield beside(load(f"{locality}, no cache ({limit})", dataset, seconds, bandwidth, locality))
         with tempfile.TemporaryDirectory() as cache:
             dataset = opened(options, url, Path(cache))
-            yield load(f"random rows, cold cache ({limit})", dataset, 10 * seconds, bandwidth)
+            yield beside(load(f"random rows, cold cache ({limit})", dataset, 10 * seconds, bandwidth))
             dataset.close()
             yield load(f"random rows, warm cache ({limit})", dataset, seconds)
         groups = [source.name for source in dataset.sources]
@@ -222,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = DataSpec(args.cells, args.genes, args.density, args.groups)
     atlas = prepare(args.data, spec).atlas
     print(f"{spec.describe()}; latency {args.latency_ms:g} ms")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
+    print(describe(conditions()))
+    print(f"files in the page cache; load {os.getloadavg()[0]:.1f} at the start")
     local = opened(None, str(atlas))
     print_costs(local, 64 << 10)
     load("warm-up", local, 2)
@@ -241,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _line(run: Run) -> str:
     per_cell = run.moved / max(1, run.cells) / 1e3
     share = "" if run.link_share is None else f", {run.link_share:.0%} of the link"
+    share += "" if run.obstore_share is None else f", {run.obstore_share:.0%} of obstore alone"
+    if run.cells == 0:
+        return f"{run.what:45s} {run.moved / run.seconds / 1e6:12,.0f} MB/s ({run.requests:,} requests)"
     return (
         f"{run.what:45s} {run.cells_per_s:12,.0f} cells/s  ({run.cells:,} in {run.seconds:.2f} s; "
         f"{run.requests:,} requests, {run.moved / 1e6:,.0f} MB moved for {run.wanted / 1e6:,.0f} wanted"

@@ -15,7 +15,7 @@ def is_dir(path: AnyPath) -> bool:
     """Whether a directory is there, or objects lie below the address; servers that cannot list say no."""
     if not isinstance(path, Place):
         return path.is_dir()
-    return path.lists and any(stores.names(path))
+    return path.lists and stores.any_below(path)
 
 
 def size_below(path: AnyPath) -> int:

@@ -212,6 +212,11 @@ def names(place: Place) -> tuple[list[str], list[str]]:
     return sorted(filter(None, objects)), sorted(filter(None, folders))
 
 
+def any_below(place: Place) -> bool:
+    """Whether any object lies below a place, in one request however many do. Raises as :func:`names`."""
+    return next(walk(place), None) is not None
+
+
 def walk(place: Place) -> Iterator[tuple[str, ObjectInfo]]:
     """All objects below a place: path relative to it, size and version. Raises as :func:`names`."""
     import obstore

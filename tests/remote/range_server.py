@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import os
 import random
 import shutil
 import threading
@@ -446,10 +447,14 @@ def _remove(file: Path, root: Path) -> None:
 
 def _objects(bucket: Path, prefix: str) -> Iterator[tuple[str, Path]]:
     """Keys below a prefix in the order of S3, with their files."""
-    top = bucket / prefix.rpartition("/")[0]
-    files = [file for file in top.rglob("*") if file.is_file() and ".put-" not in file.name]
-    pairs = [(file.relative_to(bucket).as_posix(), file) for file in files]
-    return iter(sorted(pair for pair in pairs if pair[0].startswith(prefix)))
+    root, top = str(bucket), str(bucket / prefix.rpartition("/")[0])
+    keys = [
+        os.path.join(folder, name)[len(root) + 1 :]
+        for folder, _, names in os.walk(top, followlinks=True)
+        for name in names
+        if ".put-" not in name
+    ]
+    return ((key, bucket / key) for key in sorted(keys) if key.startswith(prefix))
 
 
 def _span(text: str | None, size: int | None) -> tuple[int, int] | None:

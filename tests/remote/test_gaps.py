@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hbx_gpu.atlas import RaggedAtlas
+from hbx_gpu.batch import SparseBatch
 from tests.remote.range_server import RangeServer
 from tests.security.stores import make_atlas, read
 
@@ -27,5 +28,6 @@ def test_what_lies_between_is_not_fetched_again(
     asked = len(server.requests(part="zarr_store"))
     batch = dataset[np.arange(80)]
     assert len(server.requests(part="zarr_store")) == asked
+    assert isinstance(batch, SparseBatch)
     for ours, theirs in zip((batch.indices, batch.values, batch.offsets), read(root), strict=True):
         assert np.array_equal(ours, theirs)

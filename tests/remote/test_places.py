@@ -5,14 +5,17 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hbx_gpu._remote import options
+from hbx_gpu._remote.looking import folders, is_dir
 from hbx_gpu._remote.places import Place, is_remote, parse
 from hbx_gpu.errors import RemotePathError
 from tests.emulation.build import outer_environment
+from tests.remote.range_server import RangeServer
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -80,3 +83,18 @@ def test_a_process_that_is_started_finds_the_options() -> None:
         env=outer_environment(), capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert found.stdout.strip() == "of-the-parent"
+
+
+def test_a_folder_of_many_objects_is_found_in_one_request(
+    range_server: Callable[..., RangeServer],
+) -> None:
+    server = range_server()
+    for number in range(1_001):  # a page of a listing has 1,000
+        (server.root / "many" / "below" / f"{number}").mkdir(parents=True)
+        (server.root / "many" / "below" / f"{number}" / "object").touch()
+    place = parse("s3://many/below", server.s3_options)
+    assert isinstance(place, Place)
+    assert is_dir(place)
+    assert len(server.log) == 1
+    assert not is_dir(place / "not there")
+    assert len(folders(place)) == 1_001
