@@ -33,8 +33,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
     return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
 
 
-def sampler_for(dataset: CellDataset) -> CellSampler:
-    return CellSampler(dataset.groups_np, batch_size=16, seed=3, num_workers=0, locality="none")
+def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
+    options = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none", **kwargs}
+    return CellSampler(dataset.groups_np, **options)
 
 
 def direct(dataset: CellDataset, **kwargs: Any) -> list[dict[str, Any]]:
