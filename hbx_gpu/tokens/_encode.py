@@ -143,7 +143,9 @@ def finish(
         made["cu_seqlens"] = bounds
         made["max_seqlen"] = np.int32(lengths.max(initial=0))  # type: ignore[assignment]
     else:
-        made["attention_mask"] = np.arange(made["input_ids"].shape[1], dtype=np.int32) < lengths[:, None]
+        width = made["input_ids"].shape[1]
+        short = np.uint16 if width < 2**16 else np.uint32  # twice as many at a time
+        made["attention_mask"] = np.arange(width, dtype=short) < lengths.astype(short)[:, None]
     made.update(cells.obs)
     return renamed(compiled, made)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.statistics import Statistics
 from hbx_gpu.tokens._tables import Table, read_ids, read_scales, read_table
@@ -518,6 +520,8 @@ def _positive(name: str, value: float) -> None:
 
 
 def _room(length: int, n_special: int) -> None:
+    if not isinstance(length, int | np.integer):
+        raise ValueError(f"length and samples must be whole numbers, got {length!r}")
     if length <= n_special or length < 1:
         raise ValueError(
             f"length={length} leaves no room for genes beside {n_special} special tokens; length counts both"

@@ -113,6 +113,11 @@ def test_lengths_without_room(length: int) -> None:
         recipe(length=length)
 
 
+def test_lengths_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"must be whole numbers, got 12\.5"):
+        recipe(length=12.5)
+
+
 def test_settings_that_mean_nothing() -> None:
     for wrong, message in (
         ({"mlm": 1.5}, "probability"),
