@@ -144,8 +144,8 @@ def finish(
         made["max_seqlen"] = np.int32(lengths.max(initial=0))  # type: ignore[assignment]
     else:
         width = made["input_ids"].shape[1]
-        short = np.uint16 if width < 2**16 else np.uint32  # twice as many at a time
-        made["attention_mask"] = np.arange(width, dtype=short) < lengths.astype(short)[:, None]
+        short = "uint16" if width < 2**16 else "uint32"  # twice as many at a time
+        made["attention_mask"] = np.arange(width).astype(short) < lengths.astype(short)[:, None]
     made.update(cells.obs)
     return renamed(compiled, made)
 
