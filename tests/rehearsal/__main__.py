@@ -45,8 +45,8 @@ def environment() -> dict[str, str]:
         LIBRARY: runtime,
         "PYTHONPATH": os.pathsep.join([str(HERE / "packages"), str(ROOT)]),
         "HBX_REQUIRE_GPU": "1",
-        # Late enough that whoever forgets to wait is seen, and early enough to be done with in minutes.
-        "HBX_REHEARSAL_COPY_US": inherited.get("HBX_REHEARSAL_COPY_US", "200"),
+        # Copies are later than the kernels that must wait for them. All are done with in minutes.
+        "HBX_REHEARSAL_COPY_US": inherited.get("HBX_REHEARSAL_COPY_US", "1000"),
         "HBX_REHEARSAL_KERNEL_US": inherited.get("HBX_REHEARSAL_KERNEL_US", "200"),
     }
 

@@ -67,6 +67,7 @@ def install() -> _Library:
         replaced.impl("copy_", _copy, "CUDA", allow_override=True)
         for fill in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
             replaced.impl(fill, partial(_fill, fill), "CUDA", allow_override=True)
+        replaced.impl("_coalesce", _coalesce, "SparseCUDA", allow_override=True)
     return replaced
 
 
@@ -126,7 +127,13 @@ def _on_host(operator: _Operator, *args: object, **kwargs: object) -> object:
         views[id(host)] = value
         return host
 
-    host_args = tree_map(lower, args)
+    host_args = [
+        # torch hands a number that it made a tensor of over as a number again.
+        torch.tensor(value)
+        if isinstance(value, int | float) and str(argument.type) == "Tensor"
+        else tree_map(lower, value)
+        for value, argument in zip(args, operator._schema.arguments, strict=False)
+    ]
     host_kwargs = {
         name: tree_map(partial(lower, output=name in outputs), value) for name, value in kwargs.items()
     }
@@ -165,6 +172,16 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     into, out_of = (host_view(tensor) if tensor.is_cuda else tensor for tensor in (target, source))
     into.copy_(out_of)
     return target
+
+
+def _coalesce(x: Tensor) -> Tensor:
+    """Sort a COO tensor and add up what is at one place."""
+    wait_for(_current(x._values()))
+    host = torch.sparse_coo_tensor(
+        host_view(x._indices()), host_view(x._values()), x.shape, check_invariants=False, is_coalesced=False
+    ).coalesce()
+    indices, values = to_device(host.indices(), x.device), to_device(host.values(), x.device)
+    return torch.sparse_coo_tensor(indices, values, x.shape, check_invariants=False, is_coalesced=True)
 
 
 def _fill(operator: _Operator, target: Tensor, value: float = 0) -> Tensor:

@@ -21,6 +21,7 @@ OPERATIONS: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda x: torch.zeros_like(x).add_(x, alpha=2),
     lambda x: torch.full_like(x, 7),
     lambda x: torch.arange(9, device=x.device) - 1,
+    lambda x: torch.sparse_coo_tensor(x % 3, x[0], (3, 3, 3), check_invariants=False).coalesce().values(),
     lambda x: torch.cat([x, x], out=torch.empty(0, dtype=x.dtype, device=x.device)),
 ]
 
@@ -54,8 +55,8 @@ def test_operations_of_torch(number: int) -> None:
 def test_a_copy_that_nobody_waits_for_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HBX_REHEARSAL_COPY_US", "50000")
     side, event = torch.cuda.Stream(), torch.cuda.Event()
-    source = torch.full((1000,), 3, dtype=torch.uint8).pin_memory()
-    target = torch.zeros(1000, dtype=torch.uint8, device="cuda")
+    source = torch.full((4000,), 3, dtype=torch.uint8).pin_memory()
+    target = torch.zeros(4000, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         target.copy_(source, non_blocking=True)
@@ -63,7 +64,7 @@ def test_a_copy_that_nobody_waits_for_is_late(monkeypatch: pytest.MonkeyPatch) -
     assert not event.query()
     assert ctypes.string_at(target.data_ptr(), 1) == b"\0"
     torch.cuda.current_stream().wait_event(event)
-    assert target.cpu().tolist() == [3] * 1000
+    assert target.cpu().tolist() == [3] * 4000
 
 
 @pytest.mark.gpu
