@@ -29,12 +29,6 @@ def counts() -> dict[str, int]:
     return dict(zip(names, five, strict=True))
 
 
-def contexts() -> set[int]:
-    """Devices that have a context."""
-    bits = int(library().standin_contexts())
-    return {device for device in range(8) if bits >> device & 1}
-
-
 def wait_for(stream: int) -> None:
     """Wait for a stream without torch: its checks for synchronization see nothing of it."""
     status = library().cudaStreamSynchronize(ctypes.c_void_p(stream))
