@@ -31,7 +31,9 @@ def smallest(key, n, keep, packed, packed_2, histogram, item):
     if n > _POSITIONS:
         _by_comparison(key, n, keep, item)
         return
-    if _by_half_words(key, n, keep, packed.view(np.uint32), packed_2.view(np.uint32), histogram, item):
+    if n > _SMALL and _by_half_words(
+        key, n, keep, packed.view(np.uint32), packed_2.view(np.uint32), histogram, item
+    ):
         return
     shift = _pack(key, n, packed)
     found = _select(packed, n, keep, histogram)
