@@ -86,9 +86,10 @@ class FeatureTable:
                 self._texts[column] = None if names is None else numbered(names)
                 return self._texts[column]
             found = list(self._readers[column]()) if column in self._readers else [None]
-            # Without a step of Python for each: a file of a few cells has thousands of features.
-            good = all(issubclass(kind, str) for kind in set(map(type, found))) and "" not in found
-            self._texts[column] = list(map(str, found)) if good else None
+            kinds = set(map(type, found))
+            good = all(issubclass(kind, str) for kind in kinds) and all(found)
+            plain = kinds <= {str}  # a copy of thousands of texts would take longer than the check
+            self._texts[column] = (found if plain else [str(value) for value in found]) if good else None
         return self._texts[column]
 
     def has(self, column: str) -> bool:
