@@ -86,10 +86,8 @@ class FeatureTable:
                 self._texts[column] = None if names is None else numbered(names)
                 return self._texts[column]
             found = list(self._readers[column]()) if column in self._readers else [None]
-            kinds = set(map(type, found))
-            good = all(issubclass(kind, str) for kind in kinds) and all(found)
-            plain = kinds <= {str}  # a copy of thousands of texts would take longer than the check
-            self._texts[column] = (found if plain else [str(value) for value in found]) if good else None
+            good = all(isinstance(value, str) and value for value in found)
+            self._texts[column] = [str(value) for value in found] if good else None
         return self._texts[column]
 
     def has(self, column: str) -> bool:
