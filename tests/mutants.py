@@ -52,7 +52,7 @@ TESTS = {
     "hbx_gpu/_storage/cache.py": ["tests/remote/test_cache.py"],
     "hbx_gpu/_storage/choice.py": ["tests/storage/test_choice.py"],
     "hbx_gpu/_storage/chunks.py": ["tests/storage/test_chunks.py", "tests/storage/test_readers.py"],
-    "hbx_gpu/_storage/found.py": ["tests/storage/test_zarr_arrays.py"],
+    "hbx_gpu/_storage/file_identity.py": ["tests/storage/test_zarr_arrays.py"],
     "hbx_gpu/_storage/hdf5.py": ["tests/storage/test_hdf5.py"],
     "hbx_gpu/_storage/kvikio.py": ["tests/storage/test_kvikio.py"],
     "hbx_gpu/_storage/maps.py": ["tests/storage/test_readers.py"],

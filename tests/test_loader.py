@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from hbx_gpu._buffers import POOL
-from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._loading.read_ahead import ReadAhead
 from hbx_gpu._loading.workers import Handover
 from hbx_gpu.dataloader import CellDataset, make_loader, sparse_to_dense_collate
 from hbx_gpu.errors import CorruptChunkError, ResourceError

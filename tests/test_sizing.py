@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbx_gpu._loading.ahead import ReadAhead
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import LoaderOptions
+from hbx_gpu._loading.read_ahead import ReadAhead
 from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu._protocols import Rows
 from hbx_gpu.sampler import CellSampler

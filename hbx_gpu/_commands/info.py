@@ -7,7 +7,7 @@ import argparse
 from hbx_gpu._advice import from_command
 from hbx_gpu._commands.links import FLAGS, add_allow_links
 from hbx_gpu._commands.places import add_snapshot, add_storage_options, argument, is_empty
-from hbx_gpu._remote.looking import is_file
+from hbx_gpu._remote.lookup import is_file
 from hbx_gpu._remote.places import AnyPath
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from hbx_gpu._remote.looking import is_dir
+from hbx_gpu._remote.lookup import is_dir
 from hbx_gpu._remote.places import AnyPath, Place, is_remote, parse
 from hbx_gpu.errors import RemotePathError
 

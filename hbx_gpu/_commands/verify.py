@@ -54,7 +54,7 @@ def add_parser(
 def run(args: argparse.Namespace) -> int:
     """Print a line per dataset, and what is damaged; 1 if anything is."""
     from hbx_gpu._devices import cores
-    from hbx_gpu._remote.looking import size_below
+    from hbx_gpu._remote.lookup import size_below
     from hbx_gpu._verify.dataset import Level
     from hbx_gpu._verify.leftovers import clean
     from hbx_gpu._verify.stores import verify

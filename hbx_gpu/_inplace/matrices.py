@@ -12,8 +12,8 @@ import numpy as np
 
 from hbx_gpu._inplace.identity import identities
 from hbx_gpu._inplace.join import Axis, Join, joined
-from hbx_gpu._inplace.kinds_of_values import warn_of_mixture
 from hbx_gpu._inplace.table import CellTable
+from hbx_gpu._inplace.value_kinds import warn_of_mixture
 from hbx_gpu._remote.places import AnyPath
 from hbx_gpu._source import BoxIndex, ObsColumns, RowIndex, Source
 from hbx_gpu._stores.store import Part, Store

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hbx_gpu._remote.looking import is_dir, is_file
+from hbx_gpu._remote.lookup import is_dir, is_file
 from hbx_gpu._remote.places import AnyPath
 
 if TYPE_CHECKING:

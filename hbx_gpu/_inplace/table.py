@@ -135,7 +135,7 @@ class CellTable:
     def _database(self) -> Table:
         import lancedb
 
-        from hbx_gpu.atlas._catalog.guarded import guarded
+        from hbx_gpu.atlas._catalog.table_errors import guarded
 
         table = pa.table({name: self.column(name) for name in self.names})
         table = table.append_column(_ROW, pa.array(np.arange(self.n_cells, dtype=np.int64)))

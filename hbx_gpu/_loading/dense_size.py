@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hbx_gpu._devices import free_host_memory
-from hbx_gpu._loading.told import batch_size_of
+from hbx_gpu._loading.sampler_attributes import batch_size_of
 from hbx_gpu._protocols import AnyCollate
 from hbx_gpu.errors import ResourceError
 

@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader
 from hbx_gpu._collates import as_collate
 from hbx_gpu._datasets.plain import loadable
 from hbx_gpu._devices import cores
-from hbx_gpu._loading.ahead import Ahead, ReadAhead
 from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.feeds.host import HostFeed
+from hbx_gpu._loading.framework_samplers import Batches, HasOrder, RankSampler, as_order
 from hbx_gpu._loading.identity import check_identity, identity_of
 from hbx_gpu._loading.options import HOST_BUDGET, LoaderOptions
 from hbx_gpu._loading.pairs import with_controls, with_neighbors
-from hbx_gpu._loading.shown import Batches, HasOrder, RankSampler, as_order
+from hbx_gpu._loading.read_ahead import Ahead, ReadAhead
+from hbx_gpu._loading.sampler_attributes import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.sizing import Sizing
-from hbx_gpu._loading.told import OfEpochs, batch_size_of, is_paired, workers_of
 from hbx_gpu._loading.workers import Handover, explained, refuse_in_workers
 from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu._storage.chunks import ChunkDirectory

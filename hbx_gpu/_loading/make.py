@@ -35,9 +35,9 @@ from hbx_gpu._loading.options import (
     Steps,
     Tokens,
 )
+from hbx_gpu._loading.sampler_attributes import seed_of, workers_of
 from hbx_gpu._loading.token_collate import TokenCollate
 from hbx_gpu._loading.tokens import with_token_collates
-from hbx_gpu._loading.told import seed_of, workers_of
 from hbx_gpu._protocols import AnyCollate, AnyFeed, CollateFunction, Loadable
 from hbx_gpu.images import TileCollate
 from hbx_gpu.sampler import CellSampler

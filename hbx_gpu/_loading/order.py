@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hbx_gpu._loading.told import OfEpochs, batch_size_of, drops_last
+from hbx_gpu._loading.sampler_attributes import OfEpochs, batch_size_of, drops_last
 
 _STATE_KEYS = ("epoch", "batches", "rows")
 

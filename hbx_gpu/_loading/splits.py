@@ -20,8 +20,8 @@ from torch.utils.data import (
 
 from hbx_gpu._datasets.joined import joined
 from hbx_gpu._datasets.plain import HasCells
+from hbx_gpu._loading.framework_samplers import Batches
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
-from hbx_gpu._loading.shown import Batches
 from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler import CellSampler
 

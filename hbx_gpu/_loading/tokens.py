@@ -11,8 +11,8 @@ import numpy as np
 
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.multimodal import MultimodalCellDataset
+from hbx_gpu._loading.sampler_attributes import seed_of
 from hbx_gpu._loading.token_collate import TokenCollate
-from hbx_gpu._loading.told import seed_of
 from hbx_gpu._protocols import Loadable
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.tokens import Compiled, Recipe, compile  # noqa: A004

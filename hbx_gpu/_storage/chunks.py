@@ -18,7 +18,7 @@ from hbx_gpu._codecs.checksum import crc32c
 from hbx_gpu._remote.fetch import map_at_once
 from hbx_gpu._remote.places import is_remote
 from hbx_gpu._source import ArrayLayout
-from hbx_gpu._storage.found import Found, Identity, look, read_end
+from hbx_gpu._storage.file_identity import Found, Identity, look, read_end
 from hbx_gpu._storage.metadata import is_current, object_path
 from hbx_gpu._untrusted import Within
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError

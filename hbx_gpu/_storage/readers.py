@@ -17,7 +17,7 @@ import numpy as np
 
 from hbx_gpu._advice import option
 from hbx_gpu._storage.chunks import REPLACED, ChunkDirectory, Extents
-from hbx_gpu._storage.found import Identity
+from hbx_gpu._storage.file_identity import Identity
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._untrusted import open_regular
 from hbx_gpu.errors import CorruptChunkError, UnsupportedError

@@ -115,7 +115,7 @@ def _verify_on(
 
 def _settled(verdict: Verdict, tasks: list[Future[Found]], progress: Callable[[int], None]) -> Verdict:
     """Wait for the tasks of a part, and write down what they found."""
-    from hbx_gpu.atlas._ingest.anywhere import result_of
+    from hbx_gpu.atlas._ingest.executors import result_of
 
     found: list[Found] = []
     try:

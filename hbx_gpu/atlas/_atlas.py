@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import pyarrow as pa
 
 from hbx_gpu._remote.places import AnyPath, local_only
-from hbx_gpu.atlas._catalog import making
+from hbx_gpu.atlas._catalog import setup
 from hbx_gpu.atlas._catalog.catalog import Catalog
-from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
+from hbx_gpu.atlas._catalog.homeobox_arguments import Given, RegistrySchemas, read_declared
 from hbx_gpu.atlas._catalog.mirror import Mirror, also_in_object_storage
 from hbx_gpu.atlas._catalog.paths import root_of
 from hbx_gpu.atlas._catalog.removal import Removal, find_dataset, remove_dataset
@@ -130,7 +130,7 @@ class RaggedAtlas:
             "registry_schemas": registry_schemas,
         }
         asked = read_declared(given, named)
-        session, schemas = making.make_atlas(
+        session, schemas = setup.make_atlas(
             root,
             asked,
             store=store,
@@ -195,9 +195,9 @@ class RaggedAtlas:
         """
         del store_kwargs, storage_options
         root = root_of(path)
-        names = making.finished_names(root, version_table_name, allow_links=allow_links)
+        names = setup.finished_names(root, version_table_name, allow_links=allow_links)
         schemas = declared_schemas(names, obs_table_names, obs_schemas, dataset_table_name, registry_tables)
-        session = making.open_atlas(
+        session = setup.open_atlas(
             root,
             names,
             schemas,
@@ -284,7 +284,7 @@ class RaggedAtlas:
             cache=cache,
             cache_bytes=cache_bytes,
         )
-        schemas = making.checked_schemas(snapshot, schema or cell_schema or obs_schemas or {})
+        schemas = setup.checked_schemas(snapshot, schema or cell_schema or obs_schemas or {})
         return cls(snapshot.path, schemas=schemas, snapshot=snapshot)
 
     @classmethod
@@ -479,7 +479,7 @@ class RaggedAtlas:
         InvalidDataError
             A column is missing, has missing values or another type.
         """
-        return making.register_features(self.session, feature_space, features)
+        return setup.register_features(self.session, feature_space, features)
 
     def optimize(self) -> None:
         """Give new features their global index and merge small files. No snapshot loses anything."""
@@ -540,7 +540,7 @@ class RaggedAtlas:
         UnknownNameError
             No such table or feature space.
         """
-        making.add_pointer_field(self.session, name, feature_space, obs_table)
+        setup.add_pointer_field(self.session, name, feature_space, obs_table)
 
     def add_multimodal(self, modalities: Any, **kwargs: Any) -> IngestReport:
         """See :func:`hbx_gpu.atlas.add_multimodal`."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from hbx_gpu.atlas._atlas import RaggedAtlas
 from hbx_gpu.atlas._catalog import creation
-from hbx_gpu.atlas._catalog.declared import Given, RegistrySchemas, read_declared
+from hbx_gpu.atlas._catalog.homeobox_arguments import Given, RegistrySchemas, read_declared
 from hbx_gpu.atlas._catalog.mirror import also_in_object_storage
 from hbx_gpu.atlas._catalog.names import Names
 from hbx_gpu.atlas._catalog.paths import root_of

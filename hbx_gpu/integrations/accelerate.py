@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hbx_gpu._loading.framework_samplers import Rows
 from hbx_gpu._loading.loader import CellLoader
-from hbx_gpu._loading.shown import Rows
 from hbx_gpu.integrations._install import not_installed
 
 try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hbx_gpu._remote import options
-from hbx_gpu._remote.looking import folders, is_dir
+from hbx_gpu._remote.lookup import folders, is_dir
 from hbx_gpu._remote.places import Place, is_remote, parse
 from hbx_gpu.errors import RemotePathError
 from tests.emulation.build import outer_environment

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import pack, rebuild
 from hbx_gpu._loading.dali.producer import Producer
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DynamicOptions, Operators
-from hbx_gpu._loading.told import rank_of, seed_of
+from hbx_gpu._loading.read_ahead import Ahead
+from hbx_gpu._loading.sampler_attributes import rank_of, seed_of
 from hbx_gpu._streams import Held
 
 if TYPE_CHECKING:

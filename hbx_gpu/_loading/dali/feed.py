@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import THREADS
+from hbx_gpu._loading.read_ahead import Ahead
 from hbx_gpu._protocols import TensorBatch
 from hbx_gpu._streams import Held, own_stream
 

@@ -10,9 +10,9 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
 from hbx_gpu._devices import cores
-from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.dali.feed import Built, Feeder, Packed, finished, run_on
 from hbx_gpu._loading.options import DaliOptions
+from hbx_gpu._loading.read_ahead import Ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._loading.ahead import Ahead
 from hbx_gpu._loading.closing import close_dropped
 from hbx_gpu._loading.dali.feed import Feeder, finished, rebuild, run_on, take_outputs
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._loading.options import DaliOptions, LoaderOptions
-from hbx_gpu._loading.told import rank_of, seed_of
+from hbx_gpu._loading.read_ahead import Ahead
+from hbx_gpu._loading.sampler_attributes import rank_of, seed_of
 from hbx_gpu._protocols import AnyFeed, CollateFunction
 from hbx_gpu._streams import Held
 

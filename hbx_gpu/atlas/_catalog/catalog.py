@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from hbx_gpu._files import sync
-from hbx_gpu.atlas._catalog import swap, tables, unfinished
+from hbx_gpu.atlas._catalog import journal_checks, swap, tables
 from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote, Journal
 from hbx_gpu.atlas._catalog.names import Names
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, group_path, staging_path
@@ -254,7 +254,7 @@ class Catalog:
         for repack in repacks:
             swap.check(self.store, repack)
         for note in notes:
-            unfinished.check(self, note)
+            journal_checks.check(self, note)
         for repack in repacks:
             swap.settle(self.journal, self.store, repack)
         for note in notes:

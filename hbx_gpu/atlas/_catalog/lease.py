@@ -21,7 +21,7 @@ import lancedb
 import pyarrow as pa
 from lancedb.table import Table
 
-from hbx_gpu.atlas._catalog.guarded import lance_errors
+from hbx_gpu.atlas._catalog.table_errors import lance_errors
 from hbx_gpu.atlas._catalog.tables import quoted
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.errors import AtlasLockedError, TableError

@@ -17,7 +17,6 @@ from hbx_gpu._remote.fetch import map_at_once
 from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu._untrusted import Within
 from hbx_gpu.atlas._catalog import manifest
-from hbx_gpu.atlas._catalog.guarded import lance_errors, open_guarded
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_database, group_path
 from hbx_gpu.atlas._catalog.registry import Registry
 from hbx_gpu.atlas._catalog.snapshot_records import (
@@ -28,6 +27,7 @@ from hbx_gpu.atlas._catalog.snapshot_records import (
     read_records,
     resolve_store,
 )
+from hbx_gpu.atlas._catalog.table_errors import lance_errors, open_guarded
 from hbx_gpu.atlas._model.schema import layout_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, PointerKind, get_space, guess_space, known_spaces
 from hbx_gpu.errors import AtlasError, TableError, UnknownNameError

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hbx_gpu._remote.looking import is_dir
+from hbx_gpu._remote.lookup import is_dir
 from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu._untrusted import parse_json
-from hbx_gpu.atlas._catalog.guarded import open_guarded
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store, plain_name
+from hbx_gpu.atlas._catalog.table_errors import open_guarded
 from hbx_gpu.errors import AtlasError, CorruptDataError, UnsafePathError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
-from hbx_gpu._remote.looking import folders, is_dir
+from hbx_gpu._remote.lookup import folders, is_dir
 from hbx_gpu._remote.places import AnyPath
-from hbx_gpu.atlas._catalog.guarded import guarded, lance_errors, open_guarded
+from hbx_gpu.atlas._catalog.table_errors import guarded, lance_errors, open_guarded
 from hbx_gpu.atlas._model import columns
 from hbx_gpu.atlas._model.columns import Merge
 from hbx_gpu.errors import AtlasError

@@ -16,10 +16,10 @@ from hbx_gpu.atlas._catalog.additions import Rows
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote
 from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
+from hbx_gpu.atlas._ingest.atlas_state import KnownAtlas
 from hbx_gpu.atlas._ingest.cells import pointer_column
 from hbx_gpu.atlas._ingest.commit import defaults_of
 from hbx_gpu.atlas._ingest.duplicates import MOST_NAMES, find_same_cells, say_other_version
-from hbx_gpu.atlas._ingest.known import KnownAtlas
 from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._ingest.tasks import CELLS, FEATURES, GROUP, Written, load_table
 from hbx_gpu.atlas._model.schema import make_uid

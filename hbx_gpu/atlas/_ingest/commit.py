@@ -18,7 +18,7 @@ from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote
 from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
-from hbx_gpu.atlas._ingest.before import ingested_before, replaced_datasets
+from hbx_gpu.atlas._ingest.already_ingested import ingested_before, replaced_datasets
 from hbx_gpu.atlas._ingest.cells import Dataset, ObsNames, cell_rows, pointer_column, reserved_names
 from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells, say_other_version
 from hbx_gpu.atlas._ingest.parts import Part

@@ -32,6 +32,7 @@ from hbx_gpu.atlas._catalog.catalog import in_order
 from hbx_gpu.atlas._catalog.journal import IngestNote
 from hbx_gpu.atlas._catalog.names import only_table
 from hbx_gpu.atlas._catalog.session import Writable, WriteSession
+from hbx_gpu.atlas._ingest.already_ingested import best_row, differences, replaced_by, skip
 from hbx_gpu.atlas._ingest.anndata import (
     check_layer,
     check_matrix_space,
@@ -39,13 +40,12 @@ from hbx_gpu.atlas._ingest.anndata import (
     first_layer,
     storage_of,
 )
-from hbx_gpu.atlas._ingest.anywhere import Here, in_turn, result_of
+from hbx_gpu.atlas._ingest.atlas_state import KnownAtlas
 from hbx_gpu.atlas._ingest.batch import Batch, Ready
-from hbx_gpu.atlas._ingest.before import best_row, differences, replaced_by, skip
 from hbx_gpu.atlas._ingest.cells import ObsNames, reserved_names
 from hbx_gpu.atlas._ingest.commit import free_uid, origin
+from hbx_gpu.atlas._ingest.executors import Here, in_turn, result_of
 from hbx_gpu.atlas._ingest.identity import choose_together
-from hbx_gpu.atlas._ingest.known import KnownAtlas
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import matrix_identity
 from hbx_gpu.atlas._ingest.settings import Settings

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hbx_gpu._remote.looking import folders, is_dir, is_file
+from hbx_gpu._remote.lookup import folders, is_dir, is_file
 from hbx_gpu._remote.places import AnyPath
 from hbx_gpu.errors import AtlasError, UnknownNameError
 

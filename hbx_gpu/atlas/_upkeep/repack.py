@@ -41,7 +41,7 @@ from hbx_gpu.atlas._catalog.snapshot_records import (
     read_records,
     resolve_store,
 )
-from hbx_gpu.atlas._ingest.anywhere import Here, in_turn, result_of
+from hbx_gpu.atlas._ingest.executors import Here, in_turn, result_of
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
 from hbx_gpu.atlas._writing.arrays import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
-from hbx_gpu._remote.looking import size_below
+from hbx_gpu._remote.lookup import size_below
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu.atlas._model.columns import NAME_IN_FILE
 from hbx_gpu.atlas._model.spaces import find_layers

@@ -214,7 +214,7 @@ class SingleCellCollection:
         FileNotFoundError, RuntimeError
             As in :meth:`load_h5ad_multi`.
         """
-        from hbx_gpu.atlas._ingest.anywhere import in_turn, result_of
+        from hbx_gpu.atlas._ingest.executors import in_turn, result_of
 
         files = find_h5ad(folder)
         paths = [Path(self.data_path) / name for name in _archive_names(files, Path(folder))]

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._progress import Progress, silent
-from hbx_gpu._remote.looking import is_dir
+from hbx_gpu._remote.lookup import is_dir
 from hbx_gpu._remote.places import parse
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._atlases import origin

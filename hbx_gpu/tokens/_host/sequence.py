@@ -9,7 +9,7 @@ from hbx_gpu.tokens._draws import MAX_INDEX, Step
 from hbx_gpu.tokens._host.arithmetic import bend, log1p, normalize, rank_key
 from hbx_gpu.tokens._host.bins import assign, find_edges
 from hbx_gpu.tokens._host.draws import jit, keys, sums
-from hbx_gpu.tokens._host.hiding import hide_ids, hide_values
+from hbx_gpu.tokens._host.masking import hide_ids, hide_values
 from hbx_gpu.tokens._host.sorting import smallest
 from hbx_gpu.tokens._numbers import F, I
 from hbx_gpu.tokens._program import Curve, Depth, Fill, Mask, Norm, Order, Side, Value

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from hbx_gpu._loading.order import GivenOrder, Order, cannot_be_iterated
-from hbx_gpu._loading.told import batch_size_of, drops_last
+from hbx_gpu._loading.sampler_attributes import batch_size_of, drops_last
 from hbx_gpu._source import GroupRuns
 from hbx_gpu.sampler import CellSampler, EpochSampler, NeighborSampler
 

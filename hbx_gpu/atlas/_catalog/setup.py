@@ -13,7 +13,7 @@ import pyarrow as pa
 from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalog import creation, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
-from hbx_gpu.atlas._catalog.declared import Declared
+from hbx_gpu.atlas._catalog.homeobox_arguments import Declared
 from hbx_gpu.atlas._catalog.names import Names, only_table
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_store
 from hbx_gpu.atlas._catalog.session import ObsSchemas, WriteSession
