@@ -6,12 +6,14 @@ import shutil
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
 import hbx_gpu
 from hbx_gpu._inplace.cells import Cells
+from hbx_gpu.batch import SparseBatch
 from hbx_gpu.errors import CorruptChunkError, HbxError, UnsupportedError
 from hbx_gpu.synthetic import write_h5ad
 from tests.remote.range_server import RangeServer
@@ -110,6 +112,28 @@ def test_a_file_that_is_replaced_is_an_error(shared: Path, tmp_path: Path) -> No
         path.write_bytes(path.read_bytes()[:-1] + b"x")
         with pytest.raises(CorruptChunkError, match="changed by another program"):
             dataset.__getitems__(np.arange(len(dataset)))
+
+
+def test_a_file_that_was_replaced_is_read_anew_through_a_cache(tmp_path: Path) -> None:
+    path = tmp_path / "served" / "b" / "cells.h5ad"
+    path.parent.mkdir(parents=True)
+    write_h5ad(path, 20, 30, compression=None)
+    size = path.stat().st_size
+    with RangeServer(tmp_path / "served") as server:
+
+        def values() -> np.ndarray:
+            query = hbx_gpu.open(
+                "s3://b/cells.h5ad", storage_options=server.s3_options, cache=tmp_path / "cache"
+            )
+            batch = query.to_cell_dataset().__getitems__(np.arange(20))
+            assert isinstance(batch, SparseBatch)
+            return batch.values.copy()
+
+        before = values()
+        with h5py.File(path, "r+") as file:
+            file["X/data"][:] += 1
+        assert path.stat().st_size == size
+        np.testing.assert_array_equal(values(), before + 1)
 
 
 def test_ranges_with_small_gaps_come_in_one_request(tmp_path: Path) -> None:

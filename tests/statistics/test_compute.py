@@ -21,7 +21,8 @@ from hbx_gpu.errors import CorruptDataError, InvalidDataError, ResourceError, Un
 from hbx_gpu.statistics import Statistics, compute
 from hbx_gpu.statistics import _compute as computing
 from hbx_gpu.statistics._bins import RELATIVE_ERROR, Bins, binned_medians, counted, edges
-from hbx_gpu.statistics._finish import Asked, finished
+from hbx_gpu.statistics._finish import Asked, _folded, finished
+from hbx_gpu.statistics._kernels import Sums
 from hbx_gpu.statistics._partial import Partial
 from hbx_gpu.statistics._tasks import Tasks
 from hbx_gpu.testing._examples import example_dataset, example_groups
@@ -122,6 +123,16 @@ def test_large_counts_are_summed_exactly(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.sum, expected["sum"])
     np.testing.assert_allclose(found.variance, expected["variance"], rtol=1e-12)
     assert found.whole.tolist() == [True, True, False]
+
+
+def test_squares_of_groups_are_added_with_their_carry() -> None:
+    low = np.array([2**32 - 1, 2**32 - 2, 7, 9])  # two features of two groups
+    high = np.array([1, 2, 3, 4])
+    none, floats = np.zeros(4, np.int64), np.zeros(4)
+    found = _folded(Sums(none, none, high, low, none, floats, floats, none), 2)
+    squares = (high << 32) + low
+    np.testing.assert_array_equal((found.square_high << 32) + found.square_low, squares[::2] + squares[1::2])
+    assert found.square_low.max() < 2**32
 
 
 def test_fractions_negative_numbers_and_nan(tmp_path: Path) -> None:
