@@ -140,16 +140,16 @@ def test_a_file_that_is_cut_short_in_mid_epoch(
     copied: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(copied)
-    opens: list[str] = []
-    size = _Descriptor.size
+    reads: list[int] = []
+    read = _Descriptor.read
 
-    def shrinking(self: _Descriptor) -> int:
-        opens.append(self._path)
-        if len(opens) == 6:
+    def shrinking(self: _Descriptor, vectors: list[memoryview], offset: int) -> bool:
+        reads.append(offset)
+        if len(reads) == 6:
             os.truncate(self._path, 100)
-        return size(self)
+        return read(self, vectors, offset)
 
-    monkeypatch.setattr(_Descriptor, "size", shrinking)
+    monkeypatch.setattr(_Descriptor, "read", shrinking)
     with (
         load(dataset, sampler_for(dataset), io="pinned", **EACH) as loader,
         pytest.raises(CorruptChunkError, match="cut short"),
