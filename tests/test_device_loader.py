@@ -24,6 +24,7 @@ from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from hbx_gpu.transforms import Transform
 from tests.emulation.backend import EmulatedBackend
+from tests.emulation.backends import BACKENDS, backend_named
 from tests.emulation.streams import JUNK, StreamBackend, read_later
 from tests.kernels.conftest import on_gpu
 from tests.threads import loader_threads
@@ -45,17 +46,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
     return codec_dataset(tmp_path_factory.mktemp("arrays"), "hbx_gpu.rowpack")
 
 
-@pytest.fixture(params=["emulated", "streams", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Any:
-    """Every backend that there is: at once, on streams that lag behind, and a GPU."""
-    if request.param == "emulated":
-        return EmulatedBackend()
-    if request.param == "streams":
-        return StreamBackend(delay=0.001)
-    on_gpu()
-    from hbx_gpu._engine.device.cuda import CudaBackend
-
-    return CudaBackend(0)
+    return backend_named(request.param)
 
 
 def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:

@@ -20,9 +20,7 @@ from hbx_gpu.dataloader import (
 )
 from hbx_gpu.sampler import CellSampler
 from tests.dense_stores import brought
-from tests.emulation.backend import EmulatedBackend
-from tests.emulation.streams import StreamBackend
-from tests.kernels.conftest import on_gpu
+from tests.emulation.backends import BACKENDS, backend_named
 
 SPACES = ["rna", "adt", "image_features", "tiles_a", "crop", "chromatin_accessibility"]
 LAYERS = {"chromatin_accessibility": ["starts", "lengths"]}
@@ -38,16 +36,9 @@ def everything(cells: AtlasQuery) -> MultimodalCellDataset:
     return cells.to_multimodal_dataset(SPACES, LAYERS, ["cell_type"])
 
 
-@pytest.fixture(params=["emulated", "streams", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "emulated":
-        return EmulatedBackend()
-    if request.param == "streams":
-        return StreamBackend(delay=0.001)
-    on_gpu()
-    from hbx_gpu._engine.device.cuda import CudaBackend
-
-    return CudaBackend(0)
+    return backend_named(request.param)
 
 
 def sampler_for(dataset: Any, **kwargs: Any) -> CellSampler:

@@ -24,7 +24,7 @@ from hbx_gpu.testing import example_dataset, example_groups
 from hbx_gpu.transforms import log1p, normalize_total
 from tests.dali import need_dali, same_batch
 from tests.ids import stable
-from tests.loading import Slow
+from tests.loading import Slow, sampler_for
 from tests.pages import blocks
 from tests.threads import loader_threads
 
@@ -40,11 +40,6 @@ def dali() -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
     return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
-
-
-def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
-    options = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none", **kwargs}
-    return CellSampler(dataset.groups_np, **options)
 
 
 def direct(dataset: CellDataset, **kwargs: Any) -> list[Fields]:
@@ -415,7 +410,7 @@ import time
 import numpy as np
 from hbx_gpu.pipeline import cell_pipeline
 from hbx_gpu.sampler import CellSampler
-from tests.loading import Slow
+from tests.loading import Slow, sampler_for
 from tests.test_pipeline import noise
 cells = np.zeros(100_000, np.int32)
 sampler = CellSampler(cells, batch_size=4, num_workers=0, shuffle=False)

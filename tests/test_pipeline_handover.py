@@ -17,9 +17,9 @@ from torch.utils.dlpack import from_dlpack
 from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.errors import CorruptChunkError
 from hbx_gpu.pipeline import CellPipeline, cell_pipeline, jax_batches
-from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups
 from tests.dali import need_dali
+from tests.loading import sampler_for
 from tests.threads import loader_threads
 
 
@@ -31,11 +31,6 @@ def dali() -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CellDataset:
     return example_dataset(tmp_path_factory.mktemp("arrays"), example_groups())
-
-
-def sampler_for(dataset: CellDataset, **kwargs: Any) -> CellSampler:
-    options = {"batch_size": 16, "seed": 3, "num_workers": 0, "locality": "none", **kwargs}
-    return CellSampler(dataset.groups_np, **options)
 
 
 def direct(dataset: CellDataset, **kwargs: Any) -> list[dict[str, Any]]:

@@ -223,7 +223,10 @@ def _joined(one: Extents, other: Extents) -> Extents:
 
 
 def _starts(extents: Extents) -> np.ndarray:
-    """A number for the file and the first byte of each extent."""
+    """A number for the file and the first byte of each extent.
+
+    Where two numbers agree by chance, in a file of more than a terabyte, a chunk in a gap is not kept.
+    """
     found: np.ndarray = extents.file.astype(np.int64) << _OFFSET_BITS | extents.offset
     return found
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._pytree import tree_map
 
-from tests.rehearsal.runtime import library, wait_for
+from tests.rehearsal.runtime import cudart, wait_for
 
 # Operators without a kernel: memory, views, and what torch asks the runtime for.
 _NATIVE = frozenset(
@@ -48,13 +48,11 @@ _NATIVE = frozenset(
     }
 )
 
-_Library = torch.library.Library
 
-
-def install() -> _Library:
+def install() -> library.Library:
     """Replace the operators, for as long as what is returned lives."""
     torch.cuda.init()
-    replaced = _Library("aten", "IMPL")
+    replaced = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is what is wanted
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
@@ -187,7 +185,7 @@ def _coalesce(x: Tensor) -> Tensor:
 def _fill(operator: _Operator, target: Tensor, value: float = 0) -> Tensor:
     pattern = torch.full((1,), value, dtype=target.dtype).view(torch.uint8).tolist()
     if target.is_contiguous() and len(set(pattern)) == 1:
-        status = library().cudaMemsetAsync(
+        status = cudart().cudaMemsetAsync(
             ctypes.c_void_p(target.data_ptr()),
             ctypes.c_int(pattern[0]),
             ctypes.c_size_t(target.numel() * target.element_size()),

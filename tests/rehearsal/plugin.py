@@ -13,7 +13,7 @@ from hbx_gpu._engine.device.backend import Streams
 from hbx_gpu._engine.device.nvcomp import Alignments
 from tests.emulation.decompressor import CpuDecompressor
 from tests.rehearsal import host_ops
-from tests.rehearsal.runtime import library
+from tests.rehearsal.runtime import cudart
 
 DALI = "DALI links CUDA's runtime statically and asks the driver, of which the rehearsal has none"
 KVIKIO = "kvikio reads files with its own CUDA runtime, of which the rehearsal has none"
@@ -68,9 +68,7 @@ class NvcompDouble:
         )
         number = next(self._numbers)
         self._ordered[number] = algorithm, part
-        status = library().cudaLaunchHostFunc(
-            ctypes.c_void_p(stream), self._function, ctypes.c_void_p(number)
-        )
+        status = cudart().cudaLaunchHostFunc(ctypes.c_void_p(stream), self._function, ctypes.c_void_p(number))
         assert status == 0
 
     def _run(self, number: int) -> None:

@@ -16,7 +16,7 @@ def rehearsing() -> bool:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def cudart() -> ctypes.CDLL:
     """The library that torch runs over: the same one, which LD_PRELOAD has loaded."""
     return ctypes.CDLL(os.environ[LIBRARY], mode=ctypes.RTLD_GLOBAL)
 
@@ -24,13 +24,13 @@ def library() -> ctypes.CDLL:
 def counts() -> dict[str, int]:
     """What the runtime has been asked for so far."""
     five = (ctypes.c_longlong * 5)()
-    library().standin_counts(five)
+    cudart().standin_counts(five)
     names = ("copies", "pageable copies", "event waits", "launches", "refused launches")
     return dict(zip(names, five, strict=True))
 
 
 def wait_for(stream: int) -> None:
     """Wait for a stream without torch: its checks for synchronization see nothing of it."""
-    status = library().cudaStreamSynchronize(ctypes.c_void_p(stream))
+    status = cudart().cudaStreamSynchronize(ctypes.c_void_p(stream))
     if status:
         raise RuntimeError(f"error {status} of the stand-in runtime: a kernel before this point has failed")

@@ -70,12 +70,12 @@ def test_a_copy_that_nobody_waits_for_is_late(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.gpu
 @on_the_stand_in
 def test_a_copy_beyond_a_block_is_refused() -> None:
-    status = runtime.library().cudaMemcpyAsync(
+    status = runtime.cudart().cudaMemcpyAsync(
         ctypes.c_void_p(1 << 40), ctypes.create_string_buffer(8), ctypes.c_size_t(8), 1, ctypes.c_void_p(0)
     )
     assert status == 1  # cudaErrorInvalidValue
     torch.cuda.cudart()
-    runtime.library().cudaGetLastError()
+    runtime.cudart().cudaGetLastError()
 
 
 @pytest.mark.gpu
@@ -87,7 +87,7 @@ def test_a_kernel_on_a_stream_of_another_device_is_refused() -> None:
 
     stream = torch.cuda.Stream(1)
     kernel = cupy.RawModule(code="", options=(), backend="nvrtc").get_function(next(iter(kernel_names())))
-    status = runtime.library().standin_launch(
+    status = runtime.cudart().standin_launch(
         ctypes.c_void_p(stream.cuda_stream), None, b"", 0, b"", None, 0, b""
     )
     assert status == 400  # cudaErrorInvalidResourceHandle

@@ -404,7 +404,6 @@ def read_modality(
         codes = {alias[name]: grow(batch.column(alias[name])) for name, grow in growing.items()}
         if not absent and not there.all():
             codes = {shown: part[there] for shown, part in codes.items()}
-        if not absent and not there.all():
             batch = batch.filter(pa.array(there))
             there = there[there]
         start, length = (_boxes if spatial else _extents)(snapshot, table, pointer, batch, there)

@@ -48,12 +48,12 @@ def smallest(key, n, keep, packed, packed_2, histogram, item):
 def _by_half_words(key, n, keep, packed, packed_2, histogram, item):
     """As `smallest`, by 16 bits of each key; False, with nothing done, where too many keys agree in those."""
     low, shift = _range(key, n)
-    for b in range(2 * _BUCKETS):
-        histogram[b] = 0
     for i in range(n):
         packed[i] = (((key[i] - low) << shift) >> _LEADING << _SIXTEEN) | np.uint64(i)
     found = n
     if 2 * keep < n:  # else nearly all are sorted anyway
+        for b in range(_BUCKETS):
+            histogram[b] = 0
         for i in range(n):
             histogram[packed[i] >> _TOP] += 1
         last, seen = 0, np.int64(histogram[0])
@@ -67,30 +67,7 @@ def _by_half_words(key, n, keep, packed, packed_2, histogram, item):
             packed[place] = one
             place += np.uint64((one >> _TOP) <= limit)
         found = np.int64(place)
-        for b in range(_BUCKETS):
-            histogram[b] = 0
-    for i in range(found):
-        one = packed[i]
-        histogram[(one >> _SIXTEEN) & _MASK] += 1
-        histogram[_UPPER + (one >> _TOP)] += 1
-    a, b = 0, 0
-    for d in range(_BUCKETS):
-        count = histogram[d]
-        histogram[d] = a
-        a += count
-        count = histogram[_BUCKETS + d]
-        histogram[_BUCKETS + d] = b
-        b += count
-    for i in range(found):
-        one = packed[i]
-        d = (one >> _SIXTEEN) & _MASK
-        packed_2[histogram[d]] = one
-        histogram[d] += 1
-    for i in range(found):
-        one = packed_2[i]
-        d = _UPPER + (one >> _TOP)
-        packed[histogram[d]] = one
-        histogram[d] += 1
+    _pass_pair(packed, found, packed_2, histogram, 16)
     if shift < _LEADING and not _told_apart(key, packed, found):
         return False
     for k in range(keep):
@@ -233,7 +210,7 @@ def _sort(packed, n, packed_2, histogram):
 
 @jit
 def _pass_pair(packed, n, packed_2, histogram, first):
-    """Stable passes over the digits at bits `first` and `first` + 11."""
+    """Stable passes over the two digits of 8 bits that begin at bit `first`."""
     low, high = np.uint64(first), np.uint64(first + _DIGIT)
     for b in range(2 * _BUCKETS):
         histogram[b] = 0

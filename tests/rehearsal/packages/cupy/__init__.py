@@ -22,7 +22,7 @@ import numpy as np
 from hbx_gpu._engine.device import sources
 from tests.emulation import MAX_SHARED, _Kernel, _Launch
 from tests.emulation.build import library as emulated_library
-from tests.rehearsal.runtime import library
+from tests.rehearsal.runtime import cudart
 
 __version__ = "14.2.0+rehearsal"
 
@@ -60,24 +60,24 @@ class runtime:
     @staticmethod
     def getDevice() -> int:
         device = ctypes.c_int()
-        _check(library().cudaGetDevice(ctypes.byref(device)))
+        _check(cudart().cudaGetDevice(ctypes.byref(device)))
         return device.value
 
     @staticmethod
     def setDevice(device: int) -> None:
-        _check(library().cudaSetDevice(ctypes.c_int(device)))
+        _check(cudart().cudaSetDevice(ctypes.c_int(device)))
 
     @staticmethod
     def getDeviceCount() -> int:
         count = ctypes.c_int()
-        _check(library().cudaGetDeviceCount(ctypes.byref(count)))
+        _check(cudart().cudaGetDeviceCount(ctypes.byref(count)))
         return count.value
 
     @staticmethod
     def memcpyAsync(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         pointer = ctypes.c_void_p
         _check(
-            library().cudaMemcpyAsync(
+            cudart().cudaMemcpyAsync(
                 pointer(int(target)),
                 pointer(int(source)),
                 ctypes.c_size_t(int(nbytes)),
@@ -89,13 +89,13 @@ class runtime:
     @staticmethod
     def hostAlloc(nbytes: int, flags: int) -> int:
         address = ctypes.c_void_p()
-        _check(library().cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(nbytes), ctypes.c_uint(flags)))
+        _check(cudart().cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(nbytes), ctypes.c_uint(flags)))
         assert address.value is not None
         return address.value
 
     @staticmethod
     def freeHost(address: int) -> None:
-        _check(library().cudaFreeHost(ctypes.c_void_p(address)))
+        _check(cudart().cudaFreeHost(ctypes.c_void_p(address)))
 
     @staticmethod
     def pointerGetAttributes(address: int) -> SimpleNamespace:
@@ -207,7 +207,7 @@ class RawKernel:
             grid=_three(grid), block=_three(block), shared=shared_mem, report_bytes=_REPORT_BYTES
         )
         launch.report = ctypes.cast(_report, ctypes.c_char_p)
-        status = library().standin_launch(
+        status = cudart().standin_launch(
             ctypes.c_void_p(Stream.current()),
             ctypes.cast(kernel.entry, ctypes.c_void_p),
             ctypes.byref(launch),
