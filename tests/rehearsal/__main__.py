@@ -22,7 +22,12 @@ SUITES = {
     "engine": ["tests/engine"],
     "loader": ["tests/test_device_loader.py", "tests/test_device_decode.py", "tests/test_dense_device.py"],
     "residency": ["tests/test_residency.py", "tests/test_planned.py"],
-    "pipeline": ["tests/test_pipeline.py", "tests/test_executors.py", "tests/test_multimodal.py"],
+    "pipeline": [
+        "tests/test_pipeline.py",
+        "tests/test_executors.py",
+        "tests/test_multimodal.py",
+        "tests/test_multimodal_images.py",
+    ],
 }
 OUTCOMES = ("passed", "failed", "skipped")
 

@@ -235,6 +235,8 @@ def test_documents_that_differ_in_the_shape_are_parsed_once(
         json.dumps(v3(shape=[5])).replace("[5]", found) for found in ("[05]", "[5,]", "[5.0]", "[ 5 ]")
     ]
     documents += [json.dumps(v3(shape=[5])).replace("shape", "sh\\u0061pe", 1), v3(shape=[5], more={})]
+    # The later of two shapes counts, and this one is spelled so that a search does not find it.
+    documents += 2 * [json.dumps(v3(shape=[4]))[:-1] + ', "sh\\u0061pe": [8]}']
 
     def outcome(folder: Path) -> object:
         try:
