@@ -41,7 +41,7 @@ class BufferPool:
         )  # garbage collection while it is held may return a block on this thread
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-        """Like ``numpy.empty``; 64-byte aligned."""
+        """Like ``numpy.empty``; 64-byte aligned, but for small arrays, which NumPy itself allocates."""
         dtype = np.dtype(dtype)
         count = shape if isinstance(shape, int) else math.prod(shape)
         nbytes = count * dtype.itemsize

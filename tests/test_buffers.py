@@ -71,3 +71,9 @@ def test_threads_never_share_a_block() -> None:
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_memory_begins_at_a_cache_line() -> None:
+    pool = BufferPool()
+    kept = [pool.empty(n, np.uint8) for n in (70_000, 300_000, 3 << 20)]
+    assert [array.ctypes.data % 64 for array in kept] == [0] * len(kept)
