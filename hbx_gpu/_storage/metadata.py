@@ -34,6 +34,7 @@ _MAX_CHUNKS_PER_SHARD = 1 << 26  # the index of such a shard takes a gigabyte
 # read the array only if the key says so ("must_understand": false).
 _KEYS = {"zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value"}
 _KEYS |= {"codecs", "attributes", "dimension_names", "storage_transformers", "consolidated_metadata"}
+_DOCUMENT = "zarr.json"
 _NAMED_FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
@@ -43,6 +44,7 @@ def read_layout(
     *,
     absent_is_fill: bool = True,
     within: str | os.PathLike[str] | Within = "",
+    document: bytes | None = None,
 ) -> ArrayLayout:
     """Read where and how a zarr array (v3 or v2) is stored.
 
@@ -58,6 +60,8 @@ def read_layout(
     within
         Folder that links must not lead out of, as in `ArrayLayout`; empty where they may lead anywhere. A
         `Within` remembers the folders it has looked at, for many arrays.
+    document
+        The content of ``zarr.json`` where the caller knows it, which is then not read.
 
     Returns
     -------
@@ -77,7 +81,7 @@ def read_layout(
     directory = str(parse(path)) if is_remote(path) else os.path.abspath(path)
     name = os.path.basename(directory) if name is None else name
     guard = within if isinstance(within, Within) else Within(os.fspath(within))
-    found = _load(directory, guard)
+    found = _load(directory, guard) if document is None else (f"{directory}/{_DOCUMENT}", document)
     if found is None:
         raise FileNotFoundError(_nothing_there(directory, name))
     path, text = found
@@ -129,7 +133,27 @@ def is_current(layout: ArrayLayout, within: Within | None = None) -> bool:
     if layout.byte_offset is not None or layout.table is not None:
         return file_fingerprint(layout.path, content=layout.watched) == layout.fingerprint
     found = _load(layout.path, within or Within(layout.within))
-    return found is not None and _fingerprint(found[1]) == layout.fingerprint
+    if found is not None and _fingerprint(found[1]) == layout.fingerprint:
+        return True
+    _changed.add(layout.path)
+    return False
+
+
+_changed: set[str] = set()  # arrays whose metadata this process found to be others than those it had read
+
+
+def found_changed(folder: str) -> bool:
+    """Whether this process has found that metadata of arrays below a folder had changed.
+
+    What is kept elsewhere about these arrays may then be out of date.
+    """
+    return any(path.startswith(f"{folder}/") for path in list(_changed))
+
+
+def read_document(path: str | os.PathLike[str], within: Within) -> bytes | None:
+    """The ``zarr.json`` of an array; None where it has none. Raises as :func:`read_layout`."""
+    found = _load(os.fspath(path), within)
+    return found[1] if found is not None and found[0].endswith(_DOCUMENT) else None
 
 
 def object_path(layout: ArrayLayout, where: Sequence[int]) -> str:
@@ -168,7 +192,7 @@ def check_last_object(layout: ArrayLayout) -> None:
 
 def _load(directory: str, within: Within) -> tuple[str, bytes] | None:
     """Return path and content of the metadata document, or None if there is none."""
-    for name in ("zarr.json", ".zarray"):
+    for name in (_DOCUMENT, ".zarray"):
         path = f"{directory}/{name}"
         try:
             return path, within.read(path)

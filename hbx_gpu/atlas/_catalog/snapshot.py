@@ -16,7 +16,7 @@ from hbx_gpu._advice import option
 from hbx_gpu._remote.fetch import map_at_once
 from hbx_gpu._remote.places import AnyPath, Place, parse
 from hbx_gpu._untrusted import Within
-from hbx_gpu.atlas._catalog import manifest
+from hbx_gpu.atlas._catalog import documents, manifest
 from hbx_gpu.atlas._catalog.paths import LAYOUT_TABLE, check_database, group_path
 from hbx_gpu.atlas._catalog.registry import Registry
 from hbx_gpu.atlas._catalog.snapshot_records import (
@@ -128,6 +128,7 @@ class Snapshot:
         self._registries: dict[str, Registry] = {}
         self._groups: dict[tuple[str, str], Group] | None = None
         self._remaps: dict[tuple[str, str], np.ndarray] = {}
+        self._documents: dict[str, bytes] | None = None
         # Vocabularies of obs columns, filled by atlas.obs.
         self.vocabularies: dict[tuple[str, str], pa.Array] = {}
 
@@ -365,6 +366,19 @@ class Snapshot:
             A link leads out of the store.
         """
         return group_path(self.store_path, zarr_group, allow_links=self.allow_links, within=within)
+
+    def array_document(self, array: str) -> bytes | None:
+        """The ``zarr.json`` of an array in object storage; None where the atlas does not keep a copy of it.
+
+        Parameters
+        ----------
+        array
+            Path of the array in the zarr store.
+        """
+        if self._documents is None:
+            is_far = isinstance(self.path, Place)
+            self._documents = documents.fetch(self.path, self.store_path) if is_far else {}
+        return self._documents.get(array)
 
     def registry(self, feature_space: str) -> Registry:
         """The features of a space at the pinned version of its registry.

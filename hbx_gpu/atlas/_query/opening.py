@@ -133,8 +133,22 @@ def build_sources(
         arrays = there.get(group.name) or arrays_of(snapshot, group, space, layers, within)
         return _source(group, space, arrays, remap)
 
-    # Every group takes requests one after the other, so many groups are opened at once.
-    return map_at_once(opened, groups) if is_remote(snapshot.store_path) else [opened(g) for g in groups]
+    if not is_remote(snapshot.store_path):
+        return [opened(group) for group in groups]
+    # A group whose metadata are not known takes several requests, so many groups are opened at once.
+    asked = [group for group in groups if not _is_known(snapshot, group, layers)]
+    found = {source.name: source for source in map_at_once(opened, asked)}
+    return [found.get(group.name) or opened(group) for group in groups]
+
+
+def _is_known(snapshot: Snapshot, group: Group, layers: Sequence[str]) -> bool:
+    """Whether the metadata of all arrays of a group are known without a request."""
+    if group.feature_space not in known_spaces():
+        return False
+    space = get_space(group.feature_space)
+    arrays = [f"{space.layers_path}/{layer}" for layer in layers]
+    arrays += [] if space.index_array is None else [space.index_array]
+    return all(snapshot.array_document(f"{group.name}/{array}") is not None for array in arrays)
 
 
 def links_of(snapshot: Snapshot) -> Within:
@@ -160,7 +174,7 @@ def arrays_of(
         # Where layers have their usual places, looking for them would take longer than opening them.
         try:
             found = {layer: f"{space.layers_path}/{layer}" for layer in layers}
-            return _opened(group, space, found, folder, within)
+            return _opened(snapshot, group, space, found, folder, within)
         except FileNotFoundError:
             pass
     found = find_layers(folder, space)
@@ -174,10 +188,11 @@ def arrays_of(
             f"(in {folder}). Choose one that all of them have with {choose}"
         )
     places = {layer: found[layer] for layer in layers}
-    return _opened(group, space, places, folder, within)
+    return _opened(snapshot, group, space, places, folder, within)
 
 
 def _opened(
+    snapshot: Snapshot,
     group: Group,
     space: FeatureSpace,
     places: Mapping[str, str],
@@ -189,11 +204,13 @@ def _opened(
     absent_is_fill = not group.software.startswith("hbx_gpu")
 
     def opened(relative: str) -> ArrayLayout:
+        name = f"{group.name}/{relative}"
         layout = read_layout(
             f"{folder}/{relative}",
-            f"{group.name}/{relative}",
+            name,
             absent_is_fill=absent_is_fill,
             within=within,
+            document=snapshot.array_document(name),
         )
         check_last_object(layout)
         return layout

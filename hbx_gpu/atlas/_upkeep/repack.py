@@ -27,7 +27,7 @@ from hbx_gpu._storage.choice import open_reader
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
 from hbx_gpu._storage.readers import Slab
-from hbx_gpu.atlas._catalog import swap, tables
+from hbx_gpu.atlas._catalog import documents, swap, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import Journal, RepackNote
 from hbx_gpu.atlas._catalog.lock import WriteLock
@@ -210,7 +210,12 @@ def repack(
                 _check_writable(store / plan.zarr_group, (store / plan.zarr_group).parent)
         tick = _Ticks(sum(2 * a.layout.shape[0] for plan in plans for a in plan.rewrite), progress)
         here = executor or Here()
-        groups = tuple(_repack_groups(Journal(root), store, plans, here, tick))
+        # What the atlas keeps of the metadata of these arrays must not outlive them.
+        known = documents.begin_changes(root) if any(plan.rewrite for plan in plans) else []
+        try:
+            groups = tuple(_repack_groups(Journal(root), store, plans, here, tick))
+        finally:
+            documents.end_changes(root, store, known)
         set_default_codec(root, codec)
     return RepackReport(codec, groups)
 

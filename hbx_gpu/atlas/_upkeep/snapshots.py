@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
-from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu.atlas._catalog import manifest, tables
+from hbx_gpu._storage.metadata import read_document, read_layout
+from hbx_gpu._untrusted import Within
+from hbx_gpu.atlas._catalog import documents, manifest, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.snapshot_records import read_records
 from hbx_gpu.atlas._model.schema import AtlasVersion
@@ -102,7 +103,8 @@ def snapshot(catalog: Catalog) -> int:
     AtlasError
         The atlas is not fit for reading; the message says what is missing.
     """
-    if problems := validate(catalog):
+    arrays: dict[str, bytes] = {}
+    if problems := validate(catalog, arrays):
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise AtlasError(f"no snapshot taken of the atlas at {catalog.root}:\n{listed}")
     names = catalog.names
@@ -123,6 +125,7 @@ def snapshot(catalog: Catalog) -> int:
     )
     versions.add([record])
     records = read_records(catalog.root, version_table_name=names.version_table)
+    documents.write(catalog.root, arrays)
     manifest.write(catalog.root, next(r for r in records if r.version == record.version))
     return record.version
 
@@ -134,8 +137,12 @@ def has_news(catalog: Catalog) -> bool:
     return stored > (records[-1].total_rows if records else 0)
 
 
-def validate(catalog: Catalog) -> list[str]:
-    """Reasons why the atlas cannot be read, as sentences; empty if there are none."""
+def validate(catalog: Catalog, arrays: dict[str, bytes] | None = None) -> list[str]:
+    """Reasons why the atlas cannot be read, as sentences; empty if there are none.
+
+    `arrays` gets the metadata documents of all arrays of the groups, by their paths in the zarr store.
+    """
+    arrays = {} if arrays is None else arrays
     problems = []
     for space, name in catalog.names.registries.items():
         problems += _check_registry(catalog.registry(space), name)
@@ -147,7 +154,7 @@ def validate(catalog: Catalog) -> list[str]:
         if row["feature_space"] not in known_spaces():
             continue  # a space that is not registered in this process cannot be checked
         described = get_space(row["feature_space"])
-        problem, lengths[key] = _check_group(catalog, row["zarr_group"], described)
+        problem, lengths[key] = _check_group(catalog, row["zarr_group"], described, arrays)
         problems += [f"group {row['zarr_group']!r}: {problem}"] if problem else []
         if described.has_features and row["layout_uid"] not in layout_sizes:
             problems.append(
@@ -196,8 +203,13 @@ def _layout_sizes(catalog: Catalog, problems: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _check_group(catalog: Catalog, zarr_group: str, space: FeatureSpace) -> tuple[str, int]:
-    """Faults of a group (empty if there are none), and the length of its arrays (-1 if unknown)."""
+def _check_group(
+    catalog: Catalog, zarr_group: str, space: FeatureSpace, found: dict[str, bytes]
+) -> tuple[str, int]:
+    """Faults of a group (empty if there are none), and the length of its arrays (-1 if unknown).
+
+    `found` gets the metadata of its arrays.
+    """
     path = catalog.group_path(zarr_group)
     if not path.is_dir():
         return f"{path} does not exist", -1
@@ -210,10 +222,14 @@ def _check_group(catalog: Catalog, zarr_group: str, space: FeatureSpace) -> tupl
     if space.index_array is not None:
         arrays[""] = (space.index_array, ())
     shapes = {}
+    within = Within("" if catalog.allow_links else str(catalog.store))
     for relative, dtypes in arrays.values():
+        name = f"{zarr_group}/{relative}"
         try:
-            within = "" if catalog.allow_links else catalog.store
-            array = read_layout(path / relative, f"{zarr_group}/{relative}", within=within)
+            document = read_document(path / relative, within)
+            array = read_layout(path / relative, name, within=within, document=document)
+            if document is not None:
+                found[name] = document
         except (OSError, HbxError) as error:
             return f"array {relative} cannot be opened: {error}", -1
         if dtypes and array.dtype.name not in dtypes:
