@@ -26,6 +26,10 @@ FAST := tests/atlas/test_ingest.py tests/atlas/test_ingest_multimodal.py tests/a
 NEWEST := tests/atlas/test_read_obs.py tests/atlas/test_schema.py tests/atlas/test_write_h5ad.py \
   tests/atlas/test_ingest_multimodal.py::test_mudata tests/benchmarks/test_compare.py::test_genes_whose_index_is_a_group \
   tests/scdl/test_features.py tests/storage/test_readers.py
+# make frameworks: packages that train, on top of $(VENV); constraints.txt has their versions.
+FRAMEWORKS_VENV ?= .venv-frameworks
+FRAMEWORKS := tests/integrations/test_scvi.py tests/integrations/test_jax.py tests/integrations/test_transformers.py \
+  "tests/test_repo.py::test_pages_run[scvi]" "tests/test_repo.py::test_pages_run[frameworks]"
 # make rehearse: a CUDA build of torch, and the headers of its CUDA. The versions are those that were rehearsed.
 REHEARSE_VENV ?= .venv-rehearse
 REHEARSE := torch==2.14.1 nvidia-cuda-crt==13.0.88
@@ -51,7 +55,7 @@ PY := $(VENV)/bin/python
 # Named by the set, so that a machine that gains a driver installs what it lacks.
 STAMP := $(VENV)/.ready-$(SET)
 
-.PHONY: help demo test long fast lint typecheck changelog docs bench fuzz races mutants rehearse gpu clean
+.PHONY: help demo test long fast frameworks lint typecheck changelog docs bench fuzz races mutants rehearse gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -68,6 +72,9 @@ long: $(STAMP)  ## the tests of many random moments and faults, which `make test
 # Without torch and NVIDIA's packages, of which not every Python has a build of less than some gigabytes.
 fast: $(FAST_VENV)/.ready  ## the fast tests, with PYTHON=python3.13 in its own environment; DEPENDENCIES=oldest
 	@$(FAST_VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow and not timing" $(FAST) $(ARGS)
+
+frameworks: $(FRAMEWORKS_VENV)/.ready  ## train models of scvi-tools, JAX and transformers, in an environment of their own
+	@$(FRAMEWORKS_VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(FRAMEWORKS) $(ARGS)
 
 lint: $(STAMP)  ## ruff, codespell (American spelling), import-linter (which room imports which), the changelog's fragments
 	@$(PY) -m ruff check .
@@ -125,6 +132,16 @@ $(FAST_VENV)/.ready: pyproject.toml constraints-oldest.txt
 	@# Of what is installed, the tests import a part; that part is compiled when it is.
 	@$(FAST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[test-base]" \
 	  $(if $(filter oldest,$(DEPENDENCIES)),-c constraints-oldest.txt)
+	@touch $@
+
+# Sees what $(VENV) has, so that little is installed. Frameworks may want other versions than the tests: theirs hide those.
+$(FRAMEWORKS_VENV)/.ready: $(STAMP) constraints.txt
+	$(call environment,$(PY),$(FRAMEWORKS_VENV))
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  >"$$($(FRAMEWORKS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	@echo "Installing scvi-tools, JAX and transformers into $(FRAMEWORKS_VENV): about 160 MB"
+	@$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  scvi-tools jax transformers $(CONSTRAINTS)
 	@touch $@
 
 $(REHEARSE_VENV)/.ready: pyproject.toml Makefile

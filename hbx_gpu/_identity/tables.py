@@ -55,6 +55,8 @@ class FeatureTable:
         self.where = where
         self._readers = dict(readers)
         self._texts: dict[str, list[str] | None] = {}
+        self._identifies: dict[str, bool] = {}
+        self._is_stable: dict[str, bool] = {}
 
     @classmethod
     def of_frame(cls, var: pd.DataFrame, where: str) -> FeatureTable:
@@ -86,7 +88,7 @@ class FeatureTable:
                 self._texts[column] = None if names is None else numbered(names)
                 return self._texts[column]
             found = list(self._readers[column]()) if column in self._readers else [None]
-            good = all(isinstance(value, str) and value for value in found)
+            good = all(issubclass(kind, str) for kind in set(map(type, found))) and all(found)
             self._texts[column] = [str(value) for value in found] if good else None
         return self._texts[column]
 
@@ -96,13 +98,17 @@ class FeatureTable:
 
     def identifies(self, column: str) -> bool:
         """Whether a column has a text of its own for every feature."""
-        texts = self.texts(column)
-        return texts is not None and len(set(texts)) == len(texts)
+        if column not in self._identifies:
+            texts = self.texts(column)
+            self._identifies[column] = texts is not None and len(set(texts)) == len(texts)
+        return self._identifies[column]
 
     def is_stable(self, column: str) -> bool:
         """Whether a column identifies the features by ids of a database."""
-        texts = self.texts(column) if self.identifies(column) else None
-        return bool(texts) and mostly_stable(texts or ())
+        if column not in self._is_stable:
+            texts = self.texts(column) if self.identifies(column) else None
+            self._is_stable[column] = texts is not None and mostly_stable(texts)
+        return self._is_stable[column]
 
     def names_positions(self, column: str) -> bool:
         """Whether a column holds nothing but whole numbers, such as the positions 0, 1, 2, ..."""
@@ -122,7 +128,16 @@ class FeatureTable:
 
 def mostly_stable(ids: Sequence[str]) -> bool:
     """Whether at least half of some ids look like those of a database of genes."""
-    return 2 * sum(_STABLE.fullmatch(uid) is not None for uid in ids) >= len(ids) > 0
+    wanted, head = (len(ids) + 1) // 2, len(ids) // 2 + 1
+    alike = _n_stable(ids[:head])
+    # Mostly all are ids or none is, and then these decide.
+    if alike < wanted <= alike + len(ids) - head:
+        alike += _n_stable(ids[head:])
+    return alike >= wanted > 0
+
+
+def _n_stable(ids: Sequence[str]) -> int:
+    return sum(map(bool, map(_STABLE.fullmatch, ids)))
 
 
 def without_versions(ids: Iterable[str]) -> list[str]:

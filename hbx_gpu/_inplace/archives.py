@@ -67,12 +67,12 @@ def _part(path: AnyPath, archive: Archive, block: int, bounds: np.ndarray) -> Pa
 def _obs(archive: Archive, first: int, last: int) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.DataFrame(index=np.arange(first, last).astype(str))
-    if archive.obs is not None and archive.obs.names:
-        columns = {name: archive.obs.column(name) for name in archive.obs.names}
-        frame = pa.table(columns).slice(first, last - first).to_pandas()
-        frame.index = np.arange(first, last).astype(str)
     names = read_obs_names(archive.path, archive.n_rows)
     if names is not None:
-        frame.index = names.slice(first, last - first).to_pandas().astype(str)
-    return frame
+        index = pd.Index(names.slice(first, last - first).to_pandas().astype(str))
+    else:
+        index = pd.Index(np.arange(first, last).astype(str))
+    if archive.obs is None or not archive.obs.names:
+        return pd.DataFrame(index=index)
+    columns = {name: archive.obs.column(name) for name in archive.obs.names}
+    return pa.table(columns).slice(first, last - first).to_pandas().set_axis(index, axis=0)

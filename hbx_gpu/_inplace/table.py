@@ -61,7 +61,7 @@ class CellTable:
                     stacklevel=2,
                 )
             if OBS_NAME not in table.column_names:
-                table = table.append_column(OBS_NAME, pa.array(frame.index.to_numpy().astype(str)))
+                table = table.append_column(OBS_NAME, pa.array(frame.index.astype(str), pa.string()))
             frames.append(table)
         return frames
 

@@ -38,11 +38,8 @@ def make_stable_uid(*identity: str) -> str:
 
 def layout_uid(feature_uids: Iterable[str]) -> str:
     """Name of an ordered list of features: 16 hexadecimal digits, the same for the same list."""
-    digest = hashlib.sha256()
-    for uid in feature_uids:
-        digest.update(uid.encode("utf-8"))
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
+    ended = "\0".join([*feature_uids, ""])  # a zero byte after each
+    return hashlib.sha256(ended.encode("utf-8")).hexdigest()[:16]
 
 
 class SparseZarrPointer(LanceModel):
