@@ -103,6 +103,11 @@ class ChunkCodec:
             found.append(codec)
         return found
 
+    @property
+    def decodes_rows_alone(self) -> bool:
+        """Whether a row costs no more than its own part of a chunk, whatever else the chunk holds."""
+        return self.is_raw or self.rowpack is not None or self.bitpacking is not None
+
     def _of(self, layout: ArrayLayout) -> Self:
         other = object.__new__(type(self))  # what `copy` does, in a tenth of the time
         other.__dict__.update(self.__dict__)

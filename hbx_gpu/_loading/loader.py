@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader
 
+from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._collates import as_collate
 from hbx_gpu._datasets.plain import loadable
 from hbx_gpu._devices import cores
@@ -70,6 +71,21 @@ class _HasDirectory(Protocol):
 
 def _is_remote(dataset: object) -> bool:
     return isinstance(dataset, _HasDirectory) and dataset.directory.is_remote
+
+
+_WINDOW_NBYTES = 24 << 20
+"""Bytes of batches in a window whose rows share no work; more would only take more memory."""
+_SHARING_WINDOW_NBYTES = 64 << 20
+"""Bytes of batches in a window whose rows share chunks that decode whole only, requests, or launches."""
+
+
+def _window_nbytes(feed: AnyFeed, dataset: object) -> int:
+    """Return how many bytes of batches to make together, until the loader finds that more are better."""
+    on_host = isinstance(feed, HostFeed)
+    if not on_host or not isinstance(dataset, _HasDirectory) or dataset.directory.is_remote:
+        return _SHARING_WINDOW_NBYTES
+    codecs = ChunkCodec.several(dataset.directory.layouts)
+    return _WINDOW_NBYTES if all(one.decodes_rows_alone for one in codecs) else _SHARING_WINDOW_NBYTES
 
 
 class CellLoader(DataLoader[Any]):
@@ -150,6 +166,7 @@ class CellLoader(DataLoader[Any]):
         self._threads = options.threads or cores() + (_WAITING if _is_remote(dataset) else 0)
         single = self.feed.one_batch_per_window
         self._window = options.window or (1 if single else default_window(sampler))
+        self._window_nbytes = _window_nbytes(self.feed, dataset)
         given = options.window is not None or options.threads is not None or single
         self._sizing = Sizing(self._threads, fixed=given)
         self._runs: list[_Run] = []
@@ -247,6 +264,7 @@ class CellLoader(DataLoader[Any]):
             order,
             threads=self._threads,
             window=self._window,
+            window_nbytes=self._window_nbytes,
             memory_budget=self._memory_budget,
             sizing=self._sizing,
             recorder=self._new_recorder(),

@@ -160,7 +160,8 @@ def make_loader(
         ``convert``: function that is applied to each batch just before it is handed over, for the form that a
         training loop wants.
         ``threads``: threads when num_workers is 0 (default: the cores this process may use).
-        ``window``: batches under one plan when num_workers is 0 (default: as many as make 4,096 rows).
+        ``window``: batches under one plan when num_workers is 0 (default: at most 4,096 rows, sized by what
+        is measured).
         ``residency_budget``: bytes that may stay. ``residency_load``, on a GPU: ``"start"`` (default: all
         chunks before the first batch) or ``"touch"`` (each when it is first needed). ``decode``, on a GPU:
         where chunks of zstd, lz4, gzip, zlib and blosc are decoded: ``"host"``, ``"device"`` (nvCOMP), or

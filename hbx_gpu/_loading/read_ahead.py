@@ -16,10 +16,6 @@ from hbx_gpu._loading.sizing import Made, Sizing
 from hbx_gpu._protocols import AnyFeed, Rows
 from hbx_gpu.loader_stats import Recorder
 
-# Bytes per window of wide (dense) batches. More would save no planning and touch more fresh memory, unless
-# measurements of the running loader say otherwise.
-BYTES_PER_WINDOW = 64 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class _Window:
@@ -67,13 +63,14 @@ class ReadAhead(Ahead):
         *,
         threads: int,
         window: int,
+        window_nbytes: int,
         memory_budget: int,
         sizing: Sizing,
         recorder: Recorder,
         timeout: float = 0,
     ) -> None:
         self._feed, self._order = feed, order
-        self._window, self._budget = window, memory_budget
+        self._window, self._window_nbytes, self._budget = window, window_nbytes, memory_budget
         self._sizing, self.recorder = sizing, recorder
         self._timeout = timeout or None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREADS)
@@ -155,7 +152,7 @@ class ReadAhead(Ahead):
         sizes: list[int] = []
         most = max(1, self._window * self._sizing.factor >> self._sizing.halvings(self._begun))
         # Windows must be small enough that every thread can make one, however wide batches are.
-        most_bytes = min(self._budget // (self._sizing.depth + 1), BYTES_PER_WINDOW * self._sizing.factor)
+        most_bytes = min(self._budget // (self._sizing.depth + 1), self._window_nbytes * self._sizing.factor)
         taken = 0
         while len(rows) < most and (self._upcoming or self._look_ahead(most - len(rows))):
             batch, nbytes = self._upcoming[0]
