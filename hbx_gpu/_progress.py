@@ -20,6 +20,24 @@ def silent(done: int, total: int) -> None:
     del done, total
 
 
+def checked(progress: Progress | None) -> Progress:
+    """`progress`, or :func:`silent` for None.
+
+    Raises
+    ------
+    TypeError
+        It cannot be called.
+    """
+    if progress is None:
+        return silent
+    if not callable(progress):
+        raise TypeError(
+            "progress must be a function that is called with two numbers, what is done and the total, or "
+            f"None; got {progress!r}"
+        )
+    return progress
+
+
 @contextmanager
 def bar(unit: str, title: str | None = None) -> Iterator[Progress]:
     """A progress bar on stderr, as long as the context lasts. It begins when there is something to show."""

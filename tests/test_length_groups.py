@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hbx_gpu import CellDataset, CellSampler
+from hbx_gpu import CellDataset, CellSampler, make_loader
 from hbx_gpu.testing import example_dataset, example_groups
 
 N = 3_000
@@ -90,10 +91,25 @@ def test_a_dataset_knows_its_lengths(tmp_path_factory: pytest.TempPathFactory) -
     assert dataset.row_lengths.tolist() == np.diff(batch.offsets).tolist()
 
 
+def test_lengths_come_from_the_dataset_of_the_loader(tmp_path: Path) -> None:
+    dataset: CellDataset = example_dataset(tmp_path, example_groups())
+
+    def order(**lengths: Any) -> list[list[int]]:
+        cells = CellSampler(dataset.groups_np, batch_size=3, seed=5, length_group=2, **lengths)
+        with make_loader(dataset, cells, layout="csr", executor="direct") as loader:
+            return [batch["index"].tolist() for batch in loader]
+
+    assert order() == order(lengths=dataset.row_lengths)
+    alone = CellSampler(dataset.groups_np, batch_size=3, length_group=2)
+    with pytest.raises(ValueError, match="length_group needs the lengths"):
+        next(alone.batches())
+    alone.take_lengths(dataset.row_lengths)
+    assert sum(map(len, alone.batches())) == len(dataset)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": None}, "needs lengths="),
         ({"lengths": LENGTHS[:5]}, "3000 entries"),
         ({"length_group": None}, "lengths are for length_group"),
         ({"length_group": 0}, "length_group"),

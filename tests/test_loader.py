@@ -455,3 +455,17 @@ def test_an_iterator_that_the_garbage_collector_drops_on_a_loader_thread_ends(
         assert not loader_threads()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float16, np.dtype("float16"), torch.float16])
+def test_a_dtype_is_named_or_given(dtype: object, tmp_path: Path) -> None:
+    dataset = example_dataset(tmp_path, example_groups())
+    with make_loader(dataset, batch_size=4, layout="dense", dtype=dtype, executor="direct") as loader:
+        assert next(iter(loader))["X"].dtype is torch.float16
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": 16}, {"memory_budget": "1GB"}, {"residency_budget": "1GB"}])
+def test_options_of_the_wrong_type_are_refused_by_name(wrong: dict[str, object], tmp_path: Path) -> None:
+    dataset = example_dataset(tmp_path, example_groups())
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        make_loader(dataset, batch_size=4, layout="dense", **wrong)

@@ -24,6 +24,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def check_anndata(data: object) -> None:
+    """Refuse an object in memory that is not an AnnData.
+
+    Raises
+    ------
+    TypeError
+        Says what to pass instead.
+    """
+    from anndata import AnnData
+
+    if isinstance(data, AnnData):
+        return
+    kind = type(data).__name__
+    remedy = (
+        "add a MuData with add_multimodal"
+        if kind == "MuData"
+        else "make one of a matrix with anndata.AnnData(matrix, obs=..., var=...)"
+    )
+    raise TypeError(f"expected an AnnData or the path of a file, got a {kind}; {remedy}")
+
+
 class AnnDataGroup(ABC):
     """An AnnData in any open store, as ingest and conversion read it.
 

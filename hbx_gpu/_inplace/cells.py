@@ -15,7 +15,7 @@ from hbx_gpu._advice import option, spelled
 from hbx_gpu._inplace.join import Join
 from hbx_gpu._inplace.matrices import Places, Wanted, open_dataset
 from hbx_gpu._inplace.table import CellTable
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress
 from hbx_gpu._remote.places import Place
 from hbx_gpu._stores.store import Store
 from hbx_gpu.atlas._query.state import whole_number
@@ -252,7 +252,7 @@ class Cells:
         target_sum: float | None = 10_000.0,
         medians: bool = True,
         executor: Executor | None = None,
-        progress: Progress = silent,
+        progress: Progress | None = None,
     ) -> Statistics:
         """Statistics of the features over the rows; nothing is kept, because nothing is written here.
 

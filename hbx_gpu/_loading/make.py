@@ -63,7 +63,7 @@ def make_loader(
     seed: int | None = None,
     device: object = "cpu",
     layout: str | Mapping[str, str] | None = None,
-    dtype: str | Mapping[str, str] = "float32",
+    dtype: object = "float32",
     transform: Steps | Mapping[str, Steps] | None = None,
     measured: bool = False,
     memory_budget: int | None = None,
@@ -108,7 +108,8 @@ def make_loader(
         multimodal dataset, give one layout for all of its sparse spaces, or a mapping from space to layout;
         batches are those of :class:`MultimodalCollate`. Dense spaces and tiles can only be ``"dense"``.
     dtype, transform
-        dtype of ``X`` and transform of the counts, for ``layout="dense"``; see :class:`DenseCollate`. They
+        dtype of ``X``, by name or as torch or NumPy has it, and transform of the counts, for
+        ``layout="dense"``; see :class:`DenseCollate`. They
         may be mappings by space for a multimodal dataset. Tiles keep their dtype, and transforms are for
         sparse spaces.
     measured
@@ -216,7 +217,7 @@ def make_loader(
             raise ValueError(
                 f"operators are DALI's: leave executor at 'auto', or pass {option('executor', 'dali')}"
             )
-        if dtype == "bfloat16":
+        if options.dtype == "bfloat16":
             raise ValueError(
                 "DALI has no bfloat16, so operators would compute on its bits; ask for float32 or float16 "
                 'and make the batch bfloat16 afterwards: batch["X"].bfloat16()'
@@ -264,6 +265,7 @@ def build_loader(
     """Do the work of :func:`make_loader` after it was decided whether DALI hands batches over."""
     given = dataset
     dataset = loadable(dataset)
+    _give_lengths(sampler, dataset)
     gpu = resolve(device)
     if options.layout is not None and collate_fn is not None:
         raise ValueError("layout and collate_fn both say what a batch becomes; give one of them")
@@ -323,6 +325,12 @@ def _columns_for(dataset: Loadable[object], collate: AnyCollate) -> Loadable[obj
     return dataset.with_wide_columns() if collate.sparse else dataset
 
 
+def _give_lengths(sampler: object, dataset: Loadable[object]) -> None:
+    """Tell a sampler that sorts cells by length how long they are, unless its maker did."""
+    if isinstance(sampler, CellSampler) and sampler.needs_lengths and isinstance(dataset, CellDataset):
+        sampler.take_lengths(dataset.row_lengths)
+
+
 def _as_it_is(batch: object) -> object:
     return batch
 
@@ -362,6 +370,7 @@ def device_loader(dataset: object, sampler: object, backend: Backend, options: L
         )
     options = replace(options, num_workers=0, memory_budget=options.memory_budget or DEVICE_BUDGET)
     cells = loadable(dataset)
+    _give_lengths(sampler, cells)
     options = with_token_collates(cells, sampler, options)
     collate = collate_for(cells, options)
     if isinstance(cells, MultimodalCellDataset):

@@ -144,6 +144,7 @@ class LoaderOptions:
     torch: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _names(self.dtype))
         for name, value, choices in (
             ("decode", self.decode, DECODE),
             ("residency", self.residency, RESIDENCIES),
@@ -157,8 +158,12 @@ class LoaderOptions:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 batch, got {self.window}")
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise ValueError(f"memory_budget must be a positive number of bytes, got {self.memory_budget}")
+        for name, budget, least in (
+            ("memory_budget", self.memory_budget, 1),
+            ("residency_budget", self.residency_budget, 0),
+        ):
+            if budget is not None and not (isinstance(budget, int | float | np.integer) and budget >= least):
+                raise ValueError(f"{name} must be a positive number of bytes, got {budget!r}")
         if wrong := [name for name in _DECIDED_BY_SAMPLER if name in self.torch]:
             raise ValueError(f"{', '.join(wrong)}: the sampler decides this; set it there")
 
@@ -200,3 +205,22 @@ class LoaderOptions:
     def reads_on_its_own(self) -> bool:
         """Whether chunks are read or kept in another way than the dataset does by itself."""
         return self.io is not None or self.residency != "none"
+
+
+def _names(dtype: object) -> str | Mapping[str, str]:
+    """A dtype by its name, also where one of torch or NumPy is given; of a mapping, that of each space."""
+    if isinstance(dtype, str):
+        return dtype
+    if isinstance(dtype, Mapping):
+        return {space: _name(one) for space, one in dtype.items()}
+    return _name(dtype)
+
+
+def _name(dtype: object) -> str:
+    text = str(dtype)
+    if text.startswith("torch."):
+        return text.removeprefix("torch.")
+    try:
+        return np.dtype(dtype).name  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise ValueError(f"dtype must be the name of a dtype, such as 'float32', got {dtype!r}") from None

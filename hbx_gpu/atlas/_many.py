@@ -101,7 +101,8 @@ def ingest_many(
     AtlasLockedError
         Another process is writing to the atlas.
     TypeError
-        Storage options are given together with an open atlas, or sources is a single path.
+        Storage options are given together with an open atlas; sources is a single path, or holds something
+        that is not a path.
     """
     paths = found(sources)  # before an atlas is made
     if not isinstance(atlas, RaggedAtlas):

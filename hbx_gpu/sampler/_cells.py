@@ -23,7 +23,7 @@ from hbx_gpu.sampler._orders import (
 from hbx_gpu.sampler._permutation import Permutation
 from hbx_gpu.sampler._position import EpochKey, at_least, digest, distributed_rank
 from hbx_gpu.sampler._rounds import Even, batch_sizes
-from hbx_gpu.sampler._runs import integers
+from hbx_gpu.sampler._runs import as_array, integers
 
 LOCALITIES = ("group", "block", "none")
 _FAR = 0.002  # seconds; if requests take this long, the order of reads matters
@@ -71,7 +71,8 @@ class CellSampler(EpochSampler):
         The epoch begins with its longest cell, so that too little memory is noticed at once. This is the rule
         of Hugging Face's LengthGroupedSampler. None: no sorting.
     lengths
-        Number of stored values of each cell, (n_cells,), for `length_group`: ``dataset.row_lengths``.
+        Number of stored values of each cell, (n_cells,), for `length_group`. None: ``dataset.row_lengths`` of
+        the dataset that ``make_loader`` is given with the sampler.
     rank, world_size
         By default those of torch.distributed when an iteration begins, else those that torchrun or srun
         put into the environment, else 0 and 1. All ranks get the same
@@ -116,10 +117,15 @@ class CellSampler(EpochSampler):
         # The array lives as long as the sampler, so it is kept in 32 bits where these suffice.
         width = np.int32 if len(groups) < 2**31 else np.int64
         self._rows = None if rows is None else _checked_rows(rows, len(groups)).astype(width)
-        self._length_group, self._lengths = 0, np.empty(0, np.int32)
+        self._length_group, self._given_lengths, self._n_cells = 0, np.empty(0, np.int32), len(groups)
         if length_group is not None:
             self._length_group = at_least("length_group", length_group, 1)
-            self._lengths = self._checked_lengths(lengths, len(groups))
+            if not self.shuffle or self.locality == "group":
+                raise ValueError(
+                    'length_group sorts a shuffled order: leave shuffle on, and locality at "none" or "block"'
+                )
+            if lengths is not None:
+                self.take_lengths(lengths)
         elif lengths is not None:
             raise ValueError("lengths are for length_group=, the number of batches that are sorted at a time")
         self._n_epoch = len(groups) if self._rows is None else len(self._rows)
@@ -174,17 +180,34 @@ class CellSampler(EpochSampler):
         """Which of the cells of an epoch is the longest."""
         return int(np.argmax(self._lengths if self._rows is None else self._lengths[self._rows]))
 
-    def _checked_lengths(self, lengths: ArrayLike | None, n_cells: int) -> np.ndarray:
-        if not self.shuffle or self.locality == "group":
-            raise ValueError(
-                'length_group sorts a shuffled order: leave shuffle on, and locality at "none" or "block"'
-            )
-        if lengths is None:
-            raise ValueError("length_group needs lengths=, such as dataset.row_lengths")
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether cells are sorted by lengths that were not given yet."""
+        return bool(self._length_group and self._n_cells and not len(self._given_lengths))
+
+    def take_lengths(self, lengths: ArrayLike) -> None:
+        """Set `lengths`, which were left out when the sampler was made.
+
+        Raises
+        ------
+        ValueError
+            They are not integers, one for each cell.
+        """
         found = integers("lengths", lengths)
-        if len(found) != n_cells:
-            raise ValueError(f"lengths must have {n_cells} entries, one for each cell, got {len(found)}")
-        return found.astype(np.int32)
+        if len(found) != self._n_cells:
+            raise ValueError(
+                f"lengths must have {self._n_cells} entries, one for each cell, got {len(found)}"
+            )
+        self._given_lengths = found.astype(np.int32)
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        if self.needs_lengths:
+            raise ValueError(
+                "length_group needs the lengths of cells: pass lengths=dataset.row_lengths, or give the "
+                "sampler to make_loader, which takes them from its dataset"
+            )
+        return self._given_lengths
 
     def _identity(self) -> dict[str, object]:
         blocks = {"block_size": self.block_size, "blocks_per_window": self.blocks_per_window}
@@ -226,7 +249,7 @@ def _measured(world_size: int | None) -> str:
 
 def _checked_rows(rows: ArrayLike, n_cells: int) -> np.ndarray:
     """Row numbers in ``[0, n_cells)``, each once; a boolean mask of all cells is fine too."""
-    chosen = np.asarray(rows)
+    chosen = as_array("rows", rows)
     if chosen.dtype == bool and chosen.shape == (n_cells,):
         return np.flatnonzero(chosen)
     chosen = integers("rows", chosen).astype(np.int64)

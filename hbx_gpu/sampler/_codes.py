@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hbx_gpu.sampler._runs import integers
+from hbx_gpu.sampler._runs import as_array, integers
 
 Codes: TypeAlias = ArrayLike | Sequence[ArrayLike]
 
@@ -25,7 +25,7 @@ def combined_codes(name: str, labels: Codes) -> np.ndarray:
     if isinstance(labels, list | tuple) and any(np.ndim(part) == 1 for part in labels):
         columns = [checked_codes(f"{name}[{i}]", part) for i, part in enumerate(labels)]
     else:
-        table = np.asarray(labels)
+        table = as_array(name, labels)
         columns = (
             [checked_codes(name, c) for c in table.T] if table.ndim == 2 else [checked_codes(name, table)]
         )

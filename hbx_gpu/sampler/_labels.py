@@ -11,7 +11,7 @@ from hbx_gpu.sampler._codes import Codes, combined_codes
 from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._orders import HeldOrder
 from hbx_gpu.sampler._position import EpochKey, at_least, digest
-from hbx_gpu.sampler._runs import number, ranges, rows_by_code, shuffle_runs
+from hbx_gpu.sampler._runs import as_array, number, ranges, rows_by_code, shuffle_runs
 from hbx_gpu.sampler._sets import Pools, Sets
 
 
@@ -82,7 +82,7 @@ class GroupedCellSampler(EpochSampler):
         self.shuffle = bool(shuffle)
         combination = combined_codes("labels", labels)
         n_cells = len(combination)
-        is_control = np.zeros(n_cells, bool) if controls is None else np.asarray(controls)
+        is_control = np.zeros(n_cells, bool) if controls is None else as_array("controls", controls)
         if is_control.dtype != bool or is_control.shape != (n_cells,):
             raise ValueError(
                 f"controls must be a boolean mask of {n_cells} cells like labels, "

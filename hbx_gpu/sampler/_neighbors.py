@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._position import at_least, digest
+from hbx_gpu.sampler._runs import as_array
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -38,7 +39,7 @@ class NeighborSampler:
     """
 
     def __init__(self, sampler: EpochSampler, neighbors: ArrayLike) -> None:
-        table = np.asarray(neighbors)
+        table = as_array("neighbors", neighbors)
         if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[1] < 1:
             raise ValueError(
                 "neighbors must be integers of shape (n_cells, k), with k of 1 or more; got "

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 
+@runtime_checkable
+class _Array(Protocol):
+    """What NumPy makes an array of at once: arrays of other packages, columns of pandas, tensors."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def as_array(name: str, values: ArrayLike) -> np.ndarray:
+    """`values` as an array; a dataset or a table in its place is an error.
+
+    NumPy would read a dataset row by row, since it has a length and items.
+
+    Raises
+    ------
+    ValueError
+        `values` is not array-like.
+    """
+    if isinstance(values, Sized) and not isinstance(values, np.ndarray | Sequence | memoryview | _Array):
+        raise ValueError(
+            f"{name} must be an array with an entry for each cell, such as dataset.groups_np or "
+            f"dataset.columns['cell_type'], got a {type(values).__name__}"
+        )
+    return np.asarray(values)
+
+
 def integers(name: str, values: ArrayLike) -> np.ndarray:
     """`values` as a one-dimensional integer array, or an error that names them."""
-    array = np.asarray(values)
+    array = as_array(name, values)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, one integer per cell; got shape {array.shape}")
     if array.size == 0:

@@ -15,6 +15,7 @@ from hbx_gpu.sampler._epoch import EpochSampler
 from hbx_gpu.sampler._orders import EpochOrder
 from hbx_gpu.sampler._position import EpochKey, at_least
 from hbx_gpu.sampler._rounds import Even, batch_sizes
+from hbx_gpu.sampler._runs import as_array
 from hbx_gpu.sampler._selection import LabelTable
 
 _AT_ONCE = 1 << 22  # weights that are looked at together
@@ -167,7 +168,7 @@ class WeightedCellSampler(EpochSampler):
 
 
 def _checked_weights(weights: ArrayLike) -> CellWeights:
-    every = np.asarray(weights)
+    every = as_array("weights", weights)
     if every.dtype not in (np.float32, np.float64):
         every = every.astype(np.float64)
     if every.ndim != 1:

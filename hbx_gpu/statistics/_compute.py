@@ -14,7 +14,7 @@ from hbx_gpu._advice import option
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._devices import cores, free_host_memory
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._protocols import AnyLoadable
 from hbx_gpu.errors import ResourceError, UnsupportedError
 from hbx_gpu.statistics._finish import Asked, finished
@@ -38,7 +38,7 @@ def compute(
     target_sum: float | None = 10_000.0,
     medians: bool = True,
     executor: Executor | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     exact_medians: int = EXACT_MEDIANS,
 ) -> Statistics:
     """Statistics of the features of a dataset, in one pass over its chunks in the order of storage.
@@ -83,6 +83,7 @@ def compute(
     ValueError
         `target_sum` is not above 0.
     """
+    progress = checked(progress)
     if target_sum is not None and not 0 < target_sum < math.inf:
         raise ValueError(f"target_sum must be above 0, or None for values as they are; got {target_sum}")
     matrix = _checked(dataset)

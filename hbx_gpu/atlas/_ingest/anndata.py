@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._advice import option, spelled
-from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, check_anndata
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.source import open_source
 from hbx_gpu.atlas._catalog.names import only_table
@@ -122,11 +122,15 @@ def add_from_anndata(
         The data break a rule of the layer, ids are not unique, columns disagree with the atlas, ...
     AlreadyIngestedError
         The same data are in the atlas.
+    TypeError
+        `adata` is neither an AnnData nor a path.
     UnknownNameError
         No such table, pointer column or layer.
     AtlasLockedError
         Somebody else is writing.
     """
+    if not isinstance(adata, Input | str | os.PathLike):
+        check_anndata(adata)
     session = atlas.session
     table = obs_table or obs_table_name or only_table(session.obs_tables)
     name = field_name_of(session.catalog.pointer_spaces(table), table, field_name, feature_space)

@@ -26,7 +26,7 @@ from hbx_gpu import _advice
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._paths import local_path
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._stores.kinds import is_mudata
 from hbx_gpu.atlas._catalog.catalog import in_order
 from hbx_gpu.atlas._catalog.journal import IngestNote
@@ -234,12 +234,19 @@ def found(sources: Iterable[Source]) -> dict[str, Path]:
     FileNotFoundError
         A source does not exist.
     TypeError
-        One path was given, where several are expected.
+        One path was given, where several are expected, or something that is not a path.
     """
     if isinstance(sources, str | os.PathLike):
         raise TypeError(
             f"sources must be a list of paths, got the single path {sources!r}; write [{sources!r}]"
         )
+    sources = list(sources)
+    for source in sources:
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(
+                f"sources must be paths, which an executor can open anywhere; got a {type(source).__name__}. "
+                "Add what is in memory with add_from_anndata"
+            )
     paths = {os.fspath(source): local_path(source) for source in sources}
     if missing := [str(path) for path in paths.values() if not path.exists()]:
         raise FileNotFoundError(f"no such file: {', '.join(missing)}; nothing was added")
@@ -522,7 +529,7 @@ class _Run:
 
     def _write(self, looks: dict[str, Look | Exception]) -> None:
         total = sum(look.n_cells for look in looks.values() if isinstance(look, Look))
-        done, progress = 0, self._settings.progress or silent
+        done, progress = 0, checked(self._settings.progress)
         batch = Batch(self._session, self._settings, self._known)
         told: list[FileReport] = []
         committed = time.monotonic()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._advice import option, spelled
-from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, without_copies
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, check_anndata, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -441,6 +441,8 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
     backed: AnnData | None = None
     if isinstance(data, _Backed):
         data, backed = data.file, data.adata
+    if not isinstance(data, Input | AnnDataGroup):
+        check_anndata(data)
     wanted = options.layers_of(name, space)
     if not options.layers.get(name) and not isinstance(data, Input) and hasattr(data, "obs"):
         target = first_layer(space)

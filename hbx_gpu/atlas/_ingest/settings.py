@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hbx_gpu._progress import Progress
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import Storage
 from hbx_gpu.atlas._model.schema import DatasetSchema
@@ -54,3 +54,6 @@ class Settings:
     replace: bool = False
     accept_duplicates: bool = False
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        checked(self.progress)

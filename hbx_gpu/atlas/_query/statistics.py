@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from hbx_gpu._files import sync
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress
 from hbx_gpu._remote.places import Place
 from hbx_gpu._untrusted import Within, own_folder
 from hbx_gpu.atlas._query.opening import default_layer
@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
     target_sum: float | None
     medians: bool
     executor: Executor | None
-    progress: Progress
+    progress: Progress | None
     keep: bool
 
 
@@ -126,7 +126,7 @@ def statistics_of(selection: Selection, by: str | None, options: Options) -> Sta
         target_sum=target,
         medians=medians,
         executor=options.get("executor"),
-        progress=options.get("progress", silent),
+        progress=options.get("progress"),
     )
     if place is not None:
         _keep(result, place)

@@ -20,7 +20,7 @@ import numpy as np
 from hbx_gpu._codecs.chain import ChunkCodec
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
-from hbx_gpu._progress import Progress
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.places import Place, local_only, parse
 from hbx_gpu._source import ArrayLayout, Codec
 from hbx_gpu._storage.choice import open_reader
@@ -183,6 +183,7 @@ def repack(
     CorruptChunkError
         A chunk cannot be decoded; its group is as it was.
     """
+    progress = checked(progress)
     place = parse(atlas_path, storage_options)
     if isinstance(place, Place):
         mirror = Mirror(place, VERSION_TABLE)
@@ -290,13 +291,12 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
 class _Ticks:
     """Adds up the finished work for the progress callback."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: Progress) -> None:
         self._done, self._total, self._progress = 0, total, progress
 
     def __call__(self, n: int) -> None:
         self._done += n
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done, self._total)
 
 
 # Rewriting

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
 from hbx_gpu.scdl._format.archive import local_archive
@@ -138,7 +138,7 @@ class SingleCellCollection:
         allow_normalized: bool = False,
         load_neighbors: bool = False,
         neighbor_key: str = "next_cell_ids",
-        progress: Progress = silent,
+        progress: Progress | None = None,
         executor: Executor | None = None,
     ) -> None:
         """Convert all .h5ad files below a folder and add them in the order of their paths.
@@ -193,7 +193,7 @@ class SingleCellCollection:
         options: ConvertOptions,
         data_dtype: str | None,
         tolerance: Tolerance,
-        progress: Progress = silent,
+        progress: Progress | None = None,
     ) -> None:
         """Convert all .h5ad files below a folder on an executor and add them in the order of their paths.
 
@@ -216,6 +216,7 @@ class SingleCellCollection:
         """
         from hbx_gpu.atlas._ingest.executors import in_turn, result_of
 
+        progress = checked(progress)
         files = find_h5ad(folder)
         paths = [Path(self.data_path) / name for name in _archive_names(files, Path(folder))]
         for path in paths:

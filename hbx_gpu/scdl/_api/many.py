@@ -6,7 +6,7 @@ import os
 from concurrent.futures import Executor
 from pathlib import Path
 
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._api.collection import SingleCellCollection
 from hbx_gpu.scdl._format.values import Tolerance, check_dtype
@@ -23,7 +23,7 @@ def convert_folder(
     data_dtype: str | None,
     tolerance: Tolerance,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> int:
     """Convert all .h5ad files below a folder on an executor, and join them in the order of their paths.
 

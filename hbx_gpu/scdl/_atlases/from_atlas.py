@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu._advice import option
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.places import is_remote
 from hbx_gpu.errors import AtlasError, InvalidDataError, UnsupportedError
 from hbx_gpu.scdl._atlases import origin
@@ -56,7 +56,7 @@ def atlas_to_archive(
     allow_loss: bool = False,
     allow_links: bool = False,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> int:
     """Write the cells of an atlas, ours or Homeobox's, as an archive that bionemo-scdl opens too.
 
@@ -109,6 +109,7 @@ def atlas_to_archive(
     from hbx_gpu.atlas._catalog.snapshot import Snapshot
     from hbx_gpu.atlas._query.query import AtlasQuery
 
+    progress = checked(progress)
     if not is_remote(target):
         check_target(target, overwrite=overwrite)
     snapshot = Snapshot.open(source, version, allow_links=allow_links)

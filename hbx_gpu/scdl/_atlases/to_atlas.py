@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu._identity.choice import FeatureChoice
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.lookup import is_dir
 from hbx_gpu._remote.places import parse
 from hbx_gpu.errors import InvalidDataError
@@ -43,7 +43,7 @@ def archive_to_atlas(
     codec: str | None = None,
     allow_loss: bool = False,
     allow_links: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> int:
     """Add the cells of an archive to an atlas: a dataset per gene block, compressed.
 
@@ -93,6 +93,7 @@ def archive_to_atlas(
     from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas
     from hbx_gpu.atlas._ingest.identity import known_features
 
+    progress = checked(progress)
     archive = source if isinstance(source, Archive) else open_archive(source, allow_links=allow_links)
     if not archive.n_rows or not archive.nnz:
         raise InvalidDataError(f"{archive.path} holds no values: there is nothing to convert")

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu.errors import CorruptDataError
 from hbx_gpu.scdl._format.archive import Archive, open_archive
 from hbx_gpu.scdl._format.features import ObservedFeatureIndex, VariableFeatureIndex
@@ -63,7 +63,7 @@ def concat_archives(
     overwrite: bool = False,
     destroy: bool = False,
     copy_size: int = COPY_SIZE,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> None:
     """Write the rows of several archives into one, in their order.
 
@@ -100,6 +100,7 @@ def concat_archives(
     CorruptDataError
         A part cannot be read.
     """
+    progress = checked(progress)
     if not parts:
         raise ValueError("expected at least one archive, found none")
     if copy_size < 1:

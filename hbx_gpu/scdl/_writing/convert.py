@@ -21,7 +21,7 @@ from hbx_gpu._h5ad.matrix import CsrBlock, DenseMatrix, Matrix
 from hbx_gpu._identity.choice import choose
 from hbx_gpu._identity.overlap import compare, require
 from hbx_gpu._identity.tables import FeatureTable
-from hbx_gpu._progress import Progress, silent
+from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.places import is_remote
 from hbx_gpu._stores.kinds import split_modality
 from hbx_gpu._stores.source import open_source
@@ -143,7 +143,7 @@ def convert_h5ad(
     data_dtype: str | None = None,
     tolerance: Tolerance | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Make an archive of an .h5ad file: CSR, CSC or dense.
 
@@ -195,7 +195,7 @@ def convert_h5ad_files(
     data_dtype: str | None = None,
     tolerance: Tolerance | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> list[Conversion]:
     """Make one archive of several files, one after the other in a single pass.
 
@@ -207,6 +207,7 @@ def convert_h5ad_files(
     list of Conversion
         One per file.
     """
+    progress = checked(progress)
     options = options or ConvertOptions()
     check_dtype(data_dtype)
     for file in files:
