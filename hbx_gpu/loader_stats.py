@@ -105,6 +105,11 @@ class Remote:
         )
 
 
+def in_window() -> bool:
+    """Whether this thread makes a window of a loader."""
+    return _here.window is not None
+
+
 def count_remote(
     *, requests: int = 0, wanted: int = 0, moved: int = 0, cache_hits: int = 0, cache_misses: int = 0
 ) -> None:

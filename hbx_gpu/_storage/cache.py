@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from hbx_gpu._codecs.checksum import crc32c
+from hbx_gpu._storage.claims import MOST_OBJECTS, Claim, Claims, keys_of
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._storage.readers import Memory
 from hbx_gpu.errors import ResourceError
@@ -36,8 +37,6 @@ _MAGIC = b"hbxgpuC1"
 _TRAILER = struct.Struct("<QII8s")  # bytes of the footer, CRC32C of body and of footer, magic
 _ENTRY = np.dtype([("object", "<i8"), ("offset", "<i8"), ("nbytes", "<i8"), ("place", "<i8")])
 _MOST_WAITING = 8  # segments that wait in memory while others are written
-_OFFSETS = 44  # bits of a key that are the offset in an object; the others number the object
-_MOST_OBJECTS = 1 << (63 - _OFFSETS)
 _MOST_MAPS = 4096
 _MAPPED = 256 << 20  # bytes looked at before pages are handed back to the page cache
 _TOUCHED = 60.0  # seconds between two notes that a segment is in use
@@ -54,22 +53,6 @@ class _Pending:
     nbytes: np.ndarray
     address: np.ndarray
     owner: object
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Claim:
-    """Chunks that one thread brings, so that others wait for them instead of bringing them too.
-
-    Attributes
-    ----------
-    keys
-        int64. The chunks.
-    done
-        Set when they are in the cache, or could not be brought.
-    """
-
-    keys: np.ndarray
-    done: threading.Event
 
 
 class ChunkCache:
@@ -107,7 +90,7 @@ class ChunkCache:
         self._maps: OrderedDict[int, FileMap] = OrderedDict()
         self._touched: dict[int, float] = {}
         self._pending: list[_Pending] = []
-        self._coming: list[Claim] = []
+        self._claims = Claims()
         self._waiting = 0
         self._writes = False  # whether a thread was told to write what waits and has not begun
         self._looked_at = 0.0
@@ -149,7 +132,7 @@ class ChunkCache:
         with self._lock:
             if time.monotonic() - self._looked_at > _LOOKED:
                 self._look()
-            keys = _keys(objects, offset)
+            keys = keys_of(objects, offset)
             self._find_pending(keys, nbytes, address, owners)
             if not len(self._keys):
                 return address, owners
@@ -172,18 +155,18 @@ class ChunkCache:
 
     def has(self, objects: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """bool, (k,): whether chunks are in the cache, as far as this process knows; as for :meth:`find`."""
-        keys = _keys(objects, offset)
+        keys = keys_of(objects, offset)
         with self._lock:
             found = np.isin(keys, self._keys)
             for pending in self._pending:
-                found |= np.isin(keys, _keys(pending.number, pending.offset))
+                found |= np.isin(keys, keys_of(pending.number, pending.offset))
         return found
 
     def _find_pending(
         self, keys: np.ndarray, nbytes: np.ndarray, address: np.ndarray, owners: list[object]
     ) -> None:
         for pending in self._pending:
-            known = _keys(pending.number, pending.offset)
+            known = keys_of(pending.number, pending.offset)
             order = np.argsort(known)
             at = order[np.minimum(np.searchsorted(known[order], keys), len(known) - 1)]
             hit = (known[at] == keys) & (pending.nbytes[at] == nbytes) & (nbytes > 0)
@@ -237,7 +220,7 @@ class ChunkCache:
         numbers = np.array([self._number(one) for one in names], np.int64)
         self._known.add(name)
         self._segments.append(name)
-        keys = _keys(numbers[entries["object"]], entries["offset"])
+        keys = keys_of(numbers[entries["object"]], entries["offset"])
         order = np.argsort(merged := np.concatenate([self._keys, keys]), kind="stable")
         self._keys = merged[order]
         self._sizes = np.concatenate([self._sizes, entries["nbytes"]])[order]
@@ -248,32 +231,12 @@ class ChunkCache:
     # Adding
 
     def claim(self, objects: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, Claim, list[Claim]]:
-        """Say that this thread brings chunks that are missing, all but those that other threads bring now.
-
-        Returns
-        -------
-        tuple
-            bool, (k,): which of the chunks are for this thread to bring; its claim, to be given to
-            :meth:`release`; and the claims of others, which are to be waited for after that.
-        """
-        keys = _keys(objects, offset)
-        mine = np.ones(len(keys), bool)
-        others = []
-        with self._lock:
-            for claim in self._coming:
-                theirs = np.isin(keys, claim.keys)
-                if theirs.any():
-                    others.append(claim)
-                    mine &= ~theirs
-            own = Claim(keys[mine], threading.Event())
-            self._coming.append(own)
-        return mine, own, others
+        """See :meth:`Claims.claim`."""
+        return self._claims.claim(objects, offset)
 
     def release(self, claim: Claim) -> None:
-        """Let others look for the chunks of a claim."""
-        with self._lock:
-            self._coming.remove(claim)
-        claim.done.set()
+        """See :meth:`Claims.release`."""
+        self._claims.release(claim)
 
     def add(
         self,
@@ -294,9 +257,9 @@ class ChunkCache:
         owner
             Keeps that memory alive.
         """
-        keys = _keys(objects, offset)
+        keys = keys_of(objects, offset)
         _, first = np.unique(keys, return_index=True)
-        first = first[(nbytes[first] > 0) & (objects[first] < _MOST_OBJECTS)]
+        first = first[(nbytes[first] > 0) & (objects[first] < MOST_OBJECTS)]
         if not len(first):
             return
         with self._lock:
@@ -433,11 +396,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
-
-
-def _keys(objects: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    found: np.ndarray = (objects.astype(np.int64) << _OFFSETS) | offset.astype(np.int64)
-    return found
 
 
 def _view(address: int, nbytes: int) -> np.ndarray:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 
-from hbx_gpu._remote.fetch import Fetcher, Moved, Range
+from hbx_gpu._remote import stores
+from hbx_gpu._remote.fetch import Fetcher, Moved, Range, map_at_once
 from hbx_gpu._remote.link import link_of
 from hbx_gpu._remote.options import cache_of
 from hbx_gpu._remote.places import Place
 from hbx_gpu._remote.stores import ObjectInfo
 from hbx_gpu._storage.cache import ChunkCache, cache_at
 from hbx_gpu._storage.chunks import CHANGED, ChunkDirectory, Extents
+from hbx_gpu._storage.held import HeldChunks, Kept
 from hbx_gpu._storage.readers import Reader, Runs, Slab, coalesce
-from hbx_gpu.errors import ReplacedError
-from hbx_gpu.loader_stats import count_remote
+from hbx_gpu.errors import RemoteError, ReplacedError
+from hbx_gpu.loader_stats import count_remote, in_window
 
 _ALIGNMENT = 8
 _OFFSET_BITS = 40  # of the number that stands for a place in a file
+_LOOK = (
+    6e-3  # seconds between two looks at an object that is held in memory: a look takes a twentieth of that
+)
 
 
 class RemoteReader(Reader):
@@ -25,6 +33,9 @@ class RemoteReader(Reader):
     Neighboring extents come in one request where the gap between them costs less than a request, as the
     requests of this process are measured. Every request names the version of the object whose chunks were
     looked up, so that a replaced object is an error and never mixes with the old one.
+
+    Windows of a loader mostly need chunks that earlier windows needed. They are kept in the cache on the
+    local disk if there is one, and otherwise in memory, up to a bound.
 
     Parameters
     ----------
@@ -42,7 +53,10 @@ class RemoteReader(Reader):
         super().__init__(directory)
         self._fetcher = fetcher or Fetcher()
         self._cache = cache or _cache_of(directory)
-        self._numbers = np.zeros(0, np.int64)  # of the objects in the cache, by file
+        self._kept: Kept = self._cache or HeldChunks()
+        self._numbers = np.zeros(0, np.int64)  # of the objects among those that are kept, by file
+        self._lock = threading.Lock()
+        self._looked_at = 0.0
 
     @property
     def cache(self) -> ChunkCache | None:
@@ -60,16 +74,18 @@ class RemoteReader(Reader):
     def _read(self, extents: Extents) -> tuple[Slab, Moved]:
         stored = extents.nbytes > 0
         wanted = int(extents.nbytes[stored].sum())
-        if self._cache is None:
+        if self._cache is None and not in_window():
             address, buffer, moved = self._fetched(extents)
             count_remote(requests=moved.requests, wanted=wanted, moved=moved.nbytes)
             return Slab(address, extents.nbytes, buffer), moved
         objects = self._objects(extents)
-        address, owners = self._cache.find(objects, extents.offset, extents.nbytes)
+        address, owners = self._kept.find(objects, extents.offset, extents.nbytes)
         missing = stored & (address == 0)
         moved = Moved(0, 0)
         if missing.any():
-            moved = self._into_cache(extents, missing, address, owners)
+            moved = self._bring_missing(extents, missing, address, owners)
+        if self._cache is None:
+            moved = Moved(moved.requests + self._look_at_held(extents, stored & ~missing), moved.nbytes)
         count_remote(
             requests=moved.requests,
             wanted=wanted,
@@ -79,39 +95,60 @@ class RemoteReader(Reader):
         )
         return Slab(address, extents.nbytes, owners), moved
 
-    def _into_cache(
+    def _look_at_held(self, extents: Extents, held: np.ndarray) -> int:
+        """Check that objects with chunks in memory are still there; returns the number of requests.
+
+        A request for bytes of an object would say so, and there may be none for a long time. Looks are as
+        frequent as they can be without costing much time.
+        """
+        files = np.unique(extents.file[held]).tolist()
+        with self._lock:
+            now = time.monotonic()
+            if not files or now - self._looked_at < len(files) * _LOOK:
+                return 0
+            self._looked_at = now
+        try:
+            found = map_at_once(lambda file: stores.head(Place(self.directory.paths[file])), files)
+        except RemoteError:  # what is held is right; the next request for bytes says what is wrong
+            return len(files)
+        for file, info in zip(files, found, strict=True):
+            if info is None:
+                raise self._gone(extents, file)
+            if (info.version, info.nbytes) != self.directory.identities[file]:
+                raise self._error_in(extents, file, CHANGED)
+        return len(files)
+
+    def _bring_missing(
         self, extents: Extents, missing: np.ndarray, address: np.ndarray, owners: list[object]
     ) -> Moved:
-        """Bring what the cache lacks, each chunk by one thread; fills in addresses and owners.
+        """Bring chunks that are not kept, each by one thread; fills in addresses and owners.
 
         Chunks in the gaps that are read over are kept too: their bytes come anyway, and a later batch
         probably needs them.
         """
-        assert self._cache is not None
         n = int(missing.sum())
         part = _joined(_some(extents, missing), self._in_gaps(_some(extents, missing)))
         numbers, places = self._objects(part), np.zeros(len(part), np.uint64)
-        mine, claim, others = self._cache.claim(numbers, part.offset)
+        mine, claim, others = self._kept.claim(numbers, part.offset)
         try:
             moved = self._add(part, numbers, np.flatnonzero(mine), places, owners)
         finally:
-            self._cache.release(claim)
+            self._kept.release(claim)
         rest = np.flatnonzero(~mine[:n])
         if len(rest):
             for other in others:
                 other.done.wait()
-            found, more = self._cache.find(numbers[rest], part.offset[rest], part.nbytes[rest])
+            found, more = self._kept.find(numbers[rest], part.offset[rest], part.nbytes[rest])
             places[rest] = found
             owners += more
-            # What the other thread could not bring, or what was pushed out of the cache at once.
+            # What the other thread could not bring, or what was pushed out at once.
             again = self._add(part, numbers, rest[found == 0], places, owners)
             moved = Moved(moved.requests + again.requests, moved.nbytes + again.nbytes)
         address[missing] = places[:n]
         return moved
 
     def _in_gaps(self, wanted: Extents) -> Extents:
-        """The chunks between wanted ones that their requests read over, and that the cache lacks."""
-        assert self._cache is not None
+        """The chunks between wanted ones that their requests read over, and that are not kept."""
         runs = self._runs(wanted)
         between = self.directory.extents(
             self.directory.within(runs.file, runs.offset, runs.offset + runs.nbytes)
@@ -119,7 +156,7 @@ class RemoteReader(Reader):
         # Chunks of one object that begin at the same byte are the same bytes.
         lacking = ~np.isin(_starts(between), _starts(wanted))
         asked = _some(between, lacking)
-        lacking[lacking] = ~self._cache.has(self._objects(asked), asked.offset)
+        lacking[lacking] = ~self._kept.has(self._objects(asked), asked.offset)
         return _some(between, lacking)
 
     def _add(
@@ -130,24 +167,22 @@ class RemoteReader(Reader):
         address: np.ndarray,
         owners: list[object],
     ) -> Moved:
-        """Fetch extents, keep them in the cache, and fill in where they lie."""
-        assert self._cache is not None
+        """Fetch extents, keep them, and fill in where they lie."""
         if not len(which):
             return Moved(0, 0)
         part = _some(extents, which)
         found, buffer, moved = self._fetched(part)
-        self._cache.add(objects[which], part.offset, part.nbytes, found, buffer)
+        self._kept.add(objects[which], part.offset, part.nbytes, found, buffer)
         address[which] = found
         owners.append(buffer)
         return moved
 
     def _objects(self, extents: Extents) -> np.ndarray:
-        """Number of the object of each extent in the cache."""
-        assert self._cache is not None
+        """Number of the object of each extent among those that are kept."""
         known, there = len(self._numbers), len(self.directory.identities)
         if known < there:
             more = [
-                self._cache.object_number(path, str(version), size)
+                self._kept.object_number(path, str(version), size)
                 for path, (version, size) in zip(
                     self.directory.paths[known:there], self.directory.identities[known:there], strict=True
                 )
@@ -192,8 +227,7 @@ class RemoteReader(Reader):
 
     def close(self) -> None:
         """See :class:`Reader`; what waits to be written to the cache is written."""
-        if self._cache is not None:
-            self._cache.flush()
+        self._kept.flush()
 
     def _bring(self, extents: Extents, ranges: list[Range], targets: list[np.ndarray]) -> Moved:
         try:

@@ -228,22 +228,39 @@ class Statistics:
         """
         check_file(path, "a file with statistics")
         with open(open_regular(path), "rb") as file:
-            try:
-                with np.load(file, allow_pickle=False) as arrays:
-                    return _loaded({name: arrays[name] for name in arrays.files})
-            except (
-                ValueError,
-                KeyError,
-                OSError,
-                EOFError,
-                TypeError,
-                IndexError,
-                zipfile.BadZipFile,
-            ) as error:
-                raise CorruptDataError(
-                    f"{Path(path)} does not hold statistics of hbx_gpu, or is damaged: {error}; compute "
-                    "them again"
-                ) from error
+            return cls.read(file, str(Path(path)))
+
+    @classmethod
+    def read(cls, file: BinaryIO, where: str) -> Statistics:
+        """Read what :meth:`write` wrote to an open file, as :meth:`load` does.
+
+        Parameters
+        ----------
+        file
+            A file that is open for reading bytes.
+        where
+            Its path, for messages.
+
+        Raises
+        ------
+        CorruptDataError
+            It holds something else.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return _loaded({name: arrays[name] for name in arrays.files})
+        except (
+            ValueError,
+            KeyError,
+            OSError,
+            EOFError,
+            TypeError,
+            IndexError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise CorruptDataError(
+                f"{where} does not hold statistics of hbx_gpu, or is damaged: {error}; compute them again"
+            ) from error
 
 
 def _loaded(arrays: Mapping[str, np.ndarray]) -> Statistics:

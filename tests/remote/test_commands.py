@@ -193,6 +193,31 @@ def test_statistics_of_addresses_are_those_of_the_paths(range_server: Make, tmp_
         assert here.read_text() == there.read_text()
 
 
+def test_an_atlas_in_a_bucket_keeps_its_statistics(
+    range_server: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(place: object, content: bytes) -> None:
+        del content
+        raise RemoteError(f"{place}: the store refuses access")
+
+    server = range_server()
+    fill(server.root / "b" / "atlas", h5ad(tmp_path / "a.h5ad", 1))
+    atlas = RaggedAtlas.checkout_latest("s3://b/atlas", storage_options=server.s3_options)
+    # Where nothing may be written, the result is there all the same.
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr("hbx_gpu.atlas._query.statistics.put", refused)
+        first = atlas.statistics()
+    assert "not kept" in caplog.text
+    assert atlas.statistics().medians == first.medians
+    (kept,) = (server.root / "b" / "atlas" / "statistics").iterdir()
+    server.log.clear()
+    assert atlas.statistics().medians == first.medians
+    assert [request.path for request in server.requests()] == [f"/b/atlas/statistics/{kept.name}"]
+    kept.write_bytes(b"damaged")
+    assert atlas.statistics().medians == first.medians
+    assert kept.stat().st_size > 100
+
+
 def test_the_program_of_scdl_makes_an_archive_at_an_address(
     bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress
-from hbx_gpu._remote.places import Place
-from hbx_gpu._untrusted import Within, own_folder
+from hbx_gpu._remote.places import AnyPath, Place
+from hbx_gpu._remote.writing import put
+from hbx_gpu._untrusted import Within, own_folder, read_small
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.selection import Selection
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from hbx_gpu.statistics import Statistics
 
 FOLDER = "statistics"
+_LARGEST = 1 << 30  # most bytes of an object with statistics
 _log = logging.getLogger(__name__)
 
 
@@ -70,11 +73,9 @@ class _Question:
     medians: bool
 
     @property
-    def path(self) -> Path | None:
-        """Where the answer is kept; nowhere for an atlas in object storage."""
+    def path(self) -> AnyPath:
+        """Where the answer is kept."""
         root = self.selection.snapshot.path
-        if isinstance(root, Place):
-            return None
         state, space = self.selection.state, self.pointer.feature_space
         asked = {
             "record": repr(self.selection.snapshot.record),
@@ -133,23 +134,36 @@ def statistics_of(selection: Selection, by: str | None, options: Options) -> Sta
     return result
 
 
-def _kept(snapshot: Snapshot, path: Path) -> Statistics | None:
-    """The statistics in a file; None where there is none, or where it is damaged."""
+def _kept(snapshot: Snapshot, path: AnyPath) -> Statistics | None:
+    """The statistics in a file or an object; None where there is none, or where it is damaged."""
     from hbx_gpu.statistics import Statistics
 
-    if not os.path.lexists(path):
-        return None
-    if not snapshot.allow_links:
-        Within(str(snapshot.path)).check(str(path))
+    if isinstance(path, Path):
+        if not os.path.lexists(path):
+            return None
+        if not snapshot.allow_links:
+            Within(str(snapshot.path)).check(str(path))
     try:
-        return Statistics.load(path)
+        if isinstance(path, Path):
+            return Statistics.load(path)
+        return Statistics.read(io.BytesIO(read_small(path, _LARGEST)), str(path))
+    except FileNotFoundError:
+        return None
     except CorruptDataError as error:
         _log.warning("%s; they are computed again", error)
         return None
 
 
-def _keep(result: Statistics, path: Path) -> None:
+def _keep(result: Statistics, path: AnyPath) -> None:
     """Write the file so that readers see the whole of it or nothing; do not where nothing may be written."""
+    if isinstance(path, Place):
+        content = io.BytesIO()
+        result.write(content)
+        try:
+            put(path, content.getvalue())
+        except HbxError as error:  # without the right to write
+            _log.info("the statistics are not kept in the atlas: %s", error)
+        return
     temporary = None
     try:
         own_folder(path.parent)
