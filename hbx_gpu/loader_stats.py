@@ -12,8 +12,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
-STAGES = ("plan", "read", "copy", "decode")
-"""Stages of a window: planning, reading chunks, copying to page-locked memory, decoding to tensors."""
+STAGES = ("plan", "read", "copy", "decode", "sort")
+"""Stages of a window: planning, reading chunks, copying to page-locked memory, decoding to tensors, and
+sorting rows for sparse tensors on the CPU, which is needed only where rows are not stored in order."""
 
 OTHER = "other"
 """Time of the threads in a window that no stage charged."""
@@ -243,7 +244,7 @@ def format_line(stats: LoaderStats) -> str:
     stages = "  ".join(
         f"{name} {stage.share:.0%}"
         for name, stage in stats.stages.items()
-        if stage.seconds or name not in ("copy", WARM_UP)
+        if stage.seconds or name not in ("copy", "sort", WARM_UP)
     )
     return (
         f"{stats.cells_per_s:,.0f} cells/s | {stats.threads} threads: {stages}  "

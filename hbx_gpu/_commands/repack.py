@@ -1,4 +1,4 @@
-"""The subcommand `hbx-gpu repack`: the arrays of an atlas in another codec."""
+"""The subcommand `hbx-gpu repack`: the arrays of an atlas in another codec or row order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ def add_parser(
     parser = commands.add_parser(
         "repack",
         parents=[common],
-        help="rewrite the arrays of an atlas in another codec",
+        help="rewrite the arrays of an atlas in another codec or row order",
         description="Rewrite index and layers of all sparse groups in place, one group after the other. "
         "Cells, genes and snapshots stay as they are. May be interrupted; run it again to go on.",
     )
     parser.add_argument(
         "atlas", type=argument, metavar="ATLAS", help="the atlas, or its address; also one that Homeobox made"
     )
-    parser.add_argument("--codec", required=True, metavar="NAME", help=f"compression: {codecs}")
+    parser.add_argument(
+        "--codec", metavar="NAME", help=f"compression: {codecs}; needed unless rows are to be ordered"
+    )
+    parser.add_argument(
+        "--order-features",
+        action="store_true",
+        help="order the values of each cell as the atlas numbers its genes, so that loaders of sparse "
+        "batches need not sort them; may take more space (default: keep the order)",
+    )
     add_executor_options(parser)
     add_allow_links(parser)
     add_storage_options(parser)
@@ -43,12 +51,17 @@ def run(args: argparse.Namespace) -> int:
 
     n_groups, n_bytes = _size(args.atlas / "zarr_store")
     with (
-        from_command(FLAGS),
+        from_command({**FLAGS, "codec": "--codec", "order_features": "--order-features"}),
         chosen_executor(args, n_groups, n_bytes) as executor,
         bar(" values", "repack") as show,
     ):
         report = repack(
-            args.atlas, args.codec, executor=executor, allow_links=args.allow_links, progress=show
+            args.atlas,
+            args.codec,
+            order_features=args.order_features,
+            executor=executor,
+            allow_links=args.allow_links,
+            progress=show,
         )
     print(describe_repack(report))
     return 0

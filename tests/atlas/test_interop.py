@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hbx_gpu.atlas import ImageInput, RaggedAtlas, create_or_open_atlas
+from hbx_gpu.atlas import ImageInput, RaggedAtlas, create_or_open_atlas, repack
 from hbx_gpu.cli import main
 
 READ = """
@@ -92,6 +92,14 @@ def test_real_homeobox_reads_our_atlas(
     )
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
+
+    # The values of a cell in another order are the same cell.
+    repack(path, order_features=True)
+    again = subprocess.run(
+        [homeobox_python, "-c", READ, str(path)], capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1]) == theirs
 
     ours = RaggedAtlas.checkout_latest(path).query().to_anndata()
     assert theirs["features"] == ours.var_names.tolist()

@@ -58,7 +58,7 @@ _STEPS: list[tuple[Any, str, str, int, bool]] = [
     (repacking, "_link_or_copy", "after", 2, True),
     (arrays.ObjectWriter, "put", "after", 1, True),
     (arrays.ObjectWriter, "put", "after", 3, True),
-    (repacking, "_write_metadata", "before", 1, True),
+    (repacking, "write_metadata", "before", 1, True),
     (repacking, "_rewrite", "after", 1, True),
     (repacking, "_compare", "after", 1, True),
     (repacking, "_rewrite", "after", 2, True),

@@ -28,6 +28,7 @@ from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Slab
 from hbx_gpu.errors import CorruptChunkError
+from hbx_gpu.loader_stats import stage
 
 RAW = "raw"
 # Codec -> kernels that decode index chunks and value chunks, and the function that explains their status.
@@ -187,9 +188,11 @@ class HostEngine:
                 plan.piece_row, plan.piece_out, offsets, indices, unsorted, unsorted_rows
             )
         values = [as_float32(layer, self._empty) for layer in values]
-        offsets, indices, values = canonical.sort_rows(
-            offsets, indices, values, self.table.n_features, unsorted_rows
-        )
+        if unsorted_rows.any():
+            with stage("sort"):
+                offsets, indices, values = canonical.sort_rows(
+                    offsets, indices, values, self.table.n_features, unsorted_rows
+                )
         return indices, values, offsets
 
     def _outputs(

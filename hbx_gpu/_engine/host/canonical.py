@@ -84,6 +84,29 @@ def sort_rows(
     return kept, columns[: kept[-1]], [values[: kept[-1]] for values in layers]
 
 
+def sorting_order(offsets: np.ndarray, columns: np.ndarray, n_features: int, rows: np.ndarray) -> np.ndarray:
+    """Where the elements of rows come from once each row is sorted by column; equal columns keep their order.
+
+    Parameters
+    ----------
+    offsets, columns
+        The rows: int64, (n_rows + 1,), and int64, (nnz,), in [0, n_features). Columns are sorted in place.
+    n_features
+        Width of the matrix.
+    rows
+        bool, (n_rows,). False for rows that stay as they are.
+
+    Returns
+    -------
+    int64, (nnz,). Position of each element before sorting.
+    """
+    order = np.arange(len(columns))
+    longest = int(np.diff(offsets).max(initial=0))
+    scratch = np.empty(longest, np.uint32), np.empty(longest, order.dtype)
+    kernels.sort_rows(offsets, n_features, rows, columns, order, *scratch)
+    return order
+
+
 def as_float32(values: np.ndarray, empty: Callable[[int, type[np.float32]], np.ndarray]) -> np.ndarray:
     """Values as float32: the same array where it has that dtype, else a copy in memory from `empty`."""
     if values.dtype == np.float32:

@@ -1,9 +1,8 @@
-"""Rewriting the sparse groups of an atlas in another codec, in place, one whole group after the other."""
+"""Rewriting the sparse groups of an atlas in another codec or row order: in place, one group at a time."""
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -11,22 +10,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from hbx_gpu._codecs.chain import ChunkCodec
+from hbx_gpu._advice import option
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.places import Place, local_only, parse
-from hbx_gpu._source import ArrayLayout, Codec
-from hbx_gpu._storage.choice import open_reader
-from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.metadata import read_layout
-from hbx_gpu._storage.readers import Slab
 from hbx_gpu.atlas._catalog import documents, swap, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._catalog.journal import Journal, RepackNote
@@ -43,12 +38,12 @@ from hbx_gpu.atlas._catalog.snapshot_records import (
 )
 from hbx_gpu.atlas._ingest.executors import Here, in_turn, result_of
 from hbx_gpu.atlas._model.schema import make_uid
-from hbx_gpu.atlas._model.spaces import get_space, guess_space, known_spaces
-from hbx_gpu.atlas._writing.arrays import (
-    ObjectWriter,
-    check_codec,
-)
-from hbx_gpu.atlas._writing.recoding import StoredArray, n_chunks, plan_arrays
+from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, guess_space, known_spaces
+from hbx_gpu.atlas._upkeep.ordered_rows import compare_ordered, in_order, write_ordered
+from hbx_gpu.atlas._upkeep.row_orders import Key, Rows, find_rows
+from hbx_gpu.atlas._upkeep.stored_arrays import decoded_chunks, write_metadata
+from hbx_gpu.atlas._writing.arrays import HOMEOBOX_CODEC, ObjectWriter, check_codec
+from hbx_gpu.atlas._writing.recoding import StoredArray, plan_arrays, row_order
 from hbx_gpu.errors import AtlasError, CorruptChunkError, UnsafePathError, UnsupportedCodecError
 
 _log = logging.getLogger(__name__)
@@ -60,6 +55,7 @@ _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOT
 _THREADS = 4
 # Groups that are handed out at a time; each takes its space twice.
 _WINDOW = 64
+_NOT_A_MATRIX = "order kept: fragments have one of their own"
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,8 @@ class GroupReport:
         Bytes on disk of the group's index and layers.
     seconds
         Wall time.
+    order
+        Where an order was asked for: ``ordered``, ``in order before``, or ``order kept:`` and a reason.
     """
 
     zarr_group: str
@@ -88,6 +86,7 @@ class GroupReport:
     bytes_before: int
     bytes_after: int
     seconds: float
+    order: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,27 @@ class _Plan:
     rewrite: tuple[StoredArray, ...] = ()
     n_values: int = 0
     left_alone: str = ""
+    rows: Rows | None = None
+    order: str = ""
 
 
 def repack(
     atlas_path: str | os.PathLike[str],
-    codec: str,
+    codec: str | None = None,
     *,
+    order_features: bool = False,
     executor: Executor | None = None,
     allow_links: bool = False,
     progress: Progress | None = None,
     storage_options: Mapping[str, object] | None = None,
 ) -> RepackReport:
-    """Rewrite index and layers of every sparse group in another codec, in place.
+    """Rewrite index and layers of every sparse group in another codec or row order, in place.
 
     A group is built beside the one in use, compared with it value by value, and put in its place in one
     step; nothing but bytes on disk changes, so pointers and snapshots stay what they are. Groups that have
-    the codec are skipped. An interruption leaves each group whole in one codec or the other: run it again.
-    While it runs, each group that is being rewritten takes its space twice: one at a time, with an executor
-    up to 64.
+    the codec, and the order if one is asked for, are skipped. An interruption leaves each group
+    whole in its old or its new form: run it again. While it runs, each group that is being rewritten takes
+    its space twice: one at a time, with an executor up to 64.
 
     A dataset that was opened before goes on with the files that it has mapped or open; anything else raises
     `CorruptChunkError` with the advice to open the dataset anew.
@@ -151,7 +153,13 @@ def repack(
         Directory of an atlas, written by hbx_gpu or by any release of Homeobox.
     codec
         One of `codec_names`. Layers of floats take the general codec that belongs to it.
-        It also becomes the codec of later ingests, in an atlas that hbx_gpu made.
+        It also becomes the codec of later ingests, in an atlas that hbx_gpu made. None: the codec of later
+        ingests as it is, which is allowed with `order_features` only.
+    order_features
+        Store the elements of each row in the order in which the registry numbers their features, so that
+        loaders of sparse batches need not sort rows. Local columns keep their numbers, because snapshots
+        record them; where these come in another order than the registry's, the index is stored without
+        differences and takes more bytes. By default rows keep their order, whatever it is.
     executor
         Where groups are rewritten and compared, see :func:`hbx_gpu.ingest_many`; None: in this process. They
         are put in their places by this process.
@@ -173,7 +181,7 @@ def repack(
     Raises
     ------
     ValueError
-        No such codec.
+        No such codec, or neither a codec nor an order is asked for.
     FileNotFoundError
         No atlas, or no zarr store.
     AtlasError
@@ -189,8 +197,16 @@ def repack(
         mirror = Mirror(place, VERSION_TABLE)
         with mirror.exchange():
             mirror.fetch_all()
-            return repack(mirror.root, codec, executor=executor, progress=progress)
-    check_codec(codec)
+            return repack(
+                mirror.root, codec, order_features=order_features, executor=executor, progress=progress
+            )
+    if codec is not None:
+        check_codec(codec)
+    elif not order_features:
+        raise ValueError(
+            f"nothing to do: pass {option('codec')} to change the codec, or "
+            f"{option('order_features', 'True')} to order rows"
+        )
     root = local_only(atlas_root(atlas_path))
     check_database(root, allow_links=allow_links)
     records = read_records(root)
@@ -201,11 +217,18 @@ def repack(
     store = check_store(root, found, allow_links=allow_links and found == sibling)
     _check_writable(root, store)
     with WriteLock(root).hold():
-        datasets = _recover(root, store, records, allow_links=allow_links)
+        names = _recover(root, store, records, allow_links=allow_links)
+        codec = codec or names.codec
         plans = [
             _plan(store, name, space, has_features, codec)
-            for (name, space), has_features in sorted(_groups(root, records, datasets).items())
+            for (name, space), has_features in sorted(_groups(root, records, names.dataset_table).items())
         ]
+        if order_features:
+            to_order = {
+                (plan.zarr_group, plan.feature_space) for plan in plans if _may_be_ordered(store, plan)
+            }
+            rows = find_rows(root, store, records, names.obs_tables, to_order, allow_links=allow_links)
+            plans = [_with_order(store, plan, codec, rows) for plan in plans]
         for plan in plans:
             if plan.rewrite:
                 _check_writable(store / plan.zarr_group, (store / plan.zarr_group).parent)
@@ -233,21 +256,23 @@ def _check_writable(*folders: Path) -> None:
             )
 
 
-def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord], *, allow_links: bool) -> str:
-    """Clean up after killed writers; returns the name of the table of groups."""
+def _recover(root: Path, store: Path, records: Sequence[SnapshotRecord], *, allow_links: bool) -> Names:
+    """Clean up after killed writers; returns the names of the tables."""
     try:
         names = Names.load(root, allow_links=allow_links)
     except OlderGenerationError:
         # This package does not ingest into such an atlas, so only a repack can have been interrupted.
         swap.recover(Journal(root), store)
-        return records[-1].dataset_table[0]
+        last = records[-1]
+        registries = {space: name for space, (name, _) in last.registries.items()}
+        return Names(tuple(last.obs_tables), last.dataset_table[0], registries, codec=HOMEOBOX_CODEC)
     if names is None:
         raise AtlasError(
             f"the atlas at {root} has no snapshot and was not made by hbx_gpu, so nothing says what it "
             "holds; take a snapshot with the program that made it"
         )
     Catalog(root, store, names, allow_links=allow_links).recover()
-    return names.dataset_table
+    return names
 
 
 def _groups(root: Path, records: Sequence[SnapshotRecord], datasets: str) -> dict[tuple[str, str], bool]:
@@ -275,8 +300,7 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
         if path.is_symlink() or not path.is_dir():
             raise AtlasError(f"{path} is not a directory")
         group_path(store, name)
-        known = space_name in known_spaces()
-        space = get_space(space_name) if known else guess_space(space_name, path, has_features=has_features)
+        space = _space(path, space_name, has_features=has_features)
         if space.index_array is None:
             return _Plan(name, space_name, left_alone=space.pointer.replace("_", " "))
         arrays, rewrite, n_values = plan_arrays(path, name, space, codec, within=store)
@@ -286,6 +310,42 @@ def _plan(store: Path, name: str, space_name: str, has_features: bool, codec: st
     except (AtlasError, FileNotFoundError, UnsupportedCodecError) as error:
         return _Plan(name, space_name, left_alone=str(error))
     return _Plan(name, space_name, arrays, rewrite, n_values)
+
+
+def _space(path: Path, name: str, *, has_features: bool = True) -> FeatureSpace:
+    return get_space(name) if name in known_spaces() else guess_space(name, path, has_features=has_features)
+
+
+def _may_be_ordered(store: Path, plan: _Plan) -> bool:
+    """Whether a group has rows of a matrix, and repack has not ordered them before."""
+    if plan.left_alone or not plan.arrays:
+        return False
+    path = group_path(store, plan.zarr_group)
+    space = _space(path, plan.feature_space)
+    return not space.repeats and row_order(path, space) is None
+
+
+def _with_order(store: Path, plan: _Plan, codec: str, found: Mapping[Key, Rows | str]) -> _Plan:
+    """The plan of a group whose rows are to be ordered as well, if that is possible and not done yet."""
+    if plan.left_alone:
+        return plan
+    path = group_path(store, plan.zarr_group)
+    space = _space(path, plan.feature_space)
+    rows = found.get((plan.zarr_group, plan.feature_space))
+    if rows is None:
+        return replace(plan, order=_NOT_A_MATRIX if space.repeats else "in order before")
+    if isinstance(rows, str):
+        return replace(plan, order=f"order kept: {rows}")
+    arrays, rewrite, n_values = plan_arrays(
+        path, plan.zarr_group, space, codec, within=store, new_order=rows.order
+    )
+    if {array.layout.shape for array in rewrite} != {(n_values,)} or (rows.ends > n_values).any():
+        return replace(plan, order="order kept: its arrays and rows disagree in length")
+    if rows.order == "layout":
+        with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
+            if in_order(rewrite[0], rows, pool):
+                return replace(plan, order="in order before")
+    return replace(plan, arrays=arrays, rewrite=rewrite, rows=rows, order="ordered")
 
 
 class _Ticks:
@@ -320,10 +380,10 @@ def _repack_groups(
             folder = staging_path(store, note.staging)
             folder.mkdir(parents=True)
             path = group_path(store, plan.zarr_group, allow_links=True)  # links are left alone
-            yield plan, (path, folder, plan.rewrite)
+            yield plan, (path, folder, plan.rewrite, plan.rows)
 
-    def build(path: Path, folder: Path, rewrite: Sequence[StoredArray]) -> _Built:
-        return build_group(path, folder, rewrite, tick)
+    def build(path: Path, folder: Path, rewrite: Sequence[StoredArray], rows: Rows | None) -> _Built:
+        return build_group(path, folder, rewrite, rows, tick)
 
     here = isinstance(executor, Here)
     try:
@@ -353,7 +413,15 @@ def _reported(store: Path, plan: _Plan, before: int, seconds: float) -> GroupRep
     outcome: Outcome = "left alone" if plan.left_alone else "repacked" if plan.rewrite else "unchanged"
     after = _n_bytes(group_path(store, plan.zarr_group, allow_links=True), plan.arrays)
     return GroupReport(
-        plan.zarr_group, plan.feature_space, outcome, plan.left_alone, plan.n_values, before, after, seconds
+        plan.zarr_group,
+        plan.feature_space,
+        outcome,
+        plan.left_alone,
+        plan.n_values,
+        before,
+        after,
+        seconds,
+        plan.order,
     )
 
 
@@ -366,7 +434,11 @@ class _Built:
 
 
 def build_group(
-    path: Path, folder: Path, rewrite: Sequence[StoredArray], tick: Tick = lambda _: None
+    path: Path,
+    folder: Path,
+    rewrite: Sequence[StoredArray],
+    rows: Rows | None = None,
+    tick: Tick = lambda _: None,
 ) -> _Built:
     """Build the new form of a group, in any process, under a name that no other run of the task uses.
 
@@ -378,13 +450,15 @@ def build_group(
         Its staging folder, which exists as long as somebody waits for the result.
     rewrite
         Arrays to be rewritten.
+    rows
+        The rows whose elements are ordered meanwhile; None leaves all where they are.
     tick
         Called with the number of values that are done, where the caller is in this process.
     """
     begin = time.perf_counter()
     new = folder / uuid.uuid4().hex
     new.mkdir()  # without its parents, see write_file
-    _build(path, new, rewrite, tick)
+    _build(path, new, rewrite, rows, tick)
     return _Built(new.name, time.perf_counter() - begin)
 
 
@@ -393,11 +467,14 @@ def _n_bytes(group: Path, arrays: Sequence[str]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], tick: Tick) -> None:
+def _build(path: Path, new: Path, rewrite: Sequence[StoredArray], rows: Rows | None, tick: Tick) -> None:
     """Build the complete new group on disk and compare it with the old one."""
     _take_over(path, new, {path / array.relative for array in rewrite})
     with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
-        for array in rewrite:
+        if rows is not None:
+            write_ordered(rewrite, new, rows, pool, tick)
+            compare_ordered(rewrite, new, rows, pool, tick)
+        for array in rewrite if rows is None else ():
             _rewrite(array, new / array.relative, pool, tick)
             _compare(array, new / array.relative, pool, tick)
     for folder, _, _ in os.walk(new):
@@ -436,7 +513,7 @@ def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: T
     chunk = layout.chunk_shape[0]
     objects = ObjectWriter(target, layout.shard_shape[0] // chunk if layout.sharded else 0)
     try:
-        for chunks in _decoded(layout, encoder.batch, pool):
+        for chunks in decoded_chunks(layout, encoder.batch, pool):
             present = [values for values in chunks if values is not None]
             encoded = iter(encoder.encode(np.concatenate(present)) if present else ())
             for values in chunks:
@@ -445,28 +522,10 @@ def _rewrite(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: T
         objects.close()
     finally:
         objects.abort()
-    _write_metadata(Path(layout.path) / "zarr.json", target / "zarr.json", layout, encoder.codecs)
+    write_metadata(Path(layout.path) / "zarr.json", target / "zarr.json", layout, encoder.codecs)
     shutil.copymode(layout.path, target)
     for file in (target / "c").iterdir():
         shutil.copymode(Path(layout.path) / "zarr.json", file)
-
-
-def _write_metadata(old: Path, new: Path, layout: ArrayLayout, codecs: list[Codec]) -> None:
-    """The array's own metadata, attributes and all, with another codec chain."""
-    document = json.loads(old.read_text(encoding="utf-8"))
-    if layout.sharded:
-        sharding = document["codecs"][0]
-        sharding["configuration"] |= {
-            "codecs": codecs,
-            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "index_location": "end",
-        }
-    else:
-        document["codecs"] = codecs
-    document["chunk_key_encoding"] = {"name": "default", "configuration": {"separator": "/"}}
-    new.write_text(json.dumps(document, indent=2), encoding="utf-8")
-    shutil.copymode(old, new)
-    sync(new)
 
 
 def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: Tick) -> None:
@@ -483,7 +542,7 @@ def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: T
     if changed:
         raise CorruptChunkError(f"rewritten with another {', '.join(changed)}", array=old.name)
     batch, first = array.encoder().batch, 0
-    pairs = zip(_decoded(old, batch, pool), _decoded(new, batch, pool), strict=True)
+    pairs = zip(decoded_chunks(old, batch, pool), decoded_chunks(new, batch, pool), strict=True)
     for before, after in pairs:
         for i, (a, b) in enumerate(zip(before, after, strict=True)):
             same = a is b if a is None or b is None else np.array_equal(a.view(np.uint8), b.view(np.uint8))
@@ -495,22 +554,3 @@ def _compare(array: StoredArray, target: Path, pool: ThreadPoolExecutor, tick: T
                 )
         first += len(before)
         tick(min(len(before) * old.chunk_shape[0], old.shape[0]))
-
-
-def _decoded(layout: ArrayLayout, batch: int, pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | None]]:
-    """The chunks of an array, `batch` at a time; None for an absent one."""
-    directory, codec = ChunkDirectory([layout]), ChunkCodec(layout)
-    with open_reader("preadv", directory) as reader:
-        for first in range(0, n_chunks(layout), batch):
-            ids = np.arange(first, min(first + batch, n_chunks(layout)))
-            slab = reader.read(directory.extents(ids))
-
-            def decode(i: int, slab: Slab = slab, ids: np.ndarray = ids) -> np.ndarray | None:
-                if slab.nbytes[i] < 0:
-                    return None
-                try:
-                    return codec.decode(slab.view(i))
-                except CorruptChunkError as error:
-                    raise directory.error(int(ids[i]), error.reason) from error
-
-            yield list(pool.map(decode, range(len(ids))))

@@ -190,7 +190,8 @@ def describe_repack(report: RepackReport) -> str:
     for group in report.groups:
         changed = group.outcome == "repacked"
         bits = 8 * group.bytes_after / group.n_values if group.n_values else 0.0
-        outcome = f"{group.outcome} ({group.reason})" if group.reason else group.outcome
+        told = group.reason or group.order
+        outcome = f"{group.outcome} ({told})" if told else group.outcome
         rows.append(
             [
                 group.zarr_group,
