@@ -17,12 +17,13 @@ import torch
 
 from hbx_gpu import cli
 from hbx_gpu.atlas import RaggedAtlas
-from hbx_gpu.synthetic import write_h5ad
+from hbx_gpu.synthetic import write_demo_pair, write_h5ad
 from tests import mutants
 from tests.emulation.build import outer_environment
 from tests.pages import FENCE, blocks
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "# train.py\n"  # how a block begins that is a script of its own
 # Packages of which a page has a block beside others.
 ABSENT = [name for name in ("jax", "transformers") if importlib.util.find_spec(name) is None]
 
@@ -107,13 +108,38 @@ def test_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / f"{name}.md"
     namespace: dict[str, object] = {"__name__": "__main__"}
-    sources = [content for language, content in blocks(page) if language == "python"]
+    sources = [
+        text for language, text in blocks(page) if language == "python" and not text.startswith(SCRIPT)
+    ]
     fewer = {"frameworks": 2, "homeobox": 1, "scvi": 2, "stores": 0, "testing": 2, "transformer": 2}
     assert len(sources) > fewer.get(name, 5)
     for number, source in enumerate(sources):
         if any(f"import {package}\n" in source or f"from {package} " in source for package in ABSENT):
             continue
         exec(compile(source, f"{page}, block {number}", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.timeout(300)
+def test_the_script_for_several_processes_runs_under_torchrun(tmp_path: Path) -> None:
+    """As it stands, with two processes: each cell comes once per epoch."""
+    found = list(blocks(ROOT / "docs" / "training.md"))
+    script = next(text for language, text in found if language == "python" and text.startswith(SCRIPT))
+    launcher, flag, count, file = next(text for _, text in found if text.startswith("torchrun")).split()
+    assert (launcher, flag, count, f"# {file}\n") == ("torchrun", "--nproc-per-node", "4", SCRIPT)
+    (tmp_path / file).write_text(script)
+    write_demo_pair(tmp_path / "data", n_obs=(150, 111), n_vars=40)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", flag, "2", file],
+        cwd=tmp_path,
+        env={**outer_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"epoch {epoch}: 261 cells on 2 ranks" for epoch in range(2)]
+    assert (tmp_path / "ddp.pt").exists()
 
 
 def test_the_commands_of_the_page_on_ingest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
