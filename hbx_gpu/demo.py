@@ -331,7 +331,7 @@ def draw(trace: Trace, path: Path) -> None:
         ends[-1],
         color=blue,
         linestyle="--",
-        label=f"second half of the time: {trace.steady_rate:,.0f}",
+        label=f"steady speed, of the second half: {trace.steady_rate:,.0f}",
     )
     top.axvline(ends[0], color="#3a3a3a", linestyle=":", label=f"first batch: {ends[0]:.1f} s")
     top.set_ylabel("cells/s")

@@ -73,7 +73,7 @@ def verify(
         A worker of the executor is gone.
     """
     if executor is not None:
-        yield from _verify_on(executor, _parts(path, version, allow_links), level, progress)
+        yield from _verify_on(executor, _parts(path, version, allow_links, elsewhere=True), level, progress)
         return
     for part in _parts(path, version, allow_links):
         verdict = Verdict(part.name)
@@ -130,46 +130,46 @@ def _settled(verdict: Verdict, tasks: list[Future[Found]], progress: Callable[[i
     return verdict
 
 
-def _parts(path: AnyPath, version: int | None, allow_links: bool) -> Iterator[Part]:
+def _parts(
+    path: AnyPath, version: int | None, allow_links: bool, *, elsewhere: bool = False
+) -> Iterator[Part]:
+    """The parts of a store; `elsewhere` if their datasets are checked in other processes."""
     from hbx_gpu._inplace.stores import is_atlas
 
     if is_atlas(path) or version is not None:
         from hbx_gpu.atlas import Snapshot
 
-        yield from _parts_of_atlas(Snapshot.open(path, version, allow_links=allow_links))
+        yield from _parts_of_atlas(Snapshot.open(path, version, allow_links=allow_links), elsewhere)
     else:
         yield from _parts_of_stores(path, allow_links)
 
 
-def _parts_of_atlas(snapshot: Snapshot) -> Iterator[Part]:
+def _parts_of_atlas(snapshot: Snapshot, elsewhere: bool) -> Iterator[Part]:
     """A part per group of zarr arrays and pointer field that leads to it."""
+    from hbx_gpu._verify.field_rows import FieldRows
     from hbx_gpu.atlas._model.spaces import find_layers
-    from hbx_gpu.atlas._query.query import AtlasQuery
 
+    fields = [
+        (pointer.feature_space, FieldRows(snapshot, table, pointer))
+        for table in snapshot.obs_tables
+        for pointer in snapshot.pointer_fields(table).values()
+    ]
     for record in snapshot.datasets().to_dict("records"):
         group, space_name = str(record["zarr_group"]), str(record["feature_space"])
         label = record.get("source_name")
         name = f"{label if isinstance(label, str) and label else group}, {space_name}"
-        for table in snapshot.obs_tables:
-            for pointer in snapshot.pointer_fields(table).values():
-                if pointer.feature_space != space_name:
-                    continue
+        for field_space, rows in fields:
+            if field_space != space_name:
+                continue
 
-                def opened(
-                    group: str = group,
-                    space_name: str = space_name,
-                    table: str = table,
-                    at: str = pointer.name,
-                ) -> Stored | None:
-                    space = snapshot.space(snapshot.group(group, space_name))
-                    layers = sorted(find_layers(snapshot.group_path(group), space))
-                    quoted = group.replace("'", "''")
-                    query = AtlasQuery(snapshot, table).where(f"`{at}`.zarr_group = '{quoted}'")
-                    if not query.count():
-                        return None
-                    return query.to_cell_dataset(field_name=at, layer=layers)
+            def opened(
+                group: str = group, space_name: str = space_name, rows: FieldRows = rows
+            ) -> Stored | None:
+                space = snapshot.space(snapshot.group(group, space_name))
+                layers = sorted(find_layers(snapshot.group_path(group), space))
+                return (rows.queried if elsewhere else rows.dataset)(group, layers)
 
-                yield Part(name, opened)
+            yield Part(name, opened)
 
 
 def _parts_of_stores(path: AnyPath, allow_links: bool) -> Iterator[Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from hbx_gpu import cli
+from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._verify import dataset as dataset_check
 from hbx_gpu._verify import raw
 from hbx_gpu._verify.dataset import Level, Stored
+from hbx_gpu._verify.field_rows import FieldRows
 from hbx_gpu._verify.stores import Verdict
 from hbx_gpu._verify.stores import verify as check
 from hbx_gpu.errors import ResourceError
@@ -268,3 +271,37 @@ def test_processes_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture
     atlas = make_atlas(tmp_path / "a")
     assert verify(atlas, "--workers", "2") == 0
     assert "2 whole, 0 damaged" in capsys.readouterr().out
+
+
+def test_rows_are_dealt_to_their_groups(tmp_path: Path) -> None:
+    """Rows read together give the datasets of queries, also where groups take turns in the table."""
+    from hbx_gpu.atlas import Snapshot
+    from hbx_gpu.atlas._query.obs import ModalityRows
+
+    snapshot = Snapshot.open(make_atlas(tmp_path / "a"))
+    pointer = snapshot.pointer_fields("cells")["gene_expression"]
+    groups = sorted(snapshot.datasets()["zarr_group"])
+    rows = FieldRows(snapshot, "cells", pointer)
+    assert rows.dataset("no such group", ["counts"]) is None
+    assert rows.queried("no such group", ["counts"]) is None
+    for group in groups:
+        dealt, queried = (make(group, ["counts"]) for make in (rows.dataset, rows.queried))
+        assert isinstance(dealt, CellDataset)
+        assert isinstance(queried, CellDataset)
+        assert np.array_equal(dealt.needed_chunks(), queried.needed_chunks())
+        found, expected = (data.read_rows([np.arange(40)])[0] for data in (dealt, queried))
+        assert np.array_equal(found.indices, expected.indices)
+        assert np.array_equal(found.values, expected.values)
+
+    found = rows._found
+    assert isinstance(found, ModalityRows)
+    turns = np.arange(80).reshape(2, 40).T.ravel()[np.r_[0:3, 5:80]]
+    mixed = FieldRows(snapshot, "cells", pointer)
+    vars(mixed)["_found"] = replace(found, rows=found.rows.at(turns))
+    for number, group in enumerate(groups):
+        assert np.array_equal(mixed._rows_of(group), np.flatnonzero(turns // 40 == number))
+
+    vars(mixed)["_found"] = None  # the table cannot be read as a whole
+    one = mixed.dataset(groups[1], ["counts"])
+    assert one is not None
+    assert len(one) == 40
