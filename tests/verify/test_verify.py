@@ -289,9 +289,9 @@ def test_rows_are_dealt_to_their_groups(tmp_path: Path) -> None:
         assert isinstance(dealt, CellDataset)
         assert isinstance(queried, CellDataset)
         assert np.array_equal(dealt.needed_chunks(), queried.needed_chunks())
-        found, expected = (data.read_rows([np.arange(40)])[0] for data in (dealt, queried))
-        assert np.array_equal(found.indices, expected.indices)
-        assert np.array_equal(found.values, expected.values)
+        batch, expected = (data.read_rows([np.arange(40)])[0] for data in (dealt, queried))
+        assert np.array_equal(batch.indices, expected.indices)
+        assert np.array_equal(batch.values, expected.values)
 
     found = rows._found
     assert isinstance(found, ModalityRows)

@@ -376,8 +376,8 @@ class Snapshot:
             Path of the array in the zarr store.
         """
         if self._documents is None:
-            is_far = isinstance(self.path, Place)
-            self._documents = documents.fetch(self.path, self.store_path) if is_far else {}
+            far = self.path if isinstance(self.path, Place) else None
+            self._documents = {} if far is None else documents.fetch(far, self.store_path)
         return self._documents.get(array)
 
     def registry(self, feature_space: str) -> Registry:
