@@ -6,7 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step, special_index
 from hbx_gpu.tokens._host.arithmetic import log1p
-from hbx_gpu.tokens._host.bits import lowest
+from hbx_gpu.tokens._host.bits import lowest, number_of
 from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, two_keys, unit_bits, words
 from hbx_gpu.tokens._host.lanes import LANES, eight_up_to
 from hbx_gpu.tokens._host.sorting import smallest
@@ -17,8 +17,9 @@ SMALL = 4096
 _PICK, _ZEROS = int(Step.PICK), int(Step.ZEROS)
 _THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
 _PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
-FEW, _WORD = 512, 64
-"""Genes whose keys are made at a time, and looked through at a time."""
+FEW, _WORD, SPARE = 2048, 64, 4
+"""Genes whose keys are made at a time, those that are looked through at a time, and how many of these are
+written down without asking whether there are so many."""
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -83,7 +84,7 @@ def ranked_rows(
                 n_low += level[columns[i]] < np.float32(1.0)
         found, found_2 = _unexpressed(
             known, known_index, is_known, level, count_one_absent, missing, n_zero, n_absent, n_low,
-            seed, epoch, cell, key_2, key_3, some_keys, some,
+            seed, epoch, cell, key_2, key_3, item, some_keys, some,
         )  # fmt: skip
         if missing:
             if n_zero >= missing:
@@ -138,14 +139,14 @@ def ranked_rows(
 @jit
 def _unexpressed(
     known, known_index, is_known, level, low_too, wanted, n, wanted_2, n_2,
-    seed, epoch, cell, few, few_2, keys_of, columns_of,
+    seed, epoch, cell, few, few_2, item, keys_of, columns_of,
 ):  # fmt: skip
     """Unexpressed genes whose keys may be among the smallest: to fill up with, and to predict.
 
     keys_of[0, :found], columns_of[0, :found]: those of `n` genes that hold the `wanted` smallest keys, in
     ascending column; all of them where there are fewer than `wanted`. The same in [1] by the second keys, of
     `n_2` genes, with those of a logarithm below 1 where `low_too`. Returns both numbers. `few` and `few_2`
-    have at least FEW entries.
+    have at least FEW entries, `item` SPARE more.
     """
     limit, limit_2 = _limit(wanted, n), _limit(wanted_2, n_2)
     while True:
@@ -153,37 +154,41 @@ def _unexpressed(
         for first in range(0, len(known), FEW):
             m = min(FEW, len(known) - first)
             two_keys(seed, epoch, cell, _ZEROS, known_index[first : first + m], m, few, few_2)
-            for i in range(0, m, _WORD):
-                bits = _up_to(few, i, limit)
-                while bits:
-                    k = np.int64(i + lowest(bits))
-                    bits &= bits - np.uint64(1)
-                    if k < m and is_known[known[first + k]] == 0:
-                        keys_of[0, found] = few[k]
-                        columns_of[0, found] = known[first + k]
-                        found += 1
-                bits = _up_to(few_2, i, limit_2)
-                while bits:
-                    k = np.int64(i + lowest(bits))
-                    bits &= bits - np.uint64(1)
-                    if k < m:
-                        column = known[first + k]
-                        if is_known[column] == 0 or (low_too and level[column] < np.float32(1.0)):
-                            keys_of[1, found_2] = few_2[k]
-                            columns_of[1, found_2] = column
-                            found_2 += 1
+            # Stored in any case, and counted where it applies, so that no branch has to be guessed.
+            for j in range(_up_to(few, m, limit, item)):
+                column = known[first + item[j]]
+                keys_of[0, found], columns_of[0, found] = few[item[j]], column
+                found += is_known[column] == 0
+            for j in range(_up_to(few_2, m, limit_2, item)):
+                column = known[first + item[j]]
+                keys_of[1, found_2], columns_of[1, found_2] = few_2[item[j]], column
+                found_2 += (is_known[column] == 0) | (low_too & (level[column] < np.float32(1.0)))
         if found >= min(wanted, n) and found_2 >= min(wanted_2, n_2):
             return found, found_2
         limit, limit_2 = _ALL, _ALL
 
 
 @jit
-def _up_to(some_keys, first, limit):
-    """Bits of a uint64: which of 64 keys are at most `limit`."""
-    bits = np.uint64(0)
-    for k in range(0, _WORD, LANES):
-        bits |= eight_up_to(some_keys, first + k, limit) << np.uint64(k)
-    return bits
+def _up_to(some_keys, n, limit, item):
+    """item = places of those of n keys that are at most `limit`, ascending; returns how many."""
+    found = np.uint64(0)
+    for first in range(0, n, _WORD):
+        bits = np.uint64(0)
+        for k in range(0, _WORD, LANES):
+            bits |= eight_up_to(some_keys, first + k, limit) << np.uint64(k)
+        if n - first < _WORD:
+            bits &= (np.uint64(1) << np.uint64(n - first)) - np.uint64(1)
+        number = number_of(bits)
+        for k in range(SPARE):  # whether they exist or not, so that nothing has to be guessed
+            item[found + np.uint64(k)] = np.uint64(first) + lowest(bits)
+            bits &= bits - np.uint64(1)
+        place = found + np.uint64(SPARE)
+        while bits:
+            item[place] = np.uint64(first) + lowest(bits)
+            bits &= bits - np.uint64(1)
+            place += np.uint64(1)
+        found += number
+    return np.int64(found)
 
 
 @jit
@@ -225,9 +230,9 @@ def prompt_rows(
     known, known_index, level, logs, logs_of_depths, some_keys, some, picked,
     key, key_2, key_3, histogram, item, index,
     ids, values, query_mask, total_counts, prompt_mask, labels,
-    metadata_ids, metadata_labels, metadata_mask,
+    metadata_ids, metadata_labels, metadata_mask, label_weights,
 ):  # fmt: skip
-    """All outputs, a row after the other, but for the weights of labels.
+    """All outputs, a row after the other.
 
     `level`: zeros by column, left so; `logs`, `logs_of_depths`: logarithms of whole numbers from 0.
     """
@@ -247,7 +252,7 @@ def prompt_rows(
             for k in range(n):
                 picked[k] = known[k]
         else:
-            found = _drawn(known, known_index, n, seed, epoch, cell, key, some_keys, some)
+            found = _drawn(known, known_index, n, seed, epoch, cell, key, item, some_keys, some)
             smallest(some_keys, found, n, key_2, key_3, histogram, item)
             for k in range(n):
                 picked[k] = some[item[k]]
@@ -291,6 +296,13 @@ def prompt_rows(
             labels[row, k] = np.int64(min(count, vocabulary - 1.0))
         for i in range(n_known):
             level[columns[i]] = 0.0
+        weight, queries = label_weights[row], 0.0
+        for k in range(n):
+            queries += query_mask[row, k]
+        equal = np.float32(1.0 / max(queries, 1.0) / len(cells))
+        for k in range(n):
+            weight[k] = query_mask[row, k] * equal
+        weight[n:] = 0.0
         for k in range(n, n + m):
             ids[row, k], values[row, k], query_mask[row, k], total_counts[row, k] = 0, 0.0, 0.0, 0.0
             labels[row, k] = 0
@@ -302,7 +314,7 @@ def prompt_rows(
 
 
 @jit
-def _drawn(known, known_index, wanted, seed, epoch, cell, few, keys_of, columns_of):
+def _drawn(known, known_index, wanted, seed, epoch, cell, few, item, keys_of, columns_of):
     """Known genes whose keys may be among the `wanted` smallest, in ascending column; returns how many."""
     limit = _limit(wanted, len(known))
     while True:
@@ -310,15 +322,9 @@ def _drawn(known, known_index, wanted, seed, epoch, cell, few, keys_of, columns_
         for first in range(0, len(known), FEW):
             m = min(FEW, len(known) - first)
             keys(seed, epoch, cell, _PICK, 0, known_index[first : first + m], m, few)
-            for i in range(0, m, _WORD):
-                bits = _up_to(few, i, limit)
-                while bits:
-                    k = np.int64(i + lowest(bits))
-                    bits &= bits - np.uint64(1)
-                    if k < m:
-                        keys_of[found] = few[k]
-                        columns_of[found] = known[first + k]
-                        found += 1
+            for j in range(_up_to(few, m, limit, item)):
+                keys_of[found], columns_of[found] = few[item[j]], known[first + item[j]]
+                found += 1
         if found >= wanted or limit == _ALL:
             return found
         limit = _ALL

@@ -91,7 +91,7 @@ def _ranked(
     shared = shared_genes(program, cells.seed, cells.epoch, cells.batch)
     owner = np.full(max(program.n_ids, int(tables.token.max()) + 1), -1, np.int64)
     owner[tables.token[tables.known]] = tables.known
-    room = max(known.longest, len(tables.known), program.length, *program.tasks, sampled.FEW) + 1
+    room = max(known.longest, len(tables.known), program.length, *program.tasks, sampled.FEW) + sampled.SPARE
     key, key_2, key_3, histogram, item, index = _scratch(room)
     keys, columns = np.empty((2, room), np.uint64), np.empty((2, room), np.uint32)
     sampled.ranked_rows(
@@ -121,8 +121,9 @@ def _prompt(
         "metadata_ids": np.empty((n, m), np.int64),
         "metadata_labels": np.empty((n, m), np.int64),
         "metadata_mask": np.empty((n, m), np.bool_),
+        "label_weights": POOL.empty(shape, np.float32),
     }
-    room = max(len(tables.known), program.length, sampled.FEW) + 1
+    room = max(len(tables.known), program.length, sampled.FEW) + sampled.SPARE
     key, key_2, key_3, histogram, item, index = _scratch(room)
     sampled.prompt_rows(
         known.pointers, known.genes, known.counts, known.totals, cells.numbers, np.uint64(cells.seed),
@@ -134,9 +135,6 @@ def _prompt(
         np.empty(room, np.uint32), np.empty(room, np.uint32), key, key_2, key_3, histogram, item, index,
         *made.values(),
     )  # fmt: skip
-    # As the reference divides: in float64, one number for all queries of a row.
-    queries = np.maximum(made["query_mask"].sum(1, dtype=np.float64), 1.0)[:, None]
-    made["label_weights"] = (made["query_mask"].astype(np.float64) / queries / max(n, 1)).astype(np.float32)
     return made, np.full(n, program.length, np.int32)
 
 
