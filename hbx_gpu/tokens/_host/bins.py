@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from hbx_gpu.tokens._draws import Step
-from hbx_gpu.tokens._host.draws import HALF, jit
+from hbx_gpu.tokens._host.draws import HALF, allocating, jit
 from hbx_gpu.tokens._host.draws import keys as draw_keys
 from hbx_gpu.tokens._program import Side
 
 SMALL = 4096
 """Counts below this are binned by histogram."""
+_SMALL = float(SMALL)
 _BIN = int(Step.BIN)
 _BOTH, _ONE = int(Side.BOTH), int(Side.ONE)
 
@@ -23,47 +24,44 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole
     below and not above each count; `edges`: float64 of as many entries as `quantiles`, which are
     j / (bins - 2) in the arithmetic asked for; `whole`: uint32 (n,), overwritten.
     """
-    top, expressed = _highest(counts, n), _positive(counts, n)
-    if not expressed:
+    top = np.uint32(0)
+    for i in range(n):
+        one = np.uint32(np.int32(min(counts[i], _SMALL)))
+        whole[i] = one
+        top = max(top, one)
+    if not top:
         return 0
     if top >= SMALL:
-        values = np.empty(expressed, np.float32)
-        k = 0
-        for i in range(n):
-            if counts[i] > 0.0:
-                values[k] = np.float32(counts[i])
-                k += 1
-        values.sort()
-        for j in range(len(quantiles)):
-            t, a, b = _place(quantiles[j], expressed, torch_edges)
-            edges[j] = _edge(values[a], values[b], t, torch_edges)
+        _edges_of_sorted(counts, n, torch_edges, quantiles, edges)
         return 2
     # Four histograms in turn: equal counts that follow each other would wait for each other's increment.
-    for i in range(n):
-        whole[i] = np.uint32(np.int32(counts[i]))
-    for i in range(0, n - 3, 4):
-        histogram[0, whole[i]] += 1
-        histogram[1, whole[i + 1]] += 1
-        histogram[2, whole[i + 2]] += 1
-        histogram[3, whole[i + 3]] += 1
+    for i in range(n // 4):
+        four = whole[4 * i : 4 * i + 4]
+        histogram[0, four[0]] += 1
+        histogram[1, four[1]] += 1
+        histogram[2, four[2]] += 1
+        histogram[3, four[3]] += 1
     for i in range(n - n % 4, n):
         histogram[0, whole[i]] += 1
+    expressed = np.int64(n)
+    for k in range(4):
+        expressed -= histogram[k, 0]
+        histogram[k, 0] = 0
     highest = np.int64(top)
     # Below: how many values are at most each; above: edges that begin to count at each value. Sums and
     # searches instead of walks, whose every step a branch would have to guess.
     upto, below, above = histogram[0], table[0], table[1]
-    upto[0], seen = 0, 0
+    seen = 0
     for value in range(1, highest + 1):
         seen += upto[value] + histogram[1, value] + histogram[2, value] + histogram[3, value]
         upto[value] = seen
-    for k in range(4):
-        histogram[k, 0] = 0
     for k in range(1, 4):
         histogram[k, 1 : highest + 1] = 0
     below[: highest + 2], above[: highest + 2] = 0, 0
     for j in range(len(quantiles)):
         t, first, second = _place(quantiles[j], expressed, torch_edges)
-        value, after = _ranked(upto, highest, first), _ranked(upto, highest, second)
+        value = _ranked(upto, highest, first)
+        after = value if second < upto[value] else _ranked(upto, highest, second)
         edge = _edge(np.float32(value), np.float32(after), t, torch_edges)
         edges[j] = edge
         whole_part = np.int64(edge)  # an edge lies between counts, so it is at least 1
@@ -78,21 +76,19 @@ def find_edges(counts, n, torch_edges, quantiles, histogram, table, edges, whole
     return 1
 
 
-@jit
-def _highest(counts, n):
-    """The highest of numbers of at least 0, whose bits as integers have the same order."""
-    bits, top = counts[:n].view(np.uint64), np.zeros(1, np.uint64)
+@allocating
+def _edges_of_sorted(counts, n, torch_edges, quantiles, edges):
+    """Edges of counts of any size."""
+    values = np.empty(n, np.float32)
+    expressed = 0
     for i in range(n):
-        top[0] = max(top[0], bits[i])
-    return top.view(np.float64)[0]
-
-
-@jit
-def _positive(counts, n):
-    found = 0
-    for i in range(n):
-        found += np.int64(counts[i] > 0.0)
-    return found
+        values[expressed] = np.float32(counts[i])
+        expressed += counts[i] > 0.0
+    values = values[:expressed]
+    values.sort()
+    for j in range(len(quantiles)):
+        t, a, b = _place(quantiles[j], expressed, torch_edges)
+        edges[j] = _edge(values[a], values[b], t, torch_edges)
 
 
 @jit
@@ -109,15 +105,15 @@ def assign(how, counts, index, n, side, seed, epoch, cell, table, edges, keys, o
         if side == _BOTH:
             table[0, 0] = 0
             for i in range(n):
-                value = np.int32(counts[i])
+                value = np.uint32(np.int32(counts[i]))
                 lt, le = table[0, value], table[1, value]
                 out[i] = le - np.int32(((keys[i] >> HALF) * np.uint64(le - lt)) >> HALF)
         elif side == _ONE:
             for i in range(n):
-                out[i] = table[1, np.int32(counts[i])]
+                out[i] = table[1, np.uint32(np.int32(counts[i]))]
         else:
             for i in range(n):
-                out[i] = table[0, np.int32(counts[i])] + 1
+                out[i] = table[0, np.uint32(np.int32(counts[i]))] + 1
         return
     for i in range(n):
         out[i] = 0.0

@@ -8,8 +8,11 @@ import numpy as np
 from hbx_gpu._draws import MULTIPLIERS, ROUNDS, WEYL
 from hbx_gpu.tokens._host.lanes import LANES, eight_keys, eight_pairs
 
-jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
-sums = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc"})
+_OPTIONS = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+jit = numba.njit(**_OPTIONS, _nrt=False)
+"""For kernels that allocate nothing: views of arrays then need no reference counts, which are atomic."""
+allocating = numba.njit(**_OPTIONS, _nrt=True)
+sums = numba.njit(**_OPTIONS, _nrt=False, fastmath={"reassoc"})
 """For sums of whole numbers below 2**53, which are the same in any order: adding may become vectors."""
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hbx_gpu.tokens._host.draws import jit, sums
+from hbx_gpu.tokens._host.draws import allocating, jit, sums
 
 NOT_COUNTS, TOO_MANY, BAD_COLUMN = 1, 2, 3
 """What is wrong with a row."""
@@ -103,7 +103,7 @@ def _why(values, logged):
     return TOO_MANY if many and not logged else 0
 
 
-@jit
+@allocating
 def _summed(genes, counts, start, stop):
     """Sort genes[start:stop] and sum those that repeat; returns where they end."""
     order = np.argsort(genes[start:stop], kind="mergesort")

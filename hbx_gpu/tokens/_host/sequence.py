@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from hbx_gpu.tokens._arithmetic import INV_LN10
@@ -134,9 +135,8 @@ def fill_rows(
         if n > kept and whole[_CUT_RANDOM]:
             order = _BY_DRAW
         if order == _BY_COLUMN:
-            for k in range(kept):
-                chosen[k] = columns[k]
-                amounts[k] = amount[k]
+            _copy(columns, kept, chosen)
+            _copy(amount, kept, amounts)
         else:
             if order == _BY_VALUE:
                 _rank_keys(
@@ -153,17 +153,18 @@ def fill_rows(
             if whole[_VALUE] != _NO_VALUE:
                 _look_up(amount, item, kept, amounts)
 
-        # Their values.
+        # Their values, where the row has them.
+        made = values[out + n_front : out + width] if whole[_VALUE] != _NO_VALUE else binned
         if whole[_VALUE] == _SCALED_VALUE:
             kept_total = _sum(amounts, kept) if whole[_NORM] == _KEPT_NORM else 0.0
-            _values(whole, fraction, amounts, kept, total, total_known, kept_total, binned)
+            _values(whole, fraction, amounts, kept, total, total_known, kept_total, made)
         elif whole[_VALUE] != _NO_VALUE:
             if whole[_VALUE] == _KEPT_BINS:
                 how = find_edges(amounts, kept, whole[_TORCH], quantiles, digits, table, edges, item)
             drawn = chosen
             if whole[_SIDE] == _BOTH:
                 drawn = _numbers(index_of, chosen, kept, index)
-            assign(how, amounts, drawn, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, binned)
+            assign(how, amounts, drawn, kept, whole[_SIDE], seed, epoch, cell, table, edges, key, made)
 
         # Unexpressed genes.
         n_genes = kept
@@ -185,7 +186,7 @@ def fill_rows(
                     chosen[kept + k] = item[k]
             for k in range(kept, kept + wanted):
                 amounts[k] = 0.0
-                binned[k] = 0.0
+                made[k] = 0.0
             n_genes = kept + wanted
 
         # The row itself.
@@ -195,11 +196,9 @@ def fill_rows(
         genes_at, end = n_front, n_front + n_genes
         length = end + n_back + n_depth
         row_ids = ids[out : out + width]
-        for k in range(n_front):
-            row_ids[k] = head[k]
+        _copy(head, n_front, row_ids)
         _look_up(token, chosen, n_genes, row_ids[genes_at:])
-        for k in range(n_back):
-            row_ids[end + k] = back[k]
+        _copy(back, n_back, row_ids[end:])
         if n_depth:
             row_ids[end + n_back] = whole[_DEPTH_FIRST]
             if n_depth == 2:
@@ -207,23 +206,22 @@ def fill_rows(
         row_ids[length:] = pad_id
         if whole[_VALUE] != _NO_VALUE:
             row_values = values[out : out + width]
-            row_values[:n_front] = front_values
-            row_values[genes_at:end] = binned[:n_genes]
-            row_values[end : end + n_back] = back_values
+            _copy(front_values, n_front, row_values)
+            _copy(back_values, n_back, row_values[end:])
             if n_depth:
                 _depth_values(whole, fraction, total_known, n_depth, row_values[end + n_back :])
             row_values[length:] = pad_value
             if whole[_COUNTS]:
                 row_counts = raw[out : out + width]
                 row_counts[:n_front] = pad_value
-                row_counts[genes_at:end] = amounts[:n_genes]
+                _copy(amounts, n_genes, row_counts[genes_at:])
                 row_counts[end:] = pad_value
 
         # What is hidden.
         if whole[_MASK] == _TOKENS:
             for k in range(n_front):
                 index[k] = MAX_INDEX - 1 - k
-            index[n_front : n_front + n_genes] = _numbers(index_of, chosen, n_genes, places)
+            _copy(_numbers(index_of, chosen, n_genes, places), n_genes, index[n_front:])
             for k in range(n_front + n_genes, length):
                 index[k] = MAX_INDEX - 1 - (k - n_genes)
             hide_ids(
@@ -240,7 +238,7 @@ def fill_rows(
             if first < n_front:
                 for k in range(first, min(last, n_front)):
                     index[k - first] = MAX_INDEX - 1 - k
-                index[n_front - first : n_front - first + len(drawn)] = drawn
+                _copy(drawn, len(drawn), index[n_front - first :])
                 drawn = index[: last - first]
             hide_values(
                 whole[_MASK], ratios, np.float32(fraction[_MASK_VALUE]), seed, epoch, cell, drawn, first,
@@ -249,13 +247,20 @@ def fill_rows(
             )  # fmt: skip
 
 
-@jit
+@numba.njit(inline="always")  # `jit` returns no arrays
 def _numbers(index_of, columns, n, room):
     """The numbers of columns in draws, in `room` unless they are the columns themselves."""
     if not len(index_of):
         return columns[:n]
     _look_up(index_of, columns, n, room)
     return room[:n]
+
+
+@jit
+def _copy(source, n, out):
+    """out[:n] = source[:n]."""
+    for k in range(n):
+        out[k] = source[k]
 
 
 @jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hbx_gpu.tokens._host.draws import jit
+from hbx_gpu.tokens._host.draws import allocating, jit
 
 _DIGIT = 8
 _BUCKETS = 1 << _DIGIT
@@ -103,9 +103,7 @@ def mark_smallest(key, n, keep, packed, packed_2, histogram, flags):
     if keep <= 0:
         return
     if n > _POSITIONS:
-        order = np.argsort(key[:n], kind="mergesort")
-        for k in range(keep):
-            flags[order[k]] = True
+        _mark_by_comparison(key, n, keep, flags)
         return
     shift = _pack(key, n, packed)
     for b in range(_BUCKETS):
@@ -275,8 +273,15 @@ def _by_low_bits(key, packed, keep, found, item):
         item[k] = packed[k] & _POSITION
 
 
-@jit
+@allocating
 def _by_comparison(key, n, keep, item):
     order = np.argsort(key[:n], kind="mergesort")
     for k in range(keep):
         item[k] = order[k]
+
+
+@allocating
+def _mark_by_comparison(key, n, keep, flags):
+    order = np.argsort(key[:n], kind="mergesort")
+    for k in range(keep):
+        flags[order[k]] = True
