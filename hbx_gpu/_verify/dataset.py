@@ -16,6 +16,7 @@ from hbx_gpu._codecs.chain import check_crc32c
 from hbx_gpu._codecs.checksum import WITH_ITSELF
 from hbx_gpu._codecs.crc32c_numba import crc32c_each
 from hbx_gpu._codecs.rowpack_format import read_header
+from hbx_gpu._executors import handed_out
 from hbx_gpu._source import ArrayLayout
 from hbx_gpu._storage.chunks import ChunkDirectory
 from hbx_gpu._storage.readers import Reader, Slab
@@ -148,7 +149,7 @@ def submit(dataset: Stored, level: Level, executor: Executor) -> list[Future[Fou
     """
     shares = max(1, -(-len(dataset.needed_chunks()) // _CHUNKS))
     pickled = pickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)
-    return [executor.submit(check_share, pickled, level, share, shares) for share in range(shares)]
+    return [handed_out(executor, check_share, (pickled, level, share, shares)) for share in range(shares)]
 
 
 def check_share(pickled: bytes, level: Level, share: int, shares: int) -> Found:

@@ -115,12 +115,12 @@ def _verify_on(
 
 def _settled(verdict: Verdict, tasks: list[Future[Found]], progress: Callable[[int], None]) -> Verdict:
     """Wait for the tasks of a part, and write down what they found."""
-    from hbx_gpu.atlas._ingest.executors import result_of
+    from hbx_gpu._executors import result_of
 
     found: list[Found] = []
     try:
         for task in tasks:
-            found.append(result_of(task, verdict.name))
+            found.append(result_of(task, verdict.name, goes_on=False))
             progress(found[-1].nbytes)
         verdict.damage += merged(found)
     except ResourceError:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 from hbx_gpu._advice import option
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._datasets.dense import DenseCellDataset
 from hbx_gpu._devices import cores, free_host_memory
+from hbx_gpu._executors import in_turn, result_of
 from hbx_gpu._progress import Progress, checked
 from hbx_gpu._protocols import AnyLoadable
 from hbx_gpu.errors import ResourceError, UnsupportedError
@@ -79,7 +79,7 @@ def compute(
     UnknownNameError
         The dataset does not carry `by`.
     ResourceError
-        Groups times features take more memory than there is.
+        Groups times features take more memory than there is, or workers of the executor are gone.
     ValueError
         `target_sum` is not above 0.
     """
@@ -135,18 +135,12 @@ def _check_memory(dataset: Matrix, groups: Groups, workers: int) -> None:
 
 def _in_order(executor: Executor, tasks: Sequence[Callable[[], Partial]], ahead: int) -> Iterator[Partial]:
     """Results in the order of the tasks; at most `ahead` of these are under way."""
-    waiting: deque[Future[Partial]] = deque()
-    pending = iter(tasks)
-    try:
-        for task in pending:
-            waiting.append(executor.submit(task))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    for _, future in in_turn(executor, _call, ((None, (task,)) for task in tasks), window=ahead):
+        yield result_of(future, "statistics", goes_on=False)
+
+
+def _call(task: Callable[[], Partial]) -> Partial:
+    return task()
 
 
 def _add_all(total: Partial, results: Iterator[Partial], tasks: list[Task], progress: Progress) -> None:

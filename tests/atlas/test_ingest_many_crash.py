@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -28,11 +26,6 @@ from tests.atlas.dying import die_at, killed
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
 
-# Dask leaves sockets to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 N = 6
 CELLS = 12
 
@@ -202,30 +195,4 @@ def test_a_coordinator_that_is_killed(root: Path, files: list[Path], tmp_path: P
         run.kill()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
-    check_next_run(root, files)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["worker", "scheduler"])
-def test_a_dask_cluster_that_loses_a_part(root: Path, files: list[Path], what: str) -> None:
-    """Dask starts a killed worker anew and tries again; without its scheduler the run ends with an error."""
-    distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        executor = client.get_executor()
-        pids = [worker.pid for worker in cluster.workers.values()]
-
-        def strike() -> None:
-            if what == "worker":
-                os.kill(pids[0], signal.SIGKILL)
-            else:
-                with contextlib.suppress(Exception):  # the cluster may be closing by then
-                    client.restart(wait_for_workers=False)
-
-        timer = threading.Timer(0.3, strike)
-        timer.start()
-        tolerated = contextlib.suppress(ResourceError) if what == "scheduler" else contextlib.nullcontext()
-        with tolerated:
-            hbx_gpu.ingest_many(root, files, executor)
-        timer.join()
     check_next_run(root, files)

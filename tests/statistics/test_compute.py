@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -281,6 +281,26 @@ def test_processes_need_the_paths_only(tmp_path: Path) -> None:
     dataset = example_dataset(tmp_path)
     with ProcessPoolExecutor(2, get_context("spawn")) as processes:
         assert equal(compute(dataset, "type", executor=processes), compute(dataset, "type"))
+
+
+class Gone(Executor):
+    """Has lost its workers: says so when it is asked for a result, or when it is given a task."""
+
+    def __init__(self, at_once: bool) -> None:
+        self.at_once = at_once
+
+    def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
+        if self.at_once:
+            raise BrokenExecutor("killed")
+        future: Future[object] = Future()
+        future.set_exception(BrokenExecutor("killed"))
+        return future
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_workers_that_are_gone(tmp_path: Path, at_once: bool) -> None:
+    with pytest.raises(ResourceError, match=r"the process that worked on it is gone .* run the same again"):
+        compute(example_dataset(tmp_path), executor=Gone(at_once))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

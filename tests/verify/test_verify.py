@@ -249,15 +249,21 @@ def test_any_executor_finds_the_same(
 class _Killed(Executor):
     """Loses its workers."""
 
+    def __init__(self, *, at_once: bool) -> None:
+        self.at_once = at_once
+
     def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
+        if self.at_once:
+            raise BrokenExecutor("killed")
         future: Future[object] = Future()
         future.set_exception(BrokenExecutor("killed"))
         return future
 
 
-def test_a_worker_that_is_gone_is_no_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_worker_that_is_gone_is_no_damage(tmp_path: Path, at_once: bool) -> None:
     with pytest.raises(ResourceError, match="the process that worked on it is gone"):
-        checked(make_atlas(tmp_path / "a"), "checksums", _Killed())
+        checked(make_atlas(tmp_path / "a"), "checksums", _Killed(at_once=at_once))
 
 
 def test_workers_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

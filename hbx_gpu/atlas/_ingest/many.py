@@ -23,6 +23,7 @@ from typing import TypedDict
 import numpy as np
 
 from hbx_gpu import _advice
+from hbx_gpu._executors import Here, in_turn, result_of
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._paths import local_path
@@ -44,7 +45,6 @@ from hbx_gpu.atlas._ingest.atlas_state import KnownAtlas
 from hbx_gpu.atlas._ingest.batch import Batch, Ready
 from hbx_gpu.atlas._ingest.cells import ObsNames, reserved_names
 from hbx_gpu.atlas._ingest.commit import free_uid, origin
-from hbx_gpu.atlas._ingest.executors import Here, in_turn, result_of
 from hbx_gpu.atlas._ingest.identity import choose_together
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
 from hbx_gpu.atlas._ingest.parts import matrix_identity

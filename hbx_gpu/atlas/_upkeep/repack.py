@@ -18,6 +18,7 @@ import numpy as np
 
 from hbx_gpu._advice import option
 from hbx_gpu._devices import cores
+from hbx_gpu._executors import Here, in_turn, result_of
 from hbx_gpu._files import sync
 from hbx_gpu._progress import Progress, checked
 from hbx_gpu._remote.places import Place, local_only, parse
@@ -36,7 +37,6 @@ from hbx_gpu.atlas._catalog.snapshot_records import (
     read_records,
     resolve_store,
 )
-from hbx_gpu.atlas._ingest.executors import Here, in_turn, result_of
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, guess_space, known_spaces
 from hbx_gpu.atlas._upkeep.ordered_rows import compare_ordered, in_order, write_ordered

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._progress import Progress, checked
-from hbx_gpu.errors import InvalidDataError
+from hbx_gpu.errors import InvalidDataError, ResourceError
 from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
 from hbx_gpu.scdl._format.archive import local_archive
 from hbx_gpu.scdl._format.features import VariableFeatureIndex
@@ -214,7 +214,7 @@ class SingleCellCollection:
         FileNotFoundError, RuntimeError
             As in :meth:`load_h5ad_multi`.
         """
-        from hbx_gpu.atlas._ingest.executors import in_turn, result_of
+        from hbx_gpu._executors import in_turn, result_of
 
         progress = checked(progress)
         files = find_h5ad(folder)
@@ -245,7 +245,9 @@ class SingleCellCollection:
             )
             for (file, path), future in in_turn(executor, _convert_apart, tasks):
                 try:
-                    made[path] = staging / result_of(future, str(file))
+                    made[path] = staging / result_of(future, str(file), goes_on=False)
+                except ResourceError:
+                    raise  # a worker that is gone says nothing of the file
                 except Exception as error:
                     failed.append((file, error))
                 progress(len(made) + len(failed), len(files))

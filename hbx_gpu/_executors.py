@@ -54,7 +54,7 @@ def in_turn(
     waiting: deque[tuple[T, Future[R]]] = deque()
     try:
         for key, task in tasks:
-            waiting.append((key, task if isinstance(task, Future) else _handed_out(executor, function, task)))
+            waiting.append((key, task if isinstance(task, Future) else handed_out(executor, function, task)))
             if len(waiting) >= window:
                 yield waiting.popleft()
         while waiting:
@@ -64,8 +64,8 @@ def in_turn(
             future.cancel()
 
 
-def _handed_out(executor: Executor, function: Callable[..., R], arguments: tuple[object, ...]) -> Future[R]:
-    """The future of a task; an executor that is broken gives one that says so."""
+def handed_out(executor: Executor, function: Callable[..., R], arguments: tuple[object, ...]) -> Future[R]:
+    """The future of a task; an executor whose workers are gone gives one that says so."""
     try:
         return executor.submit(function, *arguments)
     except BrokenExecutor as error:
@@ -74,8 +74,17 @@ def _handed_out(executor: Executor, function: Callable[..., R], arguments: tuple
         return future
 
 
-def result_of(future: Future[R], source: str) -> R:
+def result_of(future: Future[R], source: str, *, goes_on: bool = True) -> R:
     """The result of a task.
+
+    Parameters
+    ----------
+    future
+        From :func:`in_turn` or :func:`handed_out`.
+    source
+        What the task works on, for the message.
+    goes_on
+        Whether the same call, made again, goes on from where this one ended.
 
     Raises
     ------
@@ -85,16 +94,21 @@ def result_of(future: Future[R], source: str) -> R:
     try:
         return future.result()
     except (BrokenExecutor, CancelledError) as error:
-        raise _gone(source, error) from error
+        raise _gone(source, error, goes_on) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] == "distributed":
-            raise _gone(source, error) from error
+            raise _gone(source, error, goes_on) from error
         raise
 
 
-def _gone(source: str, error: BaseException) -> ResourceError:
+def _gone(source: str, error: BaseException, goes_on: bool) -> ResourceError:
+    remedy = (
+        "What was finished before it is whole, and the rest was not begun: run the same again, and it goes "
+        "on from there"
+        if goes_on
+        else "Nothing was changed: run the same again"
+    )
     return ResourceError(
         f"{source}: the process that worked on it is gone ({type(error).__name__}: {error}); it was killed, "
-        "or there was too little memory. What was finished before it is whole, and the rest was not begun: "
-        "run the same again, and it goes on from there"
+        f"or there was too little memory. {remedy}"
     )
