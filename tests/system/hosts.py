@@ -93,6 +93,14 @@ class Cluster:
             "--nthreads", "1", "--no-dashboard", "--host", host.address, "--local-directory", self.folder,
         )  # fmt: skip
 
+    def restart(self) -> None:
+        """Begin anew, whatever was killed before."""
+        for host in (self.here, *self.hosts):
+            host.kill()
+        self.start_scheduler()
+        for host in self.hosts:
+            self.start_worker(host)
+
     def kill_worker(self, host: Host) -> bool:
         """Kill the worker of a host, but not its nanny; False if it is between two lives."""
         for process in host.processes:
@@ -120,15 +128,12 @@ def _answers(port: int) -> bool:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Cluster]:
-    """A cluster that runs; everything of it is ended in the end."""
+    """A cluster that :meth:`Cluster.restart` starts; everything of it is ended in the end."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hbx-dask-"))
         hosts = [stack.enter_context(_host(number)) for number in range(2)]
         cluster = Cluster(hosts, folder)
         stack.callback(cluster.here.kill)
-        cluster.start_scheduler()
-        for host in hosts:
-            cluster.start_worker(host)
         yield cluster
 
 

@@ -20,7 +20,7 @@ from hbx_gpu._verify.stores import verify
 from hbx_gpu.atlas import RaggedAtlas, repack
 from hbx_gpu.errors import ResourceError
 from hbx_gpu.scdl import SingleCellCollection
-from hbx_gpu.statistics import compute
+from hbx_gpu.statistics import Statistics, compute
 from tests.atlas.test_ingest_crash import make
 from tests.scdl.files import content
 from tests.statistics.test_compute import equal
@@ -83,6 +83,8 @@ class Repack(Ingest):
 
 class Convert(Work):
     def run(self, executor: Executor | None) -> None:
+        if (self.root / "archives" / "0").exists():
+            return  # whole, as check() sees: a collection gets all archives of a folder or none
         SingleCellCollection(self.root / "archives").load_h5ad_multi(self.files, executor=executor)
 
     def check(self) -> None:
@@ -98,7 +100,8 @@ class Count(Ingest):
         super().__init__(files, root)
         super().run(None)
         self.dataset = RaggedAtlas.checkout_latest(root / "atlas").query().to_cell_dataset()
-        self.whole, self.found = compute(self.dataset), None
+        self.whole = compute(self.dataset)
+        self.found: Statistics | None = None
 
     def run(self, executor: Executor | None) -> None:
         self.found = compute(self.dataset, executor=executor)
@@ -191,6 +194,7 @@ def test_a_cluster_that_loses_a_part(
         "host": host.kill,
         "scheduler": cluster.here.kill,
     }[what]
+    cluster.restart()
     client = Client(cluster.address, timeout=60)
     try:
         client.wait_for_workers(2, timeout=60)
@@ -201,10 +205,3 @@ def test_a_cluster_that_loses_a_part(
         # A client that waits for a scheduler that is gone would wait for long.
         with contextlib.suppress(Exception):
             client.close(timeout=1)
-        if what == "scheduler":
-            cluster.start_scheduler()
-            for other in cluster.hosts:
-                other.kill()
-                cluster.start_worker(other)
-        elif what == "host":
-            cluster.start_worker(host)
