@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas import RaggedAtlas
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.identity import GivenColumn
-    from hbx_gpu.atlas._ingest.many import FileReport
     from hbx_gpu.atlas._ingest.plan import FilePlan
+    from hbx_gpu.atlas._ingest.reports import FileReport
 
 # Heavy imports happen in the functions, so that --help answers at once.
 _EXAMPLES = """\

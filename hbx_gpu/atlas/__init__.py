@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.embeddings import add_embedding as add_embedding
     from hbx_gpu.atlas._ingest.fragments import FragmentsInput as FragmentsInput
     from hbx_gpu.atlas._ingest.images import ImageInput as ImageInput
-    from hbx_gpu.atlas._ingest.many import FileReport as FileReport
-    from hbx_gpu.atlas._ingest.many import ManyReport as ManyReport
     from hbx_gpu.atlas._ingest.multimodal import add_multimodal as add_multimodal
+    from hbx_gpu.atlas._ingest.reports import FileReport as FileReport
+    from hbx_gpu.atlas._ingest.reports import ManyReport as ManyReport
     from hbx_gpu.atlas._many import ingest_many as ingest_many
     from hbx_gpu.atlas._model.schema import DatasetRecord as DatasetRecord
     from hbx_gpu.atlas._model.schema import DatasetSchema as DatasetSchema
@@ -47,12 +47,12 @@ _PUBLIC = {
     "DiscreteSpatialPointer": "_model.schema",
     "FeatureBaseSchema": "_model.schema",
     "FeatureSpace": "_model.spaces",
-    "FileReport": "_ingest.many",
+    "FileReport": "_ingest.reports",
     "FragmentsInput": "_ingest.fragments",
     "HoxBaseSchema": "_model.schema",
     "ImageInput": "_ingest.images",
     "IngestReport": "_ingest.commit",
-    "ManyReport": "_ingest.many",
+    "ManyReport": "_ingest.reports",
     "PointerField": "_model.schema",
     "RaggedAtlas": "_atlas",
     "RepackReport": "_upkeep.repack",

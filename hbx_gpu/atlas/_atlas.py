@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from hbx_gpu.atlas._ingest.commit import IngestReport
     from hbx_gpu.atlas._ingest.embeddings import EmbedOptions
     from hbx_gpu.atlas._ingest.inputs import Input
-    from hbx_gpu.atlas._ingest.many import ManyOptions, ManyReport, Source
+    from hbx_gpu.atlas._ingest.many import Source
+    from hbx_gpu.atlas._ingest.options import ManyOptions
+    from hbx_gpu.atlas._ingest.reports import ManyReport
     from hbx_gpu.statistics import Statistics
 
 _READ_ONLY = "this atlas is checked out at snapshot {} and read-only; open it with RaggedAtlas.open({!r})"

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
-from pathlib import Path
+from typing import Unpack
 
-from hbx_gpu._progress import Progress
 from hbx_gpu.atlas._atlas import RaggedAtlas
 from hbx_gpu.atlas._create import create_or_open_atlas
-from hbx_gpu.atlas._ingest.many import FileReport, ManyReport, Source, add_many, found
+from hbx_gpu.atlas._ingest.many import Source, add_many, found
+from hbx_gpu.atlas._ingest.options import ManyOptions, spells_out_options
+from hbx_gpu.atlas._ingest.reports import ManyReport
 from hbx_gpu.atlas._upkeep.snapshots import has_news
 
 
+@spells_out_options
 def ingest_many(
     atlas: RaggedAtlas | str | os.PathLike[str],
     sources: Iterable[Source],
     executor: Executor | None = None,
     *,
-    progress: Progress | None = None,
-    added: Callable[[FileReport], object] | None = None,
-    layer: str | Mapping[str, str | None] | Mapping[Path, str | None] | None = None,
-    zarr_layer: str | None = None,
-    field_name: str | None = None,
-    feature_space: str | None = None,
-    feature_id_column: str | None = None,
-    strip_versions: bool = False,
-    require_shared_genes: float | None = None,
-    obs_table: str | None = None,
-    chunk_shape: int | tuple[int, ...] | None = None,
-    shard_shape: int | tuple[int, ...] | None = None,
-    codec: str | None = None,
-    allow_rounding: bool = False,
-    obs_types: Mapping[str, str] | None = None,
-    drop_obs: Sequence[str] = (),
-    rename_obs: Mapping[str, str] | None = None,
-    replace: bool = False,
-    accept_duplicates: bool = False,
     storage_options: Mapping[str, object] | None = None,
+    **options: Unpack[ManyOptions],
 ) -> ManyReport:
     """Add many files to an atlas, one dataset each: read on any executor, committed here many at a time.
 
@@ -111,30 +95,7 @@ def ingest_many(
         opened = atlas
     else:
         raise TypeError("pass storage_options with the address of an atlas; an open atlas has its own")
-    report = add_many(
-        opened,
-        list(paths),
-        executor,
-        progress=progress,
-        added=added,
-        layer=layer,
-        zarr_layer=zarr_layer,
-        field_name=field_name,
-        feature_space=feature_space,
-        feature_id_column=feature_id_column,
-        strip_versions=strip_versions,
-        require_shared_genes=require_shared_genes,
-        obs_table=obs_table,
-        chunk_shape=chunk_shape,
-        shard_shape=shard_shape,
-        codec=codec,
-        allow_rounding=allow_rounding,
-        obs_types=obs_types,
-        drop_obs=drop_obs,
-        rename_obs=rename_obs,
-        replace=replace,
-        accept_duplicates=accept_duplicates,
-    )
+    report = add_many(opened, list(paths), executor, **options)
     if opened is not atlas and has_news(opened.catalog):
         opened.optimize()
         opened.snapshot()

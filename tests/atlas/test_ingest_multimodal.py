@@ -306,7 +306,7 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
             FileNotFoundError,
             r"expected an \.h5ad file at nothing\.h5ad; it is missing",
         ),
-        ({"rna": 3}, InvalidDataError, "expected an AnnData or the path"),
+        ({"rna": 3}, TypeError, "expected an AnnData or the path"),
         ({}, TypeError, "expected {modality: data}"),
     ],
 )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Unpack
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from hbx_gpu._executors import Here, in_turn, result_of
 from hbx_gpu._identity.choice import FeatureChoice
 from hbx_gpu._identity.tables import FeatureTable
 from hbx_gpu._paths import local_path
-from hbx_gpu._progress import Progress, checked
+from hbx_gpu._progress import checked
 from hbx_gpu._stores.kinds import is_mudata
 from hbx_gpu.atlas._catalog.catalog import in_order
 from hbx_gpu.atlas._catalog.journal import IngestNote
@@ -47,7 +47,9 @@ from hbx_gpu.atlas._ingest.cells import ObsNames, reserved_names
 from hbx_gpu.atlas._ingest.commit import free_uid, origin
 from hbx_gpu.atlas._ingest.identity import choose_together
 from hbx_gpu.atlas._ingest.obs_edits import ObsEdits
+from hbx_gpu.atlas._ingest.options import ManyOptions, of_each_file, spells_out_options
 from hbx_gpu.atlas._ingest.parts import matrix_identity
+from hbx_gpu.atlas._ingest.reports import FileReport, ManyReport
 from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._ingest.tasks import Look, Where, WriteTask, Written, look_at, write_file
 from hbx_gpu.atlas._model import columns
@@ -61,109 +63,22 @@ Source = str | os.PathLike[str]
 _MOST_DATASETS, _MOST_CELLS, _MOST_SECONDS = 64, 1_000_000, 10.0
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """What became of one file.
-
-    Attributes
-    ----------
-    source
-        Path of the file, as it was given.
-    dataset_uid, n_cells
-        Uid of the dataset, and the number of cells that were added: 0 where they had been before.
-    matrix
-        Matrix that was read, in words.
-    choice
-        How its features are identified; None for a file of several modalities.
-    """
-
-    source: str
-    dataset_uid: str
-    n_cells: int
-    matrix: str = ""
-    choice: FeatureChoice | None = None
-
-
-@dataclass(frozen=True)
-class ManyReport:
-    """What became of all files.
-
-    Attributes
-    ----------
-    files
-        One report per file, in the order given; files of several modalities come last.
-    """
-
-    files: tuple[FileReport, ...]
-
-    @property
-    def n_cells(self) -> int:
-        """Number of cells added."""
-        return sum(file.n_cells for file in self.files)
-
-    @property
-    def n_added(self) -> int:
-        """Number of files added."""
-        return sum(file.n_cells > 0 for file in self.files)
-
-
-class ManyOptions(TypedDict, total=False):
-    """Options of :func:`add_many`, which are those of :func:`hbx_gpu.ingest_many`."""
-
-    progress: Progress | None
-    added: Callable[[FileReport], object] | None
-    layer: str | Mapping[str, str | None] | None
-    zarr_layer: str | None
-    field_name: str | None
-    feature_space: str | None
-    feature_id_column: str | None
-    strip_versions: bool
-    require_shared_genes: float | None
-    obs_table: str | None
-    chunk_shape: int | tuple[int, ...] | None
-    shard_shape: int | tuple[int, ...] | None
-    codec: str | None
-    allow_rounding: bool
-    obs_types: Mapping[str, str] | None
-    drop_obs: Sequence[str]
-    rename_obs: Mapping[str, str] | None
-    replace: bool
-    accept_duplicates: bool
-
-
+@spells_out_options
 def add_many(
     atlas: Writable,
     sources: Iterable[Source],
     executor: Executor | None = None,
-    *,
-    progress: Progress | None = None,
-    added: Callable[[FileReport], object] | None = None,
-    layer: str | Mapping[str, str | None] | Mapping[Path, str | None] | None = None,
-    zarr_layer: str | None = None,
-    field_name: str | None = None,
-    feature_space: str | None = None,
-    feature_id_column: str | None = None,
-    strip_versions: bool = False,
-    require_shared_genes: float | None = None,
-    obs_table: str | None = None,
-    chunk_shape: int | tuple[int, ...] | None = None,
-    shard_shape: int | tuple[int, ...] | None = None,
-    codec: str | None = None,
-    allow_rounding: bool = False,
-    obs_types: Mapping[str, str] | None = None,
-    drop_obs: Sequence[str] = (),
-    rename_obs: Mapping[str, str] | None = None,
-    replace: bool = False,
-    accept_duplicates: bool = False,
+    **options: Unpack[ManyOptions],
 ) -> ManyReport:
     """Add many files to an open atlas; see :func:`hbx_gpu.ingest_many`."""
     session = atlas.session
-    table = obs_table or only_table(session.obs_tables)
+    table = options.get("obs_table") or only_table(session.obs_tables)
     paths = found(sources)
-    matrices = _matrices(layer, paths)
+    matrices = _matrices(options.get("layer"), paths)
     several = [source for source, path in paths.items() if is_mudata(path)]
     single = {source: path for source, path in paths.items() if source not in several}
     files: list[FileReport] = []
+    added = options.get("added")
 
     def report(file: FileReport) -> None:
         files.append(file)
@@ -172,58 +87,57 @@ def add_many(
 
     with session.writing():
         if single:
-            fields = session.catalog.pointer_spaces(table)
-            name = field_name_of(fields, table, field_name, feature_space)
-            space = get_space(fields[name])
-            check_matrix_space(name, space)
-            target = first_layer(space) if zarr_layer is None else zarr_layer
-            check_layer(space, target)
-            edits = ObsEdits(obs_types or {}, drop_obs, rename_obs or {})
-            storage = storage_of(session, codec, chunk_shape, shard_shape)
-            settings = Settings(
-                table,
-                storage,
-                codec is not None,
-                edits=edits,
-                exist_ok=True,
-                replace=replace,
-                accept_duplicates=accept_duplicates,
-                progress=progress,
-            )
-            wanted = _Wanted(
-                name,
-                space,
-                target,
-                matrices,
-                feature_id_column,
-                strip_versions,
-                require_shared_genes,
-                allow_rounding,
-            )
+            settings = _settings(session, table, options)
+            wanted = _wanted(session, table, matrices, options)
             _Run(session, single, wanted, settings, executor or Here(), report).run()
         for source in several:
             from hbx_gpu.atlas._ingest.multimodal import add_multimodal
 
             made = add_multimodal(
-                atlas,
-                paths[source],
-                feature_id_column=feature_id_column,
-                obs_table=table,
-                chunk_shape=chunk_shape,
-                shard_shape=shard_shape,
-                codec=codec,
-                allow_rounding=allow_rounding,
-                strip_versions=strip_versions,
-                require_shared_genes=require_shared_genes,
-                obs_types=obs_types,
-                drop_obs=drop_obs,
-                rename_obs=rename_obs,
-                replace=replace,
-                accept_duplicates=accept_duplicates,
-                exist_ok=True,
+                atlas, paths[source], obs_table=table, exist_ok=True, **of_each_file(options)
             )
             report(FileReport(source, made.dataset_uid, made.n_cells))
     return ManyReport(tuple(files))
+
+
+def _settings(session: WriteSession, table: str, options: ManyOptions) -> Settings:
+    """How the files of one matrix each are stored."""
+    codec = options.get("codec")
+    return Settings(
+        table,
+        storage_of(session, codec, options.get("chunk_shape"), options.get("shard_shape")),
+        codec is not None,
+        edits=ObsEdits(
+            options.get("obs_types") or {}, options.get("drop_obs", ()), options.get("rename_obs") or {}
+        ),
+        exist_ok=True,
+        replace=options.get("replace", False),
+        accept_duplicates=options.get("accept_duplicates", False),
+        progress=options.get("progress"),
+    )
+
+
+def _wanted(
+    session: WriteSession, table: str, matrices: Mapping[str, str | None], options: ManyOptions
+) -> _Wanted:
+    """What the user asks for, once it is known to be possible in this atlas."""
+    fields = session.catalog.pointer_spaces(table)
+    name = field_name_of(fields, table, options.get("field_name"), options.get("feature_space"))
+    space = get_space(fields[name])
+    check_matrix_space(name, space)
+    layer = options.get("zarr_layer")
+    target = first_layer(space) if layer is None else layer
+    check_layer(space, target)
+    return _Wanted(
+        name,
+        space,
+        target,
+        matrices,
+        options.get("feature_id_column"),
+        options.get("strip_versions", False),
+        options.get("require_shared_genes"),
+        options.get("allow_rounding", False),
+    )
 
 
 def found(sources: Iterable[Source]) -> dict[str, Path]:

@@ -59,7 +59,7 @@ def check_columns(schema: pa.Schema, names: Sequence[str]) -> None:
         raise UnknownNameError(f"unknown obs column(s) {missing}; the table has {schema.names}")
 
 
-_OF_FILTERS = re.compile("filter|Invalid user input|Schema error: No field")
+_OF_FILTERS = re.compile("filter|Invalid user input|Schema error: No field|Error during planning")
 
 
 @contextmanager
