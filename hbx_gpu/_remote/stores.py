@@ -71,7 +71,9 @@ def _make(place: Place, url: str, options: Mapping[str, str]) -> ObjectStore:
             f"{place.root} is object storage, which needs obstore: pip install 'hbx_gpu[cloud]'"
         ) from error
     client: ClientConfig = {"connect_timeout": "5s", "timeout": "60s", "pool_max_idle_per_host": "128"}
-    client.update({k: v for k, v in options.items() if k in CLIENT})  # type: ignore[typeddict-item]
+    # Options that are given to obstore take the place of all that it finds in the environment.
+    given = {**_client_of_environment(place.scheme), **options}
+    client.update({k: v for k, v in given.items() if k in CLIENT})  # type: ignore[typeddict-item]
     config = {k: v for k, v in options.items() if k not in CLIENT}
     retry: RetryConfig = {
         "max_retries": 4,
@@ -100,6 +102,18 @@ def _make(place: Place, url: str, options: Mapping[str, str]) -> ObjectStore:
             f"{type(error).__name__}; the names are those of obstore, such as endpoint, access_key_id, "
             "secret_access_key, region, allow_http"
         ) from None
+
+
+_OF_ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+
+
+def _client_of_environment(scheme: str) -> dict[str, str]:
+    """Options of connections in the environment, such as ``AWS_ALLOW_HTTP``."""
+    prefix = _OF_ENVIRONMENT.get(scheme)
+    if prefix is None:
+        return {}
+    found = {name: os.environ.get(f"{prefix}{name.upper()}", "") for name in CLIENT}
+    return {name: value for name, value in found.items() if value}
 
 
 def info_of(meta: ObjectMeta) -> ObjectInfo:
@@ -255,9 +269,13 @@ def fail(place: Place, error: Exception) -> NoReturn:
         raise error
     if isinstance(error, known.PreconditionError):
         raise ReplacedError(f"{place} was replaced after it was opened; open it again") from None
-    refused = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError)
+    # Listings are refused with an error of no particular kind.
+    refused = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or any(
+        f"status code: {status}" in str(error) for status in (401, 403)
+    )
     raised = RemoteError(f"{place}: {_REFUSED if refused else _reason_of(error)}")
-    raised.transient = not refused and not isinstance(error, known.NotSupportedError)
+    lasting = refused or "NoSuchBucket" in str(error) or isinstance(error, known.NotSupportedError)
+    raised.transient = not lasting
     raise raised from None
 
 
@@ -279,6 +297,12 @@ def _reason_of(error: Exception) -> str:
         ),
         ("timed out", "the store did not answer in time"),
         ("TimedOut", "the store did not answer in time"),
+        (
+            "builder error",
+            "the address of the server begins with http://, and connections without TLS are not allowed; "
+            "pass the storage option allow_http=true",
+        ),
+        ("NoSuchBucket", "there is no bucket of this name; make it first"),
         ("Connect", "no connection to the store; check the address and the option endpoint"),
         ("429", "the store asks for fewer requests (429)"),
         ("503", "the store is overloaded (503)"),

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._loading.loader import CellLoader
+from hbx_gpu._remote import stores
 from hbx_gpu._storage import remote
 from hbx_gpu._storage.held import HeldChunks, default_most
 from hbx_gpu.atlas import RaggedAtlas
@@ -40,11 +42,12 @@ def add(held: HeldChunks, first: int, n: int) -> None:
 def there(held: HeldChunks, first: int, n: int) -> list[bool]:
     objects, offset, nbytes, _ = chunks(first, n)
     address, owners = held.find(objects, offset, nbytes)
-    found = (address > 0).tolist()
+    found: list[bool] = (address > 0).tolist()
     assert found == held.has(objects, offset).tolist()
+    buffers = [np.asarray(owner) for owner in owners]
     for at, where in zip(range(first, first + n), address.tolist(), strict=True):
         if where:
-            owner = next(one for one in owners if 0 <= where - one.ctypes.data < one.nbytes)
+            owner = next(one for one in buffers if 0 <= where - one.ctypes.data < one.nbytes)
             inside = where - owner.ctypes.data
             assert owner[inside : inside + 10].tolist() == [at] * 10
     return found
@@ -105,8 +108,8 @@ def test_later_windows_ask_for_nothing_that_came_before(
     assert stats.cache_hits > 0
     # A single read, outside of a loader, keeps nothing.
     server.log.clear()
-    dataset = mine.dataset
-    dataset.__getitems__(np.arange(4))
+    assert isinstance(mine.dataset, CellDataset)
+    mine.dataset.__getitems__(np.arange(4))
     assert server.requests("GET", "/c/")
 
 
@@ -132,5 +135,5 @@ def test_a_store_that_is_away_for_a_moment_does_not_matter(
     monkeypatch.setattr(remote, "_LOOK", 0.0)
     mine = loader(server)
     list(mine)
-    monkeypatch.setattr(remote.stores, "head", lambda place: remote.stores.fail(place, OSError("timed out")))
+    monkeypatch.setattr(stores, "head", lambda place: stores.fail(place, OSError("timed out")))
     assert sum(len(batch["index"]) for batch in mine) == 300
