@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from hbx_gpu.tokens._host.draws import jit
+
+SPARE = 4
+"""Places that are written down without asking whether a word has so many."""
+_ONE = np.uint64(1)
 
 
 @intrinsic
@@ -25,3 +32,21 @@ def number_of(typingctx, word):  # noqa: ARG001
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen
+
+
+@jit
+def list_bits(word, first, item, found):
+    """item[found:] = first + places of the bits of a word, and SPARE entries that may hold anything.
+
+    Returns where the places end. Words whose number of bits is hard to guess cost no wrong guesses.
+    """
+    end = found + number_of(word)
+    for _ in range(SPARE):
+        item[found] = first + lowest(word)
+        word &= word - _ONE
+        found += _ONE
+    while word:
+        item[found] = first + lowest(word)
+        word &= word - _ONE
+        found += _ONE
+    return end

@@ -6,7 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step, special_index
 from hbx_gpu.tokens._host.arithmetic import log1p
-from hbx_gpu.tokens._host.bits import lowest, number_of
+from hbx_gpu.tokens._host.bits import list_bits
 from hbx_gpu.tokens._host.draws import HALF, jit, keys, mulhi, two_keys, unit_bits, words
 from hbx_gpu.tokens._host.lanes import LANES, eight_up_to
 from hbx_gpu.tokens._host.sorting import smallest
@@ -17,9 +17,8 @@ SMALL = 4096
 _PICK, _ZEROS = int(Step.PICK), int(Step.ZEROS)
 _THIN, _RATIO, _TIES = int(Step.THIN), int(Step.RATIO), int(Step.TIES)
 _PREFIX, _PROMPTS, _PROMPT_0 = int(special_index(0)), int(special_index(1)), int(special_index(2))
-FEW, _WORD, SPARE = 2048, 64, 4
-"""Genes whose keys are made at a time, those that are looked through at a time, and how many of these are
-written down without asking whether there are so many."""
+FEW, _WORD = 2048, 64
+"""Genes whose keys are made at a time, and looked through at a time."""
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -178,16 +177,7 @@ def _up_to(some_keys, n, limit, item):
             bits |= eight_up_to(some_keys, first + k, limit) << np.uint64(k)
         if n - first < _WORD:
             bits &= (np.uint64(1) << np.uint64(n - first)) - np.uint64(1)
-        number = number_of(bits)
-        for k in range(SPARE):  # whether they exist or not, so that nothing has to be guessed
-            item[found + np.uint64(k)] = np.uint64(first) + lowest(bits)
-            bits &= bits - np.uint64(1)
-        place = found + np.uint64(SPARE)
-        while bits:
-            item[place] = np.uint64(first) + lowest(bits)
-            bits &= bits - np.uint64(1)
-            place += np.uint64(1)
-        found += number
+        found = list_bits(bits, np.uint64(first), item, found)
     return np.int64(found)
 
 

@@ -12,6 +12,7 @@ from hbx_gpu.tokens._by_row import FLOATS, PADDED
 from hbx_gpu.tokens._cells import Cells, Options
 from hbx_gpu.tokens._compile import Compiled
 from hbx_gpu.tokens._host import sampled, sorting, weighted
+from hbx_gpu.tokens._host.bits import SPARE
 from hbx_gpu.tokens._host.known import Known
 from hbx_gpu.tokens._lower_sampled import Prompt, Ranked, Weighted
 from hbx_gpu.tokens._reference_sampled import shared_genes
@@ -62,7 +63,7 @@ def _scratch(room: int) -> tuple[np.ndarray, ...]:
 
 def _weighted(program: Weighted, cells: Cells, known: Known) -> tuple[dict[str, np.ndarray], np.ndarray]:
     n, n_known = len(cells), len(program.tokens)
-    room = max(known.longest, program.samples, len(program.codes), weighted.GUIDE) + 1
+    room = max(known.longest, program.samples, len(program.codes), weighted.GUIDE) + SPARE
     key, key_2, key_3, histogram, item, guide = _scratch(room)
     ids, lengths = POOL.empty((n, program.length), np.int32), np.empty(n, np.int32)
     weighted.weighted_rows(
@@ -91,7 +92,7 @@ def _ranked(
     shared = shared_genes(program, cells.seed, cells.epoch, cells.batch)
     owner = np.full(max(program.n_ids, int(tables.token.max()) + 1), -1, np.int64)
     owner[tables.token[tables.known]] = tables.known
-    room = max(known.longest, len(tables.known), program.length, *program.tasks, sampled.FEW) + sampled.SPARE
+    room = max(known.longest, len(tables.known), program.length, *program.tasks, sampled.FEW) + SPARE
     key, key_2, key_3, histogram, item, index = _scratch(room)
     keys, columns = np.empty((2, room), np.uint64), np.empty((2, room), np.uint32)
     sampled.ranked_rows(
@@ -123,7 +124,7 @@ def _prompt(
         "metadata_mask": np.empty((n, m), np.bool_),
         "label_weights": POOL.empty(shape, np.float32),
     }
-    room = max(len(tables.known), program.length, sampled.FEW) + sampled.SPARE
+    room = max(len(tables.known), program.length, sampled.FEW) + SPARE
     key, key_2, key_3, histogram, item, index = _scratch(room)
     sampled.prompt_rows(
         known.pointers, known.genes, known.counts, known.totals, cells.numbers, np.uint64(cells.seed),

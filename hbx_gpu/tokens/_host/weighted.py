@@ -6,7 +6,7 @@ import numpy as np
 
 from hbx_gpu.tokens._draws import Step
 from hbx_gpu.tokens._host.arithmetic import log1p
-from hbx_gpu.tokens._host.bits import lowest
+from hbx_gpu.tokens._host.bits import list_bits
 from hbx_gpu.tokens._host.draws import jit, keys, mulhi
 from hbx_gpu.tokens._host.sampled import FIXED, SMALL
 from hbx_gpu.tokens._host.sorting import smallest
@@ -41,21 +41,10 @@ def weighted_rows(
         lengths[row] = 1
         if n == 0:
             continue
-        total = np.uint64(0)
-        for i in range(n):
-            x = amount[i]
-            total += weights[np.int32(x)] if x < SMALL else np.uint64(np.rint(log1p(x) * FIXED))
-            sums[i] = total
+        total = _summed(amount, weights, sums)
         _guide(sums, n, total, guide)
         keys(seed, epoch, cell, _WEIGHTED, 0, numbers, samples, key)
-        for j in range(samples):
-            drawn = mulhi(key[j], total)
-            i = np.int64(guide[key[j] >> _GUIDE_SHIFT])
-            while sums[i] <= drawn:
-                i += 1
-            place = np.uint32(place_of[columns[i]])
-            times[place] += 1
-            drawn_bits[place >> _SIX] |= _ONE << (place & _LAST)
+        _draw(key[:samples], total, sums, guide, columns, place_of, times, drawn_bits)
         distinct = _listed(drawn_bits, item)
         found = _runs(item, distinct, bounds, present)
         for c in range(found):
@@ -78,6 +67,33 @@ def weighted_rows(
         for k in range(distinct):
             times[item[k]] = 0
         lengths[row] = at
+
+
+@jit
+def _summed(amount, weights, sums):
+    """sums = sums of weights up to each gene; returns the last."""
+    total = np.uint64(0)
+    for i in range(len(amount)):
+        x = amount[i]
+        if x < SMALL:
+            total += weights[np.uint32(np.int32(x))]
+        else:
+            total += np.uint64(np.rint(log1p(x) * FIXED))
+        sums[i] = total
+    return total
+
+
+@jit
+def _draw(key, total, sums, guide, columns, place_of, times, drawn_bits):
+    """Count in `times` how often each place is drawn, and set its bit."""
+    for j in range(len(key)):
+        drawn = mulhi(key[j], total)
+        i = np.uint64(guide[key[j] >> _GUIDE_SHIFT])
+        while sums[i] <= drawn:
+            i += _ONE
+        place = np.uint64(np.uint32(place_of[columns[i]]))
+        times[place] += np.uint32(1)
+        drawn_bits[place >> _SIX] |= _ONE << (place & _LAST)
 
 
 @jit
@@ -119,16 +135,12 @@ def _guide(sums, n, total, guide):
 
 @jit
 def _listed(bits, item):
-    """item = the places whose bits are set, ascending; returns how many. Clears the bits."""
-    found = 0
+    """item = the places whose bits are set, ascending, and SPARE more; returns how many. Clears the bits."""
+    found = np.uint64(0)
     for w in range(len(bits)):
-        word = bits[w]
+        found = list_bits(bits[w], np.uint64(w << 6), item, found)
         bits[w] = 0
-        while word:
-            item[found] = np.uint64(w << 6) + lowest(word)
-            word &= word - _ONE
-            found += 1
-    return found
+    return np.int64(found)
 
 
 @jit
