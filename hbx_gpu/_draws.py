@@ -7,6 +7,7 @@ neither batches, workers, threads nor order can change what a cell draws.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,22 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([a, b, c, d])
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that is not an integer of 64 bits.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Name it.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {seed!r}") from None
+    if not 0 <= number < 2**64:
+        raise ValueError(f"{name} must be in 0 .. 2**64 - 1, got {seed}")
+
+
 def check(seed: int, epoch: int, cells: np.ndarray) -> None:
     """Refuse numbers that do not fit the counter.
 
@@ -52,9 +69,10 @@ def check(seed: int, epoch: int, cells: np.ndarray) -> None:
     ------
     ValueError
         Names the number that is out of bounds.
+    TypeError
+        The seed is not an integer.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {seed}")
+    check_seed("seed", seed)
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be in 0 .. 2**32 - 1, got {epoch}")
     if len(cells) and cells.min() < 0:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     Tensor: TypeAlias = torch.Tensor
+    Rows: TypeAlias = Tensor | np.ndarray
 
 __all__ = ["RowWriter", "gather_rows"]
 
@@ -27,7 +28,7 @@ _BLOCK = 64 << 20  # bytes that are copied into a file at a time
 
 
 def gather_rows(
-    outputs: Tensor | Sequence[Tensor], index: Tensor | Sequence[Tensor], *, n_rows: int | None = None
+    outputs: Rows | Sequence[Rows], index: Rows | Sequence[Rows], *, n_rows: int | None = None
 ) -> Tensor:
     """Results of all ranks in the order of the dataset.
 
@@ -36,7 +37,7 @@ def gather_rows(
     Parameters
     ----------
     outputs
-        Results of this rank: one tensor (n, ...), or one for each of its batches.
+        Results of this rank: one tensor or NumPy array (n, ...), or one for each of its batches.
     index
         Row numbers of these results, int64 (n,): ``batch["index"]``, in the same form.
     n_rows
@@ -74,14 +75,19 @@ def gather_rows(
     return result
 
 
-def _joined(parts: Tensor | Sequence[Tensor], name: str) -> Tensor | None:
+def _joined(parts: Rows | Sequence[Rows], name: str) -> Tensor | None:
     import torch
 
-    if isinstance(parts, torch.Tensor):
-        return parts.detach()
-    if wrong := [type(part).__name__ for part in parts if not isinstance(part, torch.Tensor)]:
-        raise ValueError(f"{name} must be a tensor or a list of tensors, got a list with a {wrong[0]}")
-    return torch.cat(list(parts)).detach() if len(parts) else None
+    def tensor(part: Rows) -> Tensor:
+        return torch.as_tensor(part).detach()
+
+    if isinstance(parts, torch.Tensor | np.ndarray):
+        return tensor(parts)
+    if wrong := [type(part).__name__ for part in parts if not isinstance(part, torch.Tensor | np.ndarray)]:
+        raise ValueError(
+            f"{name} must be a tensor, a NumPy array, or a list of these, got a list with a {wrong[0]}"
+        )
+    return torch.cat([tensor(part) for part in parts]) if len(parts) else None
 
 
 def _process_group() -> bool:

@@ -61,8 +61,17 @@ def test_results_that_do_not_fit_their_rows() -> None:
         gather_rows(torch.zeros(3, 2), torch.arange(2))
     with pytest.raises(ValueError, match="must hold integers"):
         gather_rows(torch.zeros(2, 2), torch.zeros(2))
-    with pytest.raises(ValueError, match="outputs must be a tensor or a list of tensors"):
+    with pytest.raises(ValueError, match="outputs must be a tensor, a NumPy array, or a list of these"):
         gather_rows([1.0], torch.arange(1))  # type: ignore[list-item]
+
+
+def test_numpy_arrays_are_results_too() -> None:
+    rows = np.array([2, 0, 1])
+    wanted = results(np.arange(3))
+    assert torch.equal(gather_rows(results(rows).numpy(), rows), wanted)
+    assert torch.equal(
+        gather_rows([results(rows[:1]), results(rows[1:]).numpy()], [rows[:1], rows[1:]]), wanted
+    )
 
 
 def h5ad(path: Path, n_cells: int) -> Path:

@@ -464,8 +464,17 @@ def test_a_dtype_is_named_or_given(dtype: object, tmp_path: Path) -> None:
         assert next(iter(loader))["X"].dtype is torch.float16
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": 16}, {"memory_budget": "1GB"}, {"residency_budget": "1GB"}])
-def test_options_of_the_wrong_type_are_refused_by_name(wrong: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": 16},
+        {"memory_budget": "1GB"},
+        {"residency_budget": "1GB"},
+        {"token_seed": 1.5},
+        {"image_seed": "a"},
+    ],
+)
+def test_options_of_the_wrong_type_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
     dataset = example_dataset(tmp_path, example_groups())
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))} must be"):
         make_loader(dataset, batch_size=4, layout="dense", **wrong)

@@ -23,7 +23,7 @@ def test_what_cannot_be_called_is_refused_before_the_work(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match=WORDS):
         ingest_many(atlas, files, progress=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=WORDS):
-        atlas.add_from_anndata(files[0], progress=True)  # type: ignore[arg-type]
+        atlas.add_from_anndata(files[0], progress=True)
     assert atlas.list_datasets().empty
     with pytest.raises(TypeError, match=WORDS):
         convert_h5ad(files[0], tmp_path / "archive", progress=True)  # type: ignore[arg-type]

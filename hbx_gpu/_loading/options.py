@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
+from hbx_gpu._draws import check_seed
 from hbx_gpu._protocols import TensorBatch
 from hbx_gpu._storage.choice import check_io
 from hbx_gpu.transforms import Transform, chain
@@ -145,6 +146,9 @@ class LoaderOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _names(self.dtype))
+        for name, seed in (("token_seed", self.token_seed), ("image_seed", self.image_seed)):
+            if seed is not None:
+                check_seed(name, seed)
         for name, value, choices in (
             ("decode", self.decode, DECODE),
             ("residency", self.residency, RESIDENCIES),

@@ -16,7 +16,7 @@ class _Array(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-def as_array(name: str, values: ArrayLike) -> np.ndarray:
+def as_array(name: str, values: ArrayLike | Sequence[ArrayLike]) -> np.ndarray:
     """`values` as an array; a dataset or a table in its place is an error.
 
     NumPy would read a dataset row by row, since it has a length and items.

@@ -46,7 +46,14 @@ def split_rows(
     ValueError
         Fractions are not positive or add up to more than 1, arrays have another length, or there are fewer
         groups than splits.
+    TypeError
+        Fractions are not a mapping.
     """
+    if not isinstance(fractions, Mapping):
+        raise TypeError(
+            f"fractions must be a mapping of names to shares, such as {{'train': 0.8, 'val': 0.2}}, got a "
+            f"{type(fractions).__name__}"
+        )
     names = list(fractions)
     shares = np.array([fractions[name] for name in names], np.float64)
     total = float(shares.sum())

@@ -30,3 +30,8 @@ def test_a_dataset_or_a_table_is_not_an_array(make: Callable[[object], object], 
     for given in (dataset, {"a": 1}):
         with pytest.raises(ValueError, match=f"got a {type(given).__name__}"):
             make(given)
+
+
+def test_fractions_are_named() -> None:
+    with pytest.raises(TypeError, match=r"fractions must be a mapping of names to shares.*got a list"):
+        split_rows(10, [0.8, 0.2])  # type: ignore[arg-type]
