@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,9 +23,10 @@ from hbx_gpu.loader_stats import count_remote, in_window
 
 _ALIGNMENT = 8
 _OFFSET_BITS = 40  # of the number that stands for a place in a file
-_LOOK = (
-    6e-3  # seconds between two looks at an object that is held in memory: a look takes a twentieth of that
-)
+_PIECE = 16 << 20  # bytes of chunks that come and are kept together
+_PIECES = 16  # pieces that are on their way at a time
+# Seconds between two looks at an object that is held in memory: a look takes about a twentieth of that.
+_LOOK = 6e-3
 
 
 class RemoteReader(Reader):
@@ -167,15 +169,28 @@ class RemoteReader(Reader):
         address: np.ndarray,
         owners: list[object],
     ) -> Moved:
-        """Fetch extents, keep them, and fill in where they lie."""
+        """Fetch extents, keep them, and fill in where they lie.
+
+        They come in pieces, side by side, and each is kept as soon as it is there: a cache is written while
+        the rest is on its way.
+        """
         if not len(which):
             return Moved(0, 0)
-        part = _some(extents, which)
-        found, buffer, moved = self._fetched(part)
-        self._kept.add(objects[which], part.offset, part.nbytes, found, buffer)
-        address[which] = found
-        owners.append(buffer)
-        return moved
+
+        def bring(piece: np.ndarray) -> Moved:
+            part = _some(extents, piece)
+            found, buffer, moved = self._fetched(part)
+            self._kept.add(objects[piece], part.offset, part.nbytes, found, buffer)
+            address[piece] = found
+            owners.append(buffer)
+            return moved
+
+        pieces = _pieces(extents, which)
+        if len(pieces) == 1:
+            return bring(pieces[0])
+        with ThreadPoolExecutor(min(len(pieces), _PIECES), thread_name_prefix="hbx_gpu-pieces") as pool:
+            brought = list(pool.map(bring, pieces))
+        return Moved(sum(m.requests for m in brought), sum(m.nbytes for m in brought))
 
     def _objects(self, extents: Extents) -> np.ndarray:
         """Number of the object of each extent among those that are kept."""
@@ -245,6 +260,13 @@ class RemoteReader(Reader):
 def _some(extents: Extents, which: np.ndarray) -> Extents:
     """Some of the extents, by number or by mask."""
     return Extents(extents.file[which], extents.offset[which], extents.nbytes[which])
+
+
+def _pieces(extents: Extents, which: np.ndarray) -> list[np.ndarray]:
+    """Numbers of extents, in the order of their places, in pieces of about `_PIECE` bytes."""
+    order = which[np.lexsort((extents.offset[which], extents.file[which]))]
+    cuts = np.flatnonzero(np.diff(np.cumsum(np.maximum(extents.nbytes[order], 0)) // _PIECE)) + 1
+    return np.split(order, cuts)
 
 
 def _joined(one: Extents, other: Extents) -> Extents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._remote import stores
+from hbx_gpu._remote.fetch import Body, Fetcher, from_store
+from hbx_gpu._remote.places import Place
 from hbx_gpu._storage import remote
+from hbx_gpu._storage.cache import ChunkCache
 from hbx_gpu._storage.held import HeldChunks, default_most
+from hbx_gpu._storage.readers import MmapReader
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.dataloader import make_loader
 from hbx_gpu.errors import CorruptChunkError
@@ -111,6 +116,43 @@ def test_later_windows_ask_for_nothing_that_came_before(
     assert isinstance(mine.dataset, CellDataset)
     mine.dataset.__getitems__(np.arange(4))
     assert server.requests("GET", "/c/")
+
+
+def test_a_piece_is_kept_while_others_are_on_their_way(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    atlas = RaggedAtlas.checkout_latest("s3://bucket/atlas", storage_options=server.s3_options)
+    dataset = atlas.query().to_cell_dataset()
+    assert isinstance(dataset, CellDataset)
+    directory = dataset.directory
+    extents = directory.extents(np.arange(directory.base[-1]))
+    monkeypatch.setattr(remote, "_PIECE", 1)
+    cache = ChunkCache(tmp_path / "cache")
+    last = max(directory.paths)
+    first = next(path for path in directory.paths if path != last)
+
+    def fetch(place: Place, begin: int, end: int, version: str) -> Body:
+        until = time.monotonic() + 10
+        while str(place) == last and not cache.has(*of_first).all():
+            assert time.monotonic() < until, "the first piece waits for the last one"
+            time.sleep(0.01)
+        return from_store(place, begin, end, version)
+
+    with remote.RemoteReader(directory, fetcher=Fetcher(fetch), cache=cache) as reader:
+        number = directory.paths.index(first)
+        version, size = directory.identities[number]
+        mine = extents.file == number
+        of_first = (
+            np.full(mine.sum(), cache.object_number(first, str(version), size)),
+            extents.offset[mine],
+        )
+        slab = reader.read(extents)
+    local = RaggedAtlas.checkout_latest(server.root / "bucket" / "atlas").query().to_cell_dataset()
+    assert isinstance(local, CellDataset)
+    with MmapReader(local.directory) as here:
+        expected = here.read(local.directory.extents(np.arange(directory.base[-1])))
+        for i in range(len(extents)):
+            assert np.array_equal(slab.view(i), expected.view(i))
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])
