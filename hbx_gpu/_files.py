@@ -16,6 +16,30 @@ _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
+def make_folder(path: Path, what: str) -> None:
+    """Make a folder, with its parents, unless it is there.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    what
+        What is to lie in it, for the message.
+
+    Raises
+    ------
+    FileExistsError, NotADirectoryError
+        Something else is in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        raise type(error)(
+            f"cannot make the folder {path} for {what}: {file} is not a folder; choose another path"
+        ) from None
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

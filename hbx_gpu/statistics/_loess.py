@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from hbx_gpu._advice import option
+
 _CELL = 0.2  # a cell with at most this share of a neighborhood is not cut
 _MARGIN = 0.005  # of the range of x, by which the outermost vertices lie outside
 _SMALLEST = 100 * np.finfo(np.float64).eps  # singular values below this, relative to the largest, count as 0
@@ -43,7 +45,7 @@ def loess(x: np.ndarray, y: np.ndarray, span: float = 0.3) -> np.ndarray:
     if near < 3 or len(np.unique(x)) < 3:
         raise ValueError(
             "a local quadratic regression needs at least 3 different points in each neighborhood; there are "
-            f"{n} points, and span={span} makes neighborhoods of {near}; choose a larger span"
+            f"{n} points, and span={span} makes neighborhoods of {near}; {_remedy(x)}"
         )
     vertices = _vertices(x_sorted, int(n * span * _CELL))
     fits = np.array([_fit(x_sorted, y_sorted, at, near) for at in vertices])
@@ -107,3 +109,10 @@ def _fit(x: np.ndarray, y: np.ndarray, at: float, near: int) -> tuple[float, flo
     norms[norms == 0] = 1.0
     found = np.linalg.lstsq(terms / norms, y[inside] * root, rcond=_SMALLEST)[0] / norms
     return float(found[0]), float(found[1])
+
+
+def _remedy(x: np.ndarray) -> str:
+    if len(np.unique(x)) < 3:
+        return "so few cannot be ranked: take more features or more cells"
+    larger = option("span", f"{min(1.0, np.ceil(100 * 3 / len(x)) / 100):g}")
+    return f"choose a larger span: pass {larger} to highly_variable() of the statistics"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from hbx_gpu._advice import from_command
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.statistics import Statistics
 from hbx_gpu.statistics._finish import Asked, finished
@@ -46,8 +47,16 @@ def test_loess_is_that_of_scikit_misc(scanpy: dict[str, Any]) -> None:
 
 
 def test_loess_refuses_what_it_cannot_fit() -> None:
-    with pytest.raises(ValueError, match="choose a larger span"):
+    with pytest.raises(ValueError, match=r"choose a larger span: pass span=0\.6 to highly_variable"):
         loess(np.arange(5.0), np.arange(5.0), 0.3)
+    assert np.isfinite(loess(np.arange(5.0), np.arange(5.0), 0.6)).all()
+    with (
+        from_command({"n": "--hvg"}),
+        pytest.raises(ValueError, match=r"pass span=0\.6 in Python to highly_variable"),
+    ):
+        loess(np.arange(5.0), np.arange(5.0), 0.3)
+    with pytest.raises(ValueError, match="take more features or more cells"):
+        loess(np.array([1.0, 1.0, 2.0]), np.arange(3.0), 0.3)
     with pytest.raises(ValueError, match="span must be above 0"):
         loess(np.arange(5.0), np.arange(5.0), 2)
     # Most points at one place: neighborhoods without any extent.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from hbx_gpu._files import make_folder
 from hbx_gpu._paths import local_path
 from hbx_gpu.atlas._catalog import creation, tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
@@ -61,7 +62,7 @@ def make_atlas(
         registry_schemas=asked.registry_schemas,
         pointer_fields=pointer_fields,
     )
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root, "an atlas")
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.lock.hold())
         if not creation.is_unfinished(root):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbx_gpu._files import make_folder
 from hbx_gpu._progress import Progress, checked
 from hbx_gpu.errors import InvalidDataError, ResourceError
 from hbx_gpu.scdl._api.dataset import SingleCellMemMapDataset
@@ -56,7 +57,7 @@ class SingleCellCollection:
         self.data_path: str | os.PathLike[str] = local_archive(data_path)
         self.fname_to_mmap: dict[Path, SingleCellMemMapDataset] = {}
         folder = Path(self.data_path)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "a collection of archives")
         if not (folder / VERSION).exists():
             (folder / VERSION).write_text(json.dumps(LAYOUT_VERSION))
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hbx_gpu._files import lock, replace_folder, sync, sync_tree
+from hbx_gpu._files import lock, make_folder, replace_folder, sync, sync_tree
 
 # `.NAME.scdl-TOKEN/` beside NAME: the folder in work, the lock of its writer, temporary files.
 _MARK = ".scdl-"
@@ -38,7 +38,7 @@ class NewFolder:
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
         self.target = Path(target).resolve()
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.target.parent, "an archive")
         recover(self.target)
         self._place = self.target.with_name(f".{self.target.name}{_MARK}{secrets.token_hex(6)}")
         with _parent_locked(self.target):
