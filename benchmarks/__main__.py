@@ -15,6 +15,7 @@ QUESTIONS = {
     "statistics": "What do means, variances and medians cost, beside reading the same rows?",
     "verify": "How long does hbx-gpu verify take, beside reading the same files and computing their CRC32C?",
     "cloud": "How fast do cells load from object storage, beside a local disk and zarr-python?",
+    "gene_orders": "What does it cost that each dataset has its genes in an order of its own?",
     "orders": "How well does each order of cells mix a batch?",
     "host_cost": "How much CPU time does the host spend on a batch, by stage?",
     "executors": "What does DALI cost per batch?",

@@ -133,6 +133,13 @@ def test_a_light_import(module: str) -> None:
     assert run.stdout.split() == [], run.stderr
 
 
+def test_readers_of_an_atlas_do_not_import_zarr() -> None:
+    """Metadata are parsed as JSON and chunks decoded here: only writers need it."""
+    code = "import sys, hbx_gpu.atlas._atlas, hbx_gpu.atlas._query.opening; print('zarr' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["False"], run.stderr
+
+
 @pytest.mark.parametrize("facade", FACADES, ids=lambda module: module.__name__)
 def test_type_checkers_see_the_lazy_names(facade: object) -> None:
     """The names that are resolved on use are spelled out for type checkers, from the same modules."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import h5py
 import numpy as np
@@ -22,6 +23,13 @@ from hbx_gpu.errors import InvalidDataError, UnsafePathError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from anndata import AnnData
+
+
+def is_anndata(data: object) -> TypeGuard[AnnData]:
+    """Whether an object is an AnnData in memory. Does not import anndata: without it there are none."""
+    module = sys.modules.get("anndata")
+    return module is not None and isinstance(data, module.AnnData)
 
 
 def check_anndata(data: object) -> None:
@@ -32,9 +40,7 @@ def check_anndata(data: object) -> None:
     TypeError
         Says what to pass instead.
     """
-    from anndata import AnnData
-
-    if isinstance(data, AnnData):
+    if is_anndata(data):
         return
     kind = type(data).__name__
     remedy = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbx_gpu._advice import option, spelled
-from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, check_anndata, without_copies
+from hbx_gpu._h5ad.files import AnnDataGroup, H5adFile, check_anndata, is_anndata, without_copies
 from hbx_gpu._h5ad.matrix import Matrix
 from hbx_gpu._progress import Progress
 from hbx_gpu._stores.kinds import is_mudata, split_modality
@@ -306,8 +306,7 @@ def _is_matrix(data: object) -> bool:
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
         return path.endswith(".h5ad") or bool(split_modality(path)[1])
-    # An AnnData is told by its attributes: anndata takes long to import, and files need no AnnData.
-    return isinstance(data, AnnDataGroup | _Backed | Input) or hasattr(data, "obs_names")
+    return isinstance(data, AnnDataGroup | _Backed | Input) or is_anndata(data)
 
 
 # Data
@@ -386,14 +385,16 @@ class _Backed:
 def _name_of(data: object) -> str:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
-    return str(getattr(data, "source", "") or getattr(data, "path", "")) or type(data).__name__
+    if isinstance(data, AnnDataGroup | _Backed | Input):
+        return data.source
+    return os.fspath(data.path) if isinstance(data, FragmentsInput) else type(data).__name__
 
 
 def _open_one(
     data: object, stack: contextlib.ExitStack, files: dict[Path, MuDataSource], allow_links: bool
 ) -> object:
     if not isinstance(data, str | os.PathLike):
-        if getattr(data, "isbacked", False):  # an AnnData
+        if is_anndata(data) and data.isbacked:
             return _Backed(stack.enter_context(H5adFile(backing_file(data))), data)
         return data
     path = os.fspath(data)
@@ -444,7 +445,7 @@ def _matrix_part(name: str, field_name: str, space: FeatureSpace, data: Any, opt
     if not isinstance(data, Input | AnnDataGroup):
         check_anndata(data)
     wanted = options.layers_of(name, space)
-    if not options.layers.get(name) and not isinstance(data, Input) and hasattr(data, "obs"):
+    if not options.layers.get(name) and not isinstance(data, Input):
         target = first_layer(space)
         if chosen := choose_for(data, None, counts=target == "counts"):
             wanted = {target: chosen.name}
@@ -491,7 +492,7 @@ def _read_layers(
     if isinstance(data, AnnDataGroup):
         sha256 = hash_file(data.path)
         return [from_h5ad(data, matrix, sha256=sha256, backed=backed) for matrix in wanted]
-    if not hasattr(data, "obs_names"):
+    if not is_anndata(data):
         raise InvalidDataError(
             f"modality {name!r}: expected an AnnData or the path of an .h5ad file, got {type(data).__name__}"
         )

@@ -2,6 +2,7 @@
 
 Metadata and chunk encoding are zarr-python's own; only the stored objects are put together here, because
 zarr encodes a shard in one piece and two default shards of 42 million values would not fit the budget.
+zarr is imported where something is written, because readers of an atlas need only the names of the codecs.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
 from hbx_gpu._codecs.checksum import with_crc32c
 from hbx_gpu._devices import cores
 from hbx_gpu._files import sync
 from hbx_gpu._source import Codec
 from hbx_gpu.atlas._model.spaces import FeatureSpace
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
 
 Role = Literal["index", "values", "dense"]
 """What the values of an array are like. Column numbers (``index``) ascend within a row, ``values`` of a
@@ -41,9 +41,27 @@ _ABSENT = 2**64 - 1
 _GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}, indent=2)
 
 
+def _zstd(*_: object) -> object:
+    from zarr.codecs import ZstdCodec
+
+    return ZstdCodec(level=0, checksum=False)
+
+
+def _blosc(_role: Role, dtype: np.dtype, _chunk: int) -> object:
+    from zarr.codecs import BloscCodec
+
+    return BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
+
+
+def _gzip(*_: object) -> object:
+    from zarr.codecs import GzipCodec
+
+    return GzipCodec(level=5)
+
+
 def _rowpack(role: Role, dtype: np.dtype, chunk: int) -> object:  # noqa: ARG001
     if dtype.kind not in "iu":
-        return ZstdCodec(level=0, checksum=False)
+        return _zstd()
     from hbx_gpu._codecs.zarr_codec import RowpackCodec
 
     return RowpackCodec(transform="gaps" if role == "index" else "none", element_size=dtype.itemsize)
@@ -52,7 +70,7 @@ def _rowpack(role: Role, dtype: np.dtype, chunk: int) -> object:  # noqa: ARG001
 def _bitpacking(role: Role, dtype: np.dtype, chunk: int) -> object:
     # Homeobox does the same: words of 4 bytes whatever the item size, and zstd for single bytes.
     if dtype.kind not in "iu" or dtype.itemsize == 1 or chunk * dtype.itemsize % 4:
-        return ZstdCodec(level=0, checksum=False)
+        return _zstd()
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec
 
     return BitpackingCodec(transform="delta" if role == "index" else "none", element_size=4)
@@ -62,11 +80,9 @@ def _bitpacking(role: Role, dtype: np.dtype, chunk: int) -> object:
 _CODECS: Mapping[str, Callable[[Role, np.dtype, int], object]] = {
     DEFAULT_CODEC: _rowpack,
     HOMEOBOX_CODEC: _bitpacking,
-    "zstd": lambda *_: ZstdCodec(level=0, checksum=False),
-    "blosc": lambda _role, dtype, _chunk: BloscCodec(
-        typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"
-    ),
-    "gzip": lambda *_: GzipCodec(level=5),
+    "zstd": _zstd,
+    "blosc": _blosc,
+    "gzip": _gzip,
     "none": lambda *_: None,
 }
 
@@ -88,6 +104,8 @@ def compressor_for(name: str, role: Role, dtype: np.dtype | str, chunk: int) -> 
     chunk
         Elements per (inner) chunk.
     """
+    from zarr.codecs import Crc32cCodec
+
     from hbx_gpu._codecs.zarr_codec import RowpackCodec
 
     name = check_codec(name) if role != "dense" else dense_codec(check_codec(name))
@@ -159,6 +177,9 @@ class ChunkEncoder:
     """
 
     def __init__(self, dtype: str, compressor: object, chunk: int, *, most: int) -> None:
+        import zarr
+        from zarr.storage import MemoryStore
+
         self._chunk = chunk
         self.batch = max(1, min(_BATCH_VALUES // chunk, most))
         self._encoded: dict[str, Buffer] = {}
@@ -185,6 +206,8 @@ class ChunkEncoder:
 
 def _packer(compressors: object) -> Callable[[np.ndarray], bytes] | None:
     """A direct encoder of one chunk where we have one, because zarr takes several times as long."""
+    from zarr.codecs import Crc32cCodec
+
     from hbx_gpu._codecs import encode_bitpacking, encode_rowpack
     from hbx_gpu._codecs.zarr_codec import BitpackingCodec, RowpackCodec
 
@@ -325,6 +348,8 @@ class ShardedArrayWriter:
 
     def close(self) -> None:
         """Write what is left, the metadata, and wait until all of it is on disk."""
+        import zarr
+
         if self._filled:
             self._flush()
         self._store()
