@@ -342,3 +342,31 @@ class TestDamage:
         assert index.lookup(0, ["length"])[0] == [3]
         with pytest.raises(CorruptDataError, match=r"dataframe_1\.parquet cannot be read"):
             index.lookup(4)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_dtype_of_a_part_is_that_of_the_column(stored: bool, tmp_path: Path) -> None:
+    """A column with missing values has objects or doubles also in rows that miss none."""
+    index = ObservedFeatureIndex()
+    index.append_features(
+        {
+            "flag": pa.array([None, True, False, True]),
+            "number": pa.array([1, None, 3, 4]),
+            "whole": pa.array([1, 2, 3, 4]),
+        },
+        "cells",
+    )
+    if stored:
+        index.save(str(tmp_path / "obs"))
+        index = ObservedFeatureIndex.load(str(tmp_path / "obs"))
+    (part,), _ = index[1:4]
+    assert [part[name].dtype for name in part] == [object, np.float64, np.int64]
+    (part,), _ = index[2:4]
+    assert part["flag"].dtype == object
+    assert part["flag"].tolist() == [False, True]
+    (flag, number, whole), _ = index[2]
+    assert flag is False
+    assert (type(number), type(whole)) == (np.float64, np.int64)
+    (flag, number, _), _ = index[1]
+    assert flag is True
+    assert np.isnan(number)

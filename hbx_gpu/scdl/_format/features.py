@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from hbx_gpu._untrusted import read_small
 from hbx_gpu.errors import CorruptDataError
-from hbx_gpu.scdl._format.frames import Frame, JoinedFrame, StoredFrame, as_frame, cast, common_type, decoded
+from hbx_gpu.scdl._format.frames import Frame, JoinedFrame, StoredFrame, as_frame, cast, common_type
 from hbx_gpu.scdl._format.index_writer import write_feature_index
 from hbx_gpu.scdl._format.labels import read_labels
 from hbx_gpu.scdl._format.layout import ENDS, LAYOUT_VERSION, OLD_FEATURES, VAR_FEATURES, block_file
@@ -381,7 +381,7 @@ class ObservedFeatureIndex(FeatureIndex):
                 continue
             frame = self._checked(block)
             take = np.arange(local[0] - start, local[-1] - start + np.sign(local.step), local.step)
-            parts.append({name: decoded(frame.take(name, take)) for name in frame.names})
+            parts.append({name: frame.rows(name, take) for name in frame.names})
             labels.append(self.labels[block])
         return ObservedRows(parts, labels)
 

@@ -58,9 +58,20 @@ class Frame(Mapping[str, np.ndarray]):
         """Some elements of a column, in the order asked for."""
         return self.arrow(name).take(pa.array(rows))
 
+    def has_missing(self, name: str) -> bool:
+        """Whether a value of a column is missing."""
+        return self.arrow(name).null_count > 0
+
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Some elements of a column, in the order asked for, in the dtype of the whole column."""
+        found = decoded(self.take(name, rows))
+        if found.dtype.kind in "biu" and self.has_missing(name):
+            return found.astype(object if found.dtype.kind == "b" else np.float64)
+        return found
+
     def value(self, name: str, row: int) -> object:
-        """One element of a column: a NumPy scalar, a text or None."""
-        return decoded(self.take(name, np.array([row])))[0]
+        """One element of a column: a NumPy scalar, a bool, a text or None."""
+        return self.rows(name, np.array([row]))[0]
 
     def table(self) -> pa.Table:
         """All columns as stored."""
@@ -162,6 +173,7 @@ class StoredFrame(Frame):
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._groups: dict[tuple[str, int], pa.ChunkedArray] = {}
         self._checked: set[str] = set()
+        self._missing: dict[str, bool] = {}
 
     def _open(self, texts: Sequence[str] = ()) -> pq.ParquetFile:
         """The open file; columns `texts` are read as dictionaries."""
@@ -215,6 +227,18 @@ class StoredFrame(Frame):
         before = np.array([0, *itertools.accumulate(map(len, parts))])[place]
         chunks = [chunk for part in parts for chunk in part.chunks]
         return pa.chunked_array(chunks).take(pa.array(rows - self._edges[group] + before))
+
+    def has_missing(self, name: str) -> bool:
+        if name not in self._missing:
+            place = self._footer().names.index(name)
+            with self._open() as parquet, self._decoding("the footer"):
+                footer = parquet.metadata
+                groups = [footer.row_group(i).column(place) for i in range(footer.num_row_groups)]
+            known = all(g.path_in_schema == name and g.is_stats_set for g in groups)
+            counts = [g.statistics.null_count for g in groups if known and g.statistics.has_null_count]
+            counted = known and len(counts) == len(groups)
+            self._missing[name] = any(counts) if counted else super().has_missing(name)
+        return self._missing[name]
 
     def _read(self, name: str, group: int | None) -> pa.ChunkedArray:
         """A column, or its part in one row group."""
