@@ -25,6 +25,8 @@ _PRELOADED = [
     "hbx_gpu.atlas._upkeep.repack",
     "hbx_gpu.statistics",
     "hbx_gpu.tokens",
+    # Processes of one run of the tests compile a kernel once.
+    "tests.side_by_side",
 ]
 _PLAIN = context._concrete_contexts["spawn"]  # type: ignore[attr-defined]
 

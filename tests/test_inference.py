@@ -18,6 +18,7 @@ from hbx_gpu.dataloader import make_loader
 from hbx_gpu.inference import RowWriter, gather_rows
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import N_FEATURES, example_dataset, example_groups, expected_dense
+from tests import fresh
 from tests.emulation.build import outer_environment
 
 N_ROWS = 120
@@ -218,12 +219,11 @@ def test_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     environment = outer_environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
     jobs = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path, str(rank)],
+        fresh.popen(
+            [sys.executable, script, tmp_path, rank],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(2)
     ]

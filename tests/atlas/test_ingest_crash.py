@@ -22,6 +22,7 @@ from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
 from hbx_gpu.atlas._ingest import commit as ingest
 from hbx_gpu.atlas._writing import arrays
+from tests import fresh
 from tests.atlas.dying import die_at, killed
 
 _SLOW_INGEST = """
@@ -161,9 +162,7 @@ def test_killed_while_a_note_is_written(scene: tuple[Path, Path, Path]) -> None:
 def test_killed_at_any_time(scene: tuple[Path, Path, Path], seed: int) -> None:
     root, first, second = scene
     before = digest(root, 0)
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW_INGEST, str(root), str(first)], stdout=subprocess.PIPE
-    ) as run:
+    with fresh.popen([sys.executable, "-c", _SLOW_INGEST, root, first], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(np.random.default_rng(seed).random() * 1.5)

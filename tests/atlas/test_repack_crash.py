@@ -23,6 +23,7 @@ from hbx_gpu.atlas._catalog import journal, paths, swap
 from hbx_gpu.atlas._catalog.names import set_default_codec
 from hbx_gpu.atlas._upkeep import repack as repacking
 from hbx_gpu.atlas._writing import arrays
+from tests import fresh
 from tests.atlas.dying import die_at, killed
 
 ROWPACK, HOMEOBOX = "hbx_gpu.rowpack", "homeobox.bitpacking"
@@ -218,7 +219,7 @@ def test_killed(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))])
 def test_killed_at_any_time(atlas: Path, before: list[tuple[Any, ...]], seed: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", _SLOW_REPACK, str(atlas)], stdout=subprocess.PIPE) as run:
+    with fresh.popen([sys.executable, "-c", _SLOW_REPACK, atlas], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(np.random.default_rng(seed).random() * 2.5)

@@ -11,6 +11,7 @@ import pytest
 from hbx_gpu import cli
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.atlas._catalog import tables
+from tests import fresh
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
 
@@ -29,12 +30,11 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def begin(root: Path, files: list[Path]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return fresh.popen(
         [sys.executable, "-c", PROGRAM, "ingest", *map(str, files), "--atlas", str(root)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env=outer_environment(),
         start_new_session=True,
     )

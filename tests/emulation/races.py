@@ -13,14 +13,16 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from hbx_gpu._engine.device import sources
+from tests.emulation import cases
 from tests.emulation.build import compiler_library, outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,10 @@ TESTS = {
     "tokens.cuh": ["test_tokens.py"],
 }
 # Their cases are those of the plain tests, drawn at random: slow under a sanitizer, and no new barriers.
-LEFT_OUT = ["--ignore-glob=*_properties.py", "--ignore-glob=*test_compile.py", "--ignore-glob=*_real.py"]
+# Two files launch nothing.
+LEFT_OUT = [
+    f"--ignore-glob=*{name}.py" for name in ("_properties", "_real", "test_compile", "test_flush_model")
+]
 
 # The forks find modules imported that pytest would rewrite.
 _PYTEST = [
@@ -79,9 +84,12 @@ def barriers() -> Iterator[Barrier]:
                     yield Barrier(path.name, number)
 
 
-def run(arguments: Sequence[str]) -> tuple[int, str]:
-    """Exit status of pytest over some tests, and its output with reports. The first race ends the process."""
-    return _watched(["-m", "pytest", *_PYTEST, *arguments])
+def run(arguments: Sequence[str], *, more: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Exit status of pytest over some tests, and its output with reports. The first race ends the process.
+
+    `more` are environment variables, such as `cases.ALL`.
+    """
+    return _watched(["-m", "pytest", *_PYTEST, *arguments], more=more or {})
 
 
 def reported(chosen: Sequence[Barrier]) -> list[bool]:
@@ -94,7 +102,9 @@ def reported(chosen: Sequence[Barrier]) -> list[bool]:
     return [answer == "reported" for _, answer in found]
 
 
-def _watched(arguments: Sequence[str], *, symbolize: bool = True) -> tuple[int, str]:
+def _watched(
+    arguments: Sequence[str], *, symbolize: bool = True, more: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, str]:
     """Status and output of a Python with ThreadSanitizer, and its reports.
 
     Functions have names in the reports if `symbolize` is set.
@@ -116,6 +126,7 @@ def _watched(arguments: Sequence[str], *, symbolize: bool = True) -> tuple[int, 
             # Threads of BLAS are none of ours, and a process with threads cannot be forked.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            **more,
         }
         # The sanitizer's shadow memory has a fixed place, which randomized addresses may take.
         command = ["setarch", "-R", sys.executable, *arguments]
@@ -195,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     rest = [argument for argument in arguments if argument != "--barriers"]
     if len(rest) == len(arguments):
-        status, output = run([*LEFT_OUT, *(rest or ["tests/kernels"])])
+        status, output = run([*LEFT_OUT, *(rest or ["tests/kernels"])], more=cases.ALL)
         print(output)
         return status
     chosen = [barrier for barrier in barriers() if not rest or str(barrier) in rest or barrier.file in rest]

@@ -16,11 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.emulation import cases
 from tests.emulation.build import compiler_library, outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 _PYTEST = ["-v", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
-KERNEL_TESTS = ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]
+# Without the tests that launch nothing.
+KERNEL_TESTS = ["tests/kernels", "--ignore-glob=*test_compile.py", "--ignore-glob=*test_flush_model.py"]
 
 
 def environment(*, reports: Path | None = None) -> dict[str, str]:
@@ -101,6 +103,7 @@ def round_settings(seed: int) -> dict[str, str]:
     """Environment of one round: its thread order and cases per test, both by its seed."""
     orders = ("forward", "reverse", f"random:{seed}")
     return {
+        **cases.ALL,
         "HBX_EMULATED_ORDERS": orders[seed % 3],
         "HBX_FUZZ_EXAMPLES": os.environ.get("HBX_FUZZ_EXAMPLES", "400"),
     }
@@ -111,7 +114,7 @@ def main(arguments: list[str]) -> int:
     seconds = float(os.environ.get("HBX_FUZZ_SECONDS", "0"))
     if seconds > 0:
         return fuzz(seconds, arguments)
-    status, reports = run(arguments or KERNEL_TESTS)
+    status, reports = run(arguments or KERNEL_TESTS, more=cases.ALL)
     if reports.strip():
         print(reports)
     return status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.emulation import races
+from tests.emulation import cases, races
 
 pytestmark = pytest.mark.usefixtures("gxx")
 
@@ -13,12 +13,13 @@ FILES = sorted({barrier.file for barrier in races.barriers()})
 SLOW = {"sentences.cu", "smallest.cuh", "tokens.cu", "tokens.cuh"}
 
 
-# Two runs of about the same length, which may go side by side.
+# Two runs, which may go side by side.
 @pytest.mark.slow
+@pytest.mark.parametrize("more", cases.SOME_AND_ALL)
 @pytest.mark.parametrize("part", ["tests/kernels/test_tokens.py", "tests/kernels"])
-def test_threads_of_a_block_meet_before_they_read(part: str) -> None:
+def test_threads_of_a_block_meet_before_they_read(part: str, more: dict[str, str]) -> None:
     others = ["--ignore=tests/kernels/test_tokens.py"] if part == "tests/kernels" else []
-    status, output = races.run([*races.LEFT_OUT, *others, part])
+    status, output = races.run([*races.LEFT_OUT, *others, part], more=more)
     assert status == 0, output[-20_000:]
     assert " passed" in output
 

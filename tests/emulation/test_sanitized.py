@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation import sanitized
+from tests.emulation import cases, sanitized
 
 pytestmark = pytest.mark.usefixtures("gxx")
 
@@ -27,8 +27,9 @@ def test_overrun():
 
 
 @pytest.mark.slow
-def test_kernels_access_only_what_they_may() -> None:
-    status, output = sanitized.run(sanitized.KERNEL_TESTS, capture=True)
+@pytest.mark.parametrize("more", cases.SOME_AND_ALL)
+def test_kernels_access_only_what_they_may(more: dict[str, str]) -> None:
+    status, output = sanitized.run(sanitized.KERNEL_TESTS, capture=True, more=more)
     assert status == 0, output[-20_000:]
     assert " passed" in output
 

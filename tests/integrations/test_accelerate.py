@@ -20,6 +20,7 @@ from hbx_gpu.dataloader import CellDataset, make_loader
 from hbx_gpu.integrations.accelerate import prepare
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.testing import example_dataset
+from tests import fresh
 from tests.emulation.build import outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,11 +129,25 @@ accelerator.end_training()
 def test_two_processes_share_the_cells(dataset: CellDataset, tmp_path: Path) -> None:
     (tmp_path / "dataset.pickle").write_bytes(pickle.dumps(dataset))
     (tmp_path / "job.py").write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(tmp_path / "job.py"), str(tmp_path)]  # fmt: skip
+    # What a launcher sets.
     environment = outer_environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(fresh.free_port())}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        fresh.popen(
+            [sys.executable, tmp_path / "job.py", tmp_path],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for name in ("plain", "prepared", "random"):
         for epoch in range(2):

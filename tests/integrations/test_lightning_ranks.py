@@ -18,6 +18,7 @@ pytest.importorskip("lightning", reason="Lightning is not installed")
 
 from lightning.pytorch import Trainer
 
+from tests import fresh
 from tests.emulation.build import outer_environment
 from tests.integrations.recording import BATCH, N_ROWS, Recorder, new_dataset, new_loader
 
@@ -30,13 +31,12 @@ def job(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ddp_job.py in a session of its own, which ends with it."""
     environment = outer_environment() | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-m", "tests.integrations.ddp_job", str(folder), *map(str, arguments)]
-    process = subprocess.Popen(
+    process = fresh.popen(
         command,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
     try:

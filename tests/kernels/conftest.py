@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.emulation import CompilerMissing, EmulatedLauncher
+from tests.emulation import CompilerMissing, EmulatedLauncher, cases
 from tests.emulation.build import compiler
 from tests.gpu import gpu_missing
 
@@ -18,6 +18,12 @@ if importlib.util.find_spec("hypothesis") is None:
 
 # HBX_EMULATED_ORDERS=forward runs one order only: sanitized runs and fuzzing have little to gain from three.
 ORDERS = os.environ.get("HBX_EMULATED_ORDERS", "forward,reverse,random:7").split(",")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A run under a sanitizer has some cases of each test."""
+    if together := cases.values_together():
+        items[:] = cases.thinned(items, together)
 
 
 def emulated(order: str) -> EmulatedLauncher:

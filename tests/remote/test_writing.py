@@ -19,6 +19,7 @@ from hbx_gpu._remote.commits import clean
 from hbx_gpu._remote.places import Place, parse
 from hbx_gpu.atlas import RaggedAtlas, create_or_open_atlas, ingest_many, repack
 from hbx_gpu.errors import AlreadyIngestedError, AtlasLockedError, HbxError, RemoteError, UnsupportedError
+from tests import fresh
 from tests.emulation.build import outer_environment
 from tests.remote.objects import content, listing
 from tests.remote.range_server import Kind, RangeServer, at_random
@@ -302,10 +303,8 @@ atlas.snapshot()
 
 def _killed_at(server: RangeServer, url: str, files: list[Path], is_time: Callable[[str, str], bool]) -> bool:
     """Run a writer that is killed when it makes a request; whether it was."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, url, *map(str, files)],
-        env=outer_environment(), stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-c", _SCRIPT, url, *files]
+    child = fresh.popen(command, env=outer_environment(), stderr=subprocess.DEVNULL)
 
     def choose(method: str, path: str) -> None:
         if is_time(method, path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fresh
 from tests.scdl.files import counts, h5ad
 
 # Kills copies of itself, each before another one of the steps that touch a file.
@@ -162,13 +161,8 @@ def test_old_or_new_after_a_kill_at_any_step(tmp_path: Path, operation: str, exc
     h5ad(tmp_path / "one.h5ad", counts(3, 4, seed=1))
     h5ad(tmp_path / "two.h5ad", counts(2, 4, seed=2))
     repository = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), operation, exchange],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), "PYTHONWARNINGS": "ignore"},
+    done = fresh.run(
+        [sys.executable, "-c", CHILD, str(tmp_path), operation, exchange], timeout=300, cwd=repository
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = done.stdout.split()

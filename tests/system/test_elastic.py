@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,29 +14,22 @@ from pathlib import Path
 import pytest
 
 from hbx_gpu.dataloader import CellDataset
+from tests import fresh
 from tests.emulation.build import outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "tests/system/elastic_job.py")
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number: int = free.getsockname()[1]
-        return number
-
-
 def started(world_size: int, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher of so many ranks, and the process ids of them."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "RANKS": str(world_size)}
-    launcher = subprocess.Popen(
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(fresh.free_port()), "RANKS": str(world_size)}
+    launcher = fresh.popen(
         [sys.executable, JOB, *arguments],
         cwd=ROOT,
-        env={**outer_environment(), **shared, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**outer_environment(), **shared, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
     )
     assert launcher.stdout is not None
     with launcher.stdout:
@@ -80,18 +72,10 @@ def test_four_ranks_of_which_two_are_killed_then_three(
 
 
 @pytest.mark.timeout(200)
-def test_torchrun_with_two_ranks(atlas: Path, dataset: CellDataset, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, JOB, str(atlas), str(tmp_path)],
-        cwd=ROOT,
-        env={**outer_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_ranks(atlas: Path, dataset: CellDataset, tmp_path: Path) -> None:
+    launcher, ranks = started(2, str(atlas), str(tmp_path))
+    assert len(ranks) == 2
+    assert launcher.wait(timeout=180) == 0
     steps = delivered(tmp_path, 0, 2)
     assert sorted(row for step in steps for row in step) == list(range(len(dataset)))
 

@@ -23,6 +23,7 @@ from hbx_gpu._storage.readers import Slab, _Descriptor
 from hbx_gpu.atlas import RaggedAtlas
 from hbx_gpu.dataloader import CellDataset
 from hbx_gpu.errors import CorruptChunkError
+from tests import fresh
 from tests.system.conftest import Load, descriptors, index_of, our_threads, sampler_for
 
 pytestmark = pytest.mark.timeout(60)
@@ -266,9 +267,7 @@ def test_ctrl_c_while_the_consumer_computes(atlas: Path) -> None:
 def _ends_by_ctrl_c(atlas: Path, way: str, state: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(atlas), way, state]
     root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(
-        command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with fresh.popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             for _ in range(3):
