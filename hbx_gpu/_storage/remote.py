@@ -24,6 +24,9 @@ from hbx_gpu.loader_stats import count_remote, in_window
 _ALIGNMENT = 8
 _OFFSET_BITS = 40  # of the number that stands for a place in a file
 _PIECE = 16 << 20  # bytes of chunks that come and are kept together
+# Bytes between chunks that are read over though a request would cost less, where what lies between is kept:
+# a later window mostly needs it.
+_KEPT_GAP = 64 << 10
 _PIECES = 16  # pieces that are on their way at a time
 # Seconds between two looks at an object that is held in memory: a look takes about a twentieth of that.
 _LOOK = 6e-3
@@ -151,7 +154,7 @@ class RemoteReader(Reader):
 
     def _in_gaps(self, wanted: Extents) -> Extents:
         """The chunks between wanted ones that their requests read over, and that are not kept."""
-        runs = self._runs(wanted)
+        runs = self._runs(wanted, _KEPT_GAP)
         between = self.directory.extents(
             self.directory.within(runs.file, runs.offset, runs.offset + runs.nbytes)
         )
@@ -179,7 +182,7 @@ class RemoteReader(Reader):
 
         def bring(piece: np.ndarray) -> Moved:
             part = _some(extents, piece)
-            found, buffer, moved = self._fetched(part)
+            found, buffer, moved = self._fetched(part, _KEPT_GAP)
             self._kept.add(objects[piece], part.offset, part.nbytes, found, buffer)
             address[piece] = found
             owners.append(buffer)
@@ -206,12 +209,12 @@ class RemoteReader(Reader):
         result: np.ndarray = self._numbers[np.maximum(extents.file, 0)]
         return result
 
-    def _fetched(self, extents: Extents) -> tuple[np.ndarray, np.ndarray, Moved]:
+    def _fetched(self, extents: Extents, least_gap: int = 0) -> tuple[np.ndarray, np.ndarray, Moved]:
         """Extents in a new buffer: their addresses, the buffer, and what it took."""
         address = np.zeros(len(extents), np.uint64)
         if not (extents.nbytes > 0).any():
             return address, np.zeros(0, np.uint8), Moved(0, 0)
-        runs = self._runs(extents)
+        runs = self._runs(extents, least_gap)
         shift = runs.offset % _ALIGNMENT
         room = -(-(shift + runs.nbytes) // _ALIGNMENT) * _ALIGNMENT
         place = np.cumsum(room) - room + shift
@@ -231,13 +234,17 @@ class RemoteReader(Reader):
         address[stored] = np.uint64(buffer.ctypes.data) + inside.astype(np.uint64)
         return address, buffer, moved
 
-    def _runs(self, extents: Extents) -> Runs:
-        """The requests that bring extents, of which some have bytes."""
+    def _runs(self, extents: Extents, least_gap: int) -> Runs:
+        """The requests that bring extents, of which some have bytes; gaps up to `least_gap` are read over."""
         first = int(extents.file[extents.nbytes > 0][0])
         link = link_of(Place(self.directory.paths[first]).root)
         wanted = int(np.maximum(extents.nbytes, 0).sum())
         return coalesce(
-            extents.file, extents.offset, extents.nbytes, max_gap=link.gap(), max_size=link.size(wanted)
+            extents.file,
+            extents.offset,
+            extents.nbytes,
+            max_gap=max(link.gap(), least_gap),
+            max_size=link.size(wanted),
         )
 
     def close(self) -> None:

@@ -13,9 +13,11 @@ from hbx_gpu._datasets.cells import CellDataset
 from hbx_gpu._loading.loader import CellLoader
 from hbx_gpu._remote import stores
 from hbx_gpu._remote.fetch import Body, Fetcher, from_store
+from hbx_gpu._remote.link import Link
 from hbx_gpu._remote.places import Place
 from hbx_gpu._storage import remote
 from hbx_gpu._storage.cache import ChunkCache
+from hbx_gpu._storage.chunks import Extents
 from hbx_gpu._storage.held import HeldChunks, default_most
 from hbx_gpu._storage.readers import MmapReader
 from hbx_gpu.atlas import RaggedAtlas
@@ -179,3 +181,17 @@ def test_a_store_that_is_away_for_a_moment_does_not_matter(
     list(mine)
     monkeypatch.setattr(stores, "head", lambda place: stores.fail(place, OSError("timed out")))
     assert sum(len(batch["index"]) for batch in mine) == 300
+
+
+def test_gaps_are_read_over_where_what_lies_between_is_kept(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little a request costs, small gaps are not worth one: a later window needs what is there."""
+    monkeypatch.setattr(Link, "gap", lambda _: 0)
+    dataset = loader(server).dataset
+    assert isinstance(dataset, CellDataset)
+    dataset.__getitems__(np.arange(4))
+    apart = Extents(np.zeros(2, np.int32), np.array([0, 50_000]), np.array([10, 10]))
+    with remote.RemoteReader(dataset.directory) as reader:
+        assert len(reader._runs(apart, 0).nbytes) == 2
+        assert reader._runs(apart, remote._KEPT_GAP).nbytes.tolist() == [50_010]
