@@ -60,7 +60,7 @@ class Frame(Mapping[str, np.ndarray]):
 
     def has_missing(self, name: str) -> bool:
         """Whether a value of a column is missing."""
-        return self.arrow(name).null_count > 0
+        return bool(self.arrow(name).null_count > 0)
 
     def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Some elements of a column, in the order asked for, in the dtype of the whole column."""
