@@ -325,9 +325,9 @@ def test_sources_that_are_wrong_make_no_atlas(files: list[Path], tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         hbx_gpu.ingest_many(atlas, [files[0], tmp_path / "missing.h5ad"])
     with pytest.raises(TypeError, match="unexpected keyword argument 'codex'"):
-        hbx_gpu.ingest_many(atlas, files[:1], codex="zstd")
+        hbx_gpu.ingest_many(atlas, files[:1], codex="zstd")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'codex'"):
-        create_or_open_atlas(tmp_path / "other").ingest_many(files[:1], codex="zstd")
+        create_or_open_atlas(tmp_path / "other").ingest_many(files[:1], codex="zstd")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="list of paths"):
         hbx_gpu.ingest_many(atlas, str(files[0]))
     assert not atlas.exists()
