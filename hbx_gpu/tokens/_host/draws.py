@@ -8,11 +8,15 @@ import numpy as np
 from hbx_gpu._draws import MULTIPLIERS, ROUNDS, WEYL
 from hbx_gpu.tokens._host.lanes import LANES, eight_keys, eight_pairs
 
-_OPTIONS = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
-jit = numba.njit(**_OPTIONS, _nrt=False)
-"""For kernels that allocate nothing: views of arrays then need no reference counts, which are atomic."""
-allocating = numba.njit(**_OPTIONS, _nrt=True)
-sums = numba.njit(**_OPTIONS, _nrt=False, fastmath={"reassoc"})
+# Kernels that allocate nothing need no reference counts of views, which are atomic and cost a twentieth of
+# their time. numba's stubs do not know `_nrt`.
+jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", _nrt=False)  # type: ignore[call-overload]
+"""For kernels that neither allocate nor return arrays."""
+allocating = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", _nrt=True)  # type: ignore[call-overload]
+"""For kernels that allocate; `_nrt` would else be that of the caller."""
+sums = numba.njit(  # type: ignore[call-overload]
+    nogil=True, cache=True, boundscheck=False, error_model="numpy", _nrt=False, fastmath={"reassoc"}
+)
 """For sums of whole numbers below 2**53, which are the same in any order: adding may become vectors."""
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
