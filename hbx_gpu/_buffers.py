@@ -6,7 +6,9 @@ it, its memory goes back to the pool instead of to the system.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import threading
 
 import numpy as np
@@ -110,3 +112,18 @@ class _Lease:
 
 POOL = BufferPool()
 """Pool of this process for the memory of batches."""
+
+
+def give_back_unused() -> None:
+    """Give the system the pages that C's malloc keeps after memory was freed; glibc alone is asked.
+
+    It keeps hundreds of megabytes after a scan of a long table, and threads that are idle by then never use
+    them again.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # another C library
+        return
+    trim(ctypes.c_size_t(0))

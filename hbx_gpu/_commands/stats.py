@@ -152,7 +152,8 @@ def _computation(
 
 def _summary(found: Statistics) -> str:
     n, expressed = len(found.feature_uids), int((found.nonzero > 0).sum())
-    parts = f" in {len(found.groups):,} groups by {found.by!r}" if found.by is not None else ""
+    groups = f"{len(found.groups):,} group{'s' * (len(found.groups) != 1)}"
+    parts = f" in {groups} by {found.by!r}" if found.by is not None else ""
     medians = "exact" if found.median_error == 0 else f"within {found.median_error:.1%}"
     return (
         f"{found.n_cells:,} cells{parts}, {n:,} features, {expressed:,} of them nonzero in some cell; "

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from hbx_gpu._buffers import give_back_unused
 from hbx_gpu._source import BoxIndex
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._query import encoders, obs
@@ -366,3 +367,15 @@ def test_runs_of_equal_texts(texts: list[str | None], kind: pa.DataType) -> None
     expected = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
     assert values.to_pylist() == [text for text, _ in expected]
     assert np.diff(ends, prepend=0).tolist() == [n for _, n in expected]
+
+
+def test_memory_is_given_back_after_a_scan_of_many_rows(
+    homeobox_fixtures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(obs, "give_back_unused", lambda: asked.append(True) or give_back_unused())
+    for least in (1, 1 << 22):
+        monkeypatch.setattr(obs, "_MANY_ROWS", least)
+        snapshot = Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas")
+        assert len(AtlasQuery(snapshot).to_cell_dataset()) > 1
+    assert asked == [True]

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hbx_gpu._buffers import give_back_unused
 from hbx_gpu._plan.index import IndexMaker
 from hbx_gpu._source import BoxIndex, ObsColumns, RowTable
 from hbx_gpu.atlas._query.encoders import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 ROWID = "_rowid"
 _BATCH_ROWS = 65_536
+_MANY_ROWS = 1 << 22
 _TAKE_AT_MOST = 4_096
 """Up to this many rows are fetched by id; more are read by a scan that keeps the requested ones."""
 
@@ -454,12 +456,11 @@ def read_modality(
         index = compact = replace(compact, run_source=rank[compact.run_source])
         if order is not None:
             index = compact.plain().at(order)
-    return ModalityRows(
-        found if order is None else id_runs(found.all()[order]),
-        groups,
-        index,
-        ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies),
-    )
+    columns = ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies)
+    if len(found) >= _MANY_ROWS:
+        pa.default_memory_pool().release_unused()
+        give_back_unused()
+    return ModalityRows(found if order is None else id_runs(found.all()[order]), groups, index, columns)
 
 
 _BOUNDS = {
