@@ -192,6 +192,6 @@ def test_gaps_are_read_over_where_what_lies_between_is_kept(
     assert isinstance(dataset, CellDataset)
     dataset.__getitems__(np.arange(4))
     apart = Extents(np.zeros(2, np.int32), np.array([0, 50_000]), np.array([10, 10]))
-    with remote.RemoteReader(dataset.directory) as reader:
-        assert len(reader._runs(apart, 0).nbytes) == 2
-        assert reader._runs(apart, remote._KEPT_GAP).nbytes.tolist() == [50_010]
+    reader = remote.RemoteReader(dataset.directory)
+    assert len(reader._runs(apart, 0).nbytes) == 2
+    assert reader._runs(apart, remote._KEPT_GAP).nbytes.tolist() == [50_010]
