@@ -373,7 +373,12 @@ def test_memory_is_given_back_after_a_scan_of_many_rows(
     homeobox_fixtures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(obs, "give_back_unused", lambda: asked.append(True) or give_back_unused())
+
+    def note() -> None:
+        asked.append(True)
+        give_back_unused()
+
+    monkeypatch.setattr(obs, "give_back_unused", note)
     for least in (1, 1 << 22):
         monkeypatch.setattr(obs, "_MANY_ROWS", least)
         snapshot = Snapshot.open(homeobox_fixtures / "ragged_rna" / "atlas")

@@ -456,11 +456,11 @@ def read_modality(
         index = compact = replace(compact, run_source=rank[compact.run_source])
         if order is not None:
             index = compact.plain().at(order)
-    columns = ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies)
+    kept = ObsColumns({name: joined(shown) for name, shown in alias.items()}, vocabularies)
     if len(found) >= _MANY_ROWS:
         pa.default_memory_pool().release_unused()
         give_back_unused()
-    return ModalityRows(found if order is None else id_runs(found.all()[order]), groups, index, columns)
+    return ModalityRows(found if order is None else id_runs(found.all()[order]), groups, index, kept)
 
 
 _BOUNDS = {
