@@ -432,6 +432,9 @@ def _dense_collate(dataset: DenseCellDataset, options: LoaderOptions) -> AnyColl
 def _multimodal_collate(dataset: MultimodalCellDataset, options: LoaderOptions) -> MultimodalCollate:
     layout, dtype, transform = options.layout or "dense", options.dtype, options.transform
     sparse = [name for name, part in dataset.datasets.items() if part.kind == "sparse"]
+    if isinstance(layout, Mapping):  # that of other spaces is always "dense", and may be said
+        others = set(dataset.datasets) - set(sparse)
+        layout = {name: form for name, form in layout.items() if name not in others or form != "dense"}
     if transform is not None and not isinstance(transform, Mapping):
         raise ValueError(f"name the space to transform, of {sparse}: transform={{space: steps}}")
     matrices = [name for name, part in dataset.datasets.items() if part.kind != "arrays"]

@@ -190,10 +190,19 @@ def test_tokens_beside_dense_proteins(multimodal: Any) -> None:
     }
     recipe = tokens.geneformer_v2(words, dict.fromkeys(map(str, uids), 2.0), length=9, mlm=0.2)
     order = CellSampler(dataset.groups_np, batch_size=8, seed=1)
-    host = make_loader(dataset, order, layout={rna: "tokens"}, tokens=recipe, token_seed=5, executor="direct")
+    host = make_loader(
+        dataset,
+        order,
+        layout={rna: "tokens", protein: "dense"},
+        tokens=recipe,
+        token_seed=5,
+        executor="direct",
+    )
+    with pytest.raises(ValueError, match=f"layout was given for .*{protein}"):
+        make_loader(dataset, order, layout={rna: "tokens", protein: "csr"}, tokens=recipe)
     device = device_loader(
         dataset, order, EmulatedBackend(),
-        LoaderOptions.of(layout={rna: "tokens"}, tokens={rna: recipe}, token_seed=5),
+        LoaderOptions.of(layout={rna: "tokens", protein: "dense"}, tokens={rna: recipe}, token_seed=5),
     )  # fmt: skip
     with host, device:
         for a, b in zip(host, device, strict=True):
