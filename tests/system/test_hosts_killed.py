@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -160,7 +161,10 @@ def test_a_process_that_is_killed(files: Path, tmp_path: Path, kind: str, seed: 
     work = WORKS[kind](files, tmp_path)
     after = float(np.random.default_rng(seed).uniform(0, 1.5))
     with ProcessPoolExecutor(2, mp_context=get_context("forkserver")) as pool:
-        pool.submit(abs, 1).result()
+        # Both are there before one is killed: Python waits forever for one that starts in that moment.
+        for begun in [pool.submit(time.sleep, 0.1) for _ in range(2)]:
+            begun.result()
+        assert len(pool._processes) == 2
         victim = next(iter(pool._processes.values()))
         finish(work, pool, victim.kill, after)
 
