@@ -157,7 +157,8 @@ def compare(package: str, interpreter: str, rows: SparseBatch, genes: Sequence[s
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{package} in {interpreter} failed:\n{done.stderr[-2000:]}")
-        theirs = dict(np.load(target))
+        with np.load(target) as file:
+            theirs = dict(file)
     peer = PEERS[package]
     ours = [encode(rows, recipe, genes) for recipe in peer.compared(words, scales)]
     compiled = compile(peer.timed(words, scales), genes)

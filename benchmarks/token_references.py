@@ -185,7 +185,8 @@ PACKAGES: dict[str, Callable[[Cells, bool], Result]] = {
 
 def main(package: str, source: str, target: str) -> None:
     """Once as it is compared (nothing sampled), once as it is used and timed."""
-    cells = dict(np.load(source, allow_pickle=False))
+    with np.load(source, allow_pickle=False) as file:
+        cells = dict(file)
     compared = PACKAGES[package](cells, False)
     timed = PACKAGES[package](cells, True)
     np.savez(

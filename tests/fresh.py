@@ -12,6 +12,7 @@ Started as a module, this file is the process that forks: ``python -m tests.fres
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -245,7 +246,8 @@ def _become(request: dict[str, object]) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the programs, and for whoever asked for them
     for name in _PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # an environment without torch
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
     _become(_next_request(socket.socket(fileno=int(sys.argv[1]))))

@@ -31,6 +31,7 @@ from hbx_gpu.dataloader import (
 from hbx_gpu.errors import CorruptChunkError, CorruptDataError, UnknownNameError
 from hbx_gpu.sampler import CellSampler
 from hbx_gpu.transforms import normalize_total
+from tests import npz
 from tests.dense_stores import brought, on_cpu, same
 from tests.emulation.backends import BACKENDS, backend_named
 from tests.emulation.streams import StreamBackend
@@ -444,7 +445,7 @@ def test_a_corrupt_chunk_of_one_space_is_named(homeobox_fixtures: Path, tmp_path
 
 
 def test_to_multimodal_and_its_kin(cells: AtlasQuery, homeobox_fixtures: Path) -> None:
-    expected = np.load(homeobox_fixtures / "all_spaces" / "expected_v0__cells.npz")
+    expected = npz.load(homeobox_fixtures / "all_spaces" / "expected_v0__cells.npz")
     result = cells.to_multimodal()
     assert result.n_rows == 28
     assert set(result.mod) == {

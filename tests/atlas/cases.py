@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._model.spaces import get_space
 from hbx_gpu.atlas._query.query import AtlasQuery
+from tests import npz
 
 # (atlas, snapshot, table, suffix of its files)
 TABLES = [
@@ -33,7 +32,7 @@ class Case:
     def __init__(self, root: Path, version: int, table: str, suffix: str) -> None:
         self.snapshot = Snapshot.open(root / "atlas", version)
         self.table = table
-        self.arrays = np.load(root / f"expected{suffix}.npz")
+        self.arrays = npz.load(root / f"expected{suffix}.npz")
         versions = json.loads((root / "expected.json").read_text())["versions"]
         self.expected = versions[version]["tables"][table]
         self.sparse = {

@@ -23,6 +23,7 @@ from hbx_gpu.atlas._catalog.snapshot import Snapshot
 from hbx_gpu.atlas._query import encoders, obs
 from hbx_gpu.atlas._query.query import AtlasQuery
 from hbx_gpu.errors import CorruptDataError, UnknownNameError
+from tests import npz
 
 # (atlas, snapshot, table, suffix of its files)
 TABLES = [
@@ -174,7 +175,7 @@ class TestFixtures:
         fields = json.loads((homeobox_fixtures / atlas / "expected.json").read_text())["versions"][version][
             "tables"
         ][table]["fields"]
-        arrays = np.load(homeobox_fixtures / atlas / f"expected{suffix}.npz")
+        arrays = npz.load(homeobox_fixtures / atlas / f"expected{suffix}.npz")
         pointers = pq.read_table(homeobox_fixtures / atlas / f"obs{suffix}.parquet")
         for pointer in snapshot.pointer_fields(table).values():
             if pointer.kind == "discrete_spatial":

@@ -15,7 +15,8 @@ STAND_IN = """
 import sys
 import numpy as np
 
-cells = dict(np.load(sys.argv[2]))
+with np.load(sys.argv[2]) as file:
+    cells = dict(file)
 n = len(cells["indptr"]) - 1
 ids, counts = np.zeros((n, 2047), np.int64), np.zeros((n, 2047), np.float32)
 for k in range(n):

@@ -12,6 +12,7 @@ import pytest
 
 from hbx_gpu.scdl._format.header import archive_header
 from hbx_gpu.scdl._format.index_writer import write_feature_index
+from tests import npz
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def scdl_cases(shared: Path) -> dict[str, Case]:
     """Name -> case, of all real archives."""
     cases = {}
     for file in sorted((shared / "fixtures" / "scdl").glob("*/expected*.npz")):
-        expected = dict(np.load(file, allow_pickle=False))
+        expected = npz.load(file)
         info = json.loads(str(expected["info_json"]))
         name = file.parent.name + file.stem.removeprefix("expected").removeprefix("_archive")
         cases[name] = Case(file.parent / info["archive"], expected, info)

@@ -13,6 +13,7 @@ from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.header import read_header
 from hbx_gpu.scdl._format.values import DATA_DTYPES, Tolerance
 from hbx_gpu.scdl._writing.cast import cast_archive
+from tests import npz
 from tests.scdl.files import content, leftovers, make
 
 
@@ -60,6 +61,6 @@ def test_a_stale_header_is_mended(shared: Path, tmp_path: Path) -> None:
     real = shared / "fixtures" / "scdl" / "stale_cast"
     shutil.copytree(real / "archive", tmp_path / "a")
     cast_archive(tmp_path / "a", "float32")
-    expected = np.load(real / "expected.npz")["values"]
+    expected = npz.load(real / "expected.npz")["values"]
     assert read_header(tmp_path / "a" / "header.sch").dtype("DATA") == "float32"
     assert open_archive(tmp_path / "a").data.tolist() == expected.astype("f4").tolist()

@@ -14,6 +14,7 @@ from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl._format.archive import open_archive
 from hbx_gpu.scdl._format.values import Tolerance, widest
 from hbx_gpu.scdl._writing.concat import concat_archives
+from tests import npz
 from tests.scdl.files import content, counts, leftovers, make
 
 GOOD = [
@@ -41,7 +42,7 @@ GOOD = [
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_real_archive_keeps_its_rows(shared: Path, tmp_path: Path, name: str) -> None:
     real = shared / "fixtures" / "scdl" / name
-    expected = np.load(real / "expected.npz")
+    expected = npz.load(real / "expected.npz")
     concat_archives([real / "archive"] * 2, tmp_path / "a", copy_size=7)
     archive = open_archive(tmp_path / "a")
     n = int(expected["row_ptr"][-1])

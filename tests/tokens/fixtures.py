@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from tests import npz
+
 ENGINES = ("host", "reference", "device")
 SIZES = ("small", "deep")
 
@@ -27,7 +29,7 @@ class Tokens:
         return self.load("inputs")
 
     def load(self, model: str, suffix: str = "") -> dict[str, np.ndarray]:
-        return dict(np.load(self.folder / model / f"{self.size}{suffix}.npz"))
+        return npz.load(self.folder / model / f"{self.size}{suffix}.npz")
 
     @cached_property
     def counts(self) -> csr_matrix:
