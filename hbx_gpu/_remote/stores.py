@@ -270,15 +270,19 @@ def fail(place: Place, error: Exception) -> NoReturn:
     if isinstance(error, known.PreconditionError):
         raise ReplacedError(f"{place} was replaced after it was opened; open it again") from None
     # Listings are refused with an error of no particular kind.
+    text = str(error)
     refused = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or any(
-        f"status code: {status}" in str(error) for status in (401, 403)
+        f"status code: {status}" in text for status in (401, 403)
     )
+    refused &= _OF_THE_MACHINE not in text  # the store was not asked
     raised = RemoteError(f"{place}: {_REFUSED if refused else _reason_of(error)}")
-    lasting = refused or "NoSuchBucket" in str(error) or isinstance(error, known.NotSupportedError)
+    lasting = refused or "NoSuchBucket" in text or isinstance(error, known.NotSupportedError)
     raised.transient = not lasting
     raise raised from None
 
 
+_OF_THE_MACHINE = "169.254.169.254"
+"""Address at which a machine in a cloud has credentials; it is asked where none are given."""
 _REFUSED = (
     "the store refuses access; check the storage options access_key_id and secret_access_key, or the "
     "credentials of the environment"
@@ -289,9 +293,8 @@ def _reason_of(error: Exception) -> str:
     """What an error of obstore means, in words. Its own text may hold headers or signed addresses."""
     text = str(error)
     for sign, meaning in (
-        # Where no credentials are given, those of the machine in a cloud are asked for.
         (
-            "169.254.169.254",
+            _OF_THE_MACHINE,
             "there are no credentials; pass storage options such as access_key_id and secret_access_key, or "
             "skip_signature=true for public data",
         ),

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hbx_gpu.atlas._catalog import tables
 from hbx_gpu.atlas._catalog.catalog import Catalog
-from hbx_gpu.atlas._ingest.names_index import NamesIndex, hashes, of_table
+from hbx_gpu.atlas._ingest.names_index import NamesIndex, cell_hashes, hashes, of_table
 
 Row = Mapping[str, Any]
 """A row of the table of groups."""
@@ -34,6 +35,8 @@ class KnownAtlas:
     def __init__(self, catalog: Catalog, obs_table: str) -> None:
         self._catalog, self._obs_table = catalog, obs_table
         self._by_hash: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        self._by_source: dict[str, set[str]] = defaultdict(set)
+        self._cells: dict[str, NamesIndex] = {}
         self.planned: set[str] = set()
         for row in catalog.dataset_rows():
             self._add_row(row)
@@ -53,6 +56,7 @@ class KnownAtlas:
 
     def _add_row(self, row: Row) -> None:
         self._by_hash[row.get("source_sha256") or "", row["feature_space"]].append(row)
+        self._by_source[row.get("source_name") or ""].add(row["dataset_uid"])
 
     def rows_of_file(self, sha256: str, feature_space: str) -> Sequence[Row]:
         """Groups that were made of a file."""
@@ -116,17 +120,58 @@ class KnownAtlas:
         index, listed = of_table(names, uids)
         return (index if named else NamesIndex()), listed
 
-    def datasets_with_names(self, names: pa.Array | pa.ChunkedArray, share: float) -> dict[str, int]:
-        """Datasets that have most of some names of cells -> how many; see :meth:`NamesIndex.owners`."""
+    def datasets_of_file(
+        self, source_name: str, names: pa.Array | pa.ChunkedArray, share: float
+    ) -> dict[str, int]:
+        """Datasets of a file of this name that have most of some names of cells -> how many."""
+        of_file = self._by_source.get(source_name)
+        if not of_file:
+            return {}
         index, uids = self._names
-        return {uids[owner]: n for owner, n in index.owners(hashes(names), share).items()}
+        found = {uids[owner]: n for owner, n in index.owners(hashes(names), share).items()}
+        return {uid: n for uid, n in found.items() if uid in of_file}
 
-    def add_cells(self, dataset_uid: str, names: pa.Array | pa.ChunkedArray) -> None:
+    def datasets_with_cells(
+        self, field: str, names: pa.Array | pa.ChunkedArray, pointers: pa.Array, share: float
+    ) -> dict[str, int]:
+        """Datasets that have most of some cells -> how many; see :meth:`NamesIndex.owners`.
+
+        Parameters
+        ----------
+        field, names, pointers
+            Pointer column of a new dataset; see :func:`cell_hashes`.
+        share
+            Least share of the cells of the smaller dataset.
+        """
+        uids = self._names[1]
+        found = self._cells_of(field).owners(cell_hashes(names, pointers), share)
+        return {uids[owner]: n for owner, n in found.items()}
+
+    def add_cells(
+        self, dataset_uid: str, field: str, names: pa.Array | pa.ChunkedArray, pointers: pa.Array
+    ) -> None:
         """Add the cells of a dataset that is about to be in the atlas."""
         _ = self.has_cells  # as it was before
         index, uids = self._names
-        index.add(hashes(names), np.full(len(names), len(uids), np.int32))
+        owner = np.full(len(names), len(uids), np.int32)
+        self._cells_of(field).add(cell_hashes(names, pointers), owner)
+        index.add(hashes(names), owner)
         uids.append(dataset_uid)
+
+    def _cells_of(self, field: str) -> NamesIndex:
+        """The cells that a pointer column has; datasets are numbered as in `_names`."""
+        if field not in self._cells:
+            table, uids = self._catalog.obs(self._obs_table), self._names[1]
+            made = NamesIndex()
+            if {"obs_name", field} <= set(table.schema.names):
+                where = f"`{field}`.zarr_group IS NOT NULL"
+                stored = tables.read(table, ["obs_name", "dataset_uid", field], where)
+                if len(stored):
+                    owner = pc.index_in(stored.column("dataset_uid"), value_set=pa.array(uids, pa.string()))
+                    keys = cell_hashes(stored.column("obs_name"), stored.column(field))
+                    made.add(keys, owner.to_numpy().astype(np.int32))
+            self._cells[field] = made
+        return self._cells[field]
 
     @cached_property
     def _uids(self) -> NamesIndex:

@@ -19,7 +19,7 @@ from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
 from hbx_gpu.atlas._ingest.atlas_state import KnownAtlas
 from hbx_gpu.atlas._ingest.cells import pointer_column
 from hbx_gpu.atlas._ingest.commit import defaults_of
-from hbx_gpu.atlas._ingest.duplicates import MOST_NAMES, find_same_cells, say_other_version
+from hbx_gpu.atlas._ingest.duplicates import MOST_COUNTS, MOST_NAMES, find_same_cells, say_other_version
 from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._ingest.tasks import CELLS, FEATURES, GROUP, Written, load_table
 from hbx_gpu.atlas._model.schema import make_uid
@@ -135,7 +135,7 @@ class Batch:
         ready = self._take(ready, cells, load_table(ready.written.folder / FEATURES))
         self._members.append(ready)
         self.n_cells += len(cells)
-        self._known.add_cells(ready.dataset_uid, names)
+        self._known.add_cells(ready.dataset_uid, ready.field_name, names, pointers)
         return len(cells)
 
     def _take(self, ready: Ready, cells: pa.Table, features: pa.Table) -> Ready:
@@ -182,14 +182,9 @@ class Batch:
 
     def _check_duplicates(self, ready: Ready, names: pa.ChunkedArray, pointers: pa.Array) -> Ready:
         """Refuse cells that are there under another file; with `replace`, those go."""
-        settings = self._settings
-        shared = {
-            uid: n
-            for uid, n in self._known.datasets_with_names(names, MOST_NAMES).items()
-            if uid not in ready.replaces
-        }
-        if not shared:
-            return ready
+        known, settings = self._known, self._settings
+        shared = known.datasets_with_cells(ready.field_name, names, pointers, MOST_NAMES * MOST_COUNTS)
+        shared = {uid: n for uid, n in shared.items() if uid not in ready.replaces}
         if shared.keys() & {member.dataset_uid for member in self._members}:
             self.commit()  # their values are compared
         same = find_same_cells(
@@ -202,7 +197,8 @@ class Batch:
         )
         if same is None:
             if not ready.replaces and not settings.accept_duplicates:
-                say_other_version(self._catalog, shared, {ready.written.source_name}, ready.source)
+                named = known.datasets_of_file(ready.written.source_name, names, MOST_NAMES)
+                say_other_version(named, known.row_of, {ready.written.source_name}, ready.source)
             return ready
         what = (
             f"{ready.source}: {same.n_names:,} of its {len(names):,} cells are in the atlas already, with "

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,12 @@ from hbx_gpu.atlas._catalog.journal import GroupNote, IngestNote
 from hbx_gpu.atlas._catalog.session import WriteSession, finish_replacement
 from hbx_gpu.atlas._ingest.already_ingested import ingested_before, replaced_datasets
 from hbx_gpu.atlas._ingest.cells import Dataset, ObsNames, cell_rows, pointer_column, reserved_names
-from hbx_gpu.atlas._ingest.duplicates import datasets_with_names, find_same_cells, say_other_version
+from hbx_gpu.atlas._ingest.duplicates import (
+    datasets_with_names,
+    find_same_cells,
+    say_other_version,
+    stored_row,
+)
 from hbx_gpu.atlas._ingest.parts import Part
 from hbx_gpu.atlas._ingest.settings import Settings
 from hbx_gpu.atlas._model import columns
@@ -186,7 +192,8 @@ def _check_duplicates(
             _log.warning("warning: %s; they are stored twice", what)
         return note
     if not note.replaces and not settings.accept_duplicates:
-        say_other_version(catalog, same_names, {part.source_name for part in dataset.parts}, dataset.source)
+        source_names = {part.source_name for part in dataset.parts}
+        say_other_version(same_names, partial(stored_row, catalog), source_names, dataset.source)
     return note
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hbx_gpu.atlas._model.spaces import FeatureSpace, find_layers
 _log = logging.getLogger(__name__)
 
 # Of the smaller dataset; names such as cell_0 meet by chance, so counts decide.
-MOST_NAMES, _MOST_COUNTS = 0.5, 0.8
+MOST_NAMES, MOST_COUNTS = 0.5, 0.8
 _COMPARED = 64
 
 
@@ -86,7 +86,7 @@ def find_same_cells(
     """
     table = catalog.obs(obs_table)
     field_name, space = field
-    if field_name not in table.schema.names or space.pointer == "discrete_spatial":
+    if not {"obs_name", field_name} <= set(table.schema.names) or space.pointer == "discrete_spatial":
         return None
     for uid, n_names in candidates.items():
         where = f"dataset_uid = {tables.quoted(uid)} AND `{field_name}`.zarr_group IS NOT NULL"
@@ -97,12 +97,28 @@ def find_same_cells(
         there = stored.column(field_name)
         pairs = [(there[i].as_py(), pointers[places[i]].as_py()) for i in chosen]
         pairs = [(a, b) for a, b in pairs if b is not None and b.get("zarr_group")]
+        if not _have_as_many_values(pairs):
+            continue
         for group in {str(stored["zarr_group"]) for stored, _ in pairs}:
             catalog.fetch(group)
         if _are_mostly_same(_Values(catalog.store, space), pairs):
-            source = next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
-            return SameCells(uid, str(source.get("source_name") or ""), n_names)
+            return SameCells(uid, str(stored_row(catalog, uid).get("source_name") or ""), n_names)
     return None
+
+
+def stored_row(catalog: Catalog, dataset_uid: str) -> Mapping[str, Any]:
+    """The row of a group of a dataset; empty where there is none."""
+    return next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(dataset_uid)}")), {})
+
+
+def _have_as_many_values(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> bool:
+    """Whether most pairs have as many stored values; other pairs are told apart without reading them."""
+    equal = [
+        one["end"] - one["start"] == other["end"] - other["start"]
+        for one, other in pairs
+        if "start" in one and "start" in other
+    ]
+    return equal.count(True) >= MOST_COUNTS * len(equal)
 
 
 def _are_mostly_same(read: _Values, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
@@ -115,30 +131,32 @@ def _are_mostly_same(read: _Values, pairs: Sequence[tuple[dict[str, Any], dict[s
     for one, other in pairs:
         equal = read.same(one, other)
         same, different = same + (equal is True), different + (equal is False)
-        if len(pairs) - different < _MOST_COUNTS * len(pairs):
+        if len(pairs) - different < MOST_COUNTS * len(pairs):
             return False  # whatever the rest is
-    return same > 0 and same >= _MOST_COUNTS * (same + different)
+    return same > 0 and same >= MOST_COUNTS * (same + different)
 
 
 def say_other_version(
-    catalog: Catalog, candidates: Mapping[str, int], source_names: Collection[str], source: str
+    candidates: Mapping[str, int],
+    row_of: Callable[[str], Mapping[str, Any]],
+    source_names: Collection[str],
+    source: str,
 ) -> None:
     """Warn where cells of the same names, with other values, came from a file of the same name.
 
     Parameters
     ----------
-    catalog
-        The atlas.
     candidates
         As :func:`datasets_with_names` finds them.
+    row_of
+        Returns the row of a group of a dataset, given its uid; an empty one where there is none.
     source_names
         Names of the new files; data in memory have none.
     source
         The new dataset, for the message.
     """
     for uid, n_names in candidates.items():
-        row = next(iter(catalog.dataset_rows(f"dataset_uid = {tables.quoted(uid)}")), {})
-        name = str(row.get("source_name") or "")
+        name = str(row_of(uid).get("source_name") or "")
         if Path(name).suffix and name in source_names:
             remove = spelled(f"remove_dataset({uid!r})", f"hbx-gpu remove ATLAS {uid}")
             _log.warning(

@@ -1,4 +1,4 @@
-"""Which datasets have cells of given names: 64-bit hashes in sorted runs, so that lookups stay cheap."""
+"""Which datasets have given cells: 64-bit hashes of names in sorted runs, so that lookups stay cheap."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads small numbers over 64 bits
 
 
 def hashes(names: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -14,6 +17,26 @@ def hashes(names: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
     texts = names.cast(pa.string()).to_numpy(zero_copy_only=False)
     found: np.ndarray = pd.util.hash_array(texts.astype(object), categorize=False)
+    return found
+
+
+def cell_hashes(names: pa.Array | pa.ChunkedArray, pointers: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """uint64, (n,). A hash of the name of each cell and of the number of values that are stored of it.
+
+    Cells of files that number them from 0 have the same names, and are told apart by these numbers without
+    reading a value. Where all cells have as many values, as in a dense matrix, only names count.
+
+    Parameters
+    ----------
+    names
+        Names of the cells.
+    pointers
+        Structs, (n,). Where their values are.
+    """
+    found = hashes(names)
+    if pointers.type.get_field_index("start") >= 0:
+        length = pc.subtract(pc.struct_field(pointers, "end"), pc.struct_field(pointers, "start"))
+        found += pc.fill_null(length, 0).to_numpy().astype(np.uint64) * _ODD
     return found
 
 
