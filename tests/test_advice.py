@@ -20,13 +20,13 @@ import torch
 import hbx_gpu
 from hbx_gpu import cli
 from hbx_gpu._advice import from_command, option, spelled
-from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, ingest, links, prefetch, stats
+from hbx_gpu._commands import bench, convert, convert_h5ad_to_scdl, ingest, links, prefetch, repack, stats
 
 ROOT = Path(hbx_gpu.__file__).parent
 TABLES: dict[str, list[Mapping[str, str]]] = {
     "ingest": [ingest._FLAGS, ingest._FLAGS_OF_SEVERAL],
     "convert": [convert._FLAGS],
-    "repack": [links.FLAGS],
+    "repack": [repack._FLAGS],
     "remove": [links.FLAGS],
     "info": [links.FLAGS],
     "bench": [bench._FLAGS],
@@ -158,7 +158,7 @@ def _texts(call: ast.Call) -> Iterator[tuple[int, str]]:
 
 def test_every_option_that_is_advised_is_known() -> None:
     """A name that no command knows is misspelled, or an option that Python alone has."""
-    only_python = {"obs_table_name"}
+    only_python = {"obs_table_name", "span"}
     known = {name for tables in TABLES.values() for table in tables for name in table}
     for path in LIBRARY:
         for call in calls(path, "option"):

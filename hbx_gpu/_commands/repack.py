@@ -12,6 +12,8 @@ from hbx_gpu._progress import bar
 from hbx_gpu._remote.places import AnyPath, Place
 from hbx_gpu._remote.stores import walk
 
+_FLAGS = {**FLAGS, "codec": "--codec", "order_features": "--order-features"}
+
 
 def add_parser(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     n_groups, n_bytes = _size(args.atlas / "zarr_store")
     with (
-        from_command({**FLAGS, "codec": "--codec", "order_features": "--order-features"}),
+        from_command(_FLAGS),
         chosen_executor(args, n_groups, n_bytes) as executor,
         bar(" values", "repack") as show,
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hbx_gpu._remote import options
 from tests.remote import weed
 from tests.remote.range_server import RangeServer
 from tests.remote.weed import Bucket, Weed
@@ -15,6 +16,13 @@ from tests.remote.weed import Bucket, Weed
 pytest.importorskip("obstore", reason="needs obstore, of the extra hbx_gpu[cloud]")
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _options_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test says about an address holds for no other test, whose server is another one."""
+    monkeypatch.setattr(options, "_options", dict(options._options))
+    monkeypatch.setattr(options, "_caches", dict(options._caches))
 
 
 @pytest.fixture(scope="session")
