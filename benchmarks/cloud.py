@@ -205,6 +205,8 @@ def measure(atlas: Path, latency: float, bandwidth: float | None, seconds: float
 
         for locality in ("none", "block", "group"):
             yield beside(load(f"{locality}, no cache ({limit})", dataset, seconds, bandwidth, locality))
+            dataset.close()
+            dataset = opened(options, url)  # it holds no chunks in memory
         with tempfile.TemporaryDirectory() as cache:
             dataset = opened(options, url, Path(cache))
             yield beside(load(f"random rows, cold cache ({limit})", dataset, 10 * seconds, bandwidth))
