@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from hbx_gpu._codecs.checksum import crc32c
-from hbx_gpu._storage.claims import MOST_OBJECTS, Claim, Claims, keys_of
+from hbx_gpu._storage.claims import MOST_OBJECTS, Claims, keys_of
 from hbx_gpu._storage.maps import FileMap
 from hbx_gpu._storage.readers import Memory
 from hbx_gpu.errors import ResourceError
@@ -65,6 +65,11 @@ class ChunkCache:
     most
         Bytes that all segments may take; None: half of what is free and what the cache takes already.
 
+    Attributes
+    ----------
+    claims
+        Which thread brings which of the chunks that are not there.
+
     Raises
     ------
     OSError
@@ -90,7 +95,7 @@ class ChunkCache:
         self._maps: OrderedDict[int, FileMap] = OrderedDict()
         self._touched: dict[int, float] = {}
         self._pending: list[_Pending] = []
-        self._claims = Claims()
+        self.claims = Claims()
         self._waiting = 0
         self._writes = False  # whether a thread was told to write what waits and has not begun
         self._looked_at = 0.0
@@ -229,14 +234,6 @@ class ChunkCache:
         self._segment_of = np.concatenate([self._segment_of, mine])[order]
 
     # Adding
-
-    def claim(self, objects: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, Claim, list[Claim]]:
-        """See :meth:`Claims.claim`."""
-        return self._claims.claim(objects, offset)
-
-    def release(self, claim: Claim) -> None:
-        """See :meth:`Claims.release`."""
-        self._claims.release(claim)
 
     def add(
         self,

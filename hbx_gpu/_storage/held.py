@@ -9,14 +9,22 @@ from typing import Protocol
 
 import numpy as np
 
-from hbx_gpu._storage.claims import MOST_OBJECTS, Claim, Claims, keys_of
+from hbx_gpu._storage.claims import MOST_OBJECTS, Claims, keys_of
 
 _MOST = 1 << 30
 _SHARE = 16  # of the memory of the machine, one part
 
 
 class Kept(Protocol):
-    """Where chunks that were fetched are kept: in memory, or in a cache on the local disk."""
+    """Where chunks that were fetched are kept: in memory, or in a cache on the local disk.
+
+    Attributes
+    ----------
+    claims
+        Which thread brings which of the chunks that are not there.
+    """
+
+    claims: Claims
 
     def object_number(self, url: str, version: str, nbytes: int) -> int:
         """The number of an object in this process; another version is another object."""
@@ -28,12 +36,6 @@ class Kept(Protocol):
 
     def has(self, objects: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """bool, (k,): whether chunks are there, as far as this process knows."""
-
-    def claim(self, objects: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, Claim, list[Claim]]:
-        """See :meth:`Claims.claim`."""
-
-    def release(self, claim: Claim) -> None:
-        """See :meth:`Claims.release`."""
 
     def add(
         self,
@@ -68,11 +70,16 @@ class HeldChunks:
     ----------
     most
         Bytes of all buffers; None: :func:`default_most`.
+
+    Attributes
+    ----------
+    claims
+        See :class:`Kept`.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most = default_most() if most is None else most
-        self._claims = Claims()
+        self.claims = Claims()
         self._lock = threading.Lock()
         self._objects: dict[tuple[str, str, int], int] = {}
         # Sorted by key: size and address of each chunk, and the number of the buffer that it lies in.
@@ -113,14 +120,6 @@ class HeldChunks:
         """See :class:`Kept`."""
         with self._lock:
             return np.isin(keys_of(objects, offset), self._keys)
-
-    def claim(self, objects: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, Claim, list[Claim]]:
-        """See :class:`Kept`."""
-        return self._claims.claim(objects, offset)
-
-    def release(self, claim: Claim) -> None:
-        """See :class:`Kept`."""
-        self._claims.release(claim)
 
     def add(
         self,

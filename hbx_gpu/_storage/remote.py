@@ -134,11 +134,11 @@ class RemoteReader(Reader):
         n = int(missing.sum())
         part = _joined(_some(extents, missing), self._in_gaps(_some(extents, missing)))
         numbers, places = self._objects(part), np.zeros(len(part), np.uint64)
-        mine, claim, others = self._kept.claim(numbers, part.offset)
+        mine, claim, others = self._kept.claims.claim(numbers, part.offset)
         try:
             moved = self._add(part, numbers, np.flatnonzero(mine), places, owners)
         finally:
-            self._kept.release(claim)
+            self._kept.claims.release(claim)
         rest = np.flatnonzero(~mine[:n])
         if len(rest):
             for other in others:

@@ -22,7 +22,7 @@ from hbx_gpu.atlas._ingest import many
 from hbx_gpu.errors import AlreadyIngestedError, HbxError, InvalidDataError, ResourceError, UnknownNameError
 from tests.atlas.test_ingest_crash import make
 from tests.emulation.build import outer_environment
-from tests.twice import Twice
+from tests.executors import Twice
 
 # Dask leaves sockets to the garbage collector.
 pytestmark = [

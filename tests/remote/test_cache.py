@@ -244,17 +244,17 @@ def test_unfinished_files_do_not_count_and_are_removed_in_the_end(tmp_path: Path
 def test_two_threads_bring_a_chunk_once(tmp_path: Path) -> None:
     cache, chunks = ChunkCache(tmp_path, 1 << 24), Chunks()
     objects = chunks.objects(cache)
-    first, claim, others = cache.claim(objects[:30], chunks.offset[:30])
+    first, claim, others = cache.claims.claim(objects[:30], chunks.offset[:30])
     assert first.all()
     assert not others
-    mine, second, others = cache.claim(objects[20:], chunks.offset[20:])
+    mine, second, others = cache.claims.claim(objects[20:], chunks.offset[20:])
     assert mine.tolist() == [False] * 10 + [True] * 20
     assert others == [claim]
     assert not claim.done.is_set()
-    cache.release(claim)
+    cache.claims.release(claim)
     assert claim.done.is_set()
-    cache.release(second)
-    assert cache.claim(objects, chunks.offset)[0].all()
+    cache.claims.release(second)
+    assert cache.claims.claim(objects, chunks.offset)[0].all()
 
 
 def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from hbx_gpu.dataloader import sparse_to_dense_collate
 from hbx_gpu.errors import InvalidDataError
 from hbx_gpu.scdl import SingleCellCollection, SingleCellMemMapDataset
 from hbx_gpu.scdl._format.archive import open_archive
+from tests.executors import Twice
 from tests.scdl.files import adata, content, counts, h5ad, leftovers
-from tests.twice import Twice
 
 ENSEMBL = [f"ENSG{i:011d}" for i in range(10)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from hbx_gpu.statistics._tasks import Tasks
 from hbx_gpu.testing._examples import example_dataset, example_groups
 from hbx_gpu.testing._stored import StoredGroup, expected_dense, write_sources
 from hbx_gpu.testing._strategies import stored_groups
+from tests.executors import LostWorkers
 from tests.statistics.reference import columns_of
 
 EXACT = ("measured", "nonzero", "sum", "median")
@@ -283,24 +284,10 @@ def test_processes_need_the_paths_only(tmp_path: Path) -> None:
         assert equal(compute(dataset, "type", executor=processes), compute(dataset, "type"))
 
 
-class Gone(Executor):
-    """Has lost its workers: says so when it is asked for a result, or when it is given a task."""
-
-    def __init__(self, at_once: bool) -> None:
-        self.at_once = at_once
-
-    def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
-        if self.at_once:
-            raise BrokenExecutor("killed")
-        future: Future[object] = Future()
-        future.set_exception(BrokenExecutor("killed"))
-        return future
-
-
 @pytest.mark.parametrize("at_once", [False, True])
 def test_workers_that_are_gone(tmp_path: Path, at_once: bool) -> None:
     with pytest.raises(ResourceError, match=r"the process that worked on it is gone .* run the same again"):
-        compute(example_dataset(tmp_path), executor=Gone(at_once))
+        compute(example_dataset(tmp_path), executor=LostWorkers(at_once))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

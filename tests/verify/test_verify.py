@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from hbx_gpu._verify.stores import Verdict
 from hbx_gpu._verify.stores import verify as check
 from hbx_gpu.errors import ResourceError
 from hbx_gpu.scdl import SingleCellMemMapDataset
+from tests.executors import LostWorkers, Twice
 from tests.security.stores import anndata, arrays, make_atlas, rewrite
-from tests.twice import Twice
 
 
 def verify(path: Path, *options: str) -> int:
@@ -246,24 +246,10 @@ def test_any_executor_finds_the_same(
                 assert sum(there) == sum(here)
 
 
-class _Killed(Executor):
-    """Loses its workers."""
-
-    def __init__(self, *, at_once: bool) -> None:
-        self.at_once = at_once
-
-    def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
-        if self.at_once:
-            raise BrokenExecutor("killed")
-        future: Future[object] = Future()
-        future.set_exception(BrokenExecutor("killed"))
-        return future
-
-
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_worker_that_is_gone_is_no_damage(tmp_path: Path, at_once: bool) -> None:
     with pytest.raises(ResourceError, match="the process that worked on it is gone"):
-        checked(make_atlas(tmp_path / "a"), "checksums", _Killed(at_once=at_once))
+        checked(make_atlas(tmp_path / "a"), "checksums", LostWorkers(at_once))
 
 
 def test_workers_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,16 +9,31 @@ from typing import TYPE_CHECKING, Self
 from hbx_gpu._remote.places import is_remote
 from hbx_gpu.atlas._model.spaces import known_spaces
 from hbx_gpu.atlas._query.opening import Arrays, arrays_of, default_layer, links_of
+from hbx_gpu.atlas._query.sharing import find_rows
 from hbx_gpu.errors import HbxError
 
 if TYPE_CHECKING:
-    from hbx_gpu.atlas._catalog.snapshot import Group
+    from hbx_gpu.atlas._catalog.snapshot import Group, PointerColumn
+    from hbx_gpu.atlas._query.obs import ModalityRows
     from hbx_gpu.atlas._query.selection import Selection
 
 _WORTH_A_THREAD = 64  # groups
 
 
-class OpenedAhead:
+def rows_and_arrays(
+    chosen: Selection,
+    pointer: PointerColumn,
+    columns: Sequence[str],
+    layers: Sequence[str] | None,
+    *,
+    absent: bool,
+) -> tuple[ModalityRows, Mapping[str, Arrays]]:
+    """What :func:`find_rows` returns, and by name of its group the arrays that were opened meanwhile."""
+    with _OpenedAhead(chosen, pointer.feature_space, layers) as ahead:
+        return find_rows(chosen, pointer, columns, absent=absent), ahead.arrays()
+
+
+class _OpenedAhead:
     """Arrays of all groups of a feature space, opened while this context manager is entered.
 
     Nothing is opened ahead where a query may select few of the groups, or where there are few of them; nor in

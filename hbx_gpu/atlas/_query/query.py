@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from hbx_gpu.atlas._query import obs, results
-from hbx_gpu.atlas._query.ahead import OpenedAhead
+from hbx_gpu.atlas._query.ahead import rows_and_arrays
 from hbx_gpu.atlas._query.matrices import to_pandas
 from hbx_gpu.atlas._query.opening import default_layer
 from hbx_gpu.atlas._query.recipe import QueryRecipe
 from hbx_gpu.atlas._query.results import Modality
 from hbx_gpu.atlas._query.selection import Selection
-from hbx_gpu.atlas._query.sharing import find_rows
 from hbx_gpu.atlas._query.state import FeatureJoin, QueryState, whole_number
 from hbx_gpu.atlas._query.statistics import Options, highly_variable, statistics_of
 from hbx_gpu.errors import UnknownNameError, UnsupportedError
@@ -468,9 +467,7 @@ class AtlasQuery:
         layers = _layer_names(layer)
         if matrix is not None:
             layers = results.fragment_layers(pointer, layers)
-        with OpenedAhead(chosen, pointer.feature_space, layers) as ahead:
-            found = find_rows(chosen, pointer, names, absent=absent)
-            opened = ahead.arrays()
+        found, opened = rows_and_arrays(chosen, pointer, names, layers, absent=absent)
         if layers is None:
             layers = (default_layer(chosen.snapshot, pointer.feature_space, found.groups),)
         dtypes = (

@@ -40,7 +40,7 @@ from hbx_gpu.atlas._catalog.snapshot_records import (
 from hbx_gpu.atlas._model.schema import make_uid
 from hbx_gpu.atlas._model.spaces import FeatureSpace, get_space, guess_space, known_spaces
 from hbx_gpu.atlas._upkeep.ordered_rows import compare_ordered, in_order, write_ordered
-from hbx_gpu.atlas._upkeep.row_orders import Key, Rows, find_rows
+from hbx_gpu.atlas._upkeep.row_orders import Key, Rows, rows_to_order
 from hbx_gpu.atlas._upkeep.stored_arrays import decoded_chunks, write_metadata
 from hbx_gpu.atlas._writing.arrays import HOMEOBOX_CODEC, ObjectWriter, check_codec
 from hbx_gpu.atlas._writing.recoding import StoredArray, plan_arrays, row_order
@@ -227,7 +227,7 @@ def repack(
             to_order = {
                 (plan.zarr_group, plan.feature_space) for plan in plans if _may_be_ordered(store, plan)
             }
-            rows = find_rows(root, store, records, names.obs_tables, to_order, allow_links=allow_links)
+            rows = rows_to_order(root, store, records, names.obs_tables, to_order, allow_links=allow_links)
             plans = [_with_order(store, plan, codec, rows) for plan in plans]
         for plan in plans:
             if plan.rewrite:

@@ -52,7 +52,7 @@ class Rows:
         return "layout" if (np.diff(self.rank) > 0).all() else "registry"
 
 
-def find_rows(
+def rows_to_order(
     root: Path,
     store: Path,
     records: Sequence[SnapshotRecord],
